@@ -1,0 +1,35 @@
+.DEFAULT_GOAL := help
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+export HF_HUB_OFFLINE ?= 1
+export WANDB_MODE ?= offline
+
+$(VENV)/ready: pyproject.toml
+	@echo "setting up $(VENV) (torch and friends, some minutes, about 6 GB)"
+	$(PYTHON) -c 'import sys; sys.exit("slimstep needs Python 3.11 or newer: make PYTHON=python3.11" * (sys.version_info < (3, 11)))'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --progress-bar on -e '.[dev]'
+	touch $@
+
+.PHONY: help setup demo test slow lint clean
+
+help:  ## explain the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(VENV)/ready  ## create the environment and install
+
+demo: setup  ## prune the shipped model to 75 % of its latency, in minutes on two cores; prints table and report
+	$(BIN)/python train.py +experiment=prune_unet budget=demo
+
+test: setup  ## the fast tests, on CPU, without network
+	$(BIN)/python -m pytest
+
+slow: setup  ## every test that needs no GPU
+	$(BIN)/python -m pytest -m 'not gpu'
+
+lint: setup  ## ruff: style and format
+	$(BIN)/ruff check .
+
+clean:  ## remove runs, caches and the environment
+	rm -rf $(VENV) runs outputs .pytest_cache .ruff_cache

@@ -1,0 +1,78 @@
+"""Recovery: a pruned UNet learns to give its teacher's output and features again (BK-SDM, section 3.2).
+
+Axes: B batch, C channels, H and W latent size, L text tokens, E text width.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from engine.denoising import draw_noisy
+from engine.loop import Batch, Metrics
+from models.schedule import NoiseSchedule
+
+
+class Recovery:
+    """Denoising loss + `output_weight` · output distillation + `feature_weight` · feature distillation.
+
+    Features are the outputs of every down, mid and up level. Each level's squared error is divided by the teacher's
+    mean square there (LAPTOP-Diff, section 3.3), so that no level drowns the others; BK-SDM uses the plain sum.
+    """
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        empty_text_LE: Tensor,
+        teacher: nn.Module,
+        output_weight: float = 1.0,
+        feature_weight: float = 0.5,
+        caption_dropout: float = 0.1,
+    ):
+        self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
+        self.output_weight, self.feature_weight = output_weight, feature_weight
+        self.caption_dropout = caption_dropout
+
+    def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+        noisy = draw_noisy(batch, self.schedule, self.empty_text_LE, self.caption_dropout, generator)
+        with features_of(self.teacher) as taught, torch.no_grad():
+            taught_BCHW = self.teacher(*noisy.inputs, return_dict=False)[0].float()
+        with features_of(unet) as own:
+            pred_BCHW = unet(*noisy.inputs, return_dict=False)[0].float()
+        metrics = {
+            "denoising": nn.functional.mse_loss(pred_BCHW, noisy.target_BCHW),
+            "output": nn.functional.mse_loss(pred_BCHW, taught_BCHW),
+            "features": torch.stack([relative_error(own[name], taught[name]) for name in own]).mean(),
+        }
+        weights = {"denoising": 1.0, "output": self.output_weight, "features": self.feature_weight}
+        return sum(weights[name] * value for name, value in metrics.items()), metrics
+
+
+def relative_error(features: Tensor, reference: Tensor) -> Tensor:
+    """Mean squared error in units of the reference's mean square."""
+    return (features.float() - reference.float()).square().mean() / reference.float().square().mean()
+
+
+@contextmanager
+def features_of(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Collects the output of every level while the block runs, by module path within the UNet."""
+    features: dict[str, Tensor] = {}
+    handles = []
+
+    def keep(name: str):
+        def hook(module, inputs, output):
+            features[name] = output[0] if isinstance(output, tuple) else output
+
+        return hook
+
+    for path, module in unet.named_modules():
+        name = path.removeprefix("module.").removeprefix("_orig_mod.")
+        level, _, index = name.partition(".")
+        if name == "mid_block" or (level in ("down_blocks", "up_blocks") and index.isdigit()):
+            handles.append(module.register_forward_hook(keep(name)))
+    try:
+        yield features
+    finally:
+        for handle in handles:
+            handle.remove()

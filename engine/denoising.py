@@ -1,0 +1,44 @@
+"""The random half of a denoising step, shared by every objective that learns from clean latents.
+
+Axes: B batch, C channels, H and W latent size, L text tokens, E text width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from models.schedule import NoiseSchedule
+
+
+@dataclass(frozen=True)
+class NoisyBatch:
+    """Latents at random timesteps, their texts (some replaced by the empty caption), and what to predict."""
+
+    noisy_BCHW: Tensor
+    t_B: Tensor
+    text_BLE: Tensor
+    target_BCHW: Tensor
+
+    @property
+    def inputs(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The positional arguments of a UNet."""
+        return self.noisy_BCHW, self.t_B, self.text_BLE
+
+
+def draw_noisy(
+    batch: dict[str, Tensor],
+    schedule: NoiseSchedule,
+    empty_text_LE: Tensor,
+    caption_dropout: float,
+    generator: torch.Generator,
+) -> NoisyBatch:
+    """Uniform timesteps, Gaussian noise, and captions dropped with probability `caption_dropout` for guidance."""
+    x0_BCHW, text_BLE = batch["latents"], batch["text"]
+    draw = {"generator": generator, "device": x0_BCHW.device}
+    t_B = torch.randint(len(schedule), (len(x0_BCHW),), **draw)
+    noise_BCHW = torch.randn(x0_BCHW.shape, **draw)
+    dropped_B = torch.rand(len(x0_BCHW), **draw) < caption_dropout
+    text_BLE = torch.where(dropped_B[:, None, None], empty_text_LE, text_BLE)
+    noisy_BCHW = schedule.noisy(x0_BCHW, noise_BCHW, t_B)
+    return NoisyBatch(noisy_BCHW, t_B, text_BLE, schedule.target(x0_BCHW, noise_BCHW, t_B))

@@ -1,0 +1,137 @@
+"""From the command line to a job: configuration, accelerator, run directory, and one clear line for a mistake."""
+
+import difflib
+import logging
+import os
+import sys
+from pathlib import Path
+
+import diffusers
+import hydra
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+import engine.config  # noqa: F401  registers the schema
+from engine.config import Config
+from engine.run import Run
+from engine.tracking import Tracker
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+# A run may be continued with other values of these: they change how it is watched, not what comes out.
+WATCHING = ("debug", "threads", "tracker")
+MISTAKES = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException)
+log = logging.getLogger("slimstep")
+
+OmegaConf.register_new_resolver("here", lambda path: str(ROOT / path), replace=True)
+
+
+def main() -> None:
+    """Runs the experiment the command line names. Exit codes: 0, 1 for a mistake, or what the job returns."""
+    logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
+    log.setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    check_overrides(sys.argv[1:])
+    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(start)()
+
+
+def check_overrides(overrides: list[str]) -> None:
+    """Leaves with one line that names the first override that does not fit, and the choices there are."""
+    if any(word.startswith("-") for word in overrides):
+        return  # --help, --multirun, --cfg: Hydra's own commands
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        try:
+            hydra.compose("train", overrides)
+        except MISTAKES as error:
+            fail(explain(error, overrides) if int(os.environ.get("RANK", 0)) == 0 else "")
+
+
+def explain(error: Exception, overrides: list[str]) -> str:
+    """Hydra's message in one line; where an override names a key that is not there, the keys that are."""
+    for k, override in enumerate(overrides):
+        try:
+            hydra.compose("train", overrides[: k + 1])
+        except MISTAKES as culprit:
+            parent, _, leaf = override.partition("=")[0].lstrip("+~").rpartition(".")
+            before = hydra.compose("train", overrides[:k])
+            section = OmegaConf.select(before, parent) if parent else before
+            if override[0] not in "+~" and OmegaConf.is_dict(section) and leaf not in section and "/" not in leaf:
+                close = difflib.get_close_matches(leaf, map(str, section), n=1)
+                hint = f"did you mean {close[0]}? " if close else ""
+                where = parent or "the configuration"
+                return f"{override}: {where} has no key {leaf!r}; {hint}keys: {', '.join(section)}"
+            return f"{override}: {one_line(culprit)}"
+    return one_line(error)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def fail(message: str) -> None:
+    """Leaves with exit code 1; an empty message is for the ranks whose neighbour says the same."""
+    if message:
+        print(f"error: {message}", file=sys.stderr)
+    sys.exit(1)
+
+
+def start(config: DictConfig) -> None:
+    """Hydra's entry: opens the run directory, runs the job, and leaves with its exit code."""
+    if config.job is None:
+        return list_experiments()
+    try:
+        code = run_job(config)
+    except MISTAKES as error:
+        if config.debug:
+            raise
+        fail(f"{one_line(error)}  (debug=true shows where)")
+    finally:
+        AcceleratorState._reset_state(True)  # the next job of a multirun may want another precision
+        GradientState._reset_state()
+    if code:
+        sys.exit(code)
+
+
+def run_job(config: DictConfig) -> int:
+    config: Config = OmegaConf.merge(OmegaConf.structured(Config), config)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    path = run_path(config)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.mixed_precision,
+                              log_with=config.tracker.log_with, project_dir=str(path))  # fmt: skip
+    run = Run(path, accelerator, seed=config.seed)
+    resolved = OmegaConf.to_container(config, resolve=True)
+    run.keep_config(resolved, ignoring=WATCHING)
+    if config.tracker.log_with:
+        run.tracker = Tracker(accelerator, config.tracker, path, resolved)
+    with logging_redirect_tqdm():
+        code = hydra.utils.get_method(config.job)(config, run)
+    if run.tracker:
+        run.tracker.finish()
+    return code
+
+
+def run_path(config: DictConfig) -> Path:
+    """root/name; under a multirun root/name/<the overrides that set this job apart>."""
+    path = Path(config.root) / config.name
+    job = HydraConfig.get()
+    return path / job.job.override_dirname if job.mode == RunMode.MULTIRUN else path
+
+
+def list_experiments() -> None:
+    """What there is to run, with the line each experiment file opens with."""
+    print("Choose an experiment: accelerate launch train.py +experiment=NAME [key=value …]\n")
+    for path in sorted((CONFIGS / "experiment").glob("*.yaml")):
+        says = [line[2:] for line in path.read_text().splitlines() if line.startswith("# ") and "@package" not in line]
+        print(f"  {path.stem:<16} {says[0]}")

@@ -1,0 +1,101 @@
+"""A run is a directory, and what exists in it is not made again.
+
+The same command continues a killed run. Rank 0 decides what exists and tells the others, so that all take the same way.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from omegaconf import OmegaConf
+
+from data.files import whole_folder, write_json, write_text
+from engine.tracking import Tracker
+
+
+class Run:
+    """The directory of one run, its metrics log and its tracker, shared by all ranks."""
+
+    def __init__(self, path: str | Path, accelerator: Accelerator, tracker: Tracker | None = None, seed: int = 0):
+        self.path = Path(path)
+        self.accelerator = accelerator
+        self.tracker = tracker
+        self.seed = seed
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def agreed(self, value: Any) -> Any:
+        """Rank 0's value, on every rank."""
+        box = [value]
+        broadcast_object_list(box)
+        return box[0]
+
+    def keep_config(self, config: dict[str, Any], ignoring: Sequence[str]) -> None:
+        """Writes config.yaml once; ValueError where the directory was made by another configuration."""
+        path = self.path / "config.yaml"
+        if self.made("config.yaml"):
+            differing = differences(OmegaConf.to_container(OmegaConf.load(path)), config)
+            differing = {key: pair for key, pair in differing.items() if key.split(".")[0] not in ignoring}
+            if differing:
+                told = [f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differing.items()]
+                raise ValueError(
+                    f"{self.path} was made by another configuration ({'; '.join(told[:5])}); give this run another "
+                    f"name=, or remove it"
+                )
+        elif self.accelerator.is_main_process:
+            write_text(path, OmegaConf.to_yaml(config))
+        self.accelerator.wait_for_everyone()
+
+    def made(self, name: str) -> bool:
+        return self.agreed((self.path / name).exists())
+
+    def json(self, name: str, make: Callable[[], Any]) -> Any:
+        """The content of `name`; made by all ranks together, and written by rank 0, where it does not exist yet."""
+        if not self.made(name):
+            value = make()
+            if self.accelerator.is_main_process:
+                write_json(self.path / name, value)
+        self.accelerator.wait_for_everyone()
+        return self.load(name)
+
+    def load(self, name: str) -> Any:
+        """A JSON product of an earlier stage."""
+        return json.loads((self.path / name).read_text())
+
+    def folder(self, name: str, make: Callable[[Path], None]) -> Path:
+        """The folder `name`, filled by rank 0 alone where it does not exist yet."""
+        if not self.made(name) and self.accelerator.is_main_process:
+            with whole_folder(self.path / name) as aside:
+                make(aside)
+        self.accelerator.wait_for_everyone()
+        return self.path / name
+
+    def log(self, stage: str, step: int, metrics: dict[str, float], rates: dict[str, float] | None = None) -> None:
+        """Appends a line to metrics.jsonl; the tracker gets it too, and `rates`, which no two runs share, beside it."""
+        if not self.accelerator.is_main_process:
+            return
+        with open(self.path / "metrics.jsonl", "a") as file:
+            file.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
+        if self.tracker:
+            self.tracker.log(stage, step, {**metrics, **(rates or {})})
+
+    def rewind(self, stage: str, step: int) -> None:
+        """Forgets what `stage` logged after `step`: a continued run will log it again. A torn last line goes too."""
+        path = self.path / "metrics.jsonl"
+        if not self.accelerator.is_main_process or not path.exists():
+            return
+        whole_lines = path.read_text().rpartition("\n")[0].splitlines()
+        kept = [x for x in whole_lines if (line := json.loads(x))["stage"] != stage or line["step"] <= step]
+        write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
+    """{dotted key: (old, new)} of all leaves in which two nested dicts differ; None stands for a missing one."""
+    if not (isinstance(old, dict) and isinstance(new, dict)):
+        return {} if old == new else {prefix: (old, new)}
+    found = {}
+    for key in {**old, **new}:
+        found |= differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+    return found

@@ -1,0 +1,53 @@
+"""Weights & Biases and TensorBoard behind one small interface; metrics.jsonl does not depend on either."""
+
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from PIL import Image
+
+from engine.config import TrackerConfig
+
+TRACKERS = ("wandb", "tensorboard")
+
+
+class Tracker:
+    """Metrics, images and tables of a run, sent through accelerate's trackers on rank 0."""
+
+    def __init__(self, accelerator: Accelerator, config: TrackerConfig, run_path: Path, run_config: dict[str, Any]):
+        self.accelerator = accelerator
+        self.kind = config.log_with
+        name = run_path.name
+        wandb = {"dir": str(run_path), "name": name, "id": name, "mode": config.mode, "resume": "allow"}
+        hparams = run_config if self.kind == "wandb" else None  # TensorBoard takes flat scalars only
+        accelerator.init_trackers(config.project, hparams, {"wandb": wandb} if self.kind == "wandb" else {})
+
+    def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        # W&B wants one increasing step for a run; stages have their own, so each brings its axis along.
+        values = {f"{stage}/{key}": value for key, value in metrics.items()}
+        if self.kind == "wandb":
+            self.accelerator.log({**values, f"{stage}/step": step})
+        else:
+            self.accelerator.log(values, step=step)
+
+    def images(self, name: str, images: list[Image.Image], captions: list[str]) -> None:
+        if self.kind == "wandb":
+            import wandb
+
+            pictures = [wandb.Image(image, caption=caption) for image, caption in zip(images, captions, strict=True)]
+            self.accelerator.log({name: pictures})
+        elif self.accelerator.is_main_process:
+            import numpy as np
+
+            stack = np.stack([np.asarray(image) for image in images])
+            self.accelerator.get_tracker("tensorboard", unwrap=True).add_images(name, stack, dataformats="NHWC")
+
+    def table(self, name: str, columns: list[str], rows: list[list[Any]]) -> None:
+        if self.kind == "wandb":
+            self.accelerator.get_tracker("wandb").log_table(name, columns=columns, data=rows)
+        elif self.accelerator.is_main_process:
+            lines = [" | ".join(map(str, row)) for row in [columns, ["---"] * len(columns), *rows]]
+            self.accelerator.get_tracker("tensorboard", unwrap=True).add_text(name, "\n".join(lines))
+
+    def finish(self) -> None:
+        self.accelerator.end_training()

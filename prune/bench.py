@@ -1,0 +1,154 @@
+"""What the pruning job works with, made when first asked for: teacher, data, prompts, scorer, objectives."""
+
+import logging
+from functools import cached_property
+
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from data.cache import CachedPairs, cache_pairs
+from data.files import write_json
+from data.prompts import PromptSet, disjoint_prompts
+from engine.config import Config
+from engine.loop import Objective
+from engine.run import Run
+from eval.clip import ClipScorer
+from eval.judge import judge, write_pictures
+from eval.report import write_report
+from eval.sampling import Sampler
+from models.cost import count_gflops
+from models.pipeline import export_pipeline, with_unet
+from models.schedule import NoiseSchedule
+from models.unet import PrunableUNet2DConditionModel
+from prune.latency import LatencyConfig, compare_ms, latency_table
+from prune.scores import score_blocks
+
+log = logging.getLogger("slimstep")
+
+
+class Bench:
+    """Components of one run, from its configuration; a stage that is already made loads nothing."""
+
+    def __init__(self, config: Config, run: Run):
+        self.config, self.run, self.device = config, run, run.accelerator.device
+
+    @cached_property
+    def pipeline(self):
+        """The teacher pipeline, frozen, on the device; its UNet is prunable."""
+        pipeline = instantiate(self.config.model).to(self.device)
+        resolution = self.config.data.get("resolution")
+        if resolution:  # sampling follows the data, also where the model was made for another size
+            pipeline.unet.register_to_config(sample_size=resolution // pipeline.vae_scale_factor)
+        for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            network.requires_grad_(False).eval()
+        return pipeline
+
+    @property
+    def teacher(self) -> PrunableUNet2DConditionModel:
+        return self.pipeline.unet
+
+    @cached_property
+    def pairs(self) -> CachedPairs:
+        """Latents and text states of the training images, encoded once."""
+        cache = self.config.data.cache
+        pairs, accelerator = instantiate(self.config.data.pairs), self.run.accelerator
+        return cache_pairs(pairs, self.pipeline, cache.folder, batch_size=cache.batch_size, accelerator=accelerator)
+
+    @cached_property
+    def prompts(self) -> tuple[PromptSet, PromptSet]:
+        """The prompts blocks are ranked on, and others, that the outcome is judged on."""
+        prompts = instantiate(self.config.data.prompts)
+        return disjoint_prompts(prompts, self.config.scoring.prompts, self.config.eval.prompts)
+
+    @cached_property
+    def scorer(self) -> ClipScorer:
+        return instantiate(self.config.scorer, device=self.device)
+
+    def sampler(self, protocol) -> Sampler:
+        return Sampler(self.pipeline, protocol.steps, protocol.guidance_scale, protocol.seed)
+
+    def student(self) -> PrunableUNet2DConditionModel:
+        """A trainable copy of the teacher."""
+        bypass = self.config.search.bypass
+        bypass = OmegaConf.to_container(bypass) if OmegaConf.is_config(bypass) else bypass
+        return PrunableUNet2DConditionModel.from_unet(self.teacher, bypass=bypass).requires_grad_()
+
+    def objective(self, config) -> Objective:
+        """An objective of the loop from its `_target_`; each takes the schedule, the empty text and the teacher."""
+        schedule = NoiseSchedule.from_scheduler(self.pipeline.scheduler, self.device)
+        empty_text = self.pairs.empty_text.to(self.device)
+        make = instantiate(config, _partial_=True, _convert_="all")
+        return make(schedule=schedule, empty_text_LE=empty_text, teacher=self.teacher)
+
+    @property
+    def latency(self) -> LatencyConfig:
+        length = self.pipeline.tokenizer.model_max_length
+        return LatencyConfig(**{"text_length": length, "seed": self.config.seed, **self.config.latency})
+
+    def measure_latencies(self, unet: PrunableUNet2DConditionModel) -> dict:
+        """The latency table of `unet`, measured by rank 0 for all."""
+        table = latency_table(unet, self.latency, self.device) if self.run.accelerator.is_main_process else None
+        table = self.run.agreed(table)
+        error = table["additive_error"]
+        say = log.warning if error["median"] > 0.1 else log.info
+        say(
+            f"latency table ({table['method']}, {table['mode']}): {table['full_ms']:.2f} ms; sums of its entries miss "
+            f"the measured time by {error['median']:.1%} (median), {error['p95']:.1%} (95 %) on {error['n']} removals"
+        )
+        return table
+
+    def score(self, unet: PrunableUNet2DConditionModel) -> dict:
+        """The block scores of `unet` with their protocol."""
+        scoring, prompts = self.config.scoring, self.prompts[0]
+        sampler = self.sampler(scoring)
+        table = score_blocks(unet, sampler, self.scorer, prompts, scoring.batch_size, self.run.accelerator)
+        protocol = {**self.scorer.protocol, **sampler.protocol, "prompts_hash": prompts.hash, "n": len(prompts)}
+        record = table.record(protocol)
+        log.info(
+            f"CLIP {record['base']['clip']:.2f} ± {record['base']['se']:.2f}; two halves of the prompts rank the "
+            f"blocks alike with ρ = {record['rank_agreement_of_halves']:.2f}"
+        )
+        return record
+
+    def measure_ms(self, unet: PrunableUNet2DConditionModel, teacher_ms: float) -> float:
+        """The latency of `unet` on the teacher's clock: the ratio of the two, interleaved, times `teacher_ms`."""
+        return self.compare_ms({"teacher": self.teacher, "unet": unet}, teacher_ms)["unet"]
+
+    def compare_ms(self, unets: dict[str, PrunableUNet2DConditionModel], teacher_ms: float) -> dict[str, float]:
+        """Latencies on the teacher's clock, timed by rank 0 alone."""
+        main = self.run.accelerator.is_main_process
+        times = self.run.agreed(compare_ms(unets, self.latency, self.device) if main else None)
+        return {name: teacher_ms * ms / times["teacher"] for name, ms in times.items()}
+
+    def export(self, student: PrunableUNet2DConditionModel) -> None:
+        """The student as a diffusers folder; verdict.json, written last, says how it loads."""
+        folder = self.run.path / "export"
+        if not self.run.made("export/verdict.json") and self.run.accelerator.is_main_process:
+            verdict = export_pipeline(with_unet(self.pipeline, student), folder)
+            record = {"stock": verdict.is_stock, "obstacles": list(verdict.obstacles), "load": verdict.load}
+            write_json(folder / "verdict.json", record)
+            log.info(f"exported to {folder}: {verdict.load}")
+        self.run.accelerator.wait_for_everyone()
+
+    def evaluate(self, unets: dict[str, PrunableUNet2DConditionModel]) -> dict:
+        """Teacher, each round's UNet and the student on prompts that nothing was ranked on; pictures beside it."""
+        config, prompts = self.config.eval, self.prompts[1]
+
+        def make() -> dict:
+            sampler = self.sampler(config)
+            models, images = judge(unets, sampler, self.scorer, prompts, config.batch_size, self.run.accelerator)
+            self.run.folder("images", lambda folder: write_pictures(images, prompts, config.pictures, folder))
+            times = self.compare_ms(unets, self.run.load("round-00/decision.json")["teacher_ms"])
+            for model in models:
+                unet = unets[model["name"]]
+                model |= {"parameters": unet.num_parameters(), "gflops": count_gflops(unet), "ms": times[model["name"]]}
+            protocol = {**self.scorer.protocol, **sampler.protocol}
+            return {"prompts_hash": prompts.hash, "n": len(prompts), "protocol": protocol, "models": models}
+
+        return self.run.json("evaluation.json", make)
+
+    def report(self) -> None:
+        """report.html and its pictures; the table is printed, and the same goes to the tracker."""
+        if self.run.accelerator.is_main_process:
+            write_report(self.run.path)
+        self.run.accelerator.wait_for_everyone()

@@ -1,0 +1,133 @@
+"""Algorithm 1's decision (SnapFusion, section 3.1): which blocks to remove or copy, from scores and milliseconds.
+
+Rules where the paper is silent:
+- ΔCLIP ≤ 0 (removal does no harm): the block is free. Free blocks go first, the most milliseconds first.
+- Δlatency ≤ 0 (removal saves no time): the block is never removed for latency, nor copied to use room.
+- Ties: the earlier block in order of execution.
+- A block that holds, or lies within, one already chosen in this round waits for the next round's measurements.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+
+
+@dataclass(frozen=True)
+class BlockValue:
+    """What a block gives and costs: the CLIP score its removal loses, and the milliseconds it saves."""
+
+    site: str
+    delta_clip: float
+    se: float
+    saved_ms: float
+
+    @property
+    def clip_per_ms(self) -> float:
+        """ΔCLIP / Δlatency; +inf where removal saves nothing."""
+        return self.delta_clip / self.saved_ms if self.saved_ms > 0 else math.inf
+
+    @property
+    def removal_order(self) -> tuple[float, float]:
+        """Sorts the worst bargains first."""
+        free = self.delta_clip <= 0 and self.saved_ms > 0
+        return (0, -self.saved_ms) if free else (1, self.clip_per_ms)
+
+    @property
+    def reason(self) -> str:
+        if math.isnan(self.delta_clip):
+            return f"not scored; {self.saved_ms:.2f} ms"
+        if self.delta_clip <= 0:
+            return f"free: ΔCLIP {self.delta_clip:+.2f} ± {self.se:.2f}, saves {self.saved_ms:.2f} ms"
+        return f"{self.clip_per_ms:.2f} CLIP per ms: {self.delta_clip:+.2f} ± {self.se:.2f} for {self.saved_ms:.2f} ms"
+
+
+@dataclass(frozen=True)
+class Action:
+    """One change of the architecture and the latency predicted after it; nan where a block was not scored or timed."""
+
+    action: str
+    site: str
+    delta_clip: float
+    se: float
+    saved_ms: float
+    value: float
+    why: str
+    predicted_ms: float
+
+    def as_json(self) -> dict:
+        return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in asdict(self).items()}
+
+
+def nested(site: str, other: str) -> bool:
+    """Whether one of the two sites holds the other."""
+    return site.startswith(f"{other}.") or other.startswith(f"{site}.")
+
+
+def choose_removals(
+    values: Iterable[BlockValue], latency_ms: float, target_ms: float, at_most: int | None = None
+) -> list[Action]:
+    """The cheapest blocks, worst bargain first, until the predicted latency meets the target or `at_most` are taken."""
+    return take_in_order(sorted(values, key=lambda v: v.removal_order), latency_ms, target_ms, at_most)
+
+
+def take_in_order(
+    values: Iterable[BlockValue], latency_ms: float, target_ms: float, at_most: int | None = None
+) -> list[Action]:
+    """Removes blocks in the order given, those that save time, until the predicted latency meets the target."""
+    chosen: list[Action] = []
+    for value in values:
+        if latency_ms <= target_ms or len(chosen) == at_most:
+            break
+        if value.saved_ms <= 0 or any(nested(value.site, action.site) for action in chosen):
+            continue
+        chosen.append(removal(value, latency_ms))
+        latency_ms = chosen[-1].predicted_ms
+    return chosen
+
+
+def choose_copies(
+    values: Iterable[BlockValue],
+    latency_ms: float,
+    target_ms: float,
+    copyable: Iterable[str],
+    at_most: int = 1,
+) -> list[Action]:
+    """The most valuable blocks whose copies fit under the target, best first; blocks without value are never copied."""
+    copyable = set(copyable)
+    chosen: list[Action] = []
+    for value in sorted(values, key=lambda v: -v.clip_per_ms):
+        fits = value.saved_ms > 0 and latency_ms + value.saved_ms <= target_ms
+        if len(chosen) == at_most or value.delta_clip <= 0:
+            break
+        if fits and value.site in copyable and not any(nested(value.site, action.site) for action in chosen):
+            chosen.append(copy(value, latency_ms))
+            latency_ms = chosen[-1].predicted_ms
+    return chosen
+
+
+def removal(value: BlockValue, latency_ms: float) -> Action:
+    """Removing the block from a network of `latency_ms`."""
+    return _action("remove", value, latency_ms - value.saved_ms)
+
+
+def copy(value: BlockValue, latency_ms: float) -> Action:
+    """Running the block once more in a network of `latency_ms`."""
+    return _action("copy", value, latency_ms + value.saved_ms)
+
+
+def _action(name: str, value: BlockValue, predicted_ms: float) -> Action:
+    numbers = value.delta_clip, value.se, value.saved_ms, value.clip_per_ms
+    return Action(name, value.site, *numbers, value.reason, predicted_ms)
+
+
+def round_target_ms(latency_ms: float, target_ms: float, round_index: int, rounds: int) -> float:
+    """An equal share of the remaining excess for each remaining round; the target itself in the last."""
+    return latency_ms - (latency_ms - target_ms) / (rounds - round_index)
+
+
+def apply(depths: Mapping[str, int], actions: Iterable[Action]) -> dict[str, int]:
+    """The architecture table after the actions; entries of depth 1 are left out."""
+    table = dict(depths)
+    for action in actions:
+        table[action.site] = 0 if action.action == "remove" else table.get(action.site, 1) + 1
+    return {site: depth for site, depth in table.items() if depth != 1}

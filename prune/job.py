@@ -1,0 +1,103 @@
+"""The pruning job: Algorithm 1 of SnapFusion, from a teacher pipeline to a slim diffusers folder and its report."""
+
+import logging
+import math
+
+from hydra.utils import instantiate
+
+from engine.config import Config
+from engine.loop import train
+from engine.run import Run
+from models.unet import PrunableUNet2DConditionModel
+from prune.bench import Bench
+from prune.evolve import Action, BlockValue, apply
+from prune.search import Situation
+
+log = logging.getLogger("slimstep")
+TARGET_MISSED = 3
+
+
+def prune_unet(config: Config, run: Run) -> int:
+    """Runs or continues the job; returns the exit code: 0, or 3 where the latency target was not reached."""
+    bench = Bench(config, run)
+    unets = {"teacher": bench.teacher}
+    unet, decision = bench.student(), None
+    for r in range(config.search.rounds):
+        unet, decision = evolve(bench, unet, decision, r)
+        unets[f"round-{r:02d}"] = unet
+    recovery = bench.objective(config.recovery.objective)
+    student = train(unet.with_depths({}), recovery, bench.pairs, config.recovery.train, run, "recovery")
+    unets["student"] = student.requires_grad_(False)
+    bench.export(student)
+    bench.evaluate(unets)
+    bench.report()
+    if decision["target_ms"] and decision["measured_ms"] > decision["target_ms"]:
+        log.warning(
+            f"the latency target of {decision['target_ms']:.2f} ms was not reached: {decision['measured_ms']:.2f} ms "
+            f"is the best effort, exported to {run.path / 'export'}; raise search.target_fraction or search.target_ms"
+        )
+        return TARGET_MISSED
+    return 0
+
+
+def evolve(
+    bench: Bench, unet: PrunableUNet2DConditionModel, previous: dict | None, r: int
+) -> tuple[PrunableUNet2DConditionModel, dict]:
+    """One round: robust training, block scores, latency table, decision, surgery."""
+    config, run, stage = bench.config, bench.run, f"round-{r:02d}"
+    search = instantiate(config.search.method)
+    unet = train(unet, bench.objective(config.objective), bench.pairs, config.train, run, stage)
+    table = run.json(f"{stage}/latency.json", lambda: bench.measure_latencies(unet))
+    scores = run.json(f"{stage}/scores.json", lambda: bench.score(unet)) if search.needs_scores else None
+    decision = run.json(f"{stage}/decision.json", lambda: decide(bench, search, unet, table, scores, previous, r))
+    tell(stage, decision)
+    return unet.with_depths(decision["after"], copy_init=config.search.copy_init), decision
+
+
+def decide(bench, search, unet, table: dict, scores: dict | None, previous: dict | None, r: int) -> dict:
+    """A round's actions as JSON. The last round goes on until the *measured* latency meets the target."""
+    config = bench.config.search
+    teacher_ms = previous["teacher_ms"] if previous else table["full_ms"]
+    latency_ms = previous["measured_ms"] if previous else table["full_ms"]
+    target_ms = config.target_ms or (config.target_fraction and config.target_fraction * teacher_ms)
+    values = block_values(table, scores, scale=latency_ms / table["full_ms"])
+    situation = Situation(values, latency_ms, target_ms or math.inf, unet.copyable_sites, r, config.rounds)
+    actions: list[Action] = []
+    after, measured_ms = unet.depths, latency_ms
+    while more := search(situation):
+        actions += more
+        after = apply(unet.depths, actions)
+        measured_ms = bench.measure_ms(unet.with_depths(after), teacher_ms)
+        if r < config.rounds - 1 or measured_ms <= situation.target_ms:
+            break
+        situation = situation.after(more, measured_ms)
+    return {
+        "before": unet.depths,
+        "after": after,
+        "actions": [action.as_json() for action in actions],
+        "not_copyable": [site for site in unet.kept_sites if site not in unet.copyable_sites],
+        "teacher_ms": teacher_ms,
+        "target_ms": target_ms,
+        "predicted_ms": actions[-1].predicted_ms if actions else latency_ms,
+        "measured_ms": measured_ms,
+    }
+
+
+def block_values(table: dict, scores: dict | None, scale: float) -> tuple[BlockValue, ...]:
+    """Scores and milliseconds side by side; `scale` carries the table over to the teacher's clock."""
+    unknown = {"delta_clip": math.nan, "se": math.nan}
+    return tuple(
+        BlockValue(site, score["delta_clip"], score["se"], entry["ms"] * scale)
+        for site, entry in table["sites"].items()
+        for score in [scores["sites"][site] if scores else unknown]
+    )
+
+
+def tell(stage: str, decision: dict) -> None:
+    """The round as a story: what was done to which block, and why; the latency predicted, then measured."""
+    for action in decision["actions"]:
+        verb = {"remove": "removes", "copy": "copies"}[action["action"]]
+        log.info(f"{stage} {verb} {action['site']:<32} {action['why']} → predicted {action['predicted_ms']:.2f} ms")
+    share = decision["measured_ms"] / decision["teacher_ms"]
+    target = f"target {decision['target_ms']:.2f} ms" if decision["target_ms"] else "no target"
+    log.info(f"{stage} measured {decision['measured_ms']:.2f} ms, {share:.1%} of the teacher's ({target})")

@@ -1,0 +1,69 @@
+"""Robust training (SnapFusion, section 3.1, eq. 5): the UNet learns to live without any of its blocks.
+
+Axes: B batch, N sites, C channels, H and W latent size, L text tokens, E text width.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+
+from engine.denoising import draw_noisy
+from engine.loop import Batch, Metrics
+from models.schedule import NoiseSchedule
+
+RAMPS = ("constant", "depth", "time")
+
+
+class RobustTraining:
+    """The denoising loss of a UNet in which every block is skipped at random, per sample and independently.
+
+    `skip_prob` gives the probability per kind of block. `ramp` says how it is spread: `constant`; `depth`, rising
+    linearly from zero at the first site to the full value at the last (in order of execution); `time`, rising linearly
+    over the training. The paper publishes none of these. With a `teacher_weight` w above zero the loss is the mixture
+    (1 − w)·‖pred − target‖² + w·‖pred − teacher's pred‖²; the teacher runs with all its blocks.
+
+    Raises ValueError for a probability outside [0, 1), an unknown kind or an unknown ramp.
+    """
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        empty_text_LE: Tensor,
+        teacher: nn.Module,
+        skip_prob: Mapping[str, float],
+        ramp: str = "constant",
+        caption_dropout: float = 0.1,
+        teacher_weight: float = 0.0,
+    ):
+        if set(skip_prob) != {"resnet", "attention"} or not all(0 <= p < 1 for p in skip_prob.values()):
+            raise ValueError(f"objective.skip_prob={dict(skip_prob)} must give resnet and attention a value in [0, 1)")
+        if ramp not in RAMPS:
+            raise ValueError(f"objective.ramp={ramp!r} is unknown; choose from {RAMPS}")
+        self.schedule, self.empty_text_LE, self.skip_prob, self.ramp = schedule, empty_text_LE, skip_prob, ramp
+        self.caption_dropout, self.teacher, self.teacher_weight = caption_dropout, teacher, teacher_weight
+
+    def skip_probs(self, kinds: list[str], progress: float) -> Tensor:
+        """Shape [N]: each site's probability of being skipped at this point of the training."""
+        full_N = torch.tensor([self.skip_prob[kind] for kind in kinds])
+        if self.ramp == "depth":
+            return full_N * torch.linspace(0, 1, len(kinds))
+        return full_N * progress if self.ramp == "time" else full_N
+
+    def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+        noisy = draw_noisy(batch, self.schedule, self.empty_text_LE, self.caption_dropout, generator)
+        bare = extract_model_from_parallel(unet, keep_torch_compile=False)
+        kinds = [bare.kinds[site] for site in bare.kept_sites]
+        probs_N = self.skip_probs(kinds, batch["progress"]).to(noisy.t_B.device)
+        uniform_BN = torch.rand((len(noisy.t_B), len(kinds)), generator=generator, device=noisy.t_B.device)
+        pred_BCHW = unet(*noisy.inputs, gates=uniform_BN >= probs_N, return_dict=False)[0].float()
+        loss = nn.functional.mse_loss(pred_BCHW, noisy.target_BCHW)
+        metrics = {"denoising": loss}
+        if self.teacher_weight:
+            with torch.no_grad():
+                taught_BCHW = self.teacher(*noisy.inputs, return_dict=False)[0].float()
+            metrics["to_teacher"] = nn.functional.mse_loss(pred_BCHW, taught_BCHW)
+            loss = torch.lerp(loss, metrics["to_teacher"], self.teacher_weight)
+        return loss, metrics
+

@@ -1,0 +1,75 @@
+"""Block scores: the CLIP score lost when one block is skipped, paired by prompt and noise (SnapFusion, section 3.1).
+
+Different ablations share a batch through per-sample gates; the base is sampled once. An item's number says which prompt
+and which block it is, and batches are cut by item number, so any number of processes gives the same scores.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from data.prompts import PromptSet
+from engine.parallel import map_batches
+from eval.clip import ClipScorer, psnr
+from eval.compare import mean_and_error, split_half_agreement
+from eval.judge import clip_scores
+from eval.sampling import Sampler
+from models.unet import PrunableUNet2DConditionModel
+
+
+@dataclass(frozen=True)
+class ScoreTable:
+    """Paired losses of `sites` on the prompts: `loss_NP[n, p]` is base CLIP − CLIP without block n, for prompt p."""
+
+    sites: tuple[str, ...]
+    base_P: Tensor
+    loss_NP: Tensor
+    psnr_NP: Tensor
+
+    def record(self, protocol: dict) -> dict:
+        """The table as JSON: per block the mean paired loss, its standard error, and the images' PSNR to the base's."""
+        base = mean_and_error(self.base_P.tolist())
+        blocks = zip(self.sites, self.loss_NP, self.psnr_NP, strict=True)
+        return {
+            "protocol": protocol,
+            "base": {"clip": base.mean, "se": base.se},
+            "rank_agreement_of_halves": split_half_agreement(self.loss_NP.tolist()),
+            "sites": {site: block_record(loss_P.tolist(), psnr_P.mean().item()) for site, loss_P, psnr_P in blocks},
+        }
+
+
+def block_record(loss_P: list[float], mean_psnr: float) -> dict:
+    loss = mean_and_error(loss_P)
+    return {"delta_clip": loss.mean, "se": loss.se, "n": loss.n, "psnr": mean_psnr, "per_prompt": loss_P}
+
+
+def score_blocks(
+    unet: PrunableUNet2DConditionModel,
+    sampler: Sampler,
+    scorer: ClipScorer,
+    prompts: PromptSet,
+    batch_size: int,
+    accelerator: Accelerator,
+) -> ScoreTable:
+    """Every removal on every prompt: (1 + sites) · prompts images. `batch_size` counts images."""
+    texts, features = prompts.prompts, scorer.text(prompts.prompts)
+    sites = tuple(unet.kept_sites)
+    draw = partial(sampler.images, unet, texts)
+    base = map_batches(draw, len(texts), batch_size, accelerator, "base")
+
+    def ablate(items: list[int]) -> Tensor:
+        """Shape [items, 2]: CLIP score without the block, and PSNR to the base image."""
+        blocks, indices = zip(*(divmod(item, len(texts)) for item in items), strict=True)
+        gates_BN = torch.ones(len(items), len(sites), dtype=torch.bool)
+        gates_BN[torch.arange(len(items)), list(blocks)] = False
+        images = sampler.images(unet, texts, indices, gates=gates_BN.to(unet.device)).cpu()
+        rows = list(indices)
+        return torch.stack([scorer.score(images, features[rows]), psnr(images, base[rows])], dim=1)
+
+    base_P = clip_scores(base, features, scorer, batch_size, accelerator, "base CLIP")
+    values = map_batches(ablate, len(sites) * len(texts), batch_size, accelerator, "block scores")
+    clip_NP, psnr_NP = values.reshape(len(sites), len(texts), 2).unbind(-1)
+    return ScoreTable(sites, base_P, base_P - clip_NP, psnr_NP)

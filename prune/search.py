@@ -1,0 +1,123 @@
+"""Ways to choose an architecture round by round: SnapFusion's value, a given order, chance, or a hand-picked table.
+
+A search is a callable `(situation) -> list[Action]`; `needs_scores` says whether the blocks have to be scored for it.
+"""
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+
+from data.seeding import generator
+from prune.evolve import (
+    Action,
+    BlockValue,
+    choose_copies,
+    choose_removals,
+    copy,
+    removal,
+    round_target_ms,
+    take_in_order,
+)
+
+
+@dataclass(frozen=True)
+class Situation:
+    """What a search knows when a round has to be decided; `values` are in order of execution."""
+
+    values: tuple[BlockValue, ...]
+    latency_ms: float
+    target_ms: float
+    copyable: tuple[str, ...]
+    round_index: int
+    rounds: int
+
+    @property
+    def goal_ms(self) -> float:
+        """This round's share of the way to the target."""
+        return round_target_ms(self.latency_ms, self.target_ms, self.round_index, self.rounds)
+
+    def after(self, actions: Sequence[Action], measured_ms: float) -> "Situation":
+        """The same round once `actions` are taken and the result has been measured."""
+        gone = {action.site for action in actions}
+        left = tuple(value for value in self.values if value.site not in gone)
+        return replace(self, values=left, latency_ms=measured_ms, round_index=self.rounds - 1)
+
+
+class SnapFusionSearch:
+    """Algorithm 1: over the target remove the smallest ΔCLIP/Δlatency, with room to spare copy the largest.
+
+    `group_size` is the number of actions per round; null lets every round take an equal share of the excess.
+    """
+
+    needs_scores = True
+
+    def __init__(self, group_size: int | None = None):
+        self.group_size = group_size
+
+    def __call__(self, situation: Situation) -> list[Action]:
+        now = situation.latency_ms, situation.target_ms
+        if situation.latency_ms <= situation.target_ms:
+            return choose_copies(situation.values, *now, situation.copyable, self.group_size or 1)
+        last = situation.round_index == situation.rounds - 1
+        if self.group_size and not last:
+            return choose_removals(situation.values, *now, self.group_size)
+        return choose_removals(situation.values, situation.latency_ms, situation.goal_ms)
+
+
+class InOrder:
+    """Removes `sites` in the order given until the target is met: a hand-picked rule cut to any latency."""
+
+    needs_scores = False
+
+    def __init__(self, sites: Sequence[str]):
+        self.sites = list(sites)
+
+    def __call__(self, situation: Situation) -> list[Action]:
+        values = {value.site: value for value in situation.values}
+        ordered = [values[site] for site in self.sites if site in values]
+        return take_in_order(ordered, situation.latency_ms, situation.goal_ms)
+
+
+class RandomRemoval:
+    """Removes blocks in a random order, drawn from `seed`, until the target is met: the baseline of every ranking."""
+
+    needs_scores = False
+
+    def __init__(self, seed: int = 0):
+        self.seed = seed
+
+    def __call__(self, situation: Situation) -> list[Action]:
+        draw = generator("random removal", self.seed, situation.round_index)
+        order = torch.randperm(len(situation.values), generator=draw).tolist()
+        return take_in_order([situation.values[i] for i in order], situation.latency_ms, situation.goal_ms)
+
+
+class Manual:
+    """An architecture given by hand: `remove` lists sites, `depths` is a table {site: depth}, or a JSON file of one.
+
+    The latency target is not looked at. Raises FileNotFoundError where `depths` names a file that does not exist.
+    """
+
+    needs_scores = False
+
+    def __init__(self, remove: Sequence[str] = (), depths: Mapping[str, int] | str | None = None):
+        if isinstance(depths, str):
+            if not Path(depths).is_file():
+                raise FileNotFoundError(f"search.depths={depths!r} does not exist; give a JSON file {{site: depth}}")
+            record = json.loads(Path(depths).read_text())
+            depths = record.get("after", record)  # a decision.json serves as well
+        self.depths = {**dict(depths or {}), **dict.fromkeys(remove, 0)}
+
+    def __call__(self, situation: Situation) -> list[Action]:
+        known = {value.site: value for value in situation.values}
+        actions, latency_ms = [], situation.latency_ms
+        for site, depth in self.depths.items():
+            value = known.get(site, BlockValue(site, math.nan, math.nan, math.nan))
+            for _ in range(abs(depth - 1)):
+                actions.append(removal(value, latency_ms) if depth == 0 else copy(value, latency_ms))
+                latency_ms = actions[-1].predicted_ms
+        return actions

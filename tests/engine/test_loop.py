@@ -1,0 +1,124 @@
+"""The training loop: what a kill, accumulation or a second process may not change."""
+
+import json
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from engine.config import TrainConfig
+from engine.loop import StepBatches, learning_rate_at, train
+from engine.run import Run
+
+
+class Points(torch.utils.data.Dataset):
+    """37 points: not a multiple of any batch size, so epochs end inside batches."""
+
+    def __len__(self):
+        return 37
+
+    def __getitem__(self, index):
+        return {"x": torch.full((3,), index / 37)}
+
+
+class Killed(Exception):
+    pass
+
+
+def denoise(model, batch, generator):
+    noise = torch.randn(batch["x"].shape, generator=generator)
+    return (model(batch["x"] + noise) - batch["x"]).square().mean(), {"noise": noise.mean()}
+
+
+def run_once(path, config, objective=denoise):
+    accelerator = Accelerator(cpu=True)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    try:
+        return train(model, objective, Points(), config, Run(path, accelerator, seed=3), "stage")
+    finally:
+        accelerator.free_memory()
+        accelerator._custom_objects.clear()
+
+
+def killed_at(call):
+    """An objective that dies at its n-th call."""
+    calls = iter(range(1, 10_000))
+
+    def objective(*args):
+        if next(calls) == call:
+            raise Killed
+        return denoise(*args)
+
+    return objective
+
+
+CONFIG = TrainConfig(steps=30, batch_size=4, checkpoint_every=7, log_every=5, warmup_steps=2, learning_rate=1e-2)
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, accumulation, workers):
+    config = TrainConfig(**{**vars(CONFIG), "accumulation": accumulation, "workers": workers})
+    quiet = run_once(tmp_path / "quiet", config)
+    for call in (3, 20, 12):
+        with pytest.raises(Killed):
+            run_once(tmp_path / "killed", config, killed_at(call * accumulation))
+    continued = run_once(tmp_path / "killed", config)
+    for ours, theirs in zip(quiet.parameters(), continued.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
+    assert (tmp_path / "quiet/metrics.jsonl").read_text() == (tmp_path / "killed/metrics.jsonl").read_text()
+
+
+def test_a_finished_stage_is_loaded_and_not_trained_again(tmp_path):
+    first = run_once(tmp_path, CONFIG)
+    second = run_once(tmp_path, CONFIG, killed_at(1))
+    assert all(torch.equal(a, b) for a, b in zip(first.parameters(), second.parameters(), strict=True))
+
+
+def test_two_processes_take_what_one_takes_with_twice_the_accumulation():
+    one = StepBatches(37, TrainConfig(steps=6, batch_size=4, accumulation=2), seed=1, first_step=0, rank=0, world=1)
+    two = [StepBatches(37, TrainConfig(steps=6, batch_size=4), 1, 0, rank, 2) for rank in range(2)]
+    assert list(one) == [batch for pair in zip(*two, strict=True) for batch in pair]
+
+
+def test_an_epoch_shows_every_sample_once():
+    batches = StepBatches(37, TrainConfig(steps=37, batch_size=4), seed=1, first_step=0, rank=0, world=1)
+    stream = [index for batch in batches for index in batch]
+    assert sorted(stream[:37]) == sorted(stream[37:74]) == list(range(37))
+    assert stream[:37] != stream[37:74]
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
+    with pytest.raises(Killed):
+        run_once(tmp_path, CONFIG, killed_at(29))
+    assert sorted(p.name for p in (tmp_path / "stage/checkpoints").iterdir()) == ["step-00000021", "step-00000028"]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    calls = iter(range(1, 10_000))
+
+    def diverging(model, batch, generator):
+        loss, metrics = denoise(model, batch, generator)
+        return loss * (float("nan") if next(calls) > 10 else 1), metrics
+
+    with pytest.raises(FloatingPointError, match=r"nan at step 14.*learning_rate.*checkpoints"):
+        run_once(tmp_path, CONFIG, diverging)
+    assert [p.name for p in (tmp_path / "stage/checkpoints").iterdir()] == ["step-00000007"]
+
+
+def test_a_checkpoint_of_other_processes_is_refused(tmp_path):
+    with pytest.raises(Killed):
+        run_once(tmp_path, CONFIG, killed_at(10))
+    (made_by,) = tmp_path.glob("stage/checkpoints/step-*/made_by.json")
+    made_by.write_text(json.dumps({"processes": 3}))
+    with pytest.raises(ValueError, match=r"made by 3 process.*this is 1"):
+        run_once(tmp_path, CONFIG)
+
+
+def test_the_learning_rate_warms_up_and_follows_a_cosine_to_zero():
+    config = TrainConfig(steps=100, warmup_steps=10, learning_rate=1.0)
+    assert learning_rate_at(0, config) == pytest.approx(0.1)
+    assert learning_rate_at(50, config) == pytest.approx(0.5)
+    assert learning_rate_at(100, config) == pytest.approx(0.0)

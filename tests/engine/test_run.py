@@ -1,0 +1,47 @@
+"""A run directory: what exists is not made again, and half a file is no file."""
+
+import json
+
+import pytest
+from accelerate import Accelerator
+
+from data.files import whole_folder
+from engine.run import Run, differences
+
+
+@pytest.fixture
+def run(tmp_path):
+    return Run(tmp_path / "run", Accelerator(cpu=True))
+
+
+def test_what_exists_is_not_made_again(run):
+    assert run.json("table.json", lambda: {"ms": 1}) == {"ms": 1}
+    assert run.json("table.json", lambda: pytest.fail("made twice")) == {"ms": 1}
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(RuntimeError), whole_folder(tmp_path / "export") as aside:
+        (aside / "half").write_text("")
+        raise RuntimeError
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_rewinding_forgets_later_steps_of_one_stage_and_a_torn_line(run):
+    for stage, step in (("a", 1), ("b", 1), ("b", 2)):
+        run.log(stage, step, {"loss": 0.5})
+    with open(run.path / "metrics.jsonl", "a") as file:
+        file.write('{"stage": "b", "st')
+    run.rewind("b", 1)
+    lines = [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in lines] == [("a", 1), ("b", 1)]
+
+
+def test_a_directory_made_by_another_configuration_is_refused_by_name_and_values(run):
+    run.keep_config({"seed": 0, "train": {"steps": 10}, "debug": False}, ignoring=("debug",))
+    run.keep_config({"seed": 0, "train": {"steps": 10}, "debug": True}, ignoring=("debug",))
+    with pytest.raises(ValueError, match=r"train.steps: 10 there, 20 now.*name="):
+        run.keep_config({"seed": 0, "train": {"steps": 20}, "debug": False}, ignoring=("debug",))
+
+
+def test_differences_name_leaves_by_their_dotted_keys():
+    assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == {"a.c": (2, 3), "d": (None, 4)}

@@ -1,0 +1,101 @@
+"""Algorithm 1's decisions on hand-made values."""
+
+import math
+
+import pytest
+
+from prune.evolve import BlockValue, apply, choose_copies, choose_removals, round_target_ms
+from prune.search import InOrder, Manual, RandomRemoval, Situation, SnapFusionSearch
+
+
+def value(site, delta_clip, saved_ms):
+    return BlockValue(site, delta_clip, se=0.1, saved_ms=saved_ms)
+
+
+VALUES = (value("a", 4.0, 2.0), value("b", 1.0, 2.0), value("c", 3.0, 1.0), value("d", 0.2, 1.0))
+
+
+def situation(latency_ms=10.0, target_ms=8.0, round_index=0, rounds=1, values=VALUES, copyable=("a", "b", "c")):
+    return Situation(values, latency_ms, target_ms, copyable, round_index, rounds)
+
+
+def sites(actions):
+    return [action.site for action in actions]
+
+
+def test_the_worst_bargains_go_first_until_the_target_is_met():
+    actions = choose_removals(VALUES, latency_ms=10, target_ms=7.5)
+    assert sites(actions) == ["d", "b"]
+    assert actions[-1].predicted_ms == pytest.approx(7.0)
+
+
+def test_blocks_whose_removal_does_no_harm_go_first_the_slowest_of_them_before_the_others():
+    free = (value("x", -0.1, 0.5), value("y", -3.0, 0.2), value("z", 0.0, 0.9))
+    assert sites(choose_removals((*VALUES, *free), latency_ms=10, target_ms=0)) == ["z", "x", "y", "d", "b", "a", "c"]
+
+
+def test_a_block_that_saves_no_time_is_never_removed():
+    assert choose_removals([value("a", 0.0, 0.0), value("b", -1.0, -0.2)], latency_ms=10, target_ms=5) == []
+
+
+def test_ties_go_to_the_earlier_block():
+    assert sites(choose_removals([value("b", 1, 1), value("a", 1, 1)], latency_ms=10, target_ms=9)) == ["b"]
+
+
+def test_a_transformer_and_its_layer_do_not_go_in_one_round():
+    layers = [value("up.attentions.0.transformer_blocks.1", 0.1, 1.0), value("up.attentions.0", 0.3, 2.0)]
+    assert sites(choose_removals([*layers, value("up.attentions.01", 9, 1)], latency_ms=10, target_ms=0)) == [
+        "up.attentions.0.transformer_blocks.1", "up.attentions.01"]  # fmt: skip
+
+
+def test_the_most_valuable_block_that_fits_is_copied():
+    assert sites(choose_copies(VALUES, latency_ms=6.5, target_ms=8, copyable=("a", "b", "c"))) == ["c"]
+    assert sites(choose_copies(VALUES, latency_ms=7.5, target_ms=8, copyable=("a", "b", "c"))) == []
+    assert sites(choose_copies(VALUES, latency_ms=4, target_ms=8, copyable=("a",), at_most=3)) == ["a"]
+    assert sites(choose_copies([value("a", -1.0, 1.0)], latency_ms=4, target_ms=8, copyable=("a",))) == []
+
+
+def test_rounds_share_the_excess_and_the_last_one_meets_the_target():
+    assert round_target_ms(10, 4, round_index=0, rounds=3) == pytest.approx(8)
+    assert round_target_ms(8, 4, round_index=1, rounds=3) == pytest.approx(6)
+    assert round_target_ms(7, 4, round_index=2, rounds=3) == 4
+
+
+def test_algorithm_1_removes_over_the_target_and_copies_under_it():
+    search = SnapFusionSearch()
+    assert {action.action for action in search(situation(latency_ms=10))} == {"remove"}
+    assert {action.action for action in search(situation(latency_ms=5))} == {"copy"}
+
+
+def test_a_group_is_at_most_as_large_as_asked_except_in_the_last_round():
+    search = SnapFusionSearch(group_size=1)
+    assert sites(search(situation(target_ms=6, rounds=2))) == ["d"]
+    assert sites(search(situation(target_ms=6, rounds=2, round_index=1))) == ["d", "b", "a"]
+
+
+def test_a_random_removal_depends_on_its_seed_alone_and_meets_the_target():
+    first, again = RandomRemoval(seed=1)(situation()), RandomRemoval(seed=1)(situation())
+    assert first == again and first[-1].predicted_ms <= 8
+    assert len({tuple(sites(RandomRemoval(seed)(situation()))) for seed in range(20)}) > 1
+
+
+def test_a_given_order_is_cut_where_the_target_is_met():
+    assert sites(InOrder(["c", "a", "b"])(situation())) == ["c", "a"]
+
+
+def test_a_table_by_hand_is_taken_whole_and_says_what_is_unknown():
+    actions = Manual(remove=["a"], depths={"c": 3, "level": 0})(situation())
+    assert apply({}, actions) == {"a": 0, "c": 3, "level": 0}
+    unknown = next(action for action in actions if action.site == "level")
+    assert math.isnan(unknown.saved_ms) and unknown.as_json()["saved_ms"] is None
+
+
+def test_a_missing_depths_file_is_named():
+    with pytest.raises(FileNotFoundError, match="nowhere.json"):
+        Manual(depths="nowhere.json")
+
+
+def test_undoing_a_removal_gives_the_table_back():
+    actions = choose_removals(VALUES, 10, 8.5)
+    assert apply({}, actions) == {"d": 0, "b": 0}
+    assert apply({"c": 2}, choose_copies(VALUES, 4, 8, ("c",))) == {"c": 3}
