@@ -1,0 +1,110 @@
+"""What the frozen half of a pipeline (VAE, tokenizer, text encoder) makes of images and captions; what it hashes to.
+
+Axes: B batch, C channels, H and W image (h and w latent) height and width, L tokens, E text width.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+# Written by the libraries into every config; they do not change what a model computes.
+CONFIG_NOISE = ("transformers_version", "dtype", "torch_dtype", "architectures")
+
+
+def encode_images(pipeline, images_BCHW: Tensor, device: torch.device) -> dict[str, Tensor]:
+    """What is kept of images uint8 [B, 3, H, W]: latents [B, C, h, w] = (posterior mean - shift) · scaling.
+
+    Raises ValueError where VAE and UNet cannot take the size, or the latents are not finite.
+    """
+    vae = pipeline.vae
+    check_size(pipeline, *images_BCHW.shape[-2:])
+    x_BCHW = images_BCHW.to(device, vae.dtype) / 127.5 - 1
+    mean_BChw = vae.encode(x_BCHW).latent_dist.mode()
+    return finite({"latents": (mean_BChw - (vae.config.shift_factor or 0)) * vae.config.scaling_factor}, vae)
+
+
+def encode_captions(pipeline, captions: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+    """What is kept of captions: text states [B, L, E] from the pipeline's own `encode_prompt`, cut where it cuts."""
+    text_BLE = pipeline.encode_prompt(list(captions), device, 1, do_classifier_free_guidance=False)[0]
+    return finite({"text": text_BLE}, pipeline.text_encoder)
+
+
+def encode_nothing(pipeline, device: torch.device) -> dict[str, Tensor]:
+    """What guidance steers away from, [1, L, E]: `encode_prompt`'s answer when no negative prompt is given."""
+    text_1LE = pipeline.encode_prompt("", device, 1, do_classifier_free_guidance=True)[1]
+    return finite({"text": text_1LE}, pipeline.text_encoder)
+
+
+def is_truncated(tokenizer, caption: str) -> bool:
+    """Whether the caption has more tokens than the text encoder takes, start and end token included."""
+    return len(tokenizer(caption, verbose=False).input_ids) > tokenizer.model_max_length
+
+
+def check_size(pipeline, height: int, width: int) -> None:
+    """Sides must survive every halving by the VAE and the UNet."""
+    vae_factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    unet_factor = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
+    step = vae_factor * unet_factor
+    if height % step or width % step:
+        floors = {side // step * step for side in (height, width)}
+        nearest = sorted({max(step, floor + more) for floor in floors for more in (0, step)})
+        raise ValueError(
+            f"images of {width}x{height} px do not fit this pipeline: its VAE shrinks by {vae_factor} and its UNet by "
+            f"another {unet_factor}, so sides must be multiples of {step}; nearest: {', '.join(map(str, nearest))}"
+        )
+
+
+def finite(encoded: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+    """`encoded` itself, or a ValueError: half-precision encoders overflow on some inputs."""
+    for name, tensor in encoded.items():
+        if not tensor.isfinite().all():
+            dtype = str(next(module.parameters()).dtype).removeprefix("torch.")
+            raise ValueError(
+                f"{type(module).__name__} in {dtype} made {name} that are not finite; load it in float32, "
+                "and if it is already, its weights are damaged"
+            )
+    return encoded
+
+
+@contextmanager
+def at_work(pipeline, device: torch.device) -> Iterator[None]:
+    """VAE and text encoder on `device`, in eval mode, without gradients; where and as they were afterwards."""
+    modules = (pipeline.vae, pipeline.text_encoder)
+    before = [(module, next(module.parameters()).device, module.training) for module in modules]
+    # These two warn of truncated captions one by one; the cache counts them.
+    sources = (type(pipeline).encode_prompt.__module__, "transformers.tokenization_utils_base")
+    levels = {logger: logger.level for logger in map(logging.getLogger, sources)}
+    try:
+        for logger in levels:
+            logger.setLevel(logging.ERROR)
+        for module in modules:
+            module.to(device).eval()
+        with torch.no_grad():
+            yield
+    finally:
+        for logger, level in levels.items():
+            logger.setLevel(level)
+        for module, home, training in before:
+            module.to(home).train(training)
+
+
+def module_hash(module: nn.Module) -> str:
+    """SHA-256 over the class, the configuration and every weight of a model."""
+    config = module.config if isinstance(module.config, dict) else module.config.to_dict()
+    kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in CONFIG_NOISE}
+    sha = hashlib.sha256(json.dumps([type(module).__name__, kept], sort_keys=True, default=str).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return sha.hexdigest()
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """SHA-256 over the class, the vocabulary and the length of a tokenizer."""
+    parts = [type(tokenizer).__name__, tokenizer.model_max_length, sorted(tokenizer.get_vocab().items())]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

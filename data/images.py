@@ -1,0 +1,212 @@
+"""Anybody's images with captions: a folder of them, or any data set that Hugging Face `datasets` reads.
+
+Images are decoded when asked for. One that cannot be read raises BrokenImageError, naming it; `data/cache.py` counts
+those and skips them, up to `allowed_broken`.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+from torch import Tensor
+
+from data.folder import read_folder
+from data.pixels import BrokenImageError, check_framing, cut_square, decode_rgb
+from data.tables import caption_column as find_caption_column
+from data.tables import caption_text
+
+__all__ = ["BrokenImageError", "HubPairs", "ImageFolderPairs"]
+
+SPLITS = ("train", "heldout", "all")
+
+
+class CaptionedImages:
+    """What both sources share; item i: {"image": uint8 [3, resolution, resolution], "caption": str}."""
+
+    def __init__(self, resolution: int, crop: str, max_broken: float) -> None:
+        check_framing(resolution, crop)
+        self.resolution, self.crop, self.max_broken = resolution, crop, max_broken
+
+    @property
+    def allowed_broken(self) -> int:
+        """How many images may turn out unreadable: `max_broken` itself, or that fraction if it is below 1."""
+        return int(self.max_broken * len(self)) if self.max_broken < 1 else int(self.max_broken)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | str]:
+        source, name = self.source(index)
+        image = cut_square(decode_rgb(source, name), self.resolution, self.crop, name)
+        return {"image": image, "caption": self.caption(index)}
+
+
+class ImageFolderPairs(CaptionedImages):
+    """The images under `root`, captioned by metadata files or .txt files as `data/folder.py` tells.
+
+    `split` "heldout" holds the images whose path under `root` hashes into `heldout_fraction`, "train" the others, "all"
+    both. `caption_column` may be left out where exactly one of text, caption, prompt is there.
+    Raises FileNotFoundError or ValueError, in one line, for a missing root, no images, captions of missing images,
+    images without captions, empty captions, an unknown column, an empty split.
+    """
+
+    def __init__(
+        self,
+        root: str | Path,
+        resolution: int,
+        split: str = "train",
+        heldout_fraction: float = 0.1,
+        caption_column: str | None = None,
+        crop: str = "center",
+        max_broken: float = 0.01,
+    ) -> None:
+        super().__init__(resolution, crop, max_broken)
+        self.root = Path(root)
+        everything = read_folder(self.root, caption_column)
+        chosen = split_of([name for name, _ in everything], split, heldout_fraction, f"image folder {root}")
+        self.pairs = [everything[i] for i in chosen]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with any name, size, time of change or caption of the images, and with how they are cut."""
+        sha = hashlib.sha256(json.dumps([self.resolution, self.crop]).encode())
+        for name, caption in self.pairs:
+            stat = (self.root / name).stat()
+            sha.update(json.dumps([name, stat.st_size, stat.st_mtime_ns, caption]).encode())
+        return f"imagefolder-1/{sha.hexdigest()[:16]}"
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def source(self, index: int) -> tuple[Path, str]:
+        name = self.pairs[index][0]
+        return self.root / name, name
+
+    def caption(self, index: int) -> str:
+        """The caption alone, without decoding the image."""
+        return self.pairs[index][1]
+
+
+class HubPairs(CaptionedImages):
+    """A data set of the Hugging Face hub, a local copy of one (a folder of its files, or one made by `save_to_disk`).
+
+    `subset` is the data set's own split, "train[:10%]" included. `split` "heldout" holds the rows whose number hashes
+    into `heldout_fraction`, or all of `heldout_subset` where that is given. Of several captions in a cell the first is
+    taken; `skip_empty` leaves out rows without one, which are an error otherwise.
+    Raises ValueError, in one line, for a name that cannot be loaded (offline too), an unknown column, an empty caption.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        resolution: int,
+        split: str = "train",
+        heldout_fraction: float = 0.1,
+        image_column: str = "image",
+        caption_column: str | None = None,
+        subset: str = "train",
+        heldout_subset: str | None = None,
+        config: str | None = None,
+        crop: str = "center",
+        max_broken: float = 0.01,
+        skip_empty: bool = False,
+    ) -> None:
+        super().__init__(resolution, crop, max_broken)
+        if heldout_subset and split == "heldout":
+            split, subset = "all", heldout_subset
+        elif heldout_subset and split == "train":
+            split = "all"
+        self.name = f"data set {name}, {subset}"
+        rows = load_rows(name, config, subset)
+        self.image_column = image_column
+        self.caption_column = find_caption_column(rows.column_names, caption_column, self.name)
+        self._rows_print = rows._fingerprint  # private, and the only name datasets has for what rows hold
+        self._images = as_encoded_images(rows, image_column, self.name)
+        self._captions = rows.select_columns([self.caption_column])
+        kept = self._rows_with_captions(skip_empty)
+        self.numbers = [kept[i] for i in split_of(map(str, kept), split, heldout_fraction, self.name)]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with the data set's own fingerprint, the rows and columns taken, and how the images are cut."""
+        parts = [self._rows_print, self.numbers, self.image_column, self.caption_column, self.resolution, self.crop]
+        return f"hub-1/{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]}"
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def source(self, index: int) -> tuple[Path | bytes, str]:
+        number = self.numbers[index]
+        image = self._images[number][self.image_column]
+        if image is None:
+            raise BrokenImageError(f"row {number} (no image)")
+        return image["bytes"] or Path(image["path"]), f"row {number}"
+
+    def caption(self, index: int) -> str:
+        """The caption alone, without decoding the image."""
+        return self._text(self.numbers[index], self._captions[self.numbers[index]])
+
+    def _text(self, number: int, row: dict) -> str:
+        return caption_text(row[self.caption_column], f"{self.name}: column {self.caption_column!r} of row {number}")
+
+    def _rows_with_captions(self, skip_empty: bool) -> list[int]:
+        kept = []
+        for number, row in enumerate(self._captions):
+            try:
+                self._text(number, row)
+            except ValueError as error:
+                if not skip_empty:
+                    raise ValueError(f"{error}, or leave such rows out with skip_empty=true") from None
+            else:
+                kept.append(number)
+        return kept
+
+
+def split_of(names: Iterable[str], split: str, heldout_fraction: float, source: str) -> list[int]:
+    """The indices of the names that belong to `split`; a name's place depends on the name and the fraction alone."""
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r} is unknown; choose from {', '.join(SPLITS)}")
+    if not 0 <= heldout_fraction < 1:
+        raise ValueError(f"heldout_fraction={heldout_fraction} must lie in [0, 1)")
+    held_out = [is_held_out(name, heldout_fraction) for name in names]
+    chosen = [i for i, held in enumerate(held_out) if split == "all" or held == (split == "heldout")]
+    if not chosen:
+        raise ValueError(
+            f"the {split} split of {source} is empty: none of its {len(held_out)} pairs falls into it at "
+            f"heldout_fraction={heldout_fraction}; choose another fraction"
+        )
+    return chosen
+
+
+def is_held_out(name: str, fraction: float) -> bool:
+    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) < fraction * 2**64
+
+
+def load_rows(name: str, config: str | None, subset: str):
+    """The rows of one split of a data set, from a folder made by `save_to_disk`, local files, or the hub."""
+    import datasets  # late: a second of imports, and only this class needs it
+
+    try:
+        if any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(name)
+            return saved if isinstance(saved, datasets.Dataset) else saved[subset]
+        return datasets.load_dataset(str(name), config, split=subset)
+    except KeyError:
+        raise ValueError(f"data set {name} has no split {subset!r}; its splits are {', '.join(saved)}") from None
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+        way_out = "; copy it where there is a network (load_dataset(…).save_to_disk(DIR)) and give that folder as name"
+        raise ValueError(
+            f"data set {name}, split {subset!r}, cannot be loaded ({str(error).splitlines()[0].rstrip('.')})"
+            f"{way_out if isinstance(error, ConnectionError) else ''}"
+        ) from None
+
+
+def as_encoded_images(rows, column: str, source: str):
+    """The image column alone, as undecoded bytes or paths, so that a broken image is ours to name."""
+    import datasets
+
+    if column not in rows.column_names:
+        raise ValueError(f"{source} has no column {column!r}; its columns are {', '.join(rows.column_names)}")
+    feature = rows.features[column]
+    if not isinstance(feature, datasets.Image) and getattr(feature, "dtype", None) not in ("binary", "string"):
+        raise ValueError(f"column {column!r} of {source} holds no images but {feature}")
+    return rows.select_columns([column]).cast_column(column, datasets.Image(decode=False))

@@ -1,0 +1,61 @@
+"""From an image file to pixels: decoded, upright, opaque, eight-bit RGB, cut to a square."""
+
+import io
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+
+from data.seeding import generator
+
+CROPS = ("center", "random")
+
+
+class BrokenImageError(ValueError):
+    """An image that cannot be decoded; the one-line message names it and says why."""
+
+
+def decode_rgb(source: Path | bytes, name: str) -> Image.Image:
+    """The image, turned as its EXIF orientation says, in RGB; transparency is laid over white. First frame of several.
+
+    Raises BrokenImageError for what cannot be read in full, and for float or 32-bit pixels, whose white is undefined.
+    """
+    try:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+            image.load()
+            return to_rgb(ImageOps.exif_transpose(image))
+    except Exception as error:  # decoders of damaged files raise whatever they stumble over
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise BrokenImageError(f"{name} ({reason})") from None
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Any mode to RGB: palette, grey, CMYK, 16-bit grey, with or without transparency."""
+    if image.mode.startswith("I;16"):
+        grey_HW = np.asarray(image).astype(np.uint16)
+        image = Image.fromarray(np.round(grey_HW / 257).astype(np.uint8))  # 65535 is white; convert("L") would clip
+    if image.mode in ("I", "F"):
+        raise ValueError(f"pixels of mode {image.mode} have no defined white; save it with 8 or 16 bits")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def cut_square(image: Image.Image, resolution: int, crop: str, name: str) -> Tensor:
+    """uint8 [3, resolution, resolution]: the shorter side resized (antialiased), the longer one cropped.
+
+    `crop` "center" keeps the middle, "random" a place that depends on `name` alone.
+    """
+    place = (0.5, 0.5) if crop == "center" else tuple(torch.rand(2, generator=generator("crop", name)).tolist())
+    square = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS, centering=place)
+    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+
+
+def check_framing(resolution: int, crop: str) -> None:
+    if resolution < 1:
+        raise ValueError(f"resolution={resolution} is no size in pixels")
+    if crop not in CROPS:
+        raise ValueError(f"crop={crop!r} is unknown; choose from {', '.join(CROPS)}")

@@ -1,0 +1,138 @@
+"""Prompt sets: ordered texts with a name and a hash, from a file or from the held-out captions of a data set."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import cycle, islice
+from pathlib import Path
+
+import torch
+
+from data.seeding import generator
+from data.tables import caption_column, caption_text, csv_rows, json_rows, parquet_columns, parquet_rows, read_text
+
+
+@dataclass(frozen=True)
+class PromptSet:
+    """Prompts in a fixed order: prompt i always meets noise i, so the order is part of what a score was measured on."""
+
+    prompts: tuple[str, ...]
+    name: str
+
+    def __post_init__(self) -> None:
+        if not self.prompts:
+            raise ValueError(f"prompt set {self.name!r} holds no prompts")
+        for index, prompt in enumerate(self.prompts):
+            if not prompt.strip():
+                raise ValueError(f"prompt {index} of set {self.name!r} is empty; give it a text or leave it out")
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.prompts)
+
+    def __getitem__(self, index: int) -> str:
+        return self.prompts[index]
+
+    @property
+    def hash(self) -> str:
+        """12 hex digits of the SHA-256 of the texts in their order; the name does not count."""
+        return hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()[:12]
+
+    def take(self, n: int, offset: int = 0) -> "PromptSet":
+        """Prompts offset … offset + n - 1; two takes that do not overlap are disjoint halves for a rank correlation."""
+        if n < 1 or offset < 0 or offset + n > len(self):
+            raise ValueError(
+                f"prompts {offset} to {offset + n} of {self.name!r} were asked for (n={n}, offset={offset}), "
+                f"it holds {len(self)}; ask for fewer or give a longer set"
+            )
+        return PromptSet(self.prompts[offset : offset + n], f"{self.name}[{offset}:{offset + n}]")
+
+
+def read_prompts(path: str | Path, column: str | None = None, name: str | None = None) -> PromptSet:
+    """The prompts of a file in their order: .txt (one per line), .jsonl, .csv, .tsv or .parquet (one per row).
+
+    `column` names the caption column; without it the file must have exactly one of text, caption, prompt (any case).
+    Raises FileNotFoundError for a missing file; ValueError for an unknown kind, a missing column, an empty prompt (with
+    its line), or a file that cannot be parsed.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in READERS:
+        raise ValueError(f"prompt file {path} has the unknown kind {path.suffix!r}; use one of {', '.join(READERS)}")
+    if not path.is_file():
+        raise FileNotFoundError(f"prompt file {path} does not exist")
+    prompts = []
+    for where, prompt in READERS[path.suffix.lower()](path, column):
+        prompts.append(caption_text(prompt, f"prompt file {path}: {where}"))
+    if not prompts:
+        raise ValueError(f"prompt file {path} holds no prompts")
+    return PromptSet(tuple(prompts), name or path.stem)
+
+
+def heldout_prompts(pairs, n: int | None = None, name: str = "heldout") -> PromptSet:
+    """`n` distinct captions (all if None) of a pair data set, usually its held-out split, in a fixed shuffled order.
+
+    Shuffled, because neighbours in a folder are often pictures of one thing. Pairs that have a method `caption(index)`
+    are not asked for their images. Raises ValueError where there are fewer than `n` distinct captions.
+    """
+    caption = getattr(pairs, "caption", None) or (lambda index: pairs[index]["caption"])
+    distinct: dict[str, None] = {}
+    for index in torch.randperm(len(pairs), generator=generator("heldout_prompts")).tolist():
+        distinct.setdefault(caption(index))
+        if len(distinct) == n:
+            break
+    if n is not None and len(distinct) < n:
+        raise ValueError(f"{n} prompts were asked for, the {len(pairs)} pairs have {len(distinct)} distinct captions")
+    return PromptSet(tuple(distinct), name)
+
+
+def _txt_prompts(path: Path, column: str | None) -> Iterator[tuple[str, str]]:
+    if column is not None:
+        raise ValueError(f"column {column!r} was named for {path}, and a text file has no columns")
+    lines = read_text(path).removesuffix("\n").split("\n")
+    return ((f"line {number}", line) for number, line in enumerate(lines, 1))
+
+
+def _jsonl_prompts(path: Path, column: str | None) -> Iterator[tuple[str, str]]:
+    for where, row in json_rows(path):
+        yield where, row[caption_column(row, column, f"{path}, {where}")]
+
+
+def _csv_prompts(path: Path, column: str | None) -> Iterator[tuple[str, str]]:
+    for where, row in csv_rows(path):
+        yield where, row[caption_column(row, column, str(path))]
+
+
+def _parquet_prompts(path: Path, column: str | None) -> Iterator[tuple[str, str]]:
+    column = caption_column(parquet_columns(path), column, str(path))
+    return ((where, row[column]) for where, row in parquet_rows(path, [column]))
+
+
+READERS = {
+    ".txt": _txt_prompts,
+    ".jsonl": _jsonl_prompts,
+    ".csv": _csv_prompts,
+    ".tsv": _csv_prompts,
+    ".parquet": _parquet_prompts,
+}
+
+
+def disjoint_prompts(prompts: PromptSet, first: int, second: int) -> tuple[PromptSet, PromptSet]:
+    """`first` and `second` prompts that share no text: to rank blocks on, and to judge the outcome on.
+
+    A set that is too small is cut in that proportion and each part repeated: prompt i meets noise i, so a repeated
+    prompt is drawn from other noise. Raises ValueError for fewer than two distinct prompts.
+    """
+    if len(prompts) >= first + second and len(set(prompts.prompts[: first + second])) == first + second:
+        return prompts.take(first), prompts.take(second, offset=first)
+    distinct = tuple(dict.fromkeys(prompts))
+    if len(distinct) < 2:
+        raise ValueError(f"prompt set {prompts.name!r} holds one distinct prompt; ranking and judging need one each")
+    cut = min(len(distinct) - 1, max(1, round(len(distinct) * first / (first + second))))
+    halves = (distinct[:cut], first, "first"), (distinct[cut:], second, "second")
+    return tuple(
+        PromptSet(tuple(islice(cycle(texts), n)), f"{prompts.name}[{part} {len(texts)} of {len(distinct)}]")
+        for texts, n, part in halves
+    )

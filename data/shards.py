@@ -1,0 +1,175 @@
+"""A cache on disk: safetensors shards with checksums, read sample by sample.
+
+    shard-00000.safetensors    a row per sample (`sample.*`), a row per distinct caption (`caption.*`), whose is whose
+    shard-00000.json           its checksum and what was skipped, written after it: without it there is no shard
+    empty.safetensors, .json   the text states of "", for caption dropout and guidance
+    index.json                 every shard's record and what made them, written last
+
+Axes: C channels, h and w latent height and width, L tokens, E text width.
+"""
+
+import bisect
+import hashlib
+import json
+from collections import OrderedDict
+from collections.abc import Sequence
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.files import write_json
+
+OPEN_SHARDS = 128
+
+
+class CachedPairs(Dataset):
+    """The finished cache in `folder`; item i: {"latents": [C, h, w], "text": [L, E], "index": int}, float32 on the CPU.
+
+    "index" is the pair's index in the data set that was cached (broken images leave gaps). A sample is read from its
+    memory-mapped shard when asked for, so memory does not grow with the data set; workers open their own files.
+    Raises FileNotFoundError where there is no finished cache.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not (self.folder / "index.json").is_file():
+            raise FileNotFoundError(f"{folder} is no finished cache: it has no index.json; make it with cache_pairs")
+        index = json.loads((self.folder / "index.json").read_text())
+        self.made_from: dict[str, str | int] = index["made_from"]
+        self.truncated: int = sum(shard["truncated"] for shard in index["shards"])
+        self.broken: list[str] = [name for shard in index["shards"] for name in shard["broken"]]
+        self._files = [shard["file"] for shard in index["shards"]]
+        self._ends = list(accumulate(shard["samples"] for shard in index["shards"]))
+        self._open: OrderedDict[str, _Shard] = OrderedDict()
+
+    @property
+    def fingerprint(self) -> str:
+        return cache_key(self.made_from)
+
+    @property
+    def captions(self) -> "Captions":
+        return Captions(self)
+
+    @property
+    def empty_text(self) -> Tensor:
+        """Text states [L, E] of the empty caption, as guidance uses them."""
+        with safe_open(self.folder / "empty.safetensors", "pt") as file:
+            return file.get_tensor("caption.text")[0].to(torch.float32, copy=True)
+
+    def __len__(self) -> int:
+        return self._ends[-1]
+
+    def __getitem__(self, i: int) -> dict[str, Tensor | int]:
+        shard, row = self._at(i)
+        return shard.sample(row)
+
+    def caption(self, i: int) -> str:
+        shard, row = self._at(i)
+        return shard.captions[shard.caption_of[row]]
+
+    def _at(self, i: int) -> tuple["_Shard", int]:
+        if not 0 <= i < len(self):
+            raise IndexError(f"sample {i} of a cache of {len(self)}")
+        number = bisect.bisect_right(self._ends, i)
+        name = self._files[number]
+        if name not in self._open:
+            self._open[name] = _Shard(self.folder / name)
+            if len(self._open) > OPEN_SHARDS:
+                self._open.popitem(last=False)
+        self._open.move_to_end(name)
+        return self._open[name], i - (self._ends[number - 1] if number else 0)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_open": OrderedDict()}
+
+
+class Captions(Sequence):
+    """The captions of a cache, read when asked for."""
+
+    def __init__(self, cached: CachedPairs) -> None:
+        self._cached = cached
+
+    def __len__(self) -> int:
+        return len(self._cached)
+
+    def __getitem__(self, i: int) -> str:
+        return self._cached.caption(i)
+
+
+class _Shard:
+    """One open shard; every tensor `sample.NAME` or `caption.NAME` becomes the item's entry NAME."""
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, "pt")
+        names = self._file.keys()
+        self._rows = [(*name.split("."), self._file.get_slice(name)) for name in names if "." in name]
+        self.index: list[int] = self._file.get_tensor("index").tolist()
+        self.caption_of: list[int] = self._file.get_tensor("caption_of").tolist()
+
+    @cached_property
+    def captions(self) -> list[str]:
+        return json.loads(self._file.get_tensor("captions").numpy().tobytes())
+
+    def sample(self, row: int) -> dict[str, Tensor | int]:
+        at = {"sample": row, "caption": self.caption_of[row]}
+        item: dict[str, Tensor | int] = {"index": self.index[row]}
+        for per, name, tensor in self._rows:
+            item[name] = tensor[at[per]].to(torch.float32, copy=True)
+        return item
+
+
+def shard_tensors(
+    samples: dict[str, Tensor], texts: dict[str, Tensor], indices: list[int], captions: list[str]
+) -> dict[str, Tensor]:
+    """The tensors of a shard: `samples` has a row per index, `texts` one per distinct caption, by first appearance."""
+    distinct = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
+    return {
+        **{f"sample.{name}": tensor for name, tensor in samples.items()},
+        **{f"caption.{name}": tensor for name, tensor in texts.items()},
+        "index": torch.tensor(indices),
+        "caption_of": torch.tensor([distinct[caption] for caption in captions]),
+        "captions": torch.frombuffer(bytearray(json.dumps(list(distinct)).encode()), dtype=torch.uint8),
+    }
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor], record: dict) -> None:
+    """The shard, then its record; a record never stands beside a shard that it was not written for."""
+    path.with_suffix(".json").unlink(missing_ok=True)
+    aside = path.with_name(f".{path.name}.aside")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
+    aside.chmod(0o644)  # safetensors writes 0600: unreadable for the others who share a cache
+    seen = {"file": path.name, "bytes": aside.stat().st_size, "sha256": _sha256(aside)}
+    aside.replace(path)
+    write_json(path.with_suffix(".json"), {**seen, **record})
+
+
+def is_intact(path: Path, verify: bool) -> bool:
+    """Whether the shard is the one its record was written for: by size, and with `verify` by checksum."""
+    try:
+        record = json.loads(path.with_suffix(".json").read_text())
+        return path.stat().st_size == record["bytes"] and (not verify or _sha256(path) == record["sha256"])
+    except (FileNotFoundError, json.JSONDecodeError):
+        return False
+
+
+def write_index(folder: Path, made_from: dict[str, str | int], shards: list[Path]) -> None:
+    records = [json.loads(path.with_suffix(".json").read_text()) for path in shards]
+    index, path = {"made_from": made_from, "shards": records}, folder / "index.json"
+    if not path.is_file() or json.loads(path.read_text()) != index:
+        write_json(path, index)
+
+
+def cache_key(made_from: dict[str, str | int]) -> str:
+    """16 hex digits: the name of the cache's folder."""
+    return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

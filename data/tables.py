@@ -1,0 +1,87 @@
+"""Captions in tables: the rows of .jsonl, .csv, .tsv and .parquet files, and which of their columns is the caption."""
+
+import csv
+import json
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pyarrow
+from pyarrow import parquet
+
+CAPTION_COLUMNS = ("text", "caption", "prompt")
+
+
+def caption_column(columns: Iterable[str], column: str | None, source: str) -> str:
+    """The caption column among `columns`: the one asked for, or the only one named text, caption or prompt."""
+    columns = list(columns)
+    if column is not None:
+        if column not in columns:
+            raise ValueError(f"{source} has no column {column!r}; its columns are {', '.join(columns)}")
+        return column
+    known = [c for c in columns if c.lower() in CAPTION_COLUMNS]
+    if len(known) != 1:
+        raise ValueError(
+            f"{source} has {'several' if known else 'none'} of the caption columns {', '.join(CAPTION_COLUMNS)}; "
+            f"name the one to use, its columns are {', '.join(columns)}"
+        )
+    return known[0]
+
+
+def read_text(path: Path) -> str:
+    """The file as UTF-8, without a byte-order mark."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not UTF-8 text (byte {error.start}); save it as UTF-8") from None
+
+
+def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """("line 3", {…}) of a .jsonl file; blank lines between rows are passed over, as Hugging Face datasets does."""
+    # split, not splitlines: the latter also cuts at the line separators that JSON allows inside strings.
+    for number, line in enumerate(read_text(path).split("\n"), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}, line {number} is not JSON ({error.msg}): {line[:60]!r}") from None
+        if not isinstance(row, dict):
+            raise ValueError(f'{path}, line {number} is not a JSON object such as {{"text": "…"}}: {line[:60]!r}')
+        yield f"line {number}", row
+
+
+def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """("line 2", {…}) of a .csv or .tsv file with a header; a quoted field may span lines, the last one is named."""
+    lines = read_text(path).splitlines(keepends=True)
+    reader = csv.DictReader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    for row in reader:
+        if None in row:
+            raise ValueError(f"{path}, line {reader.line_num} has more fields than the header; quote texts with commas")
+        yield f"line {reader.line_num}", row
+
+
+def parquet_rows(path: Path, columns: list[str] | None = None) -> Iterator[tuple[str, dict]]:
+    """("row 1", {…}) of a .parquet file, read batch by batch."""
+    file = open_parquet(path)
+    rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
+    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+
+
+def parquet_columns(path: Path) -> list[str]:
+    return open_parquet(path).schema_arrow.names
+
+
+def open_parquet(path: Path) -> parquet.ParquetFile:
+    try:
+        return parquet.ParquetFile(path)
+    except pyarrow.ArrowInvalid as error:
+        raise ValueError(f"{path} is not a parquet file: {str(error).splitlines()[0]}") from None
+
+
+def caption_text(value: object, source: str) -> str:
+    """A caption cell as text; of several captions in one cell the first. Raises ValueError, with `source`, if empty."""
+    if isinstance(value, list) and value:
+        value = value[0]
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f"{source} is empty ({value!r}); give it a text or delete it")
+    return value.strip()

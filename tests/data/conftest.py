@@ -1,0 +1,63 @@
+"""A tiny random Stable Diffusion pipeline and small sets of pairs."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from data.pixels import BrokenImageError
+from data.seeding import generator
+from tests.photos import photo_folder  # noqa: F401
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.fixture
+def pipeline():
+    """VAE factor 4, UNet factor 2: sides are multiples of 8. Captions of more than 14 letters are cut."""
+    tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=16)
+    torch.manual_seed(0)
+    text_config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=16, projection_dim=16, bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=4, layers_per_block=1, sample_size=16,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        block_out_channels=(8, 8), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=4, layers_per_block=1,
+        cross_attention_dim=16, attention_head_dim=2, sample_size=4,
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=CLIPTextModel(text_config), tokenizer=tokenizer, unet=unet, scheduler=DDIMScheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+class NoisePairs:
+    """Random images with one of three captions; those in `broken` cannot be read. Remembers what was asked for."""
+
+    captions = ("a cat", "two dogs", "a much too long caption")
+
+    def __init__(self, size=10, side=16, broken=(), allowed_broken=0):
+        self.size, self.side, self.broken, self.allowed_broken, self.asked = size, side, broken, allowed_broken, []
+        self.fingerprint = f"noise/{size}/{side}"
+
+    def __len__(self):
+        return self.size
+
+    def __getitem__(self, index):
+        self.asked.append(index)
+        if index in self.broken:
+            raise BrokenImageError(f"noise-{index} (torn)")
+        image = torch.randint(256, (3, self.side, self.side), dtype=torch.uint8, generator=generator("noise", index))
+        return {"image": image, "caption": self.captions[index % 3]}
+
+
+@pytest.fixture
+def noise_pairs():
+    return NoisePairs

@@ -1,0 +1,132 @@
+"""Prompt sets: order is identity, files of every kind give the same set, mistakes name their line."""
+
+import csv
+import json
+
+import pytest
+from datasets import Dataset
+
+from data.prompts import PromptSet, disjoint_prompts, heldout_prompts, read_prompts
+
+TEXTS = ("a cat", 'a "quoted", dog', "ein Bär", "two lines")
+
+
+def test_the_hash_is_of_the_texts_and_their_order():
+    a = PromptSet(("x", "y"), "a")
+    assert a.hash == PromptSet(("x", "y"), "b").hash
+    assert len(a.hash) == 12
+    assert a.hash not in {PromptSet(texts, "a").hash for texts in (("y", "x"), ("xy",), ("x",), ("x", "y", "y"))}
+
+
+def test_takes_that_do_not_overlap_are_disjoint_and_make_the_whole():
+    prompts = PromptSet(tuple("abcdef"), "letters")
+    first, second = prompts.take(3), prompts.take(3, offset=3)
+    assert first.prompts + second.prompts == prompts.prompts
+    assert first.name == "letters[0:3]"
+
+
+@pytest.mark.parametrize(("n", "offset"), [(7, 0), (3, 4), (0, 0), (2, -1)])
+def test_taking_more_than_there_is_tells_how_many_there_are(n, offset):
+    with pytest.raises(ValueError, match=rf"n={n}, offset={offset}\), it holds 6"):
+        PromptSet(tuple("abcdef"), "letters").take(n, offset)
+
+
+def test_an_empty_prompt_is_named():
+    with pytest.raises(ValueError, match="prompt 1 of set 'x' is empty"):
+        PromptSet(("a", " "), "x")
+    with pytest.raises(ValueError, match="'x' holds no prompts"):
+        PromptSet((), "x")
+
+
+def write(path, texts, column="caption"):
+    if path.suffix == ".txt":
+        path.write_text("\n".join(texts) + "\n")
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps({"id": i, column: text}) + "\n" for i, text in enumerate(texts)))
+    elif path.suffix == ".parquet":
+        Dataset.from_dict({"id": range(len(texts)), column: list(texts)}).to_parquet(path)
+    else:
+        with path.open("w", newline="") as file:
+            writer = csv.writer(file, delimiter="\t" if path.suffix == ".tsv" else ",")
+            writer.writerows([("id", column), *enumerate(texts)])
+    return path
+
+
+KINDS = (".txt", ".jsonl", ".csv", ".tsv", ".parquet")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_file_gives_the_same_prompts(tmp_path, kind):
+    prompts = read_prompts(write(tmp_path / f"set{kind}", TEXTS))
+    assert prompts.prompts == TEXTS
+    assert prompts.name == "set"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_empty_prompt_in_a_file_is_named_by_its_place(tmp_path, kind):
+    path = write(tmp_path / f"set{kind}", ("a", "", "b"))
+    place = {".csv": "line 3", ".tsv": "line 3", ".parquet": "row 2"}.get(kind, "line 2")
+    with pytest.raises(ValueError, match=f"set{kind}: {place} is empty"):
+        read_prompts(path)
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_a_column_can_be_named_and_an_unknown_one_is_told_with_the_choices(tmp_path, kind):
+    path = write(tmp_path / f"set{kind}", TEXTS, column="words")
+    assert read_prompts(path, column="words").prompts == TEXTS
+    with pytest.raises(ValueError, match="none of the caption columns text, caption, prompt.*id, words"):
+        read_prompts(path)
+    with pytest.raises(ValueError, match="no column 'nope'; its columns are id, words"):
+        read_prompts(path, column="nope")
+
+
+def test_files_that_are_not_prompts_are_told(tmp_path):
+    with pytest.raises(FileNotFoundError, match="gone.txt does not exist"):
+        read_prompts(tmp_path / "gone.txt")
+    with pytest.raises(ValueError, match="unknown kind '.doc'; use one of .txt, .jsonl"):
+        read_prompts(tmp_path / "set.doc")
+    (tmp_path / "empty.jsonl").write_text("")
+    with pytest.raises(ValueError, match="empty.jsonl holds no prompts"):
+        read_prompts(tmp_path / "empty.jsonl")
+    (tmp_path / "latin.txt").write_bytes("Bär".encode("latin-1"))
+    with pytest.raises(ValueError, match="latin.txt is not UTF-8"):
+        read_prompts(tmp_path / "latin.txt")
+    (tmp_path / "bad.parquet").write_text("no")
+    with pytest.raises(ValueError, match="bad.parquet is not a parquet file"):
+        read_prompts(tmp_path / "bad.parquet")
+    (tmp_path / "commas.csv").write_text("caption\na, b\n")
+    with pytest.raises(ValueError, match="line 2 has more fields than the header"):
+        read_prompts(tmp_path / "commas.csv")
+
+
+class TextPairs:
+    captions = tuple("abcab")
+
+    def __len__(self):
+        return len(self.captions)
+
+    def caption(self, index):
+        return self.captions[index]
+
+
+def test_held_out_prompts_are_distinct_captions_in_a_fixed_order():
+    prompts = heldout_prompts(TextPairs())
+    assert sorted(prompts) == ["a", "b", "c"]
+    assert heldout_prompts(TextPairs(), 2).prompts == prompts.prompts[:2]
+    with pytest.raises(ValueError, match="4 prompts were asked for, the 5 pairs have 3 distinct captions"):
+        heldout_prompts(TextPairs(), 4)
+
+
+def test_held_out_prompts_come_from_any_pair_set(noise_pairs):
+    assert set(heldout_prompts(noise_pairs())) == set(noise_pairs.captions)
+
+
+def test_ranking_and_judging_share_no_prompt_however_few_there_are():
+    ample = PromptSet(tuple("abcdef"), "ample")
+    assert [half.prompts for half in disjoint_prompts(ample, 2, 3)] == [("a", "b"), ("c", "d", "e")]
+    scarce = PromptSet(tuple("abcabc"), "scarce")
+    first, second = disjoint_prompts(scarce, 4, 8)
+    assert (len(first), len(second)) == (4, 8)
+    assert not set(first) & set(second) and set(first) | set(second) == set("abc")
+    with pytest.raises(ValueError, match="'one' holds one distinct prompt"):
+        disjoint_prompts(PromptSet(("a", "a"), "one"), 1, 1)
