@@ -1,0 +1,183 @@
+"""Loading a teacher pipeline around a prunable UNet, and handing a student over as an ordinary diffusers folder."""
+
+import hashlib
+import json
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from logging import CRITICAL
+from pathlib import Path
+
+import diffusers
+import huggingface_hub
+import torch
+import transformers
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
+from torch import nn
+
+import models.unet
+from models.stock import stock_config, to_stock
+from models.unet import PrunableUNet2DConditionModel
+
+LOADABLE_UNETS = (UNet2DConditionModel.__name__, PrunableUNet2DConditionModel.__name__)
+
+
+@dataclass(frozen=True)
+class ExportVerdict:
+    """What kind of folder an export is.
+
+    is_stock: its UNet is diffusers' own class. obstacles: why not, by site. load: the Python that loads it.
+    """
+
+    is_stock: bool
+    obstacles: tuple[str, ...]
+    load: str
+
+
+def load_pipeline(
+    name_or_path: str | Path,
+    dtype: torch.dtype = torch.float32,
+    variant: str | None = None,
+    allow_download: bool = True,
+) -> DiffusionPipeline:
+    """A Stable Diffusion pipeline (any with a UNet2DConditionModel) whose `unet` is prunable, in eval mode on the CPU.
+
+    name_or_path: a diffusers folder, exports of ours included, or a hub id; HF_HUB_OFFLINE is obeyed. variant: the
+    weight files' infix ('fp16'). Raises ValueError where it is neither, or has no such UNet.
+    """
+    where = {"variant": variant, "local_files_only": not allow_download}
+    with quiet():
+        check_pipeline(name_or_path, where)
+        try:
+            unet = load_unet(name_or_path, dtype=dtype, **where)
+            # Without a UNet first: diffusers would look for the class file of an export of ours, and ask for trust.
+            rest = DiffusionPipeline.from_pretrained(name_or_path, unet=None, dtype=dtype, **where)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(f"model {str(name_or_path)!r} is incomplete: {one_line(error)}") from error
+        pipeline = with_unet(rest, unet)
+    for module in networks(pipeline):
+        module.eval()
+        own_memory(module)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def export_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> ExportVerdict:
+    """Write a diffusers folder, aside and then renamed; an old one in its place is replaced.
+
+    Where the UNet's architecture is one that diffusers' own class can express, the folder holds that class and loads
+    everywhere. Otherwise the UNet's class file travels in it, under a name that is a hash of its content (diffusers
+    keys imported files by name alone).
+    """
+    folder = Path(folder)
+    verdict = stock_config(pipeline.unet)
+    is_stock = verdict.config is not None
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        with quiet():
+            with_unet(pipeline, to_stock(pipeline.unet) if is_stock else pipeline.unet).save_pretrained(aside)
+        if not is_stock:
+            add_class_file(aside)
+        make_readable(aside)
+        if folder.exists():
+            shutil.rmtree(folder)
+        aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    flag = "" if is_stock else ", trust_remote_code=True"
+    return ExportVerdict(is_stock, verdict.obstacles, f'DiffusionPipeline.from_pretrained("{folder}"{flag})')
+
+
+def add_class_file(folder: Path) -> None:
+    """Make a saved pipeline carry the prunable UNet's class, so that diffusers loads it without this project."""
+    source = Path(models.unet.__file__)
+    module = f"slimstep_unet_{hashlib.sha256(source.read_bytes()).hexdigest()[:10]}"
+    shutil.copyfile(source, folder / "unet" / f"{module}.py")
+    index = folder / "model_index.json"
+    fields = json.loads(index.read_text()) | {"unet": [module, PrunableUNet2DConditionModel.__name__]}
+    index.write_text(json.dumps(fields, indent=2) + "\n")
+
+
+def check_pipeline(name_or_path: str | Path, where: dict) -> None:
+    """ValueError unless this is a pipeline with a UNet that can be pruned, and, if a folder, has all its parts."""
+    name, local_only = str(name_or_path), where["local_files_only"]
+    try:
+        index = DiffusionPipeline.load_config(name, local_files_only=local_only)
+        fields = UNet2DConditionModel.load_config(name, subfolder="unet", local_files_only=local_only)
+    except OSError as error:
+        if Path(name).is_dir():
+            raise ValueError(f"model {name!r} is no UNet pipeline saved by diffusers: {one_line(error)}") from error
+        offline = huggingface_hub.constants.HF_HUB_OFFLINE or local_only
+        way = "download it once without HF_HUB_OFFLINE=1" if offline else "check the name and the network"
+        raise ValueError(f"model {name!r} is no folder, and not in the hub cache: {way}, or give a folder") from error
+    if fields.get("_class_name") not in LOADABLE_UNETS:
+        found = fields.get("_class_name")
+        raise ValueError(f"model {name!r} has the UNet class {found}; pruning needs one of {LOADABLE_UNETS}")
+    # transformers makes up an empty tokenizer where the folder is missing.
+    parts = [part for part, value in index.items() if isinstance(value, (list, tuple)) and value[0] is not None]
+    if Path(name).is_dir() and (absent := [part for part in parts if not (Path(name) / part).is_dir()]):
+        raise ValueError(f"model {name!r} is incomplete: its model_index.json names {absent}, which it lacks")
+
+
+def load_unet(name_or_path: str | Path, **options) -> PrunableUNet2DConditionModel:
+    """The `unet` of a diffusers folder or hub id; ValueError where config and weights do not belong together."""
+    load = PrunableUNet2DConditionModel.from_pretrained
+    misfit = f"model {str(name_or_path)!r}: unet/config.json does not belong to the weights"
+    try:
+        unet, info = load(name_or_path, subfolder="unet", output_loading_info=True, **options)
+    except ValueError as error:
+        raise ValueError(f"{misfit}: {one_line(error).split(' If you want')[0]}") from error
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"{misfit}: {len(missing)} that it asks for are absent ({', '.join(missing[:3])} …)")
+    return unet
+
+
+def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel) -> DiffusionPipeline:
+    """A pipeline of the same class, components and options around another UNet."""
+    _, option_names = pipeline._get_signature_keys(type(pipeline))
+    options = {name: pipeline.config[name] for name in option_names if name in pipeline.config}
+    return type(pipeline)(**{**pipeline.components, **options, "unet": unet})
+
+
+def networks(pipeline: DiffusionPipeline) -> Iterator[nn.Module]:
+    return (part for part in pipeline.components.values() if isinstance(part, nn.Module))
+
+
+def own_memory(module: nn.Module) -> None:
+    """Move weights out of the memory-mapped file: its alignment picks other kernels, which round differently."""
+    for tensor in (*module.parameters(), *module.buffers()):
+        tensor.data = tensor.data.clone()
+
+
+def make_readable(folder: Path) -> None:
+    """Weight files are written 0600; a hand-over is for others."""
+    for path in (folder, *folder.rglob("*")):
+        path.chmod(0o755 if path.is_dir() else 0o644)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """No progress bars and no warnings from diffusers and transformers."""
+    loggings = (diffusers.utils.logging, transformers.utils.logging)
+    before = [(logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in loggings]
+    for logging in loggings:
+        logging.set_verbosity(CRITICAL)  # what goes wrong is raised
+        logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logging, (verbosity, has_bars) in zip(loggings, before, strict=True):
+            logging.set_verbosity(verbosity)
+            if has_bars:
+                logging.enable_progress_bar()

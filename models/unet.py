@@ -1,0 +1,385 @@
+"""The prunable UNet: diffusers' UNet2DConditionModel whose blocks can be removed, copied, and gated for each sample.
+
+An architecture is a table {site: depth}. A site is the module path of a ResNet block, of a cross-attention
+(Transformer2DModel) or, where a cross-attention holds several, of one of its layers. Depth 0 is removed, 1 is as in the
+stock UNet (and not written down), 2 and more is copied: the copies live at `<site>.copies.0`, … and run after the site.
+Everything else, names included, is the stock UNet. This one file travels with exports, so it holds all that the class
+needs and imports nothing but torch and diffusers.
+
+Axes: B batch, C channels, H and W latent height and width, S kept sites. Some features are [B, C, H, W], some tokens.
+"""
+
+import copy
+import inspect
+import re
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401  (diffusers looks for ModelMixin in this namespace)
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class PrunableUNet2DConditionModel(UNet2DConditionModel):
+    """A UNet2DConditionModel with an architecture table and gates.
+
+    depths: {site: depth}; sites it does not name have depth 1. It may also name an innermost level as a whole
+        (`down_blocks.3: 0`): both its blocks, the mid block, and the resampling into it and out of it go.
+    bypass: what is left of a removed ResNet whose channels change: 'shortcut' keeps its 1×1 convolution; 'drop_skip'
+        (up path, where the incoming features have the output's width) passes them on and drops the skip connection.
+        One rule for all sites ('drop_skip' then means: wherever it is possible), or {site: rule} for some.
+    Every other removed site is the identity. All other arguments are UNet2DConditionModel's.
+    Raises ValueError for unknown sites, for copies of a ResNet that changes channels, and for an impossible bypass.
+
+    sites: all prunable paths in order of execution, removed ones included. kept_sites: those of depth 1 and more.
+    kinds: {site: 'resnet' or 'attention'}. parents: {layer: the transformer that holds it}; a removed or closed
+    transformer takes its layers along. copyable_sites: those that can have a depth above 1.
+    bypass_choices: {site: the rules possible there}, for ResNets that change channels; bypass: {site: the rule chosen}.
+    levels: the innermost levels that can go as a whole, from the inside out.
+    """
+
+    _repeated_blocks = ["BasicTransformerBlock", "SiteLayer"]
+
+    @register_to_config
+    def __init__(self, depths: Mapping[str, int] | None = None, bypass: str | Mapping[str, str] = "shortcut", **kwargs):
+        super().__init__(**kwargs)
+        modules = find_sites(self)
+        self.sites = tuple(modules)
+        self.kinds = {s: "resnet" if isinstance(m, ResnetBlock2D) else "attention" for s, m in modules.items()}
+        self.parents = {s: s.rpartition(".transformer_blocks.")[0] for s in modules if ".transformer_blocks." in s}
+        self.levels = find_levels(self.config.block_out_channels)
+        self.copyable_sites = tuple(s for s, m in modules.items() if not changes_channels(m))
+        self.bypass_choices = {s: bypass_choices(self, s) for s, m in modules.items() if changes_channels(m)}
+        self.bypass = self._bypass_of_each_site(bypass)
+        self.depths = self._canonical(depths or {})
+        self.kept_sites = tuple(s for s in self.sites if self.depth(s) > 0)
+        self.register_to_config(depths=self.depths, bypass=bypass if isinstance(bypass, str) else dict(bypass))
+
+        self._running = RunningGates()
+        self._remove_and_copy(modules)
+        self._watch_gates()
+
+    @staticmethod
+    def _get_init_keys(input_class: type) -> set[str]:
+        """diffusers reads a config's fields off the signature, where **kwargs hides the stock ones."""
+        keys = set(inspect.signature(input_class.__init__).parameters)
+        return keys | set(inspect.signature(UNet2DConditionModel.__init__).parameters) if "depths" in keys else keys
+
+    # ---- the architecture table ----
+
+    def depth(self, site: str) -> int:
+        """How often a site runs; 0 where it, or what holds it, is removed."""
+        return 0 if any(self.depths.get(h) == 0 for h in self._holders(site)) else self.depths.get(site, 1)
+
+    def _holders(self, site: str) -> Iterator[str]:
+        """The transformer a layer is part of, and the level that takes the site along when it goes."""
+        if site in self.parents:
+            yield self.parents[site]
+        yield from (level for level, parts in self.levels.items() if site.startswith(parts))
+
+    def _canonical(self, depths: Mapping[str, int]) -> dict[str, int]:
+        """The table in order of execution, without entries that say nothing; ValueError for impossible ones."""
+        names = (*self.sites, *self.levels)
+        if unknown := sorted(set(depths) - set(names)):
+            raise ValueError(f"depths names unknown sites {unknown}; this UNet has {names}")
+        for name, depth in depths.items():
+            if type(depth) is not int or depth < 0 or (depth > 1 and name in self.levels):
+                raise ValueError(f"depths gives {name} the depth {depth!r}; 0 removes, 1 keeps, 2 and more copy a site")
+            if depth > 1 and name not in self.copyable_sites:
+                ways = self.copyable_sites
+                raise ValueError(f"depths copies {name}, a ResNet whose channels change; these can be copied: {ways}")
+        removed = {name for name, depth in depths.items() if depth == 0}
+        gone = [level for level in self.levels if level in removed]
+        if gone != list(self.levels)[: len(gone)]:
+            raise ValueError(f"depths removes the levels {gone}; levels go from the inside out: {tuple(self.levels)}")
+        said = (n for n in names if depths.get(n, 1) != 1 and removed.isdisjoint(self._holders(n)))
+        return {name: depths[name] for name in said}
+
+    def _bypass_of_each_site(self, bypass: str | Mapping[str, str]) -> dict[str, str]:
+        """{site: rule} for every ResNet that changes channels."""
+        if isinstance(bypass, str):
+            if bypass not in ("shortcut", "drop_skip"):
+                raise ValueError(f"bypass is {bypass!r}; choose 'shortcut', 'drop_skip', or a table {{site: rule}}")
+            return {s: bypass if bypass in choices else "shortcut" for s, choices in self.bypass_choices.items()}
+        for site, rule in bypass.items():
+            choices = self.bypass_choices.get(site, ())
+            if rule not in choices:
+                able = tuple(s for s, rules in self.bypass_choices.items() if rule in rules)
+                raise ValueError(f"bypass {rule!r} is impossible at {site}, which allows {choices}; possible at {able}")
+        return {site: bypass.get(site, "shortcut") for site in self.bypass_choices}
+
+    # ---- building ----
+
+    @classmethod
+    def from_unet(
+        cls,
+        unet: UNet2DConditionModel,
+        depths: Mapping[str, int] | None = None,
+        bypass: str | Mapping[str, str] | None = None,
+        copy_init: str = "zero",
+    ) -> "PrunableUNet2DConditionModel":
+        """A prunable UNet with copies of the weights of any other; where None, `unet`'s own table and rule, if any."""
+        return build_from(unet, None, unet.config.get("depths") if depths is None else depths, bypass, copy_init)
+
+    def with_depths(
+        self,
+        depths: Mapping[str, int],
+        source: UNet2DConditionModel | None = None,
+        copy_init: str = "zero",
+    ) -> "PrunableUNet2DConditionModel":
+        """A new UNet with these entries over the present table, and copies of this UNet's weights.
+
+        source: a UNet that holds the removed sites which `depths` puts back. copy_init: 'zero' zeroes the last layer of
+        a fresh copy, so that the network's function does not change; 'same' leaves it equal to the site it copies.
+        """
+        return build_from(self, source, {**self.depths, **depths}, None, copy_init)
+
+    def _remove_and_copy(self, modules: dict[str, nn.Module]) -> None:
+        """Surgery; layers before the transformers that hold them, so that a transformer's copies have its layers."""
+        for level in (level for level in self.levels if self.depths.get(level) == 0):
+            remove_level(self, level)
+        for site in sorted(self.depths.keys() & modules.keys(), key=lambda s: s not in self.parents):
+            if self.depths[site] == 0:
+                self.set_submodule(site, Removed(modules[site], self.bypass.get(site, "identity")))
+            else:
+                copies = [copy.deepcopy(modules[site]) for _ in range(self.depths[site] - 1)]
+                modules[site].copies = nn.ModuleList(map(silence, copies))
+
+    def _watch_gates(self) -> None:
+        """Give each kept site's module the class that looks at its gate; paths and parameters stay what they are."""
+        for column, site in enumerate(self.kept_sites):
+            for module in map(self.get_submodule, self._instances(site)):
+                module.__class__ = SITE_CLASSES[type(module)]
+                module.running, module.column, module.rule = self._running, column, self.bypass.get(site, "identity")
+                if self.depth(site) == 1:
+                    module.copies = ()
+
+    def _instances(self, site: str) -> Iterator[str]:
+        """The site itself, and, for a layer, its twins in the copies of the transformer that holds it."""
+        yield site
+        if parent := self.parents.get(site):
+            yield from (site.replace(parent, f"{parent}.copies.{k}", 1) for k in range(self.depth(parent) - 1))
+
+    # ---- running ----
+
+    def forward(self, sample: Tensor, *args, gates: Tensor | None = None, **kwargs):
+        """UNet2DConditionModel's forward. gates: Bool[B, S]; where False, that sample goes around that kept site."""
+        if gates is None:
+            return super().forward(sample, *args, **kwargs)
+        assert gates.shape == (len(sample), len(self.kept_sites)), (
+            f"gates {tuple(gates.shape)} for a batch of {len(sample)} and {len(self.kept_sites)} kept sites"
+        )
+        self._running.gates = gates
+        try:
+            return super().forward(sample, *args, **kwargs)
+        finally:
+            self._running.gates = None
+
+    def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
+        """As in diffusers; a block that is run again in the backward pass sees the gates it saw in the forward."""
+        super().enable_gradient_checkpointing(CheckpointWithGates(self._running, gradient_checkpointing_func))
+
+
+# ---- the parts of a running UNet ----
+
+
+class RunningGates:
+    """The gates of the forward that is running; every site of one UNet reads the same object."""
+
+    gates: Tensor | None = None
+
+
+class Site:
+    """Mixed into the class of a kept site: runs its copies too, and takes samples whose gate is closed around them."""
+
+    running: RunningGates
+    column: int
+    rule: str
+    copies: nn.ModuleList | tuple
+
+    def forward(self, x: Tensor, *args, **kwargs):
+        output = super().forward(x, *args, **kwargs)
+        for block in self.copies:
+            output = block(output[0] if isinstance(output, tuple) else output, *args, **kwargs)
+        if self.running.gates is None:
+            return output
+        y = output[0] if isinstance(output, tuple) else output
+        open_B = self.running.gates[:, self.column]
+        # where, not a product: 0 * inf in a closed branch would still be nan.
+        y = torch.where(open_B.view(-1, *[1] * (y.ndim - 1)), y, way_around(self, self.rule, x))
+        return (y,) if isinstance(output, tuple) else y
+
+
+class SiteResnet(Site, ResnetBlock2D):
+    pass
+
+
+class SiteTransformer(Site, Transformer2DModel):
+    pass
+
+
+class SiteLayer(Site, BasicTransformerBlock):
+    pass
+
+
+SITE_CLASSES = {ResnetBlock2D: SiteResnet, Transformer2DModel: SiteTransformer, BasicTransformerBlock: SiteLayer}
+
+
+class Removed(nn.Module):
+    """What is left of a removed site: its way around."""
+
+    def __init__(self, site: nn.Module, rule: str):
+        super().__init__()
+        self.rule, self.is_transformer = rule, isinstance(site, Transformer2DModel)
+        self.out_channels = getattr(site, "out_channels", None)
+        if rule == "shortcut":
+            self.conv_shortcut = site.conv_shortcut
+
+    def forward(self, x: Tensor, *args, **kwargs):
+        y = way_around(self, self.rule, x)
+        return (y,) if self.is_transformer else y
+
+
+def way_around(site: nn.Module, rule: str, x: Tensor) -> Tensor:
+    """What a removed or closed site gives for the features x (on the way up: features and skip, concatenated)."""
+    if rule == "shortcut":
+        return site.conv_shortcut(x)
+    return x[:, : site.out_channels] if rule == "drop_skip" else x
+
+
+class CheckpointWithGates:
+    """A gradient checkpointing function that takes the gates along to the recomputation."""
+
+    def __init__(self, running: RunningGates, inner: Callable | None):
+        self.running, self.inner = running, inner or recompute
+
+    def __call__(self, module: nn.Module, *args):
+        gates = self.running.gates
+
+        def run(*args):
+            before = self.running.gates
+            if before is gates:  # so it is in the forward pass, and under torch.compile, which allows no mutation here
+                return module(*args)
+            self.running.gates = gates
+            try:
+                return module(*args)
+            finally:
+                self.running.gates = before
+
+        return self.inner(run, *args)
+
+
+def recompute(block: Callable, *args):
+    return checkpoint(block, *args, use_reentrant=False)
+
+
+# ---- what a stock UNet offers ----
+
+
+def find_sites(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
+    """{path: module} of all prunable sites in order of execution; a transformer's layers follow it."""
+    blocks = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
+    blocks += [("mid_block", unet.mid_block), *((f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks))]
+    sites = {}
+    for name, block in blocks:
+        attentions = list(getattr(block, "attentions", None) or ())
+        for i, resnet in enumerate(getattr(block, "resnets", None) or ()):
+            if type(resnet) is ResnetBlock2D:
+                sites[f"{name}.resnets.{i}"] = resnet
+            if i < len(attentions) and type(attentions[i]) is Transformer2DModel:
+                site, layers = f"{name}.attentions.{i}", attentions[i].transformer_blocks
+                sites[site] = attentions[i]
+                sites |= {f"{site}.transformer_blocks.{k}": m for k, m in enumerate(layers) if len(layers) > 1}
+    return sites
+
+
+def find_levels(widths: tuple[int, ...]) -> dict[str, tuple[str, ...]]:
+    """{level: path prefixes it takes along}, the innermost first, as far out as the width stays the same."""
+    levels, last = {}, len(widths) - 1
+    while last > 0 and widths[last] == widths[last - 1]:
+        inner = () if levels else ("mid_block.",)
+        levels[f"down_blocks.{last}"] = (f"down_blocks.{last}.", f"up_blocks.{len(widths) - 1 - last}.", *inner)
+        last -= 1
+    return levels
+
+
+def remove_level(unet: UNet2DConditionModel, level: str) -> None:
+    """Take the innermost level out; the levels that stay keep their paths, hence pop, which does not renumber."""
+    unet.down_blocks._modules.pop(level.split(".")[1])
+    unet.up_blocks._modules.pop(next(iter(unet.up_blocks._modules)))
+    unet.down_blocks[-1].downsamplers = None
+    unet.mid_block = None
+    unet.num_upsamplers -= 1
+
+
+def changes_channels(module: nn.Module) -> bool:
+    return isinstance(module, ResnetBlock2D) and module.in_channels != module.out_channels
+
+
+def bypass_choices(unet: UNet2DConditionModel, site: str) -> tuple[str, ...]:
+    """The rules possible at a ResNet that changes channels."""
+    side, level, _, index = site.split(".")
+    widths, level = list(reversed(unet.config.block_out_channels)), int(level)
+    keeps_width = side == "up_blocks" and (int(index) > 0 or level == 0 or widths[level] == widths[level - 1])
+    return ("shortcut", "drop_skip") if keeps_width else ("shortcut",)
+
+
+# ---- carrying weights over ----
+
+
+def build_from(
+    unet: UNet2DConditionModel,
+    source: UNet2DConditionModel | None,
+    depths: Mapping[str, int] | None,
+    bypass: str | Mapping[str, str] | None,
+    copy_init: str,
+) -> PrunableUNet2DConditionModel:
+    """A new prunable UNet: weights of `unet`, else of `source` (sites put back), else of the site that is copied."""
+    if copy_init not in ("zero", "same"):
+        raise ValueError(f"copy_init is {copy_init!r}; choose 'zero' or 'same'")
+    bypass = unet.config.get("bypass", "shortcut") if bypass is None else bypass
+    with torch.device("meta"):
+        new = PrunableUNet2DConditionModel.from_config(dict(unet.config), depths=dict(depths or {}), bypass=bypass)
+    own, more = unet.state_dict(), source.state_dict() if source is not None else {}
+    back = tuple(f"{s}." for s in new.kept_sites if getattr(unet, "depths", {}).get(s) == 0)
+    own = {key: value for key, value in own.items() if not key.startswith(back)}  # a removed ResNet's shortcut remains
+    weights = {key: next((t[k] for k in origins(key) for t in (own, more) if k in t), None) for key in new.state_dict()}
+    if missing := [key for key, value in weights.items() if value is None]:
+        sites = [s for s in new.kept_sites if any(key.startswith(f"{s}.") for key in missing)] or missing
+        raise ValueError(f"no weights for {sites}; with_depths(..., source=a UNet that holds them) puts them back")
+    new.load_state_dict({key: value.detach().clone() for key, value in weights.items()}, assign=True)
+    if copy_init == "zero":
+        for path in copies_in(weights) - copies_in(own) - copies_in(more):
+            silence(new.get_submodule(path))
+    return new.train(unet.training)
+
+
+def origins(key: str) -> Iterator[str]:
+    """Where a weight may come from: its own place, or, for a fresh copy, what is copied."""
+    yield key
+    yield re.sub(r"\.copies\.\d+", "", key, count=1)
+    yield re.sub(r"\.copies\.\d+(?!.*\.copies\.)", "", key)
+    yield re.sub(r"\.copies\.\d+", "", key)
+
+
+def copies_in(keys: Mapping[str, Tensor]) -> set[str]:
+    """Paths of all copies that hold weights."""
+    return {key[: match.end()] for key in keys for match in re.finditer(r"\.copies\.\d+", key)}
+
+
+def silence(block: nn.Module) -> nn.Module:
+    """Zero the last layer of each residual branch: the block becomes the identity."""
+    if isinstance(block, ResnetBlock2D):
+        last = [block.conv2]
+    elif isinstance(block, Transformer2DModel):
+        last = [block.proj_out]
+    else:
+        attentions = [a.to_out[0] for a in (block.attn1, block.attn2) if a is not None]
+        last = [*attentions, [m for m in block.ff.net if isinstance(m, nn.Linear)][-1]]
+    for parameter in (p for layer in last for p in layer.parameters()):
+        nn.init.zeros_(parameter)
+    return block

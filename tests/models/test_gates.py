@@ -1,0 +1,185 @@
+"""Gates: an open gate is the stock UNet, a closed one is the pruned UNet, for each sample alone, bit for bit."""
+
+import pytest
+import torch
+from diffusers.models.resnet import ResnetBlock2D
+
+from models.unet import PrunableUNet2DConditionModel
+from tests.models.conftest import small_inputs, small_stock_unet
+
+
+def random_gates(unet, seed: int, batch: int = 3, open_prob: float = 0.6) -> torch.Tensor:
+    draw = torch.Generator().manual_seed(seed)
+    return torch.rand(batch, len(unet.kept_sites), generator=draw) < open_prob
+
+
+def closed_sites(unet, row: torch.Tensor) -> dict[str, int]:
+    return {site: 0 for site, is_open in zip(unet.kept_sites, row.tolist(), strict=True) if not is_open}
+
+
+def run(unet, **inputs):
+    with torch.no_grad():
+        return unet(**small_inputs(unet), **inputs, return_dict=False)[0]
+
+
+def test_open_gates_are_the_stock_unet(stock):
+    unet = PrunableUNet2DConditionModel.from_unet(stock)
+    assert torch.equal(run(unet, gates=random_gates(unet, 0, open_prob=1.1)), run(stock))
+
+
+@pytest.mark.parametrize("bypass", ["shortcut", "drop_skip"])
+def test_closed_gates_are_the_pruned_unet_in_every_row_of_a_mixed_batch(stock, bypass):
+    unet = PrunableUNet2DConditionModel.from_unet(stock, bypass=bypass)
+    gates = random_gates(unet, 1)
+    gated = run(unet, gates=gates)
+    for b, row in enumerate(gates):
+        assert torch.equal(run(unet.with_depths(closed_sites(unet, row)))[b], gated[b])
+
+
+@pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
+def test_each_site_alone_closed_is_the_unet_without_it(stock, every):
+    unet = PrunableUNet2DConditionModel.from_unet(stock)
+    for column, site in list(enumerate(unet.sites))[::every]:
+        gates = torch.ones(3, len(unet.sites), dtype=torch.bool)
+        gates[1, column] = False
+        without = run(unet.with_depths({site: 0}))
+        assert torch.equal(run(unet, gates=gates)[1], without[1]), site
+
+
+def test_gates_of_a_pruned_and_copied_unet_follow_its_kept_sites():
+    whole = PrunableUNet2DConditionModel.from_unet(small_stock_unet("sdxl"))
+    depths = {"mid_block.attentions.0": 2, "mid_block.attentions.0.transformer_blocks.0": 2, "up_blocks.0.resnets.1": 0}
+    unet = whole.with_depths(depths, copy_init="same")
+    assert torch.equal(run(unet, gates=random_gates(unet, 0, open_prob=1.1)), run(unet))
+    gates = random_gates(unet, 2)
+    gated = run(unet, gates=gates)
+    for b, row in enumerate(gates):
+        assert torch.equal(run(unet.with_depths(closed_sites(unet, row)))[b], gated[b])
+
+
+def test_a_closed_layer_is_closed_in_the_copies_of_its_transformer():
+    whole = PrunableUNet2DConditionModel.from_unet(small_stock_unet("sdxl"))
+    unet = whole.with_depths({"mid_block.attentions.0": 3}, copy_init="same")
+    layer = "mid_block.attentions.0.transformer_blocks.1"
+    gates = torch.tensor([[site != layer for site in unet.kept_sites]] * 3)
+    assert torch.equal(run(unet, gates=gates), run(unet.with_depths({layer: 0})))
+
+
+def test_a_closed_branch_that_overflows_does_no_harm(unet):
+    column = unet.kept_sites.index("mid_block.resnets.0")
+    with torch.no_grad():
+        unet.mid_block.resnets[0].conv2.weight.fill_(torch.inf)
+    gates = torch.ones(3, 38, dtype=torch.bool)
+    gates[:, column] = False
+    assert run(unet, gates=gates).isfinite().all()
+
+
+def test_gates_leave_no_trace(unet):
+    before = run(unet)
+    run(unet, gates=random_gates(unet, 3))
+    assert torch.equal(run(unet), before)
+    with pytest.raises(RuntimeError):
+        unet(torch.randn(3, 5, 8, 8), 1, torch.randn(3, 5, 12), gates=random_gates(unet, 3))
+    assert torch.equal(run(unet), before)
+
+
+def test_gates_of_the_wrong_shape_are_refused(unet):
+    with pytest.raises(AssertionError, match=r"gates \(3, 37\) for a batch of 3 and 38 kept sites"):
+        run(unet, gates=torch.ones(3, 37, dtype=torch.bool))
+
+
+def test_open_gates_are_the_stock_unet_under_autocast(unet):
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(run(unet, gates=random_gates(unet, 0, open_prob=1.1)), run(unet))
+
+
+def test_sites_are_still_the_stock_classes_and_names(unet):
+    assert isinstance(unet.down_blocks[0].resnets[0], ResnetBlock2D)
+    assert unet.state_dict().keys() == small_stock_unet().state_dict().keys()
+
+
+# ---- gradients
+
+
+def gradients(unet, checkpointing: bool, gates: list[torch.Tensor | None]) -> dict[str, torch.Tensor | None]:
+    """Gradients of the summed squares of several forwards, all of them run before the one backward."""
+    unet.train().zero_grad(set_to_none=True)
+    unet.enable_gradient_checkpointing() if checkpointing else unet.disable_gradient_checkpointing()
+    outputs = [unet(**small_inputs(unet), gates=g).sample for g in gates]
+    sum(y.square().sum() for y in outputs).backward()
+    return {name: p.grad for name, p in unet.named_parameters()}
+
+
+def test_gradient_checkpointing_gives_equal_gradients(stock):
+    unet = PrunableUNet2DConditionModel.from_unet(stock)
+    gates = [random_gates(unet, 4), random_gates(unet, 5), None]
+    plain, checkpointed = gradients(unet, False, gates), gradients(unet, True, gates)
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+
+def test_gradient_checkpointing_takes_a_function_of_the_users(unet):
+    calls = []
+
+    def function(block, *args):
+        calls.append(block)
+        return torch.utils.checkpoint.checkpoint(block.__call__, *args, use_reentrant=False)
+
+    plain = gradients(unet, False, [random_gates(unet, 6)])
+    unet.enable_gradient_checkpointing(function)
+    unet.zero_grad(set_to_none=True)
+    unet(**small_inputs(unet), gates=random_gates(unet, 6)).sample.square().sum().backward()
+    assert calls and all(torch.equal(plain[n], p.grad) for n, p in unet.named_parameters())
+
+
+def test_every_parameter_gets_a_gradient_whatever_the_gates(unet):
+    """So that distributed training needs no search for unused parameters."""
+    grads = gradients(unet, False, [torch.zeros(3, 38, dtype=torch.bool)])
+    assert all(grad is not None for grad in grads.values())
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
+def test_a_closed_sample_gives_its_block_no_gradient(unet):
+    gates = torch.ones(3, 38, dtype=torch.bool)
+    gates[:, unet.kept_sites.index("mid_block.attentions.0")] = False
+    grads = gradients(unet, True, [gates])
+    inside = [grad for name, grad in grads.items() if name.startswith("mid_block.attentions.0.")]
+    assert inside and not any(grad.any() for grad in inside)
+
+
+# ---- torch.compile
+
+
+def count_graphs(function, calls) -> int:
+    """How many graphs torch.compile makes of a function over these calls; results must not change."""
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = torch.compile(function, fullgraph=True, backend="eager")
+    with torch.no_grad():
+        for arguments in calls:
+            assert torch.equal(compiled(**arguments)[0], function(**arguments)[0])
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_one_graph_for_any_gates(unet):
+    inputs = {**small_inputs(unet), "return_dict": False}
+    assert count_graphs(unet, [{**inputs, "gates": random_gates(unet, seed)} for seed in range(4)]) == 1
+
+
+@pytest.mark.slow
+def test_one_graph_for_any_gates_of_a_unet_with_everything():
+    whole = PrunableUNet2DConditionModel.from_unet(small_stock_unet("sdxl"))
+    depths = {"mid_block.attentions.0": 2, "down_blocks.1.resnets.0": 0, "down_blocks.2.attentions.1": 0}
+    unet = whole.with_depths(depths)
+    inputs = {**small_inputs(unet), "return_dict": False}
+    assert count_graphs(unet, [{**inputs, "gates": random_gates(unet, seed)} for seed in range(3)]) == 1
+
+
+@pytest.mark.slow
+def test_compiled_gated_training_has_the_gradients_of_eager(unet):
+    torch._dynamo.reset()
+    gates = random_gates(unet, 7)
+    plain = gradients(unet, False, [gates])
+    unet.zero_grad(set_to_none=True)
+    torch.compile(unet, fullgraph=True)(**small_inputs(unet), gates=gates).sample.square().sum().backward()
+    for name, parameter in unet.named_parameters():
+        torch.testing.assert_close(parameter.grad, plain[name], rtol=1e-3, atol=1e-4, msg=name)

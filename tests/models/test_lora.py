@@ -1,0 +1,71 @@
+"""A LoRA made for the stock UNet, on a pruned one."""
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+
+from models.lora import load_lora
+from models.pipeline import with_unet
+from models.unet import PrunableUNet2DConditionModel
+from tests.models.conftest import paint, small_stock_unet
+
+
+@pytest.fixture
+def lora_folder(tmp_path):
+    """A LoRA of the stock UNet's attention projections and ResNet convolutions, with weights that show."""
+    unet = small_stock_unet()
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v", "to_out.0", "conv1"]))
+    with torch.no_grad():
+        for name, parameter in unet.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
+    weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=weights)
+    return tmp_path
+
+
+def prunable(pipeline, depths, **options):
+    return with_unet(pipeline, PrunableUNet2DConditionModel.from_unet(small_stock_unet(), depths, **options))
+
+
+def test_on_the_unpruned_unet_all_of_it_fits(pipeline, lora_folder):
+    unadapted = paint(pipeline)
+    unpruned = prunable(pipeline, {})
+    fit = load_lora(unpruned, lora_folder)
+    assert len(fit.applied) == 16 * 6 + 22 and not fit.left_out
+    pipeline.load_lora_weights(lora_folder)
+    assert torch.equal(paint(unpruned), paint(pipeline)) and not torch.equal(paint(unpruned), unadapted)
+
+
+def test_what_was_pruned_is_listed_and_the_rest_is_applied(pipeline, lora_folder):
+    site = "mid_block.attentions.0"
+    pruned = prunable(pipeline, {site: 0})
+    before = paint(pruned)
+    fit = load_lora(pruned, lora_folder)
+    assert len(fit.left_out) == 6 and all(path.startswith(f"{site}.") for path in fit.left_out)
+    adapted = paint(pruned)
+    assert not torch.equal(adapted, before)
+    whole = prunable(pipeline, {})
+    load_lora(whole, lora_folder)
+    gates = torch.tensor([[s != site for s in whole.unet.kept_sites]] * 2)
+    plain = whole.unet.forward
+    whole.unet.forward = lambda *args, **kwargs: plain(*args, gates=gates, **kwargs)
+    assert torch.equal(paint(whole), adapted), "pruned, then adapted, is not adapted, then pruned"
+
+
+def test_copies_stay_as_they_are(pipeline, lora_folder):
+    site = "mid_block.attentions.0"
+    deeper = prunable(pipeline, {site: 2})
+    fit = load_lora(deeper, lora_folder)
+    assert not fit.left_out and not [path for path in fit.applied if ".copies." in path]
+    adapted = {name for name, _ in deeper.unet.named_parameters() if "lora_" in name}
+    assert not [name for name in adapted if ".copies." in name]
+
+
+def test_a_lora_of_which_nothing_fits_is_an_error(pipeline, lora_folder):
+    unet = PrunableUNet2DConditionModel.from_unet(small_stock_unet())
+    with pytest.raises(ValueError, match="has no weights for this UNet"):
+        load_lora(with_unet(pipeline, unet.with_depths(dict.fromkeys(unet.sites, 0))), lora_folder)

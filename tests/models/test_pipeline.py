@@ -1,0 +1,181 @@
+"""Loading, handing over, and the stock pipelines around a pruned UNet."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import (
+    ControlNetModel,
+    DiffusionPipeline,
+    StableDiffusionControlNetPipeline,
+    StableDiffusionImg2ImgPipeline,
+    StableDiffusionInpaintPipeline,
+    UNet2DConditionModel,
+)
+from PIL import Image
+
+from models.pipeline import export_pipeline, load_pipeline, with_unet
+from models.unet import PrunableUNet2DConditionModel
+from tests.models.conftest import paint, small_stock_unet
+
+ONE_ATTENTION = {"down_blocks.0.attentions.1": 0}  # no stock config says this
+NO_MID = dict.fromkeys(("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"), 0)
+
+
+@pytest.fixture
+def folder(pipeline, tmp_path) -> Path:
+    """A stock diffusers folder."""
+    pipeline.save_pretrained(tmp_path / "teacher")
+    return tmp_path / "teacher"
+
+
+def with_depths(pipeline, depths):
+    return with_unet(pipeline, PrunableUNet2DConditionModel.from_unet(pipeline.unet, depths))
+
+
+def test_a_loaded_pipeline_paints_what_the_saved_one_paints(pipeline, folder, capfd):
+    loaded = load_pipeline(folder)
+    assert capfd.readouterr() == ("", "")
+    assert isinstance(loaded.unet, PrunableUNet2DConditionModel)
+    assert not loaded.unet.training and not loaded.text_encoder.training and not loaded.vae.training
+    assert torch.equal(paint(loaded), paint(pipeline))
+    assert loaded.config.requires_safety_checker is False
+    assert load_pipeline(folder, dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("depths", "is_stock"),
+    [
+        (NO_MID, True),
+        (ONE_ATTENTION, False),
+        ({**ONE_ATTENTION, "down_blocks.3": 0, "up_blocks.2.attentions.1": 3}, False),
+    ],
+)
+def test_save_load_save_load(pipeline, tmp_path, depths, is_stock):
+    first = with_depths(pipeline, depths)
+    images = paint(first)
+    for name in ("one", "two", "two"):  # the last replaces the one before
+        verdict = export_pipeline(first, tmp_path / name)
+        assert verdict.is_stock == is_stock and bool(verdict.obstacles) != is_stock
+        first = load_pipeline(tmp_path / name)
+        assert torch.equal(paint(first), images)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_an_expressible_export_is_plain_diffusers(pipeline, tmp_path):
+    student = with_depths(pipeline, NO_MID)
+    verdict = export_pipeline(student, tmp_path / "export")
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "export")
+    assert type(loaded.unet) is UNet2DConditionModel and loaded.unet.mid_block is None
+    torch.testing.assert_close(paint(loaded), paint(student), rtol=0, atol=1e-5)
+    assert verdict.load == f'DiffusionPipeline.from_pretrained("{tmp_path / "export"}")'
+    assert isinstance(student.unet, PrunableUNet2DConditionModel), "exporting changed the pipeline"
+
+
+def test_an_export_carries_its_class_and_is_readable_by_others(pipeline, tmp_path):
+    verdict = export_pipeline(with_depths(pipeline, ONE_ATTENTION), tmp_path / "export")
+    (code,) = (tmp_path / "export" / "unet").glob("*.py")
+    index = json.loads((tmp_path / "export" / "model_index.json").read_text())
+    assert index["unet"] == [code.stem, "PrunableUNet2DConditionModel"]
+    assert verdict.obstacles == ("down_blocks.0.attentions.1 (is removed while another of its level stays)",)
+    assert verdict.load.endswith(", trust_remote_code=True)")
+    modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "export").rglob("*") if path.is_file()}
+    assert modes == {0o644}
+
+
+def test_an_export_loads_where_this_project_is_unknown(pipeline, tmp_path):
+    depths = {**ONE_ATTENTION, "up_blocks.1.resnets.0": 0, "mid_block.attentions.0": 2}
+    student = with_depths(pipeline, depths)
+    export_pipeline(student, tmp_path / "export")
+    program = (
+        "import sys, torch\n"
+        "from diffusers import DiffusionPipeline\n"
+        "sys.modules['models'] = None  # as good as not installed\n"
+        "pipe = DiffusionPipeline.from_pretrained('export', trust_remote_code=True)\n"
+        "pipe.set_progress_bar_config(disable=True)\n"
+        "torch.save(pipe('a b', num_inference_steps=2, height=16, width=16, output_type='np',\n"
+        "                generator=torch.Generator().manual_seed(0)).images, 'images.pt', pickle_protocol=4)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    images = torch.load(tmp_path / "images.pt", weights_only=False)
+    torch.testing.assert_close(torch.from_numpy(images).permute(0, 3, 1, 2), paint(student), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nowhere/at-all", "model 'nowhere/at-all' is no folder, and not in the hub cache: .* HF_HUB_OFFLINE=1"),
+        ("{empty}", "is no UNet pipeline saved by diffusers: .*model_index.json"),
+        ("{other}", "has the UNet class UNet2DModel; pruning needs"),
+        ("{torn}", "is incomplete: .*diffusion_pytorch_model"),
+        ("{mute}", r"model_index.json names \['tokenizer'\], which it lacks"),
+        ("{stale}", r"config.json does not belong to the weights: \d+ .* are absent \(mid_block"),
+    ],
+)
+def test_what_cannot_be_loaded_is_said_in_one_line(name, message, folder, tmp_path):
+    (tmp_path / "empty").mkdir()
+    if "other" in name:
+        config = folder / "unet" / "config.json"
+        config.write_text(config.read_text().replace("UNet2DConditionModel", "UNet2DModel"))
+    if "torn" in name:
+        (folder / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    if "mute" in name:
+        shutil.rmtree(folder / "tokenizer")
+    if "stale" in name:  # blocks deleted, config not updated
+        small_stock_unet(mid_block_type=None).save_pretrained(tmp_path / "no_mid")
+        shutil.copy(tmp_path / "no_mid" / "diffusion_pytorch_model.safetensors", folder / "unet")
+    places = {"empty": tmp_path / "empty"} | dict.fromkeys(("other", "torn", "mute", "stale"), folder)
+    with pytest.raises(ValueError, match=message) as caught:
+        load_pipeline(name.format(**places))
+    assert "\n" not in str(caught.value)
+
+
+# ---- the other pipelines of diffusers
+
+
+@pytest.fixture
+def student(pipeline):
+    return with_depths(pipeline, {**ONE_ATTENTION, "up_blocks.2.resnets.1": 0})
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    return Image.radial_gradient("L").resize((16, 16)).convert("RGB")
+
+
+def around(student, pipeline_class, **more):
+    extra = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    keep = ("vae", "text_encoder", "tokenizer", "unet", "scheduler")
+    made = pipeline_class(**{k: student.components[k] for k in keep}, **extra, **more)
+    made.set_progress_bar_config(disable=True)
+    return made
+
+
+def test_image_to_image_runs(student, photo):
+    made = around(student, StableDiffusionImg2ImgPipeline)
+    draw = torch.Generator().manual_seed(0)
+    images = made("a b", image=photo, strength=0.8, num_inference_steps=3, generator=draw, output_type="np").images
+    assert images.shape == (1, 16, 16, 3)
+
+
+def test_inpainting_runs(student, photo):
+    made = around(student, StableDiffusionInpaintPipeline)
+    mask = Image.new("L", (16, 16), 255)
+    assert paint(made, image=photo, mask_image=mask).shape == (1, 3, 16, 16)
+
+
+def test_a_controlnet_made_for_the_stock_unet_steers_the_pruned_one(student, pipeline, photo):
+    torch.manual_seed(0)
+    controlnet = ControlNetModel.from_unet(pipeline.unet, conditioning_embedding_out_channels=(4, 8)).eval()
+    for block in (*controlnet.controlnet_down_blocks, controlnet.controlnet_mid_block):
+        torch.nn.init.normal_(block.weight)
+    made = around(student, StableDiffusionControlNetPipeline, controlnet=controlnet)
+    images = paint(made, image=photo)
+    assert images.shape == (1, 3, 16, 16) and not torch.equal(images, paint(student))
