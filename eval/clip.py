@@ -1,0 +1,189 @@
+"""CLIP score through open_clip: how well an image shows its prompt, in any of open_clip's models.
+
+"CLIP score" is many metrics: model, weights, prompt prefix, preprocessing and scale change it, so `ClipScorer.protocol`
+goes into every record. CLIP score alone can rise while images get worse (guidance does that), so the distance to
+reference images at equal seed is measured beside it.
+
+Axes: B images, N prompts, D feature width, H and W pixels.
+"""
+
+import difflib
+import hashlib
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import open_clip
+import torch
+import torch.nn.functional as F
+from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.utils import to_2tuple
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+LOCAL, HUB = "local-dir:", "hf-hub:"
+CONFIG_FILE = "open_clip_config.json"
+BATCH = 64  # images or prompts per forward pass
+# Rounding to 8 bits makes an error of 1/12 squared grey levels: no two 8-bit images are known to be closer than that.
+CLOSEST_MSE = 1 / 12
+
+
+@dataclass(frozen=True)
+class ImageDistance:
+    """How far images are from reference images, per image: PSNR in dB (up), feature cosine distance (down)."""
+
+    psnr_B: Tensor
+    cosine_B: Tensor
+
+
+def psnr(images_B3HW: Tensor, reference_B3HW: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of uint8 images, float32 [B]; equal images have 58.9 dB, as 8-bit rounding."""
+    error_B3HW = images_B3HW.float() - reference_B3HW.float()
+    mse_B = error_B3HW.square().flatten(1).mean(1).clamp(min=CLOSEST_MSE)
+    return 10 * torch.log10(255**2 / mse_B)
+
+
+class ClipScorer:
+    """Scores images against prompts: `scale` times the cosine of their features, which are normalised.
+
+    `model` and `pretrained` are open_clip's: a name and a tag ("ViT-g-14", "laion2b_s34b_b88k") or a checkpoint file,
+    or `model` alone as "local-dir:FOLDER" or "hf-hub:ORG/NAME". `scale` 100 is the usual unit, 1 the raw cosine.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        pretrained: str | None = None,
+        prefix: str = "",
+        scale: float = 100.0,
+        device: str | torch.device = "cpu",
+    ) -> None:
+        """Raises ValueError for a model, tag or folder that open_clip does not know or cannot load."""
+        check_names(model, pretrained)
+        self.model_name, self.pretrained, self.prefix, self.scale = model, pretrained, prefix, scale
+        self.device = torch.device(device)
+        with quiet_root_logger():
+            try:
+                self.model = open_clip.create_model(model, pretrained, device=self.device, require_pretrained=True)
+                self.tokenizer = open_clip.get_tokenizer(model)
+            except (RuntimeError, OSError) as error:
+                raise ValueError(explain(model, pretrained, error)) from error
+        self.model.eval().requires_grad_(False)
+        self.preprocessing = PreprocessCfg(**self.model.visual.preprocess_cfg)
+        self.transform = image_transform_v2(self.preprocessing, is_train=False)
+
+    @cached_property
+    def protocol(self) -> dict:
+        """All that makes this CLIP score this metric; `weights` hashes a local checkpoint, which has no tag."""
+        cfg = self.preprocessing
+        return {
+            "model": self.model_name,
+            "pretrained": self.pretrained,
+            "weights": local_weights_hash(self.model_name, self.pretrained),
+            "prefix": self.prefix,
+            "resize": {"size": list(to_2tuple(cfg.size)), "mode": cfg.resize_mode, "interpolation": cfg.interpolation},
+            "scale": self.scale,
+            "mean": list(cfg.mean),
+            "std": list(cfg.std),
+        }
+
+    @torch.inference_mode()
+    def text(self, prompts: Sequence[str]) -> Tensor:
+        """Unit features [N, D] of the prompts, with the prefix before each."""
+        tokens = [self.tokenizer([self.prefix + prompt for prompt in batch]) for batch in batches(list(prompts))]
+        return torch.cat([unit(self.model.encode_text(batch.to(self.device))) for batch in tokens])
+
+    @torch.inference_mode()
+    def image(self, images_B3HW: Tensor) -> Tensor:
+        """Unit features [B, D] of uint8 images of any size."""
+        return torch.cat([unit(self.model.encode_image(self.prepare(batch))) for batch in batches(images_B3HW)])
+
+    def prepare(self, images_B3HW: Tensor) -> Tensor:
+        """uint8 images as the model's input: open_clip's own evaluation transform, which works on PIL images."""
+        assert images_B3HW.dtype == torch.uint8, f"images are {images_B3HW.dtype}, not uint8"
+        return torch.stack([self.transform(to_pil_image(image)) for image in images_B3HW.cpu()]).to(self.device)
+
+    def similarity(self, image_BD: Tensor, text_BD: Tensor) -> Tensor:
+        """The score, float32 [B] on the CPU, of image features against the text features in the same rows."""
+        assert image_BD.shape == text_BD.shape, f"{tuple(image_BD.shape)} images, {tuple(text_BD.shape)} texts"
+        return self.scale * (image_BD * text_BD).sum(1).float().cpu()
+
+    def score(self, images_B3HW: Tensor, text_BD: Tensor) -> Tensor:
+        """The score, float32 [B] on the CPU, of uint8 images against the features of their prompts."""
+        return self.similarity(self.image(images_B3HW), text_BD)
+
+    def image_distance(self, images_B3HW: Tensor, reference_B3HW: Tensor) -> ImageDistance:
+        """PSNR and feature distance of uint8 images to reference images of equal prompt and seed, [B] on the CPU."""
+        cosine_B = (self.image(images_B3HW) * self.image(reference_B3HW)).sum(1)
+        return ImageDistance(psnr(images_B3HW, reference_B3HW).cpu(), 1 - cosine_B.float().cpu())
+
+
+def unit(features_BD: Tensor) -> Tensor:
+    return F.normalize(features_BD, dim=-1)
+
+
+def batches(rows):
+    """`rows` (a list or a tensor) in slices of BATCH, cut by index."""
+    return [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
+
+
+@contextmanager
+def quiet_root_logger() -> Iterator[None]:
+    """open_clip talks on the root logger, errors included; what went wrong is in the exception."""
+    root = logging.getLogger()
+    level, handlers = root.level, list(root.handlers)
+    root.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        root.setLevel(level)
+        root.handlers[:] = handlers  # logging.info on a bare root logger installs one
+
+
+def check_names(model: str, pretrained: str | None) -> None:
+    """Raises ValueError if open_clip has no such model or tag; open_clip itself would go on with random weights."""
+    if model.startswith(LOCAL):
+        folder = Path(model.removeprefix(LOCAL))
+        if not (folder / CONFIG_FILE).is_file():
+            raise ValueError(f"no open_clip model in {folder}: {CONFIG_FILE} is missing; give its folder after {LOCAL}")
+        return
+    if model.startswith(HUB):
+        return
+    if model not in open_clip.list_models():
+        close = difflib.get_close_matches(model, open_clip.list_models(), n=3, cutoff=0.4)
+        close = ", ".join(close) or "none"
+        raise ValueError(f"open_clip has no model {model!r}; close names: {close}; or give {LOCAL}FOLDER")
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if pretrained not in tags and not (pretrained and Path(pretrained).is_file()):
+        known = ", ".join(tags)
+        raise ValueError(f"open_clip's {model} has no weights {pretrained!r}; give a checkpoint file or one of {known}")
+
+
+def explain(model: str, pretrained: str | None, error: Exception) -> str:
+    """One line for weights that could not be had."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if model.startswith(LOCAL) or (pretrained and Path(pretrained).is_file()):
+        return f"open_clip could not load {pretrained or model}: {reason}"
+    arguments = ", ".join(repr(name) for name in (model, pretrained) if name)
+    return (
+        f"the weights of open_clip's {arguments} are not in the cache and could not be fetched; with a network, run "
+        f'python -c "import open_clip; open_clip.create_model({arguments})" and bring the cache (HF_HOME) here, '
+        f"or use a checkpoint file or {LOCAL}FOLDER"
+    )
+
+
+def local_weights_hash(model: str, pretrained: str | None) -> str | None:
+    """12 hex digits of the sha256 of a checkpoint on disk; None for open_clip's tags, which name their weights."""
+    if model.startswith(LOCAL):
+        folder = Path(model.removeprefix(LOCAL))
+        files = sorted(path for path in folder.iterdir() if path.suffix in {".safetensors", ".bin", ".pth", ".pt"})
+    else:
+        files = [Path(pretrained)] if pretrained and Path(pretrained).is_file() else []
+    digest = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()[:12] if files else None

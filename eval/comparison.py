@@ -1,0 +1,148 @@
+"""Several finished runs side by side: one table, one picture of CLIP against latency, differences paired by prompt."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from data.files import write_text
+from eval.compare import paired_difference
+from eval.figures import SERIES, TEACHER, Point, digits, pareto_figure, save_png, signed, themed
+from eval.report import count, facts, markdown_table, percent, render
+from eval.runs import RunRecord, read_run
+
+
+def compare_runs(folders: Sequence[str | Path], out: str | Path) -> str:
+    """Writes `out`/report.html, table.md and clip-against-latency.png; returns the table as Markdown.
+
+    Students are compared with their own teacher, and with the student of the first run, prompt by prompt; runs whose
+    scores come from other prompts or another protocol are listed, and not compared.
+    Raises FileNotFoundError for a missing run, ValueError for one that has not been evaluated yet.
+    """
+    out, runs = Path(out), name_runs([finished_run(folder) for folder in folders])
+    first_name, first = next(iter(runs.items()))
+    rows = without_repeated_teachers([row for name, run in runs.items() for row in run_rows(name, run, first)])
+    columns = ["run", "parameters", "GFLOPs", "UNet ms", "of teacher", "CLIP ± se", "against teacher"]
+    header = [*columns, f"against {first_name}"]
+    table = markdown_table(header, [row["cells"] for row in rows])
+    figure = pareto_figure(points(rows))
+    save_png(figure, out / "clip-against-latency.png")
+    write_text(out / "table.md", table)
+    page = render(
+        "comparison.html.j2",
+        title=", ".join(runs),
+        header=header,
+        rows=rows,
+        figure=Markup(themed(figure, "comparison")),
+        differences=protocol_differences(runs),
+        facts=facts_that_differ(runs),
+    )
+    write_text(out / "report.html", page)
+    return table
+
+
+def finished_run(folder: str | Path) -> RunRecord:
+    run = read_run(folder)
+    if not run.evaluation:
+        raise ValueError(f"{run.path} has no evaluation.json: the run is not finished; its command again continues it")
+    return run
+
+
+def name_runs(runs: Sequence[RunRecord]) -> dict[str, RunRecord]:
+    """Each run by its folder's name, with the folder above where two have the same name."""
+    names = [run.name for run in runs]
+    return {run.name if names.count(run.name) == 1 else f"{run.path.parent.name}/{run.name}": run for run in runs}
+
+
+def metric(run: RunRecord) -> tuple[str, dict[str, Any]]:
+    """What makes the scores of two runs comparable: the prompts, and the protocol."""
+    return run.evaluation["prompts_hash"], run.evaluation["protocol"]
+
+
+def protocol_differences(runs: Mapping[str, RunRecord]) -> list[str]:
+    """A line for each run whose scores are not those of the first run's metric, saying in what they differ."""
+    (_, first), *others = runs.items()
+    lines = []
+    for name, run in others:
+        (prompts, protocol), (first_prompts, first_protocol) = metric(run), metric(first)
+        keys = [key for key in {**protocol, **first_protocol} if protocol.get(key) != first_protocol.get(key)]
+        changed = ["prompts"] * (prompts != first_prompts) + keys
+        if changed:
+            lines.append(f"{name} was scored with other {', '.join(changed)}")
+    return lines
+
+
+def run_rows(name: str, run: RunRecord, first: RunRecord) -> list[dict[str, Any]]:
+    """The lines of a run's teacher and student."""
+    teacher, student = run.models[0], run.models[-1]
+    return [
+        {"name": f"teacher of {name}", "kind": "teacher", "model": teacher,
+         "cells": cells(f"teacher of {name}", teacher, teacher, None, None)},
+        {"name": name, "kind": "student", "model": student,
+         "cells": cells(name, student, teacher, student["versus_teacher"], versus_first(run, first))},
+    ]  # fmt: skip
+
+
+def versus_first(run: RunRecord, first: RunRecord) -> dict[str, float] | None:
+    """The paired difference to the first run's student, where there is one."""
+    if run is first or metric(run) != metric(first):
+        return None
+    scores = [r.models[-1]["clip"]["per_prompt"] for r in (run, first)]
+    return vars(paired_difference(*scores))
+
+
+def cells(
+    name: str, model: Mapping, teacher: Mapping, to_teacher: Mapping | None, to_first: Mapping | None
+) -> list[str]:
+    def interval(difference: Mapping | None) -> str:
+        if difference is None:
+            return "–"
+        return f"{signed(difference['mean'])} [{signed(difference['low'])}, {signed(difference['high'])}]"
+
+    return [
+        name,
+        count(model["parameters"]),
+        digits(model["gflops"]),
+        digits(model["ms"]),
+        percent(model["ms"] / teacher["ms"]),
+        f"{model['clip']['mean']:.2f} ± {model['clip']['se']:.2f}",
+        interval(to_teacher),
+        interval(to_first),
+    ]
+
+
+def facts_that_differ(runs: Mapping[str, RunRecord]) -> dict[str, dict[str, Any]]:
+    """The first run's protocols and environment; of the others, what is different there."""
+    (first_name, first), *others = runs.items()
+    tables = {f"{title} ({first_name})": table for title, table in facts(first).items()}
+    for name, run in others:
+        for title, table in facts(run).items():
+            known = facts(first).get(title, {})
+            changed = {key: value for key, value in table.items() if known.get(key) != value}
+            tables |= {f"{title} ({name}), where it differs": changed} if changed else {}
+    return tables
+
+
+def without_repeated_teachers(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Runs of one teacher show it once; the latency shown is the first run's."""
+    seen: list[Any] = []
+    kept = []
+    for row in rows:
+        scores = row["model"]["clip"]["per_prompt"]
+        if row["kind"] == "teacher" and scores in seen:
+            continue
+        seen += [scores] if row["kind"] == "teacher" else []
+        kept.append(row)
+    return kept
+
+
+def points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
+    """The rows in the plane of latency and score; a colour for each run."""
+    students = [row["name"] for row in rows if row["kind"] == "student"]
+    made = []
+    for row in rows:
+        model = row["model"]
+        colour = TEACHER if row["kind"] == "teacher" else SERIES[students.index(row["name"]) % len(SERIES)]
+        made.append(Point(row["name"], model["ms"], model["clip"]["mean"], model["clip"]["se"], row["kind"], colour))
+    return made

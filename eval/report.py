@@ -1,0 +1,251 @@
+"""The report of a run: one self-contained HTML page, and its pictures as PNG beside it.
+
+It is drawn from the run's files alone, so it can be made at any time, of a run that is under way as well; a section
+whose files do not exist yet is left out, and the page says what is missing.
+"""
+
+import base64
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from markupsafe import Markup
+from matplotlib.figure import Figure
+from PIL import Image
+
+from data.files import whole_folder, write_text
+from eval.figures import (
+    STEP,
+    STUDENT,
+    TEACHER,
+    Point,
+    additivity_figure,
+    digits,
+    evolution_figure,
+    grid_figure,
+    pareto_figure,
+    save_png,
+    signed,
+    themed,
+)
+from eval.runs import RunRecord, depth_of, finite, read_run
+from eval.unet_figure import unet_figure
+
+PICTURE = 256  # pixels on the page: larger images are scaled down, smaller ones have their pixels repeated
+KINDS = {"teacher": ("teacher", TEACHER), "student": ("student", STUDENT)}
+
+
+def write_report(folder: str | Path) -> Path:
+    """Makes `folder`/report.html and `folder`/report/*.png anew from what the run has written so far.
+
+    Raises FileNotFoundError where `folder` is no run.
+    """
+    run = read_run(folder)
+    figures = draw_figures(run)
+    with whole_folder(run.path / "report") as aside:
+        for name, figure in figures.items():
+            save_png(figure, aside / f"{name}.png")
+    page = render(
+        "run.html.j2",
+        run=run,
+        headline=headline(run),
+        tiles=tiles(run),
+        rows=[model_row(model, run.models[0]) for model in run.models],
+        figures={name: Markup(themed(figure, name)) for name, figure in figures.items() if name != "images"},
+        pictures=pictures(run),
+        additive=(first_latency(run) or {}).get("additive_error"),
+        facts=facts(run),
+    )
+    write_text(run.path / "report.html", page)
+    return run.path / "report.html"
+
+
+def render(template: str, **values: Any) -> str:
+    """A page from eval/templates; text is escaped, figures are not."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"digits": or_dash(digits), "signed": or_dash(signed), "count": count, "percent": percent}
+    return environment.get_template(template).render(**values)
+
+
+def or_dash(form):
+    """`form`, with a dash for what was not measured."""
+    return lambda value: form(value) if finite(value) else "–"
+
+
+def percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def count(value: int | None) -> str:
+    """A number of parameters: 2.09 M, 859.5 M, 2.57 B."""
+    if value is None:
+        return "–"
+    size, unit = next(((s, u) for s, u in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if value >= s), (1, ""))
+    return f"{value / size:.4g} {unit}".strip()
+
+
+def display_name(name: str) -> str:
+    return f"round {int(name.removeprefix('round-'))}" if name.startswith("round-") else name
+
+
+# ---- what the page says ----
+
+
+def headline(run: RunRecord) -> str:
+    """The outcome in a sentence; what is missing, if the run has not come to its end."""
+    if not run.evaluation:
+        decided = sum(r.decision is not None for r in run.rounds)
+        return f"This run is under way: {decided} of its rounds are decided, and the models have not been compared yet."
+    teacher, student = run.models[0], run.models[-1]
+    versus = student["versus_teacher"]
+    outcome = "cannot be told from its teacher's on these prompts"
+    if versus["low"] > 0 or versus["high"] < 0:
+        outcome = f"is {abs(versus['mean']):.2f} {'above' if versus['low'] > 0 else 'below'} its teacher's"
+    time, size = (percent(student[key] / teacher[key]) for key in ("ms", "parameters"))
+    return (
+        f"The student takes {time} of the teacher's UNet time ({digits(student['ms'])} of {digits(teacher['ms'])} ms) "
+        f"and has {size} of its parameters. Its CLIP score {outcome}."
+    )
+
+
+def tiles(run: RunRecord) -> list[dict[str, str]]:
+    """The page's few large numbers: label, value, explanation."""
+    if not run.evaluation:
+        return []
+    teacher, student = run.models[0], run.models[-1]
+    versus, sites = student["versus_teacher"], run.latest_blocks
+    kept = sum(depth_of(site, run.depths, run.levels) > 0 for site in sites)
+    copied = sum(depth > 1 for depth in run.depths.values())
+    interval = f"{signed(versus['low'])} to {signed(versus['high'])} (95 %)"
+    shares = (
+        ("UNet time", "ms", digits, " ms"),
+        ("parameters", "parameters", count, ""),
+        ("GFLOPs", "gflops", digits, ""),
+    )
+    return [
+        *({"label": label, "value": percent(student[key] / teacher[key]),
+           "note": f"{form(student[key])} of {form(teacher[key])}{unit}"} for label, key, form, unit in shares),
+        {"label": "blocks kept", "value": f"{kept} / {len(sites)}", "note": f"{copied} copied"},
+        {"label": "CLIP, paired", "value": signed(versus["mean"]), "note": interval},
+    ]  # fmt: skip
+
+
+def model_row(model: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str, Any]:
+    """A model's line of the table."""
+    return {
+        **model,
+        "name": display_name(model["name"]),
+        "kind": KINDS.get(model["name"], ("step",))[0],
+        "share": model["ms"] / teacher["ms"],
+    }
+
+
+def facts(run: RunRecord) -> dict[str, dict[str, Any]]:
+    """Protocols and environment: title -> {name: value}, nested values flattened."""
+    scores = next((r.scores for r in reversed(run.rounds) if r.scores), None)
+    ranking = (
+        {**scores["protocol"], "agreement of halves (ρ)": scores.get("rank_agreement_of_halves")} if scores else {}
+    )
+    result = run.evaluation or {}
+    left_out = ("sites", "samples")
+    tables = {
+        "Evaluation": {**result.get("protocol", {}), "prompts_hash": result.get("prompts_hash"), "n": result.get("n")},
+        "Block scores": ranking,
+        "Latency": {k: v for k, v in (first_latency(run) or {}).items() if k not in left_out},
+        "Environment": result.get("environment", {}),
+    }
+    flat = {title: flatten(table) for title, table in tables.items()}
+    return {title: table for title, table in flat.items() if any(value is not None for value in table.values())}
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'a': {'b': 1}} as {'a.b': 1}; lists as text."""
+    flat: dict[str, Any] = {}
+    for key, value in table.items():
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{prefix}{key}.")
+        elif isinstance(value, list):
+            flat[prefix + key] = ", ".join(map(str, value))
+        else:
+            flat[prefix + key] = f"{value:.4g}" if isinstance(value, float) else value
+    return flat
+
+
+# ---- what the page shows ----
+
+
+def draw_figures(run: RunRecord) -> dict[str, Figure]:
+    """{name: figure} of all that the run's files allow."""
+    figures = {}
+    if blocks := run.latest_blocks:
+        timed = first_latency(run)
+        figures["blocks"] = unet_figure(blocks, run.depths, run.removed_in, timed and timed.get("latent_size"))
+    if len(points := stages(run)) > 1:
+        predicted = {r.name: r.decision["predicted_ms"] for r in run.rounds if r.decision} if run.evaluation else {}
+        target = next((r.decision["target_ms"] for r in reversed(run.rounds) if r.decision), None)
+        figures["evolution"] = evolution_figure(
+            points, target, [predicted.get(m["name"]) for m in run.models] or [None]
+        )
+        figures["pareto"] = pareto_figure(points)
+    if timed := first_latency(run):
+        figures["additivity"] = additivity_figure(timed["samples"])
+    ends = [name for name in ("teacher", "student") if run.images.get(name)]
+    if ends and run.prompts:
+        figures["images"] = grid_figure([(name, run.images[name]) for name in ends], run.prompts)
+    return figures
+
+
+def first_latency(run: RunRecord) -> dict[str, Any] | None:
+    """The latency table of the teacher's architecture."""
+    return next((r.latency for r in run.rounds if r.latency), None)
+
+
+def stages(run: RunRecord) -> list[Point]:
+    """The models from teacher to student; before the evaluation, the network as each round found it."""
+    if run.evaluation:
+        points = []
+        for m in run.models:
+            kind, colour = KINDS.get(m["name"], ("step", STEP))
+            points.append(Point(display_name(m["name"]), m["ms"], m["clip"]["mean"], m["clip"]["se"], kind, colour))
+        return points
+    found = [(f"before {display_name(r.name)}", r) for r in run.rounds if r.latency and r.scores]
+    return [
+        Point(label, r.latency["full_ms"], r.scores["base"]["clip"], r.scores["base"]["se"], "step", STEP)
+        for label, r in found
+    ]
+
+
+def pictures(run: RunRecord) -> list[dict[str, Any]]:
+    """Per prompt: its text and the images of teacher and student as data URIs."""
+    names = [name for name in ("teacher", "student") if run.images.get(name)]
+    return [
+        {"prompt": prompt, "images": [(name, data_uri(path)) for name, path in zip(names, paths, strict=True)]}
+        for prompt, *paths in zip(run.prompts, *(run.images[name] for name in names), strict=False)
+        if paths
+    ]
+
+
+def data_uri(path: Path) -> str:
+    """A PNG for an <img>, about as large as the page shows it."""
+    image = Image.open(path).convert("RGB")
+    image = image.resize([side * max(1, PICTURE // max(image.size)) for side in image.size], Image.Resampling.NEAREST)
+    image.thumbnail((PICTURE, PICTURE), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    image.save(file, "png")
+    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, columns padded so that it reads in a terminal too."""
+    widths = [max(len(line[k]) for line in (header, *rows)) for k in range(len(header))]
+    lines = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in (header, *rows)]
+    rule = ["-" * width for width in widths]
+    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:])) + "\n"

@@ -1,0 +1,142 @@
+"""Reading what a run left in its directory, finished or not, into values the report draws from.
+
+round-NN/latency.json, scores.json, decision.json   what blocks cost and give, and what was decided
+evaluation.json                                     the models side by side on prompts they were not chosen on
+images/prompts.json, images/MODEL/NNN.png           the same prompts and noise through each model
+export/verdict.json, config.yaml                    the hand-over, and what was asked for
+"""
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Block:
+    """One site in one round: the CLIP its removal loses, its standard error, its milliseconds; None: not measured."""
+
+    site: str
+    delta_clip: float | None = None
+    se: float | None = None
+    ms: float | None = None
+
+    @property
+    def clip_per_ms(self) -> float | None:
+        """What the search ranks by; None where the block was not scored or removing it saves nothing."""
+        return self.delta_clip / self.ms if self.delta_clip is not None and self.ms and self.ms > 0 else None
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round of the search; a file the run has not written yet is None."""
+
+    name: str
+    latency: dict[str, Any] | None
+    scores: dict[str, Any] | None
+    decision: dict[str, Any] | None
+
+    @property
+    def blocks(self) -> dict[str, Block]:
+        """Every site that was timed or scored in this round, in order of execution."""
+        ms = {site: entry["ms"] for site, entry in (self.latency or {"sites": {}})["sites"].items()}
+        score = (self.scores or {"sites": {}})["sites"]
+        sites = list(ms) + [site for site in score if site not in ms]
+        empty = {"delta_clip": None, "se": None}
+        return {s: Block(s, score.get(s, empty)["delta_clip"], score.get(s, empty)["se"], ms.get(s)) for s in sites}
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """All that a run directory says."""
+
+    path: Path
+    rounds: tuple[Round, ...]
+    evaluation: dict[str, Any] | None
+    prompts: tuple[str, ...]
+    images: Mapping[str, tuple[Path, ...]]
+    verdict: dict[str, Any] | None
+    config: str | None
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def models(self) -> tuple[dict[str, Any], ...]:
+        """The evaluated models: the teacher first, the student last."""
+        return tuple(self.evaluation["models"]) if self.evaluation else ()
+
+    @property
+    def depths(self) -> dict[str, int]:
+        """The architecture after the last decided round, entries of depth 1 left out."""
+        decided = [r.decision["after"] for r in self.rounds if r.decision]
+        return decided[-1] if decided else {}
+
+    @property
+    def latest_blocks(self) -> dict[str, Block]:
+        """Every site as it was last measured: a removed block keeps the value it was removed with."""
+        return {site: block for r in self.rounds for site, block in r.blocks.items()}
+
+    @property
+    def removed_in(self) -> dict[str, int]:
+        """For each site that is gone, the number of the round whose decision removed it."""
+        gone: dict[str, int] = {}
+        for number, r in enumerate(self.rounds):
+            after = r.decision["after"] if r.decision else {}
+            gone |= {s: number for s in self.latest_blocks if depth_of(s, after, self.levels) == 0 and s not in gone}
+        return gone
+
+    @property
+    def levels(self) -> int:
+        return num_levels(self.latest_blocks)
+
+
+def read_run(path: str | Path) -> RunRecord:
+    """The record of a run, as far as it got. Raises FileNotFoundError where there is no run at all."""
+    path = Path(path).resolve()
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no run in {path}; give the directory that train.py wrote")
+    folders = sorted(p for p in path.glob("round-*") if p.is_dir())
+    names = ("latency", "scores", "decision")
+    rounds = tuple(Round(p.name, *(read_json(p / f"{name}.json") for name in names)) for p in folders)
+    evaluation = read_json(path / "evaluation.json")
+    if not folders and evaluation is None:
+        raise FileNotFoundError(f"{path} holds no round-00 and no evaluation.json; give one that train.py wrote")
+    images = {p.name: tuple(sorted(p.glob("*.png"))) for p in sorted((path / "images").glob("*")) if p.is_dir()}
+    config = path / "config.yaml"
+    return RunRecord(
+        path,
+        rounds,
+        evaluation,
+        tuple(read_json(path / "images" / "prompts.json") or ()),
+        images,
+        read_json(path / "export" / "verdict.json"),
+        config.read_text() if config.is_file() else None,
+    )
+
+
+def read_json(path: Path) -> Any:
+    """The content of a JSON file, None where it does not exist (yet)."""
+    return json.loads(path.read_text()) if path.is_file() else None
+
+
+def num_levels(sites) -> int:
+    """How many levels of resolution the UNet with these sites has."""
+    return 1 + max((int(site.split(".")[1]) for site in sites if site.startswith("down_blocks.")), default=-1)
+
+
+def depth_of(site: str, depths: Mapping[str, int], levels: int) -> int:
+    """How often a site runs under an architecture table, which may also name its transformer or its whole level."""
+    holders = [name for name in depths if site.startswith(f"{name}.")]
+    for name in depths:
+        if name.startswith("down_blocks.") and name.count(".") == 1:  # a level takes its way up along, and the middle
+            mirrored = f"up_blocks.{levels - 1 - int(name.split('.')[1])}."
+            holders += [name] if site.startswith((mirrored, "mid_block.")) else []
+    return 0 if any(depths[name] == 0 for name in holders) else depths.get(site, 1)
+
+
+def finite(value: float | None) -> bool:
+    return value is not None and math.isfinite(value)

@@ -1,0 +1,168 @@
+"""Sampling inside the framework: what the stock pipeline would draw, for any UNet, with per-sample gates.
+
+Timesteps, scheduler, guidance rule and rounding to 8 bits are those of `StableDiffusionPipeline.__call__`; what differs
+is the noise, which belongs to the prompt: image i is a function of (seed, i), whatever batch or process draws it.
+
+Axes: B batch, L text tokens, E text width, C channels, H and W height and width, N gates (kept sites), S steps.
+"""
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+
+from data.seeding import generator
+
+TEXTS_PER_BATCH = 64  # cut by index, so that a prompt's state does not depend on who asks for it
+
+
+@dataclass(frozen=True)
+class Texts:
+    """What a UNet is told: one text state per prompt, and the state of the empty prompt for guidance."""
+
+    states_BLE: Tensor
+    empty_1LE: Tensor
+
+    def __len__(self) -> int:
+        return len(self.states_BLE)
+
+    def rows(self, indices: Sequence[int]) -> "Texts":
+        """The prompts `indices`, in that order; an index may come more than once."""
+        return Texts(self.states_BLE[list(indices)], self.empty_1LE)
+
+    def with_unconditional(self) -> Tensor:
+        """[2B, L, E]: the empty prompt B times, then the prompts, as diffusers orders guidance batches."""
+        return torch.cat([self.empty_1LE.expand_as(self.states_BLE), self.states_BLE])
+
+
+class Sampler:
+    """Draws images with the scheduler, text encoder and VAE of `pipeline`, and any UNet that fits between them.
+
+    `guidance_scale` 1 runs the UNet once per image and step; above 1 each step is one UNet batch of 2B.
+    Stochastic schedulers draw from one generator per image, so they are as reproducible as the others (η is 0).
+    """
+
+    def __init__(self, pipeline: DiffusionPipeline, steps: int, guidance_scale: float, seed: int = 0) -> None:
+        """Raises ValueError for fewer than 1 step, or a pipeline whose text conditioning is not a single tensor."""
+        if steps < 1:
+            raise ValueError(f"steps is {steps}; sampling needs at least 1")
+        if hasattr(pipeline, "text_encoder_2"):
+            raise ValueError(
+                f"{type(pipeline).__name__} has a second text encoder, which this sampler does not feed to the UNet; "
+                "use a pipeline with one text encoder"
+            )
+        self.pipeline = pipeline
+        self.steps = steps
+        self.guidance_scale = guidance_scale
+        self.seed = seed
+        self._texts: dict[tuple[str, ...], Texts] = {}
+
+    @property
+    def guided(self) -> bool:
+        return self.guidance_scale > 1
+
+    @property
+    def protocol(self) -> dict:
+        """What an image depends on beside the networks and the prompt; goes into every record of a score."""
+        scheduler = self.pipeline.scheduler
+        return {
+            "steps": self.steps,
+            "guidance_scale": self.guidance_scale,
+            "seed": self.seed,
+            "scheduler": type(scheduler).__name__,
+            "timestep_spacing": scheduler.config.get("timestep_spacing"),
+            "prediction_type": scheduler.config.get("prediction_type"),
+            "latents": list(self.latent_shape),
+        }
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        """C, H, W of the latents the pipeline's UNet was made for."""
+        config = self.pipeline.unet.config
+        size = config.sample_size
+        height, width = (size, size) if isinstance(size, int) else size
+        return config.in_channels, height, width
+
+    def noise(self, index: int) -> Tensor:
+        """Unit noise [C, H, W] of image `index`, float32 on the CPU: the same for every device, batch and process."""
+        return torch.randn(self.latent_shape, generator=generator("sample", self.seed, index))
+
+    def encode(self, prompts: Sequence[str]) -> Texts:
+        """The text states of `prompts`, computed once per prompt set."""
+        key = tuple(prompts)
+        if key not in self._texts:
+            batches = [key[i : i + TEXTS_PER_BATCH] for i in range(0, len(key), TEXTS_PER_BATCH)]
+            states_BLE = torch.cat([self._encode_batch(batch) for batch in batches])
+            self._texts[key] = Texts(states_BLE, self._encode_batch(("",)))
+        return self._texts[key]
+
+    @torch.no_grad()
+    def _encode_batch(self, prompts: tuple[str, ...]) -> Tensor:
+        return self.pipeline.encode_prompt(
+            list(prompts), self.pipeline.text_encoder.device, num_images_per_prompt=1, do_classifier_free_guidance=False
+        )[0]
+
+    @torch.inference_mode()
+    def latents(
+        self,
+        unet: nn.Module,
+        texts: Texts,
+        noise_BCHW: Tensor,
+        gates: Tensor | None = None,
+        generators: Sequence[torch.Generator] | None = None,
+    ) -> Tensor:
+        """Denoised latents [B, C, H, W] from unit noise, on the UNet's device and in its dtype.
+
+        `gates` (bool [B, N], True is open) reaches the UNet as `gates`, repeated for both halves of a guidance batch.
+        `generators`, one per row, feed stochastic schedulers; by default they are seeded by the row.
+        """
+        parameter = next(unet.parameters())
+        place = {"device": parameter.device, "dtype": parameter.dtype}
+        text_BLE = (texts.with_unconditional() if self.guided else texts.states_BLE).to(**place)
+        gated = {} if gates is None else {"gates": self._both_halves(gates).to(parameter.device)}
+        if generators is None:
+            generators = [generator("scheduler", self.seed, row) for row in range(len(noise_BCHW))]
+        scheduler = copy.deepcopy(self.pipeline.scheduler)  # it counts steps, and some keep past predictions
+        scheduler.set_timesteps(self.steps)
+        step_options = self.pipeline.prepare_extra_step_kwargs(list(generators), 0.0)
+        # The scheduler reads its tables on the CPU, the UNet a tensor of its own device: no synchronisation per step.
+        timesteps_S = scheduler.timesteps.to(parameter.device)
+
+        z_BCHW = noise_BCHW.to(**place) * scheduler.init_noise_sigma
+        for t, t_unet in zip(scheduler.timesteps, timesteps_S, strict=True):
+            input_BCHW = scheduler.scale_model_input(self._both_halves(z_BCHW), t)
+            pred_BCHW = unet(input_BCHW, t_unet, encoder_hidden_states=text_BLE, return_dict=False, **gated)[0]
+            z_BCHW = scheduler.step(self._guide(pred_BCHW), t, z_BCHW, return_dict=False, **step_options)[0]
+        return z_BCHW
+
+    def _both_halves(self, rows: Tensor) -> Tensor:
+        return torch.cat([rows, rows]) if self.guided else rows
+
+    def _guide(self, pred_BCHW: Tensor) -> Tensor:
+        if not self.guided:
+            return pred_BCHW
+        empty_BCHW, text_BCHW = pred_BCHW.chunk(2)
+        return empty_BCHW + self.guidance_scale * (text_BCHW - empty_BCHW)
+
+    @torch.inference_mode()
+    def decode(self, latents_BCHW: Tensor) -> Tensor:
+        """uint8 images [B, 3, H, W], on the VAE's device, rounded as diffusers rounds on its way to PIL."""
+        vae = self.pipeline.vae
+        z_BCHW = latents_BCHW.to(vae.device, vae.dtype) / vae.config.scaling_factor
+        image_BCHW = (vae.decode(z_BCHW, return_dict=False)[0] * 0.5 + 0.5).clamp(0, 1)
+        return (image_BCHW.float() * 255).round().to(torch.uint8)
+
+    def images(
+        self, unet: nn.Module, prompts: Sequence[str], indices: Sequence[int], gates: Tensor | None = None
+    ) -> Tensor:
+        """uint8 images [B, 3, H, W]: row b is prompt `indices[b]` of the whole set `prompts`, from that prompt's noise.
+
+        An index may come several times, with different gates: every ablation of a prompt starts from the same noise.
+        """
+        noise_BCHW = torch.stack([self.noise(i) for i in indices])
+        generators = [generator("scheduler", self.seed, i) for i in indices]
+        texts = self.encode(prompts).rows(indices)
+        return self.decode(self.latents(unet, texts, noise_BCHW, gates, generators))

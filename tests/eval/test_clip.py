@@ -1,0 +1,115 @@
+"""The CLIP score is open_clip's, and says which one."""
+
+import logging
+
+import open_clip
+import pytest
+import torch
+from PIL import Image
+
+from eval.clip import CLOSEST_MSE, ClipScorer, psnr
+
+PROMPTS = ("a red circle", "a blue square above a green star", "two yellow triangles", "a small red star")
+
+
+def random_images(n: int, height: int, width: int) -> torch.Tensor:
+    return torch.randint(0, 256, (n, 3, height, width), generator=torch.Generator().manual_seed(n)).to(torch.uint8)
+
+
+@pytest.fixture(scope="session")
+def scorer(tiny_clip_folder):
+    return ClipScorer(f"local-dir:{tiny_clip_folder}")
+
+
+@pytest.mark.parametrize("height, width", [(24, 24), (64, 64), (40, 30), (17, 50)])
+def test_preprocessing_is_open_clips_own(scorer, tiny_clip_folder, height, width):
+    _, _, preprocess_val = open_clip.create_model_and_transforms(f"local-dir:{tiny_clip_folder}")
+    images = random_images(3, height, width)
+    pictures = [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+    assert torch.equal(scorer.prepare(images), torch.stack([preprocess_val(picture) for picture in pictures]))
+
+
+def test_the_score_is_open_clip_called_by_hand(scorer, tiny_clip_folder):
+    model, _, preprocess_val = open_clip.create_model_and_transforms(f"local-dir:{tiny_clip_folder}")
+    images = random_images(4, 32, 32)
+    with torch.no_grad():
+        inputs = torch.stack([preprocess_val(Image.fromarray(x.permute(1, 2, 0).numpy())) for x in images])
+        features = model.eval().encode_image(inputs)
+        texts = model.encode_text(open_clip.get_tokenizer(f"local-dir:{tiny_clip_folder}")(list(PROMPTS)))
+        expected = 100 * torch.nn.functional.cosine_similarity(features, texts)
+    torch.testing.assert_close(scorer.score(images, scorer.text(PROMPTS)), expected, rtol=0, atol=1e-4)
+
+
+def test_the_prefix_goes_before_every_prompt_and_the_scale_on_every_score(scorer, tiny_clip_folder):
+    other = ClipScorer(f"local-dir:{tiny_clip_folder}", prefix="A photo of ", scale=1.0)
+    texts = scorer.text([f"A photo of {prompt}" for prompt in PROMPTS])
+    assert torch.equal(other.text(PROMPTS), texts)
+    images = random_images(4, 24, 24)
+    torch.testing.assert_close(100 * other.score(images, texts), scorer.score(images, texts))
+
+
+def test_many_images_score_as_few_do(scorer):
+    images = random_images(70, 24, 24)  # more than one batch
+    texts = scorer.text(PROMPTS * 18)[:70]
+    alone = torch.cat([scorer.score(images[i : i + 1], texts[i : i + 1]) for i in range(70)])
+    torch.testing.assert_close(scorer.score(images, texts), alone, rtol=0, atol=1e-4)
+
+
+def test_the_protocol_names_what_makes_the_metric(scorer, tiny_clip_folder):
+    assert scorer.protocol == {
+        "model": f"local-dir:{tiny_clip_folder}",
+        "pretrained": None,
+        "weights": scorer.protocol["weights"],
+        "prefix": "",
+        "resize": {"size": [24, 24], "mode": "shortest", "interpolation": "bicubic"},
+        "scale": 100.0,
+        "mean": [0.4, 0.5, 0.6],
+        "std": [0.2, 0.25, 0.3],
+    }
+    assert len(scorer.protocol["weights"]) == 12
+
+
+def test_equal_images_are_at_no_distance(scorer):
+    images = random_images(3, 24, 24)
+    distance = scorer.image_distance(images, images)
+    torch.testing.assert_close(distance.cosine_B, torch.zeros(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(distance.psnr_B, (10 * torch.log10(torch.tensor(255**2 / CLOSEST_MSE))).expand(3))
+
+
+def test_psnr_of_a_known_error():
+    images = torch.full((1, 3, 8, 8), 100, dtype=torch.uint8)
+    assert psnr(images + 10, images).item() == pytest.approx(28.13, abs=0.01)  # 20 log10(255 / 10)
+    assert psnr(images, images + 10).item() == pytest.approx(28.13, abs=0.01)  # unsigned arithmetic would wrap
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ({"model": "ViT-B-33"}, "no model 'ViT-B-33'; close names: ViT-B-32"),
+        ({"model": "ViT-B-32"}, "no weights None; give a checkpoint file or one of openai"),
+        ({"model": "ViT-B-32", "pretrained": "laion3b"}, "no weights 'laion3b'"),
+        ({"model": "ViT-B-32", "pretrained": "laion2b_s34b_b79k"}, "not in the cache .* run python -c"),
+        ({"model": "local-dir:/no/such/folder"}, "no open_clip model in /no/such/folder"),
+    ],
+)
+def test_weights_that_cannot_be_had_are_one_clear_line(monkeypatch, tmp_path, arguments, message):
+    import huggingface_hub.constants as hub
+
+    monkeypatch.setattr(hub, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(hub, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ValueError, match=message) as error:
+        ClipScorer(**arguments)
+    assert "\n" not in str(error.value)
+
+
+def test_a_folder_without_weights_is_not_scored_with_random_ones(tiny_clip_folder, tmp_path):
+    (tmp_path / "open_clip_config.json").write_text((tiny_clip_folder / "open_clip_config.json").read_text())
+    with pytest.raises(ValueError, match=f"could not load local-dir:{tmp_path}"):
+        ClipScorer(f"local-dir:{tmp_path}")
+
+
+def test_open_clip_says_nothing_on_the_root_logger(tiny_clip_folder, caplog):
+    before = (logging.getLogger().level, list(logging.getLogger().handlers))
+    ClipScorer(f"local-dir:{tiny_clip_folder}")
+    assert not caplog.records
+    assert (logging.getLogger().level, logging.getLogger().handlers) == before

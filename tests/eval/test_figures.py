@@ -1,0 +1,101 @@
+"""The pictures show what the numbers say."""
+
+import pytest
+
+from eval.figures import Point, digits, pareto_figure, pareto_front, signed, themed
+from eval.runs import Block, depth_of
+from eval.unet_figure import BOX_H, BOX_W, places, unet_figure, value_norm
+from tests.eval.run_stub import sd15_sites
+
+SDXL = ("down_blocks.0.resnets.0", "down_blocks.1.resnets.0", "down_blocks.1.attentions.0",
+        *(f"down_blocks.1.attentions.0.transformer_blocks.{k}" for k in range(2)), "mid_block.resnets.0",
+        "up_blocks.0.resnets.0", "up_blocks.1.resnets.0")  # fmt: skip
+
+
+def words(figure) -> list[str]:
+    return [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_boxes_do_not_overlap_and_levels_go_down_and_up_again():
+    corners = places(sd15_sites())
+    assert set(corners) == set(sd15_sites())
+    boxes = sorted(corners.values())
+    for i, (x, y) in enumerate(boxes):
+        assert all(abs(x - u) >= BOX_W or abs(y - v) >= BOX_H for u, v in boxes[i + 1 :])
+    height = {site: y for site, (_, y) in corners.items()}
+    assert height["down_blocks.0.resnets.0"] == height["up_blocks.3.resnets.0"] == 0
+    assert height["down_blocks.3.resnets.0"] == height["up_blocks.0.resnets.0"] > height["mid_block.resnets.0"]
+    assert corners["down_blocks.2.attentions.1"][0] < corners["up_blocks.1.resnets.0"][0]
+
+
+def test_a_box_shows_the_blocks_numbers_and_what_became_of_it():
+    blocks = {site: Block(site, 1.25, 0.1, 0.5) for site in sd15_sites()}
+    blocks["down_blocks.0.resnets.0"] = Block("down_blocks.0.resnets.0", -0.5, 0.2, 0.25)
+    depths = {"down_blocks.0.resnets.0": 0, "up_blocks.3.attentions.2": 2}
+    shown = words(unet_figure(blocks, depths, {"down_blocks.0.resnets.0": 1}, latent_size=64))
+    assert "−0.50" in shown and "±0.20 · 0.250 ms" in shown
+    assert "ResNet 0  r1" in shown and "attn 2  ×2" in shown
+    assert "64×64" in shown and "8×8" in shown
+
+
+def test_blocks_that_were_not_scored_are_drawn_without_a_value():
+    blocks = {site: Block(site, ms=0.5) for site in sd15_sites()}
+    assert words(unet_figure(blocks, {})).count("not scored") == len(blocks)
+
+
+def test_transformer_layers_are_cells_under_their_block():
+    blocks = {site: Block(site, 1.0, 0.1, 0.5) for site in SDXL}
+    assert len(places(SDXL)) == len(SDXL) - 2
+    figure = unet_figure(blocks, {"down_blocks.1.attentions.0.transformer_blocks.1": 0})
+    assert sum(type(patch).__name__ == "Rectangle" for patch in figure.axes[0].patches) == 2
+
+
+@pytest.mark.parametrize(
+    "depths, site, depth",
+    [
+        ({}, "mid_block.resnets.0", 1),
+        ({"mid_block.resnets.0": 0}, "mid_block.resnets.0", 0),
+        ({"mid_block.attentions.0": 3}, "mid_block.attentions.0", 3),
+        ({"down_blocks.1.attentions.0": 0}, "down_blocks.1.attentions.0.transformer_blocks.4", 0),
+        (
+            {"down_blocks.3": 0},
+            "down_blocks.3.resnets.1",
+            0,
+        ),  # the innermost level takes its way up and the middle along
+        ({"down_blocks.3": 0}, "up_blocks.0.resnets.2", 0),
+        ({"down_blocks.3": 0}, "mid_block.attentions.0", 0),
+        ({"down_blocks.3": 0}, "up_blocks.1.resnets.0", 1),
+    ],
+)
+def test_the_depth_of_a_site_is_that_of_what_holds_it(depths, site, depth):
+    assert depth_of(site, depths, levels=4) == depth
+
+
+def test_colours_are_centred_on_no_value():
+    norm = value_norm([Block("a", 4.0, 0.1, 1.0), Block("b", -1.0, 0.1, 1.0), Block("c", 1.0, 0.1, 0.0)])
+    assert (norm(0), norm(4), norm(1), norm(-1)) == pytest.approx((0.5, 1, 0.75, 0.25))
+
+
+def test_the_front_holds_what_none_beats_in_both():
+    points = [Point(name, ms, clip, 0.1) for name, ms, clip in
+              (("slow", 10, 31.0), ("beaten", 9, 29.0), ("fast", 5, 30.0), ("faster, worse", 4, 25.0))]  # fmt: skip
+    assert [point.label for point in pareto_front(points)] == ["faster, worse", "fast", "slow"]
+
+
+def test_labels_of_close_points_do_not_cover_each_other():
+    figure = pareto_figure([Point(f"model {k}", 5 + 0.001 * k, 30 + 0.001 * k, 0.1) for k in range(4)])
+    texts = figure.axes[0].texts
+    boxes = [text.get_window_extent() for text in texts]
+    assert len(boxes) == 4
+    assert not any(a.overlaps(b) for i, a in enumerate(boxes) for b in boxes[i + 1 :])
+
+
+def test_a_themed_figure_takes_the_pages_colours_and_font():
+    svg = themed(pareto_figure([Point("teacher", 10, 31, 0.1, "teacher")]), "name")
+    assert svg.startswith("<svg") and "var(--ink)" in svg and "var(--sans)" in svg
+    assert "#1b1f24" not in svg and "DejaVu" not in svg
+
+
+def test_numbers_read_well():
+    assert [digits(x) for x in (0.05666, 7.9, 10.0, 803.3, 12345)] == ["0.0567", "7.90", "10.0", "803", "12345"]
+    assert [signed(x) for x in (0.5, -0.25)] == ["+0.50", "−0.25"]

@@ -1,0 +1,152 @@
+"""A report is made of a run's files, as far as there are any; a comparison only of finished runs."""
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from eval.comparison import compare_runs
+from eval.report import count, flatten, write_report
+from eval.runs import read_run
+from tests.eval.run_stub import PROMPTS, sd15_sites, write_run
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = write_run(tmp_path_factory.mktemp("runs") / "prune_unet")
+    write_report(folder)
+    return folder
+
+
+def edit(path: Path, change) -> None:
+    value = json.loads(path.read_text())
+    change(value)
+    path.write_text(json.dumps(value))
+
+
+def test_the_page_needs_nothing_beside_itself(finished):
+    page = (finished / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
+    assert "url(http" not in page and "@import" not in page and "<script" not in page
+    assert page.count('<img src="data:image/png;base64,') == 2 * len(PROMPTS)
+
+
+def test_the_page_tells_the_outcome_and_how_it_was_measured(finished):
+    page = (finished / "report.html").read_text()
+    student = read_run(finished).models[-1]
+    for said in (f"{student['clip']['mean']:.2f}", "round 1", "26 / 38", "2.09 M", "ba9876543210", "in_place_hooks",
+                 "trust_remote_code=True", "its neighbours are not", "shapes-clip", *PROMPTS):  # fmt: skip
+        assert said in page, said
+
+
+def test_the_pictures_lie_beside_the_page(finished):
+    names = {path.name for path in (finished / "report").iterdir()}
+    assert names == {"blocks.png", "evolution.png", "pareto.png", "additivity.png", "images.png"}
+
+
+def test_a_report_made_again_is_the_same(finished):
+    before = (finished / "report.html").read_text()
+    write_report(finished)
+    assert (finished / "report.html").read_text() == before
+
+
+def test_a_run_under_way_has_a_report_that_says_so(tmp_path):
+    folder = write_run(tmp_path / "prune_unet", finished=False)
+    (folder / "round-01" / "decision.json").unlink()
+    (folder / "round-01" / "scores.json").unlink()
+    page = write_report(folder).read_text()
+    assert "under way: 1 of its rounds" in page and "What each block is worth" in page and "From teacher" not in page
+    assert {path.name for path in (folder / "report").iterdir()} == {"blocks.png", "additivity.png"}
+
+
+def test_a_run_by_hand_is_reported_without_scores(tmp_path):
+    folder = write_run(tmp_path / "manual")
+    for number in range(2):
+        (folder / f"round-{number:02d}" / "scores.json").unlink()
+
+        def forget(decision):
+            for action in decision["actions"]:
+                action |= {"delta_clip": None, "se": None, "value": None}
+
+        edit(folder / f"round-{number:02d}" / "decision.json", forget)
+    page = write_report(folder).read_text()
+    assert "not scored" in page and "Block scores" not in page
+
+
+def test_prompts_are_text_not_markup(tmp_path):
+    folder = write_run(tmp_path / "prune_unet")
+    edit(folder / "images" / "prompts.json", lambda prompts: prompts.__setitem__(0, "<b>bold</b> & $x_"))
+    assert "&lt;b&gt;bold&lt;/b&gt; &amp; $x_" in write_report(folder).read_text()
+
+
+def test_the_record_knows_when_each_block_went(finished):
+    run = read_run(finished)
+    assert list(run.latest_blocks) == sd15_sites()
+    assert sorted(run.removed_in.values()) == [0] * 6 + [1] * 6
+    for site, number in run.removed_in.items():
+        assert site in run.rounds[number].blocks and run.depths[site] == 0
+
+
+def test_a_comparison_pairs_students_by_prompt(finished, tmp_path):
+    other = write_run(tmp_path / "random", seed=1)
+    scores = json.loads((finished / "evaluation.json").read_text())["models"][-1]["clip"]["per_prompt"]
+
+    def slightly_worse(evaluation):
+        evaluation["models"][-1]["clip"]["per_prompt"] = [score - 0.5 for score in scores]
+
+    edit(other / "evaluation.json", slightly_worse)
+    table = compare_runs([finished, other], tmp_path / "out")
+    assert "−0.50 [−0.50, −0.50]" in table.splitlines()[-1]
+    assert table == (tmp_path / "out" / "table.md").read_text()
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "table.md",
+        "report.html",
+        "clip-against-latency.png",
+    }
+
+
+def test_one_teacher_is_listed_once(finished, tmp_path):
+    twin = write_run(tmp_path / "twin")
+    table = compare_runs([finished, twin], tmp_path / "out")
+    assert table.count("teacher of") == 1
+    assert "+0.00 [+0.00, +0.00]" in table
+
+
+def test_scores_of_another_metric_are_not_compared(finished, tmp_path):
+    other = write_run(tmp_path / "longer", seed=0)
+    edit(other / "evaluation.json", lambda evaluation: evaluation["protocol"].update(steps=50))
+    table = compare_runs([finished, other], tmp_path / "out")
+    assert table.splitlines()[-1].split("|")[-2].strip() == "–"
+    assert "longer was scored with other steps" in (tmp_path / "out" / "report.html").read_text()
+
+
+@pytest.mark.parametrize("case", ["missing", "empty", "unfinished"])
+def test_a_run_that_cannot_be_compared_is_one_clear_line(tmp_path, case):
+    folder = tmp_path / "prune_unet"
+    expected = {"missing": "there is no run in", "empty": "holds no round-00", "unfinished": "is not finished"}[case]
+    if case == "empty":
+        folder.mkdir()
+    elif case == "unfinished":
+        write_run(folder, finished=False)
+    call = subprocess.run([sys.executable, SCRIPT, folder, "--out", tmp_path / "out"], capture_output=True, text=True)
+    assert call.returncode == 2 and not call.stdout
+    assert expected in call.stderr and str(folder) in call.stderr and len(call.stderr.splitlines()) == 1
+
+
+def test_parameters_are_counted_in_words():
+    assert [count(n) for n in (859_520_964, 2_567_463_684, 64_000, 12, None)] == [
+        "859.5 M",
+        "2.567 B",
+        "64 k",
+        "12",
+        "–",
+    ]
+
+
+def test_protocols_are_flat_in_the_page():
+    assert flatten({"resize": {"size": [64, 64]}, "scale": 100.0}) == {"resize.size": "64, 64", "scale": "100"}
