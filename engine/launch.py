@@ -59,12 +59,13 @@ def check_overrides(overrides: list[str]) -> None:
 
 def explain(error: Exception, overrides: list[str]) -> str:
     """Hydra's message in one line; where an override names a key that is not there, the keys that are."""
-    for k, override in enumerate(overrides):
+    ordered = sorted(overrides, key=lambda override: not override.startswith("+"))  # the experiment brings its keys
+    for k, override in enumerate(ordered):
         try:
-            hydra.compose("train", overrides[: k + 1])
+            hydra.compose("train", ordered[: k + 1])
         except MISTAKES as culprit:
             parent, _, leaf = override.partition("=")[0].lstrip("+~").rpartition(".")
-            before = hydra.compose("train", overrides[:k])
+            before = hydra.compose("train", ordered[:k])
             section = OmegaConf.select(before, parent) if parent else before
             if override[0] not in "+~" and OmegaConf.is_dict(section) and leaf not in section and "/" not in leaf:
                 close = difflib.get_close_matches(leaf, map(str, section), n=1)

@@ -8,8 +8,9 @@ from omegaconf import OmegaConf
 
 from data.cache import CachedPairs, cache_pairs
 from data.files import write_json
-from data.prompts import PromptSet, disjoint_prompts
+from data.prompts import PromptSet, disjoint_prompts, read_prompts
 from engine.config import Config
+from engine.environment import environment
 from engine.loop import Objective
 from engine.run import Run
 from eval.clip import ClipScorer
@@ -43,6 +44,12 @@ class Bench:
             network.requires_grad_(False).eval()
         return pipeline
 
+    @cached_property
+    def only_unet(self) -> PrunableUNet2DConditionModel:
+        """The UNet of a model that may be no more than that (random weights)."""
+        model = instantiate(self.config.model)
+        return getattr(model, "unet", model)
+
     @property
     def teacher(self) -> PrunableUNet2DConditionModel:
         return self.pipeline.unet
@@ -57,7 +64,8 @@ class Bench:
     @cached_property
     def prompts(self) -> tuple[PromptSet, PromptSet]:
         """The prompts blocks are ranked on, and others, that the outcome is judged on."""
-        prompts = instantiate(self.config.data.prompts)
+        data = self.config.data
+        prompts = read_prompts(data.prompt_file) if data.prompt_file else instantiate(data.prompts)
         return disjoint_prompts(prompts, self.config.scoring.prompts, self.config.eval.prompts)
 
     @cached_property
@@ -82,8 +90,7 @@ class Bench:
 
     @property
     def latency(self) -> LatencyConfig:
-        length = self.pipeline.tokenizer.model_max_length
-        return LatencyConfig(**{"text_length": length, "seed": self.config.seed, **self.config.latency})
+        return LatencyConfig(**{"seed": self.config.seed, **self.config.latency})
 
     def measure_latencies(self, unet: PrunableUNet2DConditionModel) -> dict:
         """The latency table of `unet`, measured by rank 0 for all."""
@@ -143,7 +150,8 @@ class Bench:
                 unet = unets[model["name"]]
                 model |= {"parameters": unet.num_parameters(), "gflops": count_gflops(unet), "ms": times[model["name"]]}
             protocol = {**self.scorer.protocol, **sampler.protocol}
-            return {"prompts_hash": prompts.hash, "n": len(prompts), "protocol": protocol, "models": models}
+            asked = {"prompts_hash": prompts.hash, "n": len(prompts), "protocol": protocol}
+            return {**asked, "models": models, "environment": environment()}
 
         return self.run.json("evaluation.json", make)
 

@@ -40,6 +40,16 @@ def prune_unet(config: Config, run: Run) -> int:
     return 0
 
 
+def make_latency_table(config: Config, run: Run) -> int:
+    """The latency table of a model on its own, written to latency.json and printed."""
+    bench = Bench(config, run)
+    table = run.json("latency.json", lambda: bench.measure_latencies(bench.only_unet))
+    for site, entry in table["sites"].items():
+        log.info(f"{site:<52} {entry['ms']:9.3f} ms  {entry['ms'] / table['full_ms']:6.1%}")
+    log.info(f"{run.path / 'latency.json'}: {table['full_ms']:.2f} ms for a batch of {table['batch']}")
+    return 0
+
+
 def evolve(
     bench: Bench, unet: PrunableUNet2DConditionModel, previous: dict | None, r: int
 ) -> tuple[PrunableUNet2DConditionModel, dict]:

@@ -5,7 +5,6 @@ differences drown in noise: there an entry is the thread's CPU time spent inside
 what its bypass still costs. Blocks run alone are never timed: launch gaps, fusion and concatenations do not add up.
 """
 
-import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -17,6 +16,7 @@ from torch import nn
 
 from data.progress import progress
 from data.seeding import generator
+from engine.environment import cpu_name
 from models.unet import PrunableUNet2DConditionModel
 
 
@@ -50,7 +50,7 @@ def latency_table(unet: PrunableUNet2DConditionModel, config: LatencyConfig, dev
     errors = sorted(abs(s["predicted_ms"] - s["measured_ms"]) / s["measured_ms"] for s in samples)
     return {
         "method": method,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "dtype": config.dtype,
         "batch": config.batch,
         "latent_size": config.latent_size or unet.config.sample_size,

@@ -2,12 +2,30 @@
 
 import os
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "CUDA_VISIBLE_DEVICES": ""}
+os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
 
 import pytest
 import torch
+
+from tests.tiny import tiny_pipeline, write_tiny_clip
 
 
 @pytest.fixture(autouse=True, scope="session")
 def one_thread():
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny_pipeline_folder(tmp_path_factory):
+    """A random v-prediction pipeline of SD-1.5's topology as a diffusers folder."""
+    folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    tiny_pipeline("v_prediction").save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_clip_folder(tmp_path_factory):
+    """A random open_clip model as a local folder."""
+    folder = tmp_path_factory.mktemp("tiny-clip")
+    write_tiny_clip(folder)
+    return folder

@@ -1,0 +1,123 @@
+"""The networks of the embedded world: small widths in the topology of Stable Diffusion 1.5, and its CLIP scorer."""
+
+import json
+from pathlib import Path
+
+import open_clip
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from data.files import whole_folder, write_json
+from data.shapes_tokenizer import MAX_TOKENS
+
+LATENT_SIZE, RESOLUTION = 16, 64
+
+
+def plain(config: DictConfig) -> dict:
+    """Plain containers: diffusers cannot save OmegaConf's lists."""
+    return OmegaConf.to_container(config, resolve=True)
+
+
+def build_vae(config: DictConfig) -> AutoencoderKL:
+    levels = len(config.block_out_channels)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * levels, up_block_types=("UpDecoderBlock2D",) * levels,
+        sample_size=RESOLUTION, scaling_factor=1.0, **plain(config),
+    )  # fmt: skip
+
+
+def build_scheduler() -> DDIMScheduler:
+    """v-prediction down to zero signal, trailing timesteps: fit for very few steps (Lin et al. 2023)."""
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True,
+        prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True,
+    )  # fmt: skip
+
+
+class VAEWithPosterior(nn.Module):
+    """The VAE in one call, for training: reconstruction of a sample of the posterior, and the posterior."""
+
+    def __init__(self, vae: AutoencoderKL) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def freeze_encoder(self) -> None:
+        """From here on latents stay what they are, and only what is painted from them is learnt."""
+        self.vae.encoder.requires_grad_(False)
+        self.vae.quant_conv.requires_grad_(False)
+
+    def forward(self, images_BCHW: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Reconstructions [B, C, H, W] in [-1, 1] and the KL divergence to N(0, 1) per latent number."""
+        posterior = self.vae.encode(images_BCHW).latent_dist
+        latents_BCHW = posterior.sample(generator)
+        return self.vae.decode(latents_BCHW).sample, posterior.kl().mean() / latents_BCHW[0].numel()
+
+
+class TextToImage(nn.Module):
+    """Text encoder and UNet, trained together: the caption is read by what has to be painted."""
+
+    def __init__(self, config: DictConfig, tokenizer: CLIPTokenizer, latent_channels: int) -> None:
+        super().__init__()
+        special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        self.text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer), max_position_embeddings=MAX_TOKENS, projection_dim=config.text.hidden_size,
+                **special, **plain(config.text),
+            )
+        )  # fmt: skip
+        self.unet = UNet2DConditionModel(
+            sample_size=LATENT_SIZE, in_channels=latent_channels, out_channels=latent_channels, layers_per_block=2,
+            down_block_types=("CrossAttnDownBlock2D",) * 3 + ("DownBlock2D",),
+            up_block_types=("UpBlock2D",) + ("CrossAttnUpBlock2D",) * 3,
+            cross_attention_dim=config.text.hidden_size, **plain(config.model),
+        ).to(memory_format=torch.channels_last)  # fmt: skip
+
+    def forward(self, noisy_BCHW: Tensor, t_B: Tensor, ids_BL: Tensor) -> Tensor:
+        text_BLE = self.text_encoder(ids_BL).last_hidden_state
+        return self.unet(noisy_BCHW, t_B, text_BLE, return_dict=False)[0]
+
+
+def build_pipeline(model: TextToImage, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
+    return StableDiffusionPipeline(
+        vae=vae, text_encoder=model.text_encoder, tokenizer=tokenizer, unet=model.unet, scheduler=build_scheduler(),
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+    """An ordinary diffusers folder with float16 weights; turns the pipeline's weights to float16."""
+    with whole_folder(folder) as aside:
+        pipeline.to(dtype=torch.float16).save_pretrained(aside)
+        readable(aside)
+
+
+def scorer_config(config: DictConfig, tokenizer: CLIPTokenizer) -> dict:
+    """An open_clip model configuration; the tokenizer is the one saved beside it."""
+    text = {**plain(config.text_cfg), "vocab_size": len(tokenizer), "hf_tokenizer_name": "shapes"}
+    return {"embed_dim": config.embed_dim, "vision_cfg": plain(config.vision_cfg), "text_cfg": text}
+
+
+def build_scorer(config: DictConfig, tokenizer: CLIPTokenizer) -> open_clip.CLIP:
+    return open_clip.CLIP(**scorer_config(config, tokenizer))
+
+
+def save_scorer(scorer: open_clip.CLIP, config: DictConfig, tokenizer: CLIPTokenizer, folder: Path) -> None:
+    """A folder for open_clip's `local-dir:`; images are normalised to [-1, 1] as in training."""
+    preprocess = {"mean": [0.5] * 3, "std": [0.5] * 3, "interpolation": "bicubic", "resize_mode": "shortest"}
+    with whole_folder(folder) as aside:
+        tokenizer.save_pretrained(aside)
+        state = {name: tensor.half().contiguous() for name, tensor in scorer.state_dict().items()}
+        save_file(state, aside / "open_clip_model.safetensors")
+        described = {"model_cfg": scorer_config(config, tokenizer), "preprocess_cfg": preprocess}
+        write_json(aside / "open_clip_config.json", json.loads(json.dumps(described)))
+        readable(aside)
+
+
+def readable(folder: Path) -> None:
+    """safetensors writes files that only their owner may read."""
+    for path in folder.rglob("*"):
+        path.chmod(0o755 if path.is_dir() else 0o644)

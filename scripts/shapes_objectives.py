@@ -1,0 +1,110 @@
+"""What the embedded world's networks learn from: reconstruction, contrast with hard negatives, denoising.
+
+Axes: B batch, C channels, H and W pixels or latents, L text tokens, K hard negatives, D embedding.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from transformers import CLIPTokenizer
+
+from data.render import render_scenes
+from data.seeding import generator
+from data.shapes import ShapesPairs, caption, hard_negatives
+from models.schedule import NoiseSchedule
+
+Batch = dict[str, Tensor | list[str]]
+Metrics = dict[str, Tensor]
+
+
+class Scenes(Dataset):
+    """Scenes drawn as they are needed, a batch at a time, with `negatives` wrong captions each."""
+
+    def __init__(self, pairs: ShapesPairs, negatives: int = 0) -> None:
+        self.pairs, self.negatives = pairs, negatives
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def collate(self, indices: list[int]) -> Batch:
+        scenes = [self.pairs.scene(index) for index in indices]
+        batch = {"image": render_scenes([scene for scene, _ in scenes]), "caption": [caption(*s) for s in scenes]}
+        if self.negatives:
+            drawn = zip(indices, scenes, strict=True)
+            batch["negatives"] = [text for index, scene in drawn for text in self._wrong(index, *scene)]
+        return batch
+
+    def _wrong(self, index: int, scene, wording) -> list[str]:
+        draw = generator("negatives", index)
+        turn = int(torch.randint(1 << 16, (1,), generator=draw))
+        texts = list(hard_negatives(scene, wording, turn).values())
+        order = torch.randperm(len(texts), generator=draw).tolist()
+        return [texts[order[k % len(order)]] for k in range(self.negatives)]
+
+
+def to_unit_range(images: Tensor) -> Tensor:
+    """uint8 to [-1, 1]."""
+    return images.float() / 127.5 - 1
+
+
+class AutoencoderObjective:
+    """Squared error, a little absolute error for crisp edges, and a light KL term."""
+
+    def __init__(self, kl_weight: float, crop: int, crop_share: float) -> None:
+        self.kl_weight, self.crop, self.crop_share = kl_weight, crop, crop_share
+
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+        images_BCHW = batch["image"]
+        if torch.rand((), generator=generator) < self.crop_share:
+            top, left = torch.randint(images_BCHW.shape[-1] - self.crop + 1, (2,), generator=generator).tolist()
+            images_BCHW = images_BCHW[:, :, top : top + self.crop, left : left + self.crop]
+        target_BCHW = to_unit_range(images_BCHW)
+        painted_BCHW, kl = model(target_BCHW, generator)
+        mse, l1 = F.mse_loss(painted_BCHW, target_BCHW), F.l1_loss(painted_BCHW, target_BCHW)
+        return mse + 0.1 * l1 + self.kl_weight * kl, {"mse": mse, "kl": kl}
+
+
+class ScorerObjective:
+    """CLIP's contrast (Radford et al. 2021), where every image also meets nearly right captions.
+
+    An image has to prefer its caption to all captions and all hard negatives of the batch; with the batch's own
+    captions alone, word order stays at chance.
+    """
+
+    def __init__(self, tokenizer: CLIPTokenizer, context_length: int, negatives: int) -> None:
+        self.tokenizer, self.context_length, self.negatives = tokenizer, context_length, negatives
+
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+        texts = [*batch["caption"], *batch["negatives"]]
+        ids_TL = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self.context_length, return_tensors="pt"
+        ).input_ids
+        image_BD, text_TD, scale = model(to_unit_range(batch["image"]), ids_TL)
+        logits_BT = scale * image_BD @ text_TD.T
+        size = len(image_BD)
+        target_B = torch.arange(size)
+        loss = (F.cross_entropy(logits_BT, target_B) + F.cross_entropy(logits_BT[:, :size].T, target_B)) / 2
+        own_BK = logits_BT[:, size:].reshape(size, size, self.negatives)[target_B, target_B]
+        told = (logits_BT.diagonal()[:, None] > own_BK).float().mean()
+        top1 = (logits_BT[:, :size].argmax(1) == target_B).float().mean()
+        return loss, {"top1": top1, "told_from_negatives": told, "scale": scale}
+
+
+class DenoisingObjective:
+    """v-prediction of noisy latents; some captions are emptied, for classifier-free guidance."""
+
+    def __init__(self, schedule: NoiseSchedule, empty_ids_L: Tensor, caption_dropout: float) -> None:
+        self.schedule, self.empty_ids_L, self.caption_dropout = schedule, empty_ids_L, caption_dropout
+
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+        x0_BCHW, ids_BL = batch["latents"], batch["ids"]
+        t_B = torch.randint(len(self.schedule), (len(x0_BCHW),), generator=generator)
+        noise_BCHW = torch.randn(x0_BCHW.shape, generator=generator)
+        dropped_B = torch.rand(len(x0_BCHW), generator=generator) < self.caption_dropout
+        ids_BL = torch.where(dropped_B[:, None], self.empty_ids_L, ids_BL)
+        pred_BCHW = model(self.schedule.noisy(x0_BCHW, noise_BCHW, t_B), t_B, ids_BL)
+        return F.mse_loss(pred_BCHW, self.schedule.target(x0_BCHW, noise_BCHW, t_B)), {}

@@ -1,0 +1,206 @@
+"""Trains the embedded world from nothing: VAE, scorer, text encoder and UNet, and writes them to assets/.
+
+    python scripts/train_shapes.py                      # every stage, one process
+    python scripts/train_shapes.py stage=vae            # one stage; the same command continues a killed one
+    ACCELERATE_USE_CPU=true torchrun --nproc_per_node=2 scripts/train_shapes.py stage=unet
+
+Axes: B batch, C channels, H and W pixels or latents, L text tokens, E text width, N scenes, K hard negatives.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import hydra
+import torch
+from accelerate import Accelerator
+from omegaconf import DictConfig, OmegaConf
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.files import write_json
+from data.shapes import ShapesPairs, caption
+from data.shapes_tokenizer import build_tokenizer
+from engine.config import TrainConfig
+from engine.loop import train
+from engine.parallel import map_batches
+from engine.run import Run
+from models.schedule import NoiseSchedule
+from scripts.shapes_evaluation import evaluate_assets
+from scripts.shapes_models import (
+    TextToImage,
+    VAEWithPosterior,
+    build_pipeline,
+    build_scheduler,
+    build_scorer,
+    build_vae,
+    save_pipeline,
+    save_scorer,
+)  # fmt: skip
+from scripts.shapes_objectives import AutoencoderObjective, DenoisingObjective, Scenes, ScorerObjective
+
+STAGES = ("vae", "scorer", "latents", "unet", "decoder", "export", "evaluate")
+
+
+class Recipe:
+    """The stages; each leaves files under `root`, and what exists is not made again."""
+
+    def __init__(self, config: DictConfig) -> None:
+        self.config, self.root = config, Path(config.root)
+        self.accelerator = Accelerator(mixed_precision="no")
+        self.tokenizer = build_tokenizer()
+
+    def run(self, stage: str) -> Run:
+        return Run(self.root / stage, self.accelerator, seed=self.config.seed)
+
+    def train_config(self, stage: str) -> TrainConfig:
+        return TrainConfig(**OmegaConf.to_container(self.config[stage].train, resolve=True))
+
+    def vae(self) -> None:
+        config, run = self.config.vae, self.run("vae")
+        torch.manual_seed(self.config.seed)
+        model = VAEWithPosterior(build_vae(config.model))
+        objective = AutoencoderObjective(config.kl_weight, config.crop, config.crop_share)
+        scenes = Scenes(ShapesPairs("train", config.scenes, self.config.seed))
+        train(model, objective, scenes, self.train_config("vae"), run, "train")
+        run.json("vae.json", lambda: self.measured_vae(model.vae))
+
+    @torch.no_grad()
+    def measured_vae(self, vae) -> dict[str, float]:
+        """Standard deviation of the latents, and the reconstruction's PSNR on held-out scenes."""
+        images = ShapesPairs("heldout", 512, seed=1).images(range(512)).float() / 127.5 - 1
+        psnrs, latents = [], []
+        for batch in images.split(64):
+            latents.append(vae.encode(batch).latent_dist.mean)
+            error_B = ((vae.decode(latents[-1]).sample.clamp(-1, 1) - batch) / 2).square().mean((1, 2, 3))
+            psnrs.append(-10 * error_B.log10())
+        return {"latent_std": float(torch.cat(latents).std()), "psnr_db": float(torch.cat(psnrs).mean())}
+
+    def trained_vae(self) -> VAEWithPosterior:
+        """The VAE as far as it is trained, its scaling factor set so that latents have unit variance."""
+        folder = self.root / "vae"
+        model = VAEWithPosterior(build_vae(self.config.vae.model))
+        if (folder / "vae.json").exists():
+            load_newest(model, folder / "train")
+            std = json.loads((folder / "vae.json").read_text())["latent_std"]
+            model.vae.register_to_config(scaling_factor=round(1 / std, 4))
+        model.freeze_encoder()
+        load_newest(model, self.root / "decoder" / "train")
+        return model.eval()
+
+    def decoder(self) -> None:
+        """Trains the decoder on, under latents that stay what the UNet knows."""
+        config, model, run = self.config.vae, self.trained_vae(), self.run("decoder")
+        objective = AutoencoderObjective(0.0, config.crop, self.config.decoder.crop_share)
+        scenes = Scenes(ShapesPairs("train", config.scenes, self.config.seed + 2))
+        train(model, objective, scenes, self.train_config("decoder"), run, "train")
+        run.json("vae.json", lambda: self.measured_vae(model.vae))
+
+    def scorer(self) -> None:
+        config = self.config.scorer
+        torch.manual_seed(self.config.seed)
+        objective = ScorerObjective(self.tokenizer, config.text_cfg.context_length, config.negatives)
+        scenes = Scenes(ShapesPairs("train", config.scenes, self.config.seed + 1), negatives=config.negatives)
+        model = build_scorer(config, self.tokenizer)
+        train(model, objective, scenes, self.train_config("scorer"), self.run("scorer"), "train")
+
+    def latents(self) -> None:
+        """Encoded once: float16 latents [N, 4, 16, 16] and token ids [N, L]."""
+        config, run, vae = self.config.latents, self.run("latents"), self.trained_vae().vae
+        pairs = ShapesPairs("train", config.scenes, self.config.seed)
+
+        @torch.no_grad()
+        def encode(indices: list[int]) -> Tensor:
+            images = pairs.images(indices).float() / 127.5 - 1
+            return (vae.encode(images).latent_dist.mean * vae.config.scaling_factor).half()
+
+        if run.made("latents.safetensors"):
+            return
+        latents_NCHW = map_batches(encode, config.scenes, config.batch_size, self.accelerator, "encoding scenes")
+        if self.accelerator.is_main_process:
+            captions = [caption(*pairs.scene(index)) for index in range(config.scenes)]
+            ids_NL = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
+            aside = run.path / ".latents.aside"
+            save_file({"latents": latents_NCHW, "ids": ids_NL.short()}, aside)
+            aside.rename(run.path / "latents.safetensors")
+        self.accelerator.wait_for_everyone()
+
+    def text_to_image(self) -> TextToImage:
+        torch.manual_seed(self.config.seed)
+        return TextToImage(self.config.unet, self.tokenizer, self.config.vae.model.latent_channels)
+
+    def unet(self) -> None:
+        empty_ids_L = self.tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
+        schedule = NoiseSchedule.from_scheduler(build_scheduler())
+        objective = DenoisingObjective(schedule, empty_ids_L, self.config.unet.caption_dropout)
+        latents = CachedScenes(self.root / "latents" / "latents.safetensors")
+        train(self.text_to_image(), objective, latents, self.train_config("unet"), self.run("unet"), "train")
+
+    def export(self) -> None:
+        """Whatever is trained so far, as assets; untrained parts keep their random initialisation."""
+        if not self.accelerator.is_main_process:
+            return
+        model = self.text_to_image()
+        load_newest(model, self.root / "unet" / "train")
+        vae = self.trained_vae().vae
+        save_pipeline(build_pipeline(model, vae, self.tokenizer), Path(self.config.assets) / "shapes")
+        torch.manual_seed(self.config.seed)
+        scorer = build_scorer(self.config.scorer, self.tokenizer)
+        load_newest(scorer, self.root / "scorer" / "train")
+        save_scorer(scorer, self.config.scorer, self.tokenizer, Path(self.config.assets) / "shapes-clip")
+
+    def evaluate(self) -> None:
+        if self.accelerator.is_main_process:
+            report = evaluate_assets(Path(self.config.assets), self.config.evaluate, self.root / "evaluation")
+            write_json(self.root / "evaluation" / "report.json", report)
+            print(json.dumps(report, indent=1))
+
+
+def load_newest(model: torch.nn.Module, folder: Path) -> None:
+    """The stage's final weights, or the EMA of its newest checkpoint, or nothing where it has not begun."""
+    if (folder / "weights.safetensors").exists():
+        model.load_state_dict(load_file(folder / "weights.safetensors"))
+    elif checkpoints := sorted((folder / "checkpoints").glob("step-*")):
+        state = torch.load(checkpoints[-1] / "custom_checkpoint_0.pkl", weights_only=False)
+        model.load_state_dict(load_file(checkpoints[-1] / "model.safetensors"))
+        trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
+        for parameter, average in zip(trained, state["ema"]["shadow_params"], strict=True):
+            parameter.data.copy_(average)
+
+
+class CachedScenes(Dataset):
+    """Latents and token ids of the encoded scenes, float16 and int16 in memory."""
+
+    def __init__(self, path: Path) -> None:
+        if not path.exists():
+            raise FileNotFoundError(f"{path} does not exist; make it with stage=latents")
+        tensors = load_file(path)
+        self.latents, self.ids = tensors["latents"], tensors["ids"]
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def collate(self, indices: list[int]) -> dict[str, Tensor]:
+        return {"latents": self.latents[indices].float(), "ids": self.ids[indices].long()}
+
+
+@hydra.main(config_path="../configs", config_name="train_shapes", version_base=None)
+def main(config: DictConfig) -> None:
+    torch.set_num_threads(config.threads)
+    if config.stage != "all" and config.stage not in STAGES:
+        raise ValueError(f"stage={config.stage} is unknown; choose all or one of {STAGES}")
+    recipe = Recipe(config)
+    for stage in STAGES if config.stage == "all" else [config.stage]:
+        getattr(recipe, stage)()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""The shipped weights: they load with nothing but their libraries, and are as good as the README says."""
+
+import json
+from pathlib import Path
+
+import open_clip
+import pytest
+import torch
+from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch.nn import functional as F
+
+from data.prompts import PromptSet
+from data.shapes import caption
+from eval.clip import ClipScorer, psnr
+from eval.sampling import Sampler
+from scripts.shapes_evaluation import heldout_scenes, sample, through_vae, told_apart, top1_of_100
+
+ASSETS = Path(__file__).parents[1] / "assets"
+N = 200
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "shapes", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+@pytest.fixture(scope="module")
+def scorer() -> ClipScorer:
+    return ClipScorer(f"local-dir:{ASSETS / 'shapes-clip'}")
+
+
+@pytest.fixture(scope="module")
+def real():
+    return heldout_scenes(N, seed=11)
+
+
+def test_the_unet_has_the_sites_of_stable_diffusion_1_5(pipeline):
+    assert sum(isinstance(module, ResnetBlock2D) for module in pipeline.unet.modules()) == 22
+    assert sum(isinstance(module, Transformer2DModel) for module in pipeline.unet.modules()) == 16
+
+
+def test_all_weights_are_safetensors_and_at_most_15_megabytes():
+    weights = [*ASSETS.rglob("*.safetensors")]
+    assert len(weights) == 4 and sum(path.stat().st_size for path in weights) <= 15e6
+    assert not [*ASSETS.rglob("*.bin"), *ASSETS.rglob("*.pt")]
+
+
+def test_the_scheduler_starts_from_pure_noise_and_ends_at_the_image(pipeline):
+    assert isinstance(pipeline.scheduler, DDIMScheduler)
+    assert pipeline.scheduler.alphas_cumprod[-1] == 0 and pipeline.scheduler.final_alpha_cumprod == 1
+    assert pipeline.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_the_scorer_loads_with_plain_open_clip():
+    name = f"local-dir:{ASSETS / 'shapes-clip'}"
+    model, _, preprocess = open_clip.create_model_and_transforms(name)
+    tokens = open_clip.get_tokenizer(name)(["a red circle", "a red ring"])
+    described = json.loads((ASSETS / "shapes-clip" / "open_clip_config.json").read_text())["model_cfg"]
+    assert tokens.shape == (2, described["text_cfg"]["context_length"])
+    assert F.normalize(model.encode_text(tokens), dim=1).shape == (2, described["embed_dim"])
+
+
+def test_the_scorer_finds_the_caption_among_a_hundred(scorer, real):
+    scenes, images = real
+    assert top1_of_100(scorer, images, [caption(scene) for scene in scenes]) >= 0.95
+
+
+def test_the_scorer_knows_colours_shapes_and_relations_apart(scorer, real):
+    scenes, images = real
+    told = told_apart(scorer, images, scenes)
+    for name in ("swapped colours", "wrong shape", "reversed relation"):
+        assert told[name]["accuracy"] >= 0.87, told  # 0.9 on many scenes; these are few
+
+
+def test_the_vae_gives_held_out_scenes_back(pipeline, real):
+    _, images = real
+    assert psnr(through_vae(pipeline, images[:50]), images[:50]).mean() >= 29.5  # 30 dB on many scenes
+
+
+@pytest.mark.slow
+def test_samples_keep_nine_tenths_of_the_score_of_real_images(pipeline, scorer, real):
+    scenes, images = real[0][:64], real[1][:64]
+    prompts = PromptSet(tuple(caption(scene) for scene in scenes), "heldout")
+    text_ND = scorer.text(prompts.prompts)
+    ours = scorer.score(sample(Sampler(pipeline, 32, 3.0), prompts), text_ND).mean()
+    assert ours >= 0.9 * scorer.score(through_vae(pipeline, images), text_ND).mean()

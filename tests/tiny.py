@@ -1,0 +1,63 @@
+"""Small random networks for every test: Stable Diffusion 1.5's topology at a thousandth of its size, built offline."""
+
+import json
+from pathlib import Path
+
+import open_clip
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from safetensors.torch import save_file
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+WIDTH, MAX_TOKENS = 16, 16
+
+
+def tiny_tokenizer() -> CLIPTokenizer:
+    """Reads letters; longer captions than 14 letters are cut."""
+    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=MAX_TOKENS)
+
+
+def tiny_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
+    """16×16 images, 8×8 latents; 22 ResNets and 16 cross-attentions as in SD-1.5; equal weights at every call."""
+    torch.manual_seed(0)
+    tokenizer = tiny_tokenizer()
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    text = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=WIDTH, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        max_position_embeddings=MAX_TOKENS, projection_dim=WIDTH, **special,
+    )  # fmt: skip
+    vae = AutoencoderKL(
+        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4, sample_size=16,
+        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, layers_per_block=1,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16, 16, 16), norm_num_groups=4, cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+    )  # fmt: skip
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1, prediction_type=prediction_type,
+    )  # fmt: skip
+    pipeline = StableDiffusionPipeline(
+        vae=vae.eval(), text_encoder=CLIPTextModel(text).eval(), tokenizer=tokenizer, unet=unet.eval(),
+        scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def write_tiny_clip(folder: Path) -> None:
+    """A random open_clip model as a `local-dir:` folder, with a preprocessing of its own."""
+    model_cfg = {
+        "embed_dim": 16,
+        "vision_cfg": {"image_size": 24, "layers": 1, "width": 16, "patch_size": 8, "head_width": 8},
+        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 1},
+    }
+    preprocess_cfg = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.25, 0.3], "interpolation": "bicubic"}
+    torch.manual_seed(0)
+    model = open_clip.CLIP(**model_cfg)
+    described = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
+    (folder / "open_clip_config.json").write_text(json.dumps(described))
+    save_file(model.state_dict(), folder / "open_clip_model.safetensors")
