@@ -25,8 +25,8 @@ demo: setup  ## prune the shipped model to 75 % of its latency, in minutes on tw
 test: setup  ## the fast tests, on CPU, without network
 	$(BIN)/python -m pytest
 
-slow: setup  ## every test that needs no GPU
-	$(BIN)/python -m pytest -m 'not gpu'
+slow: setup  ## the slow tests (minutes each), on CPU
+	$(BIN)/python -m pytest -m "slow and not gpu"
 
 lint: setup  ## ruff: style and format
 	$(BIN)/ruff check .

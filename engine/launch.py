@@ -3,6 +3,7 @@
 import difflib
 import logging
 import os
+import secrets
 import sys
 from pathlib import Path
 
@@ -115,7 +116,8 @@ def run_job(config: DictConfig) -> int:
     resolved = OmegaConf.to_container(config, resolve=True)
     run.keep_config(resolved, ignoring=WATCHING)
     if config.tracker.log_with:
-        run.tracker = Tracker(accelerator, config.tracker, path, resolved)
+        identity = run.json("tracker.json", lambda: {"id": secrets.token_hex(4)})  # a continued run is the same run
+        run.tracker = Tracker(accelerator, config.tracker, path, resolved, identity["id"])
     with logging_redirect_tqdm():
         code = hydra.utils.get_method(config.job)(config, run)
     if run.tracker:

@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -89,6 +90,19 @@ class LoopState:
         self.sums, self.count = state["sums"], state["count"]
 
 
+class Speedometer:
+    """Samples per second since it was last asked."""
+
+    def __init__(self, samples_per_step: int, step: int):
+        self.samples_per_step, self.step, self.seconds = samples_per_step, step, time.perf_counter()
+
+    def samples_per_second(self, step: int) -> float:
+        now = time.perf_counter()
+        speed = (step - self.step) * self.samples_per_step / (now - self.seconds)
+        self.step, self.seconds = step, now
+        return speed
+
+
 def learning_rate_at(step: int, config: TrainConfig) -> float:
     """Linear warm-up, then constant or a cosine to zero at `config.steps`."""
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
@@ -144,6 +158,7 @@ def _run_steps(
     run.rewind(stage, first_step)
     seed = seed_of(run.seed, stage)
     batches = _batches(dataset, config, seed, first_step, accelerator)
+    speedometer = Speedometer(config.batch_size * config.accumulation * accelerator.num_processes, first_step)
     quiet = not accelerator.is_main_process
     bar = progress(total=config.steps, initial=first_step, desc=stage, unit="step", disable=quiet)
     for step in range(first_step, config.steps):
@@ -168,9 +183,8 @@ def _run_steps(
         done = step + 1
         if done % config.log_every == 0 or done == config.steps:
             means = _checked(state.take_means(accelerator), stage, done, checkpoints.folder)
-            rate = bar.format_dict["rate"] or 0.0
-            samples = rate * config.batch_size * config.accumulation * accelerator.num_processes
-            run.log(stage, done, {**means, "lr": learning_rate_at(step, config)}, {"samples_per_second": samples})
+            speed = speedometer.samples_per_second(done)
+            run.log(stage, done, {**means, "lr": learning_rate_at(step, config)}, {"samples_per_second": speed})
             bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
         if done % config.checkpoint_every == 0 and done < config.steps:
             if state.sums:

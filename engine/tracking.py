@@ -8,17 +8,16 @@ from PIL import Image
 
 from engine.config import TrackerConfig
 
-TRACKERS = ("wandb", "tensorboard")
-
 
 class Tracker:
     """Metrics, images and tables of a run, sent through accelerate's trackers on rank 0."""
 
-    def __init__(self, accelerator: Accelerator, config: TrackerConfig, run_path: Path, run_config: dict[str, Any]):
+    def __init__(
+        self, accelerator: Accelerator, config: TrackerConfig, run_path: Path, run_config: dict[str, Any], run_id: str
+    ):
         self.accelerator = accelerator
         self.kind = config.log_with
-        name = run_path.name
-        wandb = {"dir": str(run_path), "name": name, "id": name, "mode": config.mode, "resume": "allow"}
+        wandb = {"dir": str(run_path), "name": run_path.name, "id": run_id, "mode": config.mode, "resume": "allow"}
         hparams = run_config if self.kind == "wandb" else None  # TensorBoard takes flat scalars only
         accelerator.init_trackers(config.project, hparams, {"wandb": wandb} if self.kind == "wandb" else {})
 

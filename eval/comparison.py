@@ -9,8 +9,17 @@ from markupsafe import Markup
 from data.files import write_text
 from eval.compare import paired_difference
 from eval.figures import SERIES, TEACHER, Point, digits, pareto_figure, save_png, signed, themed
-from eval.report import count, facts, markdown_table, percent, render
+from eval.report import count, display_name, facts, markdown_table, percent, render
 from eval.runs import RunRecord, read_run
+
+COLUMNS = ["parameters", "GFLOPs", "UNet ms", "of teacher", "CLIP ± se", "against teacher"]
+
+
+def run_table(folder: str | Path) -> str:
+    """The models of one finished run as a Markdown table: the teacher, every round, the student."""
+    models = finished_run(folder).models
+    rows = [cells(display_name(model["name"]), model, models[0], model["versus_teacher"]) for model in models]
+    return markdown_table(["model", *COLUMNS], rows)
 
 
 def compare_runs(folders: Sequence[str | Path], out: str | Path) -> str:
@@ -23,8 +32,7 @@ def compare_runs(folders: Sequence[str | Path], out: str | Path) -> str:
     out, runs = Path(out), name_runs([finished_run(folder) for folder in folders])
     first_name, first = next(iter(runs.items()))
     rows = without_repeated_teachers([row for name, run in runs.items() for row in run_rows(name, run, first)])
-    columns = ["run", "parameters", "GFLOPs", "UNet ms", "of teacher", "CLIP ± se", "against teacher"]
-    header = [*columns, f"against {first_name}"]
+    header = ["run", *COLUMNS, f"against {first_name}"]
     table = markdown_table(header, [row["cells"] for row in rows])
     figure = pareto_figure(points(rows))
     save_png(figure, out / "clip-against-latency.png")
@@ -78,9 +86,9 @@ def run_rows(name: str, run: RunRecord, first: RunRecord) -> list[dict[str, Any]
     teacher, student = run.models[0], run.models[-1]
     return [
         {"name": f"teacher of {name}", "kind": "teacher", "model": teacher,
-         "cells": cells(f"teacher of {name}", teacher, teacher, None, None)},
+         "cells": [*cells(f"teacher of {name}", teacher, teacher, None), interval(None)]},
         {"name": name, "kind": "student", "model": student,
-         "cells": cells(name, student, teacher, student["versus_teacher"], versus_first(run, first))},
+         "cells": [*cells(name, student, teacher, student["versus_teacher"]), interval(versus_first(run, first))]},
     ]  # fmt: skip
 
 
@@ -92,14 +100,15 @@ def versus_first(run: RunRecord, first: RunRecord) -> dict[str, float] | None:
     return vars(paired_difference(*scores))
 
 
-def cells(
-    name: str, model: Mapping, teacher: Mapping, to_teacher: Mapping | None, to_first: Mapping | None
-) -> list[str]:
-    def interval(difference: Mapping | None) -> str:
-        if difference is None:
-            return "–"
-        return f"{signed(difference['mean'])} [{signed(difference['low'])}, {signed(difference['high'])}]"
+def interval(difference: Mapping | None) -> str:
+    """A paired difference with its interval, or a dash."""
+    if difference is None:
+        return "–"
+    return f"{signed(difference['mean'])} [{signed(difference['low'])}, {signed(difference['high'])}]"
 
+
+def cells(name: str, model: Mapping, teacher: Mapping, to_teacher: Mapping | None) -> list[str]:
+    """A model's line: `COLUMNS`, after its name."""
     return [
         name,
         count(model["parameters"]),
@@ -108,7 +117,6 @@ def cells(
         percent(model["ms"] / teacher["ms"]),
         f"{model['clip']['mean']:.2f} ± {model['clip']['se']:.2f}",
         interval(to_teacher),
-        interval(to_first),
     ]
 
 

@@ -5,6 +5,7 @@ from functools import cached_property
 
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from PIL import Image
 
 from data.cache import CachedPairs, cache_pairs
 from data.files import write_json
@@ -14,8 +15,10 @@ from engine.environment import environment
 from engine.loop import Objective
 from engine.run import Run
 from eval.clip import ClipScorer
+from eval.comparison import run_table
 from eval.judge import judge, write_pictures
 from eval.report import write_report
+from eval.runs import read_run
 from eval.sampling import Sampler
 from models.cost import count_gflops
 from models.pipeline import export_pipeline, with_unet
@@ -158,5 +161,19 @@ class Bench:
     def report(self) -> None:
         """report.html and its pictures; the table is printed, and the same goes to the tracker."""
         if self.run.accelerator.is_main_process:
-            write_report(self.run.path)
+            page = write_report(self.run.path)
+            self.track()
+            print(run_table(self.run.path))
+            log.info(f"report: {page.resolve()}")
         self.run.accelerator.wait_for_everyone()
+
+    def track(self) -> None:
+        """Block values as tables and the pictures of every model, for a tracker if there is one."""
+        record, tracker = read_run(self.run.path), self.run.tracker
+        if tracker is None:
+            return
+        for r in record.rounds:
+            rows = [[b.site, b.ms, b.delta_clip, b.se, b.clip_per_ms] for b in r.blocks.values()]
+            tracker.table(f"{r.name}/blocks", ["site", "ms", "delta_clip", "se", "clip_per_ms"], rows)
+        for name, paths in record.images.items():
+            tracker.images(f"images/{name}", [Image.open(path) for path in paths], list(record.prompts))

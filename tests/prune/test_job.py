@@ -21,7 +21,7 @@ def run(*overrides, small=SMALL, launcher=(sys.executable,)):
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory, tiny_pipeline_folder, tiny_clip_folder):
+def model(tiny_pipeline_folder, tiny_clip_folder):
     """Overrides that put the random model and scorer in the places of the shipped ones."""
     return ["model=path", f"model.name_or_path={tiny_pipeline_folder}", f"scorer.model=local-dir:{tiny_clip_folder}"]
 
@@ -90,9 +90,8 @@ def test_an_unreachable_target_exports_the_best_effort_and_says_so(tmp_path, mod
         (["+experiment=prune_unet", "search=manual", "search.method.remove=[mid]"], "unknown sites ['mid']"),
     ],
 )
-def test_a_mistake_gets_one_line_and_a_non_zero_exit(tmp_path, tiny_pipeline_folder, tiny_clip_folder, overrides, message):
-    base = ["model=path", f"model.name_or_path={tiny_pipeline_folder}", f"scorer.model=local-dir:{tiny_clip_folder}"]
-    failed = run(*base, *overrides[1:], overrides[0], f"root={tmp_path}")
+def test_a_mistake_gets_one_line_and_a_non_zero_exit(tmp_path, model, overrides, message):
+    failed = run(*model, *overrides, f"root={tmp_path}")
     errors = [line for line in failed.stderr.splitlines() if line.startswith("error: ")]
     assert failed.returncode == 1 and len(errors) == 1, failed.stderr
     assert message in errors[0] and "Traceback" not in failed.stderr

@@ -1,0 +1,72 @@
+"""Is the evolved student better than a random and a hand-picked one of equal latency? Same training, other prompts.
+
+    python benchmarks/prune_baselines.py --root runs/baselines --fraction 0.75
+
+Every run is the pruning job with one round. All start from the same robustly trained UNet (the first run's, whose
+weights the others find in their place), are cut to the same measured latency, recover for the same number of steps, and
+are judged on the same prompts, which no block was ranked on. To --out go the table with paired differences, the picture
+of CLIP against latency, and every run's evaluation, per prompt. Started again, it continues.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from eval.comparison import compare_runs
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+RULES = {
+    "snapfusion": ["search=snapfusion"],
+    "bk_sdm": ["search=bk_sdm"],
+    "random-0": ["search=random", "search.method.seed=0"],
+    "random-1": ["search=random", "search.method.seed=1"],
+    "random-2": ["search=random", "search.method.seed=2"],
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path("runs/baselines"), help="where the runs go")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/prune-baselines"), help="where the results go")
+    parser.add_argument("--fraction", type=float, default=0.75, help="of the teacher's UNet latency")
+    parser.add_argument("--processes", type=int, default=1, help="more than one starts torchrun")
+    parser.add_argument("overrides", nargs="*", help="further overrides of the experiment, for all runs")
+    options = parser.parse_args()
+    for rule, overrides in RULES.items():
+        share_robust_weights(options.root / "snapfusion", options.root / rule)
+        run_rule(rule, overrides, options)
+    print(compare_runs([options.root / rule for rule in RULES], options.out))
+    for rule in RULES:
+        shutil.copyfile(options.root / rule / "evaluation.json", options.out / f"{rule}.json")
+
+
+def share_robust_weights(source: Path, run: Path) -> None:
+    """A stage whose weights exist is not trained again."""
+    weights, there = source / "round-00/weights.safetensors", run / "round-00/weights.safetensors"
+    if weights.exists() and not there.exists():
+        there.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(weights, there)
+
+
+def run_rule(rule: str, overrides: list[str], options: argparse.Namespace) -> None:
+    python = [sys.executable]
+    if options.processes > 1:
+        python = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={options.processes}"]
+    command = [
+        *python, str(REPOSITORY / "train.py"), "+experiment=prune_unet", "search.rounds=1", *overrides,
+        f"search.target_fraction={options.fraction}", f"root={options.root}", f"name={rule}", *options.overrides,
+    ]  # fmt: skip
+    print("$", " ".join(command), flush=True)
+    on_cpu = {"ACCELERATE_USE_CPU": "true"} if not os.path.exists("/dev/nvidia0") else {}
+    code = subprocess.run(command, env={**os.environ, **on_cpu}).returncode
+    if code not in (0, 3):
+        sys.exit(f"{rule} failed with exit code {code}; the same command continues")
+
+
+if __name__ == "__main__":
+    main()

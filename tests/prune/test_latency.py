@@ -1,0 +1,74 @@
+"""The latency table: what it holds, and that it measures what it says. No test looks at the size of a time."""
+
+import time
+
+import pytest
+import torch
+
+from models.unet import PrunableUNet2DConditionModel
+from prune.latency import LatencyConfig, compare_ms, latency_table, outermost, timing_hooks
+from tests.tiny import tiny_pipeline
+
+CPU = torch.device("cpu")
+FEW = LatencyConfig(warmup=1, iterations=3, additive_samples=3, text_length=5)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return PrunableUNet2DConditionModel.from_unet(tiny_pipeline().unet)
+
+
+@pytest.fixture(scope="module")
+def table(unet):
+    return latency_table(unet, FEW, CPU)
+
+
+def test_every_kept_site_has_an_entry_and_the_entries_fit_into_the_whole(unet, table):
+    assert tuple(table["sites"]) == unet.kept_sites
+    assert 0 < sum(entry["ms"] for entry in table["sites"].values()) < table["full_ms"]
+
+
+def test_the_table_says_how_it_was_made_and_how_far_it_adds_up(table):
+    assert table["method"] == "in_place_hooks" and table["mode"] == "eager" and table["threads"] == 1
+    assert table["additive_error"]["n"] == len(table["samples"]) == 3
+    assert all(len(sample["removed"]) >= 2 for sample in table["samples"])
+
+
+def test_the_random_removals_depend_on_the_seed_alone(unet, table):
+    again = latency_table(unet, FEW, CPU)
+    assert [s["removed"] for s in again["samples"]] == [s["removed"] for s in table["samples"]]
+
+
+def test_measuring_leaves_the_unet_as_it_was(unet):
+    before = [hooks for module in unet.modules() for hooks in module._forward_hooks]
+    latency_table(unet, FEW, CPU)
+    assert [hooks for module in unet.modules() for hooks in module._forward_hooks] == before
+
+
+def test_hooks_count_the_time_inside_a_module_and_nothing_else():
+    class Busy(torch.nn.Module):
+        def forward(self, x):
+            end = time.thread_time() + 0.02
+            while time.thread_time() < end:
+                pass
+            return x
+
+    inner, times = Busy(), {"inner": []}
+    outer = torch.nn.Sequential(Busy(), inner, Busy())
+    with timing_hooks({"inner": inner}, times):
+        outer(torch.zeros(1))
+    assert len(times["inner"]) == 1 and 20 <= times["inner"][0] < 40
+
+
+def test_whole_unets_are_compared_under_their_names(unet):
+    assert set(compare_ms({"teacher": unet, "student": unet.with_depths({"mid_block.resnets.0": 0})}, FEW, CPU)) == {
+        "teacher", "student"}  # fmt: skip
+
+
+def test_an_unknown_dtype_is_named(unet):
+    with pytest.raises(ValueError, match="latency.dtype='int3' is unknown"):
+        latency_table(unet, LatencyConfig(dtype="int3"), CPU)
+
+
+def test_layers_within_a_removed_transformer_are_not_counted_twice():
+    assert outermost(["a.attentions.0.transformer_blocks.1", "a.attentions.0", "b"]) == ["a.attentions.0", "b"]

@@ -1,0 +1,56 @@
+"""Block scores: gates measure what surgery does, whatever the batch, and the table is honest about its error."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from data.prompts import PromptSet
+from eval.clip import ClipScorer
+from eval.sampling import Sampler
+from models.unet import PrunableUNet2DConditionModel
+from prune.scores import score_blocks
+from tests.tiny import tiny_pipeline
+
+PROMPTS = PromptSet(("a red dot", "two cats", "a big tree", "some rain"), "four")
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_clip_folder):
+    pipeline = tiny_pipeline("v_prediction")
+    pipeline.unet = PrunableUNet2DConditionModel.from_unet(pipeline.unet)
+    return pipeline.unet, Sampler(pipeline, steps=2, guidance_scale=2.0), ClipScorer(f"local-dir:{tiny_clip_folder}")
+
+
+def score(parts, batch_size):
+    unet, sampler, scorer = parts
+    return score_blocks(unet, sampler, scorer, PROMPTS, batch_size, Accelerator(cpu=True))
+
+
+@pytest.fixture(scope="module")
+def table(parts):
+    return score(parts, batch_size=8)
+
+
+def test_a_block_scores_what_the_pruned_unet_loses(parts, table):
+    unet, sampler, scorer = parts
+    texts = scorer.text(PROMPTS.prompts)
+    base = scorer.score(sampler.images(unet, PROMPTS.prompts, range(4)), texts)
+    torch.testing.assert_close(table.base_P, base)
+    for n in (0, 1, 20, 37):
+        pruned = unet.with_depths({table.sites[n]: 0})
+        without = scorer.score(sampler.images(pruned, PROMPTS.prompts, range(4)), texts)
+        torch.testing.assert_close(table.loss_NP[n], base - without, atol=0.05, rtol=0)
+
+
+def test_the_batch_size_changes_scores_by_rounding_alone(parts, table):
+    other = score(parts, batch_size=5)
+    torch.testing.assert_close(other.base_P, table.base_P, atol=0.05, rtol=0)
+    assert (other.loss_NP - table.loss_NP).abs().median() < 1e-3
+
+
+def test_the_record_holds_paired_means_errors_and_the_protocol(table):
+    record = table.record({"steps": 2})
+    first = record["sites"][table.sites[0]]
+    assert first["delta_clip"] == pytest.approx(table.loss_NP[0].mean().item(), abs=1e-5)
+    assert first["se"] == pytest.approx(table.loss_NP[0].std().item() / 2, abs=1e-5)
+    assert record["protocol"] == {"steps": 2} and first["n"] == 4 and -1 <= record["rank_agreement_of_halves"] <= 1
