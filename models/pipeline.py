@@ -71,9 +71,11 @@ def export_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> ExportVe
 
     Where the UNet's architecture is one that diffusers' own class can express, the folder holds that class and loads
     everywhere. Otherwise the UNet's class file travels in it, under a name that is a hash of its content (diffusers
-    keys imported files by name alone).
+    keys imported files by name alone). ValueError where the folder holds anything but a pipeline.
     """
     folder = Path(folder)
+    if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
+        raise ValueError(f"export folder {str(folder)!r} holds something else than a pipeline; name a new one")
     verdict = stock_config(pipeline.unet)
     is_stock = verdict.config is not None
     folder.parent.mkdir(parents=True, exist_ok=True)

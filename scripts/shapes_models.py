@@ -9,6 +9,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from data.files import whole_folder, write_json
@@ -101,8 +102,20 @@ def scorer_config(config: DictConfig, tokenizer: CLIPTokenizer) -> dict:
     return {"embed_dim": config.embed_dim, "vision_cfg": plain(config.vision_cfg), "text_cfg": text}
 
 
-def build_scorer(config: DictConfig, tokenizer: CLIPTokenizer) -> open_clip.CLIP:
-    return open_clip.CLIP(**scorer_config(config, tokenizer))
+class ScorerWithNames(nn.Module):
+    """The scorer and, for its training alone, linear readings of a scene's attributes from the image's embedding."""
+
+    def __init__(self, config: DictConfig, tokenizer: CLIPTokenizer, classes: list[int]) -> None:
+        super().__init__()
+        self.clip = open_clip.CLIP(**scorer_config(config, tokenizer))
+        self.names = nn.Linear(config.embed_dim, sum(classes))
+        self.classes = classes
+
+    def forward(self, images_BCHW: Tensor, ids_TL: Tensor) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, ...]]:
+        """Unit embeddings of images and texts, the scale of their cosines, and logits per attribute."""
+        image_BD, text_TD = self.clip.encode_image(images_BCHW), self.clip.encode_text(ids_TL, normalize=True)
+        logits = self.names(image_BD).split(self.classes, dim=1)
+        return F.normalize(image_BD, dim=1), text_TD, self.clip.logit_scale.exp(), logits
 
 
 def save_scorer(scorer: open_clip.CLIP, config: DictConfig, tokenizer: CLIPTokenizer, folder: Path) -> None:

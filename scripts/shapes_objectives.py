@@ -11,11 +11,32 @@ from transformers import CLIPTokenizer
 
 from data.render import render_scenes
 from data.seeding import generator
-from data.shapes import ShapesPairs, caption, hard_negatives
+from data.shapes import COLOURS, POSITIONS, SHAPES, SIZES, Scene, ShapesPairs, Wording, caption, hard_negatives
 from models.schedule import NoiseSchedule
 
 Batch = dict[str, Tensor | list[str]]
 Metrics = dict[str, Tensor]
+
+
+# What a scene shows, as classes; a scene without a second thing, a position, … has no label there.
+KINDS, AXES, UNLABELLED = ("single", "count", "relation"), ("above", "left of", "inside"), -1
+ATTRIBUTES = {
+    "kind": KINDS, "count": (2, 3, 4), "position": tuple(POSITIONS), "relation": AXES, "background": COLOURS,
+    "frame": ("", *COLOURS), "first shape": SHAPES, "first colour": COLOURS, "first size": SIZES,
+    "second shape": SHAPES, "second colour": COLOURS, "second size": SIZES,
+}  # fmt: skip
+
+
+def attributes(scene: Scene) -> list[int]:
+    """The class of every attribute of `ATTRIBUTES`; of two things the upper, left or inner one comes first."""
+    _, things, count, relation, position = scene.combination()
+    seen = {"kind": scene.kind, "count": count, "position": position, "relation": relation, "frame": scene.frame}
+    seen["background"] = scene.background[0]
+    for place, thing in zip(("first", "second"), things, strict=False):
+        seen |= {f"{place} shape": thing.shape, f"{place} colour": thing.colour, f"{place} size": thing.size}
+    return [
+        classes.index(seen[name]) if seen.get(name) in classes else UNLABELLED for name, classes in ATTRIBUTES.items()
+    ]
 
 
 class Scenes(Dataset):
@@ -35,10 +56,11 @@ class Scenes(Dataset):
         batch = {"image": render_scenes([scene for scene, _ in scenes]), "caption": [caption(*s) for s in scenes]}
         if self.negatives:
             drawn = zip(indices, scenes, strict=True)
+            batch["attributes"] = torch.tensor([attributes(scene) for scene, _ in scenes])
             batch["negatives"] = [text for index, scene in drawn for text in self._wrong(index, *scene)]
         return batch
 
-    def _wrong(self, index: int, scene, wording) -> list[str]:
+    def _wrong(self, index: int, scene: Scene, wording: Wording) -> list[str]:
         draw = generator("negatives", index)
         turn = int(torch.randint(1 << 16, (1,), generator=draw))
         texts = list(hard_negatives(scene, wording, turn).values())
@@ -72,26 +94,33 @@ class ScorerObjective:
     """CLIP's contrast (Radford et al. 2021), where every image also meets nearly right captions.
 
     An image has to prefer its caption to all captions and all hard negatives of the batch; with the batch's own
-    captions alone, word order stays at chance.
+    captions alone, word order stays at chance. The image's embedding has to name the scene's attributes, too: it
+    learns where things are many times sooner than by contrast alone.
     """
 
-    def __init__(self, tokenizer: CLIPTokenizer, context_length: int, negatives: int) -> None:
-        self.tokenizer, self.context_length, self.negatives = tokenizer, context_length, negatives
+    def __init__(self, tokenizer: CLIPTokenizer, context_length: int, negatives: int, naming_weight: float) -> None:
+        self.tokenizer, self.context_length = tokenizer, context_length
+        self.negatives, self.naming_weight = negatives, naming_weight
 
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         texts = [*batch["caption"], *batch["negatives"]]
         ids_TL = self.tokenizer(
             texts, padding="max_length", truncation=True, max_length=self.context_length, return_tensors="pt"
         ).input_ids
-        image_BD, text_TD, scale = model(to_unit_range(batch["image"]), ids_TL)
+        image_BD, text_TD, scale, classes = model(to_unit_range(batch["image"]), ids_TL)
         logits_BT = scale * image_BD @ text_TD.T
         size = len(image_BD)
         target_B = torch.arange(size)
-        loss = (F.cross_entropy(logits_BT, target_B) + F.cross_entropy(logits_BT[:, :size].T, target_B)) / 2
+        contrast = (F.cross_entropy(logits_BT, target_B) + F.cross_entropy(logits_BT[:, :size].T, target_B)) / 2
+        naming = torch.stack([
+            F.cross_entropy(logits, label_B, ignore_index=UNLABELLED, reduction="sum") / size
+            for logits, label_B in zip(classes, batch["attributes"].T, strict=True)
+        ]).mean()  # fmt: skip
         own_BK = logits_BT[:, size:].reshape(size, size, self.negatives)[target_B, target_B]
         told = (logits_BT.diagonal()[:, None] > own_BK).float().mean()
         top1 = (logits_BT[:, :size].argmax(1) == target_B).float().mean()
-        return loss, {"top1": top1, "told_from_negatives": told, "scale": scale}
+        metrics = {"contrast": contrast, "naming": naming, "top1": top1, "told_from_negatives": told, "scale": scale}
+        return contrast + self.naming_weight * naming, metrics
 
 
 class DenoisingObjective:

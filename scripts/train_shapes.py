@@ -33,16 +33,16 @@ from engine.run import Run
 from models.schedule import NoiseSchedule
 from scripts.shapes_evaluation import evaluate_assets
 from scripts.shapes_models import (
+    ScorerWithNames,
     TextToImage,
     VAEWithPosterior,
     build_pipeline,
     build_scheduler,
-    build_scorer,
     build_vae,
     save_pipeline,
     save_scorer,
 )  # fmt: skip
-from scripts.shapes_objectives import AutoencoderObjective, DenoisingObjective, Scenes, ScorerObjective
+from scripts.shapes_objectives import ATTRIBUTES, AutoencoderObjective, DenoisingObjective, Scenes, ScorerObjective, to_unit_range
 
 STAGES = ("vae", "scorer", "latents", "unet", "decoder", "export", "evaluate")
 
@@ -73,9 +73,9 @@ class Recipe:
     @torch.no_grad()
     def measured_vae(self, vae) -> dict[str, float]:
         """Standard deviation of the latents, and the reconstruction's PSNR on held-out scenes."""
-        images = ShapesPairs("heldout", 512, seed=1).images(range(512)).float() / 127.5 - 1
+        images = ShapesPairs("heldout", 512, seed=1).images(range(512))
         psnrs, latents = [], []
-        for batch in images.split(64):
+        for batch in to_unit_range(images).split(64):
             latents.append(vae.encode(batch).latent_dist.mean)
             error_B = ((vae.decode(latents[-1]).sample.clamp(-1, 1) - batch) / 2).square().mean((1, 2, 3))
             psnrs.append(-10 * error_B.log10())
@@ -101,22 +101,25 @@ class Recipe:
         train(model, objective, scenes, self.train_config("decoder"), run, "train")
         run.json("vae.json", lambda: self.measured_vae(model.vae))
 
+    def scorer_model(self) -> ScorerWithNames:
+        torch.manual_seed(self.config.seed)
+        return ScorerWithNames(self.config.scorer, self.tokenizer, [len(names) for names in ATTRIBUTES.values()])
+
     def scorer(self) -> None:
         config = self.config.scorer
-        torch.manual_seed(self.config.seed)
-        objective = ScorerObjective(self.tokenizer, config.text_cfg.context_length, config.negatives)
+        length = config.text_cfg.context_length
+        objective = ScorerObjective(self.tokenizer, length, config.negatives, config.naming_weight)
         scenes = Scenes(ShapesPairs("train", config.scenes, self.config.seed + 1), negatives=config.negatives)
-        model = build_scorer(config, self.tokenizer)
-        train(model, objective, scenes, self.train_config("scorer"), self.run("scorer"), "train")
+        train(self.scorer_model(), objective, scenes, self.train_config("scorer"), self.run("scorer"), "train")
 
     def latents(self) -> None:
         """Encoded once: float16 latents [N, 4, 16, 16] and token ids [N, L]."""
-        config, run, vae = self.config.latents, self.run("latents"), self.trained_vae().vae
+        config, run, vae = self.config.latents, self.run("latents"), self.trained_vae().vae.to(memory_format=torch.channels_last)
         pairs = ShapesPairs("train", config.scenes, self.config.seed)
 
         @torch.no_grad()
         def encode(indices: list[int]) -> Tensor:
-            images = pairs.images(indices).float() / 127.5 - 1
+            images = to_unit_range(pairs.images(indices)).contiguous(memory_format=torch.channels_last)
             return (vae.encode(images).latent_dist.mean * vae.config.scaling_factor).half()
 
         if run.made("latents.safetensors"):
@@ -126,7 +129,7 @@ class Recipe:
             captions = [caption(*pairs.scene(index)) for index in range(config.scenes)]
             ids_NL = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
             aside = run.path / ".latents.aside"
-            save_file({"latents": latents_NCHW, "ids": ids_NL.short()}, aside)
+            save_file({"latents": latents_NCHW.contiguous(), "ids": ids_NL.short()}, aside)
             aside.rename(run.path / "latents.safetensors")
         self.accelerator.wait_for_everyone()
 
@@ -149,10 +152,9 @@ class Recipe:
         load_newest(model, self.root / "unet" / "train")
         vae = self.trained_vae().vae
         save_pipeline(build_pipeline(model, vae, self.tokenizer), Path(self.config.assets) / "shapes")
-        torch.manual_seed(self.config.seed)
-        scorer = build_scorer(self.config.scorer, self.tokenizer)
+        scorer = self.scorer_model()
         load_newest(scorer, self.root / "scorer" / "train")
-        save_scorer(scorer, self.config.scorer, self.tokenizer, Path(self.config.assets) / "shapes-clip")
+        save_scorer(scorer.clip, self.config.scorer, self.tokenizer, Path(self.config.assets) / "shapes-clip")
 
     def evaluate(self) -> None:
         if self.accelerator.is_main_process:

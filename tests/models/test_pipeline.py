@@ -88,6 +88,12 @@ def test_an_export_carries_its_class_and_is_readable_by_others(pipeline, tmp_pat
     assert modes == {0o644}
 
 
+def test_an_export_replaces_nothing_but_a_pipeline(pipeline, tmp_path):
+    (tmp_path / "thesis.txt").write_text("precious")
+    with pytest.raises(ValueError, match="holds something else than a pipeline"):
+        export_pipeline(pipeline, tmp_path)
+
+
 def test_an_export_loads_where_this_project_is_unknown(pipeline, tmp_path):
     depths = {**ONE_ATTENTION, "up_blocks.1.resnets.0": 0, "mid_block.attentions.0": 2}
     student = with_depths(pipeline, depths)

@@ -169,10 +169,10 @@ def random_table(unet, draw: random.Random) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_whatever_is_declared_expressible_is_exact(seed):
     draw, expressible = random.Random(seed), 0
-    for _ in range(60):
+    for _ in range(40):
         unet = pruned(random_table(pruned({}), draw))
         if stock_config(unet).config is not None:
             assert_stock(unet)

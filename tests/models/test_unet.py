@@ -7,6 +7,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from models.cost import count_parameters
+from models.reference import CONFIGS
 from models.unet import PrunableUNet2DConditionModel
 from tests.models.conftest import small_inputs, small_stock_unet
 
@@ -235,37 +236,12 @@ def test_a_deep_copy_is_a_unet_of_its_own(unet):
     assert torch.equal(closed, run(twin.with_depths({unet.sites[5]: 0}))) and not torch.equal(closed, run(twin))
 
 
-SD21_CONFIG = {
-    "cross_attention_dim": 1024,
-    "attention_head_dim": (5, 10, 20, 20),
-    "use_linear_projection": True,
-    "sample_size": 96,
-}
-SDXL_CONFIG = {
-    "cross_attention_dim": 2048,
-    "attention_head_dim": (5, 10, 20),
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-    "sample_size": 128,
-}
-
-
 @pytest.mark.parametrize(
-    ("config", "parameters", "sites"),
-    [
-        ({"cross_attention_dim": 768, "sample_size": 64}, 859_520_964, 38),
-        (SD21_CONFIG, 865_910_724, 38),
-        (SDXL_CONFIG, 2_567_463_684, 17 + 11 + 70),
-    ],
-    ids=["sd15", "sd21", "sdxl"],
+    ("name", "parameters", "sites"),
+    [("sd15", 859_520_964, 38), ("sd21", 865_910_724, 38), ("sdxl", 2_567_463_684, 17 + 11 + 70)],
 )
-def test_the_real_configurations_build_and_prune(config, parameters, sites):
+def test_the_real_configurations_build_and_prune(name, parameters, sites):
+    config = CONFIGS[name]
     with torch.device("meta"):
         whole = PrunableUNet2DConditionModel(**config)
         block = count_parameters(whole.get_submodule("mid_block.attentions.0"))
