@@ -5,6 +5,7 @@ import logging
 import os
 import secrets
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import diffusers
@@ -13,6 +14,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import InitProcessGroupKwargs
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -110,8 +112,11 @@ def run_job(config: DictConfig) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     path = run_path(config)
+    # Ranks wait while rank 0 compiles and times; torchrun ends them at once where it dies.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.mixed_precision,
-                              log_with=config.tracker.log_with, project_dir=str(path))  # fmt: skip
+                              log_with=config.tracker.log_with, project_dir=str(path),
+                              kwargs_handlers=[patience])  # fmt: skip
     run = Run(path, accelerator, seed=config.seed)
     resolved = OmegaConf.to_container(config, resolve=True)
     run.keep_config(resolved, ignoring=WATCHING)

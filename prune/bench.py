@@ -1,11 +1,13 @@
 """What the pruning job works with, made when first asked for: teacher, data, prompts, scorer, objectives."""
 
 import logging
+from dataclasses import asdict
 from functools import cached_property
 
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
+from torch import Tensor
 
 from data.cache import CachedPairs, cache_pairs
 from data.files import write_json
@@ -14,9 +16,10 @@ from engine.config import Config
 from engine.environment import environment
 from engine.loop import Objective
 from engine.run import Run
-from eval.clip import ClipScorer
+from eval.clip import ClipScorer, psnr
+from eval.compare import mean_and_error, paired_difference
 from eval.comparison import run_table
-from eval.judge import judge, write_pictures
+from eval.judge import clip_scores, draw_images, write_pictures
 from eval.report import write_report
 from eval.runs import read_run
 from eval.sampling import Sampler
@@ -121,14 +124,14 @@ class Bench:
         return record
 
     def measure_ms(self, unet: PrunableUNet2DConditionModel, teacher_ms: float) -> float:
-        """The latency of `unet` on the teacher's clock: the ratio of the two, interleaved, times `teacher_ms`."""
-        return self.compare_ms({"teacher": self.teacher, "unet": unet}, teacher_ms)["unet"]
+        """The latency of `unet` on the teacher's clock: the ratio of the two, interleaved, times `teacher_ms`.
 
-    def compare_ms(self, unets: dict[str, PrunableUNet2DConditionModel], teacher_ms: float) -> dict[str, float]:
-        """Latencies on the teacher's clock, timed by rank 0 alone."""
-        main = self.run.accelerator.is_main_process
-        times = self.run.agreed(compare_ms(unets, self.latency, self.device) if main else None)
-        return {name: teacher_ms * ms / times["teacher"] for name, ms in times.items()}
+        Timed by rank 0 alone.
+        """
+        unets = {"teacher": self.teacher, "unet": unet}
+        times = compare_ms(unets, self.latency, self.device) if self.run.accelerator.is_main_process else None
+        times = self.run.agreed(times)
+        return teacher_ms * times["unet"] / times["teacher"]
 
     def export(self, student: PrunableUNet2DConditionModel) -> None:
         """The student as a diffusers folder; verdict.json, written last, says how it loads."""
@@ -140,20 +143,48 @@ class Bench:
             log.info(f"exported to {folder}: {verdict.load}")
         self.run.accelerator.wait_for_everyone()
 
-    def evaluate(self, unets: dict[str, PrunableUNet2DConditionModel]) -> dict:
-        """Teacher, each round's UNet and the student on prompts that nothing was ranked on; pictures beside it."""
+    @cached_property
+    def teacher_images(self) -> Tensor:
+        """The teacher's uint8 images of the prompts that the outcome is judged on."""
+        return self.draw("teacher", self.teacher)
+
+    def draw(self, name: str, unet: PrunableUNet2DConditionModel) -> Tensor:
+        config, accelerator = self.config.eval, self.run.accelerator
+        return draw_images(name, unet, self.sampler(config), self.prompts[1], config.batch_size, accelerator)
+
+    def judge(self, name: str, unet: PrunableUNet2DConditionModel) -> dict:
+        """Scores on prompts that nothing is ranked on, in judged/<name>.json; pictures in images/<name>."""
         config, prompts = self.config.eval, self.prompts[1]
 
         def make() -> dict:
-            sampler = self.sampler(config)
-            models, images = judge(unets, sampler, self.scorer, prompts, config.batch_size, self.run.accelerator)
-            self.run.folder("images", lambda folder: write_pictures(images, prompts, config.pictures, folder))
-            times = self.compare_ms(unets, self.run.load("round-00/decision.json")["teacher_ms"])
-            for model in models:
-                unet = unets[model["name"]]
-                model |= {"parameters": unet.num_parameters(), "gflops": count_gflops(unet), "ms": times[model["name"]]}
-            protocol = {**self.scorer.protocol, **sampler.protocol}
-            asked = {"prompts_hash": prompts.hash, "n": len(prompts), "protocol": protocol}
+            images = self.teacher_images if unet is self.teacher else self.draw(name, unet)
+            text = self.scorer.text(prompts.prompts)
+            scores = clip_scores(images, text, self.scorer, config.batch_size, self.run.accelerator).tolist()
+            self.run.folder(f"images/{name}", lambda folder: write_pictures(images[: config.pictures], folder))
+            clip = mean_and_error(scores)
+            return {
+                "name": name,
+                "parameters": unet.num_parameters(),
+                "gflops": count_gflops(unet, tokens=self.latency.text_length),
+                "clip": {"mean": clip.mean, "se": clip.se, "per_prompt": scores},
+                "psnr_to_teacher": None if unet is self.teacher else psnr(images, self.teacher_images).mean().item(),
+            }
+
+        return self.run.json(f"judged/{name}.json", make)
+
+    def evaluate(self, judged: list[dict], measured_ms: dict[str, float]) -> dict:
+        """Every judged model beside the first, the teacher, paired by prompt: evaluation.json."""
+        prompts, teacher = self.prompts[1], judged[0]
+
+        def versus(model: dict) -> dict:
+            return asdict(paired_difference(model["clip"]["per_prompt"], teacher["clip"]["per_prompt"]))
+
+        def make() -> dict:
+            self.run.json("images/prompts.json", lambda: list(prompts.prompts[: self.config.eval.pictures]))
+            models = [{**model, "ms": measured_ms[model["name"]],
+                       "versus_teacher": None if model is teacher else versus(model)} for model in judged]  # fmt: skip
+            protocol = {**self.scorer.protocol, **self.sampler(self.config.eval).protocol}
+            asked = {"prompts": prompts.name, "prompts_hash": prompts.hash, "n": len(prompts), "protocol": protocol}
             return {**asked, "models": models, "environment": environment()}
 
         return self.run.json("evaluation.json", make)

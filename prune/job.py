@@ -19,17 +19,20 @@ TARGET_MISSED = 3
 
 def prune_unet(config: Config, run: Run) -> int:
     """Runs or continues the job; returns the exit code: 0, or 3 where the latency target was not reached."""
+    if config.search.rounds < 1:
+        raise ValueError(f"search.rounds={config.search.rounds} must be at least 1")
     bench = Bench(config, run)
-    unets = {"teacher": bench.teacher}
-    unet, decision = bench.student(), None
+    judged = [bench.judge("teacher", bench.teacher)]
+    unet, decision, measured_ms = bench.student(), None, {}
     for r in range(config.search.rounds):
         unet, decision = evolve(bench, unet, decision, r)
-        unets[f"round-{r:02d}"] = unet
+        judged.append(bench.judge(f"round-{r:02d}", unet))
+        measured_ms |= {"teacher": decision["teacher_ms"], f"round-{r:02d}": decision["measured_ms"]}
     recovery = bench.objective(config.recovery.objective)
-    student = train(unet.with_depths({}), recovery, bench.pairs, config.recovery.train, run, "recovery")
-    unets["student"] = student.requires_grad_(False)
+    student = train(unet, recovery, bench.pairs, config.recovery.train, run, "recovery").requires_grad_(False)
+    judged.append(bench.judge("student", student))
     bench.export(student)
-    bench.evaluate(unets)
+    bench.evaluate(judged, {**measured_ms, "student": decision["measured_ms"]})
     bench.report()
     if decision["target_ms"] and decision["measured_ms"] > decision["target_ms"]:
         log.warning(

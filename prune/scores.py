@@ -5,7 +5,6 @@ and which block it is, and batches are cut by item number, so any number of proc
 """
 
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -15,7 +14,7 @@ from data.prompts import PromptSet
 from engine.parallel import map_batches
 from eval.clip import ClipScorer, psnr
 from eval.compare import mean_and_error, split_half_agreement
-from eval.judge import clip_scores
+from eval.judge import clip_scores, draw_images
 from eval.sampling import Sampler
 from models.unet import PrunableUNet2DConditionModel
 
@@ -57,8 +56,7 @@ def score_blocks(
     """Every removal on every prompt: (1 + sites) · prompts images. `batch_size` counts images."""
     texts, features = prompts.prompts, scorer.text(prompts.prompts)
     sites = tuple(unet.kept_sites)
-    draw = partial(sampler.images, unet, texts)
-    base = map_batches(draw, len(texts), batch_size, accelerator, "base")
+    base = draw_images("the base", unet, sampler, prompts, batch_size, accelerator)
 
     def ablate(items: list[int]) -> Tensor:
         """Shape [items, 2]: CLIP score without the block, and PSNR to the base image."""
@@ -69,7 +67,7 @@ def score_blocks(
         rows = list(indices)
         return torch.stack([scorer.score(images, features[rows]), psnr(images, base[rows])], dim=1)
 
-    base_P = clip_scores(base, features, scorer, batch_size, accelerator, "base CLIP")
+    base_P = clip_scores(base, features, scorer, batch_size, accelerator)
     values = map_batches(ablate, len(sites) * len(texts), batch_size, accelerator, "block scores")
     clip_NP, psnr_NP = values.reshape(len(sites), len(texts), 2).unbind(-1)
     return ScoreTable(sites, base_P, base_P - clip_NP, psnr_NP)
