@@ -14,12 +14,21 @@ from dataclasses import asdict, dataclass
 
 @dataclass(frozen=True)
 class BlockValue:
-    """What a block gives and costs: the CLIP score its removal loses, and the milliseconds it saves."""
+    """What a block gives and costs: the CLIP score its removal loses, and the milliseconds it saves.
+
+    A block at depth 2 and more is removed with all its copies.
+    """
 
     site: str
     delta_clip: float
     se: float
     saved_ms: float
+    depth: int = 1
+
+    @property
+    def copy_ms(self) -> float:
+        """What one more copy costs."""
+        return self.saved_ms / self.depth
 
     @property
     def clip_per_ms(self) -> float:
@@ -96,7 +105,7 @@ def choose_copies(
     copyable = set(copyable)
     chosen: list[Action] = []
     for value in sorted(values, key=lambda v: -v.clip_per_ms):
-        fits = value.saved_ms > 0 and latency_ms + value.saved_ms <= target_ms
+        fits = value.saved_ms > 0 and latency_ms + value.copy_ms <= target_ms
         if len(chosen) == at_most or value.delta_clip <= 0:
             break
         if fits and value.site in copyable and not any(nested(value.site, action.site) for action in chosen):
@@ -107,17 +116,17 @@ def choose_copies(
 
 def removal(value: BlockValue, latency_ms: float) -> Action:
     """Removing the block from a network of `latency_ms`."""
-    return _action("remove", value, latency_ms - value.saved_ms)
+    return _action("remove", value, value.saved_ms, latency_ms)
 
 
 def copy(value: BlockValue, latency_ms: float) -> Action:
     """Running the block once more in a network of `latency_ms`."""
-    return _action("copy", value, latency_ms + value.saved_ms)
+    return _action("copy", value, -value.copy_ms, latency_ms)
 
 
-def _action(name: str, value: BlockValue, predicted_ms: float) -> Action:
-    numbers = value.delta_clip, value.se, value.saved_ms, value.clip_per_ms
-    return Action(name, value.site, *numbers, value.reason, predicted_ms)
+def _action(name: str, value: BlockValue, saved_ms: float, latency_ms: float) -> Action:
+    numbers = value.delta_clip, value.se, saved_ms, value.clip_per_ms
+    return Action(name, value.site, *numbers, value.reason, latency_ms - saved_ms)
 
 
 def round_target_ms(latency_ms: float, target_ms: float, round_index: int, rounds: int) -> float:

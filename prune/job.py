@@ -73,7 +73,7 @@ def decide(bench, search, unet, table: dict, scores: dict | None, previous: dict
     teacher_ms = previous["teacher_ms"] if previous else table["full_ms"]
     latency_ms = previous["measured_ms"] if previous else table["full_ms"]
     target_ms = config.target_ms or (config.target_fraction and config.target_fraction * teacher_ms)
-    values = block_values(table, scores, scale=latency_ms / table["full_ms"])
+    values = block_values(unet, table, scores, scale=latency_ms / table["full_ms"])
     situation = Situation(values, latency_ms, target_ms or math.inf, unet.copyable_sites, r, config.rounds)
     actions: list[Action] = []
     after, measured_ms = unet.depths, latency_ms
@@ -96,11 +96,13 @@ def decide(bench, search, unet, table: dict, scores: dict | None, previous: dict
     }
 
 
-def block_values(table: dict, scores: dict | None, scale: float) -> tuple[BlockValue, ...]:
+def block_values(
+    unet: PrunableUNet2DConditionModel, table: dict, scores: dict | None, scale: float
+) -> tuple[BlockValue, ...]:
     """Scores and milliseconds side by side; `scale` carries the table over to the teacher's clock."""
     unknown = {"delta_clip": math.nan, "se": math.nan}
     return tuple(
-        BlockValue(site, score["delta_clip"], score["se"], entry["ms"] * scale)
+        BlockValue(site, score["delta_clip"], score["se"], entry["ms"] * scale, unet.depth(site))
         for site, entry in table["sites"].items()
         for score in [scores["sites"][site] if scores else unknown]
     )

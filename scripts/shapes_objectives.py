@@ -81,8 +81,9 @@ class AutoencoderObjective:
 
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         images_BCHW = batch["image"]
-        if torch.rand((), generator=generator) < self.crop_share:
-            top, left = torch.randint(images_BCHW.shape[-1] - self.crop + 1, (2,), generator=generator).tolist()
+        draw = {"generator": generator, "device": generator.device}
+        if torch.rand((), **draw) < self.crop_share:
+            top, left = torch.randint(images_BCHW.shape[-1] - self.crop + 1, (2,), **draw).tolist()
             images_BCHW = images_BCHW[:, :, top : top + self.crop, left : left + self.crop]
         target_BCHW = to_unit_range(images_BCHW)
         painted_BCHW, kl = model(target_BCHW, generator)
@@ -107,10 +108,10 @@ class ScorerObjective:
         ids_TL = self.tokenizer(
             texts, padding="max_length", truncation=True, max_length=self.context_length, return_tensors="pt"
         ).input_ids
-        image_BD, text_TD, scale, classes = model(to_unit_range(batch["image"]), ids_TL)
+        image_BD, text_TD, scale, classes = model(to_unit_range(batch["image"]), ids_TL.to(batch["image"].device))
         logits_BT = scale * image_BD @ text_TD.T
         size = len(image_BD)
-        target_B = torch.arange(size)
+        target_B = torch.arange(size, device=image_BD.device)
         contrast = (F.cross_entropy(logits_BT, target_B) + F.cross_entropy(logits_BT[:, :size].T, target_B)) / 2
         naming = torch.stack([
             F.cross_entropy(logits, label_B, ignore_index=UNLABELLED, reduction="sum") / size
@@ -131,9 +132,10 @@ class DenoisingObjective:
 
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         x0_BCHW, ids_BL = batch["latents"], batch["ids"]
-        t_B = torch.randint(len(self.schedule), (len(x0_BCHW),), generator=generator)
-        noise_BCHW = torch.randn(x0_BCHW.shape, generator=generator)
-        dropped_B = torch.rand(len(x0_BCHW), generator=generator) < self.caption_dropout
+        draw = {"generator": generator, "device": x0_BCHW.device}
+        t_B = torch.randint(len(self.schedule), (len(x0_BCHW),), **draw)
+        noise_BCHW = torch.randn(x0_BCHW.shape, **draw)
+        dropped_B = torch.rand(len(x0_BCHW), **draw) < self.caption_dropout
         ids_BL = torch.where(dropped_B[:, None], self.empty_ids_L, ids_BL)
         pred_BCHW = model(self.schedule.noisy(x0_BCHW, noise_BCHW, t_B), t_B, ids_BL)
         return F.mse_loss(pred_BCHW, self.schedule.target(x0_BCHW, noise_BCHW, t_B)), {}

@@ -41,8 +41,15 @@ from scripts.shapes_models import (
     build_vae,
     save_pipeline,
     save_scorer,
-)  # fmt: skip
-from scripts.shapes_objectives import ATTRIBUTES, AutoencoderObjective, DenoisingObjective, Scenes, ScorerObjective, to_unit_range
+)
+from scripts.shapes_objectives import (
+    ATTRIBUTES,
+    AutoencoderObjective,
+    DenoisingObjective,
+    Scenes,
+    ScorerObjective,
+    to_unit_range,
+)
 
 STAGES = ("vae", "scorer", "latents", "unet", "decoder", "export", "evaluate")
 
@@ -75,7 +82,7 @@ class Recipe:
         """Standard deviation of the latents, and the reconstruction's PSNR on held-out scenes."""
         images = ShapesPairs("heldout", 512, seed=1).images(range(512))
         psnrs, latents = [], []
-        for batch in to_unit_range(images).split(64):
+        for batch in to_unit_range(images).to(vae.device).split(64):
             latents.append(vae.encode(batch).latent_dist.mean)
             error_B = ((vae.decode(latents[-1]).sample.clamp(-1, 1) - batch) / 2).square().mean((1, 2, 3))
             psnrs.append(-10 * error_B.log10())
@@ -114,12 +121,13 @@ class Recipe:
 
     def latents(self) -> None:
         """Encoded once: float16 latents [N, 4, 16, 16] and token ids [N, L]."""
-        config, run, vae = self.config.latents, self.run("latents"), self.trained_vae().vae.to(memory_format=torch.channels_last)
+        config, run, device = self.config.latents, self.run("latents"), self.accelerator.device
+        vae = self.trained_vae().vae.to(device, memory_format=torch.channels_last)
         pairs = ShapesPairs("train", config.scenes, self.config.seed)
 
         @torch.no_grad()
         def encode(indices: list[int]) -> Tensor:
-            images = to_unit_range(pairs.images(indices)).contiguous(memory_format=torch.channels_last)
+            images = to_unit_range(pairs.images(indices)).to(device, memory_format=torch.channels_last)
             return (vae.encode(images).latent_dist.mean * vae.config.scaling_factor).half()
 
         if run.made("latents.safetensors"):
@@ -139,8 +147,8 @@ class Recipe:
 
     def unet(self) -> None:
         empty_ids_L = self.tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
-        schedule = NoiseSchedule.from_scheduler(build_scheduler())
-        objective = DenoisingObjective(schedule, empty_ids_L, self.config.unet.caption_dropout)
+        schedule = NoiseSchedule.from_scheduler(build_scheduler(), self.accelerator.device)
+        objective = DenoisingObjective(schedule, empty_ids_L.to(self.accelerator.device), self.config.unet.caption_dropout)
         latents = CachedScenes(self.root / "latents" / "latents.safetensors")
         train(self.text_to_image(), objective, latents, self.train_config("unet"), self.run("unet"), "train")
 

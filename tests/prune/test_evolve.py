@@ -55,6 +55,11 @@ def test_the_most_valuable_block_that_fits_is_copied():
     assert sites(choose_copies([value("a", -1.0, 1.0)], latency_ms=4, target_ms=8, copyable=("a",))) == []
 
 
+def test_a_copy_of_a_copied_block_costs_what_one_of_them_takes():
+    (action,) = choose_copies([BlockValue("a", 4.0, 0.1, saved_ms=2.0, depth=2)], 6.5, target_ms=8, copyable=("a",))
+    assert action.saved_ms == -1.0 and action.predicted_ms == pytest.approx(7.5)
+
+
 def test_rounds_share_the_excess_and_the_last_one_meets_the_target():
     assert round_target_ms(10, 4, round_index=0, rounds=3) == pytest.approx(8)
     assert round_target_ms(8, 4, round_index=1, rounds=3) == pytest.approx(6)
