@@ -28,7 +28,7 @@ test: setup  ## the fast tests, on CPU, without network
 slow: setup  ## the slow tests (minutes each), on CPU
 	$(BIN)/python -m pytest -m "slow and not gpu"
 
-lint: setup  ## ruff: style and format
+lint: setup  ## ruff
 	$(BIN)/ruff check .
 
 clean:  ## remove runs, caches and the environment

@@ -2,10 +2,10 @@
 
     python benchmarks/prune_baselines.py --root runs/baselines --fraction 0.75
 
-Every run is the pruning job with one round. All start from the same robustly trained UNet (the first run's, whose
-weights the others find in their place), are cut to the same measured latency, recover for the same number of steps, and
-are judged on the same prompts, which no block was ranked on. To --out go the table with paired differences, the picture
-of CLIP against latency, and every run's evaluation, per prompt. Started again, it continues.
+Every run is the pruning job with one round and BK-SDM's bypass. All start from the same robustly trained UNet (the
+first run's, whose weights the others find in their place), are cut to the same measured latency, recover for the same
+number of steps, and are judged on the same prompts, which no block was ranked on. To --out go the table with paired
+differences, the picture of CLIP against latency, and every run's evaluation, per prompt. Started again, it continues.
 """
 
 import argparse
@@ -17,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from data.files import whole_folder
 from eval.comparison import compare_runs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -49,8 +50,8 @@ def share_robust_weights(source: Path, run: Path) -> None:
     """A stage whose weights exist is not trained again."""
     weights, there = source / "round-00/weights.safetensors", run / "round-00/weights.safetensors"
     if weights.exists() and not there.exists():
-        there.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(weights, there)
+        with whole_folder(there.parent) as aside:
+            shutil.copyfile(weights, aside / weights.name)
 
 
 def run_rule(rule: str, overrides: list[str], options: argparse.Namespace) -> None:
@@ -58,8 +59,9 @@ def run_rule(rule: str, overrides: list[str], options: argparse.Namespace) -> No
     if options.processes > 1:
         python = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={options.processes}"]
     command = [
-        *python, str(REPOSITORY / "train.py"), "+experiment=prune_unet", "search.rounds=1", *overrides,
-        f"search.target_fraction={options.fraction}", f"root={options.root}", f"name={rule}", *options.overrides,
+        *python, str(REPOSITORY / "train.py"), "+experiment=prune_unet", "search.rounds=1", "search.bypass=drop_skip",
+        f"search.target_fraction={options.fraction}", f"root={options.root}", f"name={rule}",
+        *overrides, *options.overrides,
     ]  # fmt: skip
     print("$", " ".join(command), flush=True)
     on_cpu = {"ACCELERATE_USE_CPU": "true"} if not os.path.exists("/dev/nvidia0") else {}

@@ -3,10 +3,13 @@
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from safetensors.torch import save_file
+from torch import Tensor
 
 
 def write_text(path: Path, text: str) -> None:
@@ -22,6 +25,21 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """A safetensors file, readable for all (the library writes 0600), in one step."""
+    aside = path.with_name(f".{path.name}.aside")
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
+    aside.chmod(0o644)
+    flush(aside)
+    os.replace(aside, path)
+
+
+def flush(path: Path) -> None:
+    """Has the file on the disk, so that a rename after it never uncovers an empty one."""
+    with open(path, "rb") as handle:
+        os.fsync(handle.fileno())
 
 
 @contextmanager
@@ -40,8 +58,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
         raise
     for file in aside.rglob("*"):
         if file.is_file():
-            with open(file, "rb") as handle:
-                os.fsync(handle.fileno())
+            flush(file)
     if path.exists():
         shutil.rmtree(path)
     os.rename(aside, path)

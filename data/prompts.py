@@ -2,15 +2,19 @@
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from data.seeding import generator
 from data.tables import caption_column, caption_text, csv_rows, json_rows, parquet_columns, parquet_rows, read_text
+
+log = logging.getLogger("slimstep")
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,21 @@ class PromptSet:
     def hash(self) -> str:
         """12 hex digits of the SHA-256 of the texts in their order; the name does not count."""
         return hashlib.sha256(json.dumps(self.prompts).encode()).hexdigest()[:12]
+
+    @property
+    def distinct(self) -> tuple[str, ...]:
+        """The texts, each once, by first appearance."""
+        return tuple(dict.fromkeys(self.prompts))
+
+    def by_text(self, values_P: Tensor) -> Tensor:
+        """Shape [..., P] to [..., distinct]: the mean over the noises of each text.
+
+        Images of one text are not independent; a standard error over prompts counts texts.
+        """
+        place = {text: k for k, text in enumerate(self.distinct)}
+        place_P = torch.tensor([place[text] for text in self.prompts])
+        sums = values_P.new_zeros(*values_P.shape[:-1], len(place)).index_add_(-1, place_P, values_P)
+        return sums / torch.bincount(place_P)
 
     def take(self, n: int, offset: int = 0) -> "PromptSet":
         """Prompts offset … offset + n - 1; two takes that do not overlap are disjoint halves for a rank correlation."""
@@ -122,17 +141,19 @@ READERS = {
 def disjoint_prompts(prompts: PromptSet, first: int, second: int) -> tuple[PromptSet, PromptSet]:
     """`first` and `second` prompts that share no text: to rank blocks on, and to judge the outcome on.
 
-    A set that is too small is cut in that proportion and each part repeated: prompt i meets noise i, so a repeated
-    prompt is drawn from other noise. Raises ValueError for fewer than two distinct prompts.
+    Where there are fewer distinct texts, they are cut in that proportion and each part is repeated: prompt i meets
+    noise i, so a repeated prompt is drawn from other noise, and counts once in the statistics (`by_text`).
+    Raises ValueError for fewer than four distinct prompts.
     """
-    if len(prompts) >= first + second and len(set(prompts.prompts[: first + second])) == first + second:
-        return prompts.take(first), prompts.take(second, offset=first)
-    distinct = tuple(dict.fromkeys(prompts))
-    if len(distinct) < 2:
-        raise ValueError(f"prompt set {prompts.name!r} holds one distinct prompt; ranking and judging need one each")
-    cut = min(len(distinct) - 1, max(1, round(len(distinct) * first / (first + second))))
-    halves = (distinct[:cut], first, "first"), (distinct[cut:], second, "second")
-    return tuple(
-        PromptSet(tuple(islice(cycle(texts), n)), f"{prompts.name}[{part} {len(texts)} of {len(distinct)}]")
-        for texts, n, part in halves
-    )
+    texts = tuple(dict.fromkeys(prompts))
+    if len(texts) < 4:
+        raise ValueError(f"{prompts.name!r} has {len(texts)} distinct prompts; ranking and judging need two each")
+    cut = first
+    if len(texts) < first + second:
+        cut = min(len(texts) - 2, max(2, round(len(texts) * first / (first + second))))
+        log.warning(
+            "%d distinct prompts of %r are repeated with other noise to make %d for ranking and %d for judging; "
+            "standard errors count %d and %d", len(texts), prompts.name, first, second, cut, len(texts) - cut
+        )  # fmt: skip
+    parts = (texts[:cut], first), (texts[cut:], second)
+    return tuple(PromptSet(tuple(islice(cycle(part), n)), f"{prompts.name}[{len(part[:n])}]") for part, n in parts)

@@ -19,11 +19,10 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.files import write_json
+from data.files import write_json, write_tensors
 
 OPEN_SHARDS = 128
 
@@ -141,11 +140,8 @@ def shard_tensors(
 def write_shard(path: Path, tensors: dict[str, Tensor], record: dict) -> None:
     """The shard, then its record; a record never stands beside a shard that it was not written for."""
     path.with_suffix(".json").unlink(missing_ok=True)
-    aside = path.with_name(f".{path.name}.aside")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
-    aside.chmod(0o644)  # safetensors writes 0600: unreadable for the others who share a cache
-    seen = {"file": path.name, "bytes": aside.stat().st_size, "sha256": _sha256(aside)}
-    aside.replace(path)
+    write_tensors(path, tensors)
+    seen = {"file": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
     write_json(path.with_suffix(".json"), {**seen, **record})
 
 

@@ -31,9 +31,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"train.schedule={self.schedule!r} is unknown; choose from {SCHEDULES}")
-        for name in ("steps", "batch_size", "accumulation", "checkpoint_every", "keep_checkpoints", "log_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"train.{name}={getattr(self, name)} must be at least 1")
+        names = ("steps", "batch_size", "accumulation", "checkpoint_every", "keep_checkpoints", "log_every")
+        at_least("train", self, 1, *names)
 
 
 @dataclass
@@ -42,6 +41,89 @@ class StageConfig:
 
     objective: Any = None
     train: TrainConfig = field(default_factory=TrainConfig)
+
+
+@dataclass
+class SearchConfig:
+    """How an architecture is chosen. `target_ms` wins over `target_fraction`, a share of the teacher's UNet latency."""
+
+    method: Any = None
+    target_fraction: float | None = 0.75
+    target_ms: float | None = None
+    rounds: int = 2
+    bypass: Any = "shortcut"
+    copy_init: str = "zero"
+
+    def __post_init__(self) -> None:
+        at_least("search", self, 1, "rounds")
+        for name in ("target_fraction", "target_ms"):
+            if (value := getattr(self, name)) is not None and value <= 0:
+                raise ValueError(f"search.{name}={value} must be above 0")
+
+
+@dataclass
+class LatencyConfig:
+    """How the UNet is timed.
+
+    `batch` counts UNet rows: 2 is one guided image. `latent_size` and `text_length` 0 are the model's own. A median
+    takes `iterations` calls, fewer (but three) where they would last longer than `seconds`.
+    """
+
+    batch: int = 2
+    latent_size: int = 0
+    text_length: int = 0
+    compile: bool = False
+    dtype: str = "float32"
+    warmup: int = 5
+    iterations: int = 40
+    seconds: float = 30.0
+    additive_samples: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("latency", self, 1, "batch", "warmup", "iterations", "additive_samples")
+        if self.dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"latency.dtype={self.dtype!r} is unknown; choose float32, float16 or bfloat16")
+
+
+@dataclass
+class SamplingConfig:
+    """Images that are scored: how many prompts, and how they are drawn. `batch_size` counts images."""
+
+    prompts: int = 64
+    steps: int = 8
+    guidance_scale: float = 2.5
+    seed: int = 0
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        at_least("scoring or eval", self, 2, "prompts")
+        at_least("scoring or eval", self, 1, "steps", "batch_size")
+
+
+@dataclass
+class ScoringConfig(SamplingConfig):
+    """The sampling that ranks blocks. Protocol `snapfusion`: every removal, on the same fixed number of prompts."""
+
+    protocol: str = "snapfusion"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.protocol != "snapfusion":
+            raise ValueError(f"scoring.protocol={self.protocol!r} is unknown; choose snapfusion")
+
+
+@dataclass
+class EvalConfig(SamplingConfig):
+    """The sampling that judges the outcome; the first `pictures` images are kept."""
+
+    pictures: int = 12
+
+
+def at_least(section: str, config: Any, least: int, *names: str) -> None:
+    for name in names:
+        if getattr(config, name) < least:
+            raise ValueError(f"{section}: {name}={getattr(config, name)} must be at least {least}")
 
 
 @dataclass
@@ -69,10 +151,10 @@ class Config:
     objective: Any = None
     train: TrainConfig = field(default_factory=TrainConfig)
     recovery: StageConfig = field(default_factory=StageConfig)
-    search: Any = None
-    latency: Any = None
-    scoring: Any = None
-    eval: Any = None
+    search: SearchConfig = field(default_factory=SearchConfig)
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
     scorer: Any = None
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 

@@ -26,6 +26,7 @@ import engine.config  # noqa: F401  registers the schema
 from engine.config import Config
 from engine.run import Run
 from engine.tracking import Tracker
+from models.pipeline import one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -46,7 +47,13 @@ def main() -> None:
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     check_overrides(sys.argv[1:])
-    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(start)()
+    codes: list[int] = []  # a multirun goes on after a job that failed, and tells in the end
+
+    def job(config: DictConfig) -> None:
+        codes.append(start(config))
+
+    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
+    sys.exit(max(codes, default=0))
 
 
 def check_overrides(overrides: list[str]) -> None:
@@ -79,10 +86,6 @@ def explain(error: Exception, overrides: list[str]) -> str:
     return one_line(error)
 
 
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
 def fail(message: str) -> None:
     """Leaves with exit code 1; an empty message is for the ranks whose neighbour says the same."""
     if message:
@@ -90,25 +93,29 @@ def fail(message: str) -> None:
     sys.exit(1)
 
 
-def start(config: DictConfig) -> None:
-    """Hydra's entry: opens the run directory, runs the job, and leaves with its exit code."""
+def start(config: DictConfig) -> int:
+    """Runs one job and returns its exit code, 1 after a mistake."""
     if config.job is None:
-        return list_experiments()
+        list_experiments()
+        return 0
     try:
-        code = run_job(config)
+        return run_job(config)
     except MISTAKES as error:
         if config.debug:
             raise
-        fail(f"{one_line(error)}  (debug=true shows where)")
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f"rank {rank}: "
+        print(f"{where}error: {one_line(error)}  (debug=true shows where)", file=sys.stderr)
+        return 1
     finally:
         AcceleratorState._reset_state(True)  # the next job of a multirun may want another precision
         GradientState._reset_state()
-    if code:
-        sys.exit(code)
 
 
 def run_job(config: DictConfig) -> int:
     config: Config = OmegaConf.merge(OmegaConf.structured(Config), config)
+    for section in ("train", "recovery", "search", "latency", "scoring", "eval", "tracker"):
+        OmegaConf.to_object(config[section])  # their checks, before anything runs
     if config.threads:
         torch.set_num_threads(config.threads)
     path = run_path(config)

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from diffusers.training_utils import EMAModel
 from omegaconf import OmegaConf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from data.files import write_text
+from data.files import write_tensors, write_text
 from data.progress import progress
 from data.seeding import generator, seed_of
 from engine.config import TrainConfig
@@ -29,6 +29,8 @@ from engine.run import Run
 
 Batch = dict[str, Any]
 Metrics = dict[str, Tensor]
+WEIGHTS = "weights.safetensors"
+
 Objective = Callable[[nn.Module, Batch, torch.Generator], tuple[Tensor, Metrics]]
 
 
@@ -59,11 +61,10 @@ class StepBatches(Sampler[list[int]]):
         return (self.config.steps - self.first_step) * self.config.accumulation
 
 
-class LoopState:
-    """What a checkpoint holds beside model and optimiser: the EMA and the metrics not yet logged."""
+class RunningMeans:
+    """The metrics since they were last logged; every checkpoint follows a log line, so none of this is saved."""
 
-    def __init__(self, ema: EMAModel | None):
-        self.ema = ema
+    def __init__(self):
         self.sums: dict[str, Tensor] = {}
         self.count = 0
 
@@ -73,7 +74,7 @@ class LoopState:
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
         self.count += 1
 
-    def take_means(self, accelerator) -> dict[str, float]:
+    def take(self, accelerator) -> dict[str, float]:
         """The means since the last call over all processes, and a new start."""
         names = sorted(self.sums)
         means = torch.stack([self.sums[name] for name in names]) / self.count
@@ -81,13 +82,14 @@ class LoopState:
         self.sums, self.count = {}, 0
         return dict(zip(names, values, strict=True))
 
-    def state_dict(self) -> dict[str, Any]:
-        return {"ema": self.ema and self.ema.state_dict(), "sums": self.sums, "count": self.count}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        if self.ema:
-            self.ema.load_state_dict(state["ema"])
-        self.sums, self.count = state["sums"], state["count"]
+class DeviceEMA(EMAModel):
+    """EMAModel whose averages stay with the parameters: a checkpoint is read to the CPU."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        devices = [average.device for average in self.shadow_params]
+        super().load_state_dict(state_dict)
+        self.shadow_params = [average.to(d) for average, d in zip(self.shadow_params, devices, strict=True)]
 
 
 class Speedometer:
@@ -120,26 +122,34 @@ def train(
     processes or the data set is empty.
     """
     config = OmegaConf.to_object(config) if OmegaConf.is_config(config) else config
-    folder, weights = run.path / stage, run.path / stage / "weights.safetensors"
-    if run.made(f"{stage}/weights.safetensors"):
-        model.load_state_dict(load_file(weights, device=str(next(model.parameters()).device)))
-        return model.eval()
+    folder = run.path / stage
+    if trained(run, stage):
+        return load_trained(model, run, stage)
     if len(dataset) == 0:
         raise ValueError(f"the data set of stage {stage!r} is empty; look at data=...")
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     folder.mkdir(parents=True, exist_ok=True)
-    trained = _run_steps(model.train(), objective, dataset, config, run, stage)
+    model = _run_steps(model.train(), objective, dataset, config, run, stage)
     if run.accelerator.is_main_process:
-        aside = folder / ".weights.aside"
-        save_file({name: tensor.contiguous() for name, tensor in trained.state_dict().items()}, aside)
-        aside.chmod(0o644)
-        aside.rename(weights)
+        write_tensors(folder / WEIGHTS, model.state_dict())
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     run.accelerator.wait_for_everyone()
     if config.gradient_checkpointing:
-        trained.disable_gradient_checkpointing()
-    return trained.eval()
+        model.disable_gradient_checkpointing()
+    return model.eval()
+
+
+def trained(run: Run, stage: str) -> bool:
+    """Whether the stage has its finished weights."""
+    return run.made(f"{stage}/{WEIGHTS}")
+
+
+def load_trained(model: nn.Module, run: Run, stage: str) -> nn.Module:
+    """`model` with the stage's finished weights, in eval mode."""
+    device = str(next(model.parameters()).device)
+    model.load_state_dict(load_file(run.path / stage / WEIGHTS, device=device))
+    return model.eval()
 
 
 def _run_steps(
@@ -150,9 +160,10 @@ def _run_steps(
     options = {"betas": tuple(config.betas), "weight_decay": config.weight_decay}
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, **options)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
-    ema = EMAModel(parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
-    state = LoopState(ema)
-    accelerator.register_for_checkpointing(state)
+    ema = DeviceEMA(parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
+    if ema:
+        accelerator.register_for_checkpointing(ema)
+    means = RunningMeans()
     checkpoints = Checkpoints(run.path / stage / "checkpoints", config.keep_checkpoints, accelerator)
     first_step = checkpoints.load_newest()
     run.rewind(stage, first_step)
@@ -173,7 +184,7 @@ def _run_steps(
                 with accelerator.autocast():
                     loss, metrics = objective(wrapped, {**next(batches), "progress": step / config.steps}, draw)
                 accelerator.backward(loss / config.accumulation)
-            state.add({"loss": loss, **metrics})
+            means.add({"loss": loss, **metrics})
         accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
@@ -181,21 +192,21 @@ def _run_steps(
             ema.step(parameters)
         bar.update()
         done = step + 1
-        if done % config.log_every == 0 or done == config.steps:
-            means = _checked(state.take_means(accelerator), stage, done, checkpoints.folder)
+        saving = done % config.checkpoint_every == 0 and done < config.steps
+        if saving or done % config.log_every == 0 or done == config.steps:
+            values = _checked(means.take(accelerator), stage, done, checkpoints.folder)
             speed = speedometer.samples_per_second(done)
-            run.log(stage, done, {**means, "lr": learning_rate_at(step, config)}, {"samples_per_second": speed})
-            bar.set_postfix(loss=f"{means['loss']:.4f}", refresh=False)
-        if done % config.checkpoint_every == 0 and done < config.steps:
-            if state.sums:
-                _checked({"loss": float(state.sums["loss"])}, stage, done, checkpoints.folder)
+            run.log(stage, done, {**values, "lr": learning_rate_at(step, config)}, {"samples_per_second": speed})
+            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+        if saving:
             checkpoints.save(done)
     bar.close()
     if ema:
         ema.copy_to(parameters)
     accelerator.free_memory()
     accelerator._custom_objects.clear()  # free_memory forgets models and optimisers, not what was registered
-    return accelerator.unwrap_model(wrapped)
+    # Without accelerate's autocast around it: a network just trained and one read from its file compute alike.
+    return accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
 
 
 def _batches(dataset: Dataset, config: TrainConfig, seed: int, first_step: int, accelerator) -> Iterator[Batch]:

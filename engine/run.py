@@ -15,6 +15,8 @@ from omegaconf import OmegaConf
 from data.files import whole_folder, write_json, write_text
 from engine.tracking import Tracker
 
+NOT_MADE = ("config.yaml", "tracker.json", "wandb", "tensorboard", "metrics.jsonl")
+
 
 class Run:
     """The directory of one run, its metrics log and its tracker, shared by all ranks."""
@@ -33,9 +35,9 @@ class Run:
         return box[0]
 
     def keep_config(self, config: dict[str, Any], ignoring: Sequence[str]) -> None:
-        """Writes config.yaml once; ValueError where the directory was made by another configuration."""
+        """Writes config.yaml; ValueError where another configuration has already made something here."""
         path = self.path / "config.yaml"
-        if self.made("config.yaml"):
+        if self.made("config.yaml") and self.agreed(any(p.name not in NOT_MADE for p in self.path.iterdir())):
             differing = differences(OmegaConf.to_container(OmegaConf.load(path)), config)
             differing = {key: pair for key, pair in differing.items() if key.split(".")[0] not in ignoring}
             if differing:

@@ -24,12 +24,12 @@ def count_gflops(unet: UNet2DConditionModel, latent_size: int | None = None, bat
     size = unet.config.sample_size if latent_size is None else latent_size
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         on_meta = type(unet).from_config(dict(unet.config))
-        on_meta(**meta_inputs(on_meta, size, batch, tokens))
+        on_meta(**unet_inputs(on_meta, size, batch, tokens))
     return counter.get_total_flops() / 1e9
 
 
-def meta_inputs(unet: UNet2DConditionModel, size: int, batch: int, tokens: int) -> dict:
-    """Arguments of the UNet's forward, of the shapes its config asks for."""
+def unet_inputs(unet: UNet2DConditionModel, size: int, batch: int, tokens: int) -> dict:
+    """Empty arguments for the UNet's forward, of the shapes its config asks for, on the default device."""
     text_width = unet.config.encoder_hid_dim or unet.config.cross_attention_dim
     inputs = {
         "sample": torch.empty(batch, unet.config.in_channels, size, size),

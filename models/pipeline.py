@@ -3,11 +3,10 @@
 import hashlib
 import json
 import shutil
-import tempfile
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from logging import CRITICAL
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 import models.unet
+from data.files import whole_folder, write_json
 from models.stock import stock_config, to_stock
 from models.unet import PrunableUNet2DConditionModel
 
@@ -71,28 +71,23 @@ def export_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> ExportVe
 
     Where the UNet's architecture is one that diffusers' own class can express, the folder holds that class and loads
     everywhere. Otherwise the UNet's class file travels in it, under a name that is a hash of its content (diffusers
-    keys imported files by name alone). ValueError where the folder holds anything but a pipeline.
+    keys imported files by name alone). verdict.json holds what is returned. ValueError where the folder holds anything
+    but a pipeline.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
         raise ValueError(f"export folder {str(folder)!r} holds something else than a pipeline; name a new one")
     verdict = stock_config(pipeline.unet)
     is_stock = verdict.config is not None
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        with quiet():
-            with_unet(pipeline, to_stock(pipeline.unet) if is_stock else pipeline.unet).save_pretrained(aside)
+    flag = "" if is_stock else ", trust_remote_code=True"
+    export = ExportVerdict(is_stock, verdict.obstacles, f'DiffusionPipeline.from_pretrained("{folder}"{flag})')
+    with whole_folder(folder) as aside, quiet():
+        with_unet(pipeline, to_stock(pipeline.unet) if is_stock else pipeline.unet).save_pretrained(aside)
         if not is_stock:
             add_class_file(aside)
+        write_json(aside / "verdict.json", asdict(export))
         make_readable(aside)
-        if folder.exists():
-            shutil.rmtree(folder)
-        aside.rename(folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    flag = "" if is_stock else ", trust_remote_code=True"
-    return ExportVerdict(is_stock, verdict.obstacles, f'DiffusionPipeline.from_pretrained("{folder}"{flag})')
+    return export
 
 
 def add_class_file(folder: Path) -> None:

@@ -152,13 +152,13 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
     def _watch_gates(self) -> None:
         """Give each kept site's module the class that looks at its gate; paths and parameters stay what they are."""
         for column, site in enumerate(self.kept_sites):
-            for module in map(self.get_submodule, self._instances(site)):
+            for module in map(self.get_submodule, self.instances(site)):
                 module.__class__ = SITE_CLASSES[type(module)]
                 module.running, module.column, module.rule = self._running, column, self.bypass.get(site, "identity")
                 if self.depth(site) == 1:
                     module.copies = ()
 
-    def _instances(self, site: str) -> Iterator[str]:
+    def instances(self, site: str) -> Iterator[str]:
         """The site itself, and, for a layer, its twins in the copies of the transformer that holds it."""
         yield site
         if parent := self.parents.get(site):

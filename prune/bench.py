@@ -1,20 +1,20 @@
 """What the pruning job works with, made when first asked for: teacher, data, prompts, scorer, objectives."""
 
 import logging
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 
+from diffusers import DiffusionPipeline
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
 from data.cache import CachedPairs, cache_pairs
-from data.files import write_json
 from data.prompts import PromptSet, disjoint_prompts, read_prompts
-from engine.config import Config
+from engine.config import Config, LatencyConfig, TrainConfig
 from engine.environment import environment
-from engine.loop import Objective
+from engine.loop import Objective, load_trained, train, trained
 from engine.run import Run
 from eval.clip import ClipScorer, psnr
 from eval.compare import mean_and_error, paired_difference
@@ -23,11 +23,11 @@ from eval.judge import clip_scores, draw_images, write_pictures
 from eval.report import write_report
 from eval.runs import read_run
 from eval.sampling import Sampler
-from models.cost import count_gflops
+from models.cost import NUM_TOKENS, count_gflops
 from models.pipeline import export_pipeline, with_unet
 from models.schedule import NoiseSchedule
 from models.unet import PrunableUNet2DConditionModel
-from prune.latency import LatencyConfig, compare_ms, latency_table
+from prune.latency import compare_ms, latency_table
 from prune.scores import score_blocks
 
 log = logging.getLogger("slimstep")
@@ -41,28 +41,60 @@ class Bench:
 
     @cached_property
     def pipeline(self):
-        """The teacher pipeline, frozen, on the device; its UNet is prunable."""
-        pipeline = instantiate(self.config.model).to(self.device)
-        resolution = self.config.data.get("resolution")
-        if resolution:  # sampling follows the data, also where the model was made for another size
-            pipeline.unet.register_to_config(sample_size=resolution // pipeline.vae_scale_factor)
+        """The teacher pipeline, frozen, on the device; its UNet is prunable.
+
+        Raises ValueError for what is no pipeline, or one whose text conditioning is not a single tensor.
+        """
+        pipeline = self.model
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise ValueError(f"{self.config.model} is a UNet alone; it serves +experiment=latency_table only")
+        if hasattr(pipeline, "text_encoder_2"):
+            raise ValueError(f"{type(pipeline).__name__} has a second text encoder, which this job does not feed yet")
+        pipeline.to(self.device)
+        native = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        if self.config.data.resolution is None:
+            self.config.data.resolution = native
+        # Sampling follows the data, also where the model was made for another size.
+        pipeline.unet.register_to_config(sample_size=self.config.data.resolution // pipeline.vae_scale_factor)
         for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
             network.requires_grad_(False).eval()
         return pipeline
 
     @cached_property
-    def only_unet(self) -> PrunableUNet2DConditionModel:
-        """The UNet of a model that may be no more than that (random weights)."""
-        model = instantiate(self.config.model)
-        return getattr(model, "unet", model)
+    def model(self):
+        """What the configuration calls the model: a pipeline, or a UNet alone."""
+        return instantiate(self.config.model)
+
+    @property
+    def unet(self) -> PrunableUNet2DConditionModel:
+        """The model's UNet, for what needs no more than that."""
+        return getattr(self.model, "unet", self.model)
 
     @property
     def teacher(self) -> PrunableUNet2DConditionModel:
         return self.pipeline.unet
 
     @cached_property
+    def search(self):
+        """The way an architecture is chosen: prune/search.py."""
+        return instantiate(self.config.search.method, _convert_="all")
+
+    def check_names(self) -> None:
+        """ValueError, before anything is trained, where the search names blocks that this UNet does not have."""
+        known = (*self.teacher.sites, *self.teacher.levels)
+        if unknown := sorted(set(self.search.named_sites) - set(known)):
+            raise ValueError(f"search.method names unknown sites {unknown}; this UNet has {known}")
+
+    def train(self, unet: PrunableUNet2DConditionModel, objective, config: TrainConfig, stage: str):
+        """A stage of the loop; where it is finished, neither data nor objective are touched."""
+        if trained(self.run, stage):
+            return load_trained(unet, self.run, stage)
+        return train(unet, self.objective(objective), self.pairs, config, self.run, stage)
+
+    @cached_property
     def pairs(self) -> CachedPairs:
         """Latents and text states of the training images, encoded once."""
+        _ = self.pipeline  # says the resolution where the data leave it open
         cache = self.config.data.cache
         pairs, accelerator = instantiate(self.config.data.pairs), self.run.accelerator
         return cache_pairs(pairs, self.pipeline, cache.folder, batch_size=cache.batch_size, accelerator=accelerator)
@@ -70,7 +102,7 @@ class Bench:
     @cached_property
     def prompts(self) -> tuple[PromptSet, PromptSet]:
         """The prompts blocks are ranked on, and others, that the outcome is judged on."""
-        data = self.config.data
+        _, data = self.pipeline, self.config.data
         prompts = read_prompts(data.prompt_file) if data.prompt_file else instantiate(data.prompts)
         return disjoint_prompts(prompts, self.config.scoring.prompts, self.config.eval.prompts)
 
@@ -96,7 +128,13 @@ class Bench:
 
     @property
     def latency(self) -> LatencyConfig:
-        return LatencyConfig(**{"seed": self.config.seed, **self.config.latency})
+        config = OmegaConf.to_object(self.config.latency)
+        return replace(config, text_length=config.text_length or self.text_length)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a prompt: the model's own, 77 for a UNet alone."""
+        return self.model.tokenizer.model_max_length if hasattr(self.model, "tokenizer") else NUM_TOKENS
 
     def measure_latencies(self, unet: PrunableUNet2DConditionModel) -> dict:
         """The latency table of `unet`, measured by rank 0 for all."""
@@ -115,8 +153,8 @@ class Bench:
         scoring, prompts = self.config.scoring, self.prompts[0]
         sampler = self.sampler(scoring)
         table = score_blocks(unet, sampler, self.scorer, prompts, scoring.batch_size, self.run.accelerator)
-        protocol = {**self.scorer.protocol, **sampler.protocol, "prompts_hash": prompts.hash, "n": len(prompts)}
-        record = table.record(protocol)
+        asked = {"name": scoring.protocol, "prompts_hash": prompts.hash, "n": len(prompts.distinct)}
+        record = table.record({**asked, **self.scorer.protocol, **sampler.protocol})
         log.info(
             f"CLIP {record['base']['clip']:.2f} ± {record['base']['se']:.2f}; two halves of the prompts rank the "
             f"blocks alike with ρ = {record['rank_agreement_of_halves']:.2f}"
@@ -134,13 +172,10 @@ class Bench:
         return teacher_ms * times["unet"] / times["teacher"]
 
     def export(self, student: PrunableUNet2DConditionModel) -> None:
-        """The student as a diffusers folder; verdict.json, written last, says how it loads."""
-        folder = self.run.path / "export"
+        """The student as a diffusers folder; verdict.json in it says how it loads."""
         if not self.run.made("export/verdict.json") and self.run.accelerator.is_main_process:
-            verdict = export_pipeline(with_unet(self.pipeline, student), folder)
-            record = {"stock": verdict.is_stock, "obstacles": list(verdict.obstacles), "load": verdict.load}
-            write_json(folder / "verdict.json", record)
-            log.info(f"exported to {folder}: {verdict.load}")
+            verdict = export_pipeline(with_unet(self.pipeline, student), self.run.path / "export")
+            log.info(f"exported: {verdict.load}")
         self.run.accelerator.wait_for_everyone()
 
     @cached_property
@@ -159,13 +194,14 @@ class Bench:
         def make() -> dict:
             images = self.teacher_images if unet is self.teacher else self.draw(name, unet)
             text = self.scorer.text(prompts.prompts)
-            scores = clip_scores(images, text, self.scorer, config.batch_size, self.run.accelerator).tolist()
+            scores_P = clip_scores(images, text, self.scorer, config.batch_size, self.run.accelerator)
+            scores = prompts.by_text(scores_P).tolist()
             self.run.folder(f"images/{name}", lambda folder: write_pictures(images[: config.pictures], folder))
             clip = mean_and_error(scores)
             return {
                 "name": name,
                 "parameters": unet.num_parameters(),
-                "gflops": count_gflops(unet, tokens=self.latency.text_length),
+                "gflops": count_gflops(unet, tokens=self.text_length),
                 "clip": {"mean": clip.mean, "se": clip.se, "per_prompt": scores},
                 "psnr_to_teacher": None if unet is self.teacher else psnr(images, self.teacher_images).mean().item(),
             }
@@ -183,19 +219,26 @@ class Bench:
             self.run.json("images/prompts.json", lambda: list(prompts.prompts[: self.config.eval.pictures]))
             models = [{**model, "ms": measured_ms[model["name"]],
                        "versus_teacher": None if model is teacher else versus(model)} for model in judged]  # fmt: skip
-            protocol = {**self.scorer.protocol, **self.sampler(self.config.eval).protocol}
-            asked = {"prompts": prompts.name, "prompts_hash": prompts.hash, "n": len(prompts), "protocol": protocol}
-            return {**asked, "models": models, "environment": environment()}
+            return {
+                "prompts": prompts.name,
+                "prompts_hash": prompts.hash,
+                "n": len(prompts.distinct),
+                "protocol": {**self.scorer.protocol, **self.sampler(self.config.eval).protocol},
+                "models": models,
+                "environment": environment(),
+            }
 
         return self.run.json("evaluation.json", make)
 
     def report(self) -> None:
-        """report.html and its pictures; the table is printed, and the same goes to the tracker."""
+        """report.html and its pictures, once; the same to the tracker; the table is printed."""
+        page, new = self.run.path / "report.html", not self.run.made("report.html")
         if self.run.accelerator.is_main_process:
-            page = write_report(self.run.path)
-            self.track()
+            if new:
+                self.track()
+                write_report(self.run.path)
             print(run_table(self.run.path))
-            log.info(f"report: {page.resolve()}")
+            log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
         self.run.accelerator.wait_for_everyone()
 
     def track(self) -> None:

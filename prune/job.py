@@ -3,10 +3,7 @@
 import logging
 import math
 
-from hydra.utils import instantiate
-
 from engine.config import Config
-from engine.loop import train
 from engine.run import Run
 from models.unet import PrunableUNet2DConditionModel
 from prune.bench import Bench
@@ -19,17 +16,15 @@ TARGET_MISSED = 3
 
 def prune_unet(config: Config, run: Run) -> int:
     """Runs or continues the job; returns the exit code: 0, or 3 where the latency target was not reached."""
-    if config.search.rounds < 1:
-        raise ValueError(f"search.rounds={config.search.rounds} must be at least 1")
     bench = Bench(config, run)
+    bench.check_names()
     judged = [bench.judge("teacher", bench.teacher)]
     unet, decision, measured_ms = bench.student(), None, {}
     for r in range(config.search.rounds):
         unet, decision = evolve(bench, unet, decision, r)
         judged.append(bench.judge(f"round-{r:02d}", unet))
         measured_ms |= {"teacher": decision["teacher_ms"], f"round-{r:02d}": decision["measured_ms"]}
-    recovery = bench.objective(config.recovery.objective)
-    student = train(unet, recovery, bench.pairs, config.recovery.train, run, "recovery").requires_grad_(False)
+    student = bench.train(unet, config.recovery.objective, config.recovery.train, "recovery").requires_grad_(False)
     judged.append(bench.judge("student", student))
     bench.export(student)
     bench.evaluate(judged, {**measured_ms, "student": decision["measured_ms"]})
@@ -46,7 +41,7 @@ def prune_unet(config: Config, run: Run) -> int:
 def make_latency_table(config: Config, run: Run) -> int:
     """The latency table of a model on its own, written to latency.json and printed."""
     bench = Bench(config, run)
-    table = run.json("latency.json", lambda: bench.measure_latencies(bench.only_unet))
+    table = run.json("latency.json", lambda: bench.measure_latencies(bench.unet))
     for site, entry in table["sites"].items():
         log.info(f"{site:<52} {entry['ms']:9.3f} ms  {entry['ms'] / table['full_ms']:6.1%}")
     log.info(f"{run.path / 'latency.json'}: {table['full_ms']:.2f} ms for a batch of {table['batch']}")
@@ -58,26 +53,26 @@ def evolve(
 ) -> tuple[PrunableUNet2DConditionModel, dict]:
     """One round: robust training, block scores, latency table, decision, surgery."""
     config, run, stage = bench.config, bench.run, f"round-{r:02d}"
-    search = instantiate(config.search.method)
-    unet = train(unet, bench.objective(config.objective), bench.pairs, config.train, run, stage)
+    unet = bench.train(unet, config.objective, config.train, stage)
     table = run.json(f"{stage}/latency.json", lambda: bench.measure_latencies(unet))
-    scores = run.json(f"{stage}/scores.json", lambda: bench.score(unet)) if search.needs_scores else None
-    decision = run.json(f"{stage}/decision.json", lambda: decide(bench, search, unet, table, scores, previous, r))
+    scores = run.json(f"{stage}/scores.json", lambda: bench.score(unet)) if bench.search.needs_scores else None
+    decision = run.json(f"{stage}/decision.json", lambda: decide(bench, unet, table, scores, previous, r))
     tell(stage, decision)
     return unet.with_depths(decision["after"], copy_init=config.search.copy_init), decision
 
 
-def decide(bench, search, unet, table: dict, scores: dict | None, previous: dict | None, r: int) -> dict:
+def decide(bench, unet, table: dict, scores: dict | None, previous: dict | None, r: int) -> dict:
     """A round's actions as JSON. The last round goes on until the *measured* latency meets the target."""
     config = bench.config.search
     teacher_ms = previous["teacher_ms"] if previous else table["full_ms"]
     latency_ms = previous["measured_ms"] if previous else table["full_ms"]
     target_ms = config.target_ms or (config.target_fraction and config.target_fraction * teacher_ms)
     values = block_values(unet, table, scores, scale=latency_ms / table["full_ms"])
-    situation = Situation(values, latency_ms, target_ms or math.inf, unet.copyable_sites, r, config.rounds)
+    target = target_ms or math.inf
+    situation = Situation(values, unet.depths, latency_ms, target, unet.copyable_sites, r, config.rounds)
     actions: list[Action] = []
     after, measured_ms = unet.depths, latency_ms
-    while more := search(situation):
+    while more := bench.search(situation):
         actions += more
         after = apply(unet.depths, actions)
         measured_ms = bench.measure_ms(unet.with_depths(after), teacher_ms)
@@ -91,7 +86,7 @@ def decide(bench, search, unet, table: dict, scores: dict | None, previous: dict
         "not_copyable": [site for site in unet.kept_sites if site not in unet.copyable_sites],
         "teacher_ms": teacher_ms,
         "target_ms": target_ms,
-        "predicted_ms": actions[-1].predicted_ms if actions else latency_ms,
+        "predicted_ms": actions[-1].as_json()["predicted_ms"] if actions else latency_ms,
         "measured_ms": measured_ms,
     }
 
@@ -112,7 +107,8 @@ def tell(stage: str, decision: dict) -> None:
     """The round as a story: what was done to which block, and why; the latency predicted, then measured."""
     for action in decision["actions"]:
         verb = {"remove": "removes", "copy": "copies"}[action["action"]]
-        log.info(f"{stage} {verb} {action['site']:<32} {action['why']} → predicted {action['predicted_ms']:.2f} ms")
+        predicted = "" if action["predicted_ms"] is None else f" → predicted {action['predicted_ms']:.2f} ms"
+        log.info(f"{stage} {verb} {action['site']:<32} {action['why']}{predicted}")
     share = decision["measured_ms"] / decision["teacher_ms"]
     target = f"target {decision['target_ms']:.2f} ms" if decision["target_ms"] else "no target"
     log.info(f"{stage} measured {decision['measured_ms']:.2f} ms, {share:.1%} of the teacher's ({target})")

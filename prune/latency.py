@@ -9,40 +9,24 @@ import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
 from data.progress import progress
 from data.seeding import generator
+from engine.config import LatencyConfig
 from engine.environment import cpu_name
+from models.cost import NUM_TOKENS, unet_inputs
 from models.unet import PrunableUNet2DConditionModel
 
 
-@dataclass(frozen=True)
-class LatencyConfig:
-    """How the UNet is timed. `batch` counts UNet rows: 2 is one guided image. `latent_size` 0 is the UNet's own."""
-
-    batch: int = 2
-    latent_size: int = 0
-    text_length: int = 77
-    compile: bool = False
-    dtype: str = "float32"
-    warmup: int = 5
-    iterations: int = 40
-    additive_samples: int = 20
-    seed: int = 0
-
-
 def latency_table(unet: PrunableUNet2DConditionModel, config: LatencyConfig, device: torch.device) -> dict:
-    """A JSON-ready table of the UNet's kept sites, in milliseconds; `additive_error` is relative to the measured time.
-
-    Raises ValueError for an unknown dtype.
-    """
+    """A JSON-ready table of the kept sites, in milliseconds; `additive_error` is relative to the measured time."""
     unet = timed_copy(unet, config, device)
     with one_thread(device):
-        if device.type == "cuda":
+        if device.type == "cuda" or config.compile:  # a hook inside a compiled graph would break it
             method, (full_ms, site_ms) = "difference", difference_times(unet, config)
         else:
             method, (full_ms, site_ms) = "in_place_hooks", in_place_times(unet, config)
@@ -78,25 +62,19 @@ def compare_ms(
 
 
 def timed_copy(unet: PrunableUNet2DConditionModel, config: LatencyConfig, device: torch.device):
-    dtypes = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-    if config.dtype not in dtypes:
-        raise ValueError(f"latency.dtype={config.dtype!r} is unknown; choose from {list(dtypes)}")
-    return unet.with_depths({}).to(device=device, dtype=dtypes[config.dtype]).eval().requires_grad_(False)
+    """A copy of the UNet as it will run: on the device, in the dtype, without gradients."""
+    dtype = getattr(torch, config.dtype)
+    return unet.with_depths({}).to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
 def forward_call(unet: PrunableUNet2DConditionModel, config: LatencyConfig) -> Callable[[], None]:
     """A call of the UNet on random inputs of the configured shape."""
-    size = config.latent_size or unet.config.sample_size
-    like = {"device": unet.device, "dtype": unet.dtype}
-    draw = generator("latency", config.seed)
-    shapes = {"sample": (config.batch, unet.config.in_channels, size, size),
-              "encoder_hidden_states": (config.batch, config.text_length, unet.config.cross_attention_dim)}  # fmt: skip
-    inputs = {name: torch.randn(shape, generator=draw).to(**like) for name, shape in shapes.items()}
+    size, draw = config.latent_size or unet.config.sample_size, generator("latency", config.seed)
+    inputs = unet_inputs(unet, size, config.batch, config.text_length or NUM_TOKENS)
+    inputs = tree_map(lambda x: torch.randn(x.shape, generator=draw).to(unet.device, unet.dtype), inputs)
     inputs["timestep"] = torch.full((config.batch,), 500, device=unet.device)
-    if unet.config.addition_embed_type == "text_time":
-        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        added = {"text_embeds": torch.randn(config.batch, pooled, generator=draw).to(**like)}
-        inputs["added_cond_kwargs"] = {**added, "time_ids": torch.zeros(config.batch, 6).to(**like)}
+    if config.compile:
+        torch.compiler.reset()  # every network is its own graph; more than eight of one class would be refused
     run = torch.compile(unet, fullgraph=True) if config.compile else unet
 
     def call() -> None:
@@ -112,13 +90,29 @@ def interleaved_ms(
     """The median time of each call: CUDA events on a GPU, the calling thread's CPU time elsewhere."""
     clock = cuda_ms if device.type == "cuda" else thread_ms
     times: dict[str, list[float]] = {name: [] for name in calls}
+    warmup, iterations = affordable(sum(warm_up_ms(call) for call in calls.values()), config)
     for call in calls.values():
-        for _ in range(config.warmup):
+        for _ in range(warmup):
             call()
-    for i in progress(range(config.iterations), desc=desc, leave=False):
+    for i in progress(range(iterations), desc=desc, leave=False):
         for name in list(calls) if i % 2 == 0 else reversed(calls):  # A B B A
             times[name].append(clock(calls[name]))
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def warm_up_ms(call: Callable[[], None]) -> float:
+    """Wall time of a second call; the first may compile."""
+    call()
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def affordable(call_ms: float, config: LatencyConfig) -> tuple[int, int]:
+    """Warm-up calls and timed calls that fit `config.seconds`: as many as asked for, at least 0 and 3."""
+    calls = int(1e3 * config.seconds / call_ms)
+    iterations = min(config.iterations, max(3, calls))
+    return min(config.warmup, max(0, calls - iterations)), iterations
 
 
 def thread_ms(call: Callable[[], None]) -> float:
@@ -141,28 +135,33 @@ def difference_times(unet: PrunableUNet2DConditionModel, config: LatencyConfig) 
     full, saved = {}, {}
     for site in progress(unet.kept_sites, desc="latency table", unit="block"):
         pruned = unet.with_depths({site: 0})
-        calls = {"full": forward_call(unet, config), "pruned": forward_call(pruned, config)}
-        times = interleaved_ms(calls, config, unet.device, desc=site)
+        times = paired_ms(unet, pruned, config, desc=site)
         full[site], saved[site] = times["full"], times["full"] - times["pruned"]
     return statistics.median(full.values()), saved
 
 
+def paired_ms(unet, pruned, config: LatencyConfig, desc: str) -> dict[str, float]:
+    """The two networks' medians as `full` and `pruned`, interleaved."""
+    calls = {"full": forward_call(unet, config), "pruned": forward_call(pruned, config)}
+    return interleaved_ms(calls, config, unet.device, desc)
+
+
 def in_place_times(unet: PrunableUNet2DConditionModel, config: LatencyConfig) -> tuple[float, dict[str, float]]:
     """Per site, the median CPU time between entering and leaving it, less the time in what its bypass would keep."""
-    timed = {site: unet.get_submodule(site) for site in unet.kept_sites}
-    bypass = {site: module.conv_shortcut for site, module in timed.items() if unet.bypass.get(site) == "shortcut"}
-    inside = {site: [] for site in timed}
-    bypassed = {site: [] for site in bypass}
+    timed = {path: (site, unet.get_submodule(path)) for site in unet.kept_sites for path in unet.instances(site)}
+    bypassed = {site: timed[site][1].conv_shortcut for site in timed if unet.bypass.get(site) == "shortcut"}
+    inside = {path: [] for path in timed}
+    bypass = {site: [] for site in bypassed}
     whole: list[float] = []
     call = forward_call(unet, config)
-    with timing_hooks(timed, inside), timing_hooks(bypass, bypassed):
-        for i in progress(range(config.warmup + config.iterations), desc="latency table"):
-            if i == config.warmup:
-                for times in (*inside.values(), *bypassed.values(), whole):
-                    times.clear()
+    _, iterations = affordable(warm_up_ms(call), config)
+    with timing_hooks({p: module for p, (_, module) in timed.items()}, inside), timing_hooks(bypassed, bypass):
+        for _ in progress(range(iterations), desc="latency table"):
             whole.append(thread_ms(call))
-    medians = {site: statistics.median(times) for site, times in inside.items()}
-    for site, times in bypassed.items():
+    medians = dict.fromkeys(unet.kept_sites, 0.0)
+    for path, (site, _) in timed.items():
+        medians[site] += statistics.median(inside[path])
+    for site, times in bypass.items():
         medians[site] -= statistics.median(times)
     return statistics.median(whole), medians
 
@@ -197,19 +196,14 @@ def random_removals(
     for _ in progress(range(config.additive_samples), desc="additive error", unit="UNet"):
         count = int(torch.randint(2, max(3, 3 * len(sites) // 4), (), generator=draw))
         order = [sites[i] for i in torch.randperm(len(sites), generator=draw)]
-        removed = outermost(order[:count])
+        # A layer within a removed transformer goes with it, and is not counted twice.
+        removed = [s for s in order[:count] if not any(s.startswith(f"{other}.") for other in order[:count])]
         pruned = unet.with_depths(dict.fromkeys(removed, 0))
-        calls = {"full": forward_call(unet, config), "pruned": forward_call(pruned, config)}
-        times = interleaved_ms(calls, config, unet.device, desc=f"{len(removed)} removed")
+        times = paired_ms(unet, pruned, config, desc=f"{len(removed)} removed")
         # Against the full model of the same minute: drift between samples is not the table's error.
         predicted = times["full"] * (1 - sum(site_ms[site] for site in removed) / full_ms)
         samples.append({"removed": removed, "predicted_ms": predicted, "measured_ms": times["pruned"]})
     return samples
-
-
-def outermost(sites: list[str]) -> list[str]:
-    """`sites` without those that lie within another of them (SDXL's transformer layers)."""
-    return [site for site in sites if not any(site.startswith(f"{other}.") for other in sites)]
 
 
 @contextmanager

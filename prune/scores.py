@@ -21,7 +21,10 @@ from models.unet import PrunableUNet2DConditionModel
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Paired losses of `sites` on the prompts: `loss_NP[n, p]` is base CLIP − CLIP without block n, for prompt p."""
+    """Paired losses of `sites` on the prompts: `loss_NP[n, p]` is base CLIP − CLIP without block n, for prompt p.
+
+    A prompt drawn several times counts once, with its mean.
+    """
 
     sites: tuple[str, ...]
     base_P: Tensor
@@ -70,4 +73,4 @@ def score_blocks(
     base_P = clip_scores(base, features, scorer, batch_size, accelerator)
     values = map_batches(ablate, len(sites) * len(texts), batch_size, accelerator, "block scores")
     clip_NP, psnr_NP = values.reshape(len(sites), len(texts), 2).unbind(-1)
-    return ScoreTable(sites, base_P, base_P - clip_NP, psnr_NP)
+    return ScoreTable(sites, prompts.by_text(base_P), prompts.by_text(base_P - clip_NP), prompts.by_text(psnr_NP))

@@ -1,6 +1,7 @@
 """Ways to choose an architecture round by round: SnapFusion's value, a given order, chance, or a hand-picked table.
 
-A search is a callable `(situation) -> list[Action]`; `needs_scores` says whether the blocks have to be scored for it.
+A search is a callable `(situation) -> list[Action]`; `needs_scores` says whether the blocks have to be scored for it,
+`named_sites` what its configuration names, so that a misspelt one is found before anything is trained.
 """
 
 import json
@@ -15,9 +16,11 @@ from data.seeding import generator
 from prune.evolve import (
     Action,
     BlockValue,
+    apply,
     choose_copies,
     choose_removals,
     copy,
+    nested,
     removal,
     round_target_ms,
     take_in_order,
@@ -29,6 +32,7 @@ class Situation:
     """What a search knows when a round has to be decided; `values` are in order of execution."""
 
     values: tuple[BlockValue, ...]
+    depths: Mapping[str, int]
     latency_ms: float
     target_ms: float
     copyable: tuple[str, ...]
@@ -42,9 +46,10 @@ class Situation:
 
     def after(self, actions: Sequence[Action], measured_ms: float) -> "Situation":
         """The same round once `actions` are taken and the result has been measured."""
-        gone = {action.site for action in actions}
-        left = tuple(value for value in self.values if value.site not in gone)
-        return replace(self, values=left, latency_ms=measured_ms, round_index=self.rounds - 1)
+        done = [action.site for action in actions]
+        left = tuple(v for v in self.values if v.site not in done and not any(nested(v.site, site) for site in done))
+        depths = apply(self.depths, actions)
+        return replace(self, values=left, depths=depths, latency_ms=measured_ms, round_index=self.rounds - 1)
 
 
 class SnapFusionSearch:
@@ -53,7 +58,7 @@ class SnapFusionSearch:
     `group_size` is the number of actions per round; null lets every round take an equal share of the excess.
     """
 
-    needs_scores = True
+    needs_scores, named_sites = True, ()
 
     def __init__(self, group_size: int | None = None):
         self.group_size = group_size
@@ -74,18 +79,18 @@ class InOrder:
     needs_scores = False
 
     def __init__(self, sites: Sequence[str]):
-        self.sites = list(sites)
+        self.named_sites = tuple(sites)
 
     def __call__(self, situation: Situation) -> list[Action]:
         values = {value.site: value for value in situation.values}
-        ordered = [values[site] for site in self.sites if site in values]
+        ordered = [values[site] for site in self.named_sites if site in values]
         return take_in_order(ordered, situation.latency_ms, situation.goal_ms)
 
 
 class RandomRemoval:
     """Removes blocks in a random order, drawn from `seed`, until the target is met: the baseline of every ranking."""
 
-    needs_scores = False
+    needs_scores, named_sites = False, ()
 
     def __init__(self, seed: int = 0):
         self.seed = seed
@@ -99,25 +104,40 @@ class RandomRemoval:
 class Manual:
     """An architecture given by hand: `remove` lists sites, `depths` is a table {site: depth}, or a JSON file of one.
 
-    The latency target is not looked at. Raises FileNotFoundError where `depths` names a file that does not exist.
+    The latency target is not looked at. Raises FileNotFoundError where `depths` names a file that does not exist, and
+    ValueError where it is no such table.
     """
 
     needs_scores = False
 
     def __init__(self, remove: Sequence[str] = (), depths: Mapping[str, int] | str | None = None):
         if isinstance(depths, str):
-            if not Path(depths).is_file():
-                raise FileNotFoundError(f"search.depths={depths!r} does not exist; give a JSON file {{site: depth}}")
-            record = json.loads(Path(depths).read_text())
-            depths = record.get("after", record)  # a decision.json serves as well
+            depths = read_depths(Path(depths))
         self.depths = {**dict(depths or {}), **dict.fromkeys(remove, 0)}
+        if wrong := {site: depth for site, depth in self.depths.items() if type(depth) is not int or depth < 0}:
+            raise ValueError(f"search.method.depths gives {wrong}; 0 removes, 1 keeps, 2 and more copy a site")
+        self.named_sites = tuple(self.depths)
 
     def __call__(self, situation: Situation) -> list[Action]:
         known = {value.site: value for value in situation.values}
         actions, latency_ms = [], situation.latency_ms
         for site, depth in self.depths.items():
+            # A level as a whole has no value of its own.
             value = known.get(site, BlockValue(site, math.nan, math.nan, math.nan))
-            for _ in range(abs(depth - 1)):
-                actions.append(removal(value, latency_ms) if depth == 0 else copy(value, latency_ms))
+            now = situation.depths.get(site, 1)
+            missing = [copy] * (depth - now) if depth else [removal] * (now > 0)
+            for change in missing:
+                actions.append(change(value, latency_ms))
                 latency_ms = actions[-1].predicted_ms
         return actions
+
+
+def read_depths(path: Path) -> dict[str, int]:
+    """The table in a JSON file; a run's decision.json serves as well."""
+    if not path.is_file():
+        raise FileNotFoundError(f"search.method.depths={str(path)!r} does not exist; give a JSON file {{site: depth}}")
+    try:
+        record = json.loads(path.read_text())
+        return dict(record.get("after", record))
+    except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"search.method.depths={str(path)!r} is no JSON table {{site: depth}}: {error}") from error

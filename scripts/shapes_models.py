@@ -46,11 +46,6 @@ class VAEWithPosterior(nn.Module):
         super().__init__()
         self.vae = vae
 
-    def freeze_encoder(self) -> None:
-        """From here on latents stay what they are, and only what is painted from them is learnt."""
-        self.vae.encoder.requires_grad_(False)
-        self.vae.quant_conv.requires_grad_(False)
-
     def forward(self, images_BCHW: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Reconstructions [B, C, H, W] in [-1, 1] and the KL divergence to N(0, 1) per latent number."""
         posterior = self.vae.encode(images_BCHW).latent_dist

@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import hydra
 import torch
 from accelerate import Accelerator
+from diffusers import AutoencoderKL
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -51,7 +52,7 @@ from scripts.shapes_objectives import (
     to_unit_range,
 )
 
-STAGES = ("vae", "scorer", "latents", "unet", "decoder", "export", "evaluate")
+STAGES = ("vae", "scorer", "latents", "unet", "export", "evaluate")
 
 
 class Recipe:
@@ -88,25 +89,15 @@ class Recipe:
             psnrs.append(-10 * error_B.log10())
         return {"latent_std": float(torch.cat(latents).std()), "psnr_db": float(torch.cat(psnrs).mean())}
 
-    def trained_vae(self) -> VAEWithPosterior:
+    def trained_vae(self) -> AutoencoderKL:
         """The VAE as far as it is trained, its scaling factor set so that latents have unit variance."""
         folder = self.root / "vae"
         model = VAEWithPosterior(build_vae(self.config.vae.model))
+        load_newest(model, folder / "train")
         if (folder / "vae.json").exists():
-            load_newest(model, folder / "train")
             std = json.loads((folder / "vae.json").read_text())["latent_std"]
             model.vae.register_to_config(scaling_factor=round(1 / std, 4))
-        model.freeze_encoder()
-        load_newest(model, self.root / "decoder" / "train")
-        return model.eval()
-
-    def decoder(self) -> None:
-        """Trains the decoder on, under latents that stay what the UNet knows."""
-        config, model, run = self.config.vae, self.trained_vae(), self.run("decoder")
-        objective = AutoencoderObjective(0.0, config.crop, self.config.decoder.crop_share)
-        scenes = Scenes(ShapesPairs("train", config.scenes, self.config.seed + 2))
-        train(model, objective, scenes, self.train_config("decoder"), run, "train")
-        run.json("vae.json", lambda: self.measured_vae(model.vae))
+        return model.vae.eval()
 
     def scorer_model(self) -> ScorerWithNames:
         torch.manual_seed(self.config.seed)
@@ -122,7 +113,7 @@ class Recipe:
     def latents(self) -> None:
         """Encoded once: float16 latents [N, 4, 16, 16] and token ids [N, L]."""
         config, run, device = self.config.latents, self.run("latents"), self.accelerator.device
-        vae = self.trained_vae().vae.to(device, memory_format=torch.channels_last)
+        vae = self.trained_vae().to(device, memory_format=torch.channels_last)
         pairs = ShapesPairs("train", config.scenes, self.config.seed)
 
         @torch.no_grad()
@@ -146,9 +137,10 @@ class Recipe:
         return TextToImage(self.config.unet, self.tokenizer, self.config.vae.model.latent_channels)
 
     def unet(self) -> None:
-        empty_ids_L = self.tokenizer("", padding="max_length", return_tensors="pt").input_ids[0]
-        schedule = NoiseSchedule.from_scheduler(build_scheduler(), self.accelerator.device)
-        objective = DenoisingObjective(schedule, empty_ids_L.to(self.accelerator.device), self.config.unet.caption_dropout)
+        device = self.accelerator.device
+        empty_ids_L = self.tokenizer("", padding="max_length", return_tensors="pt").input_ids[0].to(device)
+        schedule = NoiseSchedule.from_scheduler(build_scheduler(), device)
+        objective = DenoisingObjective(schedule, empty_ids_L, self.config.unet.caption_dropout)
         latents = CachedScenes(self.root / "latents" / "latents.safetensors")
         train(self.text_to_image(), objective, latents, self.train_config("unet"), self.run("unet"), "train")
 
@@ -158,7 +150,7 @@ class Recipe:
             return
         model = self.text_to_image()
         load_newest(model, self.root / "unet" / "train")
-        vae = self.trained_vae().vae
+        vae = self.trained_vae()
         save_pipeline(build_pipeline(model, vae, self.tokenizer), Path(self.config.assets) / "shapes")
         scorer = self.scorer_model()
         load_newest(scorer, self.root / "scorer" / "train")
@@ -178,8 +170,7 @@ def load_newest(model: torch.nn.Module, folder: Path) -> None:
     elif checkpoints := sorted((folder / "checkpoints").glob("step-*")):
         state = torch.load(checkpoints[-1] / "custom_checkpoint_0.pkl", weights_only=False)
         model.load_state_dict(load_file(checkpoints[-1] / "model.safetensors"))
-        trained = (parameter for parameter in model.parameters() if parameter.requires_grad)
-        for parameter, average in zip(trained, state["ema"]["shadow_params"], strict=True):
+        for parameter, average in zip(model.parameters(), state["ema"]["shadow_params"], strict=True):
             parameter.data.copy_(average)
 
 

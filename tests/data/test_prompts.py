@@ -4,6 +4,7 @@ import csv
 import json
 
 import pytest
+import torch
 from datasets import Dataset
 
 from data.prompts import PromptSet, disjoint_prompts, heldout_prompts, read_prompts
@@ -124,9 +125,16 @@ def test_held_out_prompts_come_from_any_pair_set(noise_pairs):
 def test_ranking_and_judging_share_no_prompt_however_few_there_are():
     ample = PromptSet(tuple("abcdef"), "ample")
     assert [half.prompts for half in disjoint_prompts(ample, 2, 3)] == [("a", "b"), ("c", "d", "e")]
-    scarce = PromptSet(tuple("abcabc"), "scarce")
+    scarce = PromptSet(tuple("abcdabc"), "scarce")
     first, second = disjoint_prompts(scarce, 4, 8)
     assert (len(first), len(second)) == (4, 8)
-    assert not set(first) & set(second) and set(first) | set(second) == set("abc")
-    with pytest.raises(ValueError, match="'one' holds one distinct prompt"):
+    assert not set(first) & set(second) and set(first) | set(second) == set("abcd")
+    with pytest.raises(ValueError, match="'one' has 1 distinct prompts"):
         disjoint_prompts(PromptSet(("a", "a"), "one"), 1, 1)
+
+
+def test_a_repeated_text_counts_once_with_the_mean_of_its_noises():
+    prompts = PromptSet(("a", "b", "a"), "repeated")
+    assert prompts.distinct == ("a", "b")
+    values = torch.tensor([[1.0, 5.0, 3.0], [0.0, 1.0, 0.0]])
+    assert prompts.by_text(values).tolist() == [[2.0, 5.0], [0.0, 1.0]]

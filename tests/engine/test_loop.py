@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from torch import nn
 
 from engine.config import TrainConfig
@@ -31,8 +32,9 @@ def denoise(model, batch, generator):
     return (model(batch["x"] + noise) - batch["x"]).square().mean(), {"noise": noise.mean()}
 
 
-def run_once(path, config, objective=denoise):
-    accelerator = Accelerator(cpu=True)
+def run_once(path, config, objective=denoise, precision="no"):
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True, mixed_precision=precision)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 3))
     try:
@@ -81,6 +83,15 @@ def test_two_processes_take_what_one_takes_with_twice_the_accumulation():
     one = StepBatches(37, TrainConfig(steps=6, batch_size=4, accumulation=2), seed=1, first_step=0, rank=0, world=1)
     two = [StepBatches(37, TrainConfig(steps=6, batch_size=4), 1, 0, rank, 2) for rank in range(2)]
     assert list(one) == [batch for pair in zip(*two, strict=True) for batch in pair]
+
+
+def test_a_network_just_trained_computes_as_one_read_from_its_file(tmp_path):
+    """Accelerate leaves an autocast wrapper on what it prepared in mixed precision."""
+    x = torch.randn(4, 3)
+    config = TrainConfig(**{**vars(CONFIG), "steps": 2})
+    just_trained = run_once(tmp_path, config, precision="bf16")(x)
+    read = run_once(tmp_path, config, precision="bf16")(x)
+    assert just_trained.dtype == torch.float32 and torch.equal(just_trained, read)
 
 
 def test_an_epoch_shows_every_sample_once():

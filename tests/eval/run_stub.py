@@ -110,6 +110,6 @@ def write_outcome(folder: Path, draw: np.random.Generator, student_ms: float, n:
     })  # fmt: skip
     write(folder / "images" / "prompts.json", PROMPTS)
     write(folder / "export" / "verdict.json", {
-        "stock": False, "obstacles": ["up_blocks.1.attentions.2 is removed, its neighbours are not"],
+        "is_stock": False, "obstacles": ["up_blocks.1.attentions.2 is removed, its neighbours are not"],
         "load": "DiffusionPipeline.from_pretrained('export', trust_remote_code=True)",
     })  # fmt: skip

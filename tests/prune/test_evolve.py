@@ -16,7 +16,7 @@ VALUES = (value("a", 4.0, 2.0), value("b", 1.0, 2.0), value("c", 3.0, 1.0), valu
 
 
 def situation(latency_ms=10.0, target_ms=8.0, round_index=0, rounds=1, values=VALUES, copyable=("a", "b", "c")):
-    return Situation(values, latency_ms, target_ms, copyable, round_index, rounds)
+    return Situation(values, {}, latency_ms, target_ms, copyable, round_index, rounds)
 
 
 def sites(actions):
@@ -93,6 +93,29 @@ def test_a_table_by_hand_is_taken_whole_and_says_what_is_unknown():
     assert apply({}, actions) == {"a": 0, "c": 3, "level": 0}
     unknown = next(action for action in actions if action.site == "level")
     assert math.isnan(unknown.saved_ms) and unknown.as_json()["saved_ms"] is None
+
+
+def test_a_table_by_hand_that_is_reached_asks_for_nothing_more():
+    first = situation(target_ms=0.1)
+    manual = Manual(remove=["a"], depths={"c": 3})
+    assert manual(first.after(manual(first), measured_ms=9.0)) == []
+
+
+def test_after_a_transformer_its_layers_are_no_longer_there_to_remove():
+    layer = "a.attentions.0.transformer_blocks.1"
+    values = (value("a.attentions.0", 0.1, 2.0), value(layer, 0.1, 1.0), value("b", 1, 1))
+    first = situation(target_ms=0.1, values=values)
+    taken = choose_removals(values, 10, 9)
+    assert sites(taken) == ["a.attentions.0"]
+    assert [v.site for v in first.after(taken, measured_ms=8.0).values] == ["b"]
+
+
+def test_a_broken_or_impossible_table_is_named(tmp_path):
+    (tmp_path / "depths.json").write_text("{")
+    with pytest.raises(ValueError, match=r"depths.json.*no JSON table"):
+        Manual(depths=str(tmp_path / "depths.json"))
+    with pytest.raises(ValueError, match=r"'a': '0'"):
+        Manual(depths={"a": "0"})
 
 
 def test_a_missing_depths_file_is_named():
