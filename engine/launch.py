@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -103,6 +103,8 @@ def start(config: DictConfig) -> int:
     except MISTAKES as error:
         if config.debug:
             raise
+        if isinstance(error, InstantiationException) and isinstance(error.__cause__, MISTAKES):
+            error = error.__cause__  # what the component says, without Hydra's frame around it
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"rank {rank}: "
         print(f"{where}error: {one_line(error)}  (debug=true shows where)", file=sys.stderr)

@@ -10,13 +10,14 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "train.steps=3", "train.batch_size=4", "recovery.train.steps=3", "recovery.train.batch_size=4",
-    "data.pairs.size=16", "data.resolution=16", "scoring.prompts=4", "scoring.steps=2", "scoring.batch_size=8",
+    "data.resolution=16", "scoring.prompts=4", "scoring.steps=2", "scoring.batch_size=8",
     "eval.prompts=4", "eval.steps=2", "eval.pictures=2", "latency.iterations=3", "latency.additive_samples=2",
 ]  # fmt: skip
 
 
-def run(*overrides, small=SMALL, launcher=(sys.executable,)):
-    command = [*launcher, str(ROOT / "train.py"), *small, *overrides]
+def run(*overrides):
+    size = [] if "data=imagefolder" in overrides else ["data.pairs.size=16"]
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *size, *overrides]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
@@ -88,6 +89,8 @@ def test_an_unreachable_target_exports_the_best_effort_and_says_so(tmp_path, mod
         (["+experiment=prune_unet", "scorer.model=local-dir:/nowhere"], "/nowhere"),
         (["+experiment=prune_unet", "objective.skip_prob.resnet=1.5"], "objective.skip_prob"),
         (["+experiment=prune_unet", "search=manual", "search.method.remove=[mid]"], "unknown sites ['mid']"),
+        (["+experiment=prune_unet", "eval.steps=0"], "steps=0 must be at least 1"),
+        (["+experiment=prune_unet", "scoring.steps=many"], "scoring.steps"),
     ],
 )
 def test_a_mistake_gets_one_line_and_a_non_zero_exit(tmp_path, model, overrides, message):
