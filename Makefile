@@ -7,7 +7,8 @@ export WANDB_MODE ?= offline
 
 $(VENV)/ready: pyproject.toml
 	@echo "setting up $(VENV) (torch and friends, some minutes, about 6 GB)"
-	$(PYTHON) -c 'import sys; sys.exit("slimstep needs Python 3.11 or newer: make PYTHON=python3.11" * (sys.version_info < (3, 11)))'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "slimstep needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --progress-bar on -e '.[dev]'
 	touch $@
