@@ -35,7 +35,7 @@ def build_scheduler() -> DDIMScheduler:
     """v-prediction down to zero signal, trailing timesteps: fit for very few steps (Lin et al. 2023)."""
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True,
-        prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True,
+        prediction_type="v_prediction", timestep_spacing="trailing", rescale_betas_zero_snr=True, steps_offset=1,
     )  # fmt: skip
 
 

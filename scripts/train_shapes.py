@@ -170,7 +170,7 @@ def load_newest(model: torch.nn.Module, folder: Path) -> None:
     elif checkpoints := sorted((folder / "checkpoints").glob("step-*")):
         state = torch.load(checkpoints[-1] / "custom_checkpoint_0.pkl", weights_only=False)
         model.load_state_dict(load_file(checkpoints[-1] / "model.safetensors"))
-        for parameter, average in zip(model.parameters(), state["ema"]["shadow_params"], strict=True):
+        for parameter, average in zip(model.parameters(), state["shadow_params"], strict=True):
             parameter.data.copy_(average)
 
 
