@@ -19,8 +19,18 @@ def tiny_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=MAX_TOKENS)
 
 
-def tiny_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
-    """16×16 images, 8×8 latents; 22 ResNets and 16 cross-attentions as in SD-1.5; equal weights at every call."""
+def tiny_unet() -> UNet2DConditionModel:
+    """22 ResNets and 16 cross-attentions, as in SD-1.5."""
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16, 16, 16), norm_num_groups=4, cross_attention_dim=WIDTH,
+        attention_head_dim=2,
+    )  # fmt: skip
+
+
+def tiny_pipeline(
+    prediction_type: str = "epsilon", vae_channels: tuple[int, ...] = (8, 8), unet: UNet2DConditionModel | None = None
+) -> StableDiffusionPipeline:
+    """16×16 images; the VAE shrinks them by two per level after its first. Equal weights at every call."""
     torch.manual_seed(0)
     tokenizer = tiny_tokenizer()
     special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
@@ -29,13 +39,11 @@ def tiny_pipeline(prediction_type: str = "epsilon") -> StableDiffusionPipeline:
         max_position_embeddings=MAX_TOKENS, projection_dim=WIDTH, **special,
     )  # fmt: skip
     vae = AutoencoderKL(
-        block_out_channels=(8, 8), down_block_types=("DownEncoderBlock2D",) * 2, latent_channels=4, sample_size=16,
-        up_block_types=("UpDecoderBlock2D",) * 2, norm_num_groups=4, layers_per_block=1,
+        block_out_channels=vae_channels, down_block_types=("DownEncoderBlock2D",) * len(vae_channels),
+        up_block_types=("UpDecoderBlock2D",) * len(vae_channels), latent_channels=4, sample_size=16, norm_num_groups=4,
+        layers_per_block=1,
     )  # fmt: skip
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16, 16, 16), norm_num_groups=4, cross_attention_dim=WIDTH,
-        attention_head_dim=2,
-    )  # fmt: skip
+    unet = unet or tiny_unet()
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1, prediction_type=prediction_type,

@@ -2,40 +2,23 @@
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import UNet2DConditionModel
 
 from data.pixels import BrokenImageError
 from data.seeding import generator
 from tests.photos import photo_folder  # noqa: F401
-
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
+from tests.tiny import WIDTH, tiny_pipeline
 
 
 @pytest.fixture
 def pipeline():
     """VAE factor 4, UNet factor 2: sides are multiples of 8. Captions of more than 14 letters are cut."""
-    tokens = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=[], model_max_length=16)
-    torch.manual_seed(0)
-    text_config = CLIPTextConfig(
-        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
-        max_position_embeddings=16, projection_dim=16, bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
-    )  # fmt: skip
-    vae = AutoencoderKL(
-        block_out_channels=(8, 8, 16), down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3, norm_num_groups=4, layers_per_block=1, sample_size=16,
-    )  # fmt: skip
     unet = UNet2DConditionModel(
         block_out_channels=(8, 8), down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"), norm_num_groups=4, layers_per_block=1,
-        cross_attention_dim=16, attention_head_dim=2, sample_size=4,
+        cross_attention_dim=WIDTH, attention_head_dim=2, sample_size=4,
     )  # fmt: skip
-    return StableDiffusionPipeline(
-        vae=vae, text_encoder=CLIPTextModel(text_config), tokenizer=tokenizer, unet=unet, scheduler=DDIMScheduler(),
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
+    return tiny_pipeline(vae_channels=(8, 8, 16), unet=unet)
 
 
 class NoisePairs:
