@@ -12,7 +12,6 @@ import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -29,14 +28,6 @@ CONFIG_FILE = "open_clip_config.json"
 BATCH = 64  # images or prompts per forward pass
 # Rounding to 8 bits makes an error of 1/12 squared grey levels: no two 8-bit images are known to be closer than that.
 CLOSEST_MSE = 1 / 12
-
-
-@dataclass(frozen=True)
-class ImageDistance:
-    """How far images are from reference images, per image: PSNR in dB (up), feature cosine distance (down)."""
-
-    psnr_B: Tensor
-    cosine_B: Tensor
 
 
 def psnr(images_B3HW: Tensor, reference_B3HW: Tensor) -> Tensor:
@@ -114,11 +105,6 @@ class ClipScorer:
     def score(self, images_B3HW: Tensor, text_BD: Tensor) -> Tensor:
         """The score, float32 [B] on the CPU, of uint8 images against the features of their prompts."""
         return self.similarity(self.image(images_B3HW), text_BD)
-
-    def image_distance(self, images_B3HW: Tensor, reference_B3HW: Tensor) -> ImageDistance:
-        """PSNR and feature distance of uint8 images to reference images of equal prompt and seed, [B] on the CPU."""
-        cosine_B = (self.image(images_B3HW) * self.image(reference_B3HW)).sum(1)
-        return ImageDistance(psnr(images_B3HW, reference_B3HW).cpu(), 1 - cosine_B.float().cpu())
 
 
 def unit(features_BD: Tensor) -> Tensor:
