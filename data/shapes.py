@@ -29,7 +29,7 @@ POSITIONS = {
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 LAYOUTS = {
     2: (((0.28, 0.5), (0.72, 0.5)), ((0.5, 0.28), (0.5, 0.72))),
-    3: (((0.2, 0.5), (0.5, 0.5), (0.8, 0.5)), ((0.5, 0.28), (0.27, 0.7), (0.73, 0.7))),
+    3: (((0.5, 0.28), (0.27, 0.7), (0.73, 0.7)), ((0.27, 0.3), (0.73, 0.3), (0.5, 0.72))),
     4: (((0.28, 0.28), (0.72, 0.28), (0.28, 0.72), (0.72, 0.72)),),
 }
 SPLITS = ("train", "heldout")
@@ -119,7 +119,7 @@ def _related(dice: _Dice, things: tuple[Thing, Thing], relation: str) -> tuple[t
         outer = replace(outer, size="large", shape=outer.shape if outer.shape in ("circle", "square") else "square")
         inner = replace(inner, size="small")
         centre = (dice.between(0.4, 0.6), dice.between(0.4, 0.6))
-        radii = [dice.between(0.29, 0.32), dice.between(0.12, 0.14)]
+        radii = [dice.between(0.29, 0.32), dice.between(0.145, 0.155)]
         return ((outer, inner) if outer_first else (inner, outer)), [centre, centre], radii
     low, high = 0.26 + dice.between(-0.02, 0.02), 0.74 + dice.between(-0.02, 0.02)
     first, second = (low, high) if relation in ("above", "left of") else (high, low)
@@ -130,7 +130,7 @@ def _related(dice: _Dice, things: tuple[Thing, Thing], relation: str) -> tuple[t
 
 
 def _radius(dice: _Dice, size: str) -> float:
-    return dice.between(0.19, 0.21) if size == "large" else dice.between(0.11, 0.125)
+    return dice.between(0.2, 0.22) if size == "large" else dice.between(0.145, 0.155)
 
 
 def _draw(uniforms: np.ndarray) -> Scene:
@@ -149,7 +149,7 @@ def _draw(uniforms: np.ndarray) -> Scene:
         return Scene(things=(first,), centres=((x, y),), radii=(_radius(dice, first.size),), position=position, **look)
     if kind == "count":
         layout = dice.among(LAYOUTS[count := dice.among(NUMBERS)])
-        dx, dy, radius = dice.between(-0.04, 0.04), dice.between(-0.04, 0.04), dice.between(0.11, 0.125)
+        dx, dy, radius = dice.between(-0.04, 0.04), dice.between(-0.04, 0.04), dice.between(0.145, 0.155)
         centres = tuple((x + dx, y + dy) for x, y in layout)
         first = replace(first, size="small")
         return Scene(things=(first,), centres=centres, radii=(radius,) * count, count=count, **look)
@@ -235,7 +235,7 @@ class ShapesPairs:
 
     @property
     def fingerprint(self) -> str:
-        return f"shapes-1/{self.split}/{self.size}/{self.seed}/{self.resolution}"
+        return f"shapes-2/{self.split}/{self.size}/{self.seed}/{self.resolution}"
 
     def __len__(self) -> int:
         return self.size
