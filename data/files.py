@@ -1,5 +1,6 @@
 """Files and folders that are whole or absent: written under a temporary name, flushed, renamed."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -29,6 +30,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file, readable for all (the library writes 0600), in one step."""
+    path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.aside")
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
     aside.chmod(0o644)
@@ -40,6 +42,12 @@ def flush(path: Path) -> None:
     """Has the file on the disk, so that a rename after it never uncovers an empty one."""
     with open(path, "rb") as handle:
         os.fsync(handle.fileno())
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file, in hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 @contextmanager

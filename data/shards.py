@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.files import write_json, write_tensors
+from data.files import digest, write_json, write_tensors
 
 OPEN_SHARDS = 128
 
@@ -141,7 +141,7 @@ def write_shard(path: Path, tensors: dict[str, Tensor], record: dict) -> None:
     """The shard, then its record; a record never stands beside a shard that it was not written for."""
     path.with_suffix(".json").unlink(missing_ok=True)
     write_tensors(path, tensors)
-    seen = {"file": path.name, "bytes": path.stat().st_size, "sha256": _sha256(path)}
+    seen = {"file": path.name, "bytes": path.stat().st_size, "sha256": digest(path)}
     write_json(path.with_suffix(".json"), {**seen, **record})
 
 
@@ -149,7 +149,7 @@ def is_intact(path: Path, verify: bool) -> bool:
     """Whether the shard is the one its record was written for: by size, and with `verify` by checksum."""
     try:
         record = json.loads(path.with_suffix(".json").read_text())
-        return path.stat().st_size == record["bytes"] and (not verify or _sha256(path) == record["sha256"])
+        return path.stat().st_size == record["bytes"] and (not verify or digest(path) == record["sha256"])
     except (FileNotFoundError, json.JSONDecodeError):
         return False
 
@@ -164,8 +164,3 @@ def write_index(folder: Path, made_from: dict[str, str | int], shards: list[Path
 def cache_key(made_from: dict[str, str | int]) -> str:
     """16 hex digits: the name of the cache's folder."""
     return hashlib.sha256(json.dumps(made_from, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -24,6 +24,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 
 import engine.config  # noqa: F401  registers the schema
 from engine.config import Config
+from engine.preemption import Preempted, leave_on_sigterm
 from engine.run import Run
 from engine.tracking import Tracker
 from models.pipeline import one_line
@@ -39,7 +40,7 @@ OmegaConf.register_new_resolver("here", lambda path: str(ROOT / path), replace=T
 
 
 def main() -> None:
-    """Runs the experiment the command line names. Exit codes: 0, 1 for a mistake, or what the job returns."""
+    """Runs the experiment the command line names. Exit codes: 0, 1 for a mistake, 75 after SIGTERM, or the job's."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     log.setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
@@ -47,6 +48,7 @@ def main() -> None:
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
     check_overrides(sys.argv[1:])
+    leave_on_sigterm()
     codes: list[int] = []  # a multirun goes on after a job that failed, and tells in the end
 
     def job(config: DictConfig) -> None:
@@ -100,6 +102,10 @@ def start(config: DictConfig) -> int:
         return 0
     try:
         return run_job(config)
+    except Preempted as leaving:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped by SIGTERM; the same command continues. {leaving.where}", file=sys.stderr)
+        raise
     except MISTAKES as error:
         if config.debug:
             raise

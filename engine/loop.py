@@ -6,12 +6,10 @@ repeats what an uninterrupted one does, and two processes do what one does with 
 """
 
 import contextlib
-import json
 import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,12 +17,14 @@ from diffusers.training_utils import EMAModel
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from data.files import write_tensors, write_text
+from data.files import write_tensors
 from data.progress import progress
 from data.seeding import generator, seed_of
+from engine.checkpoints import Checkpoints
 from engine.config import TrainConfig
+from engine.preemption import Preempted, anywhere, sigterm_noted
 from engine.run import Run
 
 Batch = dict[str, Any]
@@ -66,21 +66,34 @@ class RunningMeans:
 
     def __init__(self):
         self.sums: dict[str, Tensor] = {}
-        self.count = 0
+        self.counts: dict[str, int] = {}
+        self.finite: list[Tensor] = []  # per step: whether its loss and gradient were finite on this rank
 
     def add(self, metrics: Metrics) -> None:
         """Sums on the device: no host synchronisation per step."""
         for name, value in metrics.items():
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
-        self.count += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
 
-    def take(self, accelerator) -> dict[str, float]:
-        """The means since the last call over all processes, and a new start."""
+    def end_step(self, grad_norm: Tensor | None) -> None:
+        """Closes a step; `grad_norm` None where a gradient that overflows is no fault (float16's loss scaling)."""
+        checked = [self.sums["loss"]]
+        if grad_norm is not None:
+            self.add({"grad_norm": grad_norm})
+            checked.append(self.sums["grad_norm"])
+        self.finite.append(torch.stack(checked).isfinite().all())
+
+    def take(self, accelerator) -> tuple[dict[str, float], int | None]:
+        """The means since the last call over all processes, and a new start.
+
+        Beside them which of the steps, counted from 0, was the first that was not finite on this rank, if one was.
+        """
         names = sorted(self.sums)
-        means = torch.stack([self.sums[name] for name in names]) / self.count
+        means = torch.stack([self.sums[name] / self.counts[name] for name in names])
         values = accelerator.reduce(means, "mean").tolist()
-        self.sums, self.count = {}, 0
-        return dict(zip(names, values, strict=True))
+        bad = (~torch.stack(self.finite)).nonzero().flatten().tolist()
+        self.sums, self.counts, self.finite = {}, {}, []
+        return dict(zip(names, values, strict=True)), bad[0] if bad else None
 
 
 class DeviceEMA(EMAModel):
@@ -165,41 +178,50 @@ def _run_steps(
         accelerator.register_for_checkpointing(ema)
     means = RunningMeans()
     checkpoints = Checkpoints(run.path / stage / "checkpoints", config.keep_checkpoints, accelerator)
-    first_step = checkpoints.load_newest()
+    first_step = checkpoints.load_newest(run.agreed)
     run.rewind(stage, first_step)
     seed = seed_of(run.seed, stage)
     batches = _batches(dataset, config, seed, first_step, accelerator)
     speedometer = Speedometer(config.batch_size * config.accumulation * accelerator.num_processes, first_step)
     quiet = not accelerator.is_main_process
     bar = progress(total=config.steps, initial=first_step, desc=stage, unit="step", disable=quiet)
-    for step in range(first_step, config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
-        for micro in range(config.accumulation):
-            place = micro * accelerator.num_processes + accelerator.process_index
-            torch.manual_seed(seed_of(seed, step, place, "global"))  # dropout inside networks draws from here
-            draw = generator(seed, step, place, device=accelerator.device)
-            syncing = micro == config.accumulation - 1
-            with contextlib.nullcontext() if syncing else accelerator.no_sync(wrapped):
-                with accelerator.autocast():
-                    loss, metrics = objective(wrapped, {**next(batches), "progress": step / config.steps}, draw)
-                accelerator.backward(loss / config.accumulation)
-            means.add({"loss": loss, **metrics})
-        accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if ema:
-            ema.step(parameters)
-        bar.update()
-        done = step + 1
-        saving = done % config.checkpoint_every == 0 and done < config.steps
-        if saving or done % config.log_every == 0 or done == config.steps:
-            values = _checked(means.take(accelerator), stage, done, checkpoints.folder)
-            speed = speedometer.samples_per_second(done)
-            run.log(stage, done, {**values, "lr": learning_rate_at(step, config)}, {"samples_per_second": speed})
-            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-        if saving:
-            checkpoints.save(done)
+    logged = first_step
+    with sigterm_noted() as asked_to_leave:
+        for step in range(first_step, config.steps):
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate_at(step, config)
+            for micro in range(config.accumulation):
+                place = micro * accelerator.num_processes + accelerator.process_index
+                torch.manual_seed(seed_of(seed, step, place, "global"))  # dropout inside networks draws from here
+                draw = generator(seed, step, place, device=accelerator.device)
+                syncing = micro == config.accumulation - 1
+                with contextlib.nullcontext() if syncing else accelerator.no_sync(wrapped):
+                    with accelerator.autocast():
+                        loss, metrics = objective(wrapped, {**next(batches), "progress": step / config.steps}, draw)
+                    accelerator.backward(loss / config.accumulation)
+                means.add({"loss": loss, **metrics})
+            grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+            means.end_step(None if accelerator.scaler else grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            if ema:
+                ema.step(parameters)
+            bar.update()
+            done = step + 1
+            saving = done % config.checkpoint_every == 0 and done < config.steps
+            if saving or done % config.log_every == 0 or done == config.steps:
+                leaving = anywhere(asked_to_leave(), accelerator) and done < config.steps
+                values, bad = means.take(accelerator)
+                if bad is not None:
+                    _stop_at(logged + bad, dataset, config, run, stage)
+                logged = done
+                speed = speedometer.samples_per_second(done)
+                run.log(stage, done, {**values, "lr": learning_rate_at(step, config)}, {"samples_per_second": speed})
+                bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+                if saving or leaving:
+                    checkpoints.save(done)
+                if leaving:
+                    raise Preempted(f"a checkpoint of step {done} is in {checkpoints.folder}")
     bar.close()
     if ema:
         ema.copy_to(parameters)
@@ -223,50 +245,17 @@ def _batches(dataset: Dataset, config: TrainConfig, seed: int, first_step: int, 
         yield {k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-def _checked(means: dict[str, float], stage: str, step: int, checkpoints: Path) -> dict[str, float]:
-    if not math.isfinite(means["loss"]):
-        raise FloatingPointError(
-            f"the loss of stage {stage!r} is {means['loss']} at step {step}; lower train.learning_rate or look at the "
-            f"data. The last good checkpoint is kept in {checkpoints}"
-        )
-    return means
-
-
-class Checkpoints:
-    """Accelerate states under `folder/step-00001000`, written aside and renamed; the newest few are kept."""
-
-    def __init__(self, folder: Path, keep: int, accelerator):
-        self.folder, self.keep, self.accelerator = folder, keep, accelerator
-
-    def steps(self) -> list[int]:
-        return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
-
-    def save(self, step: int) -> None:
-        aside = self.folder / f".step-{step:08d}.aside"
-        if self.accelerator.is_main_process:
-            shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(aside))
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            write_text(aside / "made_by.json", json.dumps({"processes": self.accelerator.num_processes}))
-            aside.rename(self.folder / f"step-{step:08d}")
-            for old in self.steps()[: -self.keep]:
-                shutil.rmtree(self.folder / f"step-{old:08d}")
-        self.accelerator.wait_for_everyone()
-
-    def load_newest(self) -> int:
-        """Loads the newest checkpoint and returns its step; 0 where there is none."""
-        steps = self.steps()
-        if not steps:
-            return 0
-        path = self.folder / f"step-{steps[-1]:08d}"
-        processes = json.loads((path / "made_by.json").read_text())["processes"]
-        if processes != self.accelerator.num_processes:
-            raise ValueError(
-                f"{path} was made by {processes} process(es) and this is {self.accelerator.num_processes}; "
-                f"start with {processes}, or remove the folder to begin the stage again"
-            )
-        self.accelerator.load_state(str(path))
-        return steps[-1]
+def _stop_at(step: int, dataset: Dataset, config: TrainConfig, run: Run, stage: str) -> None:
+    """Keeps this rank's samples of a step whose loss or gradient is not finite, and raises FloatingPointError."""
+    accelerator, folder = run.accelerator, run.path / stage
+    rank = accelerator.process_index
+    batches = iter(StepBatches(len(dataset), config, seed_of(run.seed, stage), step, rank, accelerator.num_processes))
+    samples = [next(batches) for _ in range(config.accumulation)]
+    collate = getattr(dataset, "collate", default_collate)
+    getting = getattr(dataset, "__getitems__", lambda indices: [dataset[index] for index in indices])
+    kept = folder / f"not-finite-step-{step + 1:08d}-rank-{rank}.pt"
+    torch.save({"samples": samples, "batches": [collate(getting(indices)) for indices in samples]}, kept)
+    raise FloatingPointError(
+        f"the loss or the gradient of stage {stage!r} is not finite at step {step + 1}; lower train.learning_rate or "
+        f"look at the data: its samples are kept in {kept}, the last good checkpoint in {folder / 'checkpoints'}"
+    )

@@ -17,11 +17,20 @@ from eval.sampling import Sampler
 
 
 def draw_images(
-    name: str, unet: nn.Module, sampler: Sampler, prompts: PromptSet, batch_size: int, accelerator: Accelerator
+    name: str,
+    unet: nn.Module,
+    sampler: Sampler,
+    prompts: PromptSet,
+    batch_size: int,
+    accelerator: Accelerator,
+    keep: Path | None = None,
 ) -> Tensor:
-    """uint8 images [len(prompts), 3, H, W] of all prompts, each from its own noise, shared among the processes."""
+    """uint8 images [len(prompts), 3, H, W] of all prompts, each from its own noise, shared among the processes.
+
+    Finished batches lie under `keep` until all are there.
+    """
     draw = partial(sampler.images, unet, prompts.prompts)
-    return map_batches(draw, len(prompts), batch_size, accelerator, f"images of {name}")
+    return map_batches(draw, len(prompts), batch_size, accelerator, f"images of {name}", keep)
 
 
 def clip_scores(

@@ -1,8 +1,10 @@
 """What the pruning job works with, made when first asked for: teacher, data, prompts, scorer, objectives."""
 
 import logging
+import shutil
 from dataclasses import asdict, replace
 from functools import cached_property
+from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from hydra.utils import instantiate
@@ -148,11 +150,16 @@ class Bench:
         )
         return table
 
-    def score(self, unet: PrunableUNet2DConditionModel) -> dict:
+    def partial(self, name: str) -> Path:
+        """Where unfinished work lies, batch by batch, so that a killed run goes on within it."""
+        return self.run.path / "partial" / name
+
+    def score(self, unet: PrunableUNet2DConditionModel, stage: str) -> dict:
         """The block scores of `unet` with their protocol."""
         scoring, prompts = self.config.scoring, self.prompts[0]
         sampler = self.sampler(scoring)
-        table = score_blocks(unet, sampler, self.scorer, prompts, scoring.batch_size, self.run.accelerator)
+        table = score_blocks(unet, sampler, self.scorer, prompts, scoring.batch_size, self.run.accelerator,
+                             keep=self.partial(stage))  # fmt: skip
         asked = {"name": scoring.protocol, "prompts_hash": prompts.hash, "n": len(prompts.distinct)}
         record = table.record({**asked, **self.scorer.protocol, **sampler.protocol})
         log.info(
@@ -184,8 +191,8 @@ class Bench:
         return self.draw("teacher", self.teacher)
 
     def draw(self, name: str, unet: PrunableUNet2DConditionModel) -> Tensor:
-        config, accelerator = self.config.eval, self.run.accelerator
-        return draw_images(name, unet, self.sampler(config), self.prompts[1], config.batch_size, accelerator)
+        config, accelerator, keep = self.config.eval, self.run.accelerator, self.partial(name)
+        return draw_images(name, unet, self.sampler(config), self.prompts[1], config.batch_size, accelerator, keep)
 
     def judge(self, name: str, unet: PrunableUNet2DConditionModel) -> dict:
         """Scores on prompts that nothing is ranked on, in judged/<name>.json; pictures in images/<name>."""
@@ -237,6 +244,7 @@ class Bench:
             if new:
                 self.track()
                 write_report(self.run.path)
+                shutil.rmtree(self.partial(""), ignore_errors=True)
             print(run_table(self.run.path))
             log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
         self.run.accelerator.wait_for_everyone()

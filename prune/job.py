@@ -55,7 +55,7 @@ def evolve(
     config, run, stage = bench.config, bench.run, f"round-{r:02d}"
     unet = bench.train(unet, config.objective, config.train, stage)
     table = run.json(f"{stage}/latency.json", lambda: bench.measure_latencies(unet))
-    scores = run.json(f"{stage}/scores.json", lambda: bench.score(unet)) if bench.search.needs_scores else None
+    scores = run.json(f"{stage}/scores.json", lambda: bench.score(unet, stage)) if bench.search.needs_scores else None
     decision = run.json(f"{stage}/decision.json", lambda: decide(bench, unet, table, scores, previous, r))
     tell(stage, decision)
     return unet.with_depths(decision["after"], copy_init=config.search.copy_init), decision

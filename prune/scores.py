@@ -5,6 +5,7 @@ and which block it is, and batches are cut by item number, so any number of proc
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
@@ -55,11 +56,15 @@ def score_blocks(
     prompts: PromptSet,
     batch_size: int,
     accelerator: Accelerator,
+    keep: Path | None = None,
 ) -> ScoreTable:
-    """Every removal on every prompt: (1 + sites) · prompts images. `batch_size` counts images."""
+    """Every removal on every prompt: (1 + sites) · prompts images. `batch_size` counts images.
+
+    Finished batches lie under `keep` until all are there.
+    """
     texts, features = prompts.prompts, scorer.text(prompts.prompts)
     sites = tuple(unet.kept_sites)
-    base = draw_images("the base", unet, sampler, prompts, batch_size, accelerator)
+    base = draw_images("the base", unet, sampler, prompts, batch_size, accelerator, keep and keep / "base")
 
     def ablate(items: list[int]) -> Tensor:
         """Shape [items, 2]: CLIP score without the block, and PSNR to the base image."""
@@ -71,6 +76,7 @@ def score_blocks(
         return torch.stack([scorer.score(images, features[rows]), psnr(images, base[rows])], dim=1)
 
     base_P = clip_scores(base, features, scorer, batch_size, accelerator)
-    values = map_batches(ablate, len(sites) * len(texts), batch_size, accelerator, "block scores")
+    items, blocks = len(sites) * len(texts), keep and keep / "blocks"
+    values = map_batches(ablate, items, batch_size, accelerator, "block scores", blocks)
     clip_NP, psnr_NP = values.reshape(len(sites), len(texts), 2).unbind(-1)
     return ScoreTable(sites, prompts.by_text(base_P), prompts.by_text(base_P - clip_NP), prompts.by_text(psnr_NP))

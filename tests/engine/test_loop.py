@@ -1,6 +1,8 @@
 """The training loop: what a kill, accumulation or a second process may not change."""
 
 import json
+import os
+import signal
 
 import pytest
 import torch
@@ -8,8 +10,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
+from data.seeding import seed_of
 from engine.config import TrainConfig
 from engine.loop import StepBatches, learning_rate_at, train
+from engine.preemption import CONTINUE_ME, Preempted
 from engine.run import Run
 
 
@@ -114,16 +118,67 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         loss, metrics = denoise(model, batch, generator)
         return loss * (float("nan") if next(calls) > 10 else 1), metrics
 
-    with pytest.raises(FloatingPointError, match=r"nan at step 14.*learning_rate.*checkpoints"):
+    with pytest.raises(FloatingPointError, match=r"not finite at step 11.*learning_rate.*checkpoints"):
         run_once(tmp_path, CONFIG, diverging)
     assert [p.name for p in (tmp_path / "stage/checkpoints").iterdir()] == ["step-00000007"]
+    kept = torch.load(tmp_path / "stage/not-finite-step-00000011-rank-0.pt")
+    eleventh = list(StepBatches(37, CONFIG, seed_of(3, "stage"), 0, rank=0, world=1))[10]
+    assert kept["samples"] == [eleventh]
+    torch.testing.assert_close(kept["batches"][0]["x"][:, 0], torch.tensor(eleventh) / 37)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl", "made_by.json"])
+@pytest.mark.parametrize("damage", ["cut", "gone", "flipped"])
+def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caplog, name, damage):
+    quiet = run_once(tmp_path / "quiet", CONFIG)
+    with pytest.raises(Killed):
+        run_once(tmp_path / "killed", CONFIG, killed_at(20))
+    newest = tmp_path / "killed/stage/checkpoints/step-00000014"
+    tear(newest / name, damage)
+    seen = []
+
+    def watching(*args):
+        seen.append(args)
+        return denoise(*args)
+
+    continued = run_once(tmp_path / "killed", CONFIG, watching)
+    assert len(seen) == 30 - 7 and "step-00000014 is torn" in caplog.text
+    assert all(torch.equal(a, b) for a, b in zip(quiet.parameters(), continued.parameters(), strict=True))
+
+
+def tear(path, damage):
+    whole = path.read_bytes()
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(whole[: len(whole) // 2])
+    else:
+        middle = len(whole) // 2
+        path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 0xFF]) + whole[middle + 1 :])
+
+
+def test_sigterm_leaves_a_checkpoint_at_the_next_logged_step(tmp_path):
+    quiet = run_once(tmp_path / "quiet", CONFIG)
+    calls = iter(range(1, 10_000))
+
+    def preempted(*args):
+        if next(calls) == 16:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return denoise(*args)
+
+    with pytest.raises(Preempted) as leaving:
+        run_once(tmp_path / "preempted", CONFIG, preempted)
+    assert leaving.value.code == CONTINUE_ME and (tmp_path / "preempted/stage/checkpoints/step-00000020").exists()
+    continued = run_once(tmp_path / "preempted", CONFIG)
+    assert all(torch.equal(a, b) for a, b in zip(quiet.parameters(), continued.parameters(), strict=True))
+    assert (tmp_path / "quiet/metrics.jsonl").read_text() == (tmp_path / "preempted/metrics.jsonl").read_text()
 
 
 def test_a_checkpoint_of_other_processes_is_refused(tmp_path):
     with pytest.raises(Killed):
         run_once(tmp_path, CONFIG, killed_at(10))
     (made_by,) = tmp_path.glob("stage/checkpoints/step-*/made_by.json")
-    made_by.write_text(json.dumps({"processes": 3}))
+    made_by.write_text(json.dumps({**json.loads(made_by.read_text()), "processes": 3}))
     with pytest.raises(ValueError, match=r"made by 3 process.*this is 1"):
         run_once(tmp_path, CONFIG)
 

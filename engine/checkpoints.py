@@ -1,0 +1,89 @@
+"""Checkpoints of the training loop: whole or recognised as torn, the newest few kept."""
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+from data.files import digest, write_text
+
+log = logging.getLogger("slimstep")
+MADE_BY = "made_by.json"
+
+
+class Checkpoints:
+    """Accelerate states under `folder/step-00001000`, written aside and renamed; the newest `keep` are kept.
+
+    `made_by.json`, written last, holds the number of processes and the digest of every file: what a full disk or a
+    power cut left of a checkpoint is told from a whole one.
+    """
+
+    def __init__(self, folder: Path, keep: int, accelerator):
+        self.folder, self.keep, self.accelerator = folder, keep, accelerator
+
+    def steps(self) -> list[int]:
+        return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step-{step:08d}"
+
+    def save(self, step: int) -> None:
+        if self.path(step).exists():
+            return
+        aside = self.folder / f".step-{step:08d}.aside"
+        if self.accelerator.is_main_process:
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.save_state(str(aside))
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            files = {path.name: digest(path) for path in sorted(aside.iterdir())}
+            made_by = {"processes": self.accelerator.num_processes, "files": files}
+            write_text(aside / MADE_BY, json.dumps(made_by))
+            aside.rename(self.path(step))
+            for old in self.steps()[: -self.keep]:
+                shutil.rmtree(self.path(old))
+        self.accelerator.wait_for_everyone()
+
+    def load_newest(self, agreed) -> int:
+        """Loads the newest whole checkpoint and returns its step, 0 where there is none; names the torn ones.
+
+        `agreed` gives rank 0's word to all: it alone reads the digests.
+        """
+        step = agreed(self.newest_whole() if self.accelerator.is_main_process else None)
+        if step == 0:
+            return 0
+        path = self.path(step)
+        processes = json.loads((path / MADE_BY).read_text())["processes"]
+        if processes != self.accelerator.num_processes:
+            raise ValueError(
+                f"{path} was made by {processes} process(es) and this is {self.accelerator.num_processes}; "
+                f"start with {processes}, or remove the folder to begin the stage again"
+            )
+        self.accelerator.load_state(str(path))
+        return step
+
+    def newest_whole(self) -> int:
+        """The newest step whose files are those that were written; torn checkpoints are named and removed."""
+        for step in reversed(self.steps()):
+            fault = torn(self.path(step))
+            if fault is None:
+                return step
+            log.warning(f"{self.path(step)} is torn ({fault}); the checkpoint before it is used")
+            shutil.rmtree(self.path(step))
+        return 0
+
+
+def torn(path: Path) -> str | None:
+    """What is wrong with a checkpoint, or None where it is whole."""
+    try:
+        files = json.loads((path / MADE_BY).read_text())["files"]
+    except (OSError, ValueError, KeyError):
+        return f"no readable {MADE_BY}"
+    for name, written in files.items():
+        if not (path / name).is_file():
+            return f"{name} is missing"
+        if digest(path / name) != written:
+            return f"{name} is not what was written"
+    return None
