@@ -50,6 +50,11 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def digests(folder: Path) -> dict[str, str]:
+    """The digest of every file under a folder, by its path within it; empty where there is no folder."""
+    return {str(path.relative_to(folder)): digest(path) for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
     """Yields an empty folder beside `path` to write into, and renames it to `path` when the block ends well.

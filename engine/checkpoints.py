@@ -5,7 +5,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from data.files import digest, write_text
+from data.files import digest, digests, write_text
 
 log = logging.getLogger("slimstep")
 MADE_BY = "made_by.json"
@@ -38,8 +38,7 @@ class Checkpoints:
         self.accelerator.save_state(str(aside))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            files = {path.name: digest(path) for path in sorted(aside.iterdir())}
-            made_by = {"processes": self.accelerator.num_processes, "files": files}
+            made_by = {"processes": self.accelerator.num_processes, "files": digests(aside)}
             write_text(aside / MADE_BY, json.dumps(made_by))
             aside.rename(self.path(step))
             for old in self.steps()[: -self.keep]:

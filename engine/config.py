@@ -66,9 +66,11 @@ class LatencyConfig:
     """How the UNet is timed.
 
     `batch` counts UNet rows: 2 is one guided image. `latent_size` and `text_length` 0 are the model's own. A median
-    takes `iterations` calls, fewer (but three) where they would last longer than `seconds`.
+    takes `iterations` calls, fewer (but three) where they would last longer than `seconds`. `table`, a latency.json
+    made elsewhere, takes the place of all measuring.
     """
 
+    table: str = ""
     batch: int = 2
     latent_size: int = 0
     text_length: int = 0
@@ -136,12 +138,21 @@ class TrackerConfig:
 
 
 @dataclass
+class RunConfig:
+    """`overwrite` moves a run directory aside that another configuration has made."""
+
+    overwrite: bool = False
+
+
+@dataclass
 class Config:
     """The resolved configuration of one run; the untyped fields hold `_target_`s or a job's own section."""
 
     name: str = ""
     root: str = "runs"
     seed: int = 0
+    run: RunConfig = field(default_factory=RunConfig)
+    plan: bool = False
     debug: bool = False
     mixed_precision: str = "no"
     threads: int = 0

@@ -32,7 +32,7 @@ from models.pipeline import one_line
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 # A run may be continued with other values of these: they change how it is watched, not what comes out.
-WATCHING = ("debug", "threads", "tracker")
+WATCHING = ("debug", "threads", "tracker", "run", "plan")
 MISTAKES = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException)
 log = logging.getLogger("slimstep")
 
@@ -134,12 +134,15 @@ def run_job(config: DictConfig) -> int:
                               kwargs_handlers=[patience])  # fmt: skip
     run = Run(path, accelerator, seed=config.seed)
     resolved = OmegaConf.to_container(config, resolve=True)
-    run.keep_config(resolved, ignoring=WATCHING)
+    job = hydra.utils.get_method(config.job)
+    if config.plan:
+        return job(config, run)  # it tells what it would do, and writes nothing
+    run.keep_config(resolved, ignoring=WATCHING, overwrite=config.run.overwrite)
     if config.tracker.log_with:
         identity = run.json("tracker.json", lambda: {"id": secrets.token_hex(4)})  # a continued run is the same run
         run.tracker = Tracker(accelerator, config.tracker, path, resolved, identity["id"])
     with logging_redirect_tqdm():
-        code = hydra.utils.get_method(config.job)(config, run)
+        code = job(config, run)
     if run.tracker:
         run.tracker.finish()
     return code

@@ -3,7 +3,9 @@
 The same command continues a killed run. Rank 0 decides what exists and tells the others, so that all take the same way.
 """
 
+import itertools
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,10 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from omegaconf import OmegaConf
 
-from data.files import whole_folder, write_json, write_text
+from data.files import digests, whole_folder, write_json, write_text
 from engine.tracking import Tracker
 
+log = logging.getLogger("slimstep")
 NOT_MADE = ("config.yaml", "tracker.json", "wandb", "tensorboard", "metrics.jsonl")
 
 
@@ -26,7 +29,6 @@ class Run:
         self.accelerator = accelerator
         self.tracker = tracker
         self.seed = seed
-        self.path.mkdir(parents=True, exist_ok=True)
 
     def agreed(self, value: Any) -> Any:
         """Rank 0's value, on every rank."""
@@ -34,21 +36,35 @@ class Run:
         broadcast_object_list(box)
         return box[0]
 
-    def keep_config(self, config: dict[str, Any], ignoring: Sequence[str]) -> None:
-        """Writes config.yaml; ValueError where another configuration has already made something here."""
+    def keep_config(self, config: dict[str, Any], ignoring: Sequence[str], overwrite: bool = False) -> None:
+        """Writes config.yaml. Raises ValueError where another configuration has already made something here.
+
+        With `overwrite` what was made is moved aside instead, to the next free NAME.before-N.
+        """
         path = self.path / "config.yaml"
-        if self.made("config.yaml") and self.agreed(any(p.name not in NOT_MADE for p in self.path.iterdir())):
+        begun = self.made("config.yaml") and self.agreed(any(p.name not in NOT_MADE for p in self.path.iterdir()))
+        differing = {}
+        if begun:
             differing = differences(OmegaConf.to_container(OmegaConf.load(path)), config)
             differing = {key: pair for key, pair in differing.items() if key.split(".")[0] not in ignoring}
-            if differing:
+            self.accelerator.wait_for_everyone()  # all have read it
+            if differing and not overwrite:
                 told = [f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differing.items()]
                 raise ValueError(
                     f"{self.path} was made by another configuration ({'; '.join(told[:5])}); give this run another "
-                    f"name=, or remove it"
+                    f"name=, remove it, or let run.overwrite=true move it aside"
                 )
-        elif self.accelerator.is_main_process:
+            if differing and self.accelerator.is_main_process:
+                self.move_aside()
+        if self.accelerator.is_main_process and (differing or not begun):
             write_text(path, OmegaConf.to_yaml(config))
         self.accelerator.wait_for_everyone()
+
+    def move_aside(self) -> None:
+        names = (self.path.with_name(f"{self.path.name}.before-{n}") for n in itertools.count(1))
+        aside = next(name for name in names if not name.exists())
+        self.path.rename(aside)
+        log.warning(f"{self.path} was made by another configuration; it is now {aside}")
 
     def made(self, name: str) -> bool:
         return self.agreed((self.path / name).exists())
@@ -74,10 +90,29 @@ class Run:
         self.accelerator.wait_for_everyone()
         return self.path / name
 
+    def sealed_folder(self, name: str, make: Callable[[Path], None]) -> Path:
+        """The folder `name`, filled by rank 0 where it does not exist yet, and the digests of its files beside it.
+
+        Raises ValueError where the folder exists and is not what was written.
+        """
+        seal = f"{name}.sealed.json"
+        if not (self.made(seal) and self.made(name)):
+            if self.accelerator.is_main_process:
+                make(self.path / name)
+                write_json(self.path / seal, digests(self.path / name))
+        elif wrong := self.agreed(sorted(k for k, _ in self.load(seal).items() ^ digests(self.path / name).items())):
+            raise ValueError(
+                f"{self.path / name} is not what was written: {', '.join(dict.fromkeys(wrong))}; remove "
+                f"{self.path / seal} to make it again"
+            )
+        self.accelerator.wait_for_everyone()
+        return self.path / name
+
     def log(self, stage: str, step: int, metrics: dict[str, float], rates: dict[str, float] | None = None) -> None:
         """Appends a line to metrics.jsonl; the tracker gets it too, and `rates`, which no two runs share, beside it."""
         if not self.accelerator.is_main_process:
             return
+        self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
         if self.tracker:

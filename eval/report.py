@@ -195,7 +195,7 @@ def draw_figures(run: RunRecord) -> dict[str, Figure]:
             points, target, [predicted.get(m["name"]) for m in run.models] or [None]
         )
         figures["pareto"] = pareto_figure(points)
-    if timed := first_latency(run):
+    if (timed := first_latency(run)) and "samples" in timed:  # a table made elsewhere may hold nothing but its entries
         figures["additivity"] = additivity_figure(timed["samples"])
     ends = [name for name in ("teacher", "student") if run.images.get(name)]
     if ends and run.prompts:

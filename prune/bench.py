@@ -29,7 +29,7 @@ from models.cost import NUM_TOKENS, count_gflops
 from models.pipeline import export_pipeline, with_unet
 from models.schedule import NoiseSchedule
 from models.unet import PrunableUNet2DConditionModel
-from prune.latency import compare_ms, latency_table
+from prune.latency import compare_ms, latency_table, predicted_ms, read_table, table_without
 from prune.scores import score_blocks
 
 log = logging.getLogger("slimstep")
@@ -86,6 +86,8 @@ class Bench:
         known = (*self.teacher.sites, *self.teacher.levels)
         if unknown := sorted(set(self.search.named_sites) - set(known)):
             raise ValueError(f"search.method names unknown sites {unknown}; this UNet has {known}")
+        if self.known_latencies:
+            table_without(self.known_latencies, self.teacher)
 
     def train(self, unet: PrunableUNet2DConditionModel, objective, config: TrainConfig, stage: str):
         """A stage of the loop; where it is finished, neither data nor objective are touched."""
@@ -138,8 +140,15 @@ class Bench:
         """Tokens of a prompt: the model's own, 77 for a UNet alone."""
         return self.model.tokenizer.model_max_length if hasattr(self.model, "tokenizer") else NUM_TOKENS
 
+    @cached_property
+    def known_latencies(self) -> dict | None:
+        """The table of the teacher that the configuration names, if it names one."""
+        return read_table(self.config.latency.table) if self.config.latency.table else None
+
     def measure_latencies(self, unet: PrunableUNet2DConditionModel) -> dict:
-        """The latency table of `unet`, measured by rank 0 for all."""
+        """The latency table of `unet`: measured by rank 0 for all, or taken from the table there is."""
+        if self.known_latencies:
+            return table_without(self.known_latencies, unet)
         table = latency_table(unet, self.latency, self.device) if self.run.accelerator.is_main_process else None
         table = self.run.agreed(table)
         error = table["additive_error"]
@@ -171,8 +180,10 @@ class Bench:
     def measure_ms(self, unet: PrunableUNet2DConditionModel, teacher_ms: float) -> float:
         """The latency of `unet` on the teacher's clock: the ratio of the two, interleaved, times `teacher_ms`.
 
-        Timed by rank 0 alone.
+        Timed by rank 0 alone; predicted where the table was made elsewhere.
         """
+        if self.known_latencies:
+            return predicted_ms(self.known_latencies, unet)
         unets = {"teacher": self.teacher, "unet": unet}
         times = compare_ms(unets, self.latency, self.device) if self.run.accelerator.is_main_process else None
         times = self.run.agreed(times)
@@ -180,10 +191,11 @@ class Bench:
 
     def export(self, student: PrunableUNet2DConditionModel) -> None:
         """The student as a diffusers folder; verdict.json in it says how it loads."""
-        if not self.run.made("export/verdict.json") and self.run.accelerator.is_main_process:
-            verdict = export_pipeline(with_unet(self.pipeline, student), self.run.path / "export")
-            log.info(f"exported: {verdict.load}")
-        self.run.accelerator.wait_for_everyone()
+
+        def write(folder: Path) -> None:
+            log.info(f"exported: {export_pipeline(with_unet(self.pipeline, student), folder).load}")
+
+        self.run.sealed_folder("export", write)
 
     @cached_property
     def teacher_images(self) -> Tensor:

@@ -8,6 +8,7 @@ from engine.run import Run
 from models.unet import PrunableUNet2DConditionModel
 from prune.bench import Bench
 from prune.evolve import Action, BlockValue, apply
+from prune.plan import print_plan
 from prune.search import Situation
 
 log = logging.getLogger("slimstep")
@@ -15,9 +16,11 @@ TARGET_MISSED = 3
 
 
 def prune_unet(config: Config, run: Run) -> int:
-    """Runs or continues the job; returns the exit code: 0, or 3 where the latency target was not reached."""
+    """Runs or continues the job, or tells what it would do; returns the exit code: 0, or 3 for a missed target."""
     bench = Bench(config, run)
     bench.check_names()
+    if config.plan:
+        return print_plan(bench)
     judged = [bench.judge("teacher", bench.teacher)]
     unet, decision, measured_ms = bench.student(), None, {}
     for r in range(config.search.rounds):
@@ -41,6 +44,9 @@ def prune_unet(config: Config, run: Run) -> int:
 def make_latency_table(config: Config, run: Run) -> int:
     """The latency table of a model on its own, written to latency.json and printed."""
     bench = Bench(config, run)
+    if config.plan:
+        log.info(f"{run.path / 'latency.json'}: {'done' if run.made('latency.json') else 'to do'}")
+        return 0
     table = run.json("latency.json", lambda: bench.measure_latencies(bench.unet))
     for site, entry in table["sites"].items():
         log.info(f"{site:<52} {entry['ms']:9.3f} ms  {entry['ms'] / table['full_ms']:6.1%}")
@@ -88,6 +94,7 @@ def decide(bench, unet, table: dict, scores: dict | None, previous: dict | None,
         "target_ms": target_ms,
         "predicted_ms": actions[-1].as_json()["predicted_ms"] if actions else latency_ms,
         "measured_ms": measured_ms,
+        "clock": "latency.table" if bench.known_latencies else "measured",
     }
 
 
@@ -111,4 +118,5 @@ def tell(stage: str, decision: dict) -> None:
         log.info(f"{stage} {verb} {action['site']:<32} {action['why']}{predicted}")
     share = decision["measured_ms"] / decision["teacher_ms"]
     target = f"target {decision['target_ms']:.2f} ms" if decision["target_ms"] else "no target"
-    log.info(f"{stage} measured {decision['measured_ms']:.2f} ms, {share:.1%} of the teacher's ({target})")
+    how = "measured" if decision["clock"] == "measured" else "by the table"
+    log.info(f"{stage} {how} {decision['measured_ms']:.2f} ms, {share:.1%} of the teacher's ({target})")

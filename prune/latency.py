@@ -5,10 +5,12 @@ differences drown in noise: there an entry is the thread's CPU time spent inside
 what its bypass still costs. Blocks run alone are never timed: launch gaps, fusion and concatenations do not add up.
 """
 
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -20,6 +22,33 @@ from engine.config import LatencyConfig
 from engine.environment import cpu_name
 from models.cost import NUM_TOKENS, unet_inputs
 from models.unet import PrunableUNet2DConditionModel
+
+
+def read_table(path: str | Path) -> dict:
+    """A table that latency_table made, perhaps on the device the student is for. Raises ValueError for what is none."""
+    try:
+        table = json.loads(Path(path).read_text())
+        return {**table, "full_ms": float(table["full_ms"]), "sites": {**table["sites"]}}
+    except OSError as error:
+        raise ValueError(f"latency.table={path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"latency.table={path} is no latency table; +experiment=latency_table makes one") from error
+
+
+def table_without(table: dict, unet: PrunableUNet2DConditionModel) -> dict:
+    """What a table of the whole UNet says of a pruned one: entries of the kept sites, the rest taken off `full_ms`."""
+    if unknown := [site for site in unet.kept_sites if site not in table["sites"]]:
+        raise ValueError(f"latency.table has no entry for {unknown}: it was made for another UNet")
+    entries = {site: unet.depth(site) * table["sites"][site]["ms"] for site in unet.kept_sites}
+    return {**table, "full_ms": predicted_ms(table, unet), "sites": {site: {"ms": ms} for site, ms in entries.items()}}
+
+
+def predicted_ms(table: dict, unet: PrunableUNet2DConditionModel) -> float:
+    """The whole time, less the entries of removed sites, plus those of copies."""
+    removed = {site for site in table["sites"] if unet.depth(site) == 0}
+    # A layer within a removed transformer went with it, and is not counted twice.
+    counted = [s for s in table["sites"] if not any(s.startswith(f"{holder}.") for holder in removed)]
+    return table["full_ms"] + sum((unet.depth(site) - 1) * table["sites"][site]["ms"] for site in counted)
 
 
 def latency_table(unet: PrunableUNet2DConditionModel, config: LatencyConfig, device: torch.device) -> dict:

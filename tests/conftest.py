@@ -29,3 +29,10 @@ def tiny_clip_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny-clip")
     write_tiny_clip(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_pipeline_folder, tiny_clip_folder):
+    """Overrides that put the random model and scorer in the places of the shipped ones."""
+    model = ["model=path", f"model.name_or_path={tiny_pipeline_folder}", "data.resolution=16"]
+    return [*model, f"scorer.model=local-dir:{tiny_clip_folder}"]

@@ -52,3 +52,26 @@ def test_a_directory_in_which_nothing_was_made_takes_another_configuration(run):
 
 def test_differences_name_leaves_by_their_dotted_keys():
     assert differences({"a": {"b": 1, "c": 2}}, {"a": {"b": 1, "c": 3}, "d": 4}) == {"a.c": (2, 3), "d": (None, 4)}
+
+
+def test_overwriting_moves_aside_what_another_configuration_made(run):
+    for seed in (0, 1, 2):
+        run.keep_config({"seed": seed}, ignoring=(), overwrite=True)
+        run.json("table.json", lambda seed=seed: {"seed": seed})
+    made = {path.name: json.loads((path / "table.json").read_text()) for path in run.path.parent.iterdir()}
+    assert made == {"run": {"seed": 2}, "run.before-1": {"seed": 0}, "run.before-2": {"seed": 1}}
+
+
+@pytest.mark.parametrize("damage", ["changed", "gone", "added"])
+def test_a_sealed_folder_is_refused_when_it_is_not_what_was_written(run, damage):
+    def make(folder):
+        folder.mkdir(parents=True)
+        (folder / "weights").write_text("right")
+        (folder / "config").write_text("right")
+
+    folder = run.sealed_folder("export", make)
+    assert run.sealed_folder("export", lambda folder: pytest.fail("made twice")) == folder
+    {"changed": lambda: (folder / "weights").write_text("wrong"), "gone": (folder / "weights").unlink,
+     "added": lambda: (folder / "more").touch()}[damage]()  # fmt: skip
+    with pytest.raises(ValueError, match="more" if damage == "added" else "not what was written: weights"):
+        run.sealed_folder("export", make)

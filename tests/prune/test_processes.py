@@ -20,9 +20,8 @@ def launch(processes, root, *overrides):
 
 
 @pytest.mark.slow
-def test_two_and_three_processes_score_as_one_does(tmp_path, tiny_pipeline_folder, tiny_clip_folder):
-    job = ["+experiment=prune_unet", "search.rounds=1", "model=path", f"model.name_or_path={tiny_pipeline_folder}",
-           f"scorer.model=local-dir:{tiny_clip_folder}"]  # fmt: skip
+def test_two_and_three_processes_score_as_one_does(tmp_path, tiny_model):
+    job = ["+experiment=prune_unet", "search.rounds=1", *tiny_model]
     one = launch(1, tmp_path / "one", *job)
     for processes in (2, 3):
         root = tmp_path / str(processes)
