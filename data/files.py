@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -32,10 +33,21 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
     """A safetensors file, readable for all (the library writes 0600), in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.aside")
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
+    with unwritable(aside):
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
     aside.chmod(0o644)
     flush(aside)
     os.replace(aside, path)
+
+
+@contextmanager
+def unwritable(path: Path) -> Iterator[None]:
+    """A full disk is an OSError, also where safetensors and torch have errors of their own for it."""
+    try:
+        yield
+    except (SafetensorError, RuntimeError) as error:
+        path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
 
 
 def flush(path: Path) -> None:

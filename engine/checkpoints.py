@@ -5,7 +5,7 @@ import logging
 import shutil
 from pathlib import Path
 
-from data.files import digest, digests, write_text
+from data.files import digest, digests, unwritable, write_text
 
 log = logging.getLogger("slimstep")
 MADE_BY = "made_by.json"
@@ -35,7 +35,8 @@ class Checkpoints:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True)
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(aside))
+        with unwritable(aside):
+            self.accelerator.save_state(str(aside))
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             made_by = {"processes": self.accelerator.num_processes, "files": digests(aside)}

@@ -33,6 +33,8 @@ class TrainConfig:
             raise ValueError(f"train.schedule={self.schedule!r} is unknown; choose from {SCHEDULES}")
         names = ("steps", "batch_size", "accumulation", "checkpoint_every", "keep_checkpoints", "log_every")
         at_least("train", self, 1, *names)
+        if not self.learning_rate > 0:
+            raise ValueError(f"train: learning_rate={self.learning_rate} must be above 0")
 
 
 @dataclass

@@ -5,6 +5,8 @@ import logging
 import os
 import secrets
 import sys
+from collections.abc import Iterator
+from dataclasses import is_dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -121,6 +123,8 @@ def start(config: DictConfig) -> int:
 
 
 def run_job(config: DictConfig) -> int:
+    if unknown := list(unknown_keys(OmegaConf.structured(Config), config)):
+        raise ValueError(f"the configuration has no key {unknown[0]}, which +{unknown[0]}=… would add")
     config: Config = OmegaConf.merge(OmegaConf.structured(Config), config)
     for section in ("train", "recovery", "search", "latency", "scoring", "eval", "tracker"):
         OmegaConf.to_object(config[section])  # their checks, before anything runs
@@ -146,6 +150,15 @@ def run_job(config: DictConfig) -> int:
     if run.tracker:
         run.tracker.finish()
     return code
+
+
+def unknown_keys(schema: DictConfig, config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Keys that a `+` added to the typed part of the configuration, where nothing would read them."""
+    for key in config:
+        if key not in schema:
+            yield f"{prefix}{key}"
+        elif is_dataclass(OmegaConf.get_type(schema, key)):
+            yield from unknown_keys(schema[key], config[key], f"{prefix}{key}.")
 
 
 def run_path(config: DictConfig) -> Path:

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.cache import CachedPairs, cache_pairs
+from data.encoding import is_truncated
 from data.prompts import PromptSet, disjoint_prompts, read_prompts
 from engine.config import Config, LatencyConfig, TrainConfig
 from engine.environment import environment
@@ -108,6 +109,9 @@ class Bench:
         """The prompts blocks are ranked on, and others, that the outcome is judged on."""
         _, data = self.pipeline, self.config.data
         prompts = read_prompts(data.prompt_file) if data.prompt_file else instantiate(data.prompts)
+        cut = sum(is_truncated(self.pipeline.tokenizer, prompt) for prompt in prompts.prompts)
+        if cut:
+            log.warning(f"{cut} of {len(prompts)} prompts are longer than the text encoder takes, and are cut")
         return disjoint_prompts(prompts, self.config.scoring.prompts, self.config.eval.prompts)
 
     @cached_property

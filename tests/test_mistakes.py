@@ -1,0 +1,181 @@
+"""What a user gets wrong: one line that names the culprit, its value and the way out, exit code 1, nothing lost.
+
+The jobs run in this process: a new one costs seconds.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from engine.launch import main
+
+JOB = [
+    "+experiment=prune_unet", "search.rounds=1", "train.steps=3", "train.batch_size=4", "recovery.train.steps=3",
+    "recovery.train.batch_size=4", "scoring.prompts=4", "scoring.steps=2", "scoring.batch_size=8", "eval.prompts=4",
+    "eval.steps=2", "eval.pictures=2", "latency.iterations=3", "latency.additive_samples=2",
+]  # fmt: skip
+
+
+@pytest.fixture
+def leave(monkeypatch, capfd, tmp_path):
+    """Runs the command line; its exit code and what it wrote to stderr."""
+
+    def run(*overrides):
+        monkeypatch.setattr(sys, "argv", ["train.py", f"root={tmp_path / 'runs'}", *overrides])
+        with pytest.raises(SystemExit) as leaving:
+            main()
+        return leaving.value.code, capfd.readouterr().err
+
+    return run
+
+
+def told(code, stderr):
+    """The one line of an orderly exit."""
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(lines) == 1 and "Traceback" not in stderr, (code, stderr)
+    return lines[0]
+
+
+COMMAND_LINES = {
+    "unknown experiment": (["+experiment=nothing"], r"Could not find 'experiment/nothing'.*prune_unet"),
+    "unknown group choice": (["search=best"], r"Could not find 'search/best'.*snapfusion"),
+    "unknown model": (["model=sd3"], r"Could not find 'model/sd3'.*sd15"),
+    "misspelt key": (["train.stps=3"], r"train has no key 'stps'; did you mean steps\?"),
+    "misspelt group": (["serch=manual"], r"has no key 'serch'; did you mean search\?"),
+    "new key": (["+train.momentum=1"], r"no key train.momentum"),
+    "unbalanced braces": (["train={steps:3"], r"train=\{steps:3"),
+    "no value": (["train.steps"], r"train.steps"),
+    "word for a number": (["train.steps=many"], r"train.steps"),
+    "word for a switch": (["latency.compile=perhaps"], r"latency.compile"),
+    "unknown schedule": (["train.schedule=linear"], r"train.schedule='linear' is unknown; choose"),
+    "no steps": (["train.steps=0"], r"train: steps=0 must be at least 1"),
+    "no batch": (["train.batch_size=0"], r"train: batch_size=0 must be at least 1"),
+    "negative accumulation": (["train.accumulation=-2"], r"accumulation=-2 must be at least 1"),
+    "negative learning rate": (["train.learning_rate=-1"], r"learning_rate=-1.0 must be above 0"),
+    "no sampling steps": (["eval.steps=0"], r"steps=0 must be at least 1"),
+    "one prompt": (["scoring.prompts=1"], r"prompts=1 must be at least 2"),
+    "unknown protocol": (["scoring.protocol=quick"], r"scoring.protocol='quick' is unknown; choose snapfusion"),
+    "no rounds": (["search.rounds=0"], r"search: rounds=0 must be at least 1"),
+    "negative target": (["search.target_ms=-1"], r"search.target_ms=-1.0 must be above 0"),
+    "unknown bypass": (["search.bypass=skip"], r"skip"),
+    "unknown dtype": (["latency.dtype=int8"], r"latency.dtype='int8' is unknown; choose float32"),
+    "unknown precision": (["mixed_precision=fp4"], r"fp4"),
+    "skip probability above one": (["objective.skip_prob.resnet=1.5"], r"objective.skip_prob"),
+    "unknown site": (["search=manual", "search.method.remove=[mid]"], r"unknown sites \['mid'\]; this UNet has"),
+    "no depths file": (["search=manual", "search.method.depths=/nowhere.json"], r"/nowhere.json"),
+    "no latency table": (["latency.table=/nowhere.json"], r"latency.table=/nowhere.json cannot be read: No such file"),
+    "no model": (["model=path", "model.name_or_path=/nowhere"], r"/nowhere.*folder"),
+    "no images": (["data=imagefolder", "data.root=/nowhere"], r"/nowhere does not exist"),
+    "no data root": (["data=imagefolder"], r"data.root"),
+    "no data set": (["data=hub", "data.source=/nowhere"], r"/nowhere"),
+    "no prompt file": (["data.prompt_file=/nowhere.txt"], r"/nowhere.txt does not exist"),
+    "no scorer": (["scorer.model=local-dir:/nowhere"], r"/nowhere"),
+    "no such weights": (["scorer=openclip", "scorer.model=ViT-B-32", "scorer.pretrained=openai"], r"not in the cache"),
+    "misspelt scorer": (["scorer=openclip", "scorer.model=ViT-B-33"], r"ViT-B-33.*close names: ViT-B-32"),
+    "resolution that does not fit": (["data.resolution=20"], r"20x20 px.*nearest: 16, 32"),
+    "more prompts than there are": (["data.prompt_file={three}"], r"three distinct|3 distinct"),
+    "empty prompts": (["data.prompt_file={empty}"], r"empty.txt: line 1 is empty"),
+    "prompt file of another kind": (["data.prompt_file={picture}"], r"unknown kind '.png'"),
+    "a folder without images": (["data=imagefolder", "data.root={void}"], r"holds no images"),
+    "captions of missing images": (["data=imagefolder", "data.root={missing}"], r"name images that are not there"),
+    "a corrupt image": (["data=imagefolder", "data.root={corrupt}"], r"\d of \d+ images cannot be read.*0\d.png"),
+    "model of pickles": (["model=path", "model.name_or_path={pickles}"], r"pickle|safetensors"),
+    "model without a tokenizer": (["model=path", "model.name_or_path={incomplete}"], r"incomplete.*tokenizer"),
+    "torn weights": (["model=path", "model.name_or_path={torn}"], r"torn"),
+    "config that is not JSON": (["model=path", "model.name_or_path={garbled}"], r"garbled"),
+    "table that is not one": (["latency.table={three}"], r"is no latency table"),
+    "table of another UNet": (["latency.table={other}"], r"no entry for .*another UNet"),
+    "root is a file": (["root={three}"], r"three.txt"),
+}
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory, tiny_pipeline_folder):
+    """Damaged files and folders, by name."""
+    root = tmp_path_factory.mktemp("places")
+    (root / "three.txt").write_text("a cat\na dog\na cow\n")
+    (root / "empty.txt").write_text("\n")
+    Image.new("RGB", (8, 8)).save(root / "picture.png")
+    (root / "void").mkdir()
+    (root / "other.json").write_text(json.dumps({"full_ms": 1.0, "sites": {"mid": {"ms": 1.0}}}))
+    for name in ("missing", "corrupt"):
+        write_images(root / name)
+    (root / "missing/00.png").unlink()
+    for i in range(5):  # some of them fall into the training split
+        (root / f"corrupt/{i:02d}.png").write_bytes((root / f"corrupt/{i:02d}.png").read_bytes()[:40])
+    for name in ("pickles", "incomplete", "torn", "garbled"):
+        shutil.copytree(tiny_pipeline_folder, root / name)
+    weights = root / "pickles/unet/diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    torch.save({}, weights.with_suffix(".bin"))
+    shutil.rmtree(root / "incomplete/tokenizer")
+    torn = root / "torn/unet/diffusion_pytorch_model.safetensors"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    (root / "garbled/unet/config.json").write_text("{")
+    found = {path.stem: path for path in root.iterdir()}
+    return found
+
+
+def write_images(folder, count=40):
+    folder.mkdir()
+    draw = np.random.default_rng(0)
+    for i in range(count):
+        Image.fromarray(draw.integers(255, size=(16, 16, 3), dtype=np.uint8)).save(folder / f"{i:02d}.png")
+    rows = [json.dumps({"file_name": f"{i:02d}.png", "text": f"number {i}"}) for i in range(count)]
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+
+
+@pytest.mark.parametrize("case", COMMAND_LINES)
+def test_a_mistake_gets_one_line_and_a_non_zero_exit(leave, places, tiny_model, case):
+    overrides, message = COMMAND_LINES[case]
+    overrides = [re.sub(r"\{(\w+)\}", lambda place: str(places[place[1]]), override) for override in overrides]
+    size = [] if any(override.startswith("data=") for override in overrides) else ["data.pairs.size=16"]
+    line = told(*leave(*JOB, *size, *tiny_model, *overrides))
+    assert re.search(message, line), line
+
+
+def test_a_loss_that_is_not_finite_is_told_with_what_is_kept(leave, tiny_model, tmp_path):
+    line = told(*leave(*JOB, "data.pairs.size=16", "train.learning_rate=1e30", *tiny_model))
+    assert re.search(r"'round-00' is not finite at step 2; lower train.learning_rate.*not-finite-step-00000002", line)
+    assert (tmp_path / "runs/prune_unet/round-00/not-finite-step-00000002-rank-0.pt").is_file()
+
+
+def test_a_run_of_another_configuration_is_refused_or_moved_aside(leave, tiny_model, tmp_path):
+    small = [*JOB, "search=manual", "data.pairs.size=16", *tiny_model]
+    assert leave(*small)[0] == 0
+    assert "seed: 0 there, 1 now" in told(*leave(*small, "seed=1"))
+    assert leave(*small, "seed=1", "run.overwrite=true")[0] == 0
+    assert {path.name for path in (tmp_path / "runs").iterdir()} >= {"prune_unet", "prune_unet.before-1"}
+
+
+def test_prompts_that_the_tokenizer_cuts_are_told(leave, tiny_model, tmp_path):
+    prompts = [f"a much too long prompt number {n}" for n in "abcdefgh"]
+    (tmp_path / "long.txt").write_text("\n".join(prompts))
+    job = [*JOB, "search=manual", "data.pairs.size=16", *tiny_model, f"data.prompt_file={tmp_path / 'long.txt'}"]
+    code, stderr = leave(*job)
+    assert code == 0 and "8 of 8 prompts are longer than the text encoder takes" in stderr, stderr
+
+
+@pytest.mark.slow
+def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(leave, tiny_model, tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=600k", "tmpfs", str(disk)]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("a small disk cannot be mounted here: that takes root")
+    try:
+        places = [f"root={disk}", f"data.cache.folder={tmp_path}"]
+        job = [*JOB, "search=manual", "data.pairs.size=16", *places, *tiny_model]
+        line = told(*leave(*job))
+        assert "No space left" in line or "cannot be written" in line, line
+        subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
+        assert leave(*job)[0] == 0 and (disk / "prune_unet/export/verdict.json").is_file()
+    finally:
+        subprocess.run(["umount", str(disk)])
