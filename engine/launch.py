@@ -18,6 +18,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -43,21 +44,54 @@ OmegaConf.register_new_resolver("here", lambda path: str(ROOT / path), replace=T
 
 def main() -> None:
     """Runs the experiment the command line names. Exit codes: 0, 1 for a mistake, 75 after SIGTERM, or the job's."""
+    set_up()
+    check_overrides(sys.argv[1:])
+    sys.argv += named_by_what_is_swept(sys.argv[1:])
+    leave_on_sigterm()
+    codes: list[int] = []  # a multirun goes on after a job that failed, and tells in the end
+
+    def job(config: DictConfig) -> None:
+        if "SUBMITIT_EXECUTOR" in os.environ:
+            start_in_queue(config)
+        else:
+            codes.append(start(config))
+
+    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
+    sys.exit(max(codes, default=0))
+
+
+def named_by_what_is_swept(words: list[str]) -> list[str]:
+    """For a multirun, Hydra's own override that leaves out of a job's name what is the same in every job."""
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    if len(overrides) == len(words):
+        return []
+    parsed = OverridesParser.create().parse_overrides(overrides)
+    same = [override.key_or_group for override in parsed if not override.is_sweep_override()]
+    return [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(same)}]"]
+
+
+def set_up() -> None:
+    """Libraries speak only of errors; rank 0 tells what is done."""
     logging.basicConfig(format="%(message)s", level=logging.WARNING, stream=sys.stderr)
     log.setLevel(logging.INFO if int(os.environ.get("RANK", 0)) == 0 else logging.ERROR)
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     diffusers.utils.logging.set_verbosity_error()
     diffusers.utils.logging.disable_progress_bar()
-    check_overrides(sys.argv[1:])
-    leave_on_sigterm()
-    codes: list[int] = []  # a multirun goes on after a job that failed, and tells in the end
 
-    def job(config: DictConfig) -> None:
-        codes.append(start(config))
 
-    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
-    sys.exit(max(codes, default=0))
+def start_in_queue(config: DictConfig) -> None:
+    """One job of `hydra/launcher=submitit_slurm`, in its own process; RuntimeError where it fails, so that Slurm knows.
+
+    SIGTERM and SIGUSR2 are submitit's here: it puts the job back into the queue, and the run goes on where it was.
+    """
+    from submitit.helpers import TorchDistributedEnvironment
+
+    place = TorchDistributedEnvironment().export(set_cuda_visible_devices=False)
+    set_up()
+    code = start(config)
+    if code == 1:
+        raise RuntimeError(f"rank {place.rank} failed: what it said is in the log beside this one")
 
 
 def check_overrides(overrides: list[str]) -> None:
@@ -104,9 +138,9 @@ def start(config: DictConfig) -> int:
         return 0
     try:
         return run_job(config)
-    except Preempted as leaving:
+    except Preempted:
         if os.environ.get("RANK", "0") == "0":
-            print(f"stopped by SIGTERM; the same command continues. {leaving.where}", file=sys.stderr)
+            print("stopped by SIGTERM; the same command continues", file=sys.stderr)
         raise
     except MISTAKES as error:
         if config.debug:
@@ -143,7 +177,8 @@ def run_job(config: DictConfig) -> int:
         return job(config, run)  # it tells what it would do, and writes nothing
     run.keep_config(resolved, ignoring=WATCHING, overwrite=config.run.overwrite)
     if config.tracker.log_with:
-        identity = run.json("tracker.json", lambda: {"id": secrets.token_hex(4)})  # a continued run is the same run
+        given = os.environ.get("WANDB_RUN_ID")  # by a W&B sweep's agent
+        identity = run.json("tracker.json", lambda: {"id": given or secrets.token_hex(4)})  # a continued run keeps it
         run.tracker = Tracker(accelerator, config.tracker, path, resolved, identity["id"])
     with logging_redirect_tqdm():
         code = job(config, run)
@@ -162,10 +197,10 @@ def unknown_keys(schema: DictConfig, config: DictConfig, prefix: str = "") -> It
 
 
 def run_path(config: DictConfig) -> Path:
-    """root/name; under a multirun root/name/<the overrides that set this job apart>."""
+    """root/name; under a multirun root/name/<the swept overrides>."""
     path = Path(config.root) / config.name
     job = HydraConfig.get()
-    return path / job.job.override_dirname if job.mode == RunMode.MULTIRUN else path
+    return path / job.job.override_dirname.replace("/", "_") if job.mode == RunMode.MULTIRUN else path
 
 
 def list_experiments() -> None:

@@ -24,7 +24,7 @@ from data.progress import progress
 from data.seeding import generator, seed_of
 from engine.checkpoints import Checkpoints
 from engine.config import TrainConfig
-from engine.preemption import Preempted, anywhere, sigterm_noted
+from engine.preemption import NotedSignals, anywhere
 from engine.run import Run
 
 Batch = dict[str, Any]
@@ -186,7 +186,7 @@ def _run_steps(
     quiet = not accelerator.is_main_process
     bar = progress(total=config.steps, initial=first_step, desc=stage, unit="step", disable=quiet)
     logged = first_step
-    with sigterm_noted() as asked_to_leave:
+    with NotedSignals() as signals:
         for step in range(first_step, config.steps):
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate_at(step, config)
@@ -210,7 +210,7 @@ def _run_steps(
             done = step + 1
             saving = done % config.checkpoint_every == 0 and done < config.steps
             if saving or done % config.log_every == 0 or done == config.steps:
-                leaving = anywhere(asked_to_leave(), accelerator) and done < config.steps
+                leaving = anywhere(bool(signals.came), accelerator) and done < config.steps
                 values, bad = means.take(accelerator)
                 if bad is not None:
                     _stop_at(logged + bad, dataset, config, run, stage)
@@ -221,7 +221,7 @@ def _run_steps(
                 if saving or leaving:
                     checkpoints.save(done)
                 if leaving:
-                    raise Preempted(f"a checkpoint of step {done} is in {checkpoints.folder}")
+                    signals.take_course()
     bar.close()
     if ema:
         ema.copy_to(parameters)

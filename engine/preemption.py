@@ -1,24 +1,22 @@
-"""SIGTERM, as schedulers send it before they take a machine away: the work so far is kept, the exit code says so.
+"""Signals that schedulers send before they take a machine away: the work so far is kept, the exit code says so.
 
-Inside training the next logged step writes a checkpoint and leaves; everywhere else the process leaves at once, for
-what is not whole yet is made again. The same command continues.
+Inside training the next logged step writes a checkpoint, and then the signal takes its course; everywhere else it does
+so at once, for what is not whole yet is made again. The same command continues.
 """
 
 import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 
 import torch
 
 CONTINUE_ME = 75  # EX_TEMPFAIL of sysexits.h: failed for now, the caller is invited to try again
+SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # everybody's, and submitit's, which then puts the job back into the queue
 
 
 class Preempted(SystemExit):
     """Leaves with CONTINUE_ME; not an Exception, so that nobody takes it for a mistake."""
 
-    def __init__(self, where: str = "") -> None:
+    def __init__(self) -> None:
         super().__init__(CONTINUE_ME)
-        self.where = where
 
 
 def leave_on_sigterm() -> None:
@@ -30,22 +28,36 @@ def leave_on_sigterm() -> None:
     signal.signal(signal.SIGTERM, leave)
 
 
-@contextmanager
-def sigterm_noted() -> Iterator[Callable[[], bool]]:
-    """Yields whether SIGTERM has come since the block began; inside it the signal interrupts nothing."""
-    came = False
+class NotedSignals:
+    """While the block runs, SIGNALS interrupt nothing; `take_course` hands those that came to their own handlers."""
 
-    def note(signum, frame):
-        nonlocal came
-        came = True
+    def __init__(self) -> None:
+        self.came: list[int] = []
+        self.handlers = {}
 
-    before = signal.signal(signal.SIGTERM, note)
-    try:
-        yield lambda: came
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    def __enter__(self) -> "NotedSignals":
+        self.handlers = {wanted: signal.signal(wanted, self.note) for wanted in SIGNALS}
+        return self
+
+    def note(self, signum: int, frame) -> None:
+        self.came.append(signum)
+
+    def __exit__(self, *error) -> None:
+        for wanted, handler in self.handlers.items():
+            signal.signal(wanted, handler)
+
+    def take_course(self) -> None:
+        """Returns where the handlers do: submitit, which waits for SIGUSR2, lets SIGTERM pass."""
+        if not self.came:
+            raise Preempted  # another rank was told
+        self.__exit__()
+        for signum in self.came:
+            signal.raise_signal(signum)
+        self.came.clear()
+        self.__enter__()
 
 
 def anywhere(here: bool, accelerator) -> bool:
     """Whether it is so on any rank; all ranks ask together."""
     return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device), "sum"))
+

@@ -13,7 +13,7 @@ from torch import nn
 from data.seeding import seed_of
 from engine.config import TrainConfig
 from engine.loop import StepBatches, learning_rate_at, train
-from engine.preemption import CONTINUE_ME, Preempted
+from engine.preemption import CONTINUE_ME, Preempted, leave_on_sigterm
 from engine.run import Run
 
 
@@ -157,21 +157,49 @@ def tear(path, damage):
         path.write_bytes(whole[:middle] + bytes([whole[middle] ^ 0xFF]) + whole[middle + 1 :])
 
 
-def test_sigterm_leaves_a_checkpoint_at_the_next_logged_step(tmp_path):
-    quiet = run_once(tmp_path / "quiet", CONFIG)
+@pytest.fixture
+def handlers():
+    """Signal handlers as they were before the test."""
+    before = {wanted: signal.getsignal(wanted) for wanted in (signal.SIGTERM, signal.SIGUSR2)}
+    yield
+    for wanted, handler in before.items():
+        signal.signal(wanted, handler)
+
+
+def signalled(step, *sent):
     calls = iter(range(1, 10_000))
 
-    def preempted(*args):
-        if next(calls) == 16:
-            os.kill(os.getpid(), signal.SIGTERM)
+    def objective(*args):
+        if next(calls) == step:
+            for signum in sent:
+                os.kill(os.getpid(), signum)
         return denoise(*args)
 
+    return objective
+
+
+def test_sigterm_leaves_a_checkpoint_at_the_next_logged_step(tmp_path, handlers):
+    leave_on_sigterm()
+    quiet = run_once(tmp_path / "quiet", CONFIG)
     with pytest.raises(Preempted) as leaving:
-        run_once(tmp_path / "preempted", CONFIG, preempted)
-    assert leaving.value.code == CONTINUE_ME and (tmp_path / "preempted/stage/checkpoints/step-00000020").exists()
+        run_once(tmp_path / "preempted", CONFIG, signalled(16, signal.SIGTERM))
+    assert leaving.value.code == CONTINUE_ME
+    assert (tmp_path / "preempted/stage/checkpoints/step-00000020").exists()
     continued = run_once(tmp_path / "preempted", CONFIG)
     assert all(torch.equal(a, b) for a, b in zip(quiet.parameters(), continued.parameters(), strict=True))
     assert (tmp_path / "quiet/metrics.jsonl").read_text() == (tmp_path / "preempted/metrics.jsonl").read_text()
+
+
+def test_a_signal_that_its_handler_lets_pass_changes_nothing(tmp_path, handlers):
+    """As submitit's does with SIGTERM; its SIGUSR2 finds a checkpoint before the job goes back into the queue."""
+    heard = []
+    for wanted in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(wanted, lambda signum, frame: heard.append((signum, checkpoint.exists())))
+    checkpoint = tmp_path / "signalled/stage/checkpoints/step-00000020"
+    quiet = run_once(tmp_path / "quiet", CONFIG)
+    gone_on = run_once(tmp_path / "signalled", CONFIG, signalled(16, signal.SIGTERM, signal.SIGUSR2))
+    assert sorted(heard) == [(signal.SIGUSR2, True), (signal.SIGTERM, True)]
+    assert all(torch.equal(a, b) for a, b in zip(quiet.parameters(), gone_on.parameters(), strict=True))
 
 
 def test_a_checkpoint_of_other_processes_is_refused(tmp_path):
