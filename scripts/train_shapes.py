@@ -20,17 +20,19 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL
 from omegaconf import DictConfig, OmegaConf
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.files import write_json
+from data.files import write_json, write_tensors
 from data.shapes import ShapesPairs, caption
 from data.shapes_tokenizer import build_tokenizer
 from engine.config import TrainConfig
+from engine.launch import MISTAKES, fail
 from engine.loop import train
 from engine.parallel import map_batches
 from engine.run import Run
+from models.pipeline import one_line
 from models.schedule import NoiseSchedule
 from scripts.shapes_evaluation import evaluate_assets
 from scripts.shapes_models import (
@@ -127,9 +129,7 @@ class Recipe:
         if self.accelerator.is_main_process:
             captions = [caption(*pairs.scene(index)) for index in range(config.scenes)]
             ids_NL = self.tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
-            aside = run.path / ".latents.aside"
-            save_file({"latents": latents_NCHW.contiguous(), "ids": ids_NL.short()}, aside)
-            aside.rename(run.path / "latents.safetensors")
+            write_tensors(run.path / "latents.safetensors", {"latents": latents_NCHW, "ids": ids_NL.short()})
         self.accelerator.wait_for_everyone()
 
     def text_to_image(self) -> TextToImage:
@@ -196,11 +196,14 @@ class CachedScenes(Dataset):
 @hydra.main(config_path="../configs", config_name="train_shapes", version_base=None)
 def main(config: DictConfig) -> None:
     torch.set_num_threads(config.threads)
-    if config.stage != "all" and config.stage not in STAGES:
-        raise ValueError(f"stage={config.stage} is unknown; choose all or one of {STAGES}")
-    recipe = Recipe(config)
-    for stage in STAGES if config.stage == "all" else [config.stage]:
-        getattr(recipe, stage)()
+    try:
+        if config.stage != "all" and config.stage not in STAGES:
+            raise ValueError(f"stage={config.stage} is unknown; choose all or one of {', '.join(STAGES)}")
+        recipe = Recipe(config)
+        for stage in STAGES if config.stage == "all" else [config.stage]:
+            getattr(recipe, stage)()
+    except MISTAKES as error:
+        fail(one_line(error))
 
 
 if __name__ == "__main__":
