@@ -24,7 +24,7 @@ from data.progress import progress
 from data.seeding import generator, seed_of
 from engine.checkpoints import Checkpoints
 from engine.config import TrainConfig
-from engine.preemption import NotedSignals, anywhere
+from engine.preemption import NotedSignals, anywhere, leave_signals_to_the_parent
 from engine.run import Run
 
 Batch = dict[str, Any]
@@ -238,6 +238,7 @@ def _batches(dataset: Dataset, config: TrainConfig, seed: int, first_step: int, 
         batch_sampler=StepBatches(len(dataset), config, seed, first_step, rank, world),
         collate_fn=getattr(dataset, "collate", None),
         num_workers=config.workers,
+        worker_init_fn=leave_signals_to_the_parent,
         generator=torch.Generator(),  # its own, so that workers never draw from the global one
         pin_memory=accelerator.device.type == "cuda",
     )

@@ -57,6 +57,12 @@ class NotedSignals:
         self.__enter__()
 
 
+def leave_signals_to_the_parent(worker: int) -> None:
+    """For a DataLoader's workers, whom a scheduler's signal reaches too: they are needed until the checkpoint."""
+    for wanted in SIGNALS:
+        signal.signal(wanted, signal.SIG_IGN)
+
+
 def anywhere(here: bool, accelerator) -> bool:
     """Whether it is so on any rank; all ranks ask together."""
     return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device), "sum"))

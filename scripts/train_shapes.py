@@ -71,7 +71,14 @@ class Recipe:
     def train_config(self, stage: str) -> TrainConfig:
         return TrainConfig(**OmegaConf.to_container(self.config[stage].train, resolve=True))
 
+    @property
+    def shipped(self) -> Path:
+        """The pipeline folder of the assets."""
+        return Path(self.config.assets) / "shapes"
+
     def vae(self) -> None:
+        if "vae" in self.config.shipped:
+            return
         config, run = self.config.vae, self.run("vae")
         torch.manual_seed(self.config.seed)
         model = VAEWithPosterior(build_vae(config.model))
@@ -93,6 +100,8 @@ class Recipe:
 
     def trained_vae(self) -> AutoencoderKL:
         """The VAE as far as it is trained, its scaling factor set so that latents have unit variance."""
+        if "vae" in self.config.shipped:
+            return AutoencoderKL.from_pretrained(self.shipped, subfolder="vae", torch_dtype=torch.float32)
         folder = self.root / "vae"
         model = VAEWithPosterior(build_vae(self.config.vae.model))
         load_newest(model, folder / "train")
@@ -106,6 +115,8 @@ class Recipe:
         return ScorerWithNames(self.config.scorer, self.tokenizer, [len(names) for names in ATTRIBUTES.values()])
 
     def scorer(self) -> None:
+        if "scorer" in self.config.shipped:
+            return
         config = self.config.scorer
         length = config.text_cfg.context_length
         objective = ScorerObjective(self.tokenizer, length, config.negatives, config.naming_weight)
@@ -134,7 +145,11 @@ class Recipe:
 
     def text_to_image(self) -> TextToImage:
         torch.manual_seed(self.config.seed)
-        return TextToImage(self.config.unet, self.tokenizer, self.config.vae.model.latent_channels)
+        model = TextToImage(self.config.unet, self.tokenizer, self.config.vae.model.latent_channels)
+        if "unet" in self.config.shipped:
+            model.unet.load_state_dict(load_file(self.shipped / "unet/diffusion_pytorch_model.safetensors"))
+            model.text_encoder.load_state_dict(load_file(self.shipped / "text_encoder/model.safetensors"))
+        return model
 
     def unet(self) -> None:
         device = self.accelerator.device
@@ -151,7 +166,9 @@ class Recipe:
         model = self.text_to_image()
         load_newest(model, self.root / "unet" / "train")
         vae = self.trained_vae()
-        save_pipeline(build_pipeline(model, vae, self.tokenizer), Path(self.config.assets) / "shapes")
+        save_pipeline(build_pipeline(model, vae, self.tokenizer), self.shipped)
+        if "scorer" in self.config.shipped:
+            return
         scorer = self.scorer_model()
         load_newest(scorer, self.root / "scorer" / "train")
         save_scorer(scorer.clip, self.config.scorer, self.tokenizer, Path(self.config.assets) / "shapes-clip")

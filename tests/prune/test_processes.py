@@ -1,4 +1,4 @@
-"""Scores and judgements do not depend on how many processes share the work: equal bit for bit on the CPU."""
+"""What does not depend on how many processes share the work: scores to the bit on the CPU, training to rounding."""
 
 import os
 import shutil
@@ -6,17 +6,24 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.prune.test_job import ROOT, SMALL
 
 
 def launch(processes, root, *overrides):
+    done = start(processes, root, *overrides)
+    assert done.returncode in (0, 3), done.stderr
+    return root / "prune_unet"
+
+
+def start(processes, root, *overrides):
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     job = [str(ROOT / "train.py"), *SMALL, "data.pairs.size=16", f"root={root}", *overrides]
     command = [sys.executable, *launcher, *job]
-    done = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
-    assert done.returncode in (0, 3), done.stderr
-    return root / "prune_unet"
+    on_cpu = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(command, capture_output=True, text=True, env=on_cpu, timeout=300)
 
 
 @pytest.mark.slow
@@ -30,3 +37,20 @@ def test_two_and_three_processes_score_as_one_does(tmp_path, tiny_model):
         several = launch(processes, root, *job)
         for product in ("round-00/scores.json", "judged/teacher.json"):
             assert (several / product).read_bytes() == (one / product).read_bytes(), (processes, product)
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_with_twice_the_accumulation(tmp_path, tiny_model):
+    job = ["+experiment=prune_unet", "search=manual", *tiny_model]
+    one = launch(1, tmp_path / "one", *job, "train.accumulation=2", "train.steps=6")
+    two = launch(2, tmp_path / "two", *job, "train.accumulation=1", "train.steps=6")
+    ours, theirs = (load_file(run / "round-00/weights.safetensors") for run in (one, two))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_rank_that_fails_takes_the_others_down_and_says_why(tmp_path, tiny_model):
+    (tmp_path / "0.txt").write_text("\n".join(f"prompt {letter}" for letter in "abcdefghijk"))  # rank 1 has none
+    prompts = f"data.prompt_file={tmp_path}/${{oc.env:RANK}}.txt"
+    failed = start(2, tmp_path, "+experiment=prune_unet", "search=manual", *tiny_model, prompts)
+    assert failed.returncode == 1 and f"rank 1: error: prompt file {tmp_path}/1.txt does not exist" in failed.stderr
