@@ -65,7 +65,10 @@ def named_by_what_is_swept(words: list[str]) -> list[str]:
     overrides = [word for word in words if "=" in word and not word.startswith("-")]
     if len(overrides) == len(words):
         return []
-    parsed = OverridesParser.create().parse_overrides(overrides)
+    try:
+        parsed = OverridesParser.create().parse_overrides(overrides)
+    except HydraException:
+        return []  # Hydra itself will say what is wrong
     same = [override.key_or_group for override in parsed if not override.is_sweep_override()]
     return [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(same)}]"]
 

@@ -7,7 +7,16 @@ import torch
 
 from engine.config import LatencyConfig
 from models.unet import PrunableUNet2DConditionModel
-from prune.latency import affordable, compare_ms, latency_table, thread_ms, timing_hooks
+from prune.latency import (
+    affordable,
+    compare_ms,
+    latency_table,
+    predicted_ms,
+    table_without,
+    thread_ms,
+    timing_hooks,
+)
+from tests.models.conftest import small_stock_unet
 from tests.tiny import tiny_pipeline
 
 CPU = torch.device("cpu")
@@ -64,6 +73,19 @@ def test_hooks_count_the_time_inside_a_module_and_nothing_else():
 def test_whole_unets_are_compared_under_their_names(unet):
     assert set(compare_ms({"teacher": unet, "student": unet.with_depths({"mid_block.resnets.0": 0})}, FEW, CPU)) == {
         "teacher", "student"}  # fmt: skip
+
+
+def test_a_table_made_elsewhere_counts_removals_and_copies_and_a_removed_transformer_once():
+    unet = PrunableUNet2DConditionModel.from_unet(small_stock_unet("sdxl"))
+    table = {"full_ms": 100.0, "sites": {site: {"ms": 1.0} for site in unet.sites}}
+    transformer = "mid_block.attentions.0"
+    layer = f"{transformer}.transformer_blocks.1"
+    copied = next(site for site in unet.copyable_sites if not site.startswith(transformer))
+    expected = [({}, 100), ({transformer: 0}, 99), ({layer: 0}, 99), ({copied: 3}, 102), ({copied: 2, layer: 0}, 100)]
+    for depths, ms in expected:
+        pruned = unet.with_depths(depths)
+        assert predicted_ms(table, pruned) == table_without(table, pruned)["full_ms"] == ms
+    assert table_without(table, unet.with_depths({copied: 3}))["sites"][copied] == {"ms": 3.0}
 
 
 def test_an_unknown_dtype_is_named():
