@@ -28,8 +28,6 @@ class Checkpoints:
         return self.folder / f"step-{step:08d}"
 
     def save(self, step: int) -> None:
-        if self.path(step).exists():
-            return
         aside = self.folder / f".step-{step:08d}.aside"
         if self.accelerator.is_main_process:
             shutil.rmtree(aside, ignore_errors=True)

@@ -33,6 +33,8 @@ class TrainConfig:
             raise ValueError(f"train.schedule={self.schedule!r} is unknown; choose from {SCHEDULES}")
         names = ("steps", "batch_size", "accumulation", "checkpoint_every", "keep_checkpoints", "log_every")
         at_least("train", self, 1, *names)
+        if len(self.betas) != 2:
+            raise ValueError(f"train: betas={self.betas} must be two numbers")
         if not self.learning_rate > 0:
             raise ValueError(f"train: learning_rate={self.learning_rate} must be above 0")
 
@@ -86,6 +88,7 @@ class LatencyConfig:
 
     def __post_init__(self) -> None:
         at_least("latency", self, 1, "batch", "warmup", "iterations", "additive_samples")
+        at_least("latency", self, 0, "latent_size", "text_length")
         if self.dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"latency.dtype={self.dtype!r} is unknown; choose float32, float16 or bfloat16")
 

@@ -23,10 +23,12 @@ from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
 from tqdm.contrib.logging import logging_redirect_tqdm
+from yaml import YAMLError
 
 import engine.config  # noqa: F401  registers the schema
-from engine.config import Config
+from engine.config import Config, at_least
 from engine.preemption import Preempted, leave_on_sigterm
 from engine.run import Run
 from engine.tracking import Tracker
@@ -36,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 # A run may be continued with other values of these: they change how it is watched, not what comes out.
 WATCHING = ("debug", "threads", "tracker", "run", "plan")
-MISTAKES = (ValueError, OSError, FloatingPointError, HydraException, OmegaConfBaseException)
+MISTAKES = (ValueError, OSError, FloatingPointError, SafetensorError, YAMLError, HydraException, OmegaConfBaseException)
 log = logging.getLogger("slimstep")
 
 OmegaConf.register_new_resolver("here", lambda path: str(ROOT / path), replace=True)
@@ -118,7 +120,8 @@ def explain(error: Exception, overrides: list[str]) -> str:
             parent, _, leaf = override.partition("=")[0].lstrip("+~").rpartition(".")
             before = hydra.compose("train", ordered[:k])
             section = OmegaConf.select(before, parent) if parent else before
-            if override[0] not in "+~" and OmegaConf.is_dict(section) and leaf not in section and "/" not in leaf:
+            changes = override[:1] not in ("+", "~") and "/" not in leaf
+            if changes and OmegaConf.is_dict(section) and leaf not in section:
                 close = difflib.get_close_matches(leaf, map(str, section), n=1)
                 hint = f"did you mean {close[0]}? " if close else ""
                 where = parent or "the configuration"
@@ -143,7 +146,8 @@ def start(config: DictConfig) -> int:
         return run_job(config)
     except Preempted:
         if os.environ.get("RANK", "0") == "0":
-            print("stopped by SIGTERM; the same command continues", file=sys.stderr)
+            print("stopped by SIGTERM, from a scheduler or a rank that failed; the same command continues",
+                  file=sys.stderr)  # fmt: skip
         raise
     except MISTAKES as error:
         if config.debug:
@@ -165,6 +169,7 @@ def run_job(config: DictConfig) -> int:
     config: Config = OmegaConf.merge(OmegaConf.structured(Config), config)
     for section in ("train", "recovery", "search", "latency", "scoring", "eval", "tracker"):
         OmegaConf.to_object(config[section])  # their checks, before anything runs
+    at_least("the configuration", config, 0, "threads")
     if config.threads:
         torch.set_num_threads(config.threads)
     path = run_path(config)
@@ -175,8 +180,12 @@ def run_job(config: DictConfig) -> int:
                               kwargs_handlers=[patience])  # fmt: skip
     run = Run(path, accelerator, seed=config.seed)
     resolved = OmegaConf.to_container(config, resolve=True)
-    job = hydra.utils.get_method(config.job)
+    try:
+        job = hydra.utils.get_method(config.job)
+    except ImportError as error:
+        raise ValueError(f"job={config.job} is no function of this project: {one_line(error)}") from error
     if config.plan:
+        run.check_config(resolved, ignoring=WATCHING)
         return job(config, run)  # it tells what it would do, and writes nothing
     run.keep_config(resolved, ignoring=WATCHING, overwrite=config.run.overwrite)
     if config.tracker.log_with:

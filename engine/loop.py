@@ -19,12 +19,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from data.files import write_tensors
+from data.files import unwritable, write_tensors
 from data.progress import progress
 from data.seeding import generator, seed_of
 from engine.checkpoints import Checkpoints
 from engine.config import TrainConfig
-from engine.preemption import NotedSignals, anywhere, leave_signals_to_the_parent
+from engine.preemption import NotedSignals, leave_signals_to_the_parent
 from engine.run import Run
 
 Batch = dict[str, Any]
@@ -143,11 +143,12 @@ def train(
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     folder.mkdir(parents=True, exist_ok=True)
-    model = _run_steps(model.train(), objective, dataset, config, run, stage)
-    if run.accelerator.is_main_process:
-        write_tensors(folder / WEIGHTS, model.state_dict())
-        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
-    run.accelerator.wait_for_everyone()
+    with NotedSignals() as signals:
+        model = _run_steps(model.train(), objective, dataset, config, run, stage, signals)
+        if run.accelerator.is_main_process:
+            write_tensors(folder / WEIGHTS, model.state_dict())
+            shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+        run.accelerator.wait_for_everyone()
     if config.gradient_checkpointing:
         model.disable_gradient_checkpointing()
     return model.eval()
@@ -160,13 +161,21 @@ def trained(run: Run, stage: str) -> bool:
 
 def load_trained(model: nn.Module, run: Run, stage: str) -> nn.Module:
     """`model` with the stage's finished weights, in eval mode."""
+    if run.accelerator.is_main_process:
+        shutil.rmtree(run.path / stage / "checkpoints", ignore_errors=True)  # a kill may have left them
     device = str(next(model.parameters()).device)
     model.load_state_dict(load_file(run.path / stage / WEIGHTS, device=device))
     return model.eval()
 
 
 def _run_steps(
-    model: nn.Module, objective: Objective, dataset: Dataset, config: TrainConfig, run: Run, stage: str
+    model: nn.Module,
+    objective: Objective,
+    dataset: Dataset,
+    config: TrainConfig,
+    run: Run,
+    stage: str,
+    signals: NotedSignals,
 ) -> nn.Module:
     accelerator = run.accelerator
     parameters = [p for p in model.parameters() if p.requires_grad]
@@ -186,42 +195,42 @@ def _run_steps(
     quiet = not accelerator.is_main_process
     bar = progress(total=config.steps, initial=first_step, desc=stage, unit="step", disable=quiet)
     logged = first_step
-    with NotedSignals() as signals:
-        for step in range(first_step, config.steps):
-            for group in optimizer.param_groups:
-                group["lr"] = learning_rate_at(step, config)
-            for micro in range(config.accumulation):
-                place = micro * accelerator.num_processes + accelerator.process_index
-                torch.manual_seed(seed_of(seed, step, place, "global"))  # dropout inside networks draws from here
-                draw = generator(seed, step, place, device=accelerator.device)
-                syncing = micro == config.accumulation - 1
-                with contextlib.nullcontext() if syncing else accelerator.no_sync(wrapped):
-                    with accelerator.autocast():
-                        loss, metrics = objective(wrapped, {**next(batches), "progress": step / config.steps}, draw)
-                    accelerator.backward(loss / config.accumulation)
-                means.add({"loss": loss, **metrics})
-            grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-            means.end_step(None if accelerator.scaler else grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            if ema:
-                ema.step(parameters)
-            bar.update()
-            done = step + 1
-            saving = done % config.checkpoint_every == 0 and done < config.steps
-            if saving or done % config.log_every == 0 or done == config.steps:
-                leaving = anywhere(bool(signals.came), accelerator) and done < config.steps
-                values, bad = means.take(accelerator)
-                if bad is not None:
-                    _stop_at(logged + bad, dataset, config, run, stage)
-                logged = done
-                speed = speedometer.samples_per_second(done)
-                run.log(stage, done, {**values, "lr": learning_rate_at(step, config)}, {"samples_per_second": speed})
-                bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
-                if saving or leaving:
-                    checkpoints.save(done)
-                if leaving:
-                    signals.take_course()
+    for step in range(first_step, config.steps):
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate_at(step, config)
+        for micro in range(config.accumulation):
+            place = micro * accelerator.num_processes + accelerator.process_index
+            torch.manual_seed(seed_of(seed, step, place, "global"))  # dropout inside networks draws from here
+            draw = generator(seed, step, place, device=accelerator.device)
+            syncing = micro == config.accumulation - 1
+            with contextlib.nullcontext() if syncing else accelerator.no_sync(wrapped):
+                with accelerator.autocast():
+                    loss, metrics = objective(wrapped, {**next(batches), "progress": step / config.steps}, draw)
+                accelerator.backward(loss / config.accumulation)
+            means.add({"loss": loss, **metrics})
+        grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
+        means.end_step(None if accelerator.scaler else grad_norm)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if ema:
+            ema.step(parameters)
+        bar.update()
+        done = step + 1
+        saving = done % config.checkpoint_every == 0 and done < config.steps
+        if saving or done % config.log_every == 0 or done == config.steps:
+            came = signals.on_any_rank(accelerator) if done < config.steps else []
+            values, bad = means.take(accelerator)
+            if bad is not None:
+                _stop_at(logged + bad, dataset, config, run, stage)
+            logged = done
+            speed = speedometer.samples_per_second(done)
+            rates = {"samples_per_second": speed}
+            run.log(stage, done, {**values, "lr": learning_rate_at(step, config)}, rates, tracked=not came)
+            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+            if saving or came:
+                checkpoints.save(done)
+            if came:
+                signals.take_course(came)
     bar.close()
     if ema:
         ema.copy_to(parameters)
@@ -255,8 +264,10 @@ def _stop_at(step: int, dataset: Dataset, config: TrainConfig, run: Run, stage: 
     collate = getattr(dataset, "collate", default_collate)
     getting = getattr(dataset, "__getitems__", lambda indices: [dataset[index] for index in indices])
     kept = folder / f"not-finite-step-{step + 1:08d}-rank-{rank}.pt"
-    torch.save({"samples": samples, "batches": [collate(getting(indices)) for indices in samples]}, kept)
+    with unwritable(kept):
+        torch.save({"samples": samples, "batches": [collate(getting(indices)) for indices in samples]}, kept)
     raise FloatingPointError(
-        f"the loss or the gradient of stage {stage!r} is not finite at step {step + 1}; lower train.learning_rate or "
-        f"look at the data: its samples are kept in {kept}, the last good checkpoint in {folder / 'checkpoints'}"
+        f"the loss or the gradient of stage {stage!r} is not finite at step {step + 1}; look at its samples, kept in "
+        f"{kept}, or lower train.learning_rate under another name=. The last good checkpoint is in "
+        f"{folder / 'checkpoints'}"
     )

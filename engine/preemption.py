@@ -29,7 +29,7 @@ def leave_on_sigterm() -> None:
 
 
 class NotedSignals:
-    """While the block runs, SIGNALS interrupt nothing; `take_course` hands those that came to their own handlers."""
+    """While the block runs, SIGNALS interrupt nothing; at its good end those that came go to their own handlers."""
 
     def __init__(self) -> None:
         self.came: list[int] = []
@@ -42,18 +42,24 @@ class NotedSignals:
     def note(self, signum: int, frame) -> None:
         self.came.append(signum)
 
-    def __exit__(self, *error) -> None:
+    def __exit__(self, error: type | None, *details) -> None:
         for wanted, handler in self.handlers.items():
             signal.signal(wanted, handler)
+        if error is None:
+            for signum in self.came:
+                signal.raise_signal(signum)
 
-    def take_course(self) -> None:
-        """Returns where the handlers do: submitit, which waits for SIGUSR2, lets SIGTERM pass."""
-        if not self.came:
-            raise Preempted  # another rank was told
-        self.__exit__()
-        for signum in self.came:
-            signal.raise_signal(signum)
-        self.came.clear()
+    def on_any_rank(self, accelerator) -> list[int]:
+        """The signals that came on this rank or another; all ranks ask together, so that all take the same way."""
+        here = torch.tensor([float(wanted in self.came) for wanted in SIGNALS], device=accelerator.device)
+        ranks = accelerator.reduce(here, "sum").tolist()
+        return [wanted for wanted, count in zip(SIGNALS, ranks, strict=True) if count]
+
+    def take_course(self, came: list[int]) -> None:
+        """Hands them over now. Returns where the handlers do: submitit, which waits for SIGUSR2, lets SIGTERM pass."""
+        self.came = came
+        self.__exit__(None)
+        self.came = []
         self.__enter__()
 
 
@@ -61,9 +67,4 @@ def leave_signals_to_the_parent(worker: int) -> None:
     """For a DataLoader's workers, whom a scheduler's signal reaches too: they are needed until the checkpoint."""
     for wanted in SIGNALS:
         signal.signal(wanted, signal.SIG_IGN)
-
-
-def anywhere(here: bool, accelerator) -> bool:
-    """Whether it is so on any rank; all ranks ask together."""
-    return bool(accelerator.reduce(torch.tensor(float(here), device=accelerator.device), "sum"))
 

@@ -41,24 +41,37 @@ class Run:
 
         With `overwrite` what was made is moved aside instead, to the next free NAME.before-N.
         """
-        path = self.path / "config.yaml"
-        begun = self.made("config.yaml") and self.agreed(any(p.name not in NOT_MADE for p in self.path.iterdir()))
-        differing = {}
-        if begun:
-            differing = differences(OmegaConf.to_container(OmegaConf.load(path)), config)
-            differing = {key: pair for key, pair in differing.items() if key.split(".")[0] not in ignoring}
-            self.accelerator.wait_for_everyone()  # all have read it
-            if differing and not overwrite:
-                told = [f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differing.items()]
-                raise ValueError(
-                    f"{self.path} was made by another configuration ({'; '.join(told[:5])}); give this run another "
-                    f"name=, remove it, or let run.overwrite=true move it aside"
-                )
-            if differing and self.accelerator.is_main_process:
+        if overwrite and self.agreed(self.differing(config, ignoring) if self.accelerator.is_main_process else None):
+            if self.accelerator.is_main_process:
                 self.move_aside()
-        if self.accelerator.is_main_process and (differing or not begun):
-            write_text(path, OmegaConf.to_yaml(config))
+            self.accelerator.wait_for_everyone()
+        self.check_config(config, ignoring)
+        if self.accelerator.is_main_process and not self.begun:
+            write_text(self.path / "config.yaml", OmegaConf.to_yaml(config))
         self.accelerator.wait_for_everyone()
+
+    def check_config(self, config: dict[str, Any], ignoring: Sequence[str]) -> None:
+        """Raises ValueError where another configuration has already made something here."""
+        differing = self.agreed(self.differing(config, ignoring) if self.accelerator.is_main_process else None)
+        if differing:
+            told = [f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differing.items()]
+            raise ValueError(
+                f"{self.path} was made by another configuration ({'; '.join(told[:5])}); give this run another "
+                f"name=, remove it, or let run.overwrite=true move it aside"
+            )
+
+    @property
+    def begun(self) -> bool:
+        """Whether something was made here that belongs to a configuration."""
+        path = self.path / "config.yaml"
+        return path.exists() and any(p.name not in NOT_MADE for p in self.path.iterdir())
+
+    def differing(self, config: dict[str, Any], ignoring: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+        """{dotted key: (there, now)} where what is here was made by another configuration."""
+        if not self.begun:
+            return {}
+        there = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
+        return {key: pair for key, pair in differences(there, config).items() if key.split(".")[0] not in ignoring}
 
     def move_aside(self) -> None:
         names = (self.path.with_name(f"{self.path.name}.before-{n}") for n in itertools.count(1))
@@ -100,22 +113,36 @@ class Run:
             if self.accelerator.is_main_process:
                 make(self.path / name)
                 write_json(self.path / seal, digests(self.path / name))
-        elif wrong := self.agreed(sorted(k for k, _ in self.load(seal).items() ^ digests(self.path / name).items())):
+        elif wrong := self.agreed(self.broken_seals(name, seal) if self.accelerator.is_main_process else None):
             raise ValueError(
-                f"{self.path / name} is not what was written: {', '.join(dict.fromkeys(wrong))}; remove "
-                f"{self.path / seal} to make it again"
+                f"{self.path / name} is not what was written: {', '.join(wrong)}; remove {self.path / seal} to make it "
+                f"again"
             )
         self.accelerator.wait_for_everyone()
         return self.path / name
 
-    def log(self, stage: str, step: int, metrics: dict[str, float], rates: dict[str, float] | None = None) -> None:
-        """Appends a line to metrics.jsonl; the tracker gets it too, and `rates`, which no two runs share, beside it."""
+    def broken_seals(self, name: str, seal: str) -> list[str]:
+        """The files of a folder that are changed, gone or new."""
+        return sorted({file for file, _ in self.load(seal).items() ^ digests(self.path / name).items()})
+
+    def log(
+        self,
+        stage: str,
+        step: int,
+        metrics: dict[str, float],
+        rates: dict[str, float] | None = None,
+        tracked: bool = True,
+    ) -> None:
+        """Appends a line to metrics.jsonl; the tracker gets it too, and `rates`, which no two runs share, beside it.
+
+        Not `tracked` on the way out: a scheduler's signal may have ended the tracker's own process already.
+        """
         if not self.accelerator.is_main_process:
             return
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / "metrics.jsonl", "a") as file:
             file.write(json.dumps({"stage": stage, "step": step, **metrics}) + "\n")
-        if self.tracker:
+        if self.tracker and tracked:
             self.tracker.log(stage, step, {**metrics, **(rates or {})})
 
     def rewind(self, stage: str, step: int) -> None:

@@ -1,5 +1,6 @@
 """Weights & Biases and TensorBoard behind one small interface; metrics.jsonl does not depend on either."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,13 @@ class Tracker:
         self.kind = config.log_with
         if find_spec(self.kind) is None:
             raise ValueError(f"tracker={self.kind} is not installed; pip install {self.kind}, or choose tracker=none")
+        mode = os.environ.get("WANDB_MODE", config.mode)
         hparams = run_config if self.kind == "wandb" else None  # TensorBoard takes flat scalars only
-        wandb = {"dir": str(run_path), "name": run_path.name, "id": run_id, "mode": config.mode, "resume": "allow"}
+        wandb = {"dir": str(run_path), "name": run_path.name, "id": run_id, "mode": mode, "resume": "allow"}
         try:
             accelerator.init_trackers(config.project, hparams, {"wandb": wandb} if self.kind == "wandb" else {})
         except Exception as error:  # W&B's own errors share no base with anything that could be named here
-            raise ValueError(f"tracker={self.kind} (mode {config.mode}) does not start: {error}") from error
+            raise ValueError(f"tracker={self.kind} (mode {mode}) does not start: {error}") from error
 
     def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         # W&B wants one increasing step for a run; stages have their own, so each brings its axis along.

@@ -43,19 +43,22 @@ def load_pipeline(
     dtype: torch.dtype = torch.float32,
     variant: str | None = None,
     allow_download: bool = True,
+    allow_pickle: bool = False,
 ) -> DiffusionPipeline:
     """A Stable Diffusion pipeline (any with a UNet2DConditionModel) whose `unet` is prunable, in eval mode on the CPU.
 
     name_or_path: a diffusers folder, exports of ours included, or a hub id; HF_HUB_OFFLINE is obeyed. variant: the
-    weight files' infix ('fp16'). Raises ValueError where it is neither, or has no such UNet.
+    weight files' infix ('fp16'). allow_pickle: read .bin files too, which may run code. Raises ValueError where it is
+    neither, or has no such UNet.
     """
     where = {"variant": variant, "local_files_only": not allow_download}
+    options = {**where, "use_safetensors": None if allow_pickle else True, "dtype": dtype}
     with quiet():
         check_pipeline(name_or_path, where)
         try:
-            unet = load_unet(name_or_path, dtype=dtype, **where)
+            unet = load_unet(name_or_path, **options)
             # Without a UNet first: diffusers would look for the class file of an export of ours, and ask for trust.
-            rest = DiffusionPipeline.from_pretrained(name_or_path, unet=None, dtype=dtype, **where)
+            rest = DiffusionPipeline.from_pretrained(name_or_path, unet=None, **options)
         except (OSError, SafetensorError) as error:
             raise ValueError(f"model {str(name_or_path)!r} is incomplete: {one_line(error)}") from error
         pipeline = with_unet(rest, unet)

@@ -50,7 +50,7 @@ def make_latency_table(config: Config, run: Run) -> int:
     table = run.json("latency.json", lambda: bench.measure_latencies(bench.unet))
     for site, entry in table["sites"].items():
         log.info(f"{site:<52} {entry['ms']:9.3f} ms  {entry['ms'] / table['full_ms']:6.1%}")
-    log.info(f"{run.path / 'latency.json'}: {table['full_ms']:.2f} ms for a batch of {table['batch']}")
+    log.info(f"{run.path / 'latency.json'}: {table['full_ms']:.2f} ms for a batch of {bench.latency.batch}")
     return 0
 
 

@@ -6,6 +6,7 @@ what its bypass still costs. Blocks run alone are never timed: launch gaps, fusi
 """
 
 import json
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -28,11 +29,15 @@ def read_table(path: str | Path) -> dict:
     """A table that latency_table made, perhaps on the device the student is for. Raises ValueError for what is none."""
     try:
         table = json.loads(Path(path).read_text())
-        return {**table, "full_ms": float(table["full_ms"]), "sites": {**table["sites"]}}
+        sites = {site: {**entry, "ms": float(entry["ms"])} for site, entry in table["sites"].items()}
+        full_ms = float(table["full_ms"])
     except OSError as error:
         raise ValueError(f"latency.table={path} cannot be read: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"latency.table={path} is no latency table; +experiment=latency_table makes one") from error
+    if not all(map(math.isfinite, (full_ms, *(entry["ms"] for entry in sites.values())))) or full_ms <= 0:
+        raise ValueError(f"latency.table={path} holds times that are not finite, or a full_ms that is not above 0")
+    return {**table, "full_ms": full_ms, "sites": sites}
 
 
 def table_without(table: dict, unet: PrunableUNet2DConditionModel) -> dict:

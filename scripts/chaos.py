@@ -5,7 +5,7 @@
 
 Everything a run leaves has to be equal to the byte: weights, scores, decisions, metrics, pictures, export. Left out is
 what tells of the machine and the hour: the environment's record, the report that shows it, trackers. So that decisions
-can be equal, milliseconds come from one latency table, measured beforehand.
+can be equal, milliseconds come from one latency table, measured beforehand: no two measurements are the same.
 """
 
 import argparse

@@ -87,6 +87,13 @@ COMMAND_LINES = {
     "captions of missing images": (["data=imagefolder", "data.root={missing}"], r"name images that are not there"),
     "a corrupt image": (["data=imagefolder", "data.root={corrupt}"], r"\d of \d+ images cannot be read.*0\d.png"),
     "model of pickles": (["model=path", "model.name_or_path={pickles}"], r"pickle|safetensors"),
+    "nothing at all": ([""], r"error: "),
+    "negative threads": (["threads=-1"], r"threads=-1 must be at least 0"),
+    "no such job": (["job=typo"], r"job=typo is no function"),
+    "one beta": (["train.betas=[0.9]"], r"betas=\[0.9\] must be two numbers"),
+    "negative latents": (["latency.latent_size=-1"], r"latent_size=-1 must be at least 0"),
+    "table of bare numbers": (["latency.table={bare}"], r"is no latency table"),
+    "table without time": (["latency.table={timeless}"], r"full_ms that is not above 0"),
     "model without a tokenizer": (["model=path", "model.name_or_path={incomplete}"], r"incomplete.*tokenizer"),
     "torn weights": (["model=path", "model.name_or_path={torn}"], r"torn"),
     "config that is not JSON": (["model=path", "model.name_or_path={garbled}"], r"garbled"),
@@ -105,6 +112,8 @@ def places(tmp_path_factory, tiny_pipeline_folder):
     Image.new("RGB", (8, 8)).save(root / "picture.png")
     (root / "void").mkdir()
     (root / "other.json").write_text(json.dumps({"full_ms": 1.0, "sites": {"mid": {"ms": 1.0}}}))
+    (root / "bare.json").write_text(json.dumps({"full_ms": 1.0, "sites": {"mid": 1.0}}))
+    (root / "timeless.json").write_text(json.dumps({"full_ms": 0, "sites": {"mid": {"ms": 1.0}}}))
     for name in ("missing", "corrupt"):
         write_images(root / name)
     (root / "missing/00.png").unlink()
@@ -141,9 +150,19 @@ def test_a_mistake_gets_one_line_and_a_non_zero_exit(leave, places, tiny_model, 
     assert re.search(message, line), line
 
 
+def test_damaged_files_of_a_run_are_one_line(leave, tiny_model, tmp_path):
+    small, path = [*JOB, "search=manual", "data.pairs.size=16", *tiny_model], tmp_path / "runs/prune_unet"
+    assert leave(*small)[0] == 0
+    (path / "recovery/weights.safetensors").write_bytes(b"torn")
+    (path / "export.sealed.json").unlink()
+    told(*leave(*small))
+    (path / "config.yaml").write_text("{")
+    told(*leave(*small))
+
+
 def test_a_loss_that_is_not_finite_is_told_with_what_is_kept(leave, tiny_model, tmp_path):
     line = told(*leave(*JOB, "data.pairs.size=16", "train.learning_rate=1e30", *tiny_model))
-    assert re.search(r"'round-00' is not finite at step 2; lower train.learning_rate.*not-finite-step-00000002", line)
+    assert re.search(r"'round-00' is not finite at step 2; .*not-finite-step-00000002.*learning_rate", line)
     assert (tmp_path / "runs/prune_unet/round-00/not-finite-step-00000002-rank-0.pt").is_file()
 
 

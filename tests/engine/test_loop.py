@@ -190,6 +190,13 @@ def test_sigterm_leaves_a_checkpoint_at_the_next_logged_step(tmp_path, handlers)
     assert (tmp_path / "quiet/metrics.jsonl").read_text() == (tmp_path / "preempted/metrics.jsonl").read_text()
 
 
+def test_sigterm_in_the_last_steps_leaves_with_the_finished_weights(tmp_path, handlers):
+    leave_on_sigterm()
+    with pytest.raises(Preempted):
+        run_once(tmp_path, CONFIG, signalled(29, signal.SIGTERM))
+    assert sorted(os.listdir(tmp_path / "stage")) == ["weights.safetensors"]
+
+
 def test_a_signal_that_its_handler_lets_pass_changes_nothing(tmp_path, handlers):
     """As submitit's does with SIGTERM; its SIGUSR2 finds a checkpoint before the job goes back into the queue."""
     heard = []
