@@ -71,7 +71,8 @@ def named_by_what_is_swept(words: list[str]) -> list[str]:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except HydraException:
         return []  # Hydra itself will say what is wrong
-    same = [override.key_or_group for override in parsed if not override.is_sweep_override()]
+    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
+    same = [override.key_or_group for override in parsed if override.key_or_group not in swept]
     return [f"hydra.job.config.override_dirname.exclude_keys=[{','.join(same)}]"]
 
 
