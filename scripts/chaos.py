@@ -28,6 +28,7 @@ from data.files import digest
 from engine.preemption import CONTINUE_ME
 
 ROOT = Path(__file__).resolve().parents[1]
+# Accumulation, a worker in the loader, and 64 pairs in batches of 8: epochs end within the stage.
 SMALL = [
     "+experiment=prune_unet", "search.rounds=1", "search.target_fraction=0.8", "data.pairs.size=64",
     "train.steps=24", "train.batch_size=4", "train.checkpoint_every=5", "train.accumulation=2", "train.workers=1",
