@@ -173,9 +173,7 @@ def scene_at(split: str, seed: int, index: int) -> tuple[Scene, Wording]:
 def caption(scene: Scene, wording: Wording = Wording()) -> str:
     """The scene in words, as in `a large red circle above a small blue square on a yellow background`."""
     colour = wording.colour or scene.kind == "relation"
-    names = [
-        " ".join(filter(None, (wording.size and t.size, colour and t.colour, t.shape))) for t in scene.things
-    ]
+    names = [" ".join(filter(None, (wording.size and t.size, colour and t.colour, t.shape))) for t in scene.things]
     if scene.kind == "count":
         plural = "es" if scene.things[0].shape == "cross" else "s"
         content = f"{NUMBERS[scene.count]} {names[0]}{plural}"

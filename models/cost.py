@@ -6,6 +6,7 @@ Axes: B batch, C channels, H and W latent height and width, L tokens, E text wid
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 NUM_TOKENS = 77
@@ -26,6 +27,28 @@ def count_gflops(unet: UNet2DConditionModel, latent_size: int | None = None, bat
         on_meta = type(unet).from_config(dict(unet.config))
         on_meta(**unet_inputs(on_meta, size, batch, tokens))
     return counter.get_total_flops() / 1e9
+
+
+def count_activation_bytes(unet: UNet2DConditionModel, batch: int, tokens: int = NUM_TOKENS) -> int:
+    """Bytes in float32 that a forward of `batch` samples keeps for its backward, parameters not counted.
+
+    Counted on fake CPU tensors, every storage once: the meta device would take the attention that keeps its matrix.
+    Gradient checkpointing and mixed precision keep less.
+    """
+    kept = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        kept[storage._cdata] = storage  # held, so that no other gets its address
+        return tensor
+
+    with FakeTensorMode():
+        fake = type(unet).from_config(dict(unet.config)).train()
+        inputs = unet_inputs(fake, unet.config.sample_size, batch, tokens)
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            fake(**inputs)
+    own = {parameter.untyped_storage()._cdata for parameter in fake.parameters()}
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
 
 
 def unet_inputs(unet: UNet2DConditionModel, size: int, batch: int, tokens: int) -> dict:

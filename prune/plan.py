@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from engine.config import TrainConfig
 from eval.report import count, markdown_table
-from models.cost import count_gflops
-from prune.bench import Bench
+from models.cost import count_activation_bytes, count_gflops
+from prune.bench import PruneBench
 
 # Weights, gradient, two moments of AdamW and the EMA; a checkpoint holds all but the gradient.
 TRAINED_COPIES, CHECKPOINT_COPIES, BYTES = 5, 4, 4
@@ -22,7 +22,7 @@ class Stage:
     disk_bytes: int
 
 
-def stages(bench: Bench) -> Iterator[Stage]:
+def stages(bench: PruneBench) -> Iterator[Stage]:
     """All stages in the order in which they run. A student is never larger than the teacher here: upper bounds."""
     config, unet = bench.config, bench.teacher
     size, sites = BYTES * unet.num_parameters(), len(unet.kept_sites)
@@ -45,7 +45,7 @@ def stages(bench: Bench) -> Iterator[Stage]:
     yield Stage("report.html", "", 0, 0)
 
 
-def training(stage: str, config: TrainConfig, bench: Bench, size: int) -> Stage:
+def training(stage: str, config: TrainConfig, bench: PruneBench, size: int) -> Stage:
     samples = config.steps * config.batch_size * config.accumulation * bench.run.accelerator.num_processes
     kept = CHECKPOINT_COPIES * size * min(config.keep_checkpoints, (config.steps - 1) // config.checkpoint_every)
     return Stage(f"{stage}/weights.safetensors", f"{config.steps} steps, {samples} samples", samples, size + kept)
@@ -60,7 +60,7 @@ def images(config) -> str:
     return f"{config.prompts} images of {config.steps} steps"
 
 
-def print_plan(bench: Bench) -> int:
+def print_plan(bench: PruneBench) -> int:
     """The stages as a table, then the teacher and the estimates; returns exit code 0."""
     teacher, todo, rows = bench.teacher, 0, []
     for stage in stages(bench):
@@ -76,8 +76,10 @@ def print_plan(bench: Bench) -> int:
     print(f"teacher    {count(teacher.num_parameters())} parameters, {len(teacher.kept_sites)} blocks, "
           f"{count_gflops(teacher, tokens=bench.text_length):.2f} GFLOPs a forward")  # fmt: skip
     print(f"to do      {todo:,} UNet forwards (rows; a training sample also runs backward and its teacher)")
-    print(f"memory     {size(trained)} for the trained UNet, {size(trained // TRAINED_COPIES)} for the teacher, in "
-          f"float32, on every process; activations come on top")  # fmt: skip
+    batch = max(bench.config.train.batch_size, bench.config.recovery.train.batch_size)
+    activations = count_activation_bytes(teacher, batch, bench.text_length)
+    print(f"memory     {size(trained)} for the trained UNet, {size(trained // TRAINED_COPIES)} for the teacher, about "
+          f"{size(activations)} of activations for batch {batch}, in float32, on every process")  # fmt: skip
     print(f"disk       at most {size(sum(stage.disk_bytes for stage in stages(bench)))}, the cache not counted")
     return 0
 

@@ -77,6 +77,20 @@ class TextToImage(nn.Module):
         return self.unet(noisy_BCHW, t_B, text_BLE, return_dict=False)[0]
 
 
+class TextEncoderWithNames(nn.Module):
+    """The text encoder and, for its training alone, linear readings of a scene's attributes from the last token."""
+
+    def __init__(self, text_encoder: CLIPTextModel, classes: list[int]) -> None:
+        super().__init__()
+        self.text_encoder, self.classes = text_encoder, classes
+        self.names = nn.Linear(text_encoder.config.hidden_size, sum(classes))
+
+    def forward(self, ids_BL: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
+        """States [B, L, E] and logits per attribute."""
+        states_BLE = self.text_encoder(ids_BL).last_hidden_state
+        return states_BLE, self.names(states_BLE[:, -1]).split(self.classes, dim=1)
+
+
 def build_pipeline(model: TextToImage, vae: AutoencoderKL, tokenizer: CLIPTokenizer) -> StableDiffusionPipeline:
     return StableDiffusionPipeline(
         vae=vae, text_encoder=model.text_encoder, tokenizer=tokenizer, unet=model.unet, scheduler=build_scheduler(),

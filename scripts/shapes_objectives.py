@@ -124,16 +124,73 @@ class ScorerObjective:
         return contrast + self.naming_weight * naming, metrics
 
 
-class DenoisingObjective:
-    """v-prediction of noisy latents; some captions are emptied, for classifier-free guidance."""
+class CaptionReading(Dataset):
+    """Token ids of fully worded captions and their scenes' attributes, without images."""
 
-    def __init__(self, schedule: NoiseSchedule, empty_ids_L: Tensor, caption_dropout: float) -> None:
+    def __init__(self, pairs: ShapesPairs, tokenizer: CLIPTokenizer) -> None:
+        self.pairs, self.tokenizer = pairs, tokenizer
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, index: int) -> int:
+        return index
+
+    def collate(self, indices: list[int]) -> Batch:
+        scenes = [self.pairs.scene(index) for index in indices]
+        texts = [caption(scene, Wording(background_first=wording.background_first)) for scene, wording in scenes]
+        ids_BL = self.tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids
+        return {"ids": ids_BL, "attributes": torch.tensor([attributes(scene) for scene, _ in scenes])}
+
+
+class ReadingObjective:
+    """The text encoder learns to say what is where: its last token names the upper, left or inner thing first.
+
+    Denoising alone did not teach it: after 396k samples a caption and its reverse gave equal losses. States stay near
+    those of `before`, where the encoder has been trained already.
+    """
+
+    def __init__(self, before: nn.Module | None) -> None:
+        self.before = before
+
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+        states_BLE, classes = model(batch["ids"])
+        labels = batch["attributes"].T
+        losses = [
+            F.cross_entropy(logits_BK, label_B, ignore_index=UNLABELLED, reduction="sum") / len(label_B)
+            for logits_BK, label_B in zip(classes, labels, strict=True)
+        ]
+        right = [
+            (logits_BK.argmax(1) == label_B).float().sum() / (label_B != UNLABELLED).sum().clamp(min=1)
+            for logits_BK, label_B in zip(classes, labels, strict=True)
+        ]
+        metrics = {"naming": torch.stack(losses).mean(), "worst": torch.stack(right).min()}
+        if self.before is None:
+            return metrics["naming"], metrics
+        with torch.no_grad():
+            before_BLE = self.before(batch["ids"]).last_hidden_state
+        metrics["moved"] = F.mse_loss(states_BLE, before_BLE)
+        return metrics["naming"] + metrics["moved"], metrics
+
+
+class DenoisingObjective:
+    """v-prediction of noisy latents; some captions are emptied, for classifier-free guidance.
+
+    A `timestep_shift` above 1 draws noisier timesteps more often (Esser et al. 2024, equation 23): what is where is
+    decided there.
+    """
+
+    def __init__(
+        self, schedule: NoiseSchedule, empty_ids_L: Tensor, caption_dropout: float, timestep_shift: float
+    ) -> None:
         self.schedule, self.empty_ids_L, self.caption_dropout = schedule, empty_ids_L, caption_dropout
+        self.timestep_shift = timestep_shift
 
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         x0_BCHW, ids_BL = batch["latents"], batch["ids"]
         draw = {"generator": generator, "device": x0_BCHW.device}
-        t_B = torch.randint(len(self.schedule), (len(x0_BCHW),), **draw)
+        u_B, shift = torch.rand(len(x0_BCHW), **draw), self.timestep_shift
+        t_B = (len(self.schedule) * shift * u_B / (1 + (shift - 1) * u_B)).long().clamp(max=len(self.schedule) - 1)
         noise_BCHW = torch.randn(x0_BCHW.shape, **draw)
         dropped_B = torch.rand(len(x0_BCHW), **draw) < self.caption_dropout
         ids_BL = torch.where(dropped_B[:, None], self.empty_ids_L, ids_BL)

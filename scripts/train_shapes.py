@@ -7,6 +7,7 @@
 Axes: B batch, C channels, H and W pixels or latents, L text tokens, E text width, N scenes, K hard negatives.
 """
 
+import copy
 import json
 import os
 import sys
@@ -37,6 +38,7 @@ from models.schedule import NoiseSchedule
 from scripts.shapes_evaluation import evaluate_assets
 from scripts.shapes_models import (
     ScorerWithNames,
+    TextEncoderWithNames,
     TextToImage,
     VAEWithPosterior,
     build_pipeline,
@@ -48,13 +50,15 @@ from scripts.shapes_models import (
 from scripts.shapes_objectives import (
     ATTRIBUTES,
     AutoencoderObjective,
+    CaptionReading,
     DenoisingObjective,
+    ReadingObjective,
     Scenes,
     ScorerObjective,
     to_unit_range,
 )
 
-STAGES = ("vae", "scorer", "latents", "unet", "export", "evaluate")
+STAGES = ("vae", "scorer", "latents", "text", "unet", "export", "evaluate")
 
 
 class Recipe:
@@ -151,13 +155,25 @@ class Recipe:
             model.text_encoder.load_state_dict(load_file(self.shipped / "text_encoder/model.safetensors"))
         return model
 
+    def text(self) -> None:
+        """The text encoder before the UNet: what is where, from captions alone."""
+        model = self.text_to_image()
+        before = copy.deepcopy(model.text_encoder).requires_grad_(False) if "unet" in self.config.shipped else None
+        scenes = CaptionReading(ShapesPairs("train", self.config.text.scenes, self.config.seed), self.tokenizer)
+        reader = TextEncoderWithNames(model.text_encoder, [len(names) for names in ATTRIBUTES.values()])
+        train(reader, ReadingObjective(before), scenes, self.train_config("text"), self.run("text"), "train")
+
     def unet(self) -> None:
         device = self.accelerator.device
         empty_ids_L = self.tokenizer("", padding="max_length", return_tensors="pt").input_ids[0].to(device)
         schedule = NoiseSchedule.from_scheduler(build_scheduler(), device)
-        objective = DenoisingObjective(schedule, empty_ids_L, self.config.unet.caption_dropout)
+        config = self.config.unet
+        objective = DenoisingObjective(schedule, empty_ids_L, config.caption_dropout, config.timestep_shift)
         latents = CachedScenes(self.root / "latents" / "latents.safetensors")
-        train(self.text_to_image(), objective, latents, self.train_config("unet"), self.run("unet"), "train")
+        model = self.text_to_image()
+        names = [len(names) for names in ATTRIBUTES.values()]
+        load_newest(TextEncoderWithNames(model.text_encoder, names), self.root / "text" / "train")
+        train(model, objective, latents, self.train_config("unet"), self.run("unet"), "train")
 
     def export(self) -> None:
         """Whatever is trained so far, as assets; untrained parts keep their random initialisation."""
