@@ -1,5 +1,6 @@
 """The knobs every job shares, typed: a misspelt one is an error before anything runs."""
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -134,6 +135,45 @@ def at_least(section: str, config: Any, least: int, *names: str) -> None:
 
 
 @dataclass
+class LadderConfig:
+    """Which samplers are distilled into which, from `steps[0]`, the teacher's, downwards.
+
+    `student` is a diffusers folder whose UNet learns; empty is the teacher's own network. mode `direct` (SnapFusion):
+    every rung is taught by a network of the teacher's architecture with the rung above's steps; `progressive`: by the
+    student's own rung above. `rungs` gives single rungs other values of `train`. `repair` begins with the objective and
+    training of `recovery`. `guidance_width` above 0 makes students that are told their guidance scale. `sampler` is the
+    diffusers scheduler that students are handed over with.
+    """
+
+    student: str = ""
+    mode: str = "direct"
+    steps: list[int] = field(default_factory=lambda: [32, 16, 8])
+    rungs: Any = None
+    repair: bool = False
+    timestep_spacing: str = "trailing"
+    guidance_width: int = 0
+    sampler: str = "DDIMScheduler"
+
+    def __post_init__(self) -> None:
+        if self.mode not in ("direct", "progressive"):
+            raise ValueError(f"ladder.mode={self.mode!r} is unknown; choose direct or progressive")
+        if not isinstance(rungs := self.rungs or {}, dict) or not all(isinstance(own, dict) for own in rungs.values()):
+            raise ValueError(f"ladder.rungs={self.rungs} must be a table, as {{steps-8: {{steps: 2000}}}}")
+        if len(self.steps) < 2 or any(below < 1 or above % below for above, below in itertools.pairwise(self.steps)):
+            raise ValueError(
+                f"ladder.steps={self.steps} must go down, each a divisor of the one before, as [32, 16, 8]"
+            )
+
+
+@dataclass
+class CurvesConfig:
+    """Numbers of steps and guidance scales at which the teacher and every student are judged."""
+
+    steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
+    guidance: list[float] = field(default_factory=lambda: [1.0, 2.5, 7.5])
+
+
+@dataclass
 class TrackerConfig:
     """Where metrics, images and tables go beside metrics.jsonl."""
 
@@ -167,11 +207,14 @@ class Config:
     objective: Any = None
     train: TrainConfig = field(default_factory=TrainConfig)
     recovery: StageConfig = field(default_factory=StageConfig)
+    velocity: StageConfig = field(default_factory=StageConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     latency: LatencyConfig = field(default_factory=LatencyConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     scorer: Any = None
+    ladder: LadderConfig = field(default_factory=LadderConfig)
+    curves: CurvesConfig = field(default_factory=CurvesConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
 

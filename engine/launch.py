@@ -21,7 +21,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, SCMode
 from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from tqdm.contrib.logging import logging_redirect_tqdm
@@ -168,8 +168,9 @@ def run_job(config: DictConfig) -> int:
     if unknown := list(unknown_keys(OmegaConf.structured(Config), config)):
         raise ValueError(f"the configuration has no key {unknown[0]}, which +{unknown[0]}=… would add")
     config: Config = OmegaConf.merge(OmegaConf.structured(Config), config)
-    for section in ("train", "recovery", "search", "latency", "scoring", "eval", "tracker"):
-        OmegaConf.to_object(config[section])  # their checks, before anything runs
+    for section in config:
+        if OmegaConf.is_config(config[section]):
+            OmegaConf.to_container(config[section], structured_config_mode=SCMode.INSTANTIATE)  # the typed ones check
     at_least("the configuration", config, 0, "threads")
     if config.threads:
         torch.set_num_threads(config.threads)

@@ -7,6 +7,7 @@ Axes: B batch, L text tokens, E text width, C channels, H and W height and width
 """
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from data.seeding import generator
+from models.guidance import guidance_embedding, told_guidance_width
 
 TEXTS_PER_BATCH = 64  # cut by index, so that a prompt's state does not depend on who asks for it
 
@@ -41,11 +43,14 @@ class Texts:
 class Sampler:
     """Draws images with the scheduler, text encoder and VAE of `pipeline`, and any UNet that fits between them.
 
-    `guidance_scale` 1 runs the UNet once per image and step; above 1 each step is one UNet batch of 2B.
+    `guidance_scale` 1 runs the UNet once per image and step; above 1 each step is one UNet batch of 2B. A UNet with
+    `time_cond_proj_dim` is told the scale instead, and runs once. `scheduler` takes the place of the pipeline's own.
     Stochastic schedulers draw from one generator per image, so they are as reproducible as the others (η is 0).
     """
 
-    def __init__(self, pipeline: DiffusionPipeline, steps: int, guidance_scale: float, seed: int = 0) -> None:
+    def __init__(
+        self, pipeline: DiffusionPipeline, steps: int, guidance_scale: float, seed: int = 0, scheduler=None
+    ) -> None:
         """Raises ValueError for fewer than 1 step, or a pipeline whose text conditioning is not a single tensor."""
         if steps < 1:
             raise ValueError(f"steps is {steps}; sampling needs at least 1")
@@ -58,16 +63,17 @@ class Sampler:
         self.steps = steps
         self.guidance_scale = guidance_scale
         self.seed = seed
+        self.scheduler = scheduler or pipeline.scheduler
         self._texts: dict[tuple[str, ...], Texts] = {}
 
-    @property
-    def guided(self) -> bool:
-        return self.guidance_scale > 1
+    def guides(self, unet: nn.Module) -> bool:
+        """Whether each step runs the UNet with the empty prompt, too."""
+        return self.guidance_scale > 1 and not told_guidance_width(unet)
 
     @property
     def protocol(self) -> dict:
         """What an image depends on beside the networks and the prompt; goes into every record of a score."""
-        scheduler = self.pipeline.scheduler
+        scheduler = self.scheduler
         return {
             "steps": self.steps,
             "guidance_scale": self.guidance_scale,
@@ -89,6 +95,10 @@ class Sampler:
     def noise(self, index: int) -> Tensor:
         """Unit noise [C, H, W] of image `index`, float32 on the CPU: the same for every device, batch and process."""
         return torch.randn(self.latent_shape, generator=generator("sample", self.seed, index))
+
+    def generators(self, indices: Sequence[int]) -> list[torch.Generator]:
+        """What stochastic schedulers draw from for the images `indices`, one each."""
+        return [generator("scheduler", self.seed, index) for index in indices]
 
     def encode(self, prompts: Sequence[str]) -> Texts:
         """The text states of `prompts`, computed once per prompt set."""
@@ -121,31 +131,29 @@ class Sampler:
         """
         parameter = next(unet.parameters())
         place = {"device": parameter.device, "dtype": parameter.dtype}
-        text_BLE = (texts.with_unconditional() if self.guided else texts.states_BLE).to(**place)
-        gated = {} if gates is None else {"gates": self._both_halves(gates).to(parameter.device)}
+        guided, width = self.guides(unet), told_guidance_width(unet)
+        text_BLE = (texts.with_unconditional() if guided else texts.states_BLE).to(**place)
+        options = {} if gates is None else {"gates": both_halves(gates, guided).to(parameter.device)}
+        if width:
+            told_B = torch.full((len(noise_BCHW),), float(self.guidance_scale))
+            options["timestep_cond"] = guidance_embedding(told_B, width).to(**place)
         if generators is None:
-            generators = [generator("scheduler", self.seed, row) for row in range(len(noise_BCHW))]
-        scheduler = copy.deepcopy(self.pipeline.scheduler)  # it counts steps, and some keep past predictions
+            generators = self.generators(range(len(noise_BCHW)))
+        scheduler = copy.deepcopy(self.scheduler)  # it counts steps, and some keep past predictions
         scheduler.set_timesteps(self.steps)
-        step_options = self.pipeline.prepare_extra_step_kwargs(list(generators), 0.0)
+        step_options = extra_step_options(scheduler, generators)
         # The scheduler reads its tables on the CPU, the UNet a tensor of its own device: no synchronisation per step.
         timesteps_S = scheduler.timesteps.to(parameter.device)
 
         z_BCHW = noise_BCHW.to(**place) * scheduler.init_noise_sigma
         for t, t_unet in zip(scheduler.timesteps, timesteps_S, strict=True):
-            input_BCHW = scheduler.scale_model_input(self._both_halves(z_BCHW), t)
-            pred_BCHW = unet(input_BCHW, t_unet, encoder_hidden_states=text_BLE, return_dict=False, **gated)[0]
-            z_BCHW = scheduler.step(self._guide(pred_BCHW), t, z_BCHW, return_dict=False, **step_options)[0]
+            input_BCHW = scheduler.scale_model_input(both_halves(z_BCHW, guided), t)
+            pred_BCHW = unet(input_BCHW, t_unet, encoder_hidden_states=text_BLE, return_dict=False, **options)[0]
+            if guided:
+                empty_BCHW, told_BCHW = pred_BCHW.chunk(2)
+                pred_BCHW = empty_BCHW + self.guidance_scale * (told_BCHW - empty_BCHW)
+            z_BCHW = scheduler.step(pred_BCHW, t, z_BCHW, return_dict=False, **step_options)[0]
         return z_BCHW
-
-    def _both_halves(self, rows: Tensor) -> Tensor:
-        return torch.cat([rows, rows]) if self.guided else rows
-
-    def _guide(self, pred_BCHW: Tensor) -> Tensor:
-        if not self.guided:
-            return pred_BCHW
-        empty_BCHW, text_BCHW = pred_BCHW.chunk(2)
-        return empty_BCHW + self.guidance_scale * (text_BCHW - empty_BCHW)
 
     @torch.inference_mode()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
@@ -163,6 +171,16 @@ class Sampler:
         An index may come several times, with different gates: every ablation of a prompt starts from the same noise.
         """
         noise_BCHW = torch.stack([self.noise(i) for i in indices])
-        generators = [generator("scheduler", self.seed, i) for i in indices]
+        generators = self.generators(indices)
         texts = self.encode(prompts).rows(indices)
         return self.decode(self.latents(unet, texts, noise_BCHW, gates, generators))
+
+
+def both_halves(rows: Tensor, guided: bool) -> Tensor:
+    return torch.cat([rows, rows]) if guided else rows
+
+
+def extra_step_options(scheduler, generators: Sequence[torch.Generator]) -> dict:
+    """What this scheduler's step takes beside the prediction: diffusers' schedulers differ."""
+    taken = inspect.signature(scheduler.step).parameters
+    return {name: value for name, value in {"eta": 0.0, "generator": list(generators)}.items() if name in taken}

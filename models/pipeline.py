@@ -137,11 +137,11 @@ def load_unet(name_or_path: str | Path, **options) -> PrunableUNet2DConditionMod
     return unet
 
 
-def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel) -> DiffusionPipeline:
-    """A pipeline of the same class, components and options around another UNet."""
+def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel, **parts) -> DiffusionPipeline:
+    """A pipeline of the same class, components and options around another UNet, and other `parts` where given."""
     _, option_names = pipeline._get_signature_keys(type(pipeline))
     options = {name: pipeline.config[name] for name in option_names if name in pipeline.config}
-    return type(pipeline)(**{**pipeline.components, **options, "unet": unet})
+    return type(pipeline)(**{**pipeline.components, **options, "unet": unet, **parts})
 
 
 def networks(pipeline: DiffusionPipeline) -> Iterator[nn.Module]:

@@ -1,9 +1,10 @@
-"""The forward process and its inversions, z_t = α_t x0 + σ_t ε, for ε-, v- and sample-prediction.
+"""The forward process and its inversions, z_t = α_t x0 + σ_t ε, for ε-, v- and sample-prediction; DDIM's time grids.
 
-Axes: B batch, C channels, H and W latent height and width.
+Axes: B batch, C channels, H and W latent height and width, T training timesteps, N steps of a student, K bounds.
 """
 
-from dataclasses import dataclass
+import copy
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,11 +14,15 @@ PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """α_t and σ_t (variance preserving: α² + σ² = 1) of a network's training timesteps, and what it predicts."""
+    """α_t and σ_t (variance preserving: α² + σ² = 1) of a network's training timesteps, and what it predicts.
+
+    Timestep −1 is where a sampler's last step lands: `final_alpha`, 1 for clean latents.
+    """
 
     alpha_T: Tensor
     sigma_T: Tensor
     prediction_type: str
+    final_alpha: float = 1.0
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
@@ -27,17 +32,21 @@ class NoiseSchedule:
     def from_scheduler(cls, scheduler, device: str | torch.device = "cpu") -> "NoiseSchedule":
         """The schedule of any diffusers scheduler that carries `alphas_cumprod`, zero terminal SNR included."""
         alpha_bar_T = scheduler.alphas_cumprod.to(device=device, dtype=torch.float64)
-        return cls(alpha_bar_T.sqrt().float(), (1 - alpha_bar_T).sqrt().float(), scheduler.config.prediction_type)
+        final_alpha = float(getattr(scheduler, "final_alpha_cumprod", 1.0)) ** 0.5
+        alpha_T, sigma_T = alpha_bar_T.sqrt().float(), (1 - alpha_bar_T).sqrt().float()
+        return cls(alpha_T, sigma_T, scheduler.config.prediction_type, final_alpha)
 
     def __len__(self) -> int:
         return len(self.alpha_T)
 
     def to(self, device: str | torch.device) -> "NoiseSchedule":
-        return NoiseSchedule(self.alpha_T.to(device), self.sigma_T.to(device), self.prediction_type)
+        return replace(self, alpha_T=self.alpha_T.to(device), sigma_T=self.sigma_T.to(device))
 
     def at(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
         """α_t and σ_t, shaped [B, 1, 1, 1]."""
-        return self.alpha_T[t_B][:, None, None, None], self.sigma_T[t_B][:, None, None, None]
+        alpha_B = torch.where(t_B < 0, self.final_alpha, self.alpha_T[t_B])
+        sigma_B = torch.where(t_B < 0, (1 - self.final_alpha**2) ** 0.5, self.sigma_T[t_B])
+        return alpha_B[:, None, None, None], sigma_B[:, None, None, None]
 
     def snr(self, t_B: Tensor) -> Tensor:
         """Signal-to-noise ratio α²/σ², shaped [B]; 0 at the last timestep of a zero-terminal-SNR schedule."""
@@ -72,3 +81,52 @@ class NoiseSchedule:
         if self.prediction_type == "sample":
             return (z_BCHW - alpha * pred_BCHW) / sigma
         return sigma * z_BCHW + alpha * pred_BCHW
+
+    def ddim(self, pred_BCHW: Tensor, z_BCHW: Tensor, t_B: Tensor, s_B: Tensor) -> Tensor:
+        """z_s after one deterministic step from z_t: α_s x̂ + σ_s ε̂ (Song et al. 2021, equation 12 with η = 0)."""
+        alpha, sigma = self.at(s_B)
+        return alpha * self.x0(pred_BCHW, z_BCHW, t_B) + sigma * self.eps(pred_BCHW, z_BCHW, t_B)
+
+    def x0_between(self, z_BCHW: Tensor, t_B: Tensor, z_s_BCHW: Tensor, s_B: Tensor) -> Tensor:
+        """The x̂ with which one DDIM step from z_t lands on z_s (Salimans & Ho 2022, algorithm 2); float32 inside.
+
+        x̃ = (z_s − (σ_s/σ_t) z_t) / (α_s − (σ_s/σ_t) α_t)
+        """
+        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.at(t_B), self.at(s_B)
+        ratio = sigma_s / sigma_t
+        return (z_s_BCHW.float() - ratio * z_BCHW.float()) / (alpha_s - ratio * alpha_t)
+
+    def pred(self, x0_BCHW: Tensor, z_BCHW: Tensor, t_B: Tensor) -> Tensor:
+        """What the network would have to predict at z_t to stand for x0; ε needs σ_t > 0."""
+        if self.prediction_type == "sample":
+            return x0_BCHW
+        alpha, sigma = self.at(t_B)
+        eps_BCHW = (z_BCHW - alpha * x0_BCHW) / sigma
+        return eps_BCHW if self.prediction_type == "epsilon" else alpha * eps_BCHW - sigma * x0_BCHW
+
+
+def ddim_steps(scheduler, steps: int) -> tuple[Tensor, Tensor]:
+    """Where the steps of diffusers' DDIM start and where they land, both [steps] timesteps; −1 is the end.
+
+    diffusers lands T // steps below the start, which may be one off the next start where steps does not divide T.
+    """
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(steps)
+    starts_N = scheduler.timesteps.cpu()
+    return starts_N, (starts_N - scheduler.config.num_train_timesteps // steps).clamp(min=-1)
+
+
+def nested_steps(scheduler, student_steps: int, teacher_steps: int) -> Tensor:
+    """[N, K]: row n holds the timesteps of a student's step n: its start, the teacher's starts within, its end.
+
+    Raises ValueError where the student's starts are not among the teacher's.
+    """
+    starts_N, ends_N = ddim_steps(scheduler, student_steps)
+    teacher_starts, _ = ddim_steps(scheduler, teacher_steps)
+    per_step, left = divmod(teacher_steps, student_steps)
+    if left or not per_step or not torch.equal(teacher_starts[::per_step], starts_N):
+        raise ValueError(
+            f"{student_steps} steps do not nest in a teacher's {teacher_steps} with timestep_spacing="
+            f"{scheduler.config.timestep_spacing!r}; the teacher needs a multiple, and ladder.timestep_spacing=trailing"
+        )
+    return torch.cat([teacher_starts.view(student_steps, per_step), ends_N[:, None]], dim=1)

@@ -6,7 +6,7 @@ import math
 from engine.config import Config
 from engine.run import Run
 from models.unet import PrunableUNet2DConditionModel
-from prune.bench import Bench
+from prune.bench import PruneBench
 from prune.evolve import Action, BlockValue, apply
 from prune.plan import print_plan
 from prune.search import Situation
@@ -17,7 +17,7 @@ TARGET_MISSED = 3
 
 def prune_unet(config: Config, run: Run) -> int:
     """Runs or continues the job, or tells what it would do; returns the exit code: 0, or 3 for a missed target."""
-    bench = Bench(config, run)
+    bench = PruneBench(config, run)
     bench.check_names()
     if config.plan:
         return print_plan(bench)
@@ -43,7 +43,7 @@ def prune_unet(config: Config, run: Run) -> int:
 
 def make_latency_table(config: Config, run: Run) -> int:
     """The latency table of a model on its own, written to latency.json and printed."""
-    bench = Bench(config, run)
+    bench = PruneBench(config, run)
     if config.plan:
         log.info(f"{run.path / 'latency.json'}: {'done' if run.made('latency.json') else 'to do'}")
         return 0
@@ -55,7 +55,7 @@ def make_latency_table(config: Config, run: Run) -> int:
 
 
 def evolve(
-    bench: Bench, unet: PrunableUNet2DConditionModel, previous: dict | None, r: int
+    bench: PruneBench, unet: PrunableUNet2DConditionModel, previous: dict | None, r: int
 ) -> tuple[PrunableUNet2DConditionModel, dict]:
     """One round: robust training, block scores, latency table, decision, surgery."""
     config, run, stage = bench.config, bench.run, f"round-{r:02d}"

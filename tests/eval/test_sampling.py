@@ -1,5 +1,7 @@
 """Sampling inside the framework and sampling by a user are the same thing."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -8,6 +10,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from eval.sampling import Sampler
+from models.guidance import with_told_guidance
 from models.unet import PrunableUNet2DConditionModel
 from tests.tiny import tiny_pipeline
 
@@ -46,6 +49,17 @@ def test_any_scheduler_of_the_pipeline_draws_as_in_the_pipeline(scheduler):
     assert torch.equal(first, again), "a scheduler carried state between batches"
 
 
+def test_a_unet_that_is_told_its_guidance_draws_as_in_the_pipeline():
+    pipeline = tiny_pipeline()
+    torch.manual_seed(1)
+    pipeline.unet = with_told_guidance(pipeline.unet, 32)
+    torch.nn.init.normal_(pipeline.unet.time_embedding.cond_proj.weight)
+    sampler, other = (Sampler(pipeline, steps=3, guidance_scale=w) for w in (3.0, 6.0))
+    images = sampler.images(pipeline.unet, PROMPTS, [0, 1, 2])
+    assert torch.equal(images, stock_images(pipeline, sampler, [0, 1, 2]))
+    assert not torch.equal(images, other.images(pipeline.unet, PROMPTS, [0, 1, 2]))
+
+
 def test_an_image_belongs_to_its_prompt_not_to_its_batch():
     pipeline = tiny_pipeline()
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)  # draws noise at every step
@@ -71,7 +85,7 @@ class SpyUNet(nn.Module):
     def __init__(self):
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(1))
-        self.calls = []
+        self.calls, self.config = [], SimpleNamespace(time_cond_proj_dim=None)
 
     def forward(self, sample, timestep, encoder_hidden_states, gates=None, return_dict=True):
         self.calls.append({"sample": sample, "t": timestep, "text": encoder_hidden_states, "gates": gates})

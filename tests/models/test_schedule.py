@@ -4,19 +4,16 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from models.schedule import PREDICTION_TYPES, NoiseSchedule
+from models.schedule import PREDICTION_TYPES, NoiseSchedule, ddim_steps, nested_steps
 
 T_B = torch.tensor([0, 1, 250, 500, 998])
 
 
-def scheduler(prediction_type="epsilon", zero_snr=False):
+def scheduler(prediction_type="epsilon", zero_snr=False, **options):
     return DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        prediction_type=prediction_type,
-        rescale_betas_zero_snr=zero_snr,
-    )
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
+        prediction_type=prediction_type, rescale_betas_zero_snr=zero_snr, **options,
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -64,3 +61,45 @@ def test_at_zero_snr_all_is_noise_and_v_is_minus_the_image(draws):
 def test_an_unknown_prediction_type_is_named():
     with pytest.raises(ValueError, match="prediction_type 'flow' is unknown; choose from"):
         NoiseSchedule(torch.ones(2), torch.zeros(2), "flow")
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("steps", [32, 8, 1])
+def test_a_step_is_diffusers_ddim_step(draws, prediction_type, steps):
+    reference = scheduler(prediction_type, timestep_spacing="trailing", set_alpha_to_one=True)
+    schedule, (starts, ends) = NoiseSchedule.from_scheduler(reference), ddim_steps(reference, steps)
+    reference.set_timesteps(steps)
+    z, pred = (draw[:1] for draw in draws)
+    for t, s in zip(starts, ends, strict=True):
+        expected = reference.step(pred, t, z).prev_sample
+        torch.testing.assert_close(schedule.ddim(pred, z, t[None], s[None]), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("zero_snr", [False, True])
+def test_one_step_with_the_target_lands_where_the_way_there_ended(draws, prediction_type, zero_snr):
+    schedule = NoiseSchedule.from_scheduler(scheduler("v_prediction", zero_snr, set_alpha_to_one=True))
+    z, z_s = draws
+    t_B, s_B = torch.tensor([999, 999, 500, 124, 30]), torch.tensor([874, -1, 250, -1, -1])
+    x0 = schedule.x0_between(z, t_B, z_s, s_B)
+    assert x0.isfinite().all()
+    if prediction_type == "epsilon" and zero_snr:
+        return  # at zero SNR ε says nothing of the image
+    own = NoiseSchedule(schedule.alpha_T, schedule.sigma_T, prediction_type)
+    torch.testing.assert_close(own.ddim(own.pred(x0, z, t_B), z, t_B, s_B), z_s, rtol=1e-3, atol=2e-3)
+
+
+def test_trailing_grids_nest_down_to_one_step_and_end_in_clean_latents():
+    trailing = scheduler(timestep_spacing="trailing")
+    for student, teacher in [(16, 32), (8, 16), (4, 8), (2, 4), (1, 2), (8, 32)]:
+        bounds = nested_steps(trailing, student, teacher)
+        assert bounds.shape == (student, teacher // student + 1)
+        assert bounds[0, 0] == 999 and bounds[-1, -1] == -1
+        assert (bounds.diff(dim=1) < 0).all()
+        assert ((bounds[:-1, -1] - bounds[1:, 0]).abs() <= 1).all()  # diffusers lands at most one timestep off
+
+
+@pytest.mark.parametrize(("student", "teacher", "spacing"), [(16, 32, "leading"), (16, 40, "trailing")])
+def test_grids_that_do_not_nest_are_refused(student, teacher, spacing):
+    with pytest.raises(ValueError, match=f"{student} steps do not nest in a teacher's {teacher}.*trailing"):
+        nested_steps(scheduler(timestep_spacing=spacing), student, teacher)

@@ -1,0 +1,55 @@
+"""Latent consistency distillation: students for diffusers' LCMScheduler.
+
+Axes: B batch, N steps of the grid, K bounds of a step, C channels, H and W latent size, L text tokens, E text width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from distill.teaching import Rung, draw_guidance, draw_steps, predict, predict_told
+from engine.loop import Batch, Metrics
+from models.schedule import NoiseSchedule, nested_steps
+
+
+class ConsistencyDistillation:
+    """Latent consistency distillation (Luo et al. 2023): along one guided teacher step the student's answer stays.
+
+    `grid_steps` is LCMScheduler's `original_inference_steps`: its timesteps are those of a trailing DDIM grid. The
+    answer is f(z, t) = c_skip·z + c_out·x̂ with the scalings LCMScheduler samples by; the further end is the student's
+    own, without gradient. The loss is the pseudo-Huber distance.
+    """
+
+    DATA_STD, TIMESTEP_SCALING = 0.5, 10.0
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        empty_text_LE: Tensor,
+        teacher: nn.Module,
+        rung: Rung,
+        grid_steps: int = 50,
+        guidance_range: tuple[float, float] = (1.0, 8.0),
+        huber: float = 0.001,
+    ):
+        self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
+        self.bounds_NK = nested_steps(rung.scheduler, grid_steps, grid_steps).to(empty_text_LE.device)
+        self.guidance_range, self.huber = guidance_range, huber
+
+    def answer(self, unet: nn.Module, z_BCHW: Tensor, t_B: Tensor, text_BLE: Tensor, w_B: Tensor) -> Tensor:
+        """f(z, t): clean latents; z itself at t = 0."""
+        x0_BCHW = self.schedule.x0(predict_told(unet, z_BCHW, t_B, text_BLE, w_B), z_BCHW, t_B)
+        scaled_B111 = self.TIMESTEP_SCALING * t_B[:, None, None, None]
+        variance_B111 = scaled_B111**2 + self.DATA_STD**2
+        return self.DATA_STD**2 / variance_B111 * z_BCHW + scaled_B111 / variance_B111**0.5 * x0_BCHW
+
+    def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+        schedule = self.schedule
+        draw = draw_steps(batch, schedule, self.bounds_NK, batch["text"], generator)
+        w_B = draw_guidance(len(draw.t_B), self.guidance_range, generator)
+        with torch.no_grad():
+            pred_BCHW, _ = predict(self.teacher, draw.z_BCHW, draw.t_B, draw.text_BLE, self.empty_text_LE, w_B)
+            z_s_BCHW = schedule.ddim(pred_BCHW, draw.z_BCHW, draw.t_B, draw.end_B)
+            target_BCHW = self.answer(unet, z_s_BCHW, draw.end_B.clamp(min=0), draw.text_BLE, w_B)
+        answer_BCHW = self.answer(unet, draw.z_BCHW, draw.t_B, draw.text_BLE, w_B)
+        loss = (((answer_BCHW - target_BCHW) ** 2 + self.huber**2) ** 0.5 - self.huber).mean()
+        return loss, {"consistency": loss}

@@ -1,0 +1,49 @@
+"""Guided distillation: one evaluation per step, by a UNet that is told its guidance scale.
+
+Axes: B batch, N steps of the student, K bounds of a step, C channels, H and W latent size, L text tokens, E text width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from distill.teaching import (
+    Rung,
+    draw_guidance,
+    draw_steps,
+    error_in_x,
+    known_weighting,
+    predict_told,
+    teacher_target,
+)
+from engine.loop import Batch, Metrics
+from models.schedule import NoiseSchedule
+
+
+class GuidanceDistillation:
+    """Guided distillation (Meng et al. 2023): the student is told the guidance scale, and needs one evaluation a step.
+
+    The teacher is guided with w ~ U[guidance_range] per row, or is told w where it is such a student itself. With as
+    many steps as the teacher the student learns the guidance alone (their first stage).
+    """
+
+    def __init__(
+        self,
+        schedule: NoiseSchedule,
+        empty_text_LE: Tensor,
+        teacher: nn.Module,
+        rung: Rung,
+        guidance_range: tuple[float, float] = (1.0, 8.0),
+        weighting: str = "truncated_snr",
+    ):
+        self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
+        self.bounds_NK = rung.bounds_NK.to(empty_text_LE.device)
+        self.guidance_range, self.weighting = guidance_range, known_weighting(weighting)
+
+    def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+        schedule = self.schedule
+        draw = draw_steps(batch, schedule, self.bounds_NK, batch["text"], generator)
+        w_B = draw_guidance(len(draw.t_B), self.guidance_range, generator)
+        target_BCHW = teacher_target(self.teacher, schedule, draw, self.empty_text_LE, w_B)
+        pred_BCHW = predict_told(unet, draw.z_BCHW, draw.t_B, draw.text_BLE, w_B)
+        loss = error_in_x(pred_BCHW, target_BCHW, draw, schedule, self.weighting)
+        return loss, {"distillation": loss}

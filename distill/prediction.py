@@ -1,0 +1,24 @@
+"""From ε to v: before its steps are distilled, a network learns to predict v (SnapFusion, section 4).
+
+Axes: B batch, C channels, H and W latent size, L text tokens, E text width.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from engine.denoising import draw_noisy
+from engine.loop import Batch, Metrics
+from models.schedule import NoiseSchedule
+
+
+class Denoising:
+    """L_ori: the denoising loss of what `schedule` says the network predicts."""
+
+    def __init__(
+        self, schedule: NoiseSchedule, empty_text_LE: Tensor, teacher: nn.Module, caption_dropout: float = 0.1
+    ):
+        self.schedule, self.empty_text_LE, self.caption_dropout = schedule, empty_text_LE, caption_dropout
+
+    def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+        noisy = draw_noisy(batch, self.schedule, self.empty_text_LE, self.caption_dropout, generator)
+        return nn.functional.mse_loss(unet(*noisy.inputs, return_dict=False)[0].float(), noisy.target_BCHW), {}

@@ -1,0 +1,130 @@
+"""What every distillation of steps is made of: noisy starts, guided predictions, and where the teacher lands.
+
+Axes: B batch, G guided rows, N steps of the student, K bounds of the teacher's steps within one of them, C channels,
+H and W latent size, L text tokens, E text width.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from engine.loop import Batch
+from models.guidance import guidance_embedding, told_guidance_width
+from models.schedule import NoiseSchedule, nested_steps
+
+WEIGHTINGS = ("truncated_snr", "snr_plus_one", "uniform")
+
+
+@dataclass(frozen=True)
+class Rung:
+    """What one rung of the ladder teaches: a sampler of `teacher_steps` DDIM steps done in `steps`."""
+
+    scheduler: object
+    teacher_steps: int
+    steps: int
+
+    @property
+    def bounds_NK(self) -> Tensor:
+        """Start, inner timesteps and end of every step of the student."""
+        return nested_steps(self.scheduler, self.steps, self.teacher_steps)
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Noisy latents at the starts of random steps of the student, and the way each has to go."""
+
+    x0_BCHW: Tensor
+    noise_BCHW: Tensor
+    z_BCHW: Tensor
+    bounds_BK: Tensor
+    text_BLE: Tensor
+
+    @property
+    def t_B(self) -> Tensor:
+        return self.bounds_BK[:, 0]
+
+    @property
+    def end_B(self) -> Tensor:
+        return self.bounds_BK[:, -1]
+
+
+def draw_steps(
+    batch: Batch, schedule: NoiseSchedule, bounds_NK: Tensor, text_BLE: Tensor, generator: torch.Generator
+) -> Draw:
+    """A random step for every sample, and latents noised to where it starts."""
+    x0_BCHW = batch["latents"]
+    draw = {"generator": generator, "device": x0_BCHW.device}
+    bounds_BK = bounds_NK.to(x0_BCHW.device)[torch.randint(len(bounds_NK), (len(x0_BCHW),), **draw)]
+    noise_BCHW = torch.randn(x0_BCHW.shape, **draw)
+    return Draw(x0_BCHW, noise_BCHW, schedule.noisy(x0_BCHW, noise_BCHW, bounds_BK[:, 0]), bounds_BK, text_BLE)
+
+
+def drop_captions(text_BLE: Tensor, empty_text_LE: Tensor, dropout: float, spared: int, generator) -> Tensor:
+    """The texts, some replaced by the empty caption, but not in the first `spared` rows, which are guided."""
+    dropped_B = torch.rand(len(text_BLE), generator=generator, device=text_BLE.device) < dropout
+    dropped_B[:spared] = False
+    return torch.where(dropped_B[:, None, None], empty_text_LE, text_BLE)
+
+
+def predict(
+    unet: nn.Module, z_BCHW: Tensor, t_B: Tensor, text_BLE: Tensor, empty_text_LE: Tensor, w_G: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(guided, plain) float32 predictions; in the first G rows guided is w·pred(c) − (w − 1)·pred(∅), in one batch."""
+    guided, rows = len(w_G), len(z_BCHW)
+    if not guided:
+        plain_BCHW = unet(z_BCHW, t_B, text_BLE, return_dict=False)[0].float()
+        return plain_BCHW, plain_BCHW
+    empty_GLE = empty_text_LE.expand(guided, -1, -1).to(text_BLE.dtype)
+    inputs = torch.cat([z_BCHW, z_BCHW[:guided]]), torch.cat([t_B, t_B[:guided]]), torch.cat([text_BLE, empty_GLE])
+    plain_BCHW, empty_GCHW = unet(*inputs, return_dict=False)[0].float().split([rows, guided])
+    w_G111 = w_G[:, None, None, None]
+    guided_GCHW = w_G111 * plain_BCHW[:guided] - (w_G111 - 1) * empty_GCHW
+    return torch.cat([guided_GCHW, plain_BCHW[guided:]]), plain_BCHW
+
+
+def predict_told(unet: nn.Module, z_BCHW: Tensor, t_B: Tensor, text_BLE: Tensor, w_B: Tensor) -> Tensor:
+    """The prediction, float32, of a UNet that is told its guidance scale: one evaluation."""
+    embedding = guidance_embedding(w_B, told_guidance_width(unet)).to(z_BCHW.dtype)
+    return unet(z_BCHW, t_B, text_BLE, timestep_cond=embedding, return_dict=False)[0].float()
+
+
+@torch.no_grad()
+def teacher_target(
+    teacher: nn.Module, schedule: NoiseSchedule, draw: Draw, empty_text_LE: Tensor, w_G: Tensor
+) -> Tensor:
+    """x̃: what the student has to see in z_t for its one DDIM step to land where the teacher's steps land."""
+    z_BCHW = draw.z_BCHW
+    for t_B, s_B in zip(draw.bounds_BK.T[:-1], draw.bounds_BK.T[1:], strict=True):
+        if told_guidance_width(teacher):
+            pred_BCHW = predict_told(teacher, z_BCHW, t_B, draw.text_BLE, w_G)
+        else:
+            pred_BCHW, _ = predict(teacher, z_BCHW, t_B, draw.text_BLE, empty_text_LE, w_G)
+        z_BCHW = schedule.ddim(pred_BCHW, z_BCHW, t_B, s_B)
+    return schedule.x0_between(draw.z_BCHW, draw.t_B, z_BCHW, draw.end_B)
+
+
+def weights(schedule: NoiseSchedule, t_B: Tensor, weighting: str) -> Tensor:
+    """Of the squared error in x (Salimans & Ho 2022, section 4): max(SNR, 1), SNR + 1, or 1."""
+    if weighting == "uniform":
+        return torch.ones_like(t_B, dtype=torch.float32)
+    snr_B = schedule.snr(t_B)
+    return snr_B.clamp(min=1) if weighting == "truncated_snr" else snr_B + 1
+
+
+def error_in_x(pred_BCHW: Tensor, target_BCHW: Tensor, draw: Draw, schedule: NoiseSchedule, weighting: str) -> Tensor:
+    """The weighted squared error of the x̂ a prediction stands for."""
+    x0_BCHW = schedule.x0(pred_BCHW, draw.z_BCHW, draw.t_B)
+    return (weights(schedule, draw.t_B, weighting) * (x0_BCHW - target_BCHW).square().mean((1, 2, 3))).mean()
+
+
+def draw_guidance(rows: int, guidance_range: tuple[float, float], generator: torch.Generator) -> Tensor:
+    """w ~ U[low, high] per row."""
+    low, high = guidance_range
+    return low + (high - low) * torch.rand(rows, generator=generator, device=generator.device)
+
+
+def known_weighting(weighting: str) -> str:
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"objective.weighting={weighting!r} is unknown; choose from {WEIGHTINGS}")
+    return weighting

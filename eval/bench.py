@@ -1,0 +1,111 @@
+"""What every job works with, made when first asked for: teacher, data, prompts, scorer, objectives."""
+
+import logging
+from functools import cached_property
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+from hydra.utils import instantiate
+
+from data.cache import CachedPairs, cache_pairs
+from data.encoding import is_truncated
+from data.prompts import PromptSet, disjoint_prompts, read_prompts
+from engine.config import Config, TrainConfig
+from engine.loop import Objective, load_trained, train, trained
+from engine.run import Run
+from eval.clip import ClipScorer
+from eval.sampling import Sampler
+from models.cost import NUM_TOKENS
+from models.schedule import NoiseSchedule
+from models.unet import PrunableUNet2DConditionModel
+
+log = logging.getLogger("slimstep")
+
+
+class Bench:
+    """Components of one run, from its configuration; a stage that is already made loads nothing."""
+
+    def __init__(self, config: Config, run: Run):
+        self.config, self.run, self.device = config, run, run.accelerator.device
+
+    @cached_property
+    def pipeline(self):
+        """The teacher pipeline, frozen, on the device; its UNet is prunable.
+
+        Raises ValueError for what is no pipeline, or one whose text conditioning is not a single tensor.
+        """
+        pipeline = self.model
+        if not isinstance(pipeline, DiffusionPipeline):
+            raise ValueError(f"{self.config.model} is a UNet alone; it serves +experiment=latency_table only")
+        if hasattr(pipeline, "text_encoder_2"):
+            raise ValueError(f"{type(pipeline).__name__} has a second text encoder, which this job does not feed yet")
+        pipeline.to(self.device)
+        native = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+        if self.config.data.resolution is None:
+            self.config.data.resolution = native
+        # Sampling follows the data, also where the model was made for another size.
+        pipeline.unet.register_to_config(sample_size=self.config.data.resolution // pipeline.vae_scale_factor)
+        for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+            network.requires_grad_(False).eval()
+        return pipeline
+
+    @cached_property
+    def model(self):
+        """What the configuration calls the model: a pipeline, or a UNet alone."""
+        return instantiate(self.config.model)
+
+    @property
+    def unet(self) -> PrunableUNet2DConditionModel:
+        """The model's UNet, for what needs no more than that."""
+        return getattr(self.model, "unet", self.model)
+
+    @property
+    def teacher(self) -> PrunableUNet2DConditionModel:
+        return self.pipeline.unet
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a prompt: the model's own, 77 for a UNet alone."""
+        return self.model.tokenizer.model_max_length if hasattr(self.model, "tokenizer") else NUM_TOKENS
+
+    def train(self, unet: PrunableUNet2DConditionModel, objective, config: TrainConfig, stage: str, **given):
+        """A stage of the loop; where it is finished, neither data nor objective are touched."""
+        if trained(self.run, stage):
+            return load_trained(unet, self.run, stage)
+        return train(unet, self.objective(objective, **given), self.pairs, config, self.run, stage)
+
+    @cached_property
+    def pairs(self) -> CachedPairs:
+        """Latents and text states of the training images, encoded once."""
+        _ = self.pipeline  # says the resolution where the data leave it open
+        cache = self.config.data.cache
+        pairs, accelerator = instantiate(self.config.data.pairs), self.run.accelerator
+        return cache_pairs(pairs, self.pipeline, cache.folder, batch_size=cache.batch_size, accelerator=accelerator)
+
+    @cached_property
+    def prompts(self) -> tuple[PromptSet, PromptSet]:
+        """The prompts blocks are ranked on, and others, that the outcome is judged on."""
+        _, data = self.pipeline, self.config.data
+        prompts = read_prompts(data.prompt_file) if data.prompt_file else instantiate(data.prompts)
+        cut = sum(is_truncated(self.pipeline.tokenizer, prompt) for prompt in prompts.prompts)
+        if cut:
+            log.warning(f"{cut} of {len(prompts)} prompts are longer than the text encoder takes, and are cut")
+        return disjoint_prompts(prompts, self.config.scoring.prompts, self.config.eval.prompts)
+
+    @cached_property
+    def scorer(self) -> ClipScorer:
+        return instantiate(self.config.scorer, device=self.device)
+
+    def sampler(self, protocol) -> Sampler:
+        return Sampler(self.pipeline, protocol.steps, protocol.guidance_scale, protocol.seed)
+
+    def objective(self, config, **given) -> Objective:
+        """An objective of the loop from its `_target_`; each takes the schedule, the empty text and a teacher."""
+        schedule = NoiseSchedule.from_scheduler(self.pipeline.scheduler, self.device)
+        empty_text = self.pairs.empty_text.to(self.device)
+        make = instantiate(config, _partial_=True, _convert_="all")
+        return make(**{"schedule": schedule, "empty_text_LE": empty_text, "teacher": self.teacher, **given})
+
+    def partial(self, name: str) -> Path:
+        """Where unfinished work lies, batch by batch, so that a killed run goes on within it."""
+        return self.run.path / "partial" / name

@@ -1,0 +1,121 @@
+"""The distilling job from a teacher to students that stock diffusers samples, on a random model."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
+
+from eval.sampling import Sampler
+from models.pipeline import export_pipeline, load_pipeline, with_unet
+from tests.tiny import tiny_pipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "+experiment=distill_steps", "data.resolution=16", "data.pairs.size=16", "train.steps=3", "train.batch_size=4",
+    "recovery.train.steps=2", "recovery.train.batch_size=4", "velocity.train.steps=2", "velocity.train.batch_size=4",
+    "eval.prompts=4", "eval.pictures=2", "curves.steps=[1,2]", "curves.guidance=[2.5]",
+]  # fmt: skip
+
+
+def run(*overrides):
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *map(str, overrides)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def pruned(tmp_path_factory):
+    """The random teacher, ε-predicting, and a student of it with fewer blocks, both as diffusers folders."""
+    folder = tmp_path_factory.mktemp("pruned")
+    tiny_pipeline("epsilon").save_pretrained(folder / "teacher")
+    teacher = load_pipeline(folder / "teacher")
+    export_pipeline(with_unet(teacher, teacher.unet.with_depths({"mid_block.attentions.0": 0})), folder / "student")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model):
+    root = tmp_path_factory.mktemp("runs")
+    done = run(*tiny_model, f"root={root}", "ladder.steps=[4,2,1]", "ladder.rungs={steps-1: {steps: 2}}")
+    assert done.returncode == 0, done.stderr
+    return root / "distill_steps", done
+
+
+def test_every_rung_is_a_stock_pipeline_that_draws_what_we_judged(finished):
+    path, _ = finished
+    for name, steps in (("steps-2", 2), ("steps-1", 1)):
+        stock = StableDiffusionPipeline.from_pretrained(path / name / "export")
+        stock.set_progress_bar_config(disable=True)
+        config = stock.scheduler.config
+        assert isinstance(stock.scheduler, DDIMScheduler) and config.timestep_spacing == "trailing"
+        sampler = Sampler(load_pipeline(path / name / "export"), steps, 2.5)
+        noise = torch.stack([sampler.noise(i) for i in range(2)])
+        theirs = stock(prompt=["a", "b"], latents=noise, num_inference_steps=steps, guidance_scale=2.5,
+                       output_type="latent").images  # fmt: skip
+        ours = sampler.latents(sampler.pipeline.unet, sampler.encode(["a", "b"]), noise)
+        torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
+
+
+def test_the_judgement_holds_every_point_paired_with_the_teacher(finished):
+    path, done = finished
+    points = json.loads((path / "evaluation.json").read_text())["points"]
+    assert {(p["model"], p["steps"]) for p in points} == {
+        (model, steps) for model in ("teacher", "teacher-dpm", "steps-2", "steps-1") for steps in (1, 2)
+    }
+    reference = next(p for p in points if p["model"] == "teacher" and p["steps"] == 2)
+    assert reference["latent_error_to_teacher"]["mean"] == 0 and reference["versus_teacher"]["mean"] == 0
+    assert all(p["latent_error_to_teacher"]["mean"] > 0 for p in points if p is not reference)
+    assert {p["evaluations"] for p in points} == {2, 4}
+    assert "| steps-1 " in done.stdout
+
+
+def test_a_rung_has_its_own_training(finished):
+    path, _ = finished
+    lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert {line["stage"]: line["step"] for line in lines} == {"steps-2": 3, "steps-1": 2}
+
+
+def test_a_finished_ladder_makes_nothing_anew(finished, tiny_model):
+    path, first = finished
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
+    again = run(*tiny_model, f"root={path.parent}", "ladder.steps=[4,2,1]", "ladder.rungs={steps-1: {steps: 2}}")
+    assert again.returncode == 0 and again.stdout == first.stdout, again.stderr
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()} == before
+
+
+def test_a_pruned_student_of_an_epsilon_teacher_learns_v_is_repaired_and_climbs(tmp_path, pruned, tiny_model):
+    model = [*tiny_model, f"model.name_or_path={pruned / 'teacher'}", f"ladder.student={pruned / 'student'}"]
+    done = run(*model, f"root={tmp_path}", "ladder.steps=[4,2,1]", "ladder.repair=true")
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "distill_steps"
+    stages = dict.fromkeys(json.loads(line)["stage"] for line in (path / "metrics.jsonl").read_text().splitlines())
+    assert list(stages) == ["velocity-teacher", "velocity-student", "repair", "teacher-2", "steps-2", "steps-1"]
+    student = load_pipeline(path / "steps-1/export")
+    assert student.unet.depths == {"mid_block.attentions.0": 0}
+    assert student.scheduler.config.prediction_type == "v_prediction"
+
+
+@pytest.mark.parametrize("objective", ["guidance", "lcm"])
+def test_students_that_are_told_their_guidance_need_one_evaluation_a_step(tmp_path, tiny_model, objective):
+    sampler = "LCMScheduler" if objective == "lcm" else "DDIMScheduler"
+    told = [f"objective={objective}", "ladder.guidance_width=32", f"ladder.sampler={sampler}", "ladder.steps=[4,2]"]
+    done = run(*tiny_model, f"root={tmp_path}", *told)
+    assert done.returncode == 0, done.stderr
+    points = json.loads((tmp_path / "distill_steps/evaluation.json").read_text())["points"]
+    assert all(p["evaluations"] == p["steps"] for p in points if p["model"] == "steps-2")
+    stock = StableDiffusionPipeline.from_pretrained(tmp_path / "distill_steps/steps-2/export")
+    assert stock.unet.config.time_cond_proj_dim == 32
+    assert isinstance(stock.scheduler, LCMScheduler) == (objective == "lcm")
+    assert len(stock(prompt="a", num_inference_steps=2, guidance_scale=3.0).images) == 1
+
+
+def test_a_plan_names_the_rungs_and_writes_nothing(finished, tmp_path, tiny_model):
+    path, _ = finished
+    ladder = ["ladder.steps=[4,2,1]", "ladder.rungs={steps-1: {steps: 2}}", "plan=true"]
+    new, done = (run(*tiny_model, *ladder, f"root={root}") for root in (tmp_path, path.parent))
+    assert new.returncode == done.returncode == 0, new.stderr + done.stderr
+    assert list(tmp_path.iterdir()) == []
+    assert "| to do" in new.stdout and "| done" not in new.stdout and "| to do" not in done.stdout

@@ -1,0 +1,174 @@
+"""The laws of step distillation, on a small UNet and a network that is one line."""
+
+import pytest
+import torch
+from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
+
+from distill.consistency import ConsistencyDistillation
+from distill.guidance import GuidanceDistillation
+from distill.steps import StepDistillation
+from distill.teaching import (
+    Rung,
+    draw_steps,
+    predict,
+    predict_told,
+    teacher_target,
+    weights,
+)
+from models.guidance import guidance_embedding, with_told_guidance
+from models.schedule import PREDICTION_TYPES, NoiseSchedule
+from models.unet import PrunableUNet2DConditionModel
+from tests.models.conftest import small_stock_unet
+from tests.tiny import WIDTH
+
+EMPTY = torch.zeros(5, WIDTH)
+NO_GUIDANCE = torch.empty(0)
+
+
+def scheduler(prediction_type="v_prediction", **options):
+    return DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=True,
+        timestep_spacing="trailing", prediction_type=prediction_type,
+        rescale_betas_zero_snr=prediction_type != "epsilon", **options,
+    )  # fmt: skip
+
+
+def draw(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def batch(size=6):
+    return {
+        "latents": torch.randn(size, 4, 8, 8, generator=draw(1)),
+        "text": torch.randn(size, 5, WIDTH, generator=draw(2)),
+    }
+
+
+def objective(kind, teacher, rung, **options):
+    return kind(NoiseSchedule.from_scheduler(rung.scheduler), EMPTY, teacher, rung, **options)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return small_stock_unet()
+
+
+@pytest.fixture(scope="module")
+def told():
+    return small_stock_unet(time_cond_proj_dim=32)
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
+@pytest.mark.parametrize("w", [None, 3.0])
+def test_one_step_to_the_target_lands_where_the_teachers_two_steps_land(unet, prediction_type, w):
+    rung = Rung(scheduler(prediction_type), teacher_steps=8, steps=4)
+    schedule = NoiseSchedule.from_scheduler(rung.scheduler)
+    start = draw_steps(batch(), schedule, rung.bounds_NK, batch()["text"], draw())
+    w_G = NO_GUIDANCE if w is None else torch.full((6,), w)
+    target = teacher_target(unet, schedule, start, EMPTY, w_G)
+    assert target.isfinite().all()
+    z = start.z_BCHW
+    for t_B, s_B in zip(start.bounds_BK.T[:-1], start.bounds_BK.T[1:], strict=True):
+        with torch.no_grad():
+            pred = unet(z, t_B, start.text_BLE).sample
+            if w is not None:
+                empty = unet(z, t_B, EMPTY.expand(6, -1, -1)).sample  # a pass of its own
+                pred = empty + w * (pred - empty)
+        z = schedule.ddim(pred, z, t_B, s_B)
+    landed = schedule.ddim(schedule.pred(target, start.z_BCHW, start.t_B), start.z_BCHW, start.t_B, start.end_B)
+    torch.testing.assert_close(landed, z, rtol=1e-3, atol=1e-3)
+
+
+def test_guidance_of_one_is_no_guidance_bit_for_bit(unet):
+    inputs = batch()["latents"], torch.full((6,), 500), batch()["text"]
+    with torch.no_grad():
+        guided, plain = predict(unet, *inputs, EMPTY, torch.ones(6))
+    assert torch.equal(guided, plain)
+
+
+def test_only_the_first_rows_are_guided(unet):
+    inputs = batch()["latents"], torch.full((6,), 500), batch()["text"]
+    with torch.no_grad():
+        guided, plain = predict(unet, *inputs, EMPTY, torch.full((2,), 5.0))
+    assert torch.equal(guided[2:], plain[2:])
+    assert (guided[:2] != plain[:2]).any()
+
+
+@pytest.mark.parametrize("weighting", ["truncated_snr", "snr_plus_one", "uniform"])
+@pytest.mark.parametrize("guided_share", [0, 0.5, 1])
+def test_a_teacher_has_nothing_to_learn_from_itself(unet, weighting, guided_share):
+    options = {"weighting": weighting, "guided_share": guided_share, "original_weight": 0}
+    with torch.no_grad():
+        loss, _ = objective(StepDistillation, unet, Rung(scheduler(), 8, 8), **options)(unet, batch(), draw())
+        other, _ = objective(StepDistillation, unet, Rung(scheduler(), 8, 4), **options)(unet, batch(), draw())
+    assert loss < 1e-6 < other
+
+
+def test_a_told_teacher_has_nothing_to_learn_from_itself(told):
+    with torch.no_grad():
+        loss, _ = objective(GuidanceDistillation, told, Rung(scheduler(), 8, 8))(told, batch(), draw())
+        other, _ = objective(GuidanceDistillation, told, Rung(scheduler(), 8, 4))(told, batch(), draw())
+    assert loss < 1e-6 < other
+
+
+def test_truncated_snr_is_at_least_one():
+    schedule = NoiseSchedule.from_scheduler(scheduler())
+    t_B = torch.arange(1000)
+    snr = schedule.snr(t_B)
+    assert torch.equal(weights(schedule, t_B, "truncated_snr"), snr.clamp(min=1))
+    assert torch.equal(weights(schedule, t_B, "snr_plus_one"), snr + 1)
+    assert weights(schedule, t_B, "uniform").unique().tolist() == [1]
+
+
+def test_the_original_loss_is_brought_to_the_size_of_the_distillation(unet):
+    teach = objective(StepDistillation, unet, Rung(scheduler(), 8, 4), original_weight=0.2)
+    loss, metrics = teach(unet, batch(), draw())
+    torch.testing.assert_close(loss, 1.2 * metrics["distillation"])
+    unet.zero_grad()
+    loss.backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in unet.parameters())
+
+
+def test_a_student_that_is_told_begins_as_it_was(unet):
+    prunable = PrunableUNet2DConditionModel.from_unet(unet).with_depths({"mid_block.attentions.0": 0})
+    z, t_B, text = batch()["latents"], torch.full((6,), 500), batch()["text"]
+    with torch.no_grad():
+        answer = predict_told(with_told_guidance(prunable, 32), z, t_B, text, torch.full((6,), 7.5))
+        assert torch.equal(answer, prunable(z, t_B, text).sample)
+
+
+def test_a_student_is_told_the_guidance_as_the_pipeline_tells_it(told):
+    pipeline_says = StableDiffusionPipeline.get_guidance_scale_embedding(None, torch.tensor([6.5]), embedding_dim=32)
+    assert torch.equal(guidance_embedding(torch.tensor([7.5]), 32), pipeline_says)
+    z, t_B, text = batch()["latents"], torch.full((6,), 500), batch()["text"]
+    with torch.no_grad():
+        answers = [predict_told(told, z, t_B, text, torch.full((6,), w)) for w in (2.0, 7.5)]
+    assert (answers[0] != answers[1]).any()
+
+
+def test_a_consistency_answer_is_what_lcm_scheduler_takes_it_for(told):
+    lcm = LCMScheduler.from_config(scheduler().config)
+    lcm.set_timesteps(4)
+    assert set(lcm.timesteps.tolist()) <= set(Rung(scheduler(), 50, 50).bounds_NK[:, 0].tolist())
+    consistency = objective(ConsistencyDistillation, told, Rung(scheduler(), 50, 50))
+    z, text, w_B = batch()["latents"], batch()["text"], torch.full((6,), 3.0)
+    for t in lcm.timesteps:
+        t_B = t.expand(6)
+        with torch.no_grad():
+            pred = predict_told(told, z, t_B, text, w_B)
+            answer = consistency.answer(told, z, t_B, text, w_B)
+        torch.testing.assert_close(answer, lcm.step(pred, t, z, generator=draw()).denoised, rtol=1e-4, atol=1e-4)
+    assert torch.equal(consistency.answer(told, z, torch.zeros(6, dtype=torch.long), text, w_B).detach(), z)
+
+
+def test_consistency_ends_in_the_data(told):
+    loss, _ = objective(ConsistencyDistillation, told, Rung(scheduler(), 50, 50))(told, batch(), draw())
+    loss.backward()
+    assert loss.isfinite() and told.time_embedding.cond_proj.weight.grad.abs().sum() > 0
+
+
+def test_what_an_objective_cannot_use_is_named(unet):
+    with pytest.raises(ValueError, match="weighting='min_snr' is unknown"):
+        objective(StepDistillation, unet, Rung(scheduler(), 8, 4), weighting="min_snr")
+    with pytest.raises(ValueError, match="guided_share=2"):
+        objective(StepDistillation, unet, Rung(scheduler(), 8, 4), guided_share=2)
