@@ -3,7 +3,7 @@
 Axes: P prompts, C channels, H and W latent size, D features.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import diffusers
 import torch
@@ -15,6 +15,7 @@ from engine.parallel import map_batches
 from eval.clip import psnr
 from eval.compare import mean_and_error, paired_difference
 from eval.judge import write_pictures
+from eval.latency import compare_ms
 from eval.sampling import Sampler
 from models.unet import PrunableUNet2DConditionModel
 
@@ -110,6 +111,16 @@ class Curves:
             "feature_cosine_to_teacher": near.mean().item(),
             "latent_error_to_teacher": {"mean": error.mean().item(), "per_prompt": error.tolist()},
         }
+
+    def measure_unets(self) -> None:
+        """unet_ms.json: {rows: {network: ms}} of one evaluation of one row and of two, interleaved, by rank 0."""
+        bench = self.bench
+
+        def make() -> dict:
+            unets = {model.name: model.unet for model in self.judged if model.name != "teacher-dpm"}
+            return {rows: compare_ms(unets, replace(bench.latency, batch=rows), bench.device) for rows in (1, 2)}
+
+        bench.run.json("unet_ms.json", lambda: make() if bench.run.accelerator.is_main_process else None)
 
     def evaluate(self) -> dict:
         """All points, paired by prompt with the teacher at its most steps and the same guidance: evaluation.json."""

@@ -7,6 +7,7 @@ from distill.curves import Curves
 from engine.config import Config
 from engine.run import Run
 from eval.report import markdown_table
+from eval.steps_report import curves_table, write_steps_report
 
 log = logging.getLogger("slimstep")
 
@@ -21,9 +22,16 @@ def distill_steps(config: Config, run: Run) -> int:
     bench.repair()
     for climb in bench.climbs:
         bench.climb(climb)
-    evaluation = Curves(bench).evaluate()
+    curves, page = Curves(bench), run.path / "report.html"
+    evaluation = curves.evaluate()
+    curves.measure_unets()
+    new = not run.made(page.name)
     if run.accelerator.is_main_process:
+        if new:
+            write_steps_report(run.path)
         print(curves_table(evaluation))
+        log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
+    run.accelerator.wait_for_everyone()
     return 0
 
 
@@ -40,17 +48,3 @@ def print_plan(bench: DistillBench) -> int:
         print(markdown_table(["rung", "state", "starts from", "taught by", "training steps", "samples"], rows))
         print(f"run   {bench.run.path}")
     return 0
-
-
-def curves_table(evaluation: dict) -> str:
-    """Per guidance scale and model: CLIP ± standard error at every number of steps."""
-    points = evaluation["points"]
-    steps = sorted({point["steps"] for point in points})
-    cells = {
-        (p["guidance"], p["model"], p["steps"]): f"{p['clip']['mean']:.1f} ± {p['clip']['se']:.1f}" for p in points
-    }
-    rows = [
-        [model, f"{guidance:g}", *(cells[guidance, model, n] for n in steps)]
-        for guidance, model in dict.fromkeys((p["guidance"], p["model"]) for p in points)
-    ]
-    return markdown_table(["model", "guidance", *(f"{n} steps" for n in steps)], rows)

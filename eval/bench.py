@@ -1,16 +1,18 @@
 """What every job works with, made when first asked for: teacher, data, prompts, scorer, objectives."""
 
 import logging
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 
 from data.cache import CachedPairs, cache_pairs
 from data.encoding import is_truncated
 from data.prompts import PromptSet, disjoint_prompts, read_prompts
-from engine.config import Config, TrainConfig
+from engine.config import Config, LatencyConfig, TrainConfig
 from engine.loop import Objective, load_trained, train, trained
 from engine.run import Run
 from eval.clip import ClipScorer
@@ -62,6 +64,11 @@ class Bench:
     @property
     def teacher(self) -> PrunableUNet2DConditionModel:
         return self.pipeline.unet
+
+    @property
+    def latency(self) -> LatencyConfig:
+        config = OmegaConf.to_object(self.config.latency)
+        return replace(config, text_length=config.text_length or self.text_length)
 
     @property
     def text_length(self) -> int:

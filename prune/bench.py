@@ -2,7 +2,7 @@
 
 import logging
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
@@ -11,19 +11,19 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from engine.config import LatencyConfig
 from engine.environment import environment
 from eval.bench import Bench
 from eval.clip import psnr
 from eval.compare import mean_and_error, paired_difference
 from eval.comparison import run_table
 from eval.judge import clip_scores, draw_images, write_pictures
+from eval.latency import compare_ms
 from eval.report import write_report
 from eval.runs import read_run
 from models.cost import count_gflops
 from models.pipeline import export_pipeline, with_unet
 from models.unet import PrunableUNet2DConditionModel
-from prune.latency import compare_ms, latency_table, predicted_ms, read_table, table_without
+from prune.latency import latency_table, predicted_ms, read_table, table_without
 from prune.scores import score_blocks
 
 log = logging.getLogger("slimstep")
@@ -50,11 +50,6 @@ class PruneBench(Bench):
         bypass = self.config.search.bypass
         bypass = OmegaConf.to_container(bypass) if OmegaConf.is_config(bypass) else bypass
         return PrunableUNet2DConditionModel.from_unet(self.teacher, bypass=bypass).requires_grad_()
-
-    @property
-    def latency(self) -> LatencyConfig:
-        config = OmegaConf.to_object(self.config.latency)
-        return replace(config, text_length=config.text_length or self.text_length)
 
     @cached_property
     def known_latencies(self) -> dict | None:

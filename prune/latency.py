@@ -9,19 +9,18 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 
 from data.progress import progress
 from data.seeding import generator
 from engine.config import LatencyConfig
 from engine.environment import cpu_name
-from models.cost import NUM_TOKENS, unet_inputs
+from eval.latency import affordable, forward_call, interleaved_ms, one_thread, thread_ms, timed_copy, warm_up_ms
 from models.unet import PrunableUNet2DConditionModel
 
 
@@ -84,84 +83,6 @@ def latency_table(unet: PrunableUNet2DConditionModel, config: LatencyConfig, dev
         },
         "samples": samples,
     }
-
-
-def compare_ms(
-    unets: Mapping[str, PrunableUNet2DConditionModel], config: LatencyConfig, device: torch.device
-) -> dict[str, float]:
-    """Median milliseconds of whole UNets, interleaved call by call so that drift hits all alike."""
-    calls = {name: forward_call(timed_copy(unet, config, device), config) for name, unet in unets.items()}
-    with one_thread(device):
-        return interleaved_ms(calls, config, device)
-
-
-def timed_copy(unet: PrunableUNet2DConditionModel, config: LatencyConfig, device: torch.device):
-    """A copy of the UNet as it will run: on the device, in the dtype, without gradients."""
-    dtype = getattr(torch, config.dtype)
-    return unet.with_depths({}).to(device=device, dtype=dtype).eval().requires_grad_(False)
-
-
-def forward_call(unet: PrunableUNet2DConditionModel, config: LatencyConfig) -> Callable[[], None]:
-    """A call of the UNet on random inputs of the configured shape."""
-    size, draw = config.latent_size or unet.config.sample_size, generator("latency", config.seed)
-    inputs = unet_inputs(unet, size, config.batch, config.text_length or NUM_TOKENS)
-    inputs = tree_map(lambda x: torch.randn(x.shape, generator=draw).to(unet.device, unet.dtype), inputs)
-    inputs["timestep"] = torch.full((config.batch,), 500, device=unet.device)
-    if config.compile:
-        torch.compiler.reset()  # every network is its own graph; more than eight of one class would be refused
-    run = torch.compile(unet, fullgraph=True) if config.compile else unet
-
-    def call() -> None:
-        with torch.inference_mode():
-            run(**inputs, return_dict=False)
-
-    return call
-
-
-def interleaved_ms(
-    calls: Mapping[str, Callable[[], None]], config: LatencyConfig, device: torch.device, desc: str = "timing"
-) -> dict[str, float]:
-    """The median time of each call: CUDA events on a GPU, the calling thread's CPU time elsewhere."""
-    clock = cuda_ms if device.type == "cuda" else thread_ms
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    warmup, iterations = affordable(sum(warm_up_ms(call) for call in calls.values()), config)
-    for call in calls.values():
-        for _ in range(warmup):
-            call()
-    for i in progress(range(iterations), desc=desc, leave=False):
-        for name in list(calls) if i % 2 == 0 else reversed(calls):  # A B B A
-            times[name].append(clock(calls[name]))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def warm_up_ms(call: Callable[[], None]) -> float:
-    """Wall time of a second call; the first may compile."""
-    call()
-    start = time.perf_counter()
-    call()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def affordable(call_ms: float, config: LatencyConfig) -> tuple[int, int]:
-    """Warm-up calls and timed calls that fit `config.seconds`: as many as asked for, at least 0 and 3."""
-    calls = int(1e3 * config.seconds / call_ms)
-    iterations = min(config.iterations, max(3, calls))
-    return min(config.warmup, max(0, calls - iterations)), iterations
-
-
-def thread_ms(call: Callable[[], None]) -> float:
-    start = time.thread_time()
-    call()
-    return 1e3 * (time.thread_time() - start)
-
-
-def cuda_ms(call: Callable[[], None]) -> float:
-    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end)
 
 
 def difference_times(unet: PrunableUNet2DConditionModel, config: LatencyConfig) -> tuple[float, dict[str, float]]:
@@ -238,15 +159,3 @@ def random_removals(
         predicted = times["full"] * (1 - sum(site_ms[site] for site in removed) / full_ms)
         samples.append({"removed": removed, "predicted_ms": predicted, "measured_ms": times["pruned"]})
     return samples
-
-
-@contextmanager
-def one_thread(device: torch.device):
-    """CPU times are those of one thread: waiting for others would count as work."""
-    threads = torch.get_num_threads()
-    if device.type == "cpu":
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)

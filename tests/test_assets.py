@@ -82,7 +82,6 @@ def test_the_vae_gives_held_out_scenes_back(pipeline, real):
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="the UNet is under-trained: 86 % after 396k samples; see docs/LOG.md")
 def test_samples_keep_nine_tenths_of_the_score_of_real_images(pipeline, scorer, real):
     scenes, images = real[0][:64], real[1][:64]
     prompts = PromptSet(tuple(caption(scene) for scene in scenes), "heldout")

@@ -11,11 +11,18 @@ from scripts.chaos import SMALL
 ROOT = Path(__file__).resolve().parents[1]
 
 
+DISTILLING = [
+    "+experiment=distill_steps", "ladder.steps=[4,2,1]", "curves.steps=[1,2]", "curves.guidance=[2.5]",
+    "data.pairs.size=64", "train.steps=16", "train.batch_size=4", "train.checkpoint_every=5", "train.accumulation=2",
+    "train.workers=1", "eval.prompts=4", "eval.pictures=2",
+]  # fmt: skip
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("processes", "kills"), [(1, 12), (2, 8)])
-def test_killed_runs_leave_what_a_quiet_run_leaves(tmp_path, tiny_model, processes, kills):
+@pytest.mark.parametrize(("small", "processes", "kills"), [(SMALL, 1, 12), (SMALL, 2, 8), (DISTILLING, 2, 8)])
+def test_killed_runs_leave_what_a_quiet_run_leaves(tmp_path, tiny_model, small, processes, kills):
     job = [sys.executable, str(ROOT / "scripts/chaos.py"), f"--folder={tmp_path}", f"--kills={kills}", "--seed=1",
-           f"--processes={processes}", "--signal=both", "--", *SMALL, *tiny_model]  # fmt: skip
+           f"--processes={processes}", "--signal=both", "--", *small, *tiny_model]  # fmt: skip
     done = subprocess.run(job, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kills} kills, {kills} resumed, all equal" in done.stdout

@@ -6,16 +6,9 @@ import pytest
 import torch
 
 from engine.config import LatencyConfig
+from eval.latency import affordable, compare_ms, thread_ms
 from models.unet import PrunableUNet2DConditionModel
-from prune.latency import (
-    affordable,
-    compare_ms,
-    latency_table,
-    predicted_ms,
-    table_without,
-    thread_ms,
-    timing_hooks,
-)
+from prune.latency import latency_table, predicted_ms, table_without, timing_hooks
 from tests.models.conftest import small_stock_unet
 from tests.tiny import tiny_pipeline
 

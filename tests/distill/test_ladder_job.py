@@ -70,6 +70,11 @@ def test_the_judgement_holds_every_point_paired_with_the_teacher(finished):
     assert all(p["latent_error_to_teacher"]["mean"] > 0 for p in points if p is not reference)
     assert {p["evaluations"] for p in points} == {2, 4}
     assert "| steps-1 " in done.stdout
+    page = (path / "report.html").read_text()
+    assert page.count("<svg") == 4 and "teacher, DPM++ 2M" in page and "steps-1" in page
+    assert {file.stem for file in (path / "report").iterdir()} == {
+        "clip-against-steps", "clip-against-time", "distance-against-steps", "images-guidance-2.5"
+    }  # fmt: skip
 
 
 def test_a_rung_has_its_own_training(finished):

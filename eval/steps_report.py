@@ -1,0 +1,175 @@
+"""The report of a distillation: CLIP and distance against steps, CLIP against time, the images, all on one page."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FormatStrFormatter, NullFormatter
+
+from data.files import whole_folder, write_text
+from eval.figures import MUTED, SERIES, grid_figure, save_png, styled, themed
+from eval.report import flatten, markdown_table, render
+from eval.runs import read_json
+
+Point = Mapping[str, Any]
+NAMES = {"teacher": "teacher, DDIM", "teacher-dpm": "teacher, DPM++ 2M"}
+
+
+def write_steps_report(folder: str | Path) -> Path:
+    """Makes `folder`/report.html and `folder`/report/*.png anew from evaluation.json and the pictures."""
+    folder = Path(folder)
+    evaluation = read_json(folder / "evaluation.json")
+    unet_ms = read_json(folder / "unet_ms.json")
+    points = [{**point, "unet_ms": image_ms(point, unet_ms)} for point in evaluation["points"]]
+    figures = {
+        "clip-against-steps": curves_figure(points, "steps", "sampling steps"),
+        "clip-against-time": curves_figure(points, "unet_ms", "UNet time of an image, ms"),
+        "distance-against-steps": distance_figure(points),
+    }
+    pictures = {f"images-guidance-{g:g}": images_figure(folder, points, g) for g in guidances(points)}
+    with whole_folder(folder / "report") as aside:
+        for name, figure in {**figures, **pictures}.items():
+            save_png(figure, aside / f"{name}.png")
+    page = render(
+        "steps.html.j2",
+        name=folder.name,
+        figures={name: Markup(themed(figure, name)) for name, figure in figures.items()},
+        pictures={name: Markup(themed(figure, name)) for name, figure in pictures.items()},
+        header=HEADER,
+        rows=point_rows(points),
+        facts=flatten({"n": evaluation["n"], **evaluation["protocol"], **evaluation["environment"]}),
+    )
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def image_ms(point: Point, unet_ms: Mapping[str, Mapping[str, float]]) -> float:
+    """Milliseconds of all UNet evaluations of one image."""
+    rows = point["evaluations"] // point["steps"]
+    return point["steps"] * unet_ms[str(rows)][point["model"].removesuffix("-dpm")]
+
+
+def curves_table(evaluation: Mapping[str, Any]) -> str:
+    """Per guidance scale and model: CLIP ± standard error at every number of steps."""
+    points = evaluation["points"]
+    steps = sorted({point["steps"] for point in points})
+    cells = {key(point): f"{point['clip']['mean']:.1f} ± {point['clip']['se']:.1f}" for point in points}
+    rows = [
+        [display(model), f"{guidance:g}", *(cells[guidance, model, n] for n in steps)]
+        for guidance in guidances(points)
+        for model in models(points)
+    ]
+    return markdown_table(["model", "guidance", *(f"{n} steps" for n in steps)], rows)
+
+
+HEADER = ["model", "guidance", "steps", "UNet evaluations", "UNet ms", "CLIP ± se", "against teacher", "latent error",
+          "PSNR, dB", "features"]  # fmt: skip
+
+
+def point_rows(points: Sequence[Point]) -> list[list[str]]:
+    """A line per point; differences are to the teacher at its most steps and the same guidance scale."""
+    rows = []
+    for p in points:
+        d, psnr = p["versus_teacher"], p["psnr_to_teacher"]
+        rows.append([
+            display(p["model"]), f"{p['guidance']:g}", str(p["steps"]), str(p["evaluations"]), f"{p['unet_ms']:.1f}",
+            f"{p['clip']['mean']:.2f} ± {p['clip']['se']:.2f}",
+            f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]".replace("-", "−"),
+            f"{p['latent_error_to_teacher']['mean']:.4f}", "–" if psnr is None else f"{psnr:.1f}",
+            f"{p['feature_cosine_to_teacher']:.3f}",
+        ])  # fmt: skip
+    return rows
+
+
+def display(model: str) -> str:
+    return NAMES.get(model, model)
+
+
+def key(point: Point) -> tuple[float, str, int]:
+    return point["guidance"], point["model"], point["steps"]
+
+
+def guidances(points: Sequence[Point]) -> list[float]:
+    return sorted({point["guidance"] for point in points})
+
+
+def models(points: Sequence[Point]) -> list[str]:
+    """In the order in which they were judged."""
+    return list(dict.fromkeys(point["model"] for point in points))
+
+
+def colours(points: Sequence[Point]) -> dict[str, str]:
+    names = models(points)
+    return {name: MUTED if name.startswith("teacher") else SERIES[k % len(SERIES)] for k, name in enumerate(names)}
+
+
+def panels(points: Sequence[Point], x_label: str, y_label: str) -> tuple[Figure, dict[float, Axes]]:
+    """A figure with one chart per guidance scale; x is logarithmic."""
+    scales = guidances(points)
+    figure = Figure(figsize=(1 + 3.3 * len(scales), 3.9), layout="constrained")
+    charts = dict(zip(scales, figure.subplots(1, len(scales), sharey=True, squeeze=False)[0], strict=True))
+    for guidance, axes in charts.items():
+        axes.set(xscale="log", xlabel=x_label, title=f"guidance {guidance:g}")
+    charts[scales[0]].set_ylabel(y_label)
+    return figure, charts
+
+
+def lines(points: Sequence[Point], guidance: float) -> dict[str, list[Point]]:
+    """Each model's points at one guidance scale, fewest steps first."""
+    mine = [point for point in points if point["guidance"] == guidance]
+    return {name: sorted((p for p in mine if p["model"] == name), key=key) for name in models(points)}
+
+
+def style_of(model: str, colour: str) -> dict[str, Any]:
+    return {"color": colour, "label": display(model), "linewidth": 1.6, "marker": "o", "markersize": 4,
+            "linestyle": ":" if model == "teacher-dpm" else "-"}  # fmt: skip
+
+
+@styled
+def curves_figure(points: Sequence[Point], x: str, x_label: str) -> Figure:
+    """CLIP score ± standard error against `x`, a key of the points."""
+    figure, charts = panels(points, x_label, "CLIP score ± se")
+    for guidance, axes in charts.items():
+        for model, line in lines(points, guidance).items():
+            clip = [p["clip"] for p in line]
+            style = style_of(model, colours(points)[model])
+            axes.errorbar([p[x] for p in line], [c["mean"] for c in clip], [c["se"] for c in clip], capsize=2, **style)
+    finish(charts, points, x)
+    return figure
+
+
+@styled
+def distance_figure(points: Sequence[Point]) -> Figure:
+    """Squared error of the latents to the teacher's most steps, at equal noise; it has none of its own there."""
+    figure, charts = panels(points, "sampling steps", "squared error of the latents")
+    for guidance, axes in charts.items():
+        axes.set_yscale("log")
+        for model, line in lines(points, guidance).items():
+            apart = [(p["steps"], p["latent_error_to_teacher"]["mean"]) for p in line]
+            apart = [(steps, error) for steps, error in apart if error > 0]
+            axes.plot(*zip(*apart, strict=True), **style_of(model, colours(points)[model]))
+    finish(charts, points, "steps")
+    return figure
+
+
+def finish(charts: Mapping[float, Axes], points: Sequence[Point], x: str) -> None:
+    """Plain numbers on the axis, and one legend."""
+    for axes in charts.values():
+        if x == "steps":
+            axes.set_xticks(sorted({point["steps"] for point in points}))
+        axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    charts[max(charts)].legend(frameon=False, fontsize=8)
+
+
+def images_figure(folder: Path, points: Sequence[Point], guidance: float) -> Figure:
+    """Rows are models, columns numbers of steps; the first prompt, always from the same noise."""
+    steps = sorted({point["steps"] for point in points})
+    rows = [
+        (display(model), [folder / f"images/{model}/steps-{n}-guidance-{guidance}/000.png" for n in steps])
+        for model in models(points)
+    ]
+    return grid_figure(rows, [f"{n} steps" for n in steps])
