@@ -5,15 +5,20 @@ import logging
 from functools import cached_property, partial
 
 import diffusers
+import torch
+from hydra.utils import get_class, instantiate
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 
 from distill.ladder import Climb, climbs
 from distill.teaching import Rung
 from engine.config import LadderConfig, StageConfig, TrainConfig
+from engine.loop import Objective, load_trained, train, trained
 from eval.bench import Bench
-from models.guidance import told_guidance_width, with_told_guidance
-from models.pipeline import export_pipeline, load_pipeline, with_unet
-from models.schedule import nested_steps
+from models.guidance import with_told_guidance
+from models.pipeline import export_pipeline, load_pipeline, one_line, with_unet
+from models.schedule import NoiseSchedule
 from models.unet import PrunableUNet2DConditionModel
 
 log = logging.getLogger("slimstep")
@@ -33,19 +38,33 @@ class DistillBench(Bench):
 
     @cached_property
     def pipeline(self):
-        """The teacher pipeline on the ladder's time grid: DDIM, the last step ending in clean latents."""
+        """The teacher pipeline on the ladder's time grid: DDIM whose last step ends in clean latents."""
         pipeline = super().pipeline
-        pipeline.scheduler = self.ddim(pipeline.scheduler)
+        pipeline.scheduler = self.on_the_grid(diffusers.DDIMScheduler, pipeline.scheduler)
         return pipeline
 
-    def ddim(self, scheduler, **changes) -> diffusers.DDIMScheduler:
-        grid = {"timestep_spacing": self.ladder.timestep_spacing, "set_alpha_to_one": True}
-        return diffusers.DDIMScheduler.from_config({**scheduler.config, **grid, **changes})
+    @property
+    def predicts_velocity(self) -> bool:
+        """Whether the teacher needs no fine-tuning to v first."""
+        return self.pipeline.scheduler.config.prediction_type != "epsilon"
 
     @cached_property
-    def teacher_scheduler(self) -> diffusers.DDIMScheduler:
-        """What the teacher, as it was given, is sampled with."""
-        return self.pipeline.scheduler
+    def scheduler(self) -> diffusers.DDIMScheduler:
+        """What the ladder's networks are trained and taught with; ε-prediction has become v."""
+        changes = {} if self.predicts_velocity else {"prediction_type": "v_prediction"}
+        return self.on_the_grid(diffusers.DDIMScheduler, self.pipeline.scheduler, **changes)
+
+    @cached_property
+    def student_scheduler(self):
+        """The diffusers scheduler that students are handed over with."""
+        grid_steps = getattr(self.config.objective, "grid_steps", None)
+        own = {"original_inference_steps": grid_steps} if grid_steps else {}
+        return self.on_the_grid(getattr(diffusers, self.ladder.sampler), self.scheduler, **own)
+
+    def on_the_grid(self, kind: type, scheduler, **changes):
+        """A scheduler of this kind; x̂ is not clipped, for training does not clip it."""
+        grid = {"timestep_spacing": self.ladder.timestep_spacing, "set_alpha_to_one": True}
+        return kind.from_config({**scheduler.config, "clip_sample": False, "thresholding": False, **grid, **changes})
 
     @cached_property
     def networks(self) -> dict[str, PrunableUNet2DConditionModel]:
@@ -58,75 +77,111 @@ class DistillBench(Bench):
             return self.teacher
         student = load_pipeline(folder)
         own, other = (
-            {"prediction_type": scheduler.config.prediction_type, **{key: unet.config[key] for key in SAME_IN_BOTH}}
+            {
+                "prediction_type": scheduler.config.prediction_type,
+                "noise schedule": scheduler.alphas_cumprod.tolist(),
+                **{key: unet.config[key] for key in SAME_IN_BOTH},
+            }
             for scheduler, unet in ((student.scheduler, student.unet), (self.pipeline.scheduler, self.teacher))
         )
-        if differing := {key: (own[key], other[key]) for key in own if own[key] != other[key]}:
-            raise ValueError(f"ladder.student={folder} does not fit the teacher; (student, teacher): {differing}")
+        if differing := [key for key in own if own[key] != other[key]]:
+            told = {key: (own[key], other[key]) for key in differing if key != "noise schedule"}
+            raise ValueError(
+                f"ladder.student={folder} does not fit the teacher: it differs in {', '.join(differing)} {told or ''}"
+            )
+        student.unet.register_to_config(sample_size=self.teacher.config.sample_size)
         return student.unet.requires_grad_(False).eval().to(self.device)
 
     def check(self) -> None:
-        """ValueError, before anything is trained, for a ladder that cannot be climbed."""
-        for climb in self.climbs:
-            nested_steps(self.pipeline.scheduler, climb.steps, climb.teacher_steps)
-        names = [climb.name for climb in self.climbs]
+        """ValueError, before anything is trained, for a ladder that cannot be climbed or judged."""
+        names, networks = [climb.name for climb in self.climbs], self.networks
         if unknown := sorted(set(self.ladder.rungs or {}) - set(names)):
             raise ValueError(f"ladder.rungs names {unknown}; this ladder has {names}")
-        for name in names:
-            self.training(name)
-        _ = self.networks
-        self.student_scheduler()
+        self.check_objective()
+        for climb in self.climbs:
+            self.training(climb.name)
+            self.distillation(climb, self.teacher, torch.zeros(1, 1, device=self.device))
+        for steps in self.config.curves.steps:
+            copy.deepcopy(self.student_scheduler).set_timesteps(steps)
+        if self.ladder.guidance_width:
+            with_told_guidance(networks["student"], self.ladder.guidance_width)
+
+    def check_objective(self) -> None:
+        """ValueError where the objective does not make the students that the ladder asks for."""
+        kind = get_class(self.config.objective["_target_"])
+        if not hasattr(kind, "told"):
+            raise ValueError(f"objective {kind.__name__} distils no steps; choose objective=steps, guidance or lcm")
+        if kind.told != bool(self.ladder.guidance_width):
+            way = "needs ladder.guidance_width, as 256" if kind.told else "needs ladder.guidance_width=0"
+            raise ValueError(f"objective {kind.__name__} {way}")
+        if (kind.sampler or self.ladder.sampler) != self.ladder.sampler or (
+            self.ladder.sampler == "LCMScheduler" and kind.sampler is None
+        ):
+            raise ValueError(f"objective {kind.__name__} and ladder.sampler={self.ladder.sampler} do not go together")
 
     def training(self, name: str) -> TrainConfig:
-        """`train` with what `ladder.rungs` says of this rung. ValueError for unknown keys."""
+        """`train` with what `ladder.rungs` says of this rung. ValueError for unknown keys and wrong types."""
+        own = (self.ladder.rungs or {}).get(name, {})
         train = OmegaConf.to_container(self.config.train)
-        own = dict((self.ladder.rungs or {}).get(name, {}))
-        if unknown := sorted(set(own) - set(train)):
-            raise ValueError(f"ladder.rungs.{name} has unknown keys {unknown}; train has {sorted(train)}")
-        return TrainConfig(**{**train, **own})
+        try:
+            return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), train, own))
+        except OmegaConfBaseException as error:
+            raise ValueError(f"ladder.rungs.{name}={own}: {one_line(error)}; train has {sorted(train)}") from error
+
+    def distillation(self, climb: Climb, teacher: PrunableUNet2DConditionModel, empty_text_LE: Tensor) -> Objective:
+        """The objective of one rung."""
+        rung = Rung(self.scheduler, climb.teacher_steps, self.student_scheduler, climb.steps)
+        schedule = NoiseSchedule.from_scheduler(self.scheduler, self.device)
+        make = instantiate(self.config.objective, _partial_=True, _convert_="all")
+        return make(schedule=schedule, empty_text_LE=empty_text_LE, teacher=teacher, rung=rung)
 
     def learn_velocity(self) -> None:
         """Where the teacher predicts ε, it and the student learn to predict v first; x̂ from ε is lost in noise."""
-        if self.teacher_scheduler.config.prediction_type != "epsilon":
+        if self.predicts_velocity:
             return
-        self.pipeline.scheduler = self.ddim(self.pipeline.scheduler, prediction_type="v_prediction")
         velocity: StageConfig = self.config.velocity
         learnt: dict[int, PrunableUNet2DConditionModel] = {}  # the student may be the teacher
         for name, unet in self.networks.items():
             if id(unet) not in learnt:
-                copied = copy.deepcopy(unet).requires_grad_()
-                trained = self.train(copied, velocity.objective, velocity.train, f"velocity-{name}")
-                learnt[id(unet)] = trained.requires_grad_(False)
+                learnt[id(unet)] = self.taught(unet, velocity.objective, velocity.train, f"velocity-{name}")
         self.networks |= {name: learnt[id(unet)] for name, unet in self.networks.items()}
 
     def repair(self) -> None:
         """The student learns the teacher's output and features again, where the configuration asks for it."""
-        if self.ladder.repair and self.ladder.student:
-            recovery: StageConfig = self.config.recovery
-            student = copy.deepcopy(self.networks["student"]).requires_grad_()
-            teacher = {"teacher": self.networks["teacher"]}
-            repaired = self.train(student, recovery.objective, recovery.train, "repair", **teacher)
-            self.networks["student"] = repaired.requires_grad_(False)
+        if self.ladder.repair:
+            recovery, teacher = self.config.recovery, self.networks["teacher"]
+            student = self.networks["student"]
+            self.networks["student"] = self.taught(
+                student, recovery.objective, recovery.train, "repair", teacher=teacher
+            )
+
+    def taught(self, unet, objective, config: TrainConfig, stage: str, **given) -> PrunableUNet2DConditionModel:
+        """A copy of the network, trained with an objective of the loop, on the ladder's noise schedule."""
+        schedule = NoiseSchedule.from_scheduler(self.scheduler, self.device)
+        copied = copy.deepcopy(unet).requires_grad_()
+        return self.train(copied, objective, config, stage, schedule=schedule, **given).requires_grad_(False)
 
     def climb(self, climb: Climb) -> None:
         """Trains and exports one rung; where it exists it is loaded."""
-        unet = copy.deepcopy(self.networks[climb.start])
-        if self.ladder.guidance_width and not told_guidance_width(unet):
-            unet = with_told_guidance(unet, self.ladder.guidance_width)
-        rung = Rung(self.pipeline.scheduler, climb.teacher_steps, climb.steps)
-        given = {"teacher": self.networks[climb.teacher], "rung": rung}
+        unet, width = self.networks[climb.start], self.ladder.guidance_width
+        unet = with_told_guidance(unet, width) if width else copy.deepcopy(unet)
         log.info(f"{climb.name}: from {climb.start}, taught by {climb.teacher} with {climb.teacher_steps} steps")
-        unet = self.train(unet.requires_grad_(), self.config.objective, self.training(climb.name), climb.name, **given)
+        if trained(self.run, climb.name):
+            unet = load_trained(unet, self.run, climb.name)
+        else:
+            empty_text = self.pairs.empty_text.to(self.device)
+            objective = self.distillation(climb, self.in_compute_dtype(self.networks[climb.teacher]), empty_text)
+            config = self.training(climb.name)
+            unet = train(unet.requires_grad_(), objective, self.pairs, config, self.run, climb.name)
         self.networks[climb.name] = unet.requires_grad_(False)
         self.run.sealed_folder(f"{climb.name}/export", partial(self.write_export, unet))
 
-    def write_export(self, unet: PrunableUNet2DConditionModel, folder) -> None:
-        student = with_unet(self.pipeline, unet, scheduler=self.student_scheduler())
-        log.info(f"exported: {export_pipeline(student, folder).load}")
+    def in_compute_dtype(self, unet: PrunableUNet2DConditionModel) -> PrunableUNet2DConditionModel:
+        """A teacher as mixed precision runs it, its weights cast once and not at every evaluation."""
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        dtype = dtypes.get(self.run.accelerator.mixed_precision)
+        return copy.deepcopy(unet).to(dtype) if dtype else unet
 
-    def student_scheduler(self):
-        """The diffusers scheduler that students are sampled with, on the ladder's grid."""
-        kind = getattr(diffusers, self.ladder.sampler, None)
-        if kind is None or not hasattr(kind, "set_timesteps"):
-            raise ValueError(f"ladder.sampler={self.ladder.sampler} is no scheduler of diffusers; try DDIMScheduler")
-        return kind.from_config(self.pipeline.scheduler.config)
+    def write_export(self, unet: PrunableUNet2DConditionModel, folder) -> None:
+        student = with_unet(self.pipeline, unet, scheduler=self.student_scheduler)
+        log.info(f"exported: {export_pipeline(student, folder).load}")

@@ -6,19 +6,22 @@ Axes: B batch, N steps of the grid, K bounds of a step, C channels, H and W late
 import torch
 from torch import Tensor, nn
 
-from distill.teaching import Rung, draw_guidance, draw_steps, predict, predict_told
+from distill.teaching import Rung, draw_guidance, draw_steps, known_range, predict, predict_told
 from engine.loop import Batch, Metrics
+from models.guidance import told_guidance_width
 from models.schedule import NoiseSchedule, nested_steps
 
 
 class ConsistencyDistillation:
     """Latent consistency distillation (Luo et al. 2023): along one guided teacher step the student's answer stays.
 
-    `grid_steps` is LCMScheduler's `original_inference_steps`: its timesteps are those of a trailing DDIM grid. The
+    `grid_steps` is LCMScheduler's `original_inference_steps`; on a trailing grid that divides T they are DDIM's steps,
+    whatever the rung's number of steps: one student serves all. Its teacher is guided from outside. The
     answer is f(z, t) = c_skip·z + c_out·x̂ with the scalings LCMScheduler samples by; the further end is the student's
     own, without gradient. The loss is the pseudo-Huber distance.
     """
 
+    told, sampler = True, "LCMScheduler"
     DATA_STD, TIMESTEP_SCALING = 0.5, 10.0
 
     def __init__(
@@ -32,8 +35,13 @@ class ConsistencyDistillation:
         huber: float = 0.001,
     ):
         self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
-        self.bounds_NK = nested_steps(rung.scheduler, grid_steps, grid_steps).to(empty_text_LE.device)
-        self.guidance_range, self.huber = guidance_range, huber
+        if told_guidance_width(teacher):
+            raise ValueError("objective=lcm has one rung, as ladder.steps=[32,4]: a student of it cannot be a teacher")
+        grid = nested_steps(rung.teacher_scheduler, grid_steps, rung.teacher_scheduler, grid_steps)
+        if len(schedule) % grid_steps or grid[0, 0] != len(schedule) - 1:
+            raise ValueError(f"objective.grid_steps={grid_steps} must divide {len(schedule)}, on a trailing grid")
+        self.bounds_NK = grid.to(empty_text_LE.device)
+        self.guidance_range, self.huber = known_range(guidance_range), huber
 
     def answer(self, unet: nn.Module, z_BCHW: Tensor, t_B: Tensor, text_BLE: Tensor, w_B: Tensor) -> Tensor:
         """f(z, t): clean latents; z itself at t = 0."""
@@ -52,4 +60,4 @@ class ConsistencyDistillation:
             target_BCHW = self.answer(unet, z_s_BCHW, draw.end_B.clamp(min=0), draw.text_BLE, w_B)
         answer_BCHW = self.answer(unet, draw.z_BCHW, draw.t_B, draw.text_BLE, w_B)
         loss = (((answer_BCHW - target_BCHW) ** 2 + self.huber**2) ** 0.5 - self.huber).mean()
-        return loss, {"consistency": loss}
+        return loss, {}

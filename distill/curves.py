@@ -4,6 +4,7 @@ Axes: P prompts, C channels, H and W latent size, D features.
 """
 
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 
 import diffusers
 import torch
@@ -16,7 +17,7 @@ from eval.clip import psnr
 from eval.compare import mean_and_error, paired_difference
 from eval.judge import write_pictures
 from eval.latency import compare_ms
-from eval.sampling import Sampler
+from eval.sampling import Sampler, Texts
 from models.unet import PrunableUNet2DConditionModel
 
 
@@ -38,36 +39,50 @@ class Curves:
 
     def __init__(self, bench: DistillBench):
         self.bench, self.config, self.prompts = bench, bench.config.eval, bench.prompts[1]
-        self.most_steps = max(bench.config.curves.steps)
+        self.most_steps = max(*bench.config.curves.steps, bench.ladder.steps[0])
         self._references: dict[float, Tensor] = {}
 
-    @property
+    @cached_property
     def judged(self) -> list[Judged]:
         bench = self.bench
-        ddim = bench.teacher_scheduler
-        solver = diffusers.DPMSolverMultistepScheduler.from_config(ddim.config)
+        ddim = bench.pipeline.scheduler
+        solver = bench.on_the_grid(diffusers.DPMSolverMultistepScheduler, ddim)
+        velocity = [] if bench.predicts_velocity else [Judged("teacher-v", bench.networks["teacher"], bench.scheduler)]
         students = [climb.name for climb in bench.climbs if climb.name.startswith("steps-")]
         return [
             Judged("teacher", bench.teacher, ddim),
             Judged("teacher-dpm", bench.teacher, solver),
-            *(Judged(name, bench.networks[name], bench.student_scheduler()) for name in students),
+            *velocity,
+            *(Judged(name, bench.networks[name], bench.student_scheduler) for name in students),
         ]
+
+    @property
+    def steps(self) -> list[int]:
+        """Most first, the reference among them."""
+        return sorted({*self.bench.config.curves.steps, self.most_steps}, reverse=True)
+
+    @cached_property
+    def texts(self) -> Texts:
+        return self.sampler(self.judged[0], 1, 1.0).encode(self.prompts.prompts)
+
+    @cached_property
+    def text_features_PD(self) -> Tensor:
+        return self.bench.scorer.text(self.prompts.prompts)
 
     def sampler(self, model: Judged, steps: int, guidance: float) -> Sampler:
         return Sampler(self.bench.pipeline, steps, guidance, self.config.seed, model.scheduler)
 
     def latents(self, model: Judged, steps: int, guidance: float) -> Tensor:
         """float32 [P, C, H, W] on the CPU, shared among the processes."""
-        sampler, prompts, bench = self.sampler(model, steps, guidance), self.prompts.prompts, self.bench
-        name = f"{model.name}-{steps}-{guidance}"
+        sampler, bench = self.sampler(model, steps, guidance), self.bench
 
         def draw(indices: list[int]) -> Tensor:
-            noise = torch.stack([sampler.noise(i) for i in indices])
-            draws = sampler.generators(indices)
-            return sampler.latents(model.unet, sampler.encode(prompts).rows(indices), noise, generators=draws).float()
+            noise, draws = torch.stack([sampler.noise(i) for i in indices]), sampler.generators(indices)
+            return sampler.latents(model.unet, self.texts.rows(indices), noise, generators=draws).float()
 
-        return map_batches(draw, len(prompts), self.config.batch_size, bench.run.accelerator,
-                           f"{model.name}, {steps} steps, guidance {guidance}", bench.partial(name))  # fmt: skip
+        what, keep = f"{model.name}, {steps} steps, guidance {guidance:g}", f"{model.name}-{steps}-{guidance}"
+        size = len(self.prompts.prompts)
+        return map_batches(draw, size, self.config.batch_size, bench.run.accelerator, what, bench.partial(keep))
 
     def reference(self, guidance: float) -> Tensor:
         """The teacher's latents at the most steps."""
@@ -86,13 +101,14 @@ class Curves:
         reference = self.reference(guidance)
         is_reference = model.name == "teacher" and steps == self.most_steps
         latents = reference if is_reference else self.latents(model, steps, guidance)
-        text_PD = scorer.text(self.prompts.prompts)
 
         def rate(indices: list[int]) -> Tensor:
             image, wanted = sampler.decode(latents[indices]), sampler.decode(reference[indices])
             near = (scorer.image(image) * scorer.image(wanted)).sum(1)
             error = (latents[indices] - reference[indices]).square().mean((1, 2, 3))
-            return torch.stack([scorer.score(image, text_PD[indices]), psnr(image, wanted), near, error], 1).cpu()
+            return torch.stack(
+                [scorer.score(image, self.text_features_PD[indices]), psnr(image, wanted), near, error], 1
+            ).cpu()
 
         what = f"judging {model.name}"
         values = map_batches(rate, len(latents), self.config.batch_size, bench.run.accelerator, what)
@@ -102,9 +118,9 @@ class Curves:
         score = mean_and_error(clip.tolist())
         return {
             "model": model.name,
-            "scheduler": type(model.scheduler).__name__,
             "steps": steps,
             "guidance": guidance,
+            "protocol": sampler.protocol,
             "evaluations": steps * (2 if sampler.guides(model.unet) else 1),
             "clip": {"mean": score.mean, "se": score.se, "per_prompt": clip.tolist()},
             "psnr_to_teacher": None if is_reference else decibels.mean().item(),
@@ -113,12 +129,13 @@ class Curves:
         }
 
     def measure_unets(self) -> None:
-        """unet_ms.json: {rows: {network: ms}} of one evaluation of one row and of two, interleaved, by rank 0."""
+        """unet_ms.json: {rows: {network: ms}} of evaluations of one row and of two, interleaved; rank 0 alone."""
         bench = self.bench
 
         def make() -> dict:
             unets = {model.name: model.unet for model in self.judged if model.name != "teacher-dpm"}
-            return {rows: compare_ms(unets, replace(bench.latency, batch=rows), bench.device) for rows in (1, 2)}
+            ms = {rows: compare_ms(unets, replace(bench.latency, batch=rows), bench.device) for rows in (1, 2)}
+            return {"ms": ms, "protocol": asdict(bench.latency), "environment": environment()}
 
         bench.run.json("unet_ms.json", lambda: make() if bench.run.accelerator.is_main_process else None)
 
@@ -127,7 +144,7 @@ class Curves:
         bench, curves = self.bench, self.bench.config.curves
         points = [
             self.record(model, steps, guidance)
-            for guidance in curves.guidance for model in self.judged for steps in sorted(curves.steps, reverse=True)
+            for guidance in curves.guidance for model in self.judged for steps in self.steps
         ]  # fmt: skip
         teachers = {p["guidance"]: p for p in points if p["model"] == "teacher" and p["steps"] == self.most_steps}
 

@@ -11,6 +11,7 @@ from distill.teaching import (
     draw_guidance,
     draw_steps,
     error_in_x,
+    known_range,
     known_weighting,
     predict_told,
     teacher_target,
@@ -26,6 +27,8 @@ class GuidanceDistillation:
     many steps as the teacher the student learns the guidance alone (their first stage).
     """
 
+    told, sampler = True, None
+
     def __init__(
         self,
         schedule: NoiseSchedule,
@@ -37,7 +40,7 @@ class GuidanceDistillation:
     ):
         self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
         self.bounds_NK = rung.bounds_NK.to(empty_text_LE.device)
-        self.guidance_range, self.weighting = guidance_range, known_weighting(weighting)
+        self.guidance_range, self.weighting = known_range(guidance_range), known_weighting(weighting)
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         schedule = self.schedule
@@ -45,5 +48,4 @@ class GuidanceDistillation:
         w_B = draw_guidance(len(draw.t_B), self.guidance_range, generator)
         target_BCHW = teacher_target(self.teacher, schedule, draw, self.empty_text_LE, w_B)
         pred_BCHW = predict_told(unet, draw.z_BCHW, draw.t_B, draw.text_BLE, w_B)
-        loss = error_in_x(pred_BCHW, target_BCHW, draw, schedule, self.weighting)
-        return loss, {"distillation": loss}
+        return error_in_x(pred_BCHW, target_BCHW, draw, schedule, self.weighting), {}

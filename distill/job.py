@@ -5,6 +5,7 @@ import logging
 from distill.bench import DistillBench
 from distill.curves import Curves
 from engine.config import Config
+from engine.loop import trained
 from engine.run import Run
 from eval.report import markdown_table
 from eval.steps_report import curves_table, write_steps_report
@@ -36,15 +37,20 @@ def distill_steps(config: Config, run: Run) -> int:
 
 
 def print_plan(bench: DistillBench) -> int:
-    """The rungs, which are done, and what each asks for."""
+    """The stages, which are done, and what each asks for."""
+    config, networks = bench.config, ("teacher", "student") if bench.ladder.student else ("teacher",)
+    stages = [] if bench.predicts_velocity else [(f"velocity-{n}", n, "data", config.velocity.train) for n in networks]
+    stages += [("repair", "student", "teacher", config.recovery.train)] if bench.ladder.repair else []
+    stages += [
+        (climb.name, climb.start, f"{climb.teacher}, {climb.teacher_steps} steps", bench.training(climb.name))
+        for climb in bench.climbs
+    ]
     rows = []
-    for climb in bench.climbs:
-        train = bench.training(climb.name)
+    for name, start, teacher, train in stages:
         samples = train.steps * train.batch_size * train.accumulation * bench.run.accelerator.num_processes
-        done = bench.run.made(f"{climb.name}/export")
-        taught = f"{climb.teacher}, {climb.teacher_steps} steps"
-        rows.append([climb.name, "done" if done else "to do", climb.start, taught, f"{train.steps:,}", f"{samples:,}"])
+        state = "done" if trained(bench.run, name) else "to do"
+        rows.append([name, state, start, teacher, f"{train.steps:,}", f"{samples:,}"])
     if bench.run.accelerator.is_main_process:
-        print(markdown_table(["rung", "state", "starts from", "taught by", "training steps", "samples"], rows))
+        print(markdown_table(["stage", "state", "starts from", "taught by", "training steps", "samples"], rows))
         print(f"run   {bench.run.path}")
     return 0

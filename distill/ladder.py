@@ -20,15 +20,15 @@ def climbs(steps: Sequence[int], mode: str, own_network: bool) -> tuple[Climb, .
     """The rungs in the order in which they are made.
 
     Direct: the teacher's architecture climbs down beside the student's, and teaches it; it stops one rung above, where
-    it has nothing left to teach. Where the student has the teacher's network the two ladders are one.
+    it has nothing left to teach. Where the student has the teacher's network the two ladders, and both modes, are one.
     """
     rungs: list[Climb] = []
     teacher, student = "teacher", "student"
-    for above, below in itertools.pairwise(steps):
-        last, next_teacher = below == steps[-1], f"teacher-{below}"
-        if mode == "direct" and not own_network and not last:
-            rungs.append(Climb(next_teacher, teacher, teacher, above, below))
+    beside = mode == "direct" and not own_network
+    for rung, (above, below) in enumerate(itertools.pairwise(steps), start=2):
+        if beside and rung < len(steps):
+            rungs.append(Climb(f"teacher-{below}", teacher, teacher, above, below))
         rungs.append(Climb(f"steps-{below}", teacher, student, above, below))
         student = f"steps-{below}"
-        teacher = next_teacher if mode == "direct" and not own_network else student
+        teacher = f"teacher-{below}" if beside else student
     return tuple(rungs)

@@ -4,6 +4,8 @@ Axes: B batch, G guided rows, N steps of the student, K bounds of a step, C chan
 tokens, E text width.
 """
 
+import math
+
 import torch
 from torch import Tensor, nn
 
@@ -13,6 +15,7 @@ from distill.teaching import (
     draw_steps,
     drop_captions,
     error_in_x,
+    known_range,
     known_weighting,
     predict,
     teacher_target,
@@ -24,11 +27,14 @@ from models.schedule import NoiseSchedule
 class StepDistillation:
     """L_dstl + γ·L_ori (SnapFusion, section 4): vanilla step distillation, CFG-aware in some rows.
 
-    `guided_share` of every batch's rows, at least one where it is above 0, is guided on both sides, with w ~
-    U[guidance_range] per row: the paper's p, there a coin per iteration; shares keep shapes fixed. 0 is the vanilla
-    loss, 1 the CFG-aware. `original_weight` is γ: L_ori, the denoising loss, is brought to the size of L_dstl first.
-    `caption_dropout` empties captions of unguided rows, so that the unconditional branch is distilled, too.
+    A row is guided on both sides with probability `guided_share`, the paper's p (there a coin per iteration), and w ~
+    U[guidance_range]; so that shapes are fixed, coins are thrown for the first rows only. 0 is the vanilla loss, 1 the
+    CFG-aware. `original_weight` is γ: L_ori, the denoising loss, here at the starts of the student's steps, is brought
+    to the size of L_dstl first. `caption_dropout` empties captions of rows that are never guided, so that the
+    unconditional branch is distilled, too.
     """
+
+    told, sampler = False, None
 
     def __init__(
         self,
@@ -42,23 +48,30 @@ class StepDistillation:
         original_weight: float = 0.2,
         caption_dropout: float = 0.1,
     ):
-        if not 0 <= guided_share <= 1:
-            raise ValueError(f"objective.guided_share={guided_share} must lie between 0 and 1")
+        for name, share in {"guided_share": guided_share, "caption_dropout": caption_dropout}.items():
+            if not 0 <= share <= 1:
+                raise ValueError(f"objective.{name}={share} must lie between 0 and 1")
         self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
         self.bounds_NK = rung.bounds_NK.to(empty_text_LE.device)
-        self.guided_share, self.guidance_range = guided_share, guidance_range
+        self.guided_share, self.guidance_range = guided_share, known_range(guidance_range)
         self.weighting, self.original_weight = known_weighting(weighting), original_weight
         self.caption_dropout = caption_dropout
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         schedule, empty_text_LE, rows = self.schedule, self.empty_text_LE, len(batch["text"])
-        guided = max(1, round(self.guided_share * rows)) if self.guided_share else 0
+        guided = math.ceil(self.guided_share * rows)
         text_BLE = drop_captions(batch["text"], empty_text_LE, self.caption_dropout, guided, generator)
         draw = draw_steps(batch, schedule, self.bounds_NK, text_BLE, generator)
-        w_G = draw_guidance(guided, self.guidance_range, generator)
+        w_G = self.draw_guidance(guided, rows, generator)
         target_BCHW = teacher_target(self.teacher, schedule, draw, empty_text_LE, w_G)
         guided_BCHW, plain_BCHW = predict(unet, draw.z_BCHW, draw.t_B, text_BLE, empty_text_LE, w_G)
         distillation = error_in_x(guided_BCHW, target_BCHW, draw, schedule, self.weighting)
         original = nn.functional.mse_loss(plain_BCHW, schedule.target(draw.x0_BCHW, draw.noise_BCHW, draw.t_B))
         scale = self.original_weight * distillation.detach() / original.detach()
         return distillation + scale * original, {"distillation": distillation, "original": original}
+
+    def draw_guidance(self, guided: int, rows: int, generator: torch.Generator) -> Tensor:
+        """w of the rows that may be guided; 1, which is no guidance, where the coin says so."""
+        w_G = draw_guidance(guided, self.guidance_range, generator)
+        coin_G = torch.rand(guided, generator=generator, device=generator.device) * guided
+        return torch.where(coin_G < self.guided_share * rows, w_G, 1.0)

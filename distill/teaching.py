@@ -18,16 +18,17 @@ WEIGHTINGS = ("truncated_snr", "snr_plus_one", "uniform")
 
 @dataclass(frozen=True)
 class Rung:
-    """What one rung of the ladder teaches: a sampler of `teacher_steps` DDIM steps done in `steps`."""
+    """What one rung of the ladder teaches: `teacher_steps` DDIM steps done in `steps` of the student's sampler."""
 
-    scheduler: object
+    teacher_scheduler: object
     teacher_steps: int
+    student_scheduler: object
     steps: int
 
     @property
     def bounds_NK(self) -> Tensor:
         """Start, inner timesteps and end of every step of the student."""
-        return nested_steps(self.scheduler, self.steps, self.teacher_steps)
+        return nested_steps(self.student_scheduler, self.steps, self.teacher_scheduler, self.teacher_steps)
 
 
 @dataclass(frozen=True)
@@ -70,12 +71,16 @@ def drop_captions(text_BLE: Tensor, empty_text_LE: Tensor, dropout: float, spare
 def predict(
     unet: nn.Module, z_BCHW: Tensor, t_B: Tensor, text_BLE: Tensor, empty_text_LE: Tensor, w_G: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """(guided, plain) float32 predictions; in the first G rows guided is w·pred(c) − (w − 1)·pred(∅), in one batch."""
-    guided, rows = len(w_G), len(z_BCHW)
+    """(guided, plain) float32 predictions; in the first G rows guided is w·pred(c) − (w − 1)·pred(∅), in one batch.
+
+    Inputs are cast to the UNet's own dtype: a teacher may be in bfloat16, a student keeps float32 weights.
+    """
+    guided, rows, dtype = len(w_G), len(z_BCHW), next(unet.parameters()).dtype
+    z_BCHW, text_BLE = z_BCHW.to(dtype), text_BLE.to(dtype)
     if not guided:
         plain_BCHW = unet(z_BCHW, t_B, text_BLE, return_dict=False)[0].float()
         return plain_BCHW, plain_BCHW
-    empty_GLE = empty_text_LE.expand(guided, -1, -1).to(text_BLE.dtype)
+    empty_GLE = empty_text_LE.expand(guided, -1, -1).to(dtype)
     inputs = torch.cat([z_BCHW, z_BCHW[:guided]]), torch.cat([t_B, t_B[:guided]]), torch.cat([text_BLE, empty_GLE])
     plain_BCHW, empty_GCHW = unet(*inputs, return_dict=False)[0].float().split([rows, guided])
     w_G111 = w_G[:, None, None, None]
@@ -85,8 +90,10 @@ def predict(
 
 def predict_told(unet: nn.Module, z_BCHW: Tensor, t_B: Tensor, text_BLE: Tensor, w_B: Tensor) -> Tensor:
     """The prediction, float32, of a UNet that is told its guidance scale: one evaluation."""
-    embedding = guidance_embedding(w_B, told_guidance_width(unet)).to(z_BCHW.dtype)
-    return unet(z_BCHW, t_B, text_BLE, timestep_cond=embedding, return_dict=False)[0].float()
+    dtype = next(unet.parameters()).dtype
+    embedding = guidance_embedding(w_B, told_guidance_width(unet)).to(dtype)
+    pred_BCHW = unet(z_BCHW.to(dtype), t_B, text_BLE.to(dtype), timestep_cond=embedding, return_dict=False)[0]
+    return pred_BCHW.float()
 
 
 @torch.no_grad()
@@ -128,3 +135,10 @@ def known_weighting(weighting: str) -> str:
     if weighting not in WEIGHTINGS:
         raise ValueError(f"objective.weighting={weighting!r} is unknown; choose from {WEIGHTINGS}")
     return weighting
+
+
+def known_range(guidance_range: tuple[float, float]) -> tuple[float, float]:
+    low, high = guidance_range
+    if not 1 <= low <= high:
+        raise ValueError(f"objective.guidance_range={list(guidance_range)} must be two scales, 1 <= low <= high")
+    return low, high

@@ -7,6 +7,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 
 SCHEDULES = ("cosine", "constant")
+SAMPLERS = ("DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler")
 
 
 @dataclass
@@ -140,9 +141,9 @@ class LadderConfig:
 
     `student` is a diffusers folder whose UNet learns; empty is the teacher's own network. mode `direct` (SnapFusion):
     every rung is taught by a network of the teacher's architecture with the rung above's steps; `progressive`: by the
-    student's own rung above. `rungs` gives single rungs other values of `train`. `repair` begins with the objective and
-    training of `recovery`. `guidance_width` above 0 makes students that are told their guidance scale. `sampler` is the
-    diffusers scheduler that students are handed over with.
+    student's own rung above; for the teacher's own network they are the same. `rungs` gives single rungs other values
+    of `train`. `repair` begins with the objective and training of `recovery`. `guidance_width` above 0 makes students
+    that are told their guidance scale. `sampler` is the diffusers scheduler that students are handed over with.
     """
 
     student: str = ""
@@ -159,10 +160,15 @@ class LadderConfig:
             raise ValueError(f"ladder.mode={self.mode!r} is unknown; choose direct or progressive")
         if not isinstance(rungs := self.rungs or {}, dict) or not all(isinstance(own, dict) for own in rungs.values()):
             raise ValueError(f"ladder.rungs={self.rungs} must be a table, as {{steps-8: {{steps: 2000}}}}")
-        if len(self.steps) < 2 or any(below < 1 or above % below for above, below in itertools.pairwise(self.steps)):
-            raise ValueError(
-                f"ladder.steps={self.steps} must go down, each a divisor of the one before, as [32, 16, 8]"
-            )
+        pairs = list(itertools.pairwise(self.steps))
+        if not pairs or any(below < 1 or above % below or above == below for above, below in pairs):
+            raise ValueError(f"ladder.steps={self.steps} must go down, each dividing the one before, as [32, 16, 8]")
+        if self.repair and not self.student:
+            raise ValueError("ladder.repair=true repairs a pruned student, and ladder.student names none")
+        if self.guidance_width and (self.guidance_width < 4 or self.guidance_width % 2):
+            raise ValueError(f"ladder.guidance_width={self.guidance_width} must be even and at least 4, or 0")
+        if self.sampler not in SAMPLERS:
+            raise ValueError(f"ladder.sampler={self.sampler!r} is unknown; choose from {SAMPLERS}")
 
 
 @dataclass
@@ -171,6 +177,12 @@ class CurvesConfig:
 
     steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
     guidance: list[float] = field(default_factory=lambda: [1.0, 2.5, 7.5])
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "guidance"):
+            values = getattr(self, name)
+            if not values or min(values) < 1:
+                raise ValueError(f"curves.{name}={values} must be a list of numbers from 1 up")
 
 
 @dataclass

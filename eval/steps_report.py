@@ -15,14 +15,14 @@ from eval.report import flatten, markdown_table, render
 from eval.runs import read_json
 
 Point = Mapping[str, Any]
-NAMES = {"teacher": "teacher, DDIM", "teacher-dpm": "teacher, DPM++ 2M"}
+NAMES = {"teacher": "teacher, DDIM", "teacher-dpm": "teacher, DPM++ 2M", "teacher-v": "teacher, v"}
 
 
 def write_steps_report(folder: str | Path) -> Path:
     """Makes `folder`/report.html and `folder`/report/*.png anew from evaluation.json and the pictures."""
     folder = Path(folder)
     evaluation = read_json(folder / "evaluation.json")
-    unet_ms = read_json(folder / "unet_ms.json")
+    unet_ms = read_json(folder / "unet_ms.json")["ms"]
     points = [{**point, "unet_ms": image_ms(point, unet_ms)} for point in evaluation["points"]]
     figures = {
         "clip-against-steps": curves_figure(points, "steps", "sampling steps"),
@@ -172,4 +172,4 @@ def images_figure(folder: Path, points: Sequence[Point], guidance: float) -> Fig
         (display(model), [folder / f"images/{model}/steps-{n}-guidance-{guidance}/000.png" for n in steps])
         for model in models(points)
     ]
-    return grid_figure(rows, [f"{n} steps" for n in steps])
+    return grid_figure(rows, [f"{n} steps" for n in steps], columns=len(steps))

@@ -7,6 +7,7 @@ import copy
 from dataclasses import dataclass, replace
 
 import torch
+from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -105,28 +106,35 @@ class NoiseSchedule:
         return eps_BCHW if self.prediction_type == "epsilon" else alpha * eps_BCHW - sigma * x0_BCHW
 
 
-def ddim_steps(scheduler, steps: int) -> tuple[Tensor, Tensor]:
-    """Where the steps of diffusers' DDIM start and where they land, both [steps] timesteps; −1 is the end.
+def sampler_steps(scheduler, steps: int) -> tuple[Tensor, Tensor]:
+    """Where the steps of diffusers' DDIM, LCM or Euler sampler start and land, both [steps] timesteps; −1 is the end.
 
-    diffusers lands T // steps below the start, which may be one off the next start where steps does not divide T.
+    Euler lands where the next step starts. DDIM lands T // steps below the start, which is one off the next start here
+    and there where `steps` does not divide T, and for a few numbers (6, 15, 24 …) ends at timestep 0, not at the end.
     """
     scheduler = copy.deepcopy(scheduler)
     scheduler.set_timesteps(steps)
-    starts_N = scheduler.timesteps.cpu()
+    starts_N = scheduler.timesteps.cpu().long()
+    if len(starts_N) != steps:
+        raise ValueError(f"the scheduler makes {len(starts_N)} steps of {steps}; choose a divisor of its timesteps")
+    if isinstance(scheduler, EulerDiscreteScheduler):
+        return starts_N, torch.cat([starts_N[1:], torch.tensor([-1])])
     return starts_N, (starts_N - scheduler.config.num_train_timesteps // steps).clamp(min=-1)
 
 
-def nested_steps(scheduler, student_steps: int, teacher_steps: int) -> Tensor:
+def nested_steps(student_scheduler, steps: int, teacher_scheduler, teacher_steps: int) -> Tensor:
     """[N, K]: row n holds the timesteps of a student's step n: its start, the teacher's starts within, its end.
 
     Raises ValueError where the student's starts are not among the teacher's.
     """
-    starts_N, ends_N = ddim_steps(scheduler, student_steps)
-    teacher_starts, _ = ddim_steps(scheduler, teacher_steps)
-    per_step, left = divmod(teacher_steps, student_steps)
+    starts_N, ends_N = sampler_steps(student_scheduler, steps)
+    teacher_starts, _ = sampler_steps(teacher_scheduler, teacher_steps)
+    per_step, left = divmod(teacher_steps, steps)
     if left or not per_step or not torch.equal(teacher_starts[::per_step], starts_N):
+        spacing = student_scheduler.config.timestep_spacing
+        way_out = "" if spacing == "trailing" else ", and ladder.timestep_spacing=trailing"
         raise ValueError(
-            f"{student_steps} steps do not nest in a teacher's {teacher_steps} with timestep_spacing="
-            f"{scheduler.config.timestep_spacing!r}; the teacher needs a multiple, and ladder.timestep_spacing=trailing"
+            f"{steps} steps do not nest in a teacher's {teacher_steps} with timestep_spacing={spacing!r}; the teacher "
+            f"needs a multiple of them, as 32 of 16{way_out}"
         )
-    return torch.cat([teacher_starts.view(student_steps, per_step), ends_N[:, None]], dim=1)
+    return torch.cat([teacher_starts.view(steps, per_step), ends_N[:, None]], dim=1)

@@ -1,12 +1,14 @@
 """Every test runs on the CPU, one thread, without a network; set before anything is imported."""
 
 import os
+import sys
 
 os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS": "1"}
 
 import pytest
 import torch
 
+from engine.launch import main
 from tests.tiny import tiny_pipeline, write_tiny_clip
 
 
@@ -36,3 +38,16 @@ def tiny_model(tiny_pipeline_folder, tiny_clip_folder):
     """Overrides that put the random model and scorer in the places of the shipped ones."""
     model = ["model=path", f"model.name_or_path={tiny_pipeline_folder}", "data.resolution=16"]
     return [*model, f"scorer.model=local-dir:{tiny_clip_folder}"]
+
+
+@pytest.fixture
+def leave(monkeypatch, capfd, tmp_path):
+    """Runs the command line; its exit code and what it wrote to stderr."""
+
+    def run(*overrides):
+        monkeypatch.setattr(sys, "argv", ["train.py", f"root={tmp_path / 'runs'}", *overrides])
+        with pytest.raises(SystemExit) as leaving:
+            main()
+        return leaving.value.code, capfd.readouterr().err
+
+    return run

@@ -7,40 +7,19 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from engine.launch import main
+from tests.mistakes import told
 
 JOB = [
     "+experiment=prune_unet", "search.rounds=1", "train.steps=3", "train.batch_size=4", "recovery.train.steps=3",
     "recovery.train.batch_size=4", "scoring.prompts=4", "scoring.steps=2", "scoring.batch_size=8", "eval.prompts=4",
     "eval.steps=2", "eval.pictures=2", "latency.iterations=3", "latency.additive_samples=2",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def leave(monkeypatch, capfd, tmp_path):
-    """Runs the command line; its exit code and what it wrote to stderr."""
-
-    def run(*overrides):
-        monkeypatch.setattr(sys, "argv", ["train.py", f"root={tmp_path / 'runs'}", *overrides])
-        with pytest.raises(SystemExit) as leaving:
-            main()
-        return leaving.value.code, capfd.readouterr().err
-
-    return run
-
-
-def told(code, stderr):
-    """The one line of an orderly exit."""
-    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert code == 1 and len(lines) == 1 and "Traceback" not in stderr, (code, stderr)
-    return lines[0]
 
 
 COMMAND_LINES = {

@@ -29,7 +29,7 @@ def test_with_the_teachers_network_both_ladders_are_one(mode):
     assert [rung.start for rung in rungs] == ["student", "steps-4", "steps-2"]
 
 
-@pytest.mark.parametrize("steps", [[8], [8, 16], [32, 12], [4, 0]])
+@pytest.mark.parametrize("steps", [[8], [8, 16], [32, 12], [4, 0], [8, 8]])
 def test_a_ladder_goes_down_by_whole_numbers(steps):
     with pytest.raises(ValueError, match="must go down"):
         LadderConfig(steps=steps)

@@ -1,6 +1,7 @@
 """The distilling job from a teacher to students that stock diffusers samples, on a random model."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 
 from eval.sampling import Sampler
 from models.pipeline import export_pipeline, load_pipeline, with_unet
+from tests.mistakes import told
 from tests.tiny import tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,12 +65,12 @@ def test_the_judgement_holds_every_point_paired_with_the_teacher(finished):
     path, done = finished
     points = json.loads((path / "evaluation.json").read_text())["points"]
     assert {(p["model"], p["steps"]) for p in points} == {
-        (model, steps) for model in ("teacher", "teacher-dpm", "steps-2", "steps-1") for steps in (1, 2)
+        (model, steps) for model in ("teacher", "teacher-dpm", "steps-2", "steps-1") for steps in (1, 2, 4)
     }
-    reference = next(p for p in points if p["model"] == "teacher" and p["steps"] == 2)
+    reference = next(p for p in points if p["model"] == "teacher" and p["steps"] == 4)
     assert reference["latent_error_to_teacher"]["mean"] == 0 and reference["versus_teacher"]["mean"] == 0
     assert all(p["latent_error_to_teacher"]["mean"] > 0 for p in points if p is not reference)
-    assert {p["evaluations"] for p in points} == {2, 4}
+    assert {p["evaluations"] for p in points} == {2, 4, 8}
     assert "| steps-1 " in done.stdout
     page = (path / "report.html").read_text()
     assert page.count("<svg") == 4 and "teacher, DPM++ 2M" in page and "steps-1" in page
@@ -97,6 +99,9 @@ def test_a_pruned_student_of_an_epsilon_teacher_learns_v_is_repaired_and_climbs(
     assert done.returncode == 0, done.stderr
     path = tmp_path / "distill_steps"
     stages = dict.fromkeys(json.loads(line)["stage"] for line in (path / "metrics.jsonl").read_text().splitlines())
+    points = json.loads((path / "evaluation.json").read_text())["points"]
+    assert {p["protocol"]["prediction_type"] for p in points if p["model"] == "teacher"} == {"epsilon"}
+    assert {p["protocol"]["prediction_type"] for p in points if p["model"] == "teacher-v"} == {"v_prediction"}
     assert list(stages) == ["velocity-teacher", "velocity-student", "repair", "teacher-2", "steps-2", "steps-1"]
     student = load_pipeline(path / "steps-1/export")
     assert student.unet.depths == {"mid_block.attentions.0": 0}
@@ -105,8 +110,7 @@ def test_a_pruned_student_of_an_epsilon_teacher_learns_v_is_repaired_and_climbs(
 
 @pytest.mark.parametrize("objective", ["guidance", "lcm"])
 def test_students_that_are_told_their_guidance_need_one_evaluation_a_step(tmp_path, tiny_model, objective):
-    sampler = "LCMScheduler" if objective == "lcm" else "DDIMScheduler"
-    told = [f"objective={objective}", "ladder.guidance_width=32", f"ladder.sampler={sampler}", "ladder.steps=[4,2]"]
+    told = [f"objective={objective}", "ladder.guidance_width=32", "ladder.steps=[4,2]"]
     done = run(*tiny_model, f"root={tmp_path}", *told)
     assert done.returncode == 0, done.stderr
     points = json.loads((tmp_path / "distill_steps/evaluation.json").read_text())["points"]
@@ -124,3 +128,30 @@ def test_a_plan_names_the_rungs_and_writes_nothing(finished, tmp_path, tiny_mode
     assert new.returncode == done.returncode == 0, new.stderr + done.stderr
     assert list(tmp_path.iterdir()) == []
     assert "| to do" in new.stdout and "| done" not in new.stdout and "| to do" not in done.stdout
+
+
+MISTAKES = {
+    "an objective without its ladder": (["objective=guidance", "ladder.guidance_width=0"], "needs ladder.guidance_wid"),
+    "a ladder without its objective": (["ladder.guidance_width=32"], "StepDistillation needs ladder.guidance_width=0"),
+    "another objective's sampler": (["ladder.sampler=LCMScheduler"], "do not go together"),
+    "an unknown sampler": (["ladder.sampler=DDIM"], "ladder.sampler='DDIM' is unknown; choose from"),
+    "an objective of pruning": (["objective=robust"], "RobustTraining distils no steps"),
+    "two rungs of consistency": (["objective=lcm", "ladder.steps=[32,8,4]"], "has one rung"),
+    "a student that is nowhere": (["ladder.student=/nowhere"], "'/nowhere' is no folder"),
+    "a repair of nothing": (["ladder.repair=true"], "ladder.student names none"),
+    "an unknown rung": (["ladder.rungs={steps-4: {steps: 2}}"], r"names \['steps-4'\]; this ladder has"),
+    "an unknown key of a rung": (["ladder.rungs={steps-8: {step: 2}}"], "step.*train has"),
+    "a word for a number": (["ladder.rungs={steps-8: {steps: many}}"], "many.*could not be converted to Integer"),
+    "steps that go up": (["ladder.steps=[8,16]"], "must go down"),
+    "a grid that does not nest": (["ladder.timestep_spacing=leading"], "ladder.timestep_spacing=trailing"),
+    "no curves": (["curves.steps=[]"], "curves.steps"),
+    "an odd width": (["objective=guidance", "ladder.guidance_width=33"], "must be even"),
+}
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_gets_one_line_before_anything_is_trained(name, leave, tmp_path, tiny_model):
+    overrides, message = MISTAKES[name]
+    line = told(*leave("+experiment=distill_steps", *tiny_model, *overrides))
+    assert re.search(message, line), line
+    assert not list(tmp_path.rglob("*.safetensors"))

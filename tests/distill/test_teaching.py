@@ -1,15 +1,20 @@
 """The laws of step distillation, on a small UNet and a network that is one line."""
 
+import copy
+import math
+
 import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from distill.consistency import ConsistencyDistillation
 from distill.guidance import GuidanceDistillation
 from distill.steps import StepDistillation
 from distill.teaching import (
+    Draw,
     Rung,
-    draw_steps,
     predict,
     predict_told,
     teacher_target,
@@ -33,6 +38,11 @@ def scheduler(prediction_type="v_prediction", **options):
     )  # fmt: skip
 
 
+def rung(steps, teacher_steps, prediction_type="v_prediction"):
+    one = scheduler(prediction_type)
+    return Rung(one, teacher_steps, one, steps)
+
+
 def draw(seed=0):
     return torch.Generator().manual_seed(seed)
 
@@ -44,8 +54,8 @@ def batch(size=6):
     }
 
 
-def objective(kind, teacher, rung, **options):
-    return kind(NoiseSchedule.from_scheduler(rung.scheduler), EMPTY, teacher, rung, **options)
+def objective(kind, teacher, way, **options):
+    return kind(NoiseSchedule.from_scheduler(way.student_scheduler), EMPTY, teacher, way, **options)
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +71,12 @@ def told():
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("w", [None, 3.0])
 def test_one_step_to_the_target_lands_where_the_teachers_two_steps_land(unet, prediction_type, w):
-    rung = Rung(scheduler(prediction_type), teacher_steps=8, steps=4)
-    schedule = NoiseSchedule.from_scheduler(rung.scheduler)
-    start = draw_steps(batch(), schedule, rung.bounds_NK, batch()["text"], draw())
-    w_G = NO_GUIDANCE if w is None else torch.full((6,), w)
+    way = rung(4, 8, prediction_type)
+    schedule = NoiseSchedule.from_scheduler(way.student_scheduler)
+    x0, noise = (torch.randn(4, 4, 8, 8, generator=draw(seed)) for seed in (1, 2))
+    # Every step of the student, the first and the last included.
+    start = Draw(x0, noise, schedule.noisy(x0, noise, way.bounds_NK[:, 0]), way.bounds_NK, batch(4)["text"])
+    w_G = NO_GUIDANCE if w is None else torch.full((4,), w)
     target = teacher_target(unet, schedule, start, EMPTY, w_G)
     assert target.isfinite().all()
     z = start.z_BCHW
@@ -72,7 +84,7 @@ def test_one_step_to_the_target_lands_where_the_teachers_two_steps_land(unet, pr
         with torch.no_grad():
             pred = unet(z, t_B, start.text_BLE).sample
             if w is not None:
-                empty = unet(z, t_B, EMPTY.expand(6, -1, -1)).sample  # a pass of its own
+                empty = unet(z, t_B, EMPTY.expand(4, -1, -1)).sample  # a pass of its own
                 pred = empty + w * (pred - empty)
         z = schedule.ddim(pred, z, t_B, s_B)
     landed = schedule.ddim(schedule.pred(target, start.z_BCHW, start.t_B), start.z_BCHW, start.t_B, start.end_B)
@@ -99,15 +111,15 @@ def test_only_the_first_rows_are_guided(unet):
 def test_a_teacher_has_nothing_to_learn_from_itself(unet, weighting, guided_share):
     options = {"weighting": weighting, "guided_share": guided_share, "original_weight": 0}
     with torch.no_grad():
-        loss, _ = objective(StepDistillation, unet, Rung(scheduler(), 8, 8), **options)(unet, batch(), draw())
-        other, _ = objective(StepDistillation, unet, Rung(scheduler(), 8, 4), **options)(unet, batch(), draw())
+        loss, _ = objective(StepDistillation, unet, rung(8, 8), **options)(unet, batch(), draw())
+        other, _ = objective(StepDistillation, unet, rung(4, 8), **options)(unet, batch(), draw())
     assert loss < 1e-6 < other
 
 
 def test_a_told_teacher_has_nothing_to_learn_from_itself(told):
     with torch.no_grad():
-        loss, _ = objective(GuidanceDistillation, told, Rung(scheduler(), 8, 8))(told, batch(), draw())
-        other, _ = objective(GuidanceDistillation, told, Rung(scheduler(), 8, 4))(told, batch(), draw())
+        loss, _ = objective(GuidanceDistillation, told, rung(8, 8))(told, batch(), draw())
+        other, _ = objective(GuidanceDistillation, told, rung(4, 8))(told, batch(), draw())
     assert loss < 1e-6 < other
 
 
@@ -121,7 +133,7 @@ def test_truncated_snr_is_at_least_one():
 
 
 def test_the_original_loss_is_brought_to_the_size_of_the_distillation(unet):
-    teach = objective(StepDistillation, unet, Rung(scheduler(), 8, 4), original_weight=0.2)
+    teach = objective(StepDistillation, unet, rung(4, 8), original_weight=0.2)
     loss, metrics = teach(unet, batch(), draw())
     torch.testing.assert_close(loss, 1.2 * metrics["distillation"])
     unet.zero_grad()
@@ -146,11 +158,11 @@ def test_a_student_is_told_the_guidance_as_the_pipeline_tells_it(told):
     assert (answers[0] != answers[1]).any()
 
 
-def test_a_consistency_answer_is_what_lcm_scheduler_takes_it_for(told):
+def test_a_consistency_answer_is_what_lcm_scheduler_takes_it_for(unet, told):
     lcm = LCMScheduler.from_config(scheduler().config)
     lcm.set_timesteps(4)
-    assert set(lcm.timesteps.tolist()) <= set(Rung(scheduler(), 50, 50).bounds_NK[:, 0].tolist())
-    consistency = objective(ConsistencyDistillation, told, Rung(scheduler(), 50, 50))
+    assert set(lcm.timesteps.tolist()) <= set(rung(50, 50).bounds_NK[:, 0].tolist())
+    consistency = objective(ConsistencyDistillation, unet, rung(50, 50))
     z, text, w_B = batch()["latents"], batch()["text"], torch.full((6,), 3.0)
     for t in lcm.timesteps:
         t_B = t.expand(6)
@@ -161,14 +173,45 @@ def test_a_consistency_answer_is_what_lcm_scheduler_takes_it_for(told):
     assert torch.equal(consistency.answer(told, z, torch.zeros(6, dtype=torch.long), text, w_B).detach(), z)
 
 
-def test_consistency_ends_in_the_data(told):
-    loss, _ = objective(ConsistencyDistillation, told, Rung(scheduler(), 50, 50))(told, batch(), draw())
+def test_consistency_is_taught_from_outside_and_learnt_with_the_guidance(unet, told):
+    loss, _ = objective(ConsistencyDistillation, unet, rung(50, 50))(told, batch(), draw())
     loss.backward()
     assert loss.isfinite() and told.time_embedding.cond_proj.weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="has one rung"):
+        objective(ConsistencyDistillation, told, rung(50, 50))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 1.0])
+def test_rows_are_guided_as_often_as_asked_whatever_the_batch(unet, share):
+    teach = objective(StepDistillation, unet, rung(4, 8), guided_share=share)
+    guided = [
+        (teach.draw_guidance(math.ceil(share * 4), 4, draw(seed)) != 1).sum().item() for seed in range(2000)
+    ]  # fmt: skip
+    assert sum(guided) / (4 * 2000) == pytest.approx(share, abs=0.02)
 
 
 def test_what_an_objective_cannot_use_is_named(unet):
     with pytest.raises(ValueError, match="weighting='min_snr' is unknown"):
-        objective(StepDistillation, unet, Rung(scheduler(), 8, 4), weighting="min_snr")
+        objective(StepDistillation, unet, rung(4, 8), weighting="min_snr")
     with pytest.raises(ValueError, match="guided_share=2"):
-        objective(StepDistillation, unet, Rung(scheduler(), 8, 4), guided_share=2)
+        objective(StepDistillation, unet, rung(4, 8), guided_share=2)
+    with pytest.raises(ValueError, match=r"guidance_range=\[8, 2\]"):
+        objective(GuidanceDistillation, unet, rung(4, 8), guidance_range=[8, 2])
+
+
+def test_a_bfloat16_teacher_teaches_a_float32_student_and_nothing_becomes_float16(unet):
+    teacher, seen = copy.deepcopy(unet).to(torch.bfloat16), set()
+
+    class Dtypes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            seen.update(x.dtype for x in tree_leaves(result) if torch.is_tensor(x))
+            return result
+
+    teach = objective(StepDistillation, teacher, rung(4, 8), guided_share=0.5)
+    unet.zero_grad()
+    with Dtypes(), torch.autocast("cpu", torch.bfloat16):
+        loss, _ = teach(unet, batch(), draw())
+    loss.backward()
+    assert torch.float16 not in seen and torch.bfloat16 in seen
+    assert loss.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in unet.parameters())

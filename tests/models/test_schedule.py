@@ -2,9 +2,9 @@
 
 import pytest
 import torch
-from diffusers import DDIMScheduler
+from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from models.schedule import PREDICTION_TYPES, NoiseSchedule, ddim_steps, nested_steps
+from models.schedule import PREDICTION_TYPES, NoiseSchedule, nested_steps, sampler_steps
 
 T_B = torch.tensor([0, 1, 250, 500, 998])
 
@@ -67,7 +67,7 @@ def test_an_unknown_prediction_type_is_named():
 @pytest.mark.parametrize("steps", [32, 8, 1])
 def test_a_step_is_diffusers_ddim_step(draws, prediction_type, steps):
     reference = scheduler(prediction_type, timestep_spacing="trailing", set_alpha_to_one=True)
-    schedule, (starts, ends) = NoiseSchedule.from_scheduler(reference), ddim_steps(reference, steps)
+    schedule, (starts, ends) = NoiseSchedule.from_scheduler(reference), sampler_steps(reference, steps)
     reference.set_timesteps(steps)
     z, pred = (draw[:1] for draw in draws)
     for t, s in zip(starts, ends, strict=True):
@@ -92,7 +92,7 @@ def test_one_step_with_the_target_lands_where_the_way_there_ended(draws, predict
 def test_trailing_grids_nest_down_to_one_step_and_end_in_clean_latents():
     trailing = scheduler(timestep_spacing="trailing")
     for student, teacher in [(16, 32), (8, 16), (4, 8), (2, 4), (1, 2), (8, 32)]:
-        bounds = nested_steps(trailing, student, teacher)
+        bounds = nested_steps(trailing, student, trailing, teacher)
         assert bounds.shape == (student, teacher // student + 1)
         assert bounds[0, 0] == 999 and bounds[-1, -1] == -1
         assert (bounds.diff(dim=1) < 0).all()
@@ -101,5 +101,16 @@ def test_trailing_grids_nest_down_to_one_step_and_end_in_clean_latents():
 
 @pytest.mark.parametrize(("student", "teacher", "spacing"), [(16, 32, "leading"), (16, 40, "trailing")])
 def test_grids_that_do_not_nest_are_refused(student, teacher, spacing):
+    one = scheduler(timestep_spacing=spacing)
     with pytest.raises(ValueError, match=f"{student} steps do not nest in a teacher's {teacher}.*trailing"):
-        nested_steps(scheduler(timestep_spacing=spacing), student, teacher)
+        nested_steps(one, student, one, teacher)
+
+
+def test_eulers_steps_are_ddims_where_both_divide():
+    """Euler lands where the next step starts; with v-prediction and zero SNR both walk the same way."""
+    ddim = scheduler("v_prediction", zero_snr=True, timestep_spacing="trailing", set_alpha_to_one=True)
+    euler = EulerDiscreteScheduler.from_config(ddim.config)
+    for ours, theirs in zip(sampler_steps(ddim, 8), sampler_steps(euler, 8), strict=True):
+        assert torch.equal(ours, theirs)
+    starts, ends = sampler_steps(euler, 32)
+    assert torch.equal(starts[1:], ends[:-1]) and ends[-1] == -1
