@@ -5,7 +5,8 @@
 Every run is the pruning job with one round and BK-SDM's bypass. All start from the same robustly trained UNet (the
 first run's, whose weights the others find in their place), are cut to the same measured latency, recover for the same
 number of steps, and are judged on the same prompts, which no block was ranked on. To --out go the table with paired
-differences, the picture of CLIP against latency, and every run's evaluation, per prompt. Started again, it continues.
+differences, the picture of CLIP against latency, every run's evaluation per prompt, and the scores of all blocks.
+Started again, it continues.
 """
 
 import argparse
@@ -44,6 +45,7 @@ def main() -> None:
     print(compare_runs([options.root / rule for rule in RULES], options.out))
     for rule in RULES:
         shutil.copyfile(options.root / rule / "evaluation.json", options.out / f"{rule}.json")
+    shutil.copyfile(options.root / "snapfusion/round-00/scores.json", options.out / "block-scores.json")
 
 
 def share_robust_weights(source: Path, run: Path) -> None:

@@ -68,11 +68,12 @@ class ClipScorer:
 
     @cached_property
     def protocol(self) -> dict:
-        """All that makes this CLIP score this metric; `weights` hashes a local checkpoint, which has no tag."""
+        """All that makes this CLIP score this metric; `weights` hashes a local checkpoint, wherever it lies."""
         cfg = self.preprocessing
+        is_folder = self.model_name.startswith(LOCAL)
         return {
-            "model": self.model_name,
-            "pretrained": self.pretrained,
+            "model": LOCAL + Path(self.model_name.removeprefix(LOCAL)).name if is_folder else self.model_name,
+            "pretrained": self.pretrained and Path(self.pretrained).name,
             "weights": local_weights_hash(self.model_name, self.pretrained),
             "prefix": self.prefix,
             "resize": {"size": list(to_2tuple(cfg.size)), "mode": cfg.resize_mode, "interpolation": cfg.interpolation},

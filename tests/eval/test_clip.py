@@ -57,7 +57,7 @@ def test_many_images_score_as_few_do(scorer):
 
 def test_the_protocol_names_what_makes_the_metric(scorer, tiny_clip_folder):
     assert scorer.protocol == {
-        "model": f"local-dir:{tiny_clip_folder}",
+        "model": f"local-dir:{tiny_clip_folder.name}",
         "pretrained": None,
         "weights": scorer.protocol["weights"],
         "prefix": "",
