@@ -12,6 +12,11 @@ from safetensors.torch import load_file
 from tests.prune.test_job import ROOT, SMALL
 
 
+ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--main_process_port=0"]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
+LAUNCHERS = {2: [*ACCELERATE, "--num_processes=2"], 3: [*TORCHRUN, "--nproc_per_node=3"]}
+
+
 def launch(processes, root, *overrides):
     done = start(processes, root, *overrides)
     assert done.returncode in (0, 3), done.stderr
@@ -19,9 +24,8 @@ def launch(processes, root, *overrides):
 
 
 def start(processes, root, *overrides):
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
     job = [str(ROOT / "train.py"), *SMALL, "data.pairs.size=16", f"root={root}", *overrides]
-    command = [sys.executable, *launcher, *job]
+    command = [sys.executable, *(LAUNCHERS[processes] if processes > 1 else []), *job]
     on_cpu = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, capture_output=True, text=True, env=on_cpu, timeout=300)
 
