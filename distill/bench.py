@@ -111,6 +111,8 @@ class DistillBench(Bench):
         kind = get_class(self.config.objective["_target_"])
         if not hasattr(kind, "told"):
             raise ValueError(f"objective {kind.__name__} distils no steps; choose objective=steps, guidance or lcm")
+        if kind.sampler == "LCMScheduler" and len(self.climbs) > 1:
+            raise ValueError(f"objective {kind.__name__} has one rung, as ladder.steps=[32,4]: its student serves all")
         if kind.told != bool(self.ladder.guidance_width):
             way = "needs ladder.guidance_width, as 256" if kind.told else "needs ladder.guidance_width=0"
             raise ValueError(f"objective {kind.__name__} {way}")

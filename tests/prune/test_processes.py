@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 
 from tests.prune.test_job import ROOT, SMALL
 
-
 ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--main_process_port=0"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
 LAUNCHERS = {2: [*ACCELERATE, "--num_processes=2"], 3: [*TORCHRUN, "--nproc_per_node=3"]}
