@@ -201,7 +201,7 @@ def _check_broken(broken: list[str], pairs) -> None:
     if len(broken) > allowed:
         raise ValueError(
             f"{len(broken)} of {len(pairs)} images cannot be read and at most {allowed} may be skipped: "
-            f"{few(broken)}; repair or delete them, or raise max_broken"
+            f"{few(broken)}; repair or delete them, or raise data.max_broken"
         )
 
 

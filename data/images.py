@@ -155,7 +155,7 @@ class HubPairs(CaptionedImages):
                 self._text(number, row)
             except ValueError as error:
                 if not skip_empty:
-                    raise ValueError(f"{error}, or leave such rows out with skip_empty=true") from None
+                    raise ValueError(f"{error}, or leave such rows out with data.skip_empty=true") from None
             else:
                 kept.append(number)
         return kept
@@ -193,7 +193,7 @@ def load_rows(name: str, config: str | None, subset: str):
     except KeyError:
         raise ValueError(f"data set {name} has no split {subset!r}; its splits are {', '.join(saved)}") from None
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        way_out = "; copy it where there is a network (load_dataset(…).save_to_disk(DIR)) and give that folder as name"
+        way_out = "; copy it where there is a network (load_dataset(…).save_to_disk(DIR)) and set data.source=DIR"
         raise ValueError(
             f"data set {name}, split {subset!r}, cannot be loaded ({str(error).splitlines()[0].rstrip('.')})"
             f"{way_out if isinstance(error, ConnectionError) else ''}"

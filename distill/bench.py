@@ -6,7 +6,7 @@ from functools import cached_property, partial
 
 import diffusers
 import torch
-from hydra.utils import get_class, instantiate
+from hydra.utils import get_class
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor
@@ -15,7 +15,7 @@ from distill.ladder import Climb, climbs
 from distill.teaching import Rung
 from engine.config import LadderConfig, StageConfig, TrainConfig
 from engine.loop import Objective, load_trained, train, trained
-from eval.bench import Bench
+from eval.bench import Bench, make_objective
 from models.guidance import with_told_guidance
 from models.pipeline import export_pipeline, load_pipeline, one_line, with_unet
 from models.schedule import NoiseSchedule
@@ -98,6 +98,8 @@ class DistillBench(Bench):
         if unknown := sorted(set(self.ladder.rungs or {}) - set(names)):
             raise ValueError(f"ladder.rungs names {unknown}; this ladder has {names}")
         self.check_objective()
+        self.check_inputs()
+        self.check_objectives(*(stage.objective for stage in (self.config.velocity, self.config.recovery)))
         for climb in self.climbs:
             self.training(climb.name)
             self.distillation(climb, self.teacher, torch.zeros(1, 1, device=self.device))
@@ -134,8 +136,8 @@ class DistillBench(Bench):
         """The objective of one rung."""
         rung = Rung(self.scheduler, climb.teacher_steps, self.student_scheduler, climb.steps)
         schedule = NoiseSchedule.from_scheduler(self.scheduler, self.device)
-        make = instantiate(self.config.objective, _partial_=True, _convert_="all")
-        return make(schedule=schedule, empty_text_LE=empty_text_LE, teacher=teacher, rung=rung)
+        given = {"schedule": schedule, "empty_text_LE": empty_text_LE, "teacher": teacher, "rung": rung}
+        return make_objective(self.config.objective, given)
 
     def learn_velocity(self) -> None:
         """Where the teacher predicts ε, it and the student learn to predict v first; x̂ from ε is lost in noise."""

@@ -1,6 +1,7 @@
 """The knobs every job shares, typed: a misspelt one is an error before anything runs."""
 
 import itertools
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -37,8 +38,12 @@ class TrainConfig:
         at_least("train", self, 1, *names)
         if len(self.betas) != 2:
             raise ValueError(f"train: betas={self.betas} must be two numbers")
-        if not self.learning_rate > 0:
-            raise ValueError(f"train: learning_rate={self.learning_rate} must be above 0")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"train: {name}={getattr(self, name)} must be above 0")
+        at_least("train", self, 0, "weight_decay", "warmup_steps", "workers", "ema_decay")
+        if not all(0 <= share < 1 for share in (self.ema_decay, *self.betas)):
+            raise ValueError(f"train: ema_decay={self.ema_decay} and betas={self.betas} must lie in [0, 1)")
 
 
 @dataclass
@@ -62,8 +67,10 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         at_least("search", self, 1, "rounds")
+        if self.copy_init not in ("zero", "same"):
+            raise ValueError(f"search.copy_init={self.copy_init!r} is unknown; choose zero or same")
         for name in ("target_fraction", "target_ms"):
-            if (value := getattr(self, name)) is not None and value <= 0:
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"search.{name}={value} must be above 0")
 
 
@@ -108,6 +115,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         at_least("scoring or eval", self, 2, "prompts")
         at_least("scoring or eval", self, 1, "steps", "batch_size")
+        at_least("scoring or eval", self, 0, "guidance_scale")
 
 
 @dataclass
@@ -128,10 +136,14 @@ class EvalConfig(SamplingConfig):
 
     pictures: int = 12
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("eval", self, 1, "pictures")
+
 
 def at_least(section: str, config: Any, least: int, *names: str) -> None:
     for name in names:
-        if getattr(config, name) < least:
+        if not least <= getattr(config, name) < math.inf:
             raise ValueError(f"{section}: {name}={getattr(config, name)} must be at least {least}")
 
 
@@ -181,7 +193,7 @@ class CurvesConfig:
     def __post_init__(self) -> None:
         for name in ("steps", "guidance"):
             values = getattr(self, name)
-            if not values or min(values) < 1:
+            if not values or not all(1 <= value < math.inf for value in values):
                 raise ValueError(f"curves.{name}={values} must be a list of numbers from 1 up")
 
 

@@ -58,8 +58,12 @@ def main() -> None:
         else:
             codes.append(start(config))
 
-    hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
-    sys.exit(max(codes, default=0))
+    try:
+        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C; the same command continues", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(1 if 1 in codes else max(codes, default=0))
 
 
 def named_by_what_is_swept(words: list[str]) -> list[str]:
@@ -123,11 +127,13 @@ def explain(error: Exception, overrides: list[str]) -> str:
             section = OmegaConf.select(before, parent) if parent else before
             changes = override[:1] not in ("+", "~") and "/" not in leaf
             if changes and OmegaConf.is_dict(section) and leaf not in section:
+                if leaf == "experiment":
+                    return f"{override}: an experiment is added, +{override}"
                 close = difflib.get_close_matches(leaf, map(str, section), n=1)
                 hint = f"did you mean {close[0]}? " if close else ""
                 where = parent or "the configuration"
                 return f"{override}: {where} has no key {leaf!r}; {hint}keys: {', '.join(section)}"
-            return f"{override}: {one_line(culprit)}"
+            return f"{override}: {one_line(culprit.__cause__ or culprit)}"
     return one_line(error)
 
 
@@ -142,7 +148,10 @@ def start(config: DictConfig) -> int:
     """Runs one job and returns its exit code, 1 after a mistake."""
     if config.job is None:
         list_experiments()
-        return 0
+        given = HydraConfig.get().overrides.task
+        if given:
+            print(f"error: {' '.join(given)} names no experiment; add +experiment=NAME", file=sys.stderr)
+        return int(bool(given))
     try:
         return run_job(config)
     except Preempted:
@@ -211,7 +220,10 @@ def unknown_keys(schema: DictConfig, config: DictConfig, prefix: str = "") -> It
 
 
 def run_path(config: DictConfig) -> Path:
-    """root/name; under a multirun root/name/<the swept overrides>."""
+    """root/name; under a multirun root/name/<the swept overrides>. ValueError for a name that leaves root."""
+    parts = Path(config.name).parts
+    if not parts or Path(config.name).is_absolute() or ".." in parts:
+        raise ValueError(f"name={config.name!r} must name a folder under root")
     path = Path(config.root) / config.name
     job = HydraConfig.get()
     return path / job.job.override_dirname.replace("/", "_") if job.mode == RunMode.MULTIRUN else path

@@ -18,7 +18,7 @@ from data.files import digests, whole_folder, write_json, write_text
 from engine.tracking import Tracker
 
 log = logging.getLogger("slimstep")
-NOT_MADE = ("config.yaml", "tracker.json", "wandb", "tensorboard", "metrics.jsonl")
+NOT_MADE = ("config.yaml", "tracker.json", "wandb", "tensorboard", "metrics.jsonl", "partial")
 
 
 class Run:

@@ -5,6 +5,7 @@ from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from diffusers import DiffusionPipeline
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
@@ -110,9 +111,31 @@ class Bench:
         """An objective of the loop from its `_target_`; each takes the schedule, the empty text and a teacher."""
         schedule = NoiseSchedule.from_scheduler(self.pipeline.scheduler, self.device)
         empty_text = self.pairs.empty_text.to(self.device)
-        make = instantiate(config, _partial_=True, _convert_="all")
-        return make(**{"schedule": schedule, "empty_text_LE": empty_text, "teacher": self.teacher, **given})
+        mine = {"schedule": schedule, "empty_text_LE": empty_text, "teacher": self.teacher}
+        return make_objective(config, {**mine, **given})
+
+    def check_objectives(self, *configs) -> None:
+        """ValueError for an objective whose configuration cannot be; no data are touched."""
+        schedule = NoiseSchedule.from_scheduler(self.pipeline.scheduler, self.device)
+        empty_text = torch.zeros(1, 1, device=self.device)
+        for config in configs:
+            make_objective(config, {"schedule": schedule, "empty_text_LE": empty_text, "teacher": self.teacher})
+
+    def check_inputs(self) -> None:
+        """ValueError, before anything is made, for data, prompts or a scorer that cannot be had."""
+        _ = self.pipeline  # says the resolution where the data leave it open
+        instantiate(self.config.data.pairs)
+        _ = self.prompts, self.scorer
 
     def partial(self, name: str) -> Path:
         """Where unfinished work lies, batch by batch, so that a killed run goes on within it."""
         return self.run.path / "partial" / name
+
+
+def make_objective(config, given: dict) -> Objective:
+    """The objective a configuration names. ValueError where its arguments are not what the class takes."""
+    try:
+        return instantiate(config, _partial_=True, _convert_="all")(**given)
+    except (TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+        target = config.get("_target_") if config is not None else None
+        raise ValueError(f"objective {target}: {type(error).__name__}: {error}") from error

@@ -136,8 +136,9 @@ def check_names(model: str, pretrained: str | None) -> None:
         folder = Path(model.removeprefix(LOCAL))
         if not (folder / CONFIG_FILE).is_file():
             raise ValueError(f"no open_clip model in {folder}: {CONFIG_FILE} is missing; give its folder after {LOCAL}")
-        return
-    if model.startswith(HUB):
+    if model.startswith((LOCAL, HUB)):
+        if pretrained:
+            raise ValueError(f"scorer.pretrained={pretrained}, but {model} brings its weights: scorer.pretrained=null")
         return
     if model not in open_clip.list_models():
         close = difflib.get_close_matches(model, open_clip.list_models(), n=3, cutoff=0.4)

@@ -20,6 +20,8 @@ class LoraFit:
 def load_lora(pipeline: DiffusionPipeline, source: str | Path | dict[str, Tensor], adapter: str = "default") -> LoraFit:
     """Load a LoRA (a file, a folder, a hub id or a state dict) into the pipeline, without what was pruned away.
 
+    Its part for the text encoder, if it has one, is loaded whole.
+
     Raises ValueError where nothing of it fits the UNet.
     """
     with quiet():
@@ -34,6 +36,10 @@ def load_lora(pipeline: DiffusionPipeline, source: str | Path | dict[str, Tensor
     alphas = {k: v for k, v in (alphas or {}).items() if k.startswith("unet.") is False or module_of(k) in applied}
     with quiet():
         pipeline.load_lora_into_unet(fitting, alphas, pipeline.unet, adapter_name=adapter, _pipeline=pipeline)
+        pipeline.load_lora_into_text_encoder(
+            weights, alphas, pipeline.text_encoder, lora_scale=pipeline.lora_scale, adapter_name=adapter,
+            _pipeline=pipeline,
+        )  # fmt: skip
     return LoraFit(tuple(sorted(applied)), tuple(sorted(left_out)))
 
 

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
 
+import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
@@ -37,19 +38,30 @@ class PruneBench(Bench):
         """The way an architecture is chosen: prune/search.py."""
         return instantiate(self.config.search.method, _convert_="all")
 
-    def check_names(self) -> None:
-        """ValueError, before anything is trained, where the search names blocks that this UNet does not have."""
+    def check(self) -> None:
+        """ValueError, before anything is made, for a search, data, objectives or a scorer that will not do."""
         known = (*self.teacher.sites, *self.teacher.levels)
         if unknown := sorted(set(self.search.named_sites) - set(known)):
             raise ValueError(f"search.method names unknown sites {unknown}; this UNet has {known}")
+        if (decided := getattr(self.search, "bypass", None)) not in (None, self.bypass):
+            raise ValueError(f"search.method.depths was decided with search.bypass={decided}; set the same here")
         if self.known_latencies:
             table_without(self.known_latencies, self.teacher)
+        with torch.device("meta"):
+            bare = PrunableUNet2DConditionModel.from_config(dict(self.teacher.config), bypass=self.bypass)
+            PrunableUNet2DConditionModel.from_config(dict(bare.config), depths=getattr(self.search, "depths", {}))
+        self.check_objectives(self.config.objective, self.config.recovery.objective)
+        self.check_inputs()
+
+    @property
+    def bypass(self) -> str | dict[str, str]:
+        """What is left of removed ResNets, as search.bypass says."""
+        bypass = self.config.search.bypass
+        return OmegaConf.to_container(bypass) if OmegaConf.is_config(bypass) else bypass
 
     def student(self) -> PrunableUNet2DConditionModel:
         """A trainable copy of the teacher."""
-        bypass = self.config.search.bypass
-        bypass = OmegaConf.to_container(bypass) if OmegaConf.is_config(bypass) else bypass
-        return PrunableUNet2DConditionModel.from_unet(self.teacher, bypass=bypass).requires_grad_()
+        return PrunableUNet2DConditionModel.from_unet(self.teacher, bypass=self.bypass).requires_grad_()
 
     @cached_property
     def known_latencies(self) -> dict | None:

@@ -64,7 +64,12 @@ class Action:
     predicted_ms: float
 
     def as_json(self) -> dict:
-        return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in asdict(self).items()}
+        return as_json(self)
+
+
+def as_json(record: BlockValue | Action) -> dict:
+    """Its fields, null for what was not scored or timed."""
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in asdict(record).items()}
 
 
 def nested(site: str, other: str) -> bool:

@@ -7,7 +7,7 @@ from engine.config import Config
 from engine.run import Run
 from models.unet import PrunableUNet2DConditionModel
 from prune.bench import PruneBench
-from prune.evolve import Action, BlockValue, apply
+from prune.evolve import Action, BlockValue, apply, as_json
 from prune.plan import print_plan
 from prune.search import Situation
 
@@ -18,7 +18,7 @@ TARGET_MISSED = 3
 def prune_unet(config: Config, run: Run) -> int:
     """Runs or continues the job, or tells what it would do; returns the exit code: 0, or 3 for a missed target."""
     bench = PruneBench(config, run)
-    bench.check_names()
+    bench.check()
     if config.plan:
         return print_plan(bench)
     judged = [bench.judge("teacher", bench.teacher)]
@@ -88,7 +88,9 @@ def decide(bench, unet, table: dict, scores: dict | None, previous: dict | None,
     return {
         "before": unet.depths,
         "after": after,
+        "bypass": bench.bypass,
         "actions": [action.as_json() for action in actions],
+        "values": [as_json(value) for value in values],
         "not_copyable": [site for site in unet.kept_sites if site not in unet.copyable_sites],
         "teacher_ms": teacher_ms,
         "target_ms": target_ms,

@@ -61,6 +61,8 @@ class SnapFusionSearch:
     needs_scores, named_sites = True, ()
 
     def __init__(self, group_size: int | None = None):
+        if group_size is not None and group_size < 1:
+            raise ValueError(f"search.method.group_size={group_size} must be at least 1, or null")
         self.group_size = group_size
 
     def __call__(self, situation: Situation) -> list[Action]:
@@ -111,8 +113,10 @@ class Manual:
     needs_scores = False
 
     def __init__(self, remove: Sequence[str] = (), depths: Mapping[str, int] | str | None = None):
+        self.bypass = None  # what the file's architecture was decided with, where it tells
         if isinstance(depths, str):
-            depths = read_depths(Path(depths))
+            depths, self.bypass = read_depths(Path(depths))
+        remove = [remove] if isinstance(remove, str) else remove
         self.depths = {**dict(depths or {}), **dict.fromkeys(remove, 0)}
         if wrong := {site: depth for site, depth in self.depths.items() if type(depth) is not int or depth < 0}:
             raise ValueError(f"search.method.depths gives {wrong}; 0 removes, 1 keeps, 2 and more copy a site")
@@ -132,12 +136,13 @@ class Manual:
         return actions
 
 
-def read_depths(path: Path) -> dict[str, int]:
-    """The table in a JSON file; a run's decision.json serves as well."""
+def read_depths(path: Path) -> tuple[dict[str, int], str | dict[str, str] | None]:
+    """The table in a JSON file, and the bypass it was decided with: a run's decision.json tells, a plain table not."""
     if not path.is_file():
         raise FileNotFoundError(f"search.method.depths={str(path)!r} does not exist; give a JSON file {{site: depth}}")
     try:
         record = json.loads(path.read_text())
-        return dict(record.get("after", record))
+        decided = "after" in record
+        return dict(record["after"] if decided else record), record.get("bypass") if decided else None
     except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"search.method.depths={str(path)!r} is no JSON table {{site: depth}}: {error}") from error

@@ -66,19 +66,19 @@ def test_the_scorer_loads_with_plain_open_clip():
 
 def test_the_scorer_finds_the_caption_among_a_hundred(scorer, real):
     scenes, images = real
-    assert top1_of_100(scorer, images, [caption(scene) for scene in scenes]) >= 0.95
+    assert top1_of_100(scorer, images, [caption(scene) for scene in scenes]) >= 0.97
 
 
 def test_the_scorer_knows_colours_shapes_and_relations_apart(scorer, real):
     scenes, images = real
     told = told_apart(scorer, images, scenes)
     for name in ("swapped colours", "wrong shape", "reversed relation"):
-        assert told[name]["accuracy"] >= 0.87, told  # 0.9 on many scenes; these are few
+        assert told[name]["accuracy"] >= 0.9, told
 
 
 def test_the_vae_gives_held_out_scenes_back(pipeline, real):
     _, images = real
-    assert psnr(through_vae(pipeline, images[:50]), images[:50]).mean() >= 29.5  # 30 dB on many scenes
+    assert psnr(through_vae(pipeline, images[:50]), images[:50]).mean() >= 30
 
 
 @pytest.mark.slow

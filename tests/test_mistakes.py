@@ -23,6 +23,20 @@ JOB = [
 
 
 COMMAND_LINES = {
+    "an argument of no objective": (["+objective.momentum=3"], "RobustTraining: TypeError.*momentum"),
+    "an argument of no recovery": (["+recovery.objective.foo=1"], "Recovery: TypeError.*foo"),
+    "a target that is no number": (["search.target_fraction=nan"], "search.target_fraction=nan must be above 0"),
+    "a guidance that is no number": (["eval.guidance_scale=nan"], "guidance_scale=nan must be at least 0"),
+    "an EMA of its own tail": (["train.ema_decay=2"], r"ema_decay=2.0.*must lie in \[0, 1\)"),
+    "a name that leaves root": (["name=../x"], "name='../x' must name a folder under root"),
+    "no name": (["name="], "name='' must name a folder under root"),
+    "a word for a number": (["train.steps=many"], "train.steps=many: .*many.*Integer"),
+    "an unknown start of copies": (["search.copy_init=banana"], "copy_init='banana' is unknown; choose zero or same"),
+    "an unknown bypass": (["search.bypass=banana"], "banana"),
+    "a copy that cannot be": (["search=manual", "search.method.depths={up_blocks.0.resnets.0: 2}"], "channels change"),
+    "a negative group": (["search.method.group_size=-2"], "group_size=-2 must be at least 1"),
+    "half a skip probability": (["objective.skip_prob={resnet: 2}"], "objective.skip_prob"),
+    "weights twice": (["scorer.pretrained=openai"], "brings its weights"),
     "unknown experiment": (["+experiment=nothing"], r"Could not find 'experiment/nothing'.*prune_unet"),
     "unknown group choice": (["search=best"], r"Could not find 'search/best'.*snapfusion"),
     "unknown model": (["model=sd3"], r"Could not find 'model/sd3'.*sd15"),
@@ -127,6 +141,20 @@ def test_a_mistake_gets_one_line_and_a_non_zero_exit(leave, places, tiny_model, 
     size = [] if any(override.startswith("data=") for override in overrides) else ["data.pairs.size=16"]
     line = told(*leave(*JOB, *size, *tiny_model, *overrides))
     assert re.search(message, line), line
+
+
+def test_an_experiment_without_its_plus_is_told_the_plus(leave):
+    assert "an experiment is added, +experiment=prune_unet" in told(*leave("experiment=prune_unet"))
+
+
+def test_overrides_without_an_experiment_run_nothing_and_say_so(leave):
+    assert "seed=5 names no experiment; add +experiment=NAME" in told(*leave("seed=5"))
+
+
+def test_a_corrected_mistake_goes_on_under_the_same_name(leave, tiny_model, tmp_path):
+    small = [*JOB, "search=manual", "data.pairs.size=16", *tiny_model]
+    told(*leave(*small, "scorer.model=ViT-B-33"))
+    assert leave(*small)[0] == 0
 
 
 def test_damaged_files_of_a_run_are_one_line(leave, tiny_model, tmp_path):
