@@ -4,8 +4,37 @@ import sys
 
 from tqdm import tqdm
 
+SECONDS, SECONDS_IN_LOGS = 0.2, 10
+
+
+class LinesInLogs(tqdm):
+    """A bar whose every state is a line of its own: a log file knows no carriage return."""
+
+    @staticmethod
+    def status_printer(file):
+        def write(line: str) -> None:
+            if line:
+                file.write(f"{line}\n")
+                file.flush()
+
+        return write
+
+    def moveto(self, n: int) -> None:
+        pass  # bars within bars do not share a screen here
+
+    def close(self) -> None:
+        """The last state, where any was shown."""
+        if self.disable:
+            return
+        if self.leave and self.last_print_t >= self.start_t + self.delay:
+            self.display()
+        self.disable = True
+        self._decr_instances(self)
+
 
 def progress(iterable=None, **options) -> tqdm:
     """tqdm with this project's manners; takes tqdm's own arguments."""
-    seconds = 0.2 if sys.stderr.isatty() else 20
-    return tqdm(iterable, dynamic_ncols=True, mininterval=seconds, maxinterval=seconds, delay=1, **options)
+    live = sys.stderr.isatty()
+    seconds = SECONDS if live else SECONDS_IN_LOGS
+    manners = {"dynamic_ncols": True, "mininterval": seconds, "maxinterval": seconds, "delay": 1}
+    return (tqdm if live else LinesInLogs)(iterable, **{**manners, **options})

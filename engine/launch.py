@@ -68,9 +68,9 @@ def main() -> None:
 
 def named_by_what_is_swept(words: list[str]) -> list[str]:
     """For a multirun, Hydra's own override that leaves out of a job's name what is the same in every job."""
-    overrides = [word for word in words if "=" in word and not word.startswith("-")]
-    if len(overrides) == len(words):
+    if not {"-m", "--multirun"} & set(words):
         return []
+    overrides = [word for word in words if "=" in word and not word.startswith("-")]
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except HydraException:
@@ -153,7 +153,15 @@ def start(config: DictConfig) -> int:
             print(f"error: {' '.join(given)} names no experiment; add +experiment=NAME", file=sys.stderr)
         return int(bool(given))
     try:
-        return run_job(config)
+        checked = checked_config(config)
+    except MISTAKES as error:  # the same on every rank, and told by one
+        if config.debug:
+            raise
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {one_line(error)}  (debug=true shows where)", file=sys.stderr)
+        return 1
+    try:
+        return run_job(checked)
     except Preempted:
         if os.environ.get("RANK", "0") == "0":
             print("stopped by SIGTERM, from a scheduler or a rank that failed; the same command continues",
@@ -173,14 +181,20 @@ def start(config: DictConfig) -> int:
         GradientState._reset_state()
 
 
-def run_job(config: DictConfig) -> int:
+def checked_config(config: DictConfig) -> DictConfig:
+    """The configuration in its typed form. ValueError for keys nobody reads, and values that cannot be."""
     if unknown := list(unknown_keys(OmegaConf.structured(Config), config)):
         raise ValueError(f"the configuration has no key {unknown[0]}, which +{unknown[0]}=… would add")
-    config: Config = OmegaConf.merge(OmegaConf.structured(Config), config)
+    config = OmegaConf.merge(OmegaConf.structured(Config), config)
     for section in config:
         if OmegaConf.is_config(config[section]):
             OmegaConf.to_container(config[section], structured_config_mode=SCMode.INSTANTIATE)  # the typed ones check
     at_least("the configuration", config, 0, "threads")
+    run_path(config)
+    return config
+
+
+def run_job(config: Config) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     path = run_path(config)

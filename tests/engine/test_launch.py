@@ -20,4 +20,5 @@ def test_jobs_of_a_sweep_are_named_by_what_is_swept(words, left_out):
 
 def test_one_job_keeps_its_name():
     assert named_by_what_is_swept(["+experiment=prune_unet", "seed=0"]) == []
+    assert named_by_what_is_swept(["+experiment=prune_unet", "--verbose"]) == []
     assert named_by_what_is_swept(["-m", "train={"]) == []  # Hydra says what is wrong with it
