@@ -25,7 +25,7 @@ from data.seeding import generator, seed_of
 from engine.checkpoints import Checkpoints
 from engine.config import TrainConfig
 from engine.preemption import NotedSignals, leave_signals_to_the_parent
-from engine.run import Run
+from engine.run import Run, damaged
 
 Batch = dict[str, Any]
 Metrics = dict[str, Tensor]
@@ -164,7 +164,9 @@ def load_trained(model: nn.Module, run: Run, stage: str) -> nn.Module:
     if run.accelerator.is_main_process:
         shutil.rmtree(run.path / stage / "checkpoints", ignore_errors=True)  # a kill may have left them
     device = str(next(model.parameters()).device)
-    model.load_state_dict(load_file(run.path / stage / WEIGHTS, device=device))
+    with damaged(run.path / stage / WEIGHTS):
+        state = load_file(run.path / stage / WEIGHTS, device=device)
+    model.load_state_dict(state)
     return model.eval()
 
 

@@ -6,13 +6,16 @@ The same command continues a killed run. Rank 0 decides what exists and tells th
 import itertools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from omegaconf import OmegaConf
+from safetensors import SafetensorError
+from yaml import YAMLError
 
 from data.files import digests, whole_folder, write_json, write_text
 from engine.tracking import Tracker
@@ -70,7 +73,8 @@ class Run:
         """{dotted key: (there, now)} where what is here was made by another configuration."""
         if not self.begun:
             return {}
-        there = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
+        with damaged(self.path / "config.yaml"):
+            there = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
         return {key: pair for key, pair in differences(there, config).items() if key.split(".")[0] not in ignoring}
 
     def move_aside(self) -> None:
@@ -92,8 +96,9 @@ class Run:
         return self.load(name)
 
     def load(self, name: str) -> Any:
-        """A JSON product of an earlier stage."""
-        return json.loads((self.path / name).read_text())
+        """A JSON product of an earlier stage. ValueError where the file is damaged."""
+        with damaged(self.path / name):
+            return json.loads((self.path / name).read_text())
 
     def folder(self, name: str, make: Callable[[Path], None]) -> Path:
         """The folder `name`, filled by rank 0 alone where it does not exist yet."""
@@ -153,6 +158,15 @@ class Run:
         whole_lines = path.read_text().rpartition("\n")[0].splitlines()
         kept = [x for x in whole_lines if (line := json.loads(x))["stage"] != stage or line["step"] <= step]
         write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+@contextmanager
+def damaged(path: Path) -> Iterator[None]:
+    """ValueError that names the file where what is in it cannot be read."""
+    try:
+        yield
+    except (ValueError, YAMLError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and the same command makes it again") from error
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -162,9 +162,12 @@ def test_damaged_files_of_a_run_are_one_line(leave, tiny_model, tmp_path):
     assert leave(*small)[0] == 0
     (path / "recovery/weights.safetensors").write_bytes(b"torn")
     (path / "export.sealed.json").unlink()
-    told(*leave(*small))
-    (path / "config.yaml").write_text("{")
-    told(*leave(*small))
+    assert "recovery/weights.safetensors is damaged" in told(*leave(*small))
+    (path / "judged/teacher.json").write_text('{"half')
+    assert "judged/teacher.json is damaged" in told(*leave(*small))
+    for content in (b"{", b"\xff\xfe\x00"):
+        (path / "config.yaml").write_bytes(content)
+        assert "config.yaml is damaged" in told(*leave(*small))
 
 
 def test_a_loss_that_is_not_finite_is_told_with_what_is_kept(leave, tiny_model, tmp_path):
