@@ -39,6 +39,7 @@ CONFIGS = ROOT / "configs"
 # A run may be continued with other values of these: they change how it is watched, not what comes out.
 WATCHING = ("debug", "threads", "tracker", "run", "plan")
 MISTAKES = (ValueError, OSError, FloatingPointError, SafetensorError, YAMLError, HydraException, OmegaConfBaseException)
+MULTIRUN = {"-m", "--multirun"}
 log = logging.getLogger("slimstep")
 
 OmegaConf.register_new_resolver("here", lambda path: str(ROOT / path), replace=True)
@@ -68,7 +69,7 @@ def main() -> None:
 
 def named_by_what_is_swept(words: list[str]) -> list[str]:
     """For a multirun, Hydra's own override that leaves out of a job's name what is the same in every job."""
-    if not {"-m", "--multirun"} & set(words):
+    if not MULTIRUN & set(words):
         return []
     overrides = [word for word in words if "=" in word and not word.startswith("-")]
     try:
@@ -106,13 +107,25 @@ def start_in_queue(config: DictConfig) -> None:
 
 def check_overrides(overrides: list[str]) -> None:
     """Leaves with one line that names the first override that does not fit, and the choices there are."""
+    overrides = [first_of_sweep(word) for word in overrides if word not in MULTIRUN]
     if any(word.startswith("-") for word in overrides):
-        return  # --help, --multirun, --cfg: Hydra's own commands
+        return  # --help, --cfg: Hydra's own commands
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             hydra.compose("train", overrides)
         except MISTAKES as error:
             fail(explain(error, overrides) if int(os.environ.get("RANK", 0)) == 0 else "")
+
+
+def first_of_sweep(word: str) -> str:
+    """The override with the first of its values where it sweeps over several; else as it is."""
+    try:
+        override = OverridesParser.create().parse_override(word)
+    except HydraException:
+        return word
+    if not override.is_sweep_override():
+        return word
+    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
 
 
 def explain(error: Exception, overrides: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from engine.launch import named_by_what_is_swept
+from engine.launch import check_overrides, named_by_what_is_swept
 
 
 @pytest.mark.parametrize(
@@ -16,6 +16,26 @@ from engine.launch import named_by_what_is_swept
 )
 def test_jobs_of_a_sweep_are_named_by_what_is_swept(words, left_out):
     assert named_by_what_is_swept(words) == [f"hydra.job.config.override_dirname.exclude_keys=[{left_out}]"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["-m", "+experiment=prune_unet", "serch=manual,random"], "serch=manual: the configuration has no key 'serch'"),
+        (["-m", "+experiment=nothing", "seed=0,1"], "nothing"),
+        (["--multirun", "+experiment=prune_unet", "seed=x,1"], "seed=x"),
+    ],
+)
+def test_a_sweep_is_checked_before_it_starts(words, said, capsys):
+    with pytest.raises(SystemExit):
+        check_overrides(words)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1 and said in lines[0], lines
+
+
+def test_a_sweep_on_slurm_passes_the_check():
+    launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=1440"]
+    check_overrides(["-m", *launcher, "+experiment=prune_unet", "search.target_fraction=0.6,0.75"])
 
 
 def test_one_job_keeps_its_name():
