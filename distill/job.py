@@ -2,13 +2,15 @@
 
 import logging
 
+from PIL import Image
+
 from distill.bench import DistillBench
 from distill.curves import Curves
 from engine.config import Config
 from engine.loop import trained
 from engine.run import Run
 from eval.report import markdown_table
-from eval.steps_report import curves_table, write_steps_report
+from eval.steps_report import HEADER, curves_table, point_rows, timed_points, write_steps_report
 
 log = logging.getLogger("slimstep")
 
@@ -30,10 +32,19 @@ def distill_steps(config: Config, run: Run) -> int:
     if run.accelerator.is_main_process:
         if new:
             write_steps_report(run.path)
+            track(run)
         print(curves_table(evaluation))
         log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
     run.accelerator.wait_for_everyone()
     return 0
+
+
+def track(run: Run) -> None:
+    """The curves as a table, and the report's pictures, for a tracker if there is one."""
+    if run.tracker:
+        run.tracker.table("curves", HEADER, point_rows(timed_points(run.path)))
+        for path in sorted((run.path / "report").glob("*.png")):
+            run.tracker.images(f"report/{path.stem}", [Image.open(path).convert("RGB")], [path.stem])
 
 
 def print_plan(bench: DistillBench) -> int:

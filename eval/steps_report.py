@@ -21,9 +21,7 @@ NAMES = {"teacher": "teacher, DDIM", "teacher-dpm": "teacher, DPM++ 2M", "teache
 def write_steps_report(folder: str | Path) -> Path:
     """Makes `folder`/report.html and `folder`/report/*.png anew from evaluation.json and the pictures."""
     folder = Path(folder)
-    evaluation = read_json(folder / "evaluation.json")
-    unet_ms = read_json(folder / "unet_ms.json")["ms"]
-    points = [{**point, "unet_ms": image_ms(point, unet_ms)} for point in evaluation["points"]]
+    evaluation, points = read_json(folder / "evaluation.json"), timed_points(folder)
     figures = {
         "clip-against-steps": curves_figure(points, "steps", "sampling steps"),
         "clip-against-time": curves_figure(points, "unet_ms", "UNet time of an image, ms"),
@@ -44,6 +42,12 @@ def write_steps_report(folder: str | Path) -> Path:
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
+
+
+def timed_points(folder: Path) -> list[Point]:
+    """The points of evaluation.json with the time of an image."""
+    unet_ms = read_json(folder / "unet_ms.json")["ms"]
+    return [{**p, "unet_ms": image_ms(p, unet_ms)} for p in read_json(folder / "evaluation.json")["points"]]
 
 
 def image_ms(point: Point, unet_ms: Mapping[str, Mapping[str, float]]) -> float:

@@ -41,9 +41,20 @@ def pruned(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_model):
     root = tmp_path_factory.mktemp("runs")
-    done = run(*tiny_model, f"root={root}", "ladder.steps=[4,2,1]", "ladder.rungs={steps-1: {steps: 2}}")
+    ladder = ["ladder.steps=[4,2,1]", "ladder.rungs={steps-1: {steps: 2}}", "tracker=tensorboard"]
+    done = run(*tiny_model, f"root={root}", *ladder)
     assert done.returncode == 0, done.stderr
     return root / "distill_steps", done
+
+
+def test_the_tracker_gets_the_curves_and_the_pictures(finished):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    path, _ = finished
+    (file,) = path.glob("**/events.out.tfevents.*")
+    events = reader.EventAccumulator(str(file))
+    events.Reload()
+    assert "report/clip-against-steps" in events.Tags()["images"]
+    assert "curves/text_summary" in events.Tags()["tensors"]
 
 
 def test_every_rung_is_a_stock_pipeline_that_draws_what_we_judged(finished):
