@@ -78,7 +78,7 @@ def whole_folder(path: Path) -> Iterator[Path]:
     aside.mkdir(parents=True)
     try:
         yield aside
-    except BaseException:
+    except BaseException:  # SIGTERM and Ctrl-C, too, leave nothing half written aside; all go on from here
         shutil.rmtree(aside, ignore_errors=True)
         raise
     for file in aside.rglob("*"):

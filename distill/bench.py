@@ -9,13 +9,11 @@ import torch
 from hydra.utils import get_class
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor
 
 from distill.ladder import Climb, climbs
 from distill.teaching import Rung
 from engine.config import LadderConfig, StageConfig, TrainConfig
-from engine.loop import Objective, load_trained, train, trained
-from eval.bench import Bench, make_objective
+from eval.bench import Bench
 from models.guidance import with_told_guidance
 from models.pipeline import export_pipeline, load_pipeline, one_line, with_unet
 from models.schedule import NoiseSchedule
@@ -97,18 +95,19 @@ class DistillBench(Bench):
         names, networks = [climb.name for climb in self.climbs], self.networks
         if unknown := sorted(set(self.ladder.rungs or {}) - set(names)):
             raise ValueError(f"ladder.rungs names {unknown}; this ladder has {names}")
-        self.check_objective()
+        self.check_agreement()
         self.check_inputs()
-        self.check_objectives(*(stage.objective for stage in (self.config.velocity, self.config.recovery)))
+        for stage in (self.config.velocity, self.config.recovery):
+            self.check_objective(stage.objective)
         for climb in self.climbs:
             self.training(climb.name)
-            self.distillation(climb, self.teacher, torch.zeros(1, 1, device=self.device))
+            self.check_objective(self.config.objective, schedule=self.schedule, rung=self.rung(climb))
         for steps in self.config.curves.steps:
             copy.deepcopy(self.student_scheduler).set_timesteps(steps)
         if self.ladder.guidance_width:
             with_told_guidance(networks["student"], self.ladder.guidance_width)
 
-    def check_objective(self) -> None:
+    def check_agreement(self) -> None:
         """ValueError where the objective does not make the students that the ladder asks for."""
         kind = get_class(self.config.objective["_target_"])
         if not hasattr(kind, "told"):
@@ -132,12 +131,13 @@ class DistillBench(Bench):
         except OmegaConfBaseException as error:
             raise ValueError(f"ladder.rungs.{name}={own}: {one_line(error)}; train has {sorted(train)}") from error
 
-    def distillation(self, climb: Climb, teacher: PrunableUNet2DConditionModel, empty_text_LE: Tensor) -> Objective:
-        """The objective of one rung."""
-        rung = Rung(self.scheduler, climb.teacher_steps, self.student_scheduler, climb.steps)
-        schedule = NoiseSchedule.from_scheduler(self.scheduler, self.device)
-        given = {"schedule": schedule, "empty_text_LE": empty_text_LE, "teacher": teacher, "rung": rung}
-        return make_objective(self.config.objective, given)
+    def rung(self, climb: Climb) -> Rung:
+        return Rung(self.scheduler, climb.teacher_steps, self.student_scheduler, climb.steps)
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        """The ladder's noise schedule."""
+        return NoiseSchedule.from_scheduler(self.scheduler, self.device)
 
     def learn_velocity(self) -> None:
         """Where the teacher predicts ε, it and the student learn to predict v first; x̂ from ε is lost in noise."""
@@ -161,23 +161,17 @@ class DistillBench(Bench):
 
     def taught(self, unet, objective, config: TrainConfig, stage: str, **given) -> PrunableUNet2DConditionModel:
         """A copy of the network, trained with an objective of the loop, on the ladder's noise schedule."""
-        schedule = NoiseSchedule.from_scheduler(self.scheduler, self.device)
         copied = copy.deepcopy(unet).requires_grad_()
-        return self.train(copied, objective, config, stage, schedule=schedule, **given).requires_grad_(False)
+        return self.train(copied, objective, config, stage, schedule=self.schedule, **given).requires_grad_(False)
 
     def climb(self, climb: Climb) -> None:
         """Trains and exports one rung; where it exists it is loaded."""
         unet, width = self.networks[climb.start], self.ladder.guidance_width
-        unet = with_told_guidance(unet, width) if width else copy.deepcopy(unet)
+        unet = with_told_guidance(unet, width) if width else unet
         log.info(f"{climb.name}: from {climb.start}, taught by {climb.teacher} with {climb.teacher_steps} steps")
-        if trained(self.run, climb.name):
-            unet = load_trained(unet, self.run, climb.name)
-        else:
-            empty_text = self.pairs.empty_text.to(self.device)
-            objective = self.distillation(climb, self.in_compute_dtype(self.networks[climb.teacher]), empty_text)
-            config = self.training(climb.name)
-            unet = train(unet.requires_grad_(), objective, self.pairs, config, self.run, climb.name)
-        self.networks[climb.name] = unet.requires_grad_(False)
+        given = {"teacher": self.in_compute_dtype(self.networks[climb.teacher]), "rung": self.rung(climb)}
+        unet = self.taught(unet, self.config.objective, self.training(climb.name), climb.name, **given)
+        self.networks[climb.name] = unet
         self.run.sealed_folder(f"{climb.name}/export", partial(self.write_export, unet))
 
     def in_compute_dtype(self, unet: PrunableUNet2DConditionModel) -> PrunableUNet2DConditionModel:

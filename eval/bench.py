@@ -108,18 +108,22 @@ class Bench:
         return Sampler(self.pipeline, protocol.steps, protocol.guidance_scale, protocol.seed)
 
     def objective(self, config, **given) -> Objective:
-        """An objective of the loop from its `_target_`; each takes the schedule, the empty text and a teacher."""
-        schedule = NoiseSchedule.from_scheduler(self.pipeline.scheduler, self.device)
-        empty_text = self.pairs.empty_text.to(self.device)
-        mine = {"schedule": schedule, "empty_text_LE": empty_text, "teacher": self.teacher}
-        return make_objective(config, {**mine, **given})
+        """An objective of the loop from its `_target_`; each takes the schedule, the empty text and a teacher.
 
-    def check_objectives(self, *configs) -> None:
+        ValueError where its arguments are not what the class takes.
+        """
+        given = {"schedule": NoiseSchedule.from_scheduler(self.pipeline.scheduler, self.device), **given}
+        if "empty_text_LE" not in given:
+            given["empty_text_LE"] = self.pairs.empty_text.to(self.device)
+        try:
+            return instantiate(config, _partial_=True, _convert_="all")(**{"teacher": self.teacher, **given})
+        except (TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+            target = config.get("_target_") if config is not None else None
+            raise ValueError(f"objective {target}: {type(error).__name__}: {error}") from error
+
+    def check_objective(self, config, **given) -> None:
         """ValueError for an objective whose configuration cannot be; no data are touched."""
-        schedule = NoiseSchedule.from_scheduler(self.pipeline.scheduler, self.device)
-        empty_text = torch.zeros(1, 1, device=self.device)
-        for config in configs:
-            make_objective(config, {"schedule": schedule, "empty_text_LE": empty_text, "teacher": self.teacher})
+        self.objective(config, empty_text_LE=torch.zeros(1, 1, device=self.device), **given)
 
     def check_inputs(self) -> None:
         """ValueError, before anything is made, for data, prompts or a scorer that cannot be had."""
@@ -130,12 +134,3 @@ class Bench:
     def partial(self, name: str) -> Path:
         """Where unfinished work lies, batch by batch, so that a killed run goes on within it."""
         return self.run.path / "partial" / name
-
-
-def make_objective(config, given: dict) -> Objective:
-    """The objective a configuration names. ValueError where its arguments are not what the class takes."""
-    try:
-        return instantiate(config, _partial_=True, _convert_="all")(**given)
-    except (TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
-        target = config.get("_target_") if config is not None else None
-        raise ValueError(f"objective {target}: {type(error).__name__}: {error}") from error

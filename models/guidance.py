@@ -1,6 +1,5 @@
 """UNets that are told their guidance scale, as diffusers' pipelines tell it: one evaluation per step instead of two."""
 
-import copy
 import math
 
 import torch
@@ -26,12 +25,12 @@ def guidance_embedding(w_B: Tensor, width: int) -> Tensor:
 def with_told_guidance(unet: PrunableUNet2DConditionModel, width: int) -> PrunableUNet2DConditionModel:
     """A copy that is told its guidance scale, and does not listen yet: its answers are those of `unet`.
 
-    One that is told already is copied as it is; ValueError where its embedding has another width.
+    One that is told already is given back as it is; ValueError where its embedding has another width.
     """
     if (own := told_guidance_width(unet)) not in (0, width):
         raise ValueError(f"ladder.guidance_width={width}, but the network is told its guidance in a width of {own}")
     if own:
-        return copy.deepcopy(unet)
+        return unet
     told = PrunableUNet2DConditionModel.from_config(dict(unet.config), time_cond_proj_dim=width)
     missing, unexpected = told.load_state_dict(unet.state_dict(), strict=False)
     assert not unexpected and set(missing) <= {"time_embedding.cond_proj.weight"}, (missing, unexpected)

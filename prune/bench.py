@@ -50,7 +50,8 @@ class PruneBench(Bench):
         with torch.device("meta"):
             bare = PrunableUNet2DConditionModel.from_config(dict(self.teacher.config), bypass=self.bypass)
             PrunableUNet2DConditionModel.from_config(dict(bare.config), depths=getattr(self.search, "depths", {}))
-        self.check_objectives(self.config.objective, self.config.recovery.objective)
+        for config in (self.config.objective, self.config.recovery.objective):
+            self.check_objective(config)
         self.check_inputs()
 
     @property

@@ -27,6 +27,9 @@ ATTRIBUTES = {
 }  # fmt: skip
 
 
+NUM_CLASSES = [len(names) for names in ATTRIBUTES.values()]
+
+
 def attributes(scene: Scene) -> list[int]:
     """The class of every attribute of `ATTRIBUTES`; of two things the upper, left or inner one comes first."""
     _, things, count, relation, position = scene.combination()
@@ -66,6 +69,14 @@ class Scenes(Dataset):
         texts = list(hard_negatives(scene, wording, turn).values())
         order = torch.randperm(len(texts), generator=draw).tolist()
         return [texts[order[k % len(order)]] for k in range(self.negatives)]
+
+
+def naming_error(classes: tuple[Tensor, ...], labels_AB: Tensor) -> Tensor:
+    """The mean over attributes of the cross entropy of their logits [B, classes]; unlabelled scenes count as zero."""
+    return torch.stack([
+        F.cross_entropy(logits, label_B, ignore_index=UNLABELLED, reduction="sum") / len(label_B)
+        for logits, label_B in zip(classes, labels_AB, strict=True)
+    ]).mean()  # fmt: skip
 
 
 def to_unit_range(images: Tensor) -> Tensor:
@@ -113,10 +124,7 @@ class ScorerObjective:
         size = len(image_BD)
         target_B = torch.arange(size, device=image_BD.device)
         contrast = (F.cross_entropy(logits_BT, target_B) + F.cross_entropy(logits_BT[:, :size].T, target_B)) / 2
-        naming = torch.stack([
-            F.cross_entropy(logits, label_B, ignore_index=UNLABELLED, reduction="sum") / size
-            for logits, label_B in zip(classes, batch["attributes"].T, strict=True)
-        ]).mean()  # fmt: skip
+        naming = naming_error(classes, batch["attributes"].T)
         own_BK = logits_BT[:, size:].reshape(size, size, self.negatives)[target_B, target_B]
         told = (logits_BT.diagonal()[:, None] > own_BK).float().mean()
         top1 = (logits_BT[:, :size].argmax(1) == target_B).float().mean()
@@ -124,17 +132,12 @@ class ScorerObjective:
         return contrast + self.naming_weight * naming, metrics
 
 
-class CaptionReading(Dataset):
+class CaptionReading(Scenes):
     """Token ids of fully worded captions and their scenes' attributes, without images."""
 
     def __init__(self, pairs: ShapesPairs, tokenizer: CLIPTokenizer) -> None:
-        self.pairs, self.tokenizer = pairs, tokenizer
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> int:
-        return index
+        super().__init__(pairs)
+        self.tokenizer = tokenizer
 
     def collate(self, indices: list[int]) -> Batch:
         scenes = [self.pairs.scene(index) for index in indices]
@@ -156,15 +159,11 @@ class ReadingObjective:
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         states_BLE, classes = model(batch["ids"])
         labels = batch["attributes"].T
-        losses = [
-            F.cross_entropy(logits_BK, label_B, ignore_index=UNLABELLED, reduction="sum") / len(label_B)
-            for logits_BK, label_B in zip(classes, labels, strict=True)
-        ]
         right = [
             (logits_BK.argmax(1) == label_B).float().sum() / (label_B != UNLABELLED).sum().clamp(min=1)
             for logits_BK, label_B in zip(classes, labels, strict=True)
         ]
-        metrics = {"naming": torch.stack(losses).mean(), "worst": torch.stack(right).min()}
+        metrics = {"naming": naming_error(classes, labels), "worst": torch.stack(right).min()}
         if self.before is None:
             return metrics["naming"], metrics
         with torch.no_grad():

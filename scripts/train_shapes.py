@@ -48,7 +48,7 @@ from scripts.shapes_models import (
     save_scorer,
 )
 from scripts.shapes_objectives import (
-    ATTRIBUTES,
+    NUM_CLASSES,
     AutoencoderObjective,
     CaptionReading,
     DenoisingObjective,
@@ -116,7 +116,7 @@ class Recipe:
 
     def scorer_model(self) -> ScorerWithNames:
         torch.manual_seed(self.config.seed)
-        return ScorerWithNames(self.config.scorer, self.tokenizer, [len(names) for names in ATTRIBUTES.values()])
+        return ScorerWithNames(self.config.scorer, self.tokenizer, NUM_CLASSES)
 
     def scorer(self) -> None:
         if "scorer" in self.config.shipped:
@@ -160,7 +160,7 @@ class Recipe:
         model = self.text_to_image()
         before = copy.deepcopy(model.text_encoder).requires_grad_(False) if "unet" in self.config.shipped else None
         scenes = CaptionReading(ShapesPairs("train", self.config.text.scenes, self.config.seed), self.tokenizer)
-        reader = TextEncoderWithNames(model.text_encoder, [len(names) for names in ATTRIBUTES.values()])
+        reader = TextEncoderWithNames(model.text_encoder, NUM_CLASSES)
         train(reader, ReadingObjective(before), scenes, self.train_config("text"), self.run("text"), "train")
 
     def unet(self) -> None:
@@ -171,8 +171,7 @@ class Recipe:
         objective = DenoisingObjective(schedule, empty_ids_L, config.caption_dropout, config.timestep_shift)
         latents = CachedScenes(self.root / "latents" / "latents.safetensors")
         model = self.text_to_image()
-        names = [len(names) for names in ATTRIBUTES.values()]
-        load_newest(TextEncoderWithNames(model.text_encoder, names), self.root / "text" / "train")
+        load_newest(TextEncoderWithNames(model.text_encoder, NUM_CLASSES), self.root / "text" / "train")
         train(model, objective, latents, self.train_config("unet"), self.run("unet"), "train")
 
     def export(self) -> None:
