@@ -8,17 +8,22 @@ from functools import cached_property
 
 import diffusers
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
+from data.files import write_tensors
 from distill.bench import DistillBench
 from engine.environment import environment
 from engine.parallel import map_batches
+from engine.run import damaged
 from eval.clip import psnr
-from eval.compare import mean_and_error, paired_difference
+from eval.compare import mean_and_error, paired_difference, paired_ratio
 from eval.judge import write_pictures
 from eval.latency import compare_ms
 from eval.sampling import Sampler, Texts
 from models.unet import PrunableUNet2DConditionModel
+
+SAMPLERS = ("teacher", "teacher-dpm")
 
 
 @dataclass(frozen=True)
@@ -33,8 +38,9 @@ class Judged:
 class Curves:
     """The judgement of the teacher (DDIM, and DPM++ 2M, what a user would pick) and of every student.
 
-    All start from the same noise per prompt; distances are to the teacher's DDIM images at the most steps and the same
-    guidance scale. One file per model, guidance scale and number of steps: a killed judgement goes on.
+    All start from the same noise per prompt; distances are to the reference, the teacher's DDIM latents at the most
+    steps and the same guidance scale. One file per model, guidance scale and number of steps: a killed judgement goes
+    on.
     """
 
     def __init__(self, bench: DistillBench):
@@ -56,10 +62,10 @@ class Curves:
             *(Judged(name, bench.networks[name], bench.student_scheduler) for name in students),
         ]
 
-    @property
-    def steps(self) -> list[int]:
-        """Most first, the reference among them."""
-        return sorted({*self.bench.config.curves.steps, self.most_steps}, reverse=True)
+    def steps(self, model: Judged) -> list[int]:
+        """At which a model is judged, most first; the teacher at the reference's, too."""
+        more = {self.most_steps} if model.name == "teacher" else set()
+        return sorted({*self.bench.config.curves.steps, *more}, reverse=True)
 
     @cached_property
     def texts(self) -> Texts:
@@ -85,9 +91,16 @@ class Curves:
         return map_batches(draw, size, self.config.batch_size, bench.run.accelerator, what, bench.partial(keep))
 
     def reference(self, guidance: float) -> Tensor:
-        """The teacher's latents at the most steps."""
+        """The teacher's latents at the most steps, kept in a file."""
         if guidance not in self._references:
-            self._references[guidance] = self.latents(self.judged[0], self.most_steps, guidance)
+            run, file = self.bench.run, f"reference/guidance-{guidance}.safetensors"
+            if not run.made(file):
+                latents = self.latents(self.judged[0], self.most_steps, guidance)
+                if run.accelerator.is_main_process:
+                    write_tensors(run.path / file, {"latents": latents})
+                run.accelerator.wait_for_everyone()
+            with damaged(run.path / file):
+                self._references[guidance] = load_file(run.path / file)["latents"]
         return self._references[guidance]
 
     def record(self, model: Judged, steps: int, guidance: float) -> dict:
@@ -140,17 +153,23 @@ class Curves:
         bench.run.json("unet_ms.json", lambda: make() if bench.run.accelerator.is_main_process else None)
 
     def evaluate(self) -> dict:
-        """All points, paired by prompt with the teacher at its most steps and the same guidance: evaluation.json."""
+        """All points, paired by prompt with the reference, and with the teacher at as many steps: evaluation.json."""
         bench, curves = self.bench, self.bench.config.curves
         points = [
             self.record(model, steps, guidance)
-            for guidance in curves.guidance for model in self.judged for steps in self.steps
+            for guidance in curves.guidance for model in self.judged for steps in self.steps(model)
         ]  # fmt: skip
-        teachers = {p["guidance"]: p for p in points if p["model"] == "teacher" and p["steps"] == self.most_steps}
+        by_key = {(p["model"], p["steps"], p["guidance"]): p for p in points}
 
         def versus(point: dict) -> dict:
-            teacher = teachers[point["guidance"]]
+            teacher = by_key["teacher", self.most_steps, point["guidance"]]
             return asdict(paired_difference(point["clip"]["per_prompt"], teacher["clip"]["per_prompt"]))
+
+        def nearness(point: dict, sampler: str) -> dict | None:
+            other, key = by_key.get((sampler, point["steps"], point["guidance"])), "latent_error_to_teacher"
+            if other is None or not other[key]["mean"]:
+                return None
+            return asdict(paired_ratio(point[key]["per_prompt"], other[key]["per_prompt"]))
 
         return bench.run.json(
             "evaluation.json",
@@ -159,7 +178,14 @@ class Curves:
                 "prompts_hash": self.prompts.hash,
                 "n": len(self.prompts.distinct),
                 "protocol": {**bench.scorer.protocol, "seed": self.config.seed},
-                "points": [{**point, "versus_teacher": versus(point)} for point in points],
+                "points": [
+                    {
+                        **point,
+                        "versus_teacher": versus(point),
+                        "latent_error_over": {name: nearness(point, name) for name in SAMPLERS},
+                    }
+                    for point in points
+                ],
                 "environment": environment(),
             },
         )

@@ -4,7 +4,7 @@ Prompts differ far more than models do, so the means of two models say little an
 pairing divides the variance by 1 / (1 - r), r the correlation of the two models' scores.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,16 @@ class Mean:
 
     mean: float
     se: float
+    n: int
+
+
+@dataclass(frozen=True)
+class PairedRatio:
+    """The mean of scores over the mean of reference, and its bootstrap interval."""
+
+    ratio: float
+    low: float
+    high: float
     n: int
 
 
@@ -50,14 +60,46 @@ def paired_difference(
 
     Raises ValueError if the two were not measured on equally many prompts.
     """
+    scores_2N = paired(scores, reference)
+    difference_N = scores_2N[0] - scores_2N[1]
+    mean = mean_and_error(difference_N)
+    low, high = interval([difference_N[draw].mean() for draw in bootstrap(mean.n, resamples, seed)], confidence)
+    return PairedDifference(mean.mean, mean.se, low, high, mean.n)
+
+
+def paired_ratio(
+    errors: Sequence[float],
+    reference: Sequence[float],
+    confidence: float = 0.95,
+    resamples: int = 10_000,
+    seed: int = 0,
+) -> PairedRatio:
+    """How large `errors` are on average in units of `reference`'s; prompts are drawn for both at once.
+
+    Raises ValueError if the two were not measured on equally many prompts.
+    """
+    errors_2N = paired(errors, reference)
+    means = [errors_2N[:, draw].mean(1) for draw in bootstrap(len(errors), resamples, seed)]
+    low, high = interval([mean[0] / mean[1] for mean in means], confidence)
+    whole = errors_2N.mean(1)
+    return PairedRatio(float(whole[0] / whole[1]), low, high, len(errors))
+
+
+def paired(scores: Sequence[float], reference: Sequence[float]) -> np.ndarray:
     if len(scores) != len(reference):
         raise ValueError(f"{len(scores)} scores cannot be paired with {len(reference)}; use the same prompts for both")
-    difference_N = np.asarray(scores, dtype=np.float64) - np.asarray(reference, dtype=np.float64)
-    mean = mean_and_error(difference_N)
+    return np.asarray([scores, reference], dtype=np.float64)
+
+
+def bootstrap(size: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Resamples of `size` prompts, as indices."""
     draw = np.random.default_rng(seed)
-    means = [difference_N[draw.integers(mean.n, size=mean.n)].mean() for _ in range(resamples)]
-    low, high = np.quantile(means, [(1 - confidence) / 2, (1 + confidence) / 2])
-    return PairedDifference(mean.mean, mean.se, float(low), float(high), mean.n)
+    return (draw.integers(size, size=size) for _ in range(resamples))
+
+
+def interval(values: Sequence[float], confidence: float) -> tuple[float, float]:
+    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:

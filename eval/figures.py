@@ -202,14 +202,15 @@ def additivity_figure(samples: Sequence[dict]) -> Figure:
 
 
 @styled
-def grid_figure(rows: Sequence[tuple[str, Sequence[Path]]], prompts: Sequence[str], columns: int = 8) -> Figure:
-    """Rows of images, one row per model, each column one prompt and one noise."""
+def grid_figure(rows: Sequence[tuple[str, Sequence[Path | None]]], prompts: Sequence[str], columns: int = 8) -> Figure:
+    """Rows of images, one row per model, each column one prompt and one noise; None leaves a cell empty."""
     columns = min(columns, len(prompts), *(len(paths) for _, paths in rows))
     figure = Figure(figsize=(1.5 * columns + 0.4, 1.5 * len(rows) + 0.75), layout="constrained")
     cells = figure.subplots(len(rows), columns, squeeze=False)
     for (name, paths), line in zip(rows, cells, strict=True):
         for path, axes in zip(paths, line, strict=False):
-            axes.imshow(np.asarray(Image.open(path)), interpolation="nearest")
+            if path:
+                axes.imshow(np.asarray(Image.open(path)), interpolation="nearest")
             axes.set(xticks=[], yticks=[])
             axes.spines[:].set_visible(False)
         line[0].set_ylabel(name, fontsize=9)

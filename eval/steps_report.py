@@ -62,7 +62,7 @@ def curves_table(evaluation: Mapping[str, Any]) -> str:
     steps = sorted({point["steps"] for point in points})
     cells = {key(point): f"{point['clip']['mean']:.1f} ± {point['clip']['se']:.1f}" for point in points}
     rows = [
-        [display(model), f"{guidance:g}", *(cells[guidance, model, n] for n in steps)]
+        [display(model), f"{guidance:g}", *(cells.get((guidance, model, n), "") for n in steps)]
         for guidance in guidances(points)
         for model in models(points)
     ]
@@ -70,11 +70,14 @@ def curves_table(evaluation: Mapping[str, Any]) -> str:
 
 
 HEADER = ["model", "guidance", "steps", "UNet evaluations", "UNet ms", "CLIP ± se", "against teacher", "latent error",
-          "PSNR, dB", "features"]  # fmt: skip
+          "over DDIM's", "over DPM++'s", "PSNR, dB", "features"]  # fmt: skip
 
 
 def point_rows(points: Sequence[Point]) -> list[list[str]]:
-    """A line per point; differences are to the teacher at its most steps and the same guidance scale."""
+    """A line per point; differences are to the teacher at its most steps and the same guidance scale.
+
+    The latent error is also told in units of the teacher's own at as many steps, with DDIM and with DPM++ 2M.
+    """
     rows = []
     for p in points:
         d, psnr = p["versus_teacher"], p["psnr_to_teacher"]
@@ -82,10 +85,15 @@ def point_rows(points: Sequence[Point]) -> list[list[str]]:
             display(p["model"]), f"{p['guidance']:g}", str(p["steps"]), str(p["evaluations"]), f"{p['unet_ms']:.1f}",
             f"{p['clip']['mean']:.2f} ± {p['clip']['se']:.2f}",
             f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]".replace("-", "−"),
-            f"{p['latent_error_to_teacher']['mean']:.4f}", "–" if psnr is None else f"{psnr:.1f}",
+            f"{p['latent_error_to_teacher']['mean']:.4f}", *map(ratio_text, p["latent_error_over"].values()),
+            "–" if psnr is None else f"{psnr:.1f}",
             f"{p['feature_cosine_to_teacher']:.3f}",
         ])  # fmt: skip
     return rows
+
+
+def ratio_text(ratio: Mapping[str, float] | None) -> str:
+    return "–" if ratio is None else f"{ratio['ratio']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
 
 
 def display(model: str) -> str:
@@ -172,8 +180,11 @@ def finish(charts: Mapping[float, Axes], points: Sequence[Point], x: str) -> Non
 def images_figure(folder: Path, points: Sequence[Point], guidance: float) -> Figure:
     """Rows are models, columns numbers of steps; the first prompt, always from the same noise."""
     steps = sorted({point["steps"] for point in points})
-    rows = [
-        (display(model), [folder / f"images/{model}/steps-{n}-guidance-{guidance}/000.png" for n in steps])
-        for model in models(points)
-    ]
+    judged = {key(point) for point in points}
+
+    def path(model: str, n: int) -> Path | None:
+        there = (guidance, model, n) in judged
+        return folder / f"images/{model}/steps-{n}-guidance-{guidance}/000.png" if there else None
+
+    rows = [(display(model), [path(model, n) for n in steps]) for model in models(points)]
     return grid_figure(rows, [f"{n} steps" for n in steps], columns=len(steps))

@@ -75,13 +75,19 @@ def test_every_rung_is_a_stock_pipeline_that_draws_what_we_judged(finished):
 def test_the_judgement_holds_every_point_paired_with_the_teacher(finished):
     path, done = finished
     points = json.loads((path / "evaluation.json").read_text())["points"]
-    assert {(p["model"], p["steps"]) for p in points} == {
-        (model, steps) for model in ("teacher", "teacher-dpm", "steps-2", "steps-1") for steps in (1, 2, 4)
-    }
+    judged = {(model, steps) for model in ("teacher", "teacher-dpm", "steps-2", "steps-1") for steps in (1, 2)}
+    assert {(p["model"], p["steps"]) for p in points} == {*judged, ("teacher", 4)}
     reference = next(p for p in points if p["model"] == "teacher" and p["steps"] == 4)
     assert reference["latent_error_to_teacher"]["mean"] == 0 and reference["versus_teacher"]["mean"] == 0
     assert all(p["latent_error_to_teacher"]["mean"] > 0 for p in points if p is not reference)
     assert {p["evaluations"] for p in points} == {2, 4, 8}
+    student = next(p for p in points if p["model"] == "steps-2" and p["steps"] == 2)
+    ddim = next(p for p in points if p["model"] == "teacher" and p["steps"] == 2)
+    errors = [p["latent_error_to_teacher"]["mean"] for p in (student, ddim)]
+    nearer = student["latent_error_over"]["teacher"]
+    assert nearer["ratio"] == pytest.approx(errors[0] / errors[1])
+    assert nearer["low"] <= nearer["ratio"] <= nearer["high"]
+    assert reference["latent_error_over"] == {"teacher": None, "teacher-dpm": None}
     assert "| steps-1 " in done.stdout
     page = (path / "report.html").read_text()
     assert page.count("<svg") == 4 and "teacher, DPM++ 2M" in page and "steps-1" in page

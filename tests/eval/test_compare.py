@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eval.compare import Mean, mean_and_error, paired_difference, spearman, split_half_agreement
+from eval.compare import Mean, mean_and_error, paired_difference, paired_ratio, spearman, split_half_agreement
 
 
 def test_the_standard_error_by_hand():
@@ -71,3 +71,11 @@ def test_halves_agree_on_blocks_and_not_on_noise():
 def test_what_cannot_be_compared_is_refused(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_errors_that_are_half_of_others_are_half_with_certainty():
+    reference = np.random.default_rng(6).uniform(1, 9, size=40)
+    half = paired_ratio(reference / 2, reference)
+    assert half.ratio == pytest.approx(0.5) and half.low == pytest.approx(0.5) and half.high == pytest.approx(0.5)
+    noisy = paired_ratio(reference[::-1], reference)
+    assert noisy.ratio == pytest.approx(1) and noisy.low < 1 < noisy.high
