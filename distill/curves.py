@@ -48,23 +48,27 @@ class Curves:
         self.most_steps = max(*bench.config.curves.steps, bench.ladder.steps[0])
         self._references: dict[float, Tensor] = {}
 
+    @property
+    def names(self) -> list[str]:
+        """The models that are judged, in order: the teacher's samplers, the teacher that learnt v, the students."""
+        velocity = [] if self.bench.predicts_velocity else ["teacher-v"]
+        return [*SAMPLERS, *velocity, *(c.name for c in self.bench.climbs if c.name.startswith("steps-"))]
+
     @cached_property
     def judged(self) -> list[Judged]:
         bench = self.bench
         ddim = bench.pipeline.scheduler
         solver = bench.on_the_grid(diffusers.DPMSolverMultistepScheduler, ddim)
-        velocity = [] if bench.predicts_velocity else [Judged("teacher-v", bench.networks["teacher"], bench.scheduler)]
-        students = [climb.name for climb in bench.climbs if climb.name.startswith("steps-")]
-        return [
-            Judged("teacher", bench.teacher, ddim),
-            Judged("teacher-dpm", bench.teacher, solver),
-            *velocity,
-            *(Judged(name, bench.networks[name], bench.student_scheduler) for name in students),
-        ]
+        teachers = {
+            "teacher": (bench.teacher, ddim),
+            "teacher-dpm": (bench.teacher, solver),
+            "teacher-v": (bench.networks["teacher"], bench.scheduler),
+        }
+        return [Judged(n, *(teachers.get(n) or (bench.networks[n], bench.student_scheduler))) for n in self.names]
 
-    def steps(self, model: Judged) -> list[int]:
+    def steps(self, name: str) -> list[int]:
         """At which a model is judged, most first; the teacher at the reference's, too."""
-        more = {self.most_steps} if model.name == "teacher" else set()
+        more = {self.most_steps} if name == "teacher" else set()
         return sorted({*self.bench.config.curves.steps, *more}, reverse=True)
 
     @cached_property
@@ -157,7 +161,7 @@ class Curves:
         bench, curves = self.bench, self.bench.config.curves
         points = [
             self.record(model, steps, guidance)
-            for guidance in curves.guidance for model in self.judged for steps in self.steps(model)
+            for guidance in curves.guidance for model in self.judged for steps in self.steps(model.name)
         ]  # fmt: skip
         by_key = {(p["model"], p["steps"], p["guidance"]): p for p in points}
 

@@ -55,6 +55,32 @@ class StageConfig:
 
 
 @dataclass
+class CacheConfig:
+    """Where encoded images and texts lie; `batch_size` counts images."""
+
+    folder: str = "runs/cache"
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        at_least("data.cache", self, 1, "batch_size")
+
+
+@dataclass
+class DataConfig:
+    """What every `data` group has; its other keys belong to the constructors of its pairs and prompts."""
+
+    resolution: int | None = None
+    prompt_file: str | None = None
+    pairs: Any = None
+    prompts: Any = None
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+    def __post_init__(self) -> None:
+        if self.resolution is not None:
+            at_least("data", self, 1, "resolution")
+
+
+@dataclass
 class SearchConfig:
     """How an architecture is chosen. `target_ms` wins over `target_fraction`, a share of the teacher's UNet latency."""
 

@@ -12,11 +12,12 @@ LIBRARIES = ("torch", "diffusers", "transformers", "open-clip-torch", "accelerat
 
 
 def environment() -> dict:
-    """Hardware, library versions, threads, load, and the commit where there is one."""
+    """Hardware, library versions, processes, threads, load, and the commit where there is one."""
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     return {
         "device": gpu or cpu_name(),
         "cuda": torch.version.cuda if gpu else None,
+        "processes": int(os.environ.get("WORLD_SIZE", 1)),
         "threads": torch.get_num_threads(),
         "load_average": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),

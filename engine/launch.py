@@ -5,7 +5,8 @@ import logging
 import os
 import secrets
 import sys
-from collections.abc import Iterator
+import traceback
+from collections.abc import Callable, Iterator
 from dataclasses import is_dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -28,9 +29,9 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from yaml import YAMLError
 
 import engine.config  # noqa: F401  registers the schema
-from engine.config import Config, at_least
+from engine.config import Config, DataConfig, at_least
 from engine.preemption import Preempted, leave_on_sigterm
-from engine.run import Run
+from engine.run import TRACEBACK, Run, damaged
 from engine.tracking import Tracker
 from models.pipeline import one_line
 
@@ -40,6 +41,7 @@ CONFIGS = ROOT / "configs"
 WATCHING = ("debug", "threads", "tracker", "run", "plan")
 MISTAKES = (ValueError, OSError, FloatingPointError, SafetensorError, YAMLError, HydraException, OmegaConfBaseException)
 MULTIRUN = {"-m", "--multirun"}
+FINISHED = "report.html"  # what a job that has something to track writes last
 log = logging.getLogger("slimstep")
 
 OmegaConf.register_new_resolver("here", lambda path: str(ROOT / path), replace=True)
@@ -48,6 +50,7 @@ OmegaConf.register_new_resolver("here", lambda path: str(ROOT / path), replace=T
 def main() -> None:
     """Runs the experiment the command line names. Exit codes: 0, 1 for a mistake, 75 after SIGTERM, or the job's."""
     set_up()
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in MULTIRUN)  # argparse wants it before the overrides
     check_overrides(sys.argv[1:])
     sys.argv += named_by_what_is_swept(sys.argv[1:])
     leave_on_sigterm()
@@ -59,11 +62,16 @@ def main() -> None:
         else:
             codes.append(start(config))
 
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what a sweep's folder or launcher does, and prints nothing
     try:
         hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command continues", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if "debug=true" in sys.argv:
+            raise
+        fail(f"{one_line(error)}  (debug=true shows where)")
     sys.exit(1 if 1 in codes else max(codes, default=0))
 
 
@@ -180,18 +188,39 @@ def start(config: DictConfig) -> int:
             print("stopped by SIGTERM, from a scheduler or a rank that failed; the same command continues",
                   file=sys.stderr)  # fmt: skip
         raise
-    except MISTAKES as error:
+    except Exception as error:
         if config.debug:
             raise
-        if isinstance(error, InstantiationException) and isinstance(error.__cause__, MISTAKES):
-            error = error.__cause__  # what the component says, without Hydra's frame around it
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"rank {rank}: "
-        print(f"{where}error: {one_line(error)}  (debug=true shows where)", file=sys.stderr)
+        print(f"{where}{told(error, config)}", file=sys.stderr)
         return 1
     finally:
         AcceleratorState._reset_state(True)  # the next job of a multirun may want another precision
         GradientState._reset_state()
+
+
+def told(error: Exception, config: DictConfig) -> str:
+    """One line for what ended a job. The traceback of what nobody foresaw is kept in the run's directory."""
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, MISTAKES):
+        error = error.__cause__  # what the component says, without Hydra's frame around it
+    if isinstance(error, MISTAKES):
+        return f"error: {one_line(error)}  (debug=true shows where)"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and is_lost_connection(error):
+        return "stopped: another rank is gone; what it said of itself tells why. The same command continues"
+    kept = run_path(config) / f"{TRACEBACK}{os.environ.get('RANK', '0')}.txt"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text("".join(traceback.format_exception(error)))
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if Path(f.filename).is_relative_to(ROOT) and "site-packages" not in f.filename]
+    place = f"{Path(own[-1].filename).relative_to(ROOT)}, line {own[-1].lineno}"
+    return f"error: {type(error).__name__} in {place}: {one_line(error)}  (not foreseen; its traceback is in {kept})"
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a collective failed since a neighbour is gone: NCCL has types for it, gloo a RuntimeError."""
+    known = (torch.distributed.DistBackendError, torch.distributed.DistNetworkError)
+    return isinstance(error, known) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def checked_config(config: DictConfig) -> DictConfig:
@@ -203,8 +232,20 @@ def checked_config(config: DictConfig) -> DictConfig:
         if OmegaConf.is_config(config[section]):
             OmegaConf.to_container(config[section], structured_config_mode=SCMode.INSTANTIATE)  # the typed ones check
     at_least("the configuration", config, 0, "threads")
+    if config.threads > (cores := os.cpu_count() or 1):
+        raise ValueError(f"threads={config.threads}, but there are {cores} cores; 0 leaves the choice to torch")
+    check_data(config.data)
     run_path(config)
     return config
+
+
+def check_data(data: DictConfig | None) -> None:
+    """What all data groups have, in its typed form; ValueError or Hydra's own where a value cannot be."""
+    if data is None:
+        raise ValueError(f"data=null: choose one of {', '.join(path.stem for path in (CONFIGS / 'data').iterdir())}")
+    schema = OmegaConf.create({"data": OmegaConf.structured(DataConfig)})
+    given = {key: value for key, value in OmegaConf.to_container(data, resolve=True).items() if key in schema.data}
+    OmegaConf.to_object(OmegaConf.merge(schema, {"data": given}).data)
 
 
 def run_job(config: Config) -> int:
@@ -218,23 +259,33 @@ def run_job(config: Config) -> int:
                               kwargs_handlers=[patience])  # fmt: skip
     run = Run(path, accelerator, seed=config.seed)
     resolved = OmegaConf.to_container(config, resolve=True)
-    try:
-        job = hydra.utils.get_method(config.job)
-    except ImportError as error:
-        raise ValueError(f"job={config.job} is no function of this project: {one_line(error)}") from error
+    job = named_job(config.job)
     if config.plan:
         run.check_config(resolved, ignoring=WATCHING)
         return job(config, run)  # it tells what it would do, and writes nothing
     run.keep_config(resolved, ignoring=WATCHING, overwrite=config.run.overwrite)
-    if config.tracker.log_with:
+    if config.tracker.log_with and not run.made(FINISHED):
         given = os.environ.get("WANDB_RUN_ID")  # by a W&B sweep's agent
         identity = run.json("tracker.json", lambda: {"id": given or secrets.token_hex(4)})  # a continued run keeps it
-        run.tracker = Tracker(accelerator, config.tracker, path, resolved, identity["id"])
+        with damaged(path / "tracker.json"):
+            run_id = identity["id"]
+        run.tracker = Tracker(accelerator, config.tracker, path, resolved, run_id)
     with logging_redirect_tqdm():
         code = job(config, run)
     if run.tracker:
         run.tracker.finish()
     return code
+
+
+def named_job(name: str) -> Callable[[Config, Run], int]:
+    """The function that the configuration names. ValueError where there is none, or it is no job."""
+    try:
+        job = hydra.utils.get_method(name)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"job={name} is no function of this project: {one_line(error)}") from error
+    if list(getattr(job, "__annotations__", {})) != ["config", "run", "return"]:
+        raise ValueError(f"job={name} is no job: that is a function (config: Config, run: Run) -> int")
+    return job
 
 
 def unknown_keys(schema: DictConfig, config: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -21,7 +21,8 @@ from data.files import digests, whole_folder, write_json, write_text
 from engine.tracking import Tracker
 
 log = logging.getLogger("slimstep")
-NOT_MADE = ("config.yaml", "tracker.json", "wandb", "tensorboard", "metrics.jsonl", "partial")
+TRACEBACK = "traceback-rank-"
+NOT_MADE = ("config.yaml", "tracker.json", "wandb", "tensorboard", "metrics.jsonl", "partial", TRACEBACK)
 
 
 class Run:
@@ -67,7 +68,7 @@ class Run:
     def begun(self) -> bool:
         """Whether something was made here that belongs to a configuration."""
         path = self.path / "config.yaml"
-        return path.exists() and any(p.name not in NOT_MADE for p in self.path.iterdir())
+        return path.exists() and any(not p.name.startswith(NOT_MADE) for p in self.path.iterdir())
 
     def differing(self, config: dict[str, Any], ignoring: Sequence[str]) -> dict[str, tuple[Any, Any]]:
         """{dotted key: (there, now)} where what is here was made by another configuration."""
@@ -165,7 +166,7 @@ def damaged(path: Path) -> Iterator[None]:
     """ValueError that names the file where what is in it cannot be read."""
     try:
         yield
-    except (ValueError, YAMLError, SafetensorError) as error:
+    except (ValueError, KeyError, YAMLError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it, and the same command makes it again") from error
 
 

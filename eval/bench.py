@@ -55,7 +55,7 @@ class Bench:
     @cached_property
     def model(self):
         """What the configuration calls the model: a pipeline, or a UNet alone."""
-        return instantiate(self.config.model)
+        return self.component("model")
 
     @property
     def unet(self) -> PrunableUNet2DConditionModel:
@@ -87,14 +87,14 @@ class Bench:
         """Latents and text states of the training images, encoded once."""
         _ = self.pipeline  # says the resolution where the data leave it open
         cache = self.config.data.cache
-        pairs, accelerator = instantiate(self.config.data.pairs), self.run.accelerator
+        pairs, accelerator = self.component("data.pairs"), self.run.accelerator
         return cache_pairs(pairs, self.pipeline, cache.folder, batch_size=cache.batch_size, accelerator=accelerator)
 
     @cached_property
     def prompts(self) -> tuple[PromptSet, PromptSet]:
         """The prompts blocks are ranked on, and others, that the outcome is judged on."""
         _, data = self.pipeline, self.config.data
-        prompts = read_prompts(data.prompt_file) if data.prompt_file else instantiate(data.prompts)
+        prompts = read_prompts(str(data.prompt_file)) if data.prompt_file else self.component("data.prompts")
         cut = sum(is_truncated(self.pipeline.tokenizer, prompt) for prompt in prompts.prompts)
         if cut:
             log.warning(f"{cut} of {len(prompts)} prompts are longer than the text encoder takes, and are cut")
@@ -102,7 +102,14 @@ class Bench:
 
     @cached_property
     def scorer(self) -> ClipScorer:
-        return instantiate(self.config.scorer, device=self.device)
+        return self.component("scorer", device=self.device)
+
+    def component(self, key: str, **given):
+        """What the configuration describes under `key`; ValueError where it describes nothing."""
+        config = OmegaConf.select(self.config, key)
+        if not OmegaConf.is_dict(config) or "_target_" not in config:
+            raise ValueError(f"{key}={config} describes nothing that can be made: it has no _target_")
+        return instantiate(config, **given)
 
     def sampler(self, protocol) -> Sampler:
         return Sampler(self.pipeline, protocol.steps, protocol.guidance_scale, protocol.seed)
@@ -128,7 +135,7 @@ class Bench:
     def check_inputs(self) -> None:
         """ValueError, before anything is made, for data, prompts or a scorer that cannot be had."""
         _ = self.pipeline  # says the resolution where the data leave it open
-        instantiate(self.config.data.pairs)
+        self.component("data.pairs")
         _ = self.prompts, self.scorer
 
     def partial(self, name: str) -> Path:

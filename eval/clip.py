@@ -42,6 +42,7 @@ class ClipScorer:
 
     `model` and `pretrained` are open_clip's: a name and a tag ("ViT-g-14", "laion2b_s34b_b88k") or a checkpoint file,
     or `model` alone as "local-dir:FOLDER" or "hf-hub:ORG/NAME". `scale` 100 is the usual unit, 1 the raw cosine.
+    `allow_pickle` reads local checkpoints that are no safetensors.
     """
 
     def __init__(
@@ -50,10 +51,13 @@ class ClipScorer:
         pretrained: str | None = None,
         prefix: str = "",
         scale: float = 100.0,
+        allow_pickle: bool = False,
         device: str | torch.device = "cpu",
     ) -> None:
         """Raises ValueError for a model, tag or folder that open_clip does not know or cannot load."""
         check_names(model, pretrained)
+        if not allow_pickle:
+            check_safe(model, pretrained)
         self.model_name, self.pretrained, self.prefix, self.scale = model, pretrained, prefix, scale
         self.device = torch.device(device)
         with quiet_root_logger():
@@ -150,6 +154,15 @@ def check_names(model: str, pretrained: str | None) -> None:
         raise ValueError(f"open_clip's {model} has no weights {pretrained!r}; give a checkpoint file or one of {known}")
 
 
+def check_safe(model: str, pretrained: str | None) -> None:
+    """Raises ValueError for local weights in pickle form."""
+    files = local_weights(model, pretrained)
+    if files and not any(path.suffix == ".safetensors" for path in files):
+        raise ValueError(
+            f"{files[0]} holds pickles, which may run code; scorer.allow_pickle=true reads it all the same"
+        )
+
+
 def explain(model: str, pretrained: str | None, error: Exception) -> str:
     """One line for weights that could not be had."""
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
@@ -163,14 +176,17 @@ def explain(model: str, pretrained: str | None, error: Exception) -> str:
     )
 
 
-def local_weights_hash(model: str, pretrained: str | None) -> str | None:
-    """12 hex digits of the sha256 of a checkpoint on disk; None for open_clip's tags, which name their weights."""
+def local_weights(model: str, pretrained: str | None) -> list[Path]:
+    """The checkpoints on this disk; none for open_clip's tags."""
     if model.startswith(LOCAL):
         folder = Path(model.removeprefix(LOCAL))
-        files = sorted(path for path in folder.iterdir() if path.suffix in {".safetensors", ".bin", ".pth", ".pt"})
-    else:
-        files = [Path(pretrained)] if pretrained and Path(pretrained).is_file() else []
-    digest = hashlib.sha256()
+        return sorted(path for path in folder.iterdir() if path.suffix in {".safetensors", ".bin", ".pth", ".pt"})
+    return [Path(pretrained)] if pretrained and Path(pretrained).is_file() else []
+
+
+def local_weights_hash(model: str, pretrained: str | None) -> str | None:
+    """12 hex digits of the sha256 of a checkpoint on disk; None for open_clip's tags, which name their weights."""
+    digest, files = hashlib.sha256(), local_weights(model, pretrained)
     for path in files:
         with open(path, "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())

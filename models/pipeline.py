@@ -15,7 +15,6 @@ import huggingface_hub
 import torch
 import transformers
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from safetensors import SafetensorError
 from torch import nn
 
 import models.unet
@@ -59,8 +58,8 @@ def load_pipeline(
             unet = load_unet(name_or_path, **options)
             # Without a UNet first: diffusers would look for the class file of an export of ours, and ask for trust.
             rest = DiffusionPipeline.from_pretrained(name_or_path, unet=None, **options)
-        except (OSError, SafetensorError) as error:
-            raise ValueError(f"model {str(name_or_path)!r} is incomplete: {one_line(error)}") from error
+        except Exception as error:  # tokenizers raises nothing more special for a damaged file
+            raise ValueError(f"model {str(name_or_path)!r} is incomplete or damaged: {one_line(error)}") from error
         pipeline = with_unet(rest, unet)
     for module in networks(pipeline):
         module.eval()

@@ -7,7 +7,6 @@ from functools import cached_property
 from pathlib import Path
 
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
@@ -36,7 +35,7 @@ class PruneBench(Bench):
     @cached_property
     def search(self):
         """The way an architecture is chosen: prune/search.py."""
-        return instantiate(self.config.search.method, _convert_="all")
+        return self.component("search.method", _convert_="all")
 
     def check(self) -> None:
         """ValueError, before anything is made, for a search, data, objectives or a scorer that will not do."""

@@ -5,10 +5,11 @@ import math
 
 from engine.config import Config
 from engine.run import Run
+from eval.plan import print_plan
 from models.unet import PrunableUNet2DConditionModel
 from prune.bench import PruneBench
 from prune.evolve import Action, BlockValue, apply, as_json
-from prune.plan import print_plan
+from prune.plan import latency_stage, pruning_stages
 from prune.search import Situation
 
 log = logging.getLogger("slimstep")
@@ -20,7 +21,7 @@ def prune_unet(config: Config, run: Run) -> int:
     bench = PruneBench(config, run)
     bench.check()
     if config.plan:
-        return print_plan(bench)
+        return print_plan(bench, list(pruning_stages(bench)), [config.train, config.recovery.train])
     judged = [bench.judge("teacher", bench.teacher)]
     unet, decision, measured_ms = bench.student(), None, {}
     for r in range(config.search.rounds):
@@ -45,8 +46,7 @@ def make_latency_table(config: Config, run: Run) -> int:
     """The latency table of a model on its own, written to latency.json and printed."""
     bench = PruneBench(config, run)
     if config.plan:
-        log.info(f"{run.path / 'latency.json'}: {'done' if run.made('latency.json') else 'to do'}")
-        return 0
+        return print_plan(bench, [latency_stage(bench)], [])
     table = run.json("latency.json", lambda: bench.measure_latencies(bench.unet))
     for site, entry in table["sites"].items():
         log.info(f"{site:<52} {entry['ms']:9.3f} ms  {entry['ms'] / table['full_ms']:6.1%}")

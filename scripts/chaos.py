@@ -151,7 +151,7 @@ def comparable(path: Path, run: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("runs/chaos"), help="where the runs go; emptied first")
+    parser.add_argument("--folder", type=Path, default=Path("runs/chaos"), help="for the runs; emptied first")
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--processes", type=int, default=1, help="more than one starts torchrun")
     parser.add_argument("--signal", choices=("KILL", "TERM", "both"), default="KILL")
@@ -160,6 +160,8 @@ def main() -> None:
     options = parser.parse_args()
     names = ("KILL", "TERM") if options.signal == "both" else (options.signal,)
     signals = [signal.Signals[f"SIG{name}"] for name in names]
+    if options.folder.is_dir() and any(options.folder.iterdir()) and not (options.folder / "table.log").is_file():
+        sys.exit(f"--folder={options.folder} holds something else than a campaign; name an empty or a new one")
     shutil.rmtree(options.folder, ignore_errors=True)
     options.folder.mkdir(parents=True)
     folder, overrides = options.folder.resolve(), options.overrides or SMALL

@@ -21,8 +21,7 @@ JOB = [
     "eval.steps=2", "eval.pictures=2", "latency.iterations=3", "latency.additive_samples=2",
 ]  # fmt: skip
 
-
-COMMAND_LINES = {
+PRUNING = {
     "an argument of no objective": (["+objective.momentum=3"], "RobustTraining: TypeError.*momentum"),
     "an argument of no recovery": (["+recovery.objective.foo=1"], "Recovery: TypeError.*foo"),
     "a target that is no number": (["search.target_fraction=nan"], "search.target_fraction=nan must be above 0"),
@@ -93,11 +92,46 @@ COMMAND_LINES = {
     "table that is not one": (["latency.table={three}"], r"is no latency table"),
     "table of another UNet": (["latency.table={other}"], r"no entry for .*another UNet"),
     "root is a file": (["root={three}"], r"three.txt"),
+    "a job of another library": (["job=os.system"], r"job=os.system is no job"),
+    "no way to search": (["search.method=null"], r"search.method=None describes nothing"),
+    "no search": (["~search"], r"search.method=None describes nothing|no key 'search'"),
+    "no model at all": (["model=null"], r"model=None describes nothing|model"),
+    "no data": (["data=null"], r"data=null: choose one of|data"),
+    "no pixels": (["data.resolution=0"], r"data: resolution=0 must be at least 1"),
+    "pixels in words": (["data.resolution=big"], r"data.resolution.*big|big.*Integer"),
+    "a number for a file": (["data.prompt_file=5"], r"prompt file 5 has the unknown kind"),
+    "encoding nothing at a time": (["data.cache.batch_size=0"], r"data.cache: batch_size=0 must be at least 1"),
+    "more threads than cores": (["threads=100000"], r"threads=100000, but there are \d+ cores"),
+    "a damaged tokenizer": (["model=path", "model.name_or_path={untold}"], r"untold.*damaged"),
+    "a scorer of pickles": (["scorer.model=local-dir:{pickled}"], r"holds pickles.*scorer.allow_pickle=true"),
+    "a sweep into nowhere": (["-m", "seed=0,1", "hydra.sweep.dir=/proc/x"], r"/proc/x"),
+    "no Slurm": (["-m", "hydra/launcher=submitit_slurm"], r"[Ss]lurm"),
+}
+DISTILLING = {
+    "an objective without its ladder": (["objective=guidance", "ladder.guidance_width=0"], "needs ladder.guidance_wid"),
+    "a ladder without its objective": (["ladder.guidance_width=32"], "StepDistillation needs ladder.guidance_width=0"),
+    "another objective's sampler": (["ladder.sampler=LCMScheduler"], "do not go together"),
+    "an unknown sampler": (["ladder.sampler=DDIM"], "ladder.sampler='DDIM' is unknown; choose from"),
+    "an objective of pruning": (["objective=robust"], "RobustTraining distils no steps"),
+    "two rungs of consistency": (["objective=lcm", "ladder.steps=[32,8,4]"], "has one rung"),
+    "a student that is nowhere": (["ladder.student=/nowhere"], "'/nowhere' is no folder"),
+    "a repair of nothing": (["ladder.repair=true"], "ladder.student names none"),
+    "an unknown rung": (["ladder.rungs={steps-4: {steps: 2}}"], r"names \['steps-4'\]; this ladder has"),
+    "an unknown key of a rung": (["ladder.rungs={steps-8: {step: 2}}"], "step.*train has"),
+    "words in a rung": (["ladder.rungs={steps-8: {steps: many}}"], "many.*could not be converted to Integer"),
+    "steps that go up": (["ladder.steps=[8,16]"], "must go down"),
+    "a grid that does not nest": (["ladder.timestep_spacing=leading"], "ladder.timestep_spacing=trailing"),
+    "no curves": (["curves.steps=[]"], "curves.steps"),
+    "an odd width": (["objective=guidance", "ladder.guidance_width=33"], "must be even"),
+}
+COMMAND_LINES = {
+    **{name: ([*JOB, *overrides], message) for name, (overrides, message) in PRUNING.items()},
+    **{name: (["+experiment=distill_steps", *rest], message) for name, (rest, message) in DISTILLING.items()},
 }
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory, tiny_pipeline_folder):
+def places(tmp_path_factory, tiny_pipeline_folder, tiny_clip_folder):
     """Damaged files and folders, by name."""
     root = tmp_path_factory.mktemp("places")
     (root / "three.txt").write_text("a cat\na dog\na cow\n")
@@ -112,7 +146,7 @@ def places(tmp_path_factory, tiny_pipeline_folder):
     (root / "missing/00.png").unlink()
     for i in range(5):  # some of them fall into the training split
         (root / f"corrupt/{i:02d}.png").write_bytes((root / f"corrupt/{i:02d}.png").read_bytes()[:40])
-    for name in ("pickles", "incomplete", "torn", "garbled"):
+    for name in ("pickles", "incomplete", "torn", "garbled", "untold"):
         shutil.copytree(tiny_pipeline_folder, root / name)
     weights = root / "pickles/unet/diffusion_pytorch_model.safetensors"
     weights.unlink()
@@ -121,6 +155,9 @@ def places(tmp_path_factory, tiny_pipeline_folder):
     torn = root / "torn/unet/diffusion_pytorch_model.safetensors"
     torn.write_bytes(torn.read_bytes()[:1000])
     (root / "garbled/unet/config.json").write_text("{")
+    (root / "untold/tokenizer/tokenizer.json").write_text("{")
+    shutil.copytree(tiny_clip_folder, root / "pickled")
+    (root / "pickled/open_clip_model.safetensors").rename(root / "pickled/open_clip_pytorch_model.bin")
     found = {path.stem: path for path in root.iterdir()}
     return found
 
@@ -135,12 +172,13 @@ def write_images(folder, count=40):
 
 
 @pytest.mark.parametrize("case", COMMAND_LINES)
-def test_a_mistake_gets_one_line_and_a_non_zero_exit(leave, places, tiny_model, case):
+def test_a_mistake_gets_one_line_and_a_non_zero_exit(leave, places, tiny_model, tmp_path, case):
     overrides, message = COMMAND_LINES[case]
-    overrides = [re.sub(r"\{(\w+)\}", lambda place: str(places[place[1]]), override) for override in overrides]
+    overrides = [re.sub(r"\{(\w+)\}", lambda place: str(places.get(place[1], place[0])), word) for word in overrides]
     size = [] if any(override.startswith("data=") for override in overrides) else ["data.pairs.size=16"]
-    line = told(*leave(*JOB, *size, *tiny_model, *overrides))
+    line = told(*leave(*tiny_model, *size, *overrides))
     assert re.search(message, line), line
+    assert not list((tmp_path / "runs").rglob("weights.safetensors"))
 
 
 def test_an_experiment_without_its_plus_is_told_the_plus(leave):

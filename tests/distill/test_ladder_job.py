@@ -1,7 +1,6 @@
 """The distilling job from a teacher to students that stock diffusers samples, on a random model."""
 
 import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +11,6 @@ from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 
 from eval.sampling import Sampler
 from models.pipeline import export_pipeline, load_pipeline, with_unet
-from tests.mistakes import told
 from tests.tiny import tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -145,30 +143,3 @@ def test_a_plan_names_the_rungs_and_writes_nothing(finished, tmp_path, tiny_mode
     assert new.returncode == done.returncode == 0, new.stderr + done.stderr
     assert list(tmp_path.iterdir()) == []
     assert "| to do" in new.stdout and "| done" not in new.stdout and "| to do" not in done.stdout
-
-
-MISTAKES = {
-    "an objective without its ladder": (["objective=guidance", "ladder.guidance_width=0"], "needs ladder.guidance_wid"),
-    "a ladder without its objective": (["ladder.guidance_width=32"], "StepDistillation needs ladder.guidance_width=0"),
-    "another objective's sampler": (["ladder.sampler=LCMScheduler"], "do not go together"),
-    "an unknown sampler": (["ladder.sampler=DDIM"], "ladder.sampler='DDIM' is unknown; choose from"),
-    "an objective of pruning": (["objective=robust"], "RobustTraining distils no steps"),
-    "two rungs of consistency": (["objective=lcm", "ladder.steps=[32,8,4]"], "has one rung"),
-    "a student that is nowhere": (["ladder.student=/nowhere"], "'/nowhere' is no folder"),
-    "a repair of nothing": (["ladder.repair=true"], "ladder.student names none"),
-    "an unknown rung": (["ladder.rungs={steps-4: {steps: 2}}"], r"names \['steps-4'\]; this ladder has"),
-    "an unknown key of a rung": (["ladder.rungs={steps-8: {step: 2}}"], "step.*train has"),
-    "a word for a number": (["ladder.rungs={steps-8: {steps: many}}"], "many.*could not be converted to Integer"),
-    "steps that go up": (["ladder.steps=[8,16]"], "must go down"),
-    "a grid that does not nest": (["ladder.timestep_spacing=leading"], "ladder.timestep_spacing=trailing"),
-    "no curves": (["curves.steps=[]"], "curves.steps"),
-    "an odd width": (["objective=guidance", "ladder.guidance_width=33"], "must be even"),
-}
-
-
-@pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_gets_one_line_before_anything_is_trained(name, leave, tmp_path, tiny_model):
-    overrides, message = MISTAKES[name]
-    line = told(*leave("+experiment=distill_steps", *tiny_model, *overrides))
-    assert re.search(message, line), line
-    assert not list(tmp_path.rglob("*.safetensors"))

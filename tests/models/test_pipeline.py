@@ -120,7 +120,7 @@ def test_an_export_loads_where_this_project_is_unknown(pipeline, tmp_path):
         ("nowhere/at-all", "model 'nowhere/at-all' is no folder, and not in the hub cache: .* HF_HUB_OFFLINE=1"),
         ("{empty}", "is no UNet pipeline saved by diffusers: .*model_index.json"),
         ("{other}", "has the UNet class UNet2DModel; pruning needs"),
-        ("{torn}", "is incomplete: .*diffusion_pytorch_model"),
+        ("{torn}", "is incomplete or damaged: .*diffusion_pytorch_model"),
         ("{mute}", r"model_index.json names \['tokenizer'\], which it lacks"),
         ("{stale}", r"config.json does not belong to the weights: \d+ .* are absent \(mid_block"),
     ],

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from tests.distill.test_ladder_job import SMALL as DISTILLING
 from tests.prune.test_job import ROOT, SMALL
 
 ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--main_process_port=0"]
@@ -19,11 +20,13 @@ LAUNCHERS = {2: [*ACCELERATE, "--num_processes=2"], 3: [*TORCHRUN, "--nproc_per_
 def launch(processes, root, *overrides):
     done = start(processes, root, *overrides)
     assert done.returncode in (0, 3), done.stderr
-    return root / "prune_unet"
+    (run,) = root.glob("*/config.yaml")
+    return run.parent
 
 
 def start(processes, root, *overrides):
-    job = [str(ROOT / "train.py"), *SMALL, "data.pairs.size=16", f"root={root}", *overrides]
+    small = DISTILLING if "+experiment=distill_steps" in overrides else SMALL
+    job = [str(ROOT / "train.py"), *small, "data.pairs.size=16", f"root={root}", *overrides]
     command = [sys.executable, *(LAUNCHERS[processes] if processes > 1 else []), *job]
     on_cpu = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, capture_output=True, text=True, env=on_cpu, timeout=300)
@@ -39,6 +42,22 @@ def test_two_and_three_processes_score_as_one_does(tmp_path, tiny_model):
         shutil.copy(one / "round-00/weights.safetensors", root / "prune_unet/round-00")  # the same network to score
         several = launch(processes, root, *job)
         for product in ("round-00/scores.json", "judged/teacher.json"):
+            assert (several / product).read_bytes() == (one / product).read_bytes(), (processes, product)
+
+
+@pytest.mark.slow
+def test_two_and_three_processes_judge_a_ladder_as_one_does(tmp_path, tiny_model):
+    job = ["+experiment=distill_steps", "ladder.steps=[4,2]", "eval.batch_size=2", *tiny_model]
+    one = launch(1, tmp_path / "one", *job)
+    for processes in (2, 3):
+        root = tmp_path / str(processes)
+        shutil.copytree(one / "steps-2", root / "distill_steps/steps-2")  # the same student to judge
+        (root / "distill_steps/steps-2/export.sealed.json").unlink()
+        several = launch(processes, root, *job)
+        products = sorted(path.relative_to(one) for path in one.glob("judged/*/*.json"))
+        products += sorted(path.relative_to(one) for path in one.glob("images/**/*.png"))
+        assert len(products) == 3 * 2 + 1 + 2 * 7
+        for product in products:
             assert (several / product).read_bytes() == (one / product).read_bytes(), (processes, product)
 
 

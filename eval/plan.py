@@ -1,0 +1,95 @@
+"""What a job would do: its stages, which are done, and what each asks for. Nothing is trained or written."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from engine.config import TrainConfig
+from engine.run import Run
+from eval.bench import Bench
+from eval.report import count, markdown_table
+from models.cost import count_activation_bytes, count_gflops
+from models.pipeline import networks
+
+# Weights, gradient, two moments of AdamW and the EMA; a checkpoint holds all but the gradient.
+TRAINED_COPIES, CHECKPOINT_COPIES, BYTES = 5, 4, 4
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A product of a job and what making it costs; `forwards` counts UNet rows, a guided image step being two."""
+
+    product: str
+    work: str
+    forwards: int = 0
+    disk_bytes: int = 0
+
+
+def training(stage: str, config: TrainConfig, bench: Bench, taught: int = 1, work: str = "") -> Stage:
+    """A stage of the loop whose objective runs `taught` teacher rows per sample; no student is larger than the teacher.
+
+    Rows that are guided, and so run twice, are not counted.
+    """
+    samples = config.steps * config.batch_size * config.accumulation * bench.run.accelerator.num_processes
+    size = BYTES * bench.teacher.num_parameters()
+    kept = CHECKPOINT_COPIES * size * min(config.keep_checkpoints, (config.steps - 1) // config.checkpoint_every)
+    told = ", ".join(filter(None, [f"{config.steps} steps, {samples} samples", work]))
+    return Stage(f"{stage}/weights.safetensors", told, samples * (1 + taught), size + kept)
+
+
+def export(product: str, bench: Bench) -> Stage:
+    """A diffusers folder: the UNet, and what it is handed over with."""
+    parts = sum(p.numel() for network in networks(bench.pipeline) for p in network.parameters())
+    return Stage(product, "", 0, BYTES * parts)
+
+
+def image_rows(steps: int, guidance_scale: float) -> int:
+    """UNet rows of one image."""
+    return steps * (2 if guidance_scale > 1 else 1)
+
+
+def print_plan(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainConfig]) -> int:
+    """The stages as a table, then the teacher and the estimates; returns exit code 0."""
+    if bench.run.accelerator.is_main_process:
+        print(stages_table(bench.run, stages))
+        print(estimates(bench, stages, trainings))
+    return 0
+
+
+def stages_table(run: Run, stages: Sequence[Stage]) -> str:
+    rows = [[s.product, state(run, s), s.work, f"{s.forwards:,}", size(s.disk_bytes)] for s in stages]
+    return markdown_table(["product", "state", "work", "UNet forwards", "disk"], rows)
+
+
+def state(run: Run, stage: Stage) -> str:
+    return "done" if (run.path / stage.product).exists() else "to do"
+
+
+def estimates(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainConfig]) -> str:
+    """The run's place, its UNet, and what is left to do in forwards, memory and disk."""
+    unet, tokens = bench.unet, bench.text_length
+    todo = sum(stage.forwards for stage in stages if state(bench.run, stage) == "to do")
+    weights = BYTES * unet.num_parameters()
+    lines = [
+        f"run        {bench.run.path}",
+        f"teacher    {count(unet.num_parameters())} parameters, {len(unet.kept_sites)} blocks, "
+        f"{count_gflops(unet, tokens=tokens):.2f} GFLOPs a forward",
+        f"to do      {todo:,} UNet forwards (rows; a training sample also runs backward)",
+    ]
+    if trainings:
+        batch = max(config.batch_size for config in trainings)
+        activations = count_activation_bytes(unet, batch, tokens)
+        lines.append(
+            f"memory     {size(TRAINED_COPIES * weights)} for the trained UNet, {size(weights)} for the teacher, about "
+            f"{size(activations)} of activations for batch {batch}, in float32, on every process"
+        )
+    lines.append(f"disk       at most {size(sum(stage.disk_bytes for stage in stages))}, the cache not counted")
+    return "\n".join(lines)
+
+
+def size(count_bytes: int) -> str:
+    """Bytes in the unit people read: 3.4 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count_bytes < 1000:
+            return f"{count_bytes:.3g} {unit}" if count_bytes else "–"
+        count_bytes /= 1000
+    return f"{count_bytes:.3g} TB"
