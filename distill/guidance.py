@@ -40,12 +40,12 @@ class GuidanceDistillation:
     ):
         self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
         self.bounds_NK = rung.bounds_NK.to(empty_text_LE.device)
-        self.guidance_range, self.weighting = known_range(guidance_range), known_weighting(weighting)
+        self.guidance_range, self.weighting = known_range(guidance_range), known_weighting(weighting, rung)
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         schedule = self.schedule
         draw = draw_steps(batch, schedule, self.bounds_NK, batch["text"], generator)
         w_B = draw_guidance(len(draw.t_B), self.guidance_range, generator)
-        target_BCHW = teacher_target(self.teacher, schedule, draw, self.empty_text_LE, w_B)
+        target = teacher_target(self.teacher, schedule, draw, self.empty_text_LE, w_B)
         pred_BCHW = predict_told(unet, draw.z_BCHW, draw.t_B, draw.text_BLE, w_B)
-        return error_in_x(pred_BCHW, target_BCHW, draw, schedule, self.weighting), {}
+        return error_in_x(pred_BCHW, target, draw, schedule, self.weighting), {}

@@ -54,7 +54,7 @@ class StepDistillation:
         self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
         self.bounds_NK = rung.bounds_NK.to(empty_text_LE.device)
         self.guided_share, self.guidance_range = guided_share, known_range(guidance_range)
-        self.weighting, self.original_weight = known_weighting(weighting), original_weight
+        self.weighting, self.original_weight = known_weighting(weighting, rung), original_weight
         self.caption_dropout = caption_dropout
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
@@ -63,9 +63,9 @@ class StepDistillation:
         text_BLE = drop_captions(batch["text"], empty_text_LE, self.caption_dropout, guided, generator)
         draw = draw_steps(batch, schedule, self.bounds_NK, text_BLE, generator)
         w_G = self.draw_guidance(guided, rows, generator)
-        target_BCHW = teacher_target(self.teacher, schedule, draw, empty_text_LE, w_G)
+        target = teacher_target(self.teacher, schedule, draw, empty_text_LE, w_G)
         guided_BCHW, plain_BCHW = predict(unet, draw.z_BCHW, draw.t_B, text_BLE, empty_text_LE, w_G)
-        distillation = error_in_x(guided_BCHW, target_BCHW, draw, schedule, self.weighting)
+        distillation = error_in_x(guided_BCHW, target, draw, schedule, self.weighting)
         original = nn.functional.mse_loss(plain_BCHW, schedule.target(draw.x0_BCHW, draw.noise_BCHW, draw.t_B))
         scale = self.original_weight * distillation.detach() / original.detach()
         return distillation + scale * original, {"distillation": distillation, "original": original}

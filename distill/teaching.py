@@ -13,7 +13,8 @@ from engine.loop import Batch
 from models.guidance import guidance_embedding, told_guidance_width
 from models.schedule import NoiseSchedule, nested_steps
 
-WEIGHTINGS = ("truncated_snr", "snr_plus_one", "uniform")
+WEIGHTINGS = ("relative", "truncated_snr", "snr_plus_one", "uniform")
+LEAST_GAP = 1e-6
 
 
 @dataclass(frozen=True)
@@ -96,33 +97,59 @@ def predict_told(unet: nn.Module, z_BCHW: Tensor, t_B: Tensor, text_BLE: Tensor,
     return pred_BCHW.float()
 
 
+@dataclass(frozen=True)
+class Target:
+    """x̃: what the student has to see in z_t for its one DDIM step to land where the teacher's steps land.
+
+    `gap_B` is how far from it the teacher's own x̂ in z_t is: the squared error of its going there at once.
+    """
+
+    x0_BCHW: Tensor
+    gap_B: Tensor
+
+
 @torch.no_grad()
 def teacher_target(
     teacher: nn.Module, schedule: NoiseSchedule, draw: Draw, empty_text_LE: Tensor, w_G: Tensor
-) -> Tensor:
-    """x̃: what the student has to see in z_t for its one DDIM step to land where the teacher's steps land."""
-    z_BCHW = draw.z_BCHW
+) -> Target:
+    """Where the teacher's steps from z_t lead."""
+    z_BCHW, at_once_BCHW = draw.z_BCHW, None
     for t_B, s_B in zip(draw.bounds_BK.T[:-1], draw.bounds_BK.T[1:], strict=True):
         if told_guidance_width(teacher):
             pred_BCHW = predict_told(teacher, z_BCHW, t_B, draw.text_BLE, w_G)
         else:
             pred_BCHW, _ = predict(teacher, z_BCHW, t_B, draw.text_BLE, empty_text_LE, w_G)
+        if at_once_BCHW is None:
+            at_once_BCHW = schedule.x0(pred_BCHW, z_BCHW, t_B)
         z_BCHW = schedule.ddim(pred_BCHW, z_BCHW, t_B, s_B)
-    return schedule.x0_between(draw.z_BCHW, draw.t_B, z_BCHW, draw.end_B)
+    x0_BCHW = schedule.x0_between(draw.z_BCHW, draw.t_B, z_BCHW, draw.end_B)
+    return Target(x0_BCHW, squared_error(at_once_BCHW, x0_BCHW))
 
 
-def weights(schedule: NoiseSchedule, t_B: Tensor, weighting: str) -> Tensor:
-    """Of the squared error in x (Salimans & Ho 2022, section 4): max(SNR, 1), SNR + 1, or 1."""
+def weights(schedule: NoiseSchedule, draw: Draw, target: Target, weighting: str) -> Tensor:
+    """Of the squared error in x: 1 / gap, or max(SNR, 1), SNR + 1 (Salimans & Ho 2022, section 4), or 1.
+
+    Relative to the gap every step counts alike, and the loss is the share of the teacher's own error that is left:
+    1 for a student that is its teacher. By SNR the first steps, whose gap is hundreds of times that of the middle ones,
+    are nearly all of the loss.
+    """
+    if weighting == "relative":
+        return 1 / target.gap_B.clamp(min=LEAST_GAP)
     if weighting == "uniform":
-        return torch.ones_like(t_B, dtype=torch.float32)
-    snr_B = schedule.snr(t_B)
+        return torch.ones_like(target.gap_B)
+    snr_B = schedule.snr(draw.t_B)
     return snr_B.clamp(min=1) if weighting == "truncated_snr" else snr_B + 1
 
 
-def error_in_x(pred_BCHW: Tensor, target_BCHW: Tensor, draw: Draw, schedule: NoiseSchedule, weighting: str) -> Tensor:
+def error_in_x(pred_BCHW: Tensor, target: Target, draw: Draw, schedule: NoiseSchedule, weighting: str) -> Tensor:
     """The weighted squared error of the x̂ a prediction stands for."""
     x0_BCHW = schedule.x0(pred_BCHW, draw.z_BCHW, draw.t_B)
-    return (weights(schedule, draw.t_B, weighting) * (x0_BCHW - target_BCHW).square().mean((1, 2, 3))).mean()
+    return (weights(schedule, draw, target, weighting) * squared_error(x0_BCHW, target.x0_BCHW)).mean()
+
+
+def squared_error(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
+    """[B], the mean over each sample."""
+    return (a_BCHW - b_BCHW).square().mean((1, 2, 3))
 
 
 def draw_guidance(rows: int, guidance_range: tuple[float, float], generator: torch.Generator) -> Tensor:
@@ -131,9 +158,11 @@ def draw_guidance(rows: int, guidance_range: tuple[float, float], generator: tor
     return low + (high - low) * torch.rand(rows, generator=generator, device=generator.device)
 
 
-def known_weighting(weighting: str) -> str:
+def known_weighting(weighting: str, rung: Rung) -> str:
     if weighting not in WEIGHTINGS:
         raise ValueError(f"objective.weighting={weighting!r} is unknown; choose from {WEIGHTINGS}")
+    if weighting == "relative" and rung.steps == rung.teacher_steps:
+        raise ValueError(f"objective.weighting=relative needs a teacher with more steps than {rung.steps}")
     return weighting
 
 

@@ -15,6 +15,7 @@ from distill.steps import StepDistillation
 from distill.teaching import (
     Draw,
     Rung,
+    Target,
     predict,
     predict_told,
     teacher_target,
@@ -78,7 +79,7 @@ def test_one_step_to_the_target_lands_where_the_teachers_two_steps_land(unet, pr
     start = Draw(x0, noise, schedule.noisy(x0, noise, way.bounds_NK[:, 0]), way.bounds_NK, batch(4)["text"])
     w_G = NO_GUIDANCE if w is None else torch.full((4,), w)
     target = teacher_target(unet, schedule, start, EMPTY, w_G)
-    assert target.isfinite().all()
+    assert target.x0_BCHW.isfinite().all() and (target.gap_B > 0).all()
     z = start.z_BCHW
     for t_B, s_B in zip(start.bounds_BK.T[:-1], start.bounds_BK.T[1:], strict=True):
         with torch.no_grad():
@@ -87,7 +88,8 @@ def test_one_step_to_the_target_lands_where_the_teachers_two_steps_land(unet, pr
                 empty = unet(z, t_B, EMPTY.expand(4, -1, -1)).sample  # a pass of its own
                 pred = empty + w * (pred - empty)
         z = schedule.ddim(pred, z, t_B, s_B)
-    landed = schedule.ddim(schedule.pred(target, start.z_BCHW, start.t_B), start.z_BCHW, start.t_B, start.end_B)
+    pred = schedule.pred(target.x0_BCHW, start.z_BCHW, start.t_B)
+    landed = schedule.ddim(pred, start.z_BCHW, start.t_B, start.end_B)
     torch.testing.assert_close(landed, z, rtol=1e-3, atol=1e-3)
 
 
@@ -123,13 +125,24 @@ def test_a_told_teacher_has_nothing_to_learn_from_itself(told):
     assert loss < 1e-6 < other
 
 
+def test_a_teacher_that_goes_at_once_leaves_all_of_its_own_error(unet):
+    options = {"weighting": "relative", "guided_share": 0.5, "original_weight": 0}
+    with torch.no_grad():
+        loss, _ = objective(StepDistillation, unet, rung(4, 8), **options)(unet, batch(), draw())
+    assert loss.item() == pytest.approx(1, rel=1e-3)
+    with pytest.raises(ValueError, match="relative needs a teacher with more steps than 8"):
+        objective(StepDistillation, unet, rung(8, 8), **options)
+
+
 def test_truncated_snr_is_at_least_one():
-    schedule = NoiseSchedule.from_scheduler(scheduler())
-    t_B = torch.arange(1000)
+    schedule, t_B = NoiseSchedule.from_scheduler(scheduler()), torch.arange(1000)
+    nothing = torch.zeros(1000)
+    start, target = Draw(nothing, nothing, nothing, t_B[:, None], nothing), Target(nothing, torch.full((1000,), 0.25))
     snr = schedule.snr(t_B)
-    assert torch.equal(weights(schedule, t_B, "truncated_snr"), snr.clamp(min=1))
-    assert torch.equal(weights(schedule, t_B, "snr_plus_one"), snr + 1)
-    assert weights(schedule, t_B, "uniform").unique().tolist() == [1]
+    assert torch.equal(weights(schedule, start, target, "truncated_snr"), snr.clamp(min=1))
+    assert torch.equal(weights(schedule, start, target, "snr_plus_one"), snr + 1)
+    assert weights(schedule, start, target, "uniform").unique().tolist() == [1]
+    assert weights(schedule, start, target, "relative").unique().tolist() == [4]
 
 
 def test_the_original_loss_is_brought_to_the_size_of_the_distillation(unet):

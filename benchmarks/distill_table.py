@@ -1,0 +1,199 @@
+"""Do fewer steps keep the teacher's quality, and which way of distilling them is best? Ladders side by side.
+
+    python benchmarks/distill_table.py --root runs/ladders --processes 2
+
+Every ladder is the distilling job on the shipped model: the same data, number of training steps per rung, learning
+rate and 192 held-out prompts, sampled from the same noise. `own` goes down to one step; the others compare SnapFusion's
+p (0, 0.1, 1), students that are told their guidance scale, and latent consistency (one rung with as many training steps
+as the others' four together). `cut` is the teacher without the blocks that BK-SDM's rule takes, untrained since: with
+repair and without, taught directly and progressively. Ladders share what is the same in them: the teacher's judgement,
+and the rungs of its own network. To --out go the table, pictures, and every student's judgement per prompt. Started
+again, it continues.
+"""
+
+import argparse
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from data.files import whole_folder, write_json, write_text
+from distill.curves import SAMPLERS
+from eval.compare import paired_difference, paired_ratio
+from eval.figures import save_png
+from eval.report import markdown_table
+from eval.runs import read_json
+from eval.steps_report import curves_figure, display, distance_figure, ratio_text
+from models.pipeline import export_pipeline, load_pipeline, with_unet
+from models.unet import PrunableUNet2DConditionModel
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+TEACHER = REPOSITORY / "assets/shapes"
+# BK-SDM's rule, the second of every pair of blocks, but for the innermost up level: 73 % of the UNet's time.
+CUT = (
+    *(f"down_blocks.{level}.resnets.1" for level in range(4)),
+    *(f"down_blocks.{level}.attentions.1" for level in range(3)),
+    *(f"up_blocks.{level}.resnets.1" for level in range(3)),
+    *(f"up_blocks.{level}.attentions.1" for level in (1, 2)),
+)
+GUIDANCE = 2.5
+COMMON = [f"curves.guidance=[{GUIDANCE}]", "objective.guidance_range=[1,5]"]
+FOUR, HALF = "ladder.steps=[32,16,8,4,2]", "objective.guided_share=0.5"
+JUDGED = "curves.steps=[2,4,8]"
+PRUNED = [FOUR, JUDGED, HALF, "ladder.student={root}/cut/export"]
+LADDERS = {
+    "own": ["ladder.steps=[32,16,8,4,2,1]", "curves.steps=[1,2,4,8]", HALF],
+    "cut": PRUNED,
+    "cut, repaired": [*PRUNED, "ladder.repair=true"],
+    "cut, repaired, progressive": [*PRUNED, "ladder.repair=true", "ladder.mode=progressive"],
+    "p = 0": [FOUR, JUDGED, "objective.guided_share=0"],
+    "p = 0.1": [FOUR, JUDGED, "objective.guided_share=0.1"],
+    "p = 1": [FOUR, JUDGED, "objective.guided_share=1"],
+    "told": [FOUR, JUDGED, "objective=guidance"],
+    "lcm": [JUDGED, "objective=lcm", "train.steps={four_rungs}"],
+}
+TAUGHT_BY_THE_SAME = {"cut, repaired": "cut"}  # the teacher's own rungs beside the student's
+QUESTIONS = [("cut, repaired", "cut"), ("cut, repaired, progressive", "cut, repaired"), ("p = 0.1", "p = 0"),
+             ("p = 1", "p = 0"), ("told", "p = 0.1"), ("lcm", "told")]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, default=Path("runs/ladders"), help="where the runs go")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/distill-table"), help="where the results go")
+    parser.add_argument("--steps", type=int, default=150, help="training steps of every rung")
+    parser.add_argument("--batch", type=int, default=16, help="samples of a training step, over all processes")
+    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--processes", type=int, default=1, help="more than one starts torchrun")
+    parser.add_argument("--only", nargs="*", choices=LADDERS, default=list(LADDERS), help="ladders to run")
+    parser.add_argument("overrides", nargs="*", help="further overrides of the experiment, for all ladders")
+    options = parser.parse_args()
+    write_cut(options.root / "cut")
+    done = []
+    for name in options.only:
+        share(options.root, name, done)
+        run(name, options)
+        done.append(name)
+        write_results(options, done)
+
+
+def slug(name: str) -> str:
+    return name.replace(" = ", "").replace(", ", "-")
+
+
+def write_cut(folder: Path) -> None:
+    """The pruned student, with the teacher's weights."""
+    if (folder / "export").exists():
+        return
+    teacher = load_pipeline(TEACHER)
+    bare = PrunableUNet2DConditionModel.from_unet(teacher.unet, bypass="drop_skip")
+    cut = bare.with_depths(dict.fromkeys(CUT, 0))
+    export_pipeline(with_unet(teacher, cut), folder / "export")
+
+
+def share(root: Path, name: str, done: Sequence[str]) -> None:
+    """Puts into a run what an earlier one has made in the same way."""
+    names = {"judged": "teacher*", "reference": "*", "images": "teacher*"}
+    for source in done[:1]:
+        for folder, pattern in names.items():
+            for path in sorted((root / slug(source) / folder).glob(pattern)):
+                copy(path, root / slug(name) / folder / path.name)
+    if source := TAUGHT_BY_THE_SAME.get(name):
+        for path in sorted((root / slug(source)).glob("teacher-*")):
+            copy(path, root / slug(name) / path.name)
+
+
+def copy(source: Path, there: Path) -> None:
+    if there.exists():
+        return
+    there.parent.mkdir(parents=True, exist_ok=True)
+    if source.is_dir():
+        with whole_folder(there) as aside:
+            shutil.copytree(source, aside, dirs_exist_ok=True)
+    else:
+        shutil.copyfile(source, there)
+
+
+def run(name: str, options: argparse.Namespace) -> None:
+    python = [sys.executable]
+    if options.processes > 1:
+        python = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={options.processes}"]
+    batch = options.batch // options.processes
+    own = [word.format(root=options.root, four_rungs=4 * options.steps) for word in LADDERS[name]]
+    command = [
+        *python, str(REPOSITORY / "train.py"), "+experiment=distill_steps", f"root={options.root}",
+        f"name={slug(name)}", f"train.steps={options.steps}", f"train.batch_size={batch}",
+        f"recovery.train.steps={2 * options.steps}", f"recovery.train.batch_size={batch}",
+        f"train.learning_rate={options.learning_rate}", *COMMON, *own, *options.overrides,
+    ]  # fmt: skip
+    print("$", " ".join(command), flush=True)
+    on_cpu = {"ACCELERATE_USE_CPU": "true"} if not os.path.exists("/dev/nvidia0") else {}
+    code = subprocess.run(command, env={**os.environ, **on_cpu}).returncode
+    if code:
+        sys.exit(f"{name} failed with exit code {code}; the same command continues")
+
+
+def write_results(options: argparse.Namespace, names: Sequence[str]) -> None:
+    """The table, the pictures and the judgements of the ladders that are finished."""
+    evaluations = {name: read_json(options.root / slug(name) / "evaluation.json") for name in names}
+    points = [point for name, evaluation in evaluations.items() for point in ladder_points(name, evaluation)]
+    teachers = [point for point in evaluations[names[0]]["points"] if point["model"] in SAMPLERS]
+    header = ["ladder", "steps", "UNet evaluations", "CLIP ± se", "against the teacher's 32 steps", "latent error",
+              "over DDIM's", "over DPM++ 2M's"]  # fmt: skip
+    table = markdown_table(header, [cells(point) for point in [*teachers, *points]])
+    asked = ["A", "against B", "steps", "CLIP, A − B", "latent error, A / B"]
+    answers = markdown_table(asked, [row for pair in QUESTIONS for row in answer(points, *pair)])
+    write_text(options.out / "table.md", f"{table}\n{answers}")
+    save_png(curves_figure([*teachers, *points], "steps", "sampling steps"), options.out / "clip-against-steps.png")
+    save_png(distance_figure([*teachers, *points]), options.out / "distance-against-steps.png")
+    facts = {key: evaluations[names[0]][key] for key in ("prompts", "prompts_hash", "n", "protocol", "environment")}
+    write_json(options.out / "points.json", {**facts, "points": [rounded(p) for p in [*teachers, *points]]})
+    print(table, answers, sep="\n")
+
+
+def ladder_points(name: str, evaluation: Mapping[str, Any]) -> list[dict]:
+    """Every student at the number of steps that it was made for; a consistency student at all."""
+    return [
+        {**point, "model": name}
+        for point in evaluation["points"]
+        if point["model"].startswith("steps-") and (name == "lcm" or point["model"] == f"steps-{point['steps']}")
+    ]
+
+
+def cells(p: Mapping[str, Any]) -> list[str]:
+    d = p["versus_teacher"]
+    over = [ratio_text(p["latent_error_over"][name]) for name in SAMPLERS]
+    return [
+        display(p["model"]), str(p["steps"]), str(p["evaluations"]), f"{p['clip']['mean']:.2f} ± {p['clip']['se']:.2f}",
+        f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]", f"{p['latent_error_to_teacher']['mean']:.4f}", *over,
+    ]  # fmt: skip
+
+
+def answer(points: Sequence[Mapping[str, Any]], a: str, b: str) -> list[list[str]]:
+    """Two ladders prompt by prompt, at every number of steps that both have."""
+    rows, of = [], {(p["model"], p["steps"]): p for p in points}
+    for steps in sorted({p["steps"] for p in points}, reverse=True):
+        if (a, steps) in of and (b, steps) in of:
+            one, other = of[a, steps], of[b, steps]
+            d = paired_difference(one["clip"]["per_prompt"], other["clip"]["per_prompt"])
+            errors = [p["latent_error_to_teacher"]["per_prompt"] for p in (one, other)]
+            ratio = vars(paired_ratio(*errors))
+            rows.append([a, b, str(steps), f"{d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]", ratio_text(ratio)])
+    return rows
+
+
+def rounded(point: Mapping[str, Any]) -> dict:
+    """A point with its per-prompt values to what matters, for a file that is kept."""
+    clip, error = ({**point[key]} for key in ("clip", "latent_error_to_teacher"))
+    clip["per_prompt"] = [round(value, 3) for value in clip["per_prompt"]]
+    error["per_prompt"] = [round(value, 6) for value in error["per_prompt"]]
+    return {**point, "clip": clip, "latent_error_to_teacher": error}
+
+
+if __name__ == "__main__":
+    main()
