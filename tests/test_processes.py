@@ -4,13 +4,17 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from tests.distill.test_ladder_job import SMALL as DISTILLING
 from tests.prune.test_job import ROOT, SMALL
+
+PRUNING = ["+experiment=prune_unet", *SMALL]
 
 ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--main_process_port=0"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone"]
@@ -25,8 +29,7 @@ def launch(processes, root, *overrides):
 
 
 def start(processes, root, *overrides):
-    small = DISTILLING if "+experiment=distill_steps" in overrides else SMALL
-    job = [str(ROOT / "train.py"), *small, "data.pairs.size=16", f"root={root}", *overrides]
+    job = [str(ROOT / "train.py"), "data.pairs.size=16", f"root={root}", *overrides]
     command = [sys.executable, *(LAUNCHERS[processes] if processes > 1 else []), *job]
     on_cpu = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, capture_output=True, text=True, env=on_cpu, timeout=300)
@@ -34,7 +37,7 @@ def start(processes, root, *overrides):
 
 @pytest.mark.slow
 def test_two_and_three_processes_score_as_one_does(tmp_path, tiny_model):
-    job = ["+experiment=prune_unet", "search.rounds=1", *tiny_model]
+    job = [*PRUNING, "search.rounds=1", *tiny_model]
     one = launch(1, tmp_path / "one", *job)
     for processes in (2, 3):
         root = tmp_path / str(processes)
@@ -47,7 +50,7 @@ def test_two_and_three_processes_score_as_one_does(tmp_path, tiny_model):
 
 @pytest.mark.slow
 def test_two_and_three_processes_judge_a_ladder_as_one_does(tmp_path, tiny_model):
-    job = ["+experiment=distill_steps", "ladder.steps=[4,2]", "eval.batch_size=2", *tiny_model]
+    job = [*DISTILLING, "ladder.steps=[4,2]", "eval.batch_size=2", *tiny_model]
     one = launch(1, tmp_path / "one", *job)
     for processes in (2, 3):
         root = tmp_path / str(processes)
@@ -63,7 +66,7 @@ def test_two_and_three_processes_judge_a_ladder_as_one_does(tmp_path, tiny_model
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_with_twice_the_accumulation(tmp_path, tiny_model):
-    job = ["+experiment=prune_unet", "search=manual", *tiny_model]
+    job = [*PRUNING, "search=manual", *tiny_model]
     one = launch(1, tmp_path / "one", *job, "train.accumulation=2", "train.steps=6")
     two = launch(2, tmp_path / "two", *job, "train.accumulation=1", "train.steps=6")
     ours, theirs = (load_file(run / "round-00/weights.safetensors") for run in (one, two))
@@ -74,5 +77,23 @@ def test_two_processes_train_as_one_with_twice_the_accumulation(tmp_path, tiny_m
 def test_a_rank_that_fails_takes_the_others_down_and_says_why(tmp_path, tiny_model):
     (tmp_path / "0.txt").write_text("\n".join(f"prompt {letter}" for letter in "abcdefghijk"))  # rank 1 has none
     prompts = f"data.prompt_file={tmp_path}/${{oc.env:RANK}}.txt"
-    failed = start(2, tmp_path, "+experiment=prune_unet", "search=manual", *tiny_model, prompts)
+    failed = start(2, tmp_path, *PRUNING, "search=manual", *tiny_model, prompts)
     assert failed.returncode == 1 and f"rank 1: error: prompt file {tmp_path}/1.txt does not exist" in failed.stderr
+
+
+@pytest.mark.slow
+def test_a_rank_that_vanishes_inside_training_ends_the_others_in_one_line(tmp_path, tiny_model):
+    job = [str(ROOT / "train.py"), *PRUNING, "search=manual", "data.pairs.size=16",
+           "train.steps=100000", f"root={tmp_path}", *tiny_model]  # fmt: skip
+    on_cpu = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    command = [sys.executable, *TORCHRUN, "--nproc_per_node=2", *job]
+    launcher = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=on_cpu)
+    while not (tmp_path / "prune_unet/metrics.jsonl").exists():
+        assert launcher.poll() is None, launcher.stderr.read()
+        time.sleep(0.2)
+    ranks = {rank.environ().get("RANK"): rank for rank in psutil.Process(launcher.pid).children(recursive=True)}
+    ranks["1"].kill()
+    _, stderr = launcher.communicate(timeout=120)
+    assert launcher.returncode == 1
+    said = [line for line in stderr.splitlines() if line.startswith(("stopped: another rank is gone", "stopped by"))]
+    assert len(said) == 1 and "gloo" not in stderr, stderr
