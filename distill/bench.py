@@ -7,12 +7,12 @@ from functools import cached_property, partial
 import diffusers
 import torch
 from hydra.utils import get_class
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from distill.ladder import Climb, climbs
+from distill.ladder import Climb, climbed_otherwise, climbs
 from distill.teaching import Rung
-from engine.config import LadderConfig, StageConfig, TrainConfig
+from engine.config import LadderConfig, RungConfig, StageConfig, TrainConfig
 from eval.bench import Bench
 from models.guidance import with_told_guidance
 from models.pipeline import export_pipeline, load_pipeline, one_line, with_unet
@@ -24,15 +24,24 @@ SAME_IN_BOTH = ("in_channels", "out_channels", "cross_attention_dim")
 
 
 class DistillBench(Bench):
-    """The networks of the ladder by name: "teacher", "student", then every rung that has been climbed."""
+    """The networks of the ladder by name: "teacher", "student", then every rung that has been climbed.
+
+    All but the teacher rest on the CPU: the device holds those that are at work.
+    """
 
     @cached_property
     def ladder(self) -> LadderConfig:
         return OmegaConf.to_object(self.config.ladder)
 
+    @property
+    def rungs(self) -> dict[str, RungConfig]:
+        """What is different in single rungs."""
+        return self.ladder.rungs or {}
+
     @cached_property
     def climbs(self) -> tuple[Climb, ...]:
-        return climbs(self.ladder.steps, self.ladder.mode, own_network=not self.ladder.student)
+        rungs = climbs(self.ladder.steps, self.ladder.mode, own_network=not self.ladder.student)
+        return climbed_otherwise(rungs, self.rungs)
 
     @cached_property
     def pipeline(self):
@@ -88,20 +97,18 @@ class DistillBench(Bench):
                 f"ladder.student={folder} does not fit the teacher: it differs in {', '.join(differing)} {told or ''}"
             )
         student.unet.register_to_config(sample_size=self.teacher.config.sample_size)
-        return student.unet.requires_grad_(False).eval().to(self.device)
+        return student.unet.requires_grad_(False).eval()
 
     def check(self) -> None:
         """ValueError, before anything is trained, for a ladder that cannot be climbed or judged."""
-        names, networks = [climb.name for climb in self.climbs], self.networks
-        if unknown := sorted(set(self.ladder.rungs or {}) - set(names)):
-            raise ValueError(f"ladder.rungs names {unknown}; this ladder has {names}")
+        networks = self.networks
         self.check_agreement()
         self.check_inputs()
         for stage in (self.config.velocity, self.config.recovery):
             self.check_objective(stage.objective)
         for climb in self.climbs:
             self.training(climb.name)
-            self.check_objective(self.config.objective, schedule=self.schedule, rung=self.rung(climb))
+            self.check_objective(self.objective_of(climb), schedule=self.schedule, rung=self.rung(climb))
         for steps in self.config.curves.steps:
             copy.deepcopy(self.student_scheduler).set_timesteps(steps)
         if self.ladder.guidance_width:
@@ -124,12 +131,17 @@ class DistillBench(Bench):
 
     def training(self, name: str) -> TrainConfig:
         """`train` with what `ladder.rungs` says of this rung. ValueError for unknown keys and wrong types."""
-        own = (self.ladder.rungs or {}).get(name, {})
+        own = self.rungs.get(name, RungConfig()).train
         train = OmegaConf.to_container(self.config.train)
         try:
             return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), train, own))
         except OmegaConfBaseException as error:
-            raise ValueError(f"ladder.rungs.{name}={own}: {one_line(error)}; train has {sorted(train)}") from error
+            told = f"ladder.rungs.{name}.train={own}: {one_line(error)}; train has {sorted(train)}"
+            raise ValueError(told) from error
+
+    def objective_of(self, climb: Climb) -> DictConfig:
+        """`objective` with what `ladder.rungs` says of this rung."""
+        return OmegaConf.merge(self.config.objective, self.rungs.get(climb.name, RungConfig()).objective)
 
     def rung(self, climb: Climb) -> Rung:
         return Rung(self.scheduler, climb.teacher_steps, self.student_scheduler, climb.steps)
@@ -153,32 +165,33 @@ class DistillBench(Bench):
     def repair(self) -> None:
         """The student learns the teacher's output and features again, where the configuration asks for it."""
         if self.ladder.repair:
-            recovery, teacher = self.config.recovery, self.networks["teacher"]
-            student = self.networks["student"]
+            recovery, student = self.config.recovery, self.networks["student"]
+            teacher = self.at_work("teacher")
             self.networks["student"] = self.taught(
                 student, recovery.objective, recovery.train, "repair", teacher=teacher
             )
-
-    def taught(self, unet, objective, config: TrainConfig, stage: str, **given) -> PrunableUNet2DConditionModel:
-        """A copy of the network, trained with an objective of the loop, on the ladder's noise schedule."""
-        copied = copy.deepcopy(unet).requires_grad_()
-        return self.train(copied, objective, config, stage, schedule=self.schedule, **given).requires_grad_(False)
 
     def climb(self, climb: Climb) -> None:
         """Trains and exports one rung; where it exists it is loaded."""
         unet, width = self.networks[climb.start], self.ladder.guidance_width
         unet = with_told_guidance(unet, width) if width else unet
         log.info(f"{climb.name}: from {climb.start}, taught by {climb.teacher} with {climb.teacher_steps} steps")
-        given = {"teacher": self.in_compute_dtype(self.networks[climb.teacher]), "rung": self.rung(climb)}
-        unet = self.taught(unet, self.config.objective, self.training(climb.name), climb.name, **given)
+        given = {"teacher": self.at_work(climb.teacher), "rung": self.rung(climb)}
+        unet = self.taught(unet, self.objective_of(climb), self.training(climb.name), climb.name, **given)
         self.networks[climb.name] = unet
         self.run.sealed_folder(f"{climb.name}/export", partial(self.write_export, unet))
 
-    def in_compute_dtype(self, unet: PrunableUNet2DConditionModel) -> PrunableUNet2DConditionModel:
-        """A teacher as mixed precision runs it, its weights cast once and not at every evaluation."""
+    def taught(self, unet, objective, config: TrainConfig, stage: str, **given) -> PrunableUNet2DConditionModel:
+        """A copy of the network, trained with an objective of the loop, on the ladder's noise schedule."""
+        copied = copy.deepcopy(unet).to(self.device).requires_grad_()
+        trained = self.train(copied, objective, config, stage, schedule=self.schedule, **given)
+        return trained.requires_grad_(False).to("cpu")
+
+    def at_work(self, name: str) -> PrunableUNet2DConditionModel:
+        """A network that teaches: on the device, as mixed precision runs it, cast once and not at every evaluation."""
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = dtypes.get(self.run.accelerator.mixed_precision)
-        return copy.deepcopy(unet).to(dtype) if dtype else unet
+        dtype = dtypes.get(self.run.accelerator.mixed_precision, torch.float32)
+        return copy.deepcopy(self.networks[name]).to(self.device, dtype)
 
     def write_export(self, unet: PrunableUNet2DConditionModel, folder) -> None:
         student = with_unet(self.pipeline, unet, scheduler=self.student_scheduler)

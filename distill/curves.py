@@ -21,9 +21,10 @@ from eval.compare import mean_and_error, paired_difference, paired_ratio
 from eval.judge import write_pictures
 from eval.latency import compare_ms
 from eval.sampling import Sampler, Texts
+from models.pipeline import on_device
 from models.unet import PrunableUNet2DConditionModel
 
-SAMPLERS = ("teacher", "teacher-dpm")
+SAMPLERS, EVALUATION = ("teacher", "teacher-dpm"), "evaluation.json"
 
 
 @dataclass(frozen=True)
@@ -38,14 +39,14 @@ class Judged:
 class Curves:
     """The judgement of the teacher (DDIM, and DPM++ 2M, what a user would pick) and of every student.
 
-    All start from the same noise per prompt; distances are to the reference, the teacher's DDIM latents at the most
-    steps and the same guidance scale. One file per model, guidance scale and number of steps: a killed judgement goes
-    on.
+    All start from the same noise per prompt; distances are to the reference, the teacher's DDIM latents at the ladder's
+    first number of steps and the same guidance scale. One file per model, guidance scale and number of steps: a killed
+    judgement goes on.
     """
 
     def __init__(self, bench: DistillBench):
         self.bench, self.config, self.prompts = bench, bench.config.eval, bench.prompts[1]
-        self.most_steps = max(*bench.config.curves.steps, bench.ladder.steps[0])
+        self.reference_steps = bench.ladder.steps[0]
         self._references: dict[float, Tensor] = {}
 
     @property
@@ -68,7 +69,7 @@ class Curves:
 
     def steps(self, name: str) -> list[int]:
         """At which a model is judged, most first; the teacher at the reference's, too."""
-        more = {self.most_steps} if name == "teacher" else set()
+        more = {self.reference_steps} if name == "teacher" else set()
         return sorted({*self.bench.config.curves.steps, *more}, reverse=True)
 
     @cached_property
@@ -88,18 +89,19 @@ class Curves:
 
         def draw(indices: list[int]) -> Tensor:
             noise, draws = torch.stack([sampler.noise(i) for i in indices]), sampler.generators(indices)
-            return sampler.latents(model.unet, self.texts.rows(indices), noise, generators=draws).float()
+            return sampler.latents(unet, self.texts.rows(indices), noise, generators=draws).float()
 
         what, keep = f"{model.name}, {steps} steps, guidance {guidance:g}", f"{model.name}-{steps}-{guidance}"
-        size = len(self.prompts.prompts)
-        return map_batches(draw, size, self.config.batch_size, bench.run.accelerator, what, bench.partial(keep))
+        size, accelerator = len(self.prompts.prompts), bench.run.accelerator
+        with on_device(model.unet, bench.device) as unet:
+            return map_batches(draw, size, self.config.batch_size, accelerator, what, bench.partial(keep))
 
     def reference(self, guidance: float) -> Tensor:
-        """The teacher's latents at the most steps, kept in a file."""
+        """The latents that distances are to, kept in a file."""
         if guidance not in self._references:
             run, file = self.bench.run, f"reference/guidance-{guidance}.safetensors"
             if not run.made(file):
-                latents = self.latents(self.judged[0], self.most_steps, guidance)
+                latents = self.latents(self.judged[0], self.reference_steps, guidance)
                 if run.accelerator.is_main_process:
                     write_tensors(run.path / file, {"latents": latents})
                 run.accelerator.wait_for_everyone()
@@ -116,7 +118,7 @@ class Curves:
     def judge(self, model: Judged, steps: int, guidance: float) -> dict:
         bench, sampler, scorer = self.bench, self.sampler(model, steps, guidance), self.bench.scorer
         reference = self.reference(guidance)
-        is_reference = model.name == "teacher" and steps == self.most_steps
+        is_reference = model.name == "teacher" and steps == self.reference_steps
         latents = reference if is_reference else self.latents(model, steps, guidance)
 
         def rate(indices: list[int]) -> Tensor:
@@ -156,6 +158,16 @@ class Curves:
 
         bench.run.json("unet_ms.json", lambda: make() if bench.run.accelerator.is_main_process else None)
 
+    def forget_other_points(self, keys: list[tuple]) -> None:
+        """What sums up a ladder that has grown since, or was judged at fewer points, is made again."""
+        run = self.bench.run
+        if run.accelerator.is_main_process and (run.path / EVALUATION).exists():
+            there = [point_key(point) for point in run.load(EVALUATION)["points"]]
+            if there != keys:
+                for name in ("report.html", "unet_ms.json", EVALUATION):
+                    (run.path / name).unlink(missing_ok=True)
+        run.accelerator.wait_for_everyone()
+
     def evaluate(self) -> dict:
         """All points, paired by prompt with the reference, and with the teacher at as many steps: evaluation.json."""
         bench, curves = self.bench, self.bench.config.curves
@@ -163,20 +175,21 @@ class Curves:
             self.record(model, steps, guidance)
             for guidance in curves.guidance for model in self.judged for steps in self.steps(model.name)
         ]  # fmt: skip
-        by_key = {(p["model"], p["steps"], p["guidance"]): p for p in points}
+        self.forget_other_points([point_key(point) for point in points])
+        by_key = {point_key(point): point for point in points}
 
         def versus(point: dict) -> dict:
-            teacher = by_key["teacher", self.most_steps, point["guidance"]]
+            teacher = by_key["teacher", self.reference_steps, point["guidance"]]
             return asdict(paired_difference(point["clip"]["per_prompt"], teacher["clip"]["per_prompt"]))
 
         def nearness(point: dict, sampler: str) -> dict | None:
-            other, key = by_key.get((sampler, point["steps"], point["guidance"])), "latent_error_to_teacher"
+            other, key = by_key.get((sampler, *point_key(point)[1:])), "latent_error_to_teacher"
             if other is None or not other[key]["mean"]:
                 return None
             return asdict(paired_ratio(point[key]["per_prompt"], other[key]["per_prompt"]))
 
         return bench.run.json(
-            "evaluation.json",
+            EVALUATION,
             lambda: {
                 "prompts": self.prompts.name,
                 "prompts_hash": self.prompts.hash,
@@ -193,3 +206,7 @@ class Curves:
                 "environment": environment(),
             },
         )
+
+
+def point_key(point: dict) -> tuple[str, int, float]:
+    return point["model"], point["steps"], point["guidance"]

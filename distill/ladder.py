@@ -1,8 +1,10 @@
 """The ladder of a distillation: which network learns which number of steps from which."""
 
 import itertools
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from engine.config import RungConfig
 
 
 @dataclass(frozen=True)
@@ -32,3 +34,19 @@ def climbs(steps: Sequence[int], mode: str, own_network: bool) -> tuple[Climb, .
         student = f"steps-{below}"
         teacher = f"teacher-{below}" if beside else student
     return tuple(rungs)
+
+
+def climbed_otherwise(rungs: Sequence[Climb], changes: Mapping[str, RungConfig]) -> tuple[Climb, ...]:
+    """The rungs, some with another teacher or start. ValueError for names that are not there, or not yet."""
+    names = [climb.name for climb in rungs]
+    if unknown := sorted(set(changes) - set(names)):
+        raise ValueError(f"ladder.rungs names {unknown}; this ladder has {names}")
+    climbed = []
+    for place, climb in enumerate(rungs):
+        own, there = changes.get(climb.name, RungConfig()), ["teacher", "student", *names[:place]]
+        asked = {"teacher": own.teacher, "start": own.start, "teacher_steps": own.teacher_steps}
+        for key in ("teacher", "start"):
+            if asked[key] is not None and asked[key] not in there:
+                raise ValueError(f"ladder.rungs.{climb.name}.{key}={asked[key]} is none of {there}")
+        climbed.append(replace(climb, **{key: value for key, value in asked.items() if value is not None}))
+    return tuple(climbed)

@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 SCHEDULES = ("cosine", "constant")
 SAMPLERS = ("DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler")
@@ -174,14 +176,41 @@ def at_least(section: str, config: Any, least: int, *names: str) -> None:
 
 
 @dataclass
+class RungConfig:
+    """What is different in one rung: who teaches it, with how many steps, and where it starts ("teacher", "student" or
+    an earlier rung); values over `train` and over `objective`."""
+
+    teacher: str | None = None
+    teacher_steps: int | None = None
+    start: str | None = None
+    train: dict[str, Any] = field(default_factory=dict)
+    objective: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, name: str, values: Any) -> "RungConfig":
+        try:
+            return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), as_table(name, values)))
+        except OmegaConfBaseException as error:
+            known = ", ".join(cls.__dataclass_fields__)
+            raise ValueError(f"ladder.rungs.{name}={values}: {str(error).splitlines()[0]}; keys: {known}") from error
+
+
+def as_table(name: str, value: Any) -> dict:
+    if not isinstance(value or {}, dict):
+        raise ValueError(f"{name}={value} must be a table, as {{steps-8: {{teacher: teacher, teacher_steps: 32}}}}")
+    return value or {}
+
+
+@dataclass
 class LadderConfig:
     """Which samplers are distilled into which, from `steps[0]`, the teacher's, downwards.
 
     `student` is a diffusers folder whose UNet learns; empty is the teacher's own network. mode `direct` (SnapFusion):
     every rung is taught by a network of the teacher's architecture with the rung above's steps; `progressive`: by the
-    student's own rung above; for the teacher's own network they are the same. `rungs` gives single rungs other values
-    of `train`. `repair` begins with the objective and training of `recovery`. `guidance_width` above 0 makes students
-    that are told their guidance scale. `sampler` is the diffusers scheduler that students are handed over with.
+    student's own rung above; for the teacher's own network they are the same. `rungs` says what is different in single
+    rungs, by name: RungConfig. `repair` begins with the objective and training of `recovery`. `guidance_width` above 0
+    makes students that are told their guidance scale. `sampler` is the diffusers scheduler that students are handed
+    over with.
     """
 
     student: str = ""
@@ -196,8 +225,8 @@ class LadderConfig:
     def __post_init__(self) -> None:
         if self.mode not in ("direct", "progressive"):
             raise ValueError(f"ladder.mode={self.mode!r} is unknown; choose direct or progressive")
-        if not isinstance(rungs := self.rungs or {}, dict) or not all(isinstance(own, dict) for own in rungs.values()):
-            raise ValueError(f"ladder.rungs={self.rungs} must be a table, as {{steps-8: {{steps: 2000}}}}")
+        if self.rungs:  # None stays None: Hydra lets a table replace it, and nothing be added to an empty one
+            self.rungs = {name: RungConfig.of(name, own) for name, own in as_table("ladder.rungs", self.rungs).items()}
         pairs = list(itertools.pairwise(self.steps))
         if not pairs or any(below < 1 or above % below or above == below for above, below in pairs):
             raise ValueError(f"ladder.steps={self.steps} must go down, each dividing the one before, as [32, 16, 8]")

@@ -21,6 +21,7 @@ from data.files import digests, whole_folder, write_json, write_text
 from engine.tracking import Tracker
 
 log = logging.getLogger("slimstep")
+GROWING = ("ladder.steps", "curves.steps", "curves.guidance")
 TRACEBACK = "traceback-rank-"
 NOT_MADE = ("config.yaml", "tracker.json", "wandb", "tensorboard", "metrics.jsonl", "partial", TRACEBACK)
 
@@ -43,6 +44,7 @@ class Run:
     def keep_config(self, config: dict[str, Any], ignoring: Sequence[str], overwrite: bool = False) -> None:
         """Writes config.yaml. Raises ValueError where another configuration has already made something here.
 
+        Lists of GROWING may have more at their end than they had: what is there stays, and the rest is made.
         With `overwrite` what was made is moved aside instead, to the next free NAME.before-N.
         """
         if overwrite and self.agreed(self.differing(config, ignoring) if self.accelerator.is_main_process else None):
@@ -50,7 +52,7 @@ class Run:
                 self.move_aside()
             self.accelerator.wait_for_everyone()
         self.check_config(config, ignoring)
-        if self.accelerator.is_main_process and not self.begun:
+        if self.accelerator.is_main_process and (not self.begun or self.changed(config, ignoring)):
             write_text(self.path / "config.yaml", OmegaConf.to_yaml(config))
         self.accelerator.wait_for_everyone()
 
@@ -72,6 +74,10 @@ class Run:
 
     def differing(self, config: dict[str, Any], ignoring: Sequence[str]) -> dict[str, tuple[Any, Any]]:
         """{dotted key: (there, now)} where what is here was made by another configuration."""
+        return {key: pair for key, pair in self.changed(config, ignoring).items() if not has_grown(key, *pair)}
+
+    def changed(self, config: dict[str, Any], ignoring: Sequence[str]) -> dict[str, tuple[Any, Any]]:
+        """{dotted key: (there, now)} of all that is not what it was."""
         if not self.begun:
             return {}
         with damaged(self.path / "config.yaml"):
@@ -168,6 +174,11 @@ def damaged(path: Path) -> Iterator[None]:
         yield
     except (ValueError, KeyError, YAMLError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it, and the same command makes it again") from error
+
+
+def has_grown(key: str, old: Any, new: Any) -> bool:
+    """Whether a value is a list that may be continued, and was."""
+    return key in GROWING and isinstance(old, list) and isinstance(new, list) and new[: len(old)] == old
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:

@@ -153,6 +153,16 @@ def own_memory(module: nn.Module) -> None:
         tensor.data = tensor.data.clone()
 
 
+@contextmanager
+def on_device(module: nn.Module, device: str | torch.device) -> Iterator[nn.Module]:
+    """The module on this device while the block runs; afterwards it is where it was."""
+    before = next(module.parameters()).device
+    try:
+        yield module.to(device)
+    finally:
+        module.to(before)
+
+
 def make_readable(folder: Path) -> None:
     """Weight files are written 0600; a hand-over is for others."""
     for path in (folder, *folder.rglob("*")):

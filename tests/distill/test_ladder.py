@@ -2,8 +2,8 @@
 
 import pytest
 
-from distill.ladder import Climb, climbs
-from engine.config import LadderConfig
+from distill.ladder import Climb, climbed_otherwise, climbs
+from engine.config import LadderConfig, RungConfig
 
 
 def test_snapfusions_ladder_for_a_student_with_a_network_of_its_own():
@@ -33,3 +33,13 @@ def test_with_the_teachers_network_both_ladders_are_one(mode):
 def test_a_ladder_goes_down_by_whole_numbers(steps):
     with pytest.raises(ValueError, match="must go down"):
         LadderConfig(steps=steps)
+
+
+def test_a_rung_may_be_taught_and_started_otherwise():
+    rungs = climbs([32, 16, 8], "progressive", own_network=False)
+    changes = {"steps-8": RungConfig(teacher="teacher", teacher_steps=32, start="student")}
+    assert climbed_otherwise(rungs, changes) == (
+        rungs[0], Climb("steps-8", teacher="teacher", start="student", teacher_steps=32, steps=8)
+    )  # fmt: skip
+    with pytest.raises(ValueError, match="start=steps-8 is none of"):
+        climbed_otherwise(rungs, {"steps-16": RungConfig(start="steps-8")})

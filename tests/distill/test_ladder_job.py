@@ -19,6 +19,7 @@ SMALL = [
     "recovery.train.steps=2", "recovery.train.batch_size=4", "velocity.train.steps=2", "velocity.train.batch_size=4",
     "eval.prompts=4", "eval.pictures=2", "curves.steps=[1,2]", "curves.guidance=[2.5]",
 ]  # fmt: skip
+LADDER = ["ladder.steps=[4,2,1]", "ladder.rungs={steps-1: {train: {steps: 2}}}"]
 
 
 def run(*overrides):
@@ -39,8 +40,7 @@ def pruned(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_model):
     root = tmp_path_factory.mktemp("runs")
-    ladder = ["ladder.steps=[4,2,1]", "ladder.rungs={steps-1: {steps: 2}}", "tracker=tensorboard"]
-    done = run(*tiny_model, f"root={root}", *ladder)
+    done = run(*tiny_model, f"root={root}", *LADDER, "tracker=tensorboard")
     assert done.returncode == 0, done.stderr
     return root / "distill_steps", done
 
@@ -103,9 +103,24 @@ def test_a_rung_has_its_own_training(finished):
 def test_a_finished_ladder_makes_nothing_anew(finished, tiny_model):
     path, first = finished
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
-    again = run(*tiny_model, f"root={path.parent}", "ladder.steps=[4,2,1]", "ladder.rungs={steps-1: {steps: 2}}")
+    again = run(*tiny_model, f"root={path.parent}", *LADDER)
     assert again.returncode == 0 and again.stdout == first.stdout, again.stderr
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()} == before
+
+
+def test_a_ladder_grows_and_what_is_there_is_not_made_again(tmp_path, tiny_model):
+    path, job = tmp_path / "distill_steps", [*tiny_model, f"root={tmp_path}", "tracker=none"]
+    assert run(*job, "ladder.steps=[4,2]", "curves.steps=[2]").returncode == 0
+    kept = ["steps-2/weights.safetensors", "judged/teacher/steps-4-guidance-2.5.json",
+            "reference/guidance-2.5.safetensors"]  # fmt: skip
+    before = [(path / name).stat().st_mtime_ns for name in kept]
+    grown = run(*job, "ladder.steps=[4,2,1]", "curves.steps=[2,1]")
+    assert grown.returncode == 0, grown.stderr
+    assert [(path / name).stat().st_mtime_ns for name in kept] == before
+    points = json.loads((path / "evaluation.json").read_text())["points"]
+    assert {"steps-2", "steps-1"} <= {p["model"] for p in points} and "steps-1" in (path / "report.html").read_text()
+    refused = run(*job, "ladder.steps=[4,2]", "curves.steps=[2,1]")
+    assert refused.returncode == 1 and "ladder.steps: [4, 2, 1] there, [4, 2] now" in refused.stderr
 
 
 def test_a_pruned_student_of_an_epsilon_teacher_learns_v_is_repaired_and_climbs(tmp_path, pruned, tiny_model):
@@ -138,8 +153,7 @@ def test_students_that_are_told_their_guidance_need_one_evaluation_a_step(tmp_pa
 
 def test_a_plan_names_the_rungs_and_writes_nothing(finished, tmp_path, tiny_model):
     path, _ = finished
-    ladder = ["ladder.steps=[4,2,1]", "ladder.rungs={steps-1: {steps: 2}}", "plan=true"]
-    new, done = (run(*tiny_model, *ladder, f"root={root}") for root in (tmp_path, path.parent))
+    new, done = (run(*tiny_model, *LADDER, "plan=true", f"root={root}") for root in (tmp_path, path.parent))
     assert new.returncode == done.returncode == 0, new.stderr + done.stderr
     assert list(tmp_path.iterdir()) == []
     assert "| to do" in new.stdout and "| done" not in new.stdout and "| to do" not in done.stdout
