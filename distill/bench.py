@@ -105,10 +105,10 @@ class DistillBench(Bench):
         self.check_agreement()
         self.check_inputs()
         for stage in (self.config.velocity, self.config.recovery):
-            self.check_objective(stage.objective)
+            self.check_objective(stage.objective, stage.train)
         for climb in self.climbs:
-            self.training(climb.name)
-            self.check_objective(self.objective_of(climb), schedule=self.schedule, rung=self.rung(climb))
+            given = {"schedule": self.schedule, "rung": self.rung(climb)}
+            self.check_objective(self.objective_of(climb), self.training(climb.name), **given)
         for steps in self.config.curves.steps:
             copy.deepcopy(self.student_scheduler).set_timesteps(steps)
         if self.ladder.guidance_width:
@@ -176,8 +176,10 @@ class DistillBench(Bench):
         unet, width = self.networks[climb.start], self.ladder.guidance_width
         unet = with_told_guidance(unet, width) if width else unet
         log.info(f"{climb.name}: from {climb.start}, taught by {climb.teacher} with {climb.teacher_steps} steps")
-        given = {"teacher": self.at_work(climb.teacher), "rung": self.rung(climb)}
-        unet = self.taught(unet, self.objective_of(climb), self.training(climb.name), climb.name, **given)
+        given, training = {"teacher": self.at_work(climb.teacher), "rung": self.rung(climb)}, self.training(climb.name)
+        if training.compile:
+            given["teacher"].compile(dynamic=False)
+        unet = self.taught(unet, self.objective_of(climb), training, climb.name, **given)
         self.networks[climb.name] = unet
         self.run.sealed_folder(f"{climb.name}/export", partial(self.write_export, unet))
 

@@ -21,6 +21,8 @@ class Recovery:
     mean square there (LAPTOP-Diff, section 3.3), so that no level drowns the others; BK-SDM uses the plain sum.
     """
 
+    compiles = False
+
     def __init__(
         self,
         schedule: NoiseSchedule,

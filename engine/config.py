@@ -15,7 +15,7 @@ SAMPLERS = ("DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler")
 
 @dataclass
 class TrainConfig:
-    """One call of the training loop. `batch_size` is per process and micro-step."""
+    """One call of the training loop. `batch_size` is per process and micro-step; `compile` is torch.compile."""
 
     steps: int = 1000
     batch_size: int = 32
@@ -32,6 +32,7 @@ class TrainConfig:
     log_every: int = 10
     workers: int = 0
     gradient_checkpointing: bool = False
+    compile: bool = False
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:

@@ -183,7 +183,8 @@ def _run_steps(
     parameters = [p for p in model.parameters() if p.requires_grad]
     options = {"betas": tuple(config.betas), "weight_decay": config.weight_decay}
     optimizer = torch.optim.AdamW(parameters, config.learning_rate, **options)
-    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    wrapped = torch.compile(model, dynamic=False) if config.compile else model
+    wrapped, optimizer = accelerator.prepare(wrapped, optimizer)
     ema = DeviceEMA(parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
     if ema:
         accelerator.register_for_checkpointing(ema)
@@ -239,7 +240,7 @@ def _run_steps(
     accelerator.free_memory()
     accelerator._custom_objects.clear()  # free_memory forgets models and optimisers, not what was registered
     # Without accelerate's autocast around it: a network just trained and one read from its file compute alike.
-    return accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    return accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
 
 
 def _batches(dataset: Dataset, config: TrainConfig, seed: int, first_step: int, accelerator) -> Iterator[Batch]:

@@ -128,9 +128,11 @@ class Bench:
             target = config.get("_target_") if config is not None else None
             raise ValueError(f"objective {target}: {type(error).__name__}: {error}") from error
 
-    def check_objective(self, config, **given) -> None:
-        """ValueError for an objective whose configuration cannot be; no data are touched."""
-        self.objective(config, empty_text_LE=torch.zeros(1, 1, device=self.device), **given)
+    def check_objective(self, config, training: TrainConfig, **given) -> None:
+        """ValueError for an objective that cannot be, or cannot be trained in this way; no data are touched."""
+        objective = self.objective(config, empty_text_LE=torch.zeros(1, 1, device=self.device), **given)
+        if training.compile and not getattr(objective, "compiles", True):
+            raise ValueError(f"{type(objective).__name__} reads features with hooks: its train.compile must be false")
 
     def check_inputs(self) -> None:
         """ValueError, before anything is made, for data, prompts or a scorer that cannot be had."""

@@ -2,9 +2,13 @@
 
 import copy
 import math
+from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -21,6 +25,9 @@ from distill.teaching import (
     teacher_target,
     weights,
 )
+from engine.config import TrainConfig
+from engine.loop import train
+from engine.run import Run
 from models.guidance import guidance_embedding, with_told_guidance
 from models.schedule import PREDICTION_TYPES, NoiseSchedule
 from models.unet import PrunableUNet2DConditionModel
@@ -53,6 +60,16 @@ def batch(size=6):
         "latents": torch.randn(size, 4, 8, 8, generator=draw(1)),
         "text": torch.randn(size, 5, WIDTH, generator=draw(2)),
     }
+
+
+class Samples(torch.utils.data.Dataset):
+    """Six pairs that are encoded already."""
+
+    def __len__(self):
+        return 6
+
+    def __getitem__(self, index):
+        return {name: values[index] for name, values in batch().items()}
 
 
 def objective(kind, teacher, way, **options):
@@ -228,3 +245,28 @@ def test_a_bfloat16_teacher_teaches_a_float32_student_and_nothing_becomes_float1
     loss.backward()
     assert torch.float16 not in seen and torch.bfloat16 in seen
     assert loss.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in unet.parameters())
+
+
+@pytest.mark.slow
+def test_compiled_student_and_teacher_have_one_graph_each_and_learn_alike(tmp_path, unet, monkeypatch):
+    """No recompilation, whatever the timesteps, the coins of guidance and the captions that are dropped.
+
+    The graphs are run by torch's eager backend: inductor takes minutes.
+    """
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+    config = TrainConfig(steps=5, batch_size=4, learning_rate=1e-3, warmup_steps=1)
+    weights = {}
+    for compiled in (False, True):
+        AcceleratorState._reset_state(True)
+        student, teacher = (PrunableUNet2DConditionModel.from_unet(unet) for _ in range(2))
+        if compiled:
+            teacher.compile(dynamic=False, backend="eager")
+        learnt = objective(StepDistillation, teacher.requires_grad_(False), rung(4, 8), guided_share=0.5)
+        run = Run(tmp_path / str(compiled), Accelerator(cpu=True))
+        torch._dynamo.utils.counters.clear()
+        trained = train(student, learnt, Samples(), replace(config, compile=compiled), run, "stage")
+        assert type(trained) is PrunableUNet2DConditionModel
+        weights[compiled] = trained.state_dict()
+    graphs = torch._dynamo.utils.counters
+    assert graphs["stats"]["unique_graphs"] == 2 and not graphs["graph_break"] and not graphs["recompiles"]
+    torch.testing.assert_close(weights[True], weights[False], rtol=1e-3, atol=1e-4)
