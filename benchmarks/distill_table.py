@@ -2,13 +2,13 @@
 
     python benchmarks/distill_table.py --root runs/ladders --processes 2
 
-Every ladder is the distilling job on the shipped model: the same data, number of training steps per rung, learning
-rate and 192 held-out prompts, sampled from the same noise. `own` goes down to one step; the others compare SnapFusion's
-p (0, 0.1, 1), students that are told their guidance scale, and latent consistency (one rung with as many training steps
-as the others' four together). `cut` is the teacher without the blocks that BK-SDM's rule takes, untrained since: with
-repair and without, taught directly and progressively. Ladders share what is the same in them: the teacher's judgement,
-and the rungs of its own network. To --out go the table, pictures, and every student's judgement per prompt. Started
-again, it continues.
+Every ladder is the distilling job on the shipped model, judged on 192 held-out prompts from the same noise. `own` takes
+its time and goes down to one step. The others train every rung equally long: SnapFusion's p (0, 0.1, 1), its weighting
+by SNR beside ours, students that are told their guidance scale, and latent consistency (one rung with as many training
+steps as the others' three together). `cut` is the teacher without the blocks that BK-SDM's rule takes, untrained since:
+with repair and without, taught directly and progressively. Ladders share what is the same in them: the teacher's
+judgement, the rungs of its own network, the repair. To --out go the table, pictures, and every student's judgement per
+prompt. Started again, it continues.
 """
 
 import argparse
@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import whole_folder, write_json, write_text
 from distill.curves import SAMPLERS
+from engine.loop import WEIGHTS
 from eval.compare import paired_difference, paired_ratio
 from eval.figures import save_png
 from eval.report import markdown_table
@@ -42,33 +43,48 @@ CUT = (
     *(f"up_blocks.{level}.attentions.1" for level in (1, 2)),
 )
 GUIDANCE = 2.5
-COMMON = [f"curves.guidance=[{GUIDANCE}]", "objective.guidance_range=[1,5]"]
-FOUR, HALF = "ladder.steps=[32,16,8,4,2]", "objective.guided_share=0.5"
-JUDGED = "curves.steps=[2,4,8]"
-PRUNED = [FOUR, JUDGED, HALF, "ladder.student={root}/cut/export"]
+COMMON = [
+    f"curves.guidance=[{GUIDANCE}]", "objective.guidance_range=[2,3]", "train.warmup_steps=20",
+]  # fmt: skip
+# Every step counts alike, and no denoising loss beside it: by SNR the students end further away (the row "by SNR").
+RELATIVE = ["objective.weighting=relative"]
+STEPS = [*RELATIVE, "objective.original_weight=0"]
+LADDER = ["ladder.steps=[32,8,4,2]", "curves.steps=[2,4,8]"]
+GUIDED = [*LADDER, *STEPS, "objective.guided_share=1"]
+CUT_DOWN = [*GUIDED, "ladder.student={root}/cut/export"]
 LADDERS = {
-    "own": ["ladder.steps=[32,16,8,4,2,1]", "curves.steps=[1,2,4,8]", HALF],
-    "cut": PRUNED,
-    "cut, repaired": [*PRUNED, "ladder.repair=true"],
-    "cut, repaired, progressive": [*PRUNED, "ladder.repair=true", "ladder.mode=progressive"],
-    "p = 0": [FOUR, JUDGED, "objective.guided_share=0"],
-    "p = 0.1": [FOUR, JUDGED, "objective.guided_share=0.1"],
-    "p = 1": [FOUR, JUDGED, "objective.guided_share=1"],
-    "told": [FOUR, JUDGED, "objective=guidance"],
-    "lcm": [JUDGED, "objective=lcm", "train.steps={four_rungs}"],
+    "own": [
+        "ladder.steps=[32,8,4,2,1]", "curves.steps=[1,2,4,8]", *STEPS, "objective.guided_share=1",
+        "ladder.rungs={{steps-8: {{train: {{steps: {long}, learning_rate: 3e-5}}}}}}",
+    ],
+    "p = 1": GUIDED,
+    "p = 0.1": [*LADDER, *STEPS, "objective.guided_share=0.1"],
+    "p = 0": [*LADDER, *STEPS, "objective.guided_share=0"],
+    "p = 1, by SNR": [*LADDER, "objective.original_weight=0", "objective.guided_share=1"],
+    "told": [*LADDER, *RELATIVE, "objective=guidance"],
+    "lcm": ["curves.steps=[2,4,8]", "objective=lcm", "train.steps={together}"],
+    "cut": CUT_DOWN,
+    "cut, repaired": [*CUT_DOWN, "ladder.repair=true"],
+    "cut, repaired, progressive": [*CUT_DOWN, "ladder.repair=true", "ladder.mode=progressive"],
+}  # fmt: skip
+# Per ladder: stages that an earlier one has trained in the same way, and what they are called there and here.
+SHARED = {
+    "cut": ("p = 1", {"steps-8": "teacher-8", "steps-4": "teacher-4"}),
+    "cut, repaired": ("cut", {"teacher-8": "teacher-8", "teacher-4": "teacher-4"}),
+    "cut, repaired, progressive": ("cut, repaired", {"repair": "repair"}),
 }
-TAUGHT_BY_THE_SAME = {"cut, repaired": "cut"}  # the teacher's own rungs beside the student's
-QUESTIONS = [("cut, repaired", "cut"), ("cut, repaired, progressive", "cut, repaired"), ("p = 0.1", "p = 0"),
-             ("p = 1", "p = 0"), ("told", "p = 0.1"), ("lcm", "told")]  # fmt: skip
+QUESTIONS = [("p = 0.1", "p = 0"), ("p = 1", "p = 0"), ("p = 1", "p = 1, by SNR"), ("told", "p = 1"), ("lcm", "told"),
+             ("cut, repaired", "cut"), ("cut, repaired, progressive", "cut, repaired")]  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("runs/ladders"), help="where the runs go")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/distill-table"), help="where the results go")
-    parser.add_argument("--steps", type=int, default=150, help="training steps of every rung")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of every rung")
+    parser.add_argument("--long-steps", type=int, default=800, help="training steps of the first rung of `own`")
     parser.add_argument("--batch", type=int, default=16, help="samples of a training step, over all processes")
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
+    parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--processes", type=int, default=1, help="more than one starts torchrun")
     parser.add_argument("--only", nargs="*", choices=LADDERS, default=list(LADDERS), help="ladders to run")
     parser.add_argument("overrides", nargs="*", help="further overrides of the experiment, for all ladders")
@@ -103,9 +119,9 @@ def share(root: Path, name: str, done: Sequence[str]) -> None:
         for folder, pattern in names.items():
             for path in sorted((root / slug(source) / folder).glob(pattern)):
                 copy(path, root / slug(name) / folder / path.name)
-    if source := TAUGHT_BY_THE_SAME.get(name):
-        for path in sorted((root / slug(source)).glob("teacher-*")):
-            copy(path, root / slug(name) / path.name)
+    source, stages = SHARED.get(name, (None, {}))
+    for there, here in stages.items():
+        copy(root / slug(source) / there / WEIGHTS, root / slug(name) / here / WEIGHTS)
 
 
 def copy(source: Path, there: Path) -> None:
@@ -124,7 +140,8 @@ def run(name: str, options: argparse.Namespace) -> None:
     if options.processes > 1:
         python = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={options.processes}"]
     batch = options.batch // options.processes
-    own = [word.format(root=options.root, four_rungs=4 * options.steps) for word in LADDERS[name]]
+    values = {"root": options.root, "together": 3 * options.steps, "long": options.long_steps}
+    own = [word.format(**values) for word in LADDERS[name]]
     command = [
         *python, str(REPOSITORY / "train.py"), "+experiment=distill_steps", f"root={options.root}",
         f"name={slug(name)}", f"train.steps={options.steps}", f"train.batch_size={batch}",
