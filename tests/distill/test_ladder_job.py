@@ -1,13 +1,16 @@
 """The distilling job from a teacher to students that stock diffusers samples, on a random model."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
+from safetensors.torch import save_file
 
 from eval.sampling import Sampler
 from models.pipeline import export_pipeline, load_pipeline, with_unet
@@ -103,7 +106,7 @@ def test_a_rung_has_its_own_training(finished):
 def test_a_finished_ladder_makes_nothing_anew(finished, tiny_model):
     path, first = finished
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
-    again = run(*tiny_model, f"root={path.parent}", *LADDER)
+    again = run(*tiny_model, f"root={path.parent}", *LADDER, "tracker=tensorboard")
     assert again.returncode == 0 and again.stdout == first.stdout, again.stderr
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()} == before
 
@@ -136,6 +139,33 @@ def test_a_pruned_student_of_an_epsilon_teacher_learns_v_is_repaired_and_climbs(
     student = load_pipeline(path / "steps-1/export")
     assert student.unet.depths == {"mid_block.attentions.0": 0}
     assert student.scheduler.config.prediction_type == "v_prediction"
+    assert_drawn_alike_elsewhere(path / "steps-1/export", 1, tmp_path)
+
+
+def assert_drawn_alike_elsewhere(export, steps, tmp_path):
+    """A process that has diffusers and not this project draws our images, to the last bit of a pixel."""
+    sampler = Sampler(load_pipeline(export), steps, 2.5)
+    ours = sampler.images(sampler.pipeline.unet, ["a", "b"], [0, 1])
+    save_file({"noise": torch.stack([sampler.noise(i) for i in range(2)])}, tmp_path / "noise.safetensors")
+    program = (
+        "import sys, numpy as np\n"
+        "from diffusers import DiffusionPipeline\n"
+        "from safetensors.torch import load_file\n"
+        f"pipe = DiffusionPipeline.from_pretrained({str(export)!r}, trust_remote_code=True)\n"
+        "pipe.set_progress_bar_config(disable=True)\n"
+        f"drawn = pipe(['a', 'b'], num_inference_steps={steps}, guidance_scale=2.5,\n"
+        "             latents=load_file('noise.safetensors')['noise']).images\n"
+        "np.save('images.npy', np.stack([np.asarray(image) for image in drawn]))\n"
+        "assert not {'models', 'distill', 'engine'} & set(sys.modules)\n"
+    )
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    theirs = torch.from_numpy(np.load(tmp_path / "images.npy")).permute(0, 3, 1, 2)
+    assert (theirs.int() - ours.int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize("objective", ["guidance", "lcm"])

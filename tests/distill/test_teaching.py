@@ -247,6 +247,23 @@ def test_a_bfloat16_teacher_teaches_a_float32_student_and_nothing_becomes_float1
     assert loss.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in unet.parameters())
 
 
+@pytest.mark.parametrize("name", ["sd15", "sd21"])
+@pytest.mark.parametrize("kind", [StepDistillation, ConsistencyDistillation])
+def test_gradient_checkpointing_changes_memory_and_nothing_else(tmp_path, name, kind):
+    """With accumulation and EMA, on SD-1.5's and SD-2.1's topologies."""
+    config, trained = TrainConfig(steps=2, batch_size=2, accumulation=2, learning_rate=1e-3, warmup_steps=1), []
+    way = rung(4, 8) if kind is StepDistillation else rung(50, 50)
+    width = {"time_cond_proj_dim": 32} if kind.told else {}
+    for checkpointing in (False, True):
+        AcceleratorState._reset_state(True)
+        student = PrunableUNet2DConditionModel.from_unet(small_stock_unet(name, **width))
+        teacher = small_stock_unet(name).requires_grad_(False)
+        run, own = Run(tmp_path / str(checkpointing), Accelerator(cpu=True)), {"gradient_checkpointing": checkpointing}
+        learnt = train(student, objective(kind, teacher, way), Samples(), replace(config, **own), run, "stage")
+        trained.append(learnt.state_dict())
+    torch.testing.assert_close(trained[0], trained[1], rtol=0, atol=0)
+
+
 @pytest.mark.slow
 def test_compiled_student_and_teacher_have_one_graph_each_and_learn_alike(tmp_path, unet, monkeypatch):
     """No recompilation, whatever the timesteps, the coins of guidance and the captions that are dropped.
