@@ -28,6 +28,7 @@ from data.folder import few
 from data.pixels import BrokenImageError
 from data.progress import progress
 from data.shards import CachedPairs, cache_key, is_intact, shard_tensors, write_index, write_shard
+from models.conditioning import text_encoders
 
 __all__ = ["CachedPairs", "cache_pairs"]
 
@@ -157,7 +158,11 @@ class _Tolerant(Dataset):
 
 
 def _made_from(pairs, pipeline, dtype: str, shard_size: int) -> dict[str, str | int]:
+    more = {}
+    if len(text_encoders(pipeline)) > 1:
+        more = {"text_encoder_2": module_hash(pipeline.text_encoder_2), "told_size": pipeline.unet.config.sample_size}
     return {
+        **more,
         "format": FORMAT,
         "pairs": pairs.fingerprint,
         "num_pairs": len(pairs),

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from models.conditioning import empty_text_state, text_encoders, text_states
+
 # Written by the libraries into every config; they do not change what a model computes.
 CONFIG_NOISE = ("transformers_version", "dtype", "torch_dtype", "architectures")
 
@@ -29,15 +31,13 @@ def encode_images(pipeline, images_BCHW: Tensor, device: torch.device) -> dict[s
 
 
 def encode_captions(pipeline, captions: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-    """What is kept of captions: text states [B, L, E] from the pipeline's own `encode_prompt`, cut where it cuts."""
-    text_BLE = pipeline.encode_prompt(list(captions), device, 1, do_classifier_free_guidance=False)[0]
-    return finite({"text": text_BLE}, pipeline.text_encoder)
+    """What is kept of captions: text states [B, L, E], with SDXL's added conditions in the last rows."""
+    return finite({"text": text_states(pipeline, captions, device)}, pipeline.text_encoder)
 
 
 def encode_nothing(pipeline, device: torch.device) -> dict[str, Tensor]:
-    """What guidance steers away from, [1, L, E]: `encode_prompt`'s answer when no negative prompt is given."""
-    text_1LE = pipeline.encode_prompt("", device, 1, do_classifier_free_guidance=True)[1]
-    return finite({"text": text_1LE}, pipeline.text_encoder)
+    """What guidance steers away from, [1, L, E]."""
+    return finite({"text": empty_text_state(pipeline, device)}, pipeline.text_encoder)
 
 
 def is_truncated(tokenizer, caption: str) -> bool:
@@ -73,8 +73,8 @@ def finite(encoded: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def at_work(pipeline, device: torch.device) -> Iterator[None]:
-    """VAE and text encoder on `device`, in eval mode, without gradients; where and as they were afterwards."""
-    modules = (pipeline.vae, pipeline.text_encoder)
+    """VAE and text encoders on `device`, in eval mode, without gradients; where and as they were afterwards."""
+    modules = (pipeline.vae, *text_encoders(pipeline))
     before = [(module, next(module.parameters()).device, module.training) for module in modules]
     # These two warn of truncated captions one by one; the cache counts them.
     sources = (type(pipeline).encode_prompt.__module__, "transformers.tokenization_utils_base")

@@ -19,6 +19,7 @@ from engine.run import Run
 from eval.clip import ClipScorer
 from eval.sampling import Sampler
 from models.cost import NUM_TOKENS
+from models.pipeline import networks
 from models.schedule import NoiseSchedule
 from models.unet import PrunableUNet2DConditionModel
 
@@ -35,20 +36,18 @@ class Bench:
     def pipeline(self):
         """The teacher pipeline, frozen, on the device; its UNet is prunable.
 
-        Raises ValueError for what is no pipeline, or one whose text conditioning is not a single tensor.
+        Raises ValueError for what is no pipeline.
         """
         pipeline = self.model
         if not isinstance(pipeline, DiffusionPipeline):
             raise ValueError(f"{self.config.model} is a UNet alone; it serves +experiment=latency_table only")
-        if hasattr(pipeline, "text_encoder_2"):
-            raise ValueError(f"{type(pipeline).__name__} has a second text encoder, which this job does not feed yet")
         pipeline.to(self.device)
         native = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         if self.config.data.resolution is None:
             self.config.data.resolution = native
         # Sampling follows the data, also where the model was made for another size.
         pipeline.unet.register_to_config(sample_size=self.config.data.resolution // pipeline.vae_scale_factor)
-        for network in (pipeline.unet, pipeline.vae, pipeline.text_encoder):
+        for network in networks(pipeline):
             network.requires_grad_(False).eval()
         return pipeline
 

@@ -16,6 +16,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from data.seeding import generator
+from models.conditioning import empty_text_state, text_states
 from models.guidance import guidance_embedding, told_guidance_width
 
 TEXTS_PER_BATCH = 64  # cut by index, so that a prompt's state does not depend on who asks for it
@@ -51,14 +52,9 @@ class Sampler:
     def __init__(
         self, pipeline: DiffusionPipeline, steps: int, guidance_scale: float, seed: int = 0, scheduler=None
     ) -> None:
-        """Raises ValueError for fewer than 1 step, or a pipeline whose text conditioning is not a single tensor."""
+        """Raises ValueError for fewer than 1 step."""
         if steps < 1:
             raise ValueError(f"steps is {steps}; sampling needs at least 1")
-        if hasattr(pipeline, "text_encoder_2"):
-            raise ValueError(
-                f"{type(pipeline).__name__} has a second text encoder, which this sampler does not feed to the UNet; "
-                "use a pipeline with one text encoder"
-            )
         self.pipeline = pipeline
         self.steps = steps
         self.guidance_scale = guidance_scale
@@ -105,15 +101,11 @@ class Sampler:
         key = tuple(prompts)
         if key not in self._texts:
             batches = [key[i : i + TEXTS_PER_BATCH] for i in range(0, len(key), TEXTS_PER_BATCH)]
-            states_BLE = torch.cat([self._encode_batch(batch) for batch in batches])
-            self._texts[key] = Texts(states_BLE, self._encode_batch(("",)))
+            device = self.pipeline.text_encoder.device
+            with torch.no_grad():
+                states_BLE = torch.cat([text_states(self.pipeline, batch, device) for batch in batches])
+                self._texts[key] = Texts(states_BLE, empty_text_state(self.pipeline, device))
         return self._texts[key]
-
-    @torch.no_grad()
-    def _encode_batch(self, prompts: tuple[str, ...]) -> Tensor:
-        return self.pipeline.encode_prompt(
-            list(prompts), self.pipeline.text_encoder.device, num_images_per_prompt=1, do_classifier_free_guidance=False
-        )[0]
 
     @torch.inference_mode()
     def latents(

@@ -166,8 +166,16 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
 
     # ---- running ----
 
-    def forward(self, sample: Tensor, *args, gates: Tensor | None = None, **kwargs):
-        """UNet2DConditionModel's forward. gates: Bool[B, S]; where False, that sample goes around that kept site."""
+    def forward(
+        self, sample: Tensor, timestep, encoder_hidden_states: Tensor, *args, gates: Tensor | None = None, **kwargs
+    ):
+        """UNet2DConditionModel's forward. gates: Bool[B, S]; where False, that sample goes around that kept site.
+
+        Where SDXL's added conditions are not given, they are the last rows of the text states.
+        """
+        if kwargs.get("added_cond_kwargs") is None and pooled_width(self):
+            encoder_hidden_states, kwargs["added_cond_kwargs"] = apart(self, encoder_hidden_states)
+        args = (timestep, encoder_hidden_states, *args)
         if gates is None:
             return super().forward(sample, *args, **kwargs)
         assert gates.shape == (len(sample), len(self.kept_sites)), (
@@ -182,6 +190,21 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
         """As in diffusers; a block that is run again in the backward pass sees the gates it saw in the forward."""
         super().enable_gradient_checkpointing(CheckpointWithGates(self._running, gradient_checkpointing_func))
+
+
+def pooled_width(unet: UNet2DConditionModel) -> int:
+    """P, the numbers of the pooled text state that SDXL's UNets take; 0 for others."""
+    if unet.config.addition_embed_type != "text_time":
+        return 0
+    return unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+
+
+def apart(unet: UNet2DConditionModel, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """[B, L + R, E] as text states [B, L, E], and what the last rows hold: pooled state [B, P], size, crop [B, 6]."""
+    numbers = pooled_width(unet) + 6
+    rows = -(-numbers // text.shape[2])
+    more = text[:, -rows:].flatten(1)
+    return text[:, :-rows], {"text_embeds": more[:, : numbers - 6], "time_ids": more[:, numbers - 6 : numbers]}
 
 
 # ---- the parts of a running UNet ----

@@ -5,9 +5,15 @@ from pathlib import Path
 
 import open_clip
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from safetensors.torch import save_file
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 WIDTH, MAX_TOKENS = 16, 16
 
@@ -51,6 +57,26 @@ def tiny_pipeline(
     pipeline = StableDiffusionPipeline(
         vae=vae.eval(), text_encoder=CLIPTextModel(text).eval(), tokenizer=tokenizer, unet=unet.eval(),
         scheduler=scheduler, safety_checker=None, feature_extractor=None, requires_safety_checker=False,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_sdxl_pipeline(prediction_type: str = "epsilon") -> StableDiffusionXLPipeline:
+    """SDXL's topology, with both text encoders, for 16×16 images; captions are read by one tokenizer."""
+    plain = tiny_pipeline(prediction_type)
+    torch.manual_seed(1)
+    second = CLIPTextModelWithProjection(plain.text_encoder.config)
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16, 32), norm_num_groups=4, cross_attention_dim=2 * WIDTH,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"), attention_head_dim=(1, 2, 4),
+        transformer_layers_per_block=(1, 2, 3), use_linear_projection=True, addition_embed_type="text_time",
+        addition_time_embed_dim=8, projection_class_embeddings_input_dim=8 * 6 + WIDTH,
+    )  # fmt: skip
+    pipeline = StableDiffusionXLPipeline(
+        vae=plain.vae, text_encoder=plain.text_encoder, text_encoder_2=second.eval(), tokenizer=plain.tokenizer,
+        tokenizer_2=plain.tokenizer, unet=unet.eval(), scheduler=plain.scheduler, add_watermarker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
