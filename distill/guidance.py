@@ -36,7 +36,7 @@ class GuidanceDistillation:
         teacher: nn.Module,
         rung: Rung,
         guidance_range: tuple[float, float] = (1.0, 8.0),
-        weighting: str = "truncated_snr",
+        weighting: str = "relative",
     ):
         self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
         self.bounds_NK = rung.bounds_NK.to(empty_text_LE.device)

@@ -30,7 +30,8 @@ class StepDistillation:
     A row is guided on both sides with probability `guided_share`, the paper's p (there a coin per iteration), and w ~
     U[guidance_range]; so that shapes are fixed, coins are thrown for the first rows only. 0 is the vanilla loss, 1 the
     CFG-aware. `original_weight` is γ: L_ori, the denoising loss, here at the starts of the student's steps, is brought
-    to the size of L_dstl first. `caption_dropout` empties captions of rows that are never guided, so that the
+    to the size of L_dstl first. `weighting` is `truncated_snr` in the paper; `relative` makes the loss the share of the
+    teacher's own error that is left. `caption_dropout` empties captions of rows that are never guided, so that the
     unconditional branch is distilled, too.
     """
 
@@ -44,7 +45,7 @@ class StepDistillation:
         rung: Rung,
         guided_share: float = 0.1,
         guidance_range: tuple[float, float] = (2.0, 14.0),
-        weighting: str = "truncated_snr",
+        weighting: str = "relative",
         original_weight: float = 0.2,
         caption_dropout: float = 0.1,
     ):
