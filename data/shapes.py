@@ -229,6 +229,8 @@ class ShapesPairs:
     def __init__(self, split: str = "train", size: int = 100_000, seed: int = 0, resolution: int = 64) -> None:
         if split not in SPLITS:
             raise ValueError(f"split {split!r} is unknown; the shapes world has {SPLITS}")
+        if size < 1:
+            raise ValueError(f"data.pairs.size={size} must be at least 1")
         self.split, self.size, self.seed, self.resolution = split, size, seed, resolution
 
     @property
@@ -253,7 +255,12 @@ class ShapesPairs:
         return render_scenes([self.scene(index)[0] for index in indices], self.resolution)
 
 
+MOST_PROMPTS = 1_000_000
+
+
 def shapes_prompts(split: str = "heldout", n: int = 64, seed: int = 0) -> PromptSet:
     """The fully worded captions of `n` scenes of a split, for scoring."""
+    if not 1 <= n <= MOST_PROMPTS:
+        raise ValueError(f"data.prompts.n={n} must lie between 1 and {MOST_PROMPTS:,}")
     prompts = tuple(caption(scene_at(split, seed, index)[0]) for index in range(n))
     return PromptSet(prompts, name=f"shapes-{split}-{n}-seed{seed}")

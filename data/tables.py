@@ -43,8 +43,9 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}, line {number} is not JSON ({error.msg}): {line[:60]!r}") from None
+        except (json.JSONDecodeError, RecursionError) as error:
+            told = getattr(error, "msg", error)
+            raise ValueError(f"{path}, line {number} is not JSON ({told}): {line[:60]!r}") from None
         if not isinstance(row, dict):
             raise ValueError(f'{path}, line {number} is not a JSON object such as {{"text": "…"}}: {line[:60]!r}')
         yield f"line {number}", row
@@ -54,17 +55,24 @@ def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """("line 2", {…}) of a .csv or .tsv file with a header; a quoted field may span lines, the last one is named."""
     lines = read_text(path).splitlines(keepends=True)
     reader = csv.DictReader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
-    for row in reader:
-        if None in row:
-            raise ValueError(f"{path}, line {reader.line_num} has more fields than the header; quote texts with commas")
-        yield f"line {reader.line_num}", row
+    try:
+        for row in reader:
+            if None in row:
+                raise ValueError(f"{path}, line {reader.line_num} has more fields than the header; quote texts")
+            yield f"line {reader.line_num}", row
+    except csv.Error as error:
+        raise ValueError(f"{path}, line {reader.line_num} is no line of a table: {error}") from None
 
 
 def parquet_rows(path: Path, columns: list[str] | None = None) -> Iterator[tuple[str, dict]]:
     """("row 1", {…}) of a .parquet file, read batch by batch."""
     file = open_parquet(path)
     rows = (row for batch in file.iter_batches(columns=columns) for row in batch.to_pylist())
-    return ((f"row {number}", row) for number, row in enumerate(rows, 1))
+    try:
+        for number, row in enumerate(rows, 1):
+            yield f"row {number}", row
+    except (pyarrow.ArrowException, OSError) as error:
+        raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
 
 
 def parquet_columns(path: Path) -> list[str]:
@@ -83,5 +91,7 @@ def caption_text(value: object, source: str) -> str:
     if isinstance(value, list) and value:
         value = value[0]
     if not isinstance(value, str) or not value.strip():
-        raise ValueError(f"{source} is empty ({value!r}); give it a text or delete it")
+        raise ValueError(f"{source} is empty or no text ({value!r}); give it a text or delete it")
+    if not value.isprintable() and any("\ud800" <= letter <= "\udfff" for letter in value):
+        raise ValueError(f"{source} holds half a surrogate pair ({value!r}), which is no text")
     return value.strip()

@@ -6,6 +6,7 @@ Axes: B batch, C channels, H and W latent size, L text tokens, E text width.
 import torch
 from torch import Tensor, nn
 
+from engine.components import shares
 from engine.denoising import draw_noisy
 from engine.loop import Batch, Metrics
 from models.schedule import NoiseSchedule
@@ -17,6 +18,7 @@ class Denoising:
     def __init__(
         self, schedule: NoiseSchedule, empty_text_LE: Tensor, teacher: nn.Module, caption_dropout: float = 0.1
     ):
+        shares("velocity.objective", caption_dropout=caption_dropout)
         self.schedule, self.empty_text_LE, self.caption_dropout = schedule, empty_text_LE, caption_dropout
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:

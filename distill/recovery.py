@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from engine.components import at_least_zero, shares
 from engine.denoising import draw_noisy
 from engine.loop import Batch, Metrics
 from models.schedule import NoiseSchedule
@@ -32,6 +33,8 @@ class Recovery:
         feature_weight: float = 0.5,
         caption_dropout: float = 0.1,
     ):
+        shares("recovery.objective", caption_dropout=caption_dropout)
+        at_least_zero("recovery.objective", output_weight=output_weight, feature_weight=feature_weight)
         self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
         self.output_weight, self.feature_weight = output_weight, feature_weight
         self.caption_dropout = caption_dropout

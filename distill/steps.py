@@ -20,6 +20,7 @@ from distill.teaching import (
     predict,
     teacher_target,
 )
+from engine.components import at_least_zero, shares
 from engine.loop import Batch, Metrics
 from models.schedule import NoiseSchedule
 
@@ -49,9 +50,8 @@ class StepDistillation:
         original_weight: float = 0.2,
         caption_dropout: float = 0.1,
     ):
-        for name, share in {"guided_share": guided_share, "caption_dropout": caption_dropout}.items():
-            if not 0 <= share <= 1:
-                raise ValueError(f"objective.{name}={share} must lie between 0 and 1")
+        shares("objective", guided_share=guided_share, caption_dropout=caption_dropout)
+        at_least_zero("objective", original_weight=original_weight)
         self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
         self.bounds_NK = rung.bounds_NK.to(empty_text_LE.device)
         self.guided_share, self.guidance_range = guided_share, known_range(guidance_range)

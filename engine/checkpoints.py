@@ -22,7 +22,8 @@ class Checkpoints:
         self.folder, self.keep, self.accelerator = folder, keep, accelerator
 
     def steps(self) -> list[int]:
-        return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*"))
+        names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
+        return sorted(int(name) for name in names if name.isdigit())
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"

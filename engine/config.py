@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 SCHEDULES = ("cosine", "constant")
+MOST_ROUNDS = 200
 SAMPLERS = ("DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler")
 
 
@@ -96,6 +97,10 @@ class SearchConfig:
 
     def __post_init__(self) -> None:
         at_least("search", self, 1, "rounds")
+        if self.rounds > MOST_ROUNDS:
+            raise ValueError(f"search.rounds={self.rounds} is more than {MOST_ROUNDS}: no UNet has so many blocks")
+        if not isinstance(self.bypass, (str, dict)) and not OmegaConf.is_dict(self.bypass):
+            raise ValueError(f"search.bypass={self.bypass} must be shortcut, drop_skip or a table {{site: rule}}")
         if self.copy_init not in ("zero", "same"):
             raise ValueError(f"search.copy_init={self.copy_init!r} is unknown; choose zero or same")
         for name in ("target_fraction", "target_ms"):
@@ -126,7 +131,7 @@ class LatencyConfig:
 
     def __post_init__(self) -> None:
         at_least("latency", self, 1, "batch", "warmup", "iterations", "additive_samples")
-        at_least("latency", self, 0, "latent_size", "text_length")
+        at_least("latency", self, 0, "latent_size", "text_length", "seconds")
         if self.dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"latency.dtype={self.dtype!r} is unknown; choose float32, float16 or bfloat16")
 

@@ -49,6 +49,9 @@ OmegaConf.register_new_resolver("here", lambda path: str(ROOT / path), replace=T
 
 def main() -> None:
     """Runs the experiment the command line names. Exit codes: 0, 1 for a mistake, 75 after SIGTERM, or the job's."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        if not os.environ.get(name, "0").isdigit():
+            fail(f"the environment's {name}={os.environ[name]} is no number; launchers set it, unset it otherwise")
     set_up()
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in MULTIRUN)  # argparse wants it before the overrides
     check_overrides(sys.argv[1:])

@@ -166,7 +166,9 @@ def load_trained(model: nn.Module, run: Run, stage: str) -> nn.Module:
     device = str(next(model.parameters()).device)
     with damaged(run.path / stage / WEIGHTS):
         state = load_file(run.path / stage / WEIGHTS, device=device)
-    model.load_state_dict(state)
+        if different := state.keys() ^ model.state_dict().keys():
+            raise ValueError(f"its tensors are those of another network, as {min(different)}")
+        model.load_state_dict(state)
     return model.eval()
 
 

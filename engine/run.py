@@ -82,6 +82,8 @@ class Run:
             return {}
         with damaged(self.path / "config.yaml"):
             there = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
+            if not isinstance(there, dict) or not there:
+                raise ValueError("it is no configuration")
         return {key: pair for key, pair in differences(there, config).items() if key.split(".")[0] not in ignoring}
 
     def move_aside(self) -> None:
@@ -105,7 +107,10 @@ class Run:
     def load(self, name: str) -> Any:
         """A JSON product of an earlier stage. ValueError where the file is damaged."""
         with damaged(self.path / name):
-            return json.loads((self.path / name).read_text())
+            value = json.loads((self.path / name).read_text())
+            if not isinstance(value, (dict, list)) or not value:
+                raise ValueError(f"it holds {value}")
+            return value
 
     def folder(self, name: str, make: Callable[[Path], None]) -> Path:
         """The folder `name`, filled by rank 0 alone where it does not exist yet."""
@@ -163,7 +168,8 @@ class Run:
         if not self.accelerator.is_main_process or not path.exists():
             return
         whole_lines = path.read_text().rpartition("\n")[0].splitlines()
-        kept = [x for x in whole_lines if (line := json.loads(x))["stage"] != stage or line["step"] <= step]
+        with damaged(path):
+            kept = [x for x in whole_lines if (line := json.loads(x))["stage"] != stage or line["step"] <= step]
         write_text(path, "".join(f"{line}\n" for line in kept))
 
 
@@ -172,7 +178,7 @@ def damaged(path: Path) -> Iterator[None]:
     """ValueError that names the file where what is in it cannot be read."""
     try:
         yield
-    except (ValueError, KeyError, YAMLError, SafetensorError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError, YAMLError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it, and the same command makes it again") from error
 
 

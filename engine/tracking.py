@@ -24,6 +24,10 @@ class Tracker:
         mode = os.environ.get("WANDB_MODE", config.mode)
         hparams = run_config if self.kind == "wandb" else None  # TensorBoard takes flat scalars only
         wandb = {"dir": str(run_path), "name": run_path.name, "id": run_id, "mode": mode, "resume": "allow"}
+        if self.kind == "wandb":
+            import wandb as library
+
+            wandb["settings"] = library.Settings(init_timeout=60)  # seconds; then a line says that no server answers
         try:
             accelerator.init_trackers(config.project, hparams, {"wandb": wandb} if self.kind == "wandb" else {})
         except Exception as error:  # W&B's own errors share no base with anything that could be named here

@@ -1,6 +1,7 @@
 """What every job works with, made when first asked for: teacher, data, prompts, scorer, objectives."""
 
 import logging
+import os
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 from data.cache import CachedPairs, cache_pairs
 from data.encoding import is_truncated
 from data.prompts import PromptSet, disjoint_prompts, read_prompts
+from engine.components import check, component
 from engine.config import Config, LatencyConfig, TrainConfig
 from engine.loop import Objective, load_trained, train, trained
 from engine.run import Run
@@ -104,11 +106,7 @@ class Bench:
         return self.component("scorer", device=self.device)
 
     def component(self, key: str, **given):
-        """What the configuration describes under `key`; ValueError where it describes nothing."""
-        config = OmegaConf.select(self.config, key)
-        if not OmegaConf.is_dict(config) or "_target_" not in config:
-            raise ValueError(f"{key}={config} describes nothing that can be made: it has no _target_")
-        return instantiate(config, **given)
+        return component(self.config, key, **given)
 
     def sampler(self, protocol) -> Sampler:
         return Sampler(self.pipeline, protocol.steps, protocol.guidance_scale, protocol.seed)
@@ -124,11 +122,11 @@ class Bench:
         try:
             return instantiate(config, _partial_=True, _convert_="all")(**{"teacher": self.teacher, **given})
         except (TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
-            target = config.get("_target_") if config is not None else None
-            raise ValueError(f"objective {target}: {type(error).__name__}: {error}") from error
+            raise ValueError(f"objective {config['_target_']}: {type(error).__name__}: {error}") from error
 
     def check_objective(self, config, training: TrainConfig, **given) -> None:
         """ValueError for an objective that cannot be, or cannot be trained in this way; no data are touched."""
+        check(config, "objective")
         objective = self.objective(config, empty_text_LE=torch.zeros(1, 1, device=self.device), **given)
         if training.compile and not getattr(objective, "compiles", True):
             raise ValueError(f"{type(objective).__name__} reads features with hooks: its train.compile must be false")
@@ -137,6 +135,10 @@ class Bench:
         """ValueError, before anything is made, for data, prompts or a scorer that cannot be had."""
         _ = self.pipeline  # says the resolution where the data leave it open
         self.component("data.pairs")
+        folder = Path(self.config.data.cache.folder)
+        there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+        if not there.is_dir() or not os.access(there, os.W_OK):
+            raise ValueError(f"data.cache.folder={folder} cannot be made: nothing can be written into {there}")
         _ = self.prompts, self.scorer
 
     def partial(self, name: str) -> Path:

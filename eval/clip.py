@@ -56,6 +56,8 @@ class ClipScorer:
     ) -> None:
         """Raises ValueError for a model, tag or folder that open_clip does not know or cannot load."""
         check_names(model, pretrained)
+        if not 0 < scale < float("inf"):
+            raise ValueError(f"scorer.scale={scale} must be above 0")
         if not allow_pickle:
             check_safe(model, pretrained)
         self.model_name, self.pretrained, self.prefix, self.scale = model, pretrained, prefix, scale

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from engine.run import damaged
+
 
 @dataclass(frozen=True)
 class Block:
@@ -120,7 +122,13 @@ def read_run(path: str | Path) -> RunRecord:
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file, None where it does not exist (yet)."""
-    return json.loads(path.read_text()) if path.is_file() else None
+    if not path.is_file():
+        return None
+    with damaged(path):
+        value = json.loads(path.read_text())
+        if not value:
+            raise ValueError(f"it holds {value}")
+        return value
 
 
 def num_levels(sites) -> int:

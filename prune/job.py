@@ -62,6 +62,11 @@ def evolve(
     unet = bench.train(unet, config.objective, config.train, stage)
     table = run.json(f"{stage}/latency.json", lambda: bench.measure_latencies(unet))
     scores = run.json(f"{stage}/scores.json", lambda: bench.score(unet, stage)) if bench.search.needs_scores else None
+    followed = [f"judged/{stage}.json", f"round-{r + 1:02d}/weights.safetensors", "recovery/weights.safetensors"]
+    if not run.made(f"{stage}/decision.json") and (orphans := [name for name in followed if run.made(name)]):
+        raise ValueError(
+            f"{run.path / stage}/decision.json is gone, and {', '.join(orphans)} follow from it: remove them too"
+        )
     decision = run.json(f"{stage}/decision.json", lambda: decide(bench, unet, table, scores, previous, r))
     tell(stage, decision)
     return unet.with_depths(decision["after"], copy_init=config.search.copy_init), decision
@@ -108,7 +113,7 @@ def block_values(
     return tuple(
         BlockValue(site, score["delta_clip"], score["se"], entry["ms"] * scale, unet.depth(site))
         for site, entry in table["sites"].items()
-        for score in [scores["sites"][site] if scores else unknown]
+        for score in [unknown if scores is None else scores["sites"][site]]
     )
 
 

@@ -158,6 +158,10 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of the moments; equal seeds kill after equal delays")
     parser.add_argument("overrides", nargs="*", help="the job, after --; without it a very small pruning run")
     options = parser.parse_args()
+    if options.kills < 1 or options.processes < 1:
+        parser.error(f"--kills {options.kills} and --processes {options.processes} must be at least 1")
+    if options.folder.exists() and not options.folder.is_dir():
+        parser.error(f"--folder {options.folder} is no folder")
     names = ("KILL", "TERM") if options.signal == "both" else (options.signal,)
     signals = [signal.Signals[f"SIG{name}"] for name in names]
     if options.folder.is_dir() and any(options.folder.iterdir()) and not (options.folder / "table.log").is_file():

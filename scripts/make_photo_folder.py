@@ -163,6 +163,8 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True, help="folder to make")
     parser.add_argument("--size", type=int, default=128, help="side of the square images in pixels (default 128)")
     arguments = parser.parse_args()
+    if arguments.size < 1:
+        parser.error(f"--size {arguments.size} must be at least 1")
     number = make_photo_folder(arguments.root, arguments.size)
     print(f"{number} captioned images in {arguments.root}")
 

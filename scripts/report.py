@@ -11,7 +11,7 @@ from eval.report import write_report
 
 
 def main() -> int:
-    """Prints the table; returns the exit code, 2 where a run is missing or unfinished."""
+    """Prints the table; returns the exit code, 1 where a run is missing or unfinished."""
     parser = argparse.ArgumentParser(
         description="Makes a table (Markdown and HTML) and a picture of CLIP against latency over finished runs. "
         "Students are compared with their teacher and with the first run's student, paired by prompt."
@@ -24,9 +24,9 @@ def main() -> int:
         for run in options.runs if options.pages else ():
             print(write_report(run))
         print(compare_runs(options.runs, options.out))
-    except (FileNotFoundError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
+    except (OSError, ValueError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     print(Path(options.out).resolve() / "report.html")
     return 0
 

@@ -104,6 +104,26 @@ PRUNING = {
     "more threads than cores": (["threads=100000"], r"threads=100000, but there are \d+ cores"),
     "a damaged tokenizer": (["model=path", "model.name_or_path={untold}"], r"untold.*damaged"),
     "a scorer of pickles": (["scorer.model=local-dir:{pickled}"], r"holds pickles.*scorer.allow_pickle=true"),
+    "pairs in words": (["data.pairs.size=many"], r"data.pairs.size='many': .*integer"),
+    "no pairs": (["data.pairs.size=0"], r"data.pairs.size=0 must be at least 1"),
+    "prompts without end": (["data.prompts.n=100000000000"], r"data.prompts.n=100000000000 must lie between"),
+    "captions dropped five times": (["objective.caption_dropout=5"], r"caption_dropout=5 must lie between 0 and 1"),
+    "captions dropped in words": (["objective.caption_dropout=many"], r"objective.caption_dropout='many': .*number"),
+    "a weight in words": (["recovery.objective.output_weight=lots"], r"objective.output_weight='lots': .*number"),
+    "a negative weight": (["recovery.objective.output_weight=-1"], r"output_weight=-1.* must be at least 0"),
+    "a weight that is no number": (["recovery.objective.feature_weight=nan"], r"feature_weight=nan must be at least 0"),
+    "no objective": (["recovery.objective=null"], r"describes nothing"),
+    "an objective from nowhere": (["objective._target_=nowhere.Nothing"], r"_target_=nowhere.Nothing: "),
+    "a skip probability for all": (["objective.skip_prob=0.1"], r"objective.skip_prob=0.1: .*dict"),
+    "a scale in words": (["scorer.scale=big"], r"scorer.scale='big': .*number"),
+    "a scale of nothing": (["scorer.scale=nan"], r"scorer.scale=nan must be above 0"),
+    "a scorer by number": (["scorer.model=5"], r"scorer.model=5: .*string"),
+    "a seed in words": (["search=random", "search.method.seed=x"], r"search.method.seed='x': .*integer"),
+    "half a group": (["search.method.group_size=1.5"], r"search.method.group_size=1.5: .*integer"),
+    "no bypass": (["search.bypass=null"], r"search.bypass=None must be shortcut, drop_skip or a table"),
+    "rounds without end": (["search.rounds=1000000"], r"search.rounds=1000000 is more than"),
+    "seconds that are no number": (["latency.seconds=nan"], r"seconds=nan must be at least 0"),
+    "half a letter": (["data.prompt_file={surrogate}"], r"surrogate.jsonl: line 1 holds half a surrogate pair"),
     "a sweep into nowhere": (["-m", "seed=0,1", "hydra.sweep.dir=/proc/x"], r"/proc/x"),
     "no Slurm": (["-m", "hydra/launcher=submitit_slurm"], r"[Ss]lurm"),
 }
@@ -141,6 +161,7 @@ def places(tmp_path_factory, tiny_pipeline_folder, tiny_clip_folder):
     (root / "empty.txt").write_text("\n")
     Image.new("RGB", (8, 8)).save(root / "picture.png")
     (root / "void").mkdir()
+    (root / "surrogate.jsonl").write_text('{"text": "\\ud800 cat"}')
     (root / "other.json").write_text(json.dumps({"full_ms": 1.0, "sites": {"mid": {"ms": 1.0}}}))
     (root / "bare.json").write_text(json.dumps({"full_ms": 1.0, "sites": {"mid": 1.0}}))
     (root / "timeless.json").write_text(json.dumps({"full_ms": 0, "sites": {"mid": {"ms": 1.0}}}))
@@ -204,9 +225,18 @@ def test_damaged_files_of_a_run_are_one_line(leave, tiny_model, tmp_path):
     (path / "recovery/weights.safetensors").write_bytes(b"torn")
     (path / "export.sealed.json").unlink()
     assert "recovery/weights.safetensors is damaged" in told(*leave(*small))
-    (path / "judged/teacher.json").write_text('{"half')
-    assert "judged/teacher.json is damaged" in told(*leave(*small))
-    for content in (b"{", b"\xff\xfe\x00"):
+    for content in ('{"half', "{}", "null"):
+        (path / "judged/teacher.json").write_text(content)
+        assert "judged/teacher.json is damaged" in told(*leave(*small))
+    decision = (path / "round-00/decision.json").read_text()
+    (path / "round-00/decision.json").unlink()
+    (path / "judged/teacher.json").unlink()
+    assert "decision.json is gone, and judged/round-00.json, recovery" in told(*leave(*small))
+    (path / "round-00/decision.json").write_text(decision)
+    (path / "recovery/weights.safetensors").unlink()
+    (path / "metrics.jsonl").write_text("null\n")
+    assert "metrics.jsonl is damaged" in told(*leave(*small))
+    for content in (b"{", b"\xff\xfe\x00", b"", b"[]"):
         (path / "config.yaml").write_bytes(content)
         assert "config.yaml is damaged" in told(*leave(*small))
 

@@ -1,0 +1,50 @@
+"""Components from the configuration: what `_target_` names, its values checked against the constructor's types."""
+
+import inspect
+from typing import Any, get_type_hints
+
+import hydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
+
+
+def component(config: DictConfig, key: str, **given) -> Any:
+    """What `key` of the configuration describes; ValueError where it describes nothing, or with wrong values."""
+    described = OmegaConf.select(config, key)
+    check(described, key)
+    return instantiate(described, **given)
+
+
+def check(described: Any, key: str) -> None:
+    """ValueError for a description without a target, or whose values are not of the types that the target declares."""
+    if not OmegaConf.is_dict(described) or not described.get("_target_"):
+        raise ValueError(f"{key}={described} describes nothing that can be made: it has no _target_")
+    try:
+        target = hydra.utils.get_object(described["_target_"])
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"{key}._target_={described['_target_']}: {str(error).splitlines()[0]}") from error
+    hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
+    for name, value in OmegaConf.to_container(described, resolve=True).items():
+        if name not in hints or (isinstance(value, dict) and "_target_" in value):
+            continue  # unknown names are told when it is made; what has a target is checked by its own
+        try:
+            TypeAdapter(hints[name], config=ANY_CLASS).validate_python(value)
+        except ValidationError as error:
+            raise ValueError(f"{key}.{name}={value!r}: {error.errors()[0]['msg']}") from error
+
+
+def at_least_zero(key: str, **values: float) -> None:
+    """ValueError for values below zero, or that are no number."""
+    for name, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{key}.{name}={value} must be at least 0")
+
+
+def shares(key: str, **values: float) -> None:
+    """ValueError for values that are no shares."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{key}.{name}={value} must lie between 0 and 1")
