@@ -110,7 +110,10 @@ class DistillBench(Bench):
             given = {"schedule": self.schedule, "rung": self.rung(climb)}
             self.check_objective(self.objective_of(climb), self.training(climb.name), **given)
         for steps in self.config.curves.steps:
-            copy.deepcopy(self.student_scheduler).set_timesteps(steps)
+            try:
+                copy.deepcopy(self.student_scheduler).set_timesteps(steps)
+            except ValueError as error:
+                raise ValueError(f"curves.steps={list(self.config.curves.steps)}: {one_line(error)}") from error
         if self.ladder.guidance_width:
             with_told_guidance(networks["student"], self.ladder.guidance_width)
 

@@ -157,7 +157,9 @@ def explain(error: Exception, overrides: list[str]) -> str:
                 hint = f"did you mean {close[0]}? " if close else ""
                 where = parent or "the configuration"
                 return f"{override}: {where} has no key {leaf!r}; {hint}keys: {', '.join(section)}"
-            return f"{override}: {one_line(culprit.__cause__ or culprit)}"
+            choices = sorted(path.stem for path in (CONFIGS / leaf).glob("*.yaml"))
+            told = f" (there are {', '.join(choices)})" if choices and "group" in str(culprit) else ""
+            return f"{override}: {one_line(culprit.__cause__ or culprit)}{told}"
     return one_line(error)
 
 

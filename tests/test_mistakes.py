@@ -112,6 +112,7 @@ PRUNING = {
     "a weight in words": (["recovery.objective.output_weight=lots"], r"objective.output_weight='lots': .*number"),
     "a negative weight": (["recovery.objective.output_weight=-1"], r"output_weight=-1.* must be at least 0"),
     "a weight that is no number": (["recovery.objective.feature_weight=nan"], r"feature_weight=nan must be at least 0"),
+    "no search at all": (["search=null"], r"search=null: .*there are .*snapfusion"),
     "no objective": (["recovery.objective=null"], r"describes nothing"),
     "an objective from nowhere": (["objective._target_=nowhere.Nothing"], r"_target_=nowhere.Nothing: "),
     "a skip probability for all": (["objective.skip_prob=0.1"], r"objective.skip_prob=0.1: .*dict"),
@@ -144,6 +145,7 @@ DISTILLING = {
     "words in a rung": (["ladder.rungs={steps-8: {train: {steps: many}}}"], "many.*could not be converted to Integer"),
     "steps that go up": (["ladder.steps=[8,16]"], "must go down"),
     "a grid that does not nest": (["ladder.timestep_spacing=leading"], "ladder.timestep_spacing=trailing"),
+    "more steps than timesteps": (["curves.steps=[100000]"], r"curves.steps=\[100000\]: .*100000"),
     "no curves": (["curves.steps=[]"], "curves.steps"),
     "an odd width": (["objective=guidance", "ladder.guidance_width=33"], "must be even"),
 }
