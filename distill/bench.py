@@ -179,9 +179,8 @@ class DistillBench(Bench):
         unet, width = self.networks[climb.start], self.ladder.guidance_width
         unet = with_told_guidance(unet, width) if width else unet
         log.info(f"{climb.name}: from {climb.start}, taught by {climb.teacher} with {climb.teacher_steps} steps")
-        given, training = {"teacher": self.at_work(climb.teacher), "rung": self.rung(climb)}, self.training(climb.name)
-        if training.compile:
-            given["teacher"].compile(dynamic=False)
+        training = self.training(climb.name)
+        given = {"teacher": self.at_work(climb.teacher, training.compile), "rung": self.rung(climb)}
         unet = self.taught(unet, self.objective_of(climb), training, climb.name, **given)
         self.networks[climb.name] = unet
         self.run.sealed_folder(f"{climb.name}/export", partial(self.write_export, unet))
@@ -192,11 +191,16 @@ class DistillBench(Bench):
         trained = self.train(copied, objective, config, stage, schedule=self.schedule, **given)
         return trained.requires_grad_(False).to("cpu")
 
-    def at_work(self, name: str) -> PrunableUNet2DConditionModel:
+    def at_work(self, name: str, compiled: bool = False) -> PrunableUNet2DConditionModel:
         """A network that teaches: on the device, as mixed precision runs it, cast once and not at every evaluation."""
+        unet = self.networks[name]
         dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
         dtype = dtypes.get(self.run.accelerator.mixed_precision, torch.float32)
-        return copy.deepcopy(self.networks[name]).to(self.device, dtype)
+        if (unet.device, unet.dtype) != (self.device, dtype) or compiled:
+            unet = copy.deepcopy(unet).to(self.device, dtype)
+        if compiled:
+            unet.compile(dynamic=False)
+        return unet
 
     def write_export(self, unet: PrunableUNet2DConditionModel, folder) -> None:
         student = with_unet(self.pipeline, unet, scheduler=self.student_scheduler)

@@ -164,7 +164,7 @@ class Curves:
         if run.accelerator.is_main_process and (run.path / EVALUATION).exists():
             there = [point_key(point) for point in run.load(EVALUATION)["points"]]
             if there != keys:
-                for name in ("report.html", "unet_ms.json", EVALUATION):
+                for name in ("unet_ms.json", EVALUATION):
                     (run.path / name).unlink(missing_ok=True)
         run.accelerator.wait_for_everyone()
 

@@ -31,7 +31,7 @@ from yaml import YAMLError
 import engine.config  # noqa: F401  registers the schema
 from engine.config import Config, DataConfig, at_least
 from engine.preemption import Preempted, leave_on_sigterm
-from engine.run import TRACEBACK, Run, damaged
+from engine.run import FINISHED, TRACEBACK, Run, damaged
 from engine.tracking import Tracker
 from models.pipeline import one_line
 
@@ -41,7 +41,6 @@ CONFIGS = ROOT / "configs"
 WATCHING = ("debug", "threads", "tracker", "run", "plan")
 MISTAKES = (ValueError, OSError, FloatingPointError, SafetensorError, YAMLError, HydraException, OmegaConfBaseException)
 MULTIRUN = {"-m", "--multirun"}
-FINISHED = "report.html"  # what a job that has something to track writes last
 log = logging.getLogger("slimstep")
 
 OmegaConf.register_new_resolver("here", lambda path: str(ROOT / path), replace=True)

@@ -22,6 +22,7 @@ from engine.tracking import Tracker
 
 log = logging.getLogger("slimstep")
 GROWING = ("ladder.steps", "curves.steps", "curves.guidance")
+FINISHED = "report.html"  # what a job that has something to track writes last
 TRACEBACK = "traceback-rank-"
 NOT_MADE = ("config.yaml", "tracker.json", "wandb", "tensorboard", "metrics.jsonl", "partial", TRACEBACK)
 
@@ -53,6 +54,7 @@ class Run:
             self.accelerator.wait_for_everyone()
         self.check_config(config, ignoring)
         if self.accelerator.is_main_process and (not self.begun or self.changed(config, ignoring)):
+            (self.path / FINISHED).unlink(missing_ok=True)
             write_text(self.path / "config.yaml", OmegaConf.to_yaml(config))
         self.accelerator.wait_for_everyone()
 

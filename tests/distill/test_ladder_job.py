@@ -112,7 +112,7 @@ def test_a_finished_ladder_makes_nothing_anew(finished, tiny_model):
 
 
 def test_a_ladder_grows_and_what_is_there_is_not_made_again(tmp_path, tiny_model):
-    path, job = tmp_path / "distill_steps", [*tiny_model, f"root={tmp_path}", "tracker=none"]
+    path, job = tmp_path / "distill_steps", [*tiny_model, f"root={tmp_path}"]
     assert run(*job, "ladder.steps=[4,2]", "curves.steps=[2]").returncode == 0
     kept = ["steps-2/weights.safetensors", "judged/teacher/steps-4-guidance-2.5.json",
             "reference/guidance-2.5.safetensors"]  # fmt: skip

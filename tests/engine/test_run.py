@@ -38,7 +38,7 @@ def test_rewinding_forgets_later_steps_of_one_stage_and_a_torn_line(run):
 
 def test_a_directory_made_by_another_configuration_is_refused_by_name_and_values(run):
     run.keep_config({"seed": 0, "train": {"steps": 10}, "debug": False}, ignoring=("debug",))
-    run.json("table.json", dict)
+    run.json("table.json", lambda: {"ms": 1})
     run.keep_config({"seed": 0, "train": {"steps": 10}, "debug": True}, ignoring=("debug",))
     with pytest.raises(ValueError, match=r"train.steps: 10 there, 20 now.*name="):
         run.keep_config({"seed": 0, "train": {"steps": 20}, "debug": False}, ignoring=("debug",))
