@@ -11,8 +11,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from distill.ladder import Climb, climbed_otherwise, climbs
+from distill.pairs import FixedDraws, taught_pairs
 from distill.teaching import Rung
 from engine.config import LadderConfig, RungConfig, StageConfig, TrainConfig
+from engine.loop import Objective
 from eval.bench import Bench
 from models.guidance import with_told_guidance
 from models.pipeline import export_pipeline, load_pipeline, one_line, with_unet
@@ -190,6 +192,15 @@ class DistillBench(Bench):
         copied = copy.deepcopy(unet).to(self.device).requires_grad_()
         trained = self.train(copied, objective, config, stage, schedule=self.schedule, **given)
         return trained.requires_grad_(False).to("cpu")
+
+    def samples(self, objective: Objective, stage: str):
+        """The pairs; with the teacher's answers, where the objective asks for them beforehand."""
+        if not (count := getattr(objective, "cached_draws", 0)):
+            return self.pairs
+        dropout, empty = objective.caption_dropout, self.pairs.empty_text
+        draws = FixedDraws(self.pairs, count, len(objective.bounds_NK), dropout, empty, self.run.seed)
+        batch_size, keep = self.config.eval.batch_size, self.partial(f"{stage}-answers")
+        return taught_pairs(draws, objective.answer, self.run, stage, batch_size, keep)
 
     def at_work(self, name: str, compiled: bool = False) -> PrunableUNet2DConditionModel:
         """A network that teaches: on the device, as mixed precision runs it, cast once and not at every evaluation."""

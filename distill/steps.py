@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from distill.teaching import (
+    Draw,
     Rung,
+    Target,
     draw_guidance,
     draw_steps,
     drop_captions,
@@ -33,7 +35,8 @@ class StepDistillation:
     CFG-aware. `original_weight` is γ: L_ori, the denoising loss, here at the starts of the student's steps, is brought
     to the size of L_dstl first. `weighting` is `truncated_snr` in the paper; `relative` makes the loss the share of the
     teacher's own error that is left. `caption_dropout` empties captions of rows that are never guided, so that the
-    unconditional branch is distilled, too.
+    unconditional branch is distilled, too. With `cached_draws` every image has that many fixed noises and steps, for
+    which the teacher is asked once, before the training (vanilla only: `guided_share` 0).
     """
 
     told, sampler = False, None
@@ -49,27 +52,50 @@ class StepDistillation:
         weighting: str = "relative",
         original_weight: float = 0.2,
         caption_dropout: float = 0.1,
+        cached_draws: int = 0,
     ):
         shares("objective", guided_share=guided_share, caption_dropout=caption_dropout)
-        at_least_zero("objective", original_weight=original_weight)
+        at_least_zero("objective", original_weight=original_weight, cached_draws=cached_draws)
+        if cached_draws and guided_share:
+            raise ValueError(f"objective.cached_draws={cached_draws} needs guided_share=0, and it is {guided_share}")
         self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
         self.bounds_NK = rung.bounds_NK.to(empty_text_LE.device)
         self.guided_share, self.guidance_range = guided_share, known_range(guidance_range)
         self.weighting, self.original_weight = known_weighting(weighting, rung), original_weight
-        self.caption_dropout = caption_dropout
+        self.caption_dropout, self.cached_draws = caption_dropout, cached_draws
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         schedule, empty_text_LE, rows = self.schedule, self.empty_text_LE, len(batch["text"])
-        guided = math.ceil(self.guided_share * rows)
-        text_BLE = drop_captions(batch["text"], empty_text_LE, self.caption_dropout, guided, generator)
-        draw = draw_steps(batch, schedule, self.bounds_NK, text_BLE, generator)
-        w_G = self.draw_guidance(guided, rows, generator)
-        target = teacher_target(self.teacher, schedule, draw, empty_text_LE, w_G)
-        guided_BCHW, plain_BCHW = predict(unet, draw.z_BCHW, draw.t_B, text_BLE, empty_text_LE, w_G)
+        if self.cached_draws:
+            draw, target, w_G = self.fixed_draw(batch), Target(batch["target"], batch["gap"]), self.unguided
+        else:
+            guided = math.ceil(self.guided_share * rows)
+            text_BLE = drop_captions(batch["text"], empty_text_LE, self.caption_dropout, guided, generator)
+            draw = draw_steps(batch, schedule, self.bounds_NK, text_BLE, generator)
+            w_G = self.draw_guidance(guided, rows, generator)
+            target = teacher_target(self.teacher, schedule, draw, empty_text_LE, w_G)
+        guided_BCHW, plain_BCHW = predict(unet, draw.z_BCHW, draw.t_B, draw.text_BLE, empty_text_LE, w_G)
         distillation = error_in_x(guided_BCHW, target, draw, schedule, self.weighting)
         original = nn.functional.mse_loss(plain_BCHW, schedule.target(draw.x0_BCHW, draw.noise_BCHW, draw.t_B))
         scale = self.original_weight * distillation.detach() / original.detach()
         return distillation + scale * original, {"distillation": distillation, "original": original}
+
+    @property
+    def unguided(self) -> Tensor:
+        """No guidance scales at all."""
+        return self.empty_text_LE.new_zeros(0)
+
+    def fixed_draw(self, batch: Batch) -> Draw:
+        """The noisy latents of a batch of distill.pairs.FixedDraws."""
+        x0_BCHW, noise_BCHW, bounds_BK = batch["latents"], batch["noise"], self.bounds_NK[batch["step"]]
+        z_BCHW = self.schedule.noisy(x0_BCHW, noise_BCHW, bounds_BK[:, 0])
+        return Draw(x0_BCHW, noise_BCHW, z_BCHW, bounds_BK, batch["text"])
+
+    def answer(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """What the teacher says of fixed draws: x̃ [B, C, H, W], and the gap [B] of its going there at once."""
+        draw = self.fixed_draw(batch)
+        target = teacher_target(self.teacher, self.schedule, draw, self.empty_text_LE, self.unguided)
+        return target.x0_BCHW, target.gap_B
 
     def draw_guidance(self, guided: int, rows: int, generator: torch.Generator) -> Tensor:
         """w of the rows that may be guided; 1, which is no guidance, where the coin says so."""

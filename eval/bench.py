@@ -81,7 +81,12 @@ class Bench:
         """A stage of the loop; where it is finished, neither data nor objective are touched."""
         if trained(self.run, stage):
             return load_trained(unet, self.run, stage)
-        return train(unet, self.objective(objective, **given), self.pairs, config, self.run, stage)
+        objective = self.objective(objective, **given)
+        return train(unet, objective, self.samples(objective, stage), config, self.run, stage)
+
+    def samples(self, objective: Objective, stage: str):
+        """The data set that a stage learns from."""
+        return self.pairs
 
     @cached_property
     def pairs(self) -> CachedPairs:

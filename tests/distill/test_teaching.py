@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 from distill.consistency import ConsistencyDistillation
 from distill.guidance import GuidanceDistillation
+from distill.pairs import FixedDraws, taught_pairs
 from distill.steps import StepDistillation
 from distill.teaching import (
     Draw,
@@ -219,6 +220,26 @@ def test_rows_are_guided_as_often_as_asked_whatever_the_batch(unet, share):
         (teach.draw_guidance(math.ceil(share * 4), 4, draw(seed)) != 1).sum().item() for seed in range(2000)
     ]  # fmt: skip
     assert sum(guided) / (4 * 2000) == pytest.approx(share, abs=0.02)
+
+
+def test_answers_given_beforehand_are_those_of_the_moment(tmp_path, unet):
+    """The loss of a fixed draw does not depend on when the teacher was asked; a second run asks no more."""
+    cached = objective(StepDistillation, unet, rung(4, 8), guided_share=0, cached_draws=2)
+    AcceleratorState._reset_state(True)
+    draws = FixedDraws(Samples(), 2, 4, caption_dropout=0.5, empty_text=EMPTY, seed=0)
+    asked = ("stage", 4, tmp_path / "partial")
+    run = Run(tmp_path, Accelerator(cpu=True))
+    pairs = taught_pairs(draws, cached.answer, run, *asked)
+    again = taught_pairs(draws, lambda batch: pytest.fail("asked twice"), run, *asked)
+    assert len(pairs) == 12 and {bool((pairs[j]["text"] == EMPTY).all()) for j in range(12)} == {True, False}
+    told = torch.utils.data.default_collate([again[j] for j in range(12)])
+    target, gap = cached.answer(told)
+    torch.testing.assert_close(told["target"], target, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(told["gap"], gap, rtol=1e-3, atol=1e-5)
+    loss, metrics = cached(unet, told, draw())
+    assert metrics["distillation"].item() == pytest.approx(1, rel=1e-2)  # the student is the teacher, going at once
+    with pytest.raises(ValueError, match="cached_draws=2 needs guided_share=0"):
+        objective(StepDistillation, unet, rung(4, 8), cached_draws=2)
 
 
 def test_what_an_objective_cannot_use_is_named(unet):

@@ -134,7 +134,7 @@ def test_a_run_that_cannot_be_compared_is_one_clear_line(tmp_path, case):
     elif case == "unfinished":
         write_run(folder, finished=False)
     call = subprocess.run([sys.executable, SCRIPT, folder, "--out", tmp_path / "out"], capture_output=True, text=True)
-    assert call.returncode == 2 and not call.stdout
+    assert call.returncode == 1 and not call.stdout
     assert expected in call.stderr and str(folder) in call.stderr and len(call.stderr.splitlines()) == 1
 
 

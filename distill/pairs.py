@@ -1,0 +1,75 @@
+"""The teacher's answers, given once: images with fixed noises and steps, and where the teacher leads from there.
+
+Axes: B batch, C channels, H and W latent size.
+"""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from data.files import write_tensors
+from data.seeding import generator
+from engine.parallel import map_batches
+from engine.run import Run, damaged
+
+ANSWERS = "answers.safetensors"
+
+
+class FixedDraws(Dataset):
+    """Every pair `draws` times; sample j is pair j mod P with a noise, a step and a caption that are functions of j.
+
+    An item is the pair's, with "noise" [C, H, W] and "step", and the empty caption in a share of the samples.
+    """
+
+    def __init__(self, pairs, draws: int, num_steps: int, caption_dropout: float, empty_text: Tensor, seed: int):
+        self.pairs, self.draws, self.num_steps, self.seed = pairs, draws, num_steps, seed
+        self.caption_dropout, self.empty_text = caption_dropout, empty_text
+
+    def __len__(self) -> int:
+        return self.draws * len(self.pairs)
+
+    def __getitem__(self, j: int) -> dict:
+        pair, draw = self.pairs[j % len(self.pairs)], generator("fixed draws", self.seed, j)
+        noise = torch.randn(pair["latents"].shape, generator=draw)
+        step = torch.randint(self.num_steps, (), generator=draw)
+        dropped = torch.rand((), generator=draw) < self.caption_dropout
+        return {**pair, "noise": noise, "step": step, "text": self.empty_text if dropped else pair["text"]}
+
+
+class TaughtPairs(Dataset):
+    """Fixed draws with their answers: "target" [C, H, W], the teacher's x̃, and "gap", its own error going at once."""
+
+    def __init__(self, draws: FixedDraws, answers: dict[str, Tensor]):
+        self.draws, self.answers = draws, answers
+
+    def __len__(self) -> int:
+        return len(self.draws)
+
+    def __getitem__(self, j: int) -> dict:
+        return {**self.draws[j], **{name: values[j] for name, values in self.answers.items()}}
+
+
+def taught_pairs(draws: FixedDraws, answer, run: Run, stage: str, batch_size: int, keep: Path) -> TaughtPairs:
+    """The draws with their answers, from `stage`/answers.safetensors or made now, shared among the processes.
+
+    `answer(batch)` gives (target [B, C, H, W], gap [B]). Finished batches lie under `keep` until all are there.
+    """
+    file = f"{stage}/{ANSWERS}"
+    if not run.made(file):
+
+        def ask(indices: list[int]) -> Tensor:
+            batch = torch.utils.data.default_collate([draws[j] for j in indices])
+            moved = {key: v.to(run.accelerator.device) for key, v in batch.items() if torch.is_tensor(v)}
+            target_BCHW, gap_B = answer(moved)
+            return torch.cat([target_BCHW.flatten(1), gap_B[:, None]], dim=1)
+
+        shape = draws[0]["latents"].shape
+        values = map_batches(ask, len(draws), batch_size, run.accelerator, f"{stage}: the teacher's answers", keep)
+        if run.accelerator.is_main_process:
+            write_tensors(run.path / file, {"target": values[:, :-1].unflatten(1, shape), "gap": values[:, -1]})
+        run.accelerator.wait_for_everyone()
+    with damaged(run.path / file):
+        return TaughtPairs(draws, load_file(run.path / file))
