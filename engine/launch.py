@@ -244,9 +244,12 @@ def checked_config(config: DictConfig) -> DictConfig:
 
 
 def check_data(data: DictConfig | None) -> None:
-    """What all data groups have, in its typed form; ValueError or Hydra's own where a value cannot be."""
+    """ValueError, or Hydra's own, for keys that the group of this name has not, and values that cannot be."""
     if data is None:
         raise ValueError(f"data=null: choose one of {', '.join(path.stem for path in (CONFIGS / 'data').iterdir())}")
+    group = CONFIGS / f"data/{HydraConfig.get().runtime.choices.get('data')}.yaml"
+    if group.is_file() and (unknown := [key for key in data if key not in list(OmegaConf.load(group))]):
+        raise ValueError(f"data has no key {unknown[0]}, which +data.{unknown[0]}=… would add; keys: {', '.join(data)}")
     schema = OmegaConf.create({"data": OmegaConf.structured(DataConfig)})
     given = {key: value for key, value in OmegaConf.to_container(data, resolve=True).items() if key in schema.data}
     OmegaConf.to_object(OmegaConf.merge(schema, {"data": given}).data)

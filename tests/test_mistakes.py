@@ -97,6 +97,7 @@ PRUNING = {
     "no search": (["~search"], r"search.method=None describes nothing|no key 'search'"),
     "no model at all": (["model=null"], r"model=None describes nothing|model"),
     "no data": (["data=null"], r"data=null: choose one of|data"),
+    "a new key of data": (["+data.foo=1"], r"data has no key foo"),
     "no pixels": (["data.resolution=0"], r"data: resolution=0 must be at least 1"),
     "pixels in words": (["data.resolution=big"], r"data.resolution.*big|big.*Integer"),
     "a number for a file": (["data.prompt_file=5"], r"prompt file 5 has the unknown kind"),
