@@ -30,7 +30,7 @@ from yaml import YAMLError
 
 import engine.config  # noqa: F401  registers the schema
 from engine.config import Config, DataConfig, at_least
-from engine.preemption import Preempted, leave_on_sigterm
+from engine.preemption import CONTINUE_ME, Preempted, leave_on_sigterm
 from engine.run import FINISHED, TRACEBACK, Run, damaged
 from engine.tracking import Tracker
 from models.pipeline import one_line
@@ -71,6 +71,8 @@ def main() -> None:
         print("stopped by Ctrl-C; the same command continues", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
+        if was_preempted(error):
+            sys.exit(CONTINUE_ME)
         if "debug=true" in sys.argv:
             raise
         fail(f"{one_line(error)}  (debug=true shows where)")
@@ -187,12 +189,12 @@ def start(config: DictConfig) -> int:
         return 1
     try:
         return run_job(checked)
-    except Preempted:
-        if os.environ.get("RANK", "0") == "0":
-            print("stopped by SIGTERM, from a scheduler or a rank that failed; the same command continues",
-                  file=sys.stderr)  # fmt: skip
-        raise
-    except Exception as error:
+    except (Preempted, Exception) as error:
+        if was_preempted(error):
+            if os.environ.get("RANK", "0") == "0":
+                print("stopped by SIGTERM, from a scheduler or a rank that failed; the same command continues",
+                      file=sys.stderr)  # fmt: skip
+            raise Preempted from error
         if config.debug:
             raise
         rank = os.environ.get("RANK", "0")
@@ -202,6 +204,11 @@ def start(config: DictConfig) -> int:
     finally:
         AcceleratorState._reset_state(True)  # the next job of a multirun may want another precision
         GradientState._reset_state()
+
+
+def was_preempted(error: BaseException | None) -> bool:
+    """Whether SIGTERM is what ended the job, also where a library's own clean-up failed on the way out."""
+    return error is not None and (isinstance(error, Preempted) or was_preempted(error.__context__))
 
 
 def told(error: Exception, config: DictConfig) -> str:
@@ -222,9 +229,8 @@ def told(error: Exception, config: DictConfig) -> str:
 
 
 def is_lost_connection(error: Exception) -> bool:
-    """Whether a collective failed since a neighbour is gone: NCCL has types for it, gloo a RuntimeError."""
-    known = (torch.distributed.DistBackendError, torch.distributed.DistNetworkError)
-    return isinstance(error, known) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+    """Whether a collective failed since a neighbour is gone: NCCL and the store have types for it, gloo has none."""
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
 def checked_config(config: DictConfig) -> DictConfig:

@@ -2,7 +2,8 @@
 
 import pytest
 
-from engine.launch import check_overrides, named_by_what_is_swept
+from engine.launch import check_overrides, named_by_what_is_swept, was_preempted
+from engine.preemption import Preempted
 
 
 @pytest.mark.parametrize(
@@ -31,6 +32,16 @@ def test_a_sweep_is_checked_before_it_starts(words, said, capsys):
         check_overrides(words)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and said in lines[0], lines
+
+
+def test_a_clean_up_that_fails_after_sigterm_is_no_mistake():
+    """torch's mode stacks, for one, are popped twice where a signal interrupts their making."""
+    with pytest.raises(RuntimeError) as failed:
+        try:
+            raise Preempted
+        finally:
+            raise RuntimeError("trying to pop from empty mode stack")
+    assert was_preempted(failed.value) and not was_preempted(RuntimeError("of its own"))
 
 
 def test_a_sweep_on_slurm_passes_the_check():
