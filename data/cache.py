@@ -160,7 +160,11 @@ class _Tolerant(Dataset):
 def _made_from(pairs, pipeline, dtype: str, shard_size: int) -> dict[str, str | int]:
     more = {}
     if len(text_encoders(pipeline)) > 1:
-        more = {"text_encoder_2": module_hash(pipeline.text_encoder_2), "told_size": pipeline.unet.config.sample_size}
+        more = {
+            "text_encoder_2": module_hash(pipeline.text_encoder_2),
+            "tokenizer_2": tokenizer_hash(pipeline.tokenizer_2),
+            "told_size": pipeline.unet.config.sample_size,
+        }
     return {
         **more,
         "format": FORMAT,

@@ -106,11 +106,11 @@ class DistillBench(Bench):
         networks = self.networks
         self.check_agreement()
         self.check_inputs()
-        for stage in (self.config.velocity, self.config.recovery):
-            self.check_objective(stage.objective, stage.train)
+        for key in ("velocity", "recovery"):
+            self.check_objective(f"{key}.objective", self.config[key].objective, self.config[key].train)
         for climb in self.climbs:
             given = {"schedule": self.schedule, "rung": self.rung(climb)}
-            self.check_objective(self.objective_of(climb), self.training(climb.name), **given)
+            self.check_objective("objective", self.objective_of(climb), self.training(climb.name), **given)
         for steps in self.config.curves.steps:
             try:
                 copy.deepcopy(self.student_scheduler).set_timesteps(steps)

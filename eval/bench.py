@@ -129,9 +129,9 @@ class Bench:
         except (TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
             raise ValueError(f"objective {config['_target_']}: {type(error).__name__}: {error}") from error
 
-    def check_objective(self, config, training: TrainConfig, **given) -> None:
-        """ValueError for an objective that cannot be, or cannot be trained in this way; no data are touched."""
-        check(config, "objective")
+    def check_objective(self, key: str, config, training: TrainConfig, **given) -> None:
+        """ValueError for the objective under `key` if it cannot be, or be trained in this way; no data are touched."""
+        check(config, key)
         objective = self.objective(config, empty_text_LE=torch.zeros(1, 1, device=self.device), **given)
         if training.compile and not getattr(objective, "compiles", True):
             raise ValueError(f"{type(objective).__name__} reads features with hooks: its train.compile must be false")

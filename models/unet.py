@@ -6,7 +6,8 @@ stock UNet (and not written down), 2 and more is copied: the copies live at `<si
 Everything else, names included, is the stock UNet. This one file travels with exports, so it holds all that the class
 needs and imports nothing but torch and diffusers.
 
-Axes: B batch, C channels, H and W latent height and width, S kept sites. Some features are [B, C, H, W], some tokens.
+Axes: B batch, C channels, H and W latent height and width, S kept sites, L text tokens, R rows of added conditions, E
+text width, P pooled width. Some features are [B, C, H, W], some tokens.
 """
 
 import copy

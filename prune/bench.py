@@ -49,8 +49,8 @@ class PruneBench(Bench):
         with torch.device("meta"):
             bare = PrunableUNet2DConditionModel.from_config(dict(self.teacher.config), bypass=self.bypass)
             PrunableUNet2DConditionModel.from_config(dict(bare.config), depths=getattr(self.search, "depths", {}))
-        for stage in (self.config, self.config.recovery):
-            self.check_objective(stage.objective, stage.train)
+        for key, stage in {"objective": self.config, "recovery.objective": self.config.recovery}.items():
+            self.check_objective(key, stage.objective, stage.train)
         self.check_inputs()
 
     @property
