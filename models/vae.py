@@ -1,0 +1,55 @@
+"""The narrow autoencoder: diffusers' AutoencoderKL whose decoder has its own widths; the encoder keeps its own.
+
+This one file travels with exports, so it holds all that the class needs and imports nothing but torch and diffusers.
+"""
+
+import inspect
+from collections.abc import Sequence
+
+from diffusers import AutoencoderKL, ModelMixin  # noqa: F401  (diffusers looks for ModelMixin in this namespace)
+from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.vae import Decoder
+from torch import nn
+
+
+class NarrowAutoencoderKL(AutoencoderKL):
+    """An AutoencoderKL whose decoder has the widths `decoder_block_out_channels`, in the order of `block_out_channels`.
+
+    All other arguments are AutoencoderKL's. Module paths are the stock ones. Where the wide decoder has a 1×1 shortcut
+    between two levels the narrow one has it, too, also if its own widths happen to agree there.
+    """
+
+    @register_to_config
+    def __init__(self, decoder_block_out_channels: Sequence[int] | None = None, **kwargs):
+        super().__init__(**kwargs)
+        wide = tuple(self.config.block_out_channels)
+        narrow = tuple(decoder_block_out_channels or wide)
+        if narrow != wide:
+            self.decoder = Decoder(
+                in_channels=self.config.latent_channels,
+                out_channels=self.config.out_channels,
+                up_block_types=self.config.up_block_types,
+                block_out_channels=narrow,
+                layers_per_block=self.config.layers_per_block,
+                norm_num_groups=self.config.norm_num_groups,
+                act_fn=self.config.act_fn,
+                mid_block_add_attention=self.config.mid_block_add_attention,
+            )
+            keep_shortcuts(self.decoder, wide, narrow)
+        self.register_to_config(decoder_block_out_channels=list(narrow))
+
+    @staticmethod
+    def _get_init_keys(input_class: type) -> set[str]:
+        """diffusers reads a config's fields off the signature, where **kwargs hides the stock ones."""
+        keys = set(inspect.signature(input_class.__init__).parameters)
+        stock = set(inspect.signature(AutoencoderKL.__init__).parameters)
+        return keys | stock if "decoder_block_out_channels" in keys else keys
+
+
+def keep_shortcuts(decoder: Decoder, wide: Sequence[int], narrow: Sequence[int]) -> None:
+    """Where two levels of the wide decoder differ and those of the narrow one do not: the shortcut between them."""
+    for i, block in enumerate(decoder.up_blocks[1:], start=1):
+        level = len(wide) - 1 - i
+        first = block.resnets[0]
+        if wide[level] != wide[level + 1] and first.conv_shortcut is None:
+            first.use_in_shortcut, first.conv_shortcut = True, nn.Conv2d(narrow[level + 1], narrow[level], 1)

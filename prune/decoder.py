@@ -1,0 +1,232 @@
+"""Structured pruning of a VAE decoder (SnapFusion, section 3.2): which channels stay, and the narrow decoder of them.
+
+torch-pruning finds the channels that go together: those of a residual stream with everything that writes into it or
+reads from it, those between the two convolutions of a ResNet, those inside the attention. Each such group is named by
+one of its convolutions. Within a group every GroupNorm keeps as many channels of each of its groups as of any other,
+so that what is normalised together stays together.
+
+Axes: B batch, C channels of a group, H and W latent size.
+"""
+
+import copy
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+
+import torch
+import torch_pruning as tp
+from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from torch import Tensor, nn
+
+from models.vae import NarrowAutoencoderKL
+
+Channels = dict[str, list[int]]
+
+
+def narrow_widths(vae: AutoencoderKL, width: float | Sequence[float]) -> tuple[int, ...]:
+    """The decoder's channels per level, in the order of `block_out_channels`, for the share `width` that stays of each.
+
+    Raises ValueError for shares that the norm groups do not take, and where levels that are one residual stream get
+    different widths.
+    """
+    wide, groups = tuple(vae.config.block_out_channels), vae.config.norm_num_groups
+    shares = list(width) if isinstance(width, Sequence) else [width] * len(wide)
+    if len(shares) != len(wide):
+        raise ValueError(
+            f"decoder.width={shares} has {len(shares)} values; this decoder has {len(wide)} levels: {wide}"
+        )
+    for level, (share, channels) in enumerate(zip(shares, wide, strict=True)):
+        legal = [count / (channels // groups) for count in range(1, channels // groups + 1)]
+        if not any(math.isclose(share, value, abs_tol=1e-4) for value in legal):
+            told = ", ".join(f"{value:.4g}" for value in legal)
+            raise ValueError(
+                f"decoder.width={share} is impossible at level {level}: its {channels} channels are normalised in "
+                f"{groups} groups, which can keep {told}"
+            )
+    narrow = tuple(round(share * channels) for share, channels in zip(shares, wide, strict=True))
+    for level in range(len(wide) - 1):
+        if wide[level] == wide[level + 1] and narrow[level] != narrow[level + 1]:
+            raise ValueError(
+                f"decoder.width={shares}: levels {level} and {level + 1} are one residual stream of {wide[level]} "
+                "channels and keep the same share"
+            )
+    return narrow
+
+
+def choose_channels(
+    vae: AutoencoderKL, widths: Sequence[int], choice: str, latents_BCHW: Tensor | None = None, seed: int = 0
+) -> Channels:
+    """{group: the channels that stay, ascending} for a decoder of these widths.
+
+    choice: 'magnitude' (torch-pruning's group L2 norm of all weights that go with a channel), 'taylor' (how much the
+    image changes to first order without the channel, by gradients of random projections of it), 'energy' (the mean
+    square of what is written to the channel), 'random', or 'first'. 'taylor' and 'energy' look at `latents_BCHW`, as
+    the pipeline samples them.
+    """
+    if choice not in CHOICES:
+        raise ValueError(f"decoder.choice={choice!r} is unknown; choose from {CHOICES}")
+    decoder, graph = traced(vae)
+    groups = {name_of(decoder, group): group for group in all_groups(graph, decoder)}
+    if choice in ("taylor", "energy"):
+        values = activation_values(vae, decoder, groups, choice, latents_BCHW, seed)
+    elif choice == "magnitude":
+        score = tp.importance.GroupMagnitudeImportance(p=2)
+        values = {name: score(group) for name, group in groups.items()}
+    elif choice == "random":
+        draw = torch.Generator().manual_seed(seed)
+        values = {name: torch.rand(len(group[0].idxs), generator=draw) for name, group in groups.items()}
+    else:
+        values = {name: -torch.arange(float(len(group[0].idxs))) for name, group in groups.items()}
+    return {
+        name: best(values[name], widths[level_of(name, len(widths))], num_parts(group))
+        for name, group in groups.items()
+    }
+
+
+CHOICES = ("magnitude", "taylor", "energy", "random", "first")
+
+
+def best(values_C: Tensor, keep: int, parts: int) -> list[int]:
+    """The `keep` highest values' places, equally many in each of `parts` neighbouring ranges of the same size."""
+    size = len(values_C) // parts
+    ranked = values_C.reshape(parts, size).argsort(dim=1, descending=True, stable=True)[:, : keep // parts]
+    return sorted((ranked + size * torch.arange(parts)[:, None]).flatten().tolist())
+
+
+def narrowed(vae: AutoencoderKL, channels: Channels, widths: Sequence[int]) -> NarrowAutoencoderKL:
+    """The VAE with these channels of its decoder; everything else is a copy, bit for bit.
+
+    Attention logits become sums over fewer channels with a larger 1/√width: queries are scaled so that the narrow
+    decoder is the wide one with the other channels masked.
+    """
+    decoder, graph = traced(vae)
+    modules = dict(decoder.named_modules())
+    for name, kept in channels.items():
+        root = modules[name]
+        if gone := sorted(set(range(out_channels(root))) - set(kept)):
+            graph.get_pruning_group(root, graph.get_pruner_of_module(root).prune_out_channels, gone).prune()
+    with torch.no_grad():
+        for attention in mid_attentions(decoder):
+            inner = attention.to_q.out_features
+            for parameter in attention.to_q.parameters():
+                parameter *= math.sqrt(inner / attention.inner_dim)
+    config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
+    narrow = NarrowAutoencoderKL.from_config({**config, "decoder_block_out_channels": list(widths)})
+    others = {key: value for key, value in vae.state_dict().items() if not key.startswith("decoder.")}
+    own = {f"decoder.{key}": value for key, value in decoder.state_dict().items()}
+    narrow.load_state_dict({**others, **own}, strict=True)
+    return narrow.to(vae.device).eval() if vae.dtype == torch.float32 else narrow.to(vae.device, vae.dtype).eval()
+
+
+# ---- torch-pruning's view of the decoder ----
+
+
+def traced(vae: AutoencoderKL) -> tuple[nn.Module, tp.DependencyGraph]:
+    """A float32 copy of the decoder on the CPU and its dependency graph, in which attention is plain arithmetic."""
+    decoder = copy.deepcopy(vae.decoder).to("cpu", torch.float32).requires_grad_().eval()
+    with torch.enable_grad(), processor(decoder, AttnProcessor()):
+        graph = tp.DependencyGraph().build_dependency(decoder, torch.randn(1, vae.config.latent_channels, 8, 8))
+    return decoder, graph
+
+
+def all_groups(graph: tp.DependencyGraph, decoder: nn.Module) -> Iterator[tp.Group]:
+    """Every set of channels that go together, but the image's own."""
+    yield from graph.get_all_groups(ignored_layers=[decoder.conv_out], root_module_types=[nn.Conv2d, nn.Linear])
+
+
+def name_of(decoder: nn.Module, group: tp.Group) -> str:
+    names = {module: name for name, module in decoder.named_modules()}
+    return names[group[0].dep.target.module]
+
+
+def level_of(name: str, levels: int) -> int:
+    """The level of a module, counted from the image as in `block_out_channels`; the middle has the innermost."""
+    return levels - 1 - (int(name.split(".")[1]) if name.startswith("up_blocks.") else 0)
+
+
+def writers(group: tp.Group) -> list[nn.Module]:
+    """The convolutions and linear layers that write a group's channels."""
+    layers = [item.dep.target.module for item in group if item.dep.handler in OUT_CHANNELS]
+    return list(dict.fromkeys(layer for layer in layers if isinstance(layer, (nn.Conv2d, nn.Linear))))
+
+
+OUT_CHANNELS = (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
+
+
+def num_parts(group: tp.Group) -> int:
+    """How many ranges must stay equally large: the groups of the GroupNorms that see these channels."""
+    norms = [item.dep.target.module for item in group if isinstance(item.dep.target.module, nn.GroupNorm)]
+    return norms[0].num_groups if norms else 1
+
+
+def out_channels(layer: nn.Module) -> int:
+    return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
+
+
+def mid_attentions(decoder: nn.Module) -> list[nn.Module]:
+    return [attention for attention in decoder.mid_block.attentions if attention is not None]
+
+
+@contextmanager
+def processor(decoder: nn.Module, kind) -> Iterator[None]:
+    """The attention computed in another way while the block runs."""
+    for attention in mid_attentions(decoder):
+        attention.set_processor(kind)
+    try:
+        yield
+    finally:
+        for attention in mid_attentions(decoder):
+            attention.set_processor(AttnProcessor2_0())
+
+
+# ---- values from activations ----
+
+
+def activation_values(
+    vae: AutoencoderKL, decoder: nn.Module, groups: Mapping[str, tp.Group], kind: str, latents_BCHW: Tensor, seed: int
+) -> dict[str, Tensor]:
+    """'energy' or 'taylor' of every channel, summed over latents.
+
+    Removing channel c from everything that writes it changes the image by J_c to first order; v·J_c, for a random v of
+    unit variance, is the sum of activation times gradient of v·image, and its mean square over v is ‖J_c‖².
+    """
+    values = {name: torch.zeros(len(group[0].idxs)) for name, group in groups.items()}
+    layers = {layer: name for name, group in groups.items() for layer in writers(group)}
+    seen: dict[nn.Module, Tensor] = {}
+
+    def keep(layer: nn.Module, inputs, output: Tensor) -> None:
+        output.retain_grad()
+        seen[layer] = output
+
+    handles = [layer.register_forward_hook(keep) for layer in layers]
+    draw = torch.Generator().manual_seed(seed)
+    for z_CHW in latents_BCHW.cpu().float():
+        with torch.enable_grad():
+            image = decoder(decoder_input(vae, z_CHW[None]).cpu())
+            if kind == "taylor":
+                image.backward(torch.randn(image.shape, generator=draw))
+        change = {name: torch.zeros_like(value) for name, value in values.items()}
+        for layer, name in layers.items():
+            a = channels_first(layer, seen[layer].detach())
+            if kind == "energy":
+                values[name] += a.square().mean(1)
+            else:
+                change[name] += (a * channels_first(layer, seen[layer].grad)).sum(1)
+        for name in values:
+            values[name] += change[name].square()
+        seen.clear()
+    for handle in handles:
+        handle.remove()
+    return values
+
+
+def channels_first(layer: nn.Module, x: Tensor) -> Tensor:
+    """[C, everything else] of what one sample makes a layer write."""
+    return x[0].flatten(1) if isinstance(layer, nn.Conv2d) else x[0].T
+
+
+def decoder_input(vae: AutoencoderKL, latents_BCHW: Tensor) -> Tensor:
+    """What the decoder sees of latents as the pipeline samples them."""
+    z = latents_BCHW.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
+    return vae.post_quant_conv(z).float() if vae.post_quant_conv is not None else z.float()
