@@ -9,18 +9,21 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from logging import CRITICAL
 from pathlib import Path
+from types import ModuleType
 
 import diffusers
 import huggingface_hub
 import torch
 import transformers
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 import models.unet
+import models.vae
 from data.files import whole_folder, write_json
 from models.stock import stock_config, to_stock
 from models.unet import PrunableUNet2DConditionModel
+from models.vae import NarrowAutoencoderKL
 
 LOADABLE_UNETS = (UNet2DConditionModel.__name__, PrunableUNet2DConditionModel.__name__)
 
@@ -29,7 +32,7 @@ LOADABLE_UNETS = (UNet2DConditionModel.__name__, PrunableUNet2DConditionModel.__
 class ExportVerdict:
     """What kind of folder an export is.
 
-    is_stock: its UNet is diffusers' own class. obstacles: why not, by site. load: the Python that loads it.
+    is_stock: UNet and VAE are diffusers' own classes. obstacles: why not, by site. load: the Python that loads it.
     """
 
     is_stock: bool
@@ -56,11 +59,12 @@ def load_pipeline(
         check_pipeline(name_or_path, where)
         try:
             unet = load_unet(name_or_path, **options)
-            # Without a UNet first: diffusers would look for the class file of an export of ours, and ask for trust.
-            rest = DiffusionPipeline.from_pretrained(name_or_path, unet=None, **options)
+            own = {"unet": unet, **load_narrow_vae(name_or_path, where, **options)}
+            # Without these first: diffusers would look for the class files of an export of ours, and ask for trust.
+            rest = DiffusionPipeline.from_pretrained(name_or_path, **dict.fromkeys(own), **options)
         except Exception as error:  # tokenizers raises nothing more special for a damaged file
             raise ValueError(f"model {str(name_or_path)!r} is incomplete or damaged: {one_line(error)}") from error
-        pipeline = with_unet(rest, unet)
+        pipeline = with_unet(rest, **own)
     for module in networks(pipeline):
         module.eval()
         own_memory(module)
@@ -71,35 +75,48 @@ def load_pipeline(
 def export_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> ExportVerdict:
     """Write a diffusers folder, aside and then renamed; an old one in its place is replaced.
 
-    Where the UNet's architecture is one that diffusers' own class can express, the folder holds that class and loads
-    everywhere. Otherwise the UNet's class file travels in it, under a name that is a hash of its content (diffusers
-    keys imported files by name alone). verdict.json holds what is returned. ValueError where the folder holds anything
-    but a pipeline.
+    Where the architectures are ones that diffusers' own classes can express, the folder holds those and loads
+    everywhere. Otherwise the class file of the UNet or VAE travels in it, under a name that is a hash of its content
+    (diffusers keys imported files by name alone). verdict.json holds what is returned. ValueError where the folder
+    holds anything but a pipeline.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
         raise ValueError(f"export folder {str(folder)!r} holds something else than a pipeline; name a new one")
-    verdict = stock_config(pipeline.unet)
-    is_stock = verdict.config is not None
-    flag = "" if is_stock else ", trust_remote_code=True"
-    export = ExportVerdict(is_stock, verdict.obstacles, f'DiffusionPipeline.from_pretrained("{folder}"{flag})')
+    verdict, vae = stock_config(pipeline.unet), stock_vae(pipeline.vae)
+    unet = pipeline.unet if verdict.config is None else to_stock(pipeline.unet)
+    travelling = {"unet": models.unet} if verdict.config is None else {}
+    obstacles = verdict.obstacles
+    if isinstance(vae, NarrowAutoencoderKL):
+        travelling["vae"] = models.vae
+        obstacles += (f"vae.decoder: its widths {vae.decoder_widths} are not its encoder's",)
+    flag = ", trust_remote_code=True" if travelling else ""
+    export = ExportVerdict(not travelling, obstacles, f'DiffusionPipeline.from_pretrained("{folder}"{flag})')
     with whole_folder(folder) as aside, quiet():
-        with_unet(pipeline, to_stock(pipeline.unet) if is_stock else pipeline.unet).save_pretrained(aside)
-        if not is_stock:
-            add_class_file(aside)
+        with_unet(pipeline, unet, vae=vae).save_pretrained(aside)
+        for part, module in travelling.items():
+            add_class_file(aside, part, module)
         write_json(aside / "verdict.json", asdict(export))
         make_readable(aside)
     return export
 
 
-def add_class_file(folder: Path) -> None:
-    """Make a saved pipeline carry the prunable UNet's class, so that diffusers loads it without this project."""
-    source = Path(models.unet.__file__)
-    module = f"slimstep_unet_{hashlib.sha256(source.read_bytes()).hexdigest()[:10]}"
-    shutil.copyfile(source, folder / "unet" / f"{module}.py")
-    index = folder / "model_index.json"
-    fields = json.loads(index.read_text()) | {"unet": [module, PrunableUNet2DConditionModel.__name__]}
-    index.write_text(json.dumps(fields, indent=2) + "\n")
+def add_class_file(folder: Path, part: str, module: ModuleType) -> None:
+    """Make a saved pipeline carry the class of its `part`, so that diffusers loads it without this project."""
+    source, index = Path(module.__file__), folder / "model_index.json"
+    name = f"slimstep_{part}_{hashlib.sha256(source.read_bytes()).hexdigest()[:10]}"
+    shutil.copyfile(source, folder / part / f"{name}.py")
+    fields = json.loads(index.read_text())
+    index.write_text(json.dumps({**fields, part: [name, fields[part][1]]}, indent=2) + "\n")
+
+
+def stock_vae(vae: nn.Module) -> nn.Module:
+    """Diffusers' own class where the decoder has the encoder's widths; any other VAE as it is."""
+    if not isinstance(vae, NarrowAutoencoderKL) or vae.is_narrow:
+        return vae
+    stock = AutoencoderKL.from_config({k: v for k, v in vae.config.items() if k != "decoder_block_out_channels"})
+    stock.load_state_dict(vae.state_dict())
+    return stock.to(vae.device, vae.dtype).eval()
 
 
 def check_pipeline(name_or_path: str | Path, where: dict) -> None:
@@ -134,6 +151,18 @@ def load_unet(name_or_path: str | Path, **options) -> PrunableUNet2DConditionMod
     if missing := sorted(info["missing_keys"]):
         raise ValueError(f"{misfit}: {len(missing)} that it asks for are absent ({', '.join(missing[:3])} …)")
     return unet
+
+
+def load_narrow_vae(name_or_path: str | Path, where: dict, **options) -> dict[str, NarrowAutoencoderKL]:
+    """{"vae": …} where a pipeline's decoder is a narrow one; nothing where the VAE is diffusers' own."""
+    of_pipeline = {"subfolder": "vae", "local_files_only": where["local_files_only"]}
+    fields = AutoencoderKL.load_config(name_or_path, **of_pipeline)
+    if fields.get("_class_name") != NarrowAutoencoderKL.__name__:
+        return {}
+    vae, info = NarrowAutoencoderKL.from_pretrained(name_or_path, subfolder="vae", output_loading_info=True, **options)
+    if missing := sorted(info["missing_keys"]):
+        raise ValueError(f"vae/config.json does not belong to the weights: {missing[0]} … are absent")
+    return {"vae": vae}
 
 
 def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel, **parts) -> DiffusionPipeline:

@@ -17,6 +17,8 @@ class NarrowAutoencoderKL(AutoencoderKL):
 
     All other arguments are AutoencoderKL's. Module paths are the stock ones. Where the wide decoder has a 1×1 shortcut
     between two levels the narrow one has it, too, also if its own widths happen to agree there.
+
+    decoder_widths: the decoder's channels per level. is_narrow: whether they are not the encoder's.
     """
 
     @register_to_config
@@ -24,7 +26,8 @@ class NarrowAutoencoderKL(AutoencoderKL):
         super().__init__(**kwargs)
         wide = tuple(self.config.block_out_channels)
         narrow = tuple(decoder_block_out_channels or wide)
-        if narrow != wide:
+        self.decoder_widths, self.is_narrow = narrow, narrow != wide
+        if self.is_narrow:
             self.decoder = Decoder(
                 in_channels=self.config.latent_channels,
                 out_channels=self.config.out_channels,

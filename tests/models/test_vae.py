@@ -1,0 +1,94 @@
+"""The narrow autoencoder in other hands: stock diffusers loads it without this project, in every pipeline and mode."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+
+from models.pipeline import export_pipeline, load_pipeline, with_unet
+from models.unet import PrunableUNet2DConditionModel
+from models.vae import NarrowAutoencoderKL
+from prune.decoder import choose_channels, narrow_widths, narrowed
+from tests.models.conftest import paint
+
+ONE_ATTENTION = {"down_blocks.0.attentions.1": 0}
+
+ELSEWHERE = """
+import sys, torch
+import numpy as np
+from PIL import Image
+from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
+sys.modules['models'] = None  # as good as not installed
+pipe = DiffusionPipeline.from_pretrained('export', trust_remote_code=True)
+pipe.set_progress_bar_config(disable=True)
+options = dict(num_inference_steps=2, output_type='np')
+draw = lambda: torch.Generator().manual_seed(0)
+images = pipe('a b', height=16, width=16, generator=draw(), **options).images
+photo, mask = Image.radial_gradient('L').resize((16, 16)).convert('RGB'), Image.new('L', (16, 16), 255)
+AutoPipelineForImage2Image.from_pipe(pipe)('a b', image=photo, strength=0.8, generator=draw(), **options)
+AutoPipelineForInpainting.from_pipe(pipe)('a b', image=photo, mask_image=mask, height=16, width=16, **options)
+z = torch.randn(2, 4, 16, 16, generator=draw())
+with torch.no_grad():
+    plain = pipe.vae.decode(z)[0]
+    pipe.vae.enable_slicing()
+    assert torch.equal(pipe.vae.decode(z)[0], torch.cat([pipe.vae.decode(row[None])[0] for row in z]))
+    pipe.vae.disable_slicing()
+    pipe.vae.enable_tiling()
+    assert pipe.vae.decode(z)[0].shape == plain.shape
+    pipe.vae.disable_tiling()
+    for dtype, most in ((torch.float16, 0.02), (torch.bfloat16, 0.2)):
+        pipe.vae.to(dtype)
+        assert (pipe.vae.decode(z.to(dtype))[0].float() - plain).abs().max() < most, dtype
+torch.save(images, 'images.pt', pickle_protocol=4)
+"""
+
+
+def with_narrow_decoder(pipeline, depths=None, width=0.5):
+    widths = narrow_widths(pipeline.vae, width)
+    vae = narrowed(pipeline.vae, choose_channels(pipeline.vae, widths, "magnitude"), widths)
+    return with_unet(pipeline, PrunableUNet2DConditionModel.from_unet(pipeline.unet, depths or {}), vae=vae)
+
+
+@pytest.mark.parametrize("depths", [None, ONE_ATTENTION], ids=["stock UNet", "pruned UNet"])
+def test_an_export_works_where_this_project_is_unknown(pipeline, tmp_path, depths):
+    student = with_narrow_decoder(pipeline, depths)
+    verdict = export_pipeline(student, tmp_path / "export")
+    assert not verdict.is_stock and verdict.load.endswith(", trust_remote_code=True)")
+    assert verdict.obstacles[-1] == "vae.decoder: its widths (4, 4) are not its encoder's"
+    index = json.loads((tmp_path / "export" / "model_index.json").read_text())
+    assert index["vae"][1] == "NarrowAutoencoderKL"
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr.decode()
+    images = torch.from_numpy(torch.load(tmp_path / "images.pt", weights_only=False)).permute(0, 3, 1, 2)
+    torch.testing.assert_close(images, paint(student), rtol=0, atol=1e-5)
+
+
+def test_save_load_save_load(pipeline, tmp_path):
+    student = with_narrow_decoder(pipeline, ONE_ATTENTION)
+    images = paint(student)
+    for name in ("one", "two", "two"):
+        export_pipeline(student, tmp_path / name)
+        student = load_pipeline(tmp_path / name)
+        assert isinstance(student.vae, NarrowAutoencoderKL) and not student.vae.training
+        assert torch.equal(paint(student), images)
+
+
+def test_a_decoder_of_full_width_leaves_as_a_plain_autoencoder(pipeline, tmp_path):
+    verdict = export_pipeline(with_narrow_decoder(pipeline, width=1.0), tmp_path / "export")
+    assert verdict.is_stock and verdict.obstacles == ()
+    assert type(DiffusionPipeline.from_pretrained(tmp_path / "export").vae) is AutoencoderKL
+
+
+def test_a_narrow_decoder_without_its_weights_is_named(pipeline, tmp_path):
+    export_pipeline(with_narrow_decoder(pipeline), tmp_path)
+    config = tmp_path / "vae" / "config.json"
+    fields = json.loads(config.read_text())
+    config.write_text(json.dumps({**fields, "decoder_block_out_channels": [8, 8]}))
+    with pytest.raises(ValueError, match="is incomplete or damaged: .*decoder"):
+        load_pipeline(tmp_path)
