@@ -71,7 +71,7 @@ def cache_pairs(
     ranges = _cut(range(len(pairs)), shard_size)
     shards = {folder / f"shard-{k:05d}.safetensors": indices for k, indices in enumerate(ranges)}
     empty = folder / "empty.safetensors"
-    with _alone(folder / f".lock-{rank}"):
+    with alone(folder / f".lock-{rank}"):
         missing = {path: shards[path] for path in list(shards)[rank::world] if not is_intact(path, verify)}
         no_empty = rank == 0 and not is_intact(empty, verify)
         if missing or no_empty:
@@ -83,7 +83,7 @@ def cache_pairs(
                 maker.write_shards(missing, workers, show=rank == 0)
     _wait(accelerator)
     if rank == 0:
-        with _alone(folder / ".lock-0"):
+        with alone(folder / ".lock-0"):
             write_index(folder, made_from, list(shards))
     _wait(accelerator)
     cached = CachedPairs(folder)
@@ -158,24 +158,26 @@ class _Tolerant(Dataset):
 
 
 def _made_from(pairs, pipeline, dtype: str, shard_size: int) -> dict[str, str | int]:
-    more = {}
-    if len(text_encoders(pipeline)) > 1:
-        more = {
-            "text_encoder_2": module_hash(pipeline.text_encoder_2),
-            "tokenizer_2": tokenizer_hash(pipeline.tokenizer_2),
-            "told_size": pipeline.unet.config.sample_size,
-        }
+    told = {"told_size": pipeline.unet.config.sample_size} if len(text_encoders(pipeline)) > 1 else {}
     return {
-        **more,
+        **told,
         "format": FORMAT,
         "pairs": pairs.fingerprint,
         "num_pairs": len(pairs),
         "vae": module_hash(pipeline.vae),
-        "text_encoder": module_hash(pipeline.text_encoder),
-        "tokenizer": tokenizer_hash(pipeline.tokenizer),
+        **text_hashes(pipeline),
         "dtype": dtype,
         "shard_size": shard_size,
     }
+
+
+def text_hashes(pipeline) -> dict[str, str]:
+    """What text states depend on beside the captions."""
+    hashes = {}
+    for number in ("", "_2") if len(text_encoders(pipeline)) > 1 else ("",):
+        hashes[f"text_encoder{number}"] = module_hash(getattr(pipeline, f"text_encoder{number}"))
+        hashes[f"tokenizer{number}"] = tokenizer_hash(getattr(pipeline, f"tokenizer{number}"))
+    return hashes
 
 
 def _agree(folder: Path, world: int) -> None:
@@ -189,7 +191,7 @@ def _agree(folder: Path, world: int) -> None:
 
 
 @contextmanager
-def _alone(lock: Path) -> Iterator[None]:
+def alone(lock: Path) -> Iterator[None]:
     """A second job over the same data waits here, and then finds the shards made; a killed one leaves no lock."""
     with lock.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)

@@ -5,7 +5,6 @@ import logging
 from functools import cached_property, partial
 
 import diffusers
-import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -204,9 +203,7 @@ class DistillBench(Bench):
 
     def at_work(self, name: str, compiled: bool = False) -> PrunableUNet2DConditionModel:
         """A network that teaches: on the device, as mixed precision runs it, cast once and not at every evaluation."""
-        unet = self.networks[name]
-        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        dtype = dtypes.get(self.run.accelerator.mixed_precision, torch.float32)
+        unet, dtype = self.networks[name], self.compute_dtype
         if (unet.device, unet.dtype) != (self.device, dtype) or compiled:
             unet = copy.deepcopy(unet).to(self.device, dtype)
         if compiled:

@@ -16,7 +16,11 @@ SAMPLERS = ("DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler")
 
 @dataclass
 class TrainConfig:
-    """One call of the training loop. `batch_size` is per process and micro-step; `compile` is torch.compile."""
+    """One call of the training loop.
+
+    `batch_size` is per process and micro-step; `compile` is torch.compile; `channels_last` is the memory format of
+    convolutions that GPUs, and some CPUs, are faster with.
+    """
 
     steps: int = 1000
     batch_size: int = 32
@@ -34,6 +38,7 @@ class TrainConfig:
     workers: int = 0
     gradient_checkpointing: bool = False
     compile: bool = False
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
@@ -175,6 +180,50 @@ class EvalConfig(SamplingConfig):
         at_least("eval", self, 1, "pictures")
 
 
+@dataclass
+class DecoderConfig:
+    """A narrow VAE decoder.
+
+    `width` is the share of channels that stays: a number, or one per level in the order of the VAE's
+    `block_out_channels`. They are chosen by `choice`: magnitude, taylor, energy, random or first, where taylor and
+    energy look at `samples` latents. It is timed on `latent_sizes` (null: the model's own and twice that) and
+    `batches`.
+    """
+
+    width: Any = 0.5
+    choice: str = "magnitude"
+    samples: int = 32
+    latent_sizes: list[int] | None = None
+    batches: list[int] = field(default_factory=lambda: [1, 4])
+
+    def __post_init__(self) -> None:
+        at_least("decoder", self, 1, "samples")
+        for name in ("latent_sizes", "batches"):
+            if (values := getattr(self, name)) is not None and not (values and all(value >= 1 for value in values)):
+                raise ValueError(f"decoder.{name}={values} must be a list of numbers from 1 up")
+
+
+@dataclass
+class LatentsConfig(SamplingConfig):
+    """What a decoder is trained on: `count` latents, sampled from `prompts` captions of the training images (or of
+    `prompt_file`), each from several noises. Of `rounds` trainings, round r sees r/rounds of them; a share
+    `real_share` is encoded images instead."""
+
+    prompts: int = 1024
+    count: int = 4096
+    prompt_file: str | None = None
+    real_share: float = 0.0
+    rounds: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("latents", self, 1, "count", "rounds")
+        if not 0 <= self.real_share <= 1:
+            raise ValueError(f"latents.real_share={self.real_share} must lie between 0 and 1")
+        if self.rounds > self.count:
+            raise ValueError(f"latents.rounds={self.rounds} is more than latents.count={self.count}")
+
+
 def at_least(section: str, config: Any, least: int, *names: str) -> None:
     for name in names:
         if not least <= getattr(config, name) < math.inf:
@@ -298,6 +347,8 @@ class Config:
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     scorer: Any = None
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
     curves: CurvesConfig = field(default_factory=CurvesConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)

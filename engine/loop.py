@@ -142,6 +142,8 @@ def train(
         raise ValueError(f"the data set of stage {stage!r} is empty; look at data=...")
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
+    if config.channels_last:
+        model.to(memory_format=torch.channels_last)
     folder.mkdir(parents=True, exist_ok=True)
     with NotedSignals() as signals:
         model = _run_steps(model.train(), objective, dataset, config, run, stage, signals)
@@ -151,6 +153,8 @@ def train(
         run.accelerator.wait_for_everyone()
     if config.gradient_checkpointing:
         model.disable_gradient_checkpointing()
+    if config.channels_last:
+        model.to(memory_format=torch.contiguous_format)
     return model.eval()
 
 

@@ -68,6 +68,12 @@ class Bench:
         return self.pipeline.unet
 
     @property
+    def compute_dtype(self) -> torch.dtype:
+        """What mixed precision computes in."""
+        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+        return dtypes.get(self.run.accelerator.mixed_precision, torch.float32)
+
+    @property
     def latency(self) -> LatencyConfig:
         config = OmegaConf.to_object(self.config.latency)
         return replace(config, text_length=config.text_length or self.text_length)

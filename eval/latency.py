@@ -50,7 +50,14 @@ def forward_call(unet: PrunableUNet2DConditionModel, config: LatencyConfig) -> C
 def interleaved_ms(
     calls: Mapping[str, Callable[[], None]], config: LatencyConfig, device: torch.device, desc: str = "timing"
 ) -> dict[str, float]:
-    """The median time of each call: CUDA events on a GPU, the calling thread's CPU time elsewhere."""
+    """The median time of each call."""
+    return {name: statistics.median(times) for name, times in interleaved_times(calls, config, device, desc).items()}
+
+
+def interleaved_times(
+    calls: Mapping[str, Callable[[], None]], config: LatencyConfig, device: torch.device, desc: str = "timing"
+) -> dict[str, list[float]]:
+    """All milliseconds of each call: CUDA events on a GPU, the calling thread's CPU time elsewhere."""
     clock = cuda_ms if device.type == "cuda" else thread_ms
     times: dict[str, list[float]] = {name: [] for name in calls}
     warmup, iterations = affordable(sum(warm_up_ms(call) for call in calls.values()), config)
@@ -60,7 +67,7 @@ def interleaved_ms(
     for i in progress(range(iterations), desc=desc, leave=False):
         for name in list(calls) if i % 2 == 0 else reversed(calls):  # A B B A
             times[name].append(clock(calls[name]))
-    return {name: statistics.median(values) for name, values in times.items()}
+    return times
 
 
 def warm_up_ms(call: Callable[[], None]) -> float:

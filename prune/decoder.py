@@ -19,6 +19,7 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
+from models.decoding import ImageDecoder
 from models.vae import NarrowAutoencoderKL
 
 Channels = dict[str, list[int]]
@@ -200,10 +201,10 @@ def activation_values(
         seen[layer] = output
 
     handles = [layer.register_forward_hook(keep) for layer in layers]
-    draw = torch.Generator().manual_seed(seed)
+    draw, image_decoder = torch.Generator().manual_seed(seed), ImageDecoder(vae)
     for z_CHW in latents_BCHW.cpu().float():
         with torch.enable_grad():
-            image = decoder(decoder_input(vae, z_CHW[None]).cpu())
+            image = decoder(image_decoder.inputs(z_CHW[None].to(vae.device)).cpu().float())
             if kind == "taylor":
                 image.backward(torch.randn(image.shape, generator=draw))
         change = {name: torch.zeros_like(value) for name, value in values.items()}
@@ -224,9 +225,3 @@ def activation_values(
 def channels_first(layer: nn.Module, x: Tensor) -> Tensor:
     """[C, everything else] of what one sample makes a layer write."""
     return x[0].flatten(1) if isinstance(layer, nn.Conv2d) else x[0].T
-
-
-def decoder_input(vae: AutoencoderKL, latents_BCHW: Tensor) -> Tensor:
-    """What the decoder sees of latents as the pipeline samples them."""
-    z = latents_BCHW.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0.0)
-    return vae.post_quant_conv(z).float() if vae.post_quant_conv is not None else z.float()

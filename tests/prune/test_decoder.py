@@ -7,12 +7,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
+from models.decoding import ImageDecoder
 from models.vae import NarrowAutoencoderKL
 from prune.decoder import (
     CHOICES,
     all_groups,
     choose_channels,
-    decoder_input,
     name_of,
     narrow_widths,
     narrowed,
@@ -85,7 +85,7 @@ def test_the_sliced_decoder_is_the_wide_one_with_the_other_channels_masked(name,
     channels = choose_channels(vae, widths, choice, z)
     narrow = narrowed(vae, channels, widths)
     with torch.no_grad():
-        inputs = decoder_input(vae, z)
+        inputs = ImageDecoder(vae).inputs(z)
         assert torch.allclose(narrow.decoder(inputs), masked(vae, channels)(inputs), atol=1e-5)
         assert not torch.allclose(narrow.decoder(inputs), vae.decoder(inputs), atol=1e-2)
 
@@ -104,7 +104,7 @@ def test_levels_may_have_their_own_share(shares, tmp_path):
     channels = choose_channels(vae, widths, "energy", z)
     narrow = narrowed(vae, channels, widths)
     with torch.no_grad():
-        inputs = decoder_input(vae, z)
+        inputs = ImageDecoder(vae).inputs(z)
         assert torch.allclose(narrow.decoder(inputs), masked(vae, channels)(inputs), atol=1e-5)
     narrow.save_pretrained(tmp_path)
     again = NarrowAutoencoderKL.from_pretrained(tmp_path, disable_mmap=True)

@@ -1,0 +1,89 @@
+"""Comparing VAE decoders: how near one's images are to another's, and how long each takes.
+
+Axes: B images, H and W height and width in pixels.
+"""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from itertools import product
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+from torchmetrics.functional.image import structural_similarity_index_measure
+
+from engine.config import LatencyConfig
+from eval.clip import ClipScorer, psnr
+from eval.latency import interleaved_times, one_thread
+from models.decoding import ImageDecoder
+from models.pipeline import quiet
+
+NEARNESS = ("psnr", "ssim", "features")
+
+
+def nearness(images_B3HW: Tensor, wanted_B3HW: Tensor, scorer: ClipScorer) -> Tensor:
+    """[B, 3] of uint8 images: PSNR in dB, SSIM (Wang et al. 2004), cosine of the scorer's image features."""
+    images, wanted = (x.float() / 255 for x in (images_B3HW, wanted_B3HW))
+    ssim_B = structural_similarity_index_measure(images, wanted, data_range=1.0, reduction="none")
+    cosine_B = (scorer.image(images_B3HW) * scorer.image(wanted_B3HW)).sum(1)
+    return torch.stack([psnr(images_B3HW, wanted_B3HW).cpu(), ssim_B.cpu(), cosine_B.cpu()], dim=1)
+
+
+def decoder_gflops(vae: AutoencoderKL, latent_size: int) -> float:
+    """10⁹ floating point operations of decoding one image from latents of this height and width."""
+    with quiet(), torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        on_meta = type(vae).from_config(dict(vae.config))
+        ImageDecoder(on_meta)(torch.empty(1, vae.config.latent_channels, latent_size, latent_size))
+    return counter.get_total_flops() / 1e9
+
+
+def compare_decoders(
+    vaes: Mapping[str, AutoencoderKL],
+    sizes: Sequence[int],
+    batches: Sequence[int],
+    config: LatencyConfig,
+    device: torch.device,
+) -> list[dict[str, Any]]:
+    """Per mode, latent size and batch: each decoder's median ms, and the ratio of the first's to the last's.
+
+    Calls are interleaved; the ratio is the median over pairs of calls, with its quartiles. `of_flops` is the share of
+    the ratio of floating point operations that has become time. Eager; with `config.compile` compiled as well.
+    """
+    wide, narrow = list(vaes)[0], list(vaes)[-1]
+    flops = {size: {name: decoder_gflops(vae, size) for name, vae in vaes.items()} for size in sizes}
+    rows = []
+    for mode, size, batch in product(("eager", "compiled") if config.compile else ("eager",), sizes, batches):
+        z = torch.randn(batch, next(iter(vaes.values())).config.latent_channels, size, size)
+        calls = {name: decode_call(vae, z, config, device, mode) for name, vae in vaes.items()}
+        with one_thread(device):
+            times = interleaved_times(calls, config, device, f"timing decoders, {mode}, {size}×{size}, batch {batch}")
+        ratios = [a / b for a, b in zip(times[wide], times[narrow], strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4)
+        flop_ratio = flops[size][wide] / flops[size][narrow]
+        rows.append({
+            "mode": mode, "latent_size": size, "batch": batch,
+            "ms": {name: statistics.median(values) for name, values in times.items()},
+            "gflops": flops[size], "ratio": middle, "low": low, "high": high, "n": len(ratios),
+            "flop_ratio": flop_ratio, "of_flops": middle / flop_ratio,
+        })  # fmt: skip
+    return rows
+
+
+def decode_call(vae: AutoencoderKL, latents: Tensor, config: LatencyConfig, device: torch.device, mode: str):
+    """A call of the decoder as it will run: on the device, in the dtype, without gradients."""
+    with quiet():
+        copied = type(vae).from_config(dict(vae.config))
+        copied.load_state_dict(vae.state_dict())
+        copied = copied.to(device, getattr(torch, config.dtype)).eval()
+    decoder, z = ImageDecoder(copied), latents.to(device)
+    if mode == "compiled":
+        torch.compiler.reset()
+        decoder = torch.compile(decoder, fullgraph=True)
+
+    def call() -> None:
+        with torch.inference_mode():
+            decoder(z)
+
+    return call

@@ -1,0 +1,59 @@
+"""Latents that a pipeline samples from prompts, made once and cached: what a decoder is going to meet.
+
+Axes: B batch, C channels, H and W latent size.
+"""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from data.cache import alone, text_hashes
+from data.encoding import module_hash
+from data.progress import progress
+from data.prompts import PromptSet
+from data.shards import CachedPairs, cache_key, is_intact, shard_tensors, write_index, write_shard
+from eval.sampling import Sampler
+
+FORMAT = 1
+
+
+def sampled_latents(
+    sampler: Sampler, unet: nn.Module, prompts: PromptSet, count: int, batch_size: int, folder: Path, accelerator
+) -> CachedPairs:
+    """`count` or a few more items {"latents": [C, H, W]}; latent i is prompt i mod P, from its own noise.
+
+    Shard k holds batch k, sampled by process k mod n: the same bits for any number of processes. What lies intact under
+    `folder`/<key> is not made again, and a larger count adds to it. Raises ValueError for latents that are not finite.
+    """
+    made_from = {
+        "format": FORMAT,
+        "unet": module_hash(unet),
+        **text_hashes(sampler.pipeline),
+        "scheduler": cache_key(dict(sampler.scheduler.config)),
+        **{name: str(value) for name, value in sampler.protocol.items()},
+        "prompts": prompts.hash,
+        "batch_size": batch_size,
+    }
+    folder = Path(folder) / f"latents-{cache_key(made_from)}"
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = [folder / f"shard-{k:05d}.safetensors" for k in range(-(-count // batch_size))]
+    rank, world = accelerator.process_index, accelerator.num_processes
+    with alone(folder / f".lock-{rank}"):
+        missing = [k for k in range(rank, len(shards), world) if not is_intact(shards[k], verify=True)]
+        for k in progress(missing, desc="sampling latents", unit="batch", disable=rank > 0 or not missing):
+            indices = list(range(k * batch_size, (k + 1) * batch_size))
+            texts = sampler.encode(prompts.prompts).rows([i % len(prompts) for i in indices])
+            noise_BCHW = torch.stack([sampler.noise(i) for i in indices])
+            latents_BCHW = sampler.latents(unet, texts, noise_BCHW, generators=sampler.generators(indices)).float()
+            if not latents_BCHW.isfinite().all():
+                raise ValueError(f"latents {indices[0]} to {indices[-1]} are not finite; sample in float32 or bfloat16")
+            record = {"samples": len(indices), "truncated": 0, "broken": []}
+            captions = [""] * len(indices)
+            write_shard(shards[k], shard_tensors({"latents": latents_BCHW.cpu()}, {}, indices, captions), record)
+    accelerator.wait_for_everyone()
+    if rank == 0:
+        with alone(folder / ".lock-0"):
+            write_index(folder, made_from, shards)
+    accelerator.wait_for_everyone()
+    return CachedPairs(folder)

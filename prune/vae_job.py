@@ -1,0 +1,46 @@
+"""The decoder job (SnapFusion, section 3.2): channels of the VAE decoder go, and the rest learns its images again."""
+
+from collections.abc import Iterator
+
+from engine.config import Config
+from engine.run import Run
+from eval.plan import Stage, export, image_rows, print_plan
+from models.cost import count_parameters
+from prune.vae_bench import HELDOUT, VaeBench
+
+
+def prune_vae(config: Config, run: Run) -> int:
+    """Runs or continues the job, or tells what it would do; returns exit code 0."""
+    bench = VaeBench(config, run)
+    bench.check()
+    if config.plan:
+        return print_plan(bench, list(decoder_stages(bench)), [])
+    sliced = bench.sliced()
+    judged = [bench.judge("wide", bench.wide), bench.judge("sliced", sliced)]
+    narrow = bench.distil(sliced)
+    judged.append(bench.judge("narrow", narrow))
+    bench.export(narrow)
+    bench.measure(narrow)
+    bench.evaluate(judged)
+    bench.report()
+    return 0
+
+
+def decoder_stages(bench: VaeBench) -> Iterator[Stage]:
+    """The products in the order in which they are made; decoders are not counted among UNet forwards."""
+    latents, judged, train = bench.latents, bench.config.eval, bench.config.train
+    size = 4 * count_parameters(bench.wide.decoder)
+    samples = train.steps * train.batch_size * train.accumulation * bench.run.accelerator.num_processes
+    yield Stage("channels.json", f"widths {bench.widths}, by {bench.decoder.choice}")
+    held = judged.prompts * image_rows(judged.steps, judged.guidance_scale)
+    yield Stage(HELDOUT, f"{judged.prompts} held-out latents of {judged.steps} steps", held)
+    before = 0
+    for r in range(latents.rounds):
+        count = -(-bench.count * (r + 1) // latents.rounds)
+        rows = (count - before) * image_rows(latents.steps, latents.guidance_scale)
+        work = f"{train.steps} steps, {samples} samples; {count} sampled latents, if they are not in the cache"
+        yield Stage(f"round-{r:02d}/weights.safetensors", work, rows, size)
+        before = count
+    yield export("export", bench)
+    yield Stage("vae_ms.json", "both decoders, interleaved")
+    yield Stage("report.html", "")
