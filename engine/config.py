@@ -198,6 +198,9 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         at_least("decoder", self, 1, "samples")
+        shares = self.width if OmegaConf.is_list(self.width) or isinstance(self.width, list) else [self.width]
+        if not shares or not all(isinstance(share, (int, float)) and 0 < share <= 1 for share in shares):
+            raise ValueError(f"decoder.width={self.width} must be a share above 0 and at most 1, or a list of them")
         for name in ("latent_sizes", "batches"):
             if (values := getattr(self, name)) is not None and not (values and all(value >= 1 for value in values)):
                 raise ValueError(f"decoder.{name}={values} must be a list of numbers from 1 up")

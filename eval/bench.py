@@ -130,8 +130,12 @@ class Bench:
         given = {"schedule": NoiseSchedule.from_scheduler(self.pipeline.scheduler, self.device), **given}
         if "empty_text_LE" not in given:
             given["empty_text_LE"] = self.pairs.empty_text.to(self.device)
+        return self.made_objective(config, **{"teacher": self.teacher, **given})
+
+    @staticmethod
+    def made_objective(config, **given) -> Objective:
         try:
-            return instantiate(config, _partial_=True, _convert_="all")(**{"teacher": self.teacher, **given})
+            return instantiate(config, _partial_=True, _convert_="all")(**given)
         except (TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
             raise ValueError(f"objective {config['_target_']}: {type(error).__name__}: {error}") from error
 

@@ -1,6 +1,7 @@
-"""The UNet configurations of SD-1.5, SD-2.1 and SDXL, for whatever needs their shape and not their weights."""
+"""Configurations of well-known UNets and autoencoders, for whatever needs their shape and not their weights."""
 
 import torch
+from diffusers import AutoencoderKL
 
 from data.seeding import seed_of
 from models.unet import PrunableUNet2DConditionModel
@@ -39,6 +40,30 @@ SDXL = {
 }
 CONFIGS = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL}
 
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "norm_num_groups": 32,
+    "latent_channels": 4,
+    "sample_size": 512,
+    "scaling_factor": 0.18215,
+}
+VAE_CONFIGS = {
+    "sd15": VAE,
+    "sdxl": {**VAE, "sample_size": 1024, "scaling_factor": 0.13025, "force_upcast": True},
+    "flux": {
+        **VAE,
+        "latent_channels": 16,
+        "sample_size": 1024,
+        "scaling_factor": 0.3611,
+        "shift_factor": 0.1159,
+        "use_quant_conv": False,
+        "use_post_quant_conv": False,
+    },
+}
+
 
 def random_unet(name: str, seed: int = 0) -> PrunableUNet2DConditionModel:
     """A UNet of a known configuration with random weights, enough to time it; ValueError for an unknown name."""
@@ -46,3 +71,11 @@ def random_unet(name: str, seed: int = 0) -> PrunableUNet2DConditionModel:
         raise ValueError(f"no UNet configuration is called {name!r}; choose from {list(CONFIGS)}")
     torch.manual_seed(seed_of("random unet", seed))
     return PrunableUNet2DConditionModel(**CONFIGS[name]).eval()
+
+
+def random_vae(name: str, seed: int = 0) -> AutoencoderKL:
+    """An autoencoder of a known configuration with random weights; ValueError for an unknown name."""
+    if name not in VAE_CONFIGS:
+        raise ValueError(f"no autoencoder configuration is called {name!r}; choose from {list(VAE_CONFIGS)}")
+    torch.manual_seed(seed_of("random vae", seed))
+    return AutoencoderKL(**VAE_CONFIGS[name]).eval()

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file
@@ -181,11 +180,7 @@ class VaeBench(Bench):
             wide.to(memory_format=torch.channels_last)
         if self.config.train.compile:
             wide.compile(dynamic=False)
-        try:
-            return instantiate(config, wide=wide, **given)
-        except Exception as error:
-            cause = error.__cause__ or error
-            raise ValueError(f"objective {config['_target_']}: {cause}") from error
+        return self.made_objective(config, wide=wide, **given)
 
     # ---- what it is worth ----
 

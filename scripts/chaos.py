@@ -36,7 +36,8 @@ SMALL = [
     "scoring.prompts=4", "scoring.steps=2", "scoring.batch_size=8", "eval.prompts=4", "eval.steps=2", "eval.pictures=2",
 ]  # fmt: skip
 TABLE = ["latency.iterations=3", "latency.additive_samples=1"]
-OF_THE_HOUR = ("config.yaml", "tracker.json", "unet_ms.json", "report.html", "report", "wandb", "tensorboard")
+OF_THE_HOUR = ("config.yaml", "tracker.json", "unet_ms.json", "vae_ms.json", "report.html", "report", "wandb",
+               "tensorboard")  # fmt: skip
 
 
 class Campaign:

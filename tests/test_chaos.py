@@ -16,10 +16,17 @@ DISTILLING = [
     "data.pairs.size=64", "train.steps=16", "train.batch_size=4", "train.checkpoint_every=5", "train.accumulation=2",
     "train.workers=1", "eval.prompts=4", "eval.pictures=2", "objective.guided_share=0", "objective.cached_draws=2",
 ]  # fmt: skip
+DECODER = [
+    "+experiment=prune_vae", "data.pairs.size=64", "train.steps=16", "train.batch_size=4", "train.checkpoint_every=5",
+    "train.accumulation=2", "latents.count=16", "latents.prompts=8", "latents.batch_size=4", "latents.rounds=2",
+    "latents.real_share=0.5", "eval.prompts=4", "eval.pictures=2", "decoder.batches=[1]", "latency.iterations=2",
+]  # fmt: skip
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("small", "processes", "kills"), [(SMALL, 1, 12), (SMALL, 2, 8), (DISTILLING, 2, 8)])
+@pytest.mark.parametrize(
+    ("small", "processes", "kills"), [(SMALL, 1, 12), (SMALL, 2, 8), (DISTILLING, 2, 8), (DECODER, 2, 6)]
+)
 def test_killed_runs_leave_what_a_quiet_run_leaves(tmp_path, tiny_model, small, processes, kills):
     job = [sys.executable, str(ROOT / "scripts/chaos.py"), f"--folder={tmp_path}", f"--kills={kills}", "--seed=1",
            f"--processes={processes}", "--signal=both", "--", *small, *tiny_model]  # fmt: skip

@@ -8,6 +8,7 @@ from diffusers import AutoencoderKL
 from torch import nn
 
 from models.decoding import ImageDecoder
+from models.reference import VAE_CONFIGS
 from models.vae import NarrowAutoencoderKL
 from prune.decoder import (
     CHOICES,
@@ -20,23 +21,13 @@ from prune.decoder import (
     writers,
 )
 
-SD = {"block_out_channels": (128, 256, 512, 512), "norm_num_groups": 32, "layers_per_block": 2}
-LEVELS = {
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4, "sample_size": 512,
-}  # fmt: skip
-NO_QUANT = {"use_quant_conv": False, "use_post_quant_conv": False}
-KNOWN = {
-    "sd15": {**SD, **LEVELS, "latent_channels": 4, "scaling_factor": 0.18215},
-    "sdxl": {**SD, **LEVELS, "latent_channels": 4, "scaling_factor": 0.13025, "force_upcast": True},
-    "flux": {**SD, **LEVELS, **NO_QUANT, "latent_channels": 16, "scaling_factor": 0.3611, "shift_factor": 0.1159},
-}
 SMALL = {"block_out_channels": (8, 16, 32, 32), "norm_num_groups": 4, "layers_per_block": 1}
 
 
 def vae_like(name: str, **changes) -> AutoencoderKL:
     """A published autoencoder's configuration at small widths, with random weights; norms that are not the identity."""
     torch.manual_seed(0)
-    vae = AutoencoderKL(**{**KNOWN[name], **SMALL, **changes}).eval().requires_grad_(False)
+    vae = AutoencoderKL(**{**VAE_CONFIGS[name], **SMALL, **changes}).eval().requires_grad_(False)
     for module in vae.modules():
         if isinstance(module, nn.GroupNorm):
             module.weight.copy_(1 + 0.2 * torch.randn_like(module.weight))
@@ -77,7 +68,7 @@ def masked(vae: AutoencoderKL, channels) -> nn.Module:
 
 
 @pytest.mark.parametrize("choice", CHOICES)
-@pytest.mark.parametrize("name", KNOWN)
+@pytest.mark.parametrize("name", VAE_CONFIGS)
 def test_the_sliced_decoder_is_the_wide_one_with_the_other_channels_masked(name, choice):
     vae = vae_like(name)
     z = torch.randn(2, vae.config.latent_channels, 6, 6)
@@ -160,7 +151,7 @@ def test_the_encoder_and_what_is_around_the_decoder_stay_bit_for_bit():
 def test_half_of_stable_diffusions_decoder_has_a_quarter_of_its_parameters():
     """12,387,459 of 49,490,179, counted on the meta device; FLOPs 3.94 times fewer."""
     with torch.device("meta"):
-        config = KNOWN["sd15"]
+        config = VAE_CONFIGS["sd15"]
         wide = AutoencoderKL(**config)
         narrow = NarrowAutoencoderKL(**config, decoder_block_out_channels=narrow_widths(wide, 0.5))
     counts = [sum(p.numel() for p in vae.decoder.parameters()) for vae in (wide, narrow)]

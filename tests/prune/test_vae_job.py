@@ -1,0 +1,236 @@
+"""The decoder job from a pipeline to a narrow decoder in an export, on a random model."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from torchvision.models import VGG16_Weights, vgg16
+
+from data.latents import LatentMix
+from data.prompts import PromptSet
+from distill.decoder import DecoderDistillation
+from engine.loop import WEIGHTS
+from eval.latents import sampled_latents
+from eval.sampling import Sampler
+from models.pipeline import export_pipeline, load_pipeline, with_unet
+from models.vae import NarrowAutoencoderKL
+from tests.test_processes import launch
+from tests.tiny import tiny_pipeline
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "+experiment=prune_vae", "data.resolution=16", "data.pairs.size=16", "train.steps=6", "train.batch_size=4",
+    "latents.count=8", "latents.prompts=4", "latents.steps=1", "latents.batch_size=4", "eval.prompts=4", "eval.steps=2",
+    "eval.pictures=2", "decoder.batches=[1]", "decoder.samples=4", "latency.iterations=2", "latency.warmup=1",
+]  # fmt: skip
+
+
+def run(*overrides):
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *map(str, overrides)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model):
+    root = tmp_path_factory.mktemp("runs")
+    done = run(*tiny_model, f"root={root}", "train.steps=60", "train.learning_rate=3e-3")
+    assert done.returncode == 0, done.stderr
+    return root / "prune_vae", done
+
+
+def test_the_run_holds_what_it_promises(finished):
+    path, done = finished
+    for name in ("channels.json", f"round-00/{WEIGHTS}", "evaluation.json", "vae_ms.json", "report.html",
+                 "export/verdict.json", "report/crops-real.png", "report/crops-sampled.png"):  # fmt: skip
+        assert (path / name).is_file(), name
+    assert "| narrow" in done.stdout and "FLOP ratio" in done.stdout
+    evaluation = json.loads((path / "evaluation.json").read_text())
+    wide, sliced, narrow = evaluation["decoders"]
+    assert evaluation["widths"] == {"wide": [8, 8], "narrow": [4, 4]}
+    assert narrow["parameters"] == sliced["parameters"] < 0.35 * wide["parameters"]
+    assert wide["versus_wide"] is None and narrow["versus_wide"]["n"] == 4
+
+
+def test_training_brings_the_narrow_decoder_nearer(finished):
+    _, sliced, narrow = json.loads((finished[0] / "evaluation.json").read_text())["decoders"]
+    before, after = (decoder["nearness"]["sampled_to_wide"]["psnr"]["mean"] for decoder in (sliced, narrow))
+    assert after > before + 1, (before, after)
+
+
+def test_the_export_is_the_teacher_around_the_trained_decoder(finished, tiny_pipeline_folder):
+    path, _ = finished
+    export, teacher = load_pipeline(path / "export"), load_pipeline(tiny_pipeline_folder)
+    assert isinstance(export.vae, NarrowAutoencoderKL)
+    own, stock = export.vae.state_dict(), teacher.vae.state_dict()
+    for key, value in stock.items():
+        if not key.startswith("decoder."):
+            assert torch.equal(own[key], value), key
+    for key, value in teacher.unet.state_dict().items():
+        assert torch.equal(export.unet.state_dict()[key], value), key
+    loaded = DiffusionPipeline.from_pretrained(path / "export", trust_remote_code=True)
+    assert loaded.vae.decoder.conv_in.out_channels == 4
+
+
+def test_a_finished_run_makes_nothing_anew_and_a_damaged_file_is_named(finished, tiny_model, tmp_path):
+    path, _ = finished
+    before = {file: file.stat().st_mtime_ns for file in path.rglob("*.json")}
+    job = [*tiny_model, f"root={path.parent}", "train.steps=60", "train.learning_rate=3e-3"]
+    again = run(*job)
+    assert again.returncode == 0 and "nothing was made anew" in again.stderr
+    assert {file: file.stat().st_mtime_ns for file in path.rglob("*.json")} == before
+
+
+def test_a_plan_tells_what_would_be_made_and_writes_nothing(tmp_path, tiny_model):
+    plan = run(*tiny_model, f"root={tmp_path}", "plan=true", "latents.rounds=2")
+    assert plan.returncode == 0, plan.stderr
+    assert "widths (4, 4), by magnitude" in plan.stdout and "8 sampled latents" in plan.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["latents.rounds=2", "latents.real_share=0.5", "decoder.choice=taylor", "objective.l1=0.5"],
+        ["latents.real_share=1", "decoder.choice=energy", "objective.gradient=0.3", "mixed_precision=bf16"],
+        ["train.channels_last=true", "train.gradient_checkpointing=true", "decoder.width=[0.5,0.5]"],
+    ],
+    ids=["rounds, mixed", "real, bf16", "channels_last"],
+)
+def test_other_ways_to_train_it(tmp_path, tiny_model, overrides):
+    done = run(*tiny_model, f"root={tmp_path}", *overrides)
+    assert done.returncode == 0, done.stderr
+    rounds = 2 if "latents.rounds=2" in overrides else 1
+    assert len(list((tmp_path / "prune_vae").glob(f"round-*/{WEIGHTS}"))) == rounds
+    metrics = [json.loads(line) for line in (tmp_path / "prune_vae/metrics.jsonl").read_text().splitlines()]
+    named = {name for name in ("l1", "gradient") if any(f"objective.{name}" in word for word in overrides)}
+    assert named | {"mse"} == metrics[-1].keys() & {"mse", "l1", "gradient", "lpips"}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        (["decoder.width=0.3"], "decoder.width=0.3 is impossible at level 0: its 8 channels .* can keep 0.5, 1"),
+        (["decoder.width=half"], "decoder.width=half must be a share"),
+        (["decoder.width=[0.5]"], r"decoder.width=\[0.5\] has 1 values; the decoder's levels are \(8, 8\)"),
+        (["decoder.choice=best"], "decoder.choice='best' is unknown; choose from"),
+        (["objective.mse=0"], "all of mse, l1, gradient and lpips are 0"),
+        (["objective.mse=-1"], "objective.mse=-1 must be at least 0"),
+        (["objective.lpips=1"], "objective.lpips needs VGG-16's weights: put https://.*vgg16"),
+        (["latents.real_share=2"], "latents.real_share=2.0 must lie between 0 and 1"),
+        (["latents.count=0"], "latents: count=0 must be at least 1"),
+        (["latents.prompts=99"], "99 prompts were asked for, the 16 pairs have"),
+        (["latents.prompt_file=/nowhere.txt"], "/nowhere.txt does not exist"),
+        (["decoder.batches=[0]"], r"decoder.batches=\[0\] must be a list of numbers from 1 up"),
+        (["model.name_or_path={narrow}"], "the model's VAE is NarrowAutoencoderKL"),
+    ],
+)
+def test_mistakes_end_in_a_line_before_anything_is_made(overrides, told, finished, leave, tiny_model, tmp_path):
+    overrides = [word.format(narrow=finished[0] / "export") if "{narrow}" in word else word for word in overrides]
+    code, stderr = leave(*SMALL, *tiny_model, *overrides)
+    lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert code == 1 and len(lines) == 1 and re.search(told, lines[0]), stderr
+    assert not list((tmp_path / "runs").glob("prune_vae/round-*"))
+
+
+# ---- the parts
+
+
+class Plain(torch.nn.Module):
+    """Latents are images; narrow ones come out darker."""
+
+    def __init__(self, scale: float = 1.0):
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.tensor(scale))
+
+    def forward(self, latents):
+        return self.scale * latents
+
+
+def test_the_losses_are_what_their_names_say():
+    x = torch.rand(2, 3, 8, 8) - 0.5
+    for weights, expected in (
+        ({"mse": 1}, (0.5 * x).square().mean()),
+        ({"mse": 0, "l1": 2}, 2 * (0.5 * x).abs().mean()),
+        ({"mse": 0, "gradient": 1}, 0.5 * (x.diff(dim=-1).abs().mean() + x.diff(dim=-2).abs().mean())),
+        ({"mse": 1, "l1": 1}, (0.5 * x).square().mean() + (0.5 * x).abs().mean()),
+    ):
+        loss, metrics = DecoderDistillation(Plain(), **weights)(Plain(0.5), {"latents": x}, None)
+        torch.testing.assert_close(loss, expected)
+        assert set(metrics) == {name for name, weight in weights.items() if weight}
+
+
+def test_lpips_is_learned_from_where_its_weights_are(tmp_path, monkeypatch):
+    """VGG-16's file with random weights in torch's cache; a picture is at distance zero of itself alone."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub/checkpoints" / Path(VGG16_Weights.IMAGENET1K_V1.url).name
+    file.parent.mkdir(parents=True)
+    torch.save(vgg16(weights=None).state_dict(), file)
+    objective, x = DecoderDistillation(Plain(), mse=0, lpips=1), torch.rand(1, 3, 64, 64) - 0.5
+    same, _ = objective(Plain(), {"latents": x}, None)
+    student = Plain(0.5)
+    other, _ = objective(student, {"latents": x}, None)
+    other.backward()
+    assert same == 0 and other > 1e-4 and student.scale.grad.abs() > 0
+
+
+def test_a_mix_has_the_share_it_is_asked_for_and_repeats_what_is_short():
+    sampled = [{"latents": torch.full((1,), float(i))} for i in range(4)]
+    real = [{"latents": torch.full((1,), 100.0 + i)} for i in range(2)]
+    mix = LatentMix(sampled, real, count=10, real_share=0.3)
+    assert [mix[i]["latents"].item() for i in range(10)] == [0, 1, 2, 3, 0, 1, 2, 100, 101, 100]
+    assert [LatentMix(None, real, 2, 1.0)[i]["latents"].item() for i in range(2)] == [100, 101]
+
+
+def test_a_latent_is_a_function_of_its_index_and_more_of_them_add_to_the_cache(tmp_path):
+    pipeline, prompts = tiny_pipeline("v_prediction"), PromptSet(("a", "b", "c"), "letters")
+    sampler, accelerator = Sampler(pipeline, 2, 2.0), Accelerator(cpu=True)
+
+    def ask(count, folder):
+        return sampled_latents(sampler, pipeline.unet, prompts, count, 4, tmp_path / folder, accelerator)
+
+    few = ask(6, "one")
+    files = {path: path.stat().st_mtime_ns for path in few.folder.glob("*.safetensors")}
+    more, anew = ask(12, "one"), ask(12, "two")
+    assert more.folder == few.folder and len(few) == 8 and len(more) == 12
+    assert {path: path.stat().st_mtime_ns for path in files} == files, "what was there was made again"
+    for i in range(12):
+        assert torch.equal(more[i]["latents"], anew[i]["latents"])
+    assert not torch.equal(more[0]["latents"], more[3]["latents"]), "the same prompt, another noise"
+
+
+def test_a_narrow_decoder_is_not_narrowed_again_but_pruned_and_distilled(finished, tiny_model, tmp_path):
+    """The export is a teacher like any other: its UNet goes through the other jobs' loading and exporting."""
+    pipeline = load_pipeline(finished[0] / "export")
+    pruned = pipeline.unet.with_depths({"mid_block.attentions.0": 0})
+    export_pipeline(with_unet(pipeline, pruned), tmp_path / "both")
+    both = load_pipeline(tmp_path / "both")
+    assert isinstance(both.vae, NarrowAutoencoderKL) and both.unet.depths == {"mid_block.attentions.0": 0}
+
+
+@pytest.mark.slow
+def test_two_processes_judge_and_sample_as_one_does(tmp_path, tiny_model):
+    job = [*SMALL, *tiny_model]
+    one = launch(1, tmp_path / "one", *job)
+    there = tmp_path / "two/prune_vae/round-00"
+    there.mkdir(parents=True)
+    shutil.copy(one / "round-00" / WEIGHTS, there)  # the same decoder to judge
+    two = launch(2, tmp_path / "two", *job)
+    products = [
+        "channels.json",
+        "heldout.safetensors",
+        *(f"judged/{name}.json" for name in ("wide", "sliced", "narrow")),
+    ]
+    for product in products:
+        assert (two / product).read_bytes() == (one / product).read_bytes(), product
+
+
+@pytest.mark.slow
+def test_two_processes_train_it(tmp_path, tiny_model):
+    assert (launch(2, tmp_path, *SMALL, *tiny_model) / "export/verdict.json").is_file()
