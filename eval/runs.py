@@ -97,7 +97,10 @@ class RunRecord:
 
 
 def read_run(path: str | Path) -> RunRecord:
-    """The record of a run, as far as it got. Raises FileNotFoundError where there is no run at all."""
+    """The record of a pruning run, as far as it got.
+
+    Raises FileNotFoundError where there is no run at all, ValueError for a run of another job.
+    """
     path = Path(path).resolve()
     if not path.is_dir():
         raise FileNotFoundError(f"there is no run in {path}; give the directory that train.py wrote")
@@ -107,6 +110,8 @@ def read_run(path: str | Path) -> RunRecord:
     evaluation = read_json(path / "evaluation.json")
     if not folders and evaluation is None:
         raise FileNotFoundError(f"{path} holds no round-00 and no evaluation.json; give one that train.py wrote")
+    if evaluation and "models" not in evaluation:
+        raise ValueError(f"{path} is no run of prune_unet: its report.html and evaluation.json stand for themselves")
     images = {p.name: tuple(sorted(p.glob("*.png"))) for p in sorted((path / "images").glob("*")) if p.is_dir()}
     config = path / "config.yaml"
     return RunRecord(

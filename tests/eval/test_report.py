@@ -125,14 +125,18 @@ def test_scores_of_another_metric_are_not_compared(finished, tmp_path):
     assert "longer was scored with other steps" in (tmp_path / "out" / "report.html").read_text()
 
 
-@pytest.mark.parametrize("case", ["missing", "empty", "unfinished"])
+@pytest.mark.parametrize("case", ["missing", "empty", "unfinished", "another job"])
 def test_a_run_that_cannot_be_compared_is_one_clear_line(tmp_path, case):
     folder = tmp_path / "prune_unet"
-    expected = {"missing": "there is no run in", "empty": "holds no round-00", "unfinished": "is not finished"}[case]
+    expected = {"missing": "there is no run in", "empty": "holds no round-00", "unfinished": "is not finished",
+                "another job": "is no run of prune_unet"}[case]  # fmt: skip
     if case == "empty":
         folder.mkdir()
     elif case == "unfinished":
         write_run(folder, finished=False)
+    elif case == "another job":
+        write_run(folder)
+        (folder / "evaluation.json").write_text('{"points": [1]}')
     call = subprocess.run([sys.executable, SCRIPT, folder, "--out", tmp_path / "out"], capture_output=True, text=True)
     assert call.returncode == 1 and not call.stdout
     assert expected in call.stderr and str(folder) in call.stderr and len(call.stderr.splitlines()) == 1
