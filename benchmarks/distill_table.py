@@ -3,12 +3,12 @@
     python benchmarks/distill_table.py --root runs/ladders --processes 2
 
 Every ladder is the distilling job on the shipped model, judged on 192 held-out prompts from the same noise. `own` takes
-its time and goes down to one step; its 2-step rung is taught by the 8-step one. The others train every rung equally long: SnapFusion's p (0, 0.1, 1), its weighting
-by SNR beside ours, students that are told their guidance scale, and latent consistency (one rung with as many training
-steps as the others' three together). `cut` is the teacher without the blocks that BK-SDM's rule takes, untrained since:
-with repair and without, taught directly and progressively. Ladders share what is the same in them: the teacher's
-judgement, the rungs of its own network, the repair. To --out go the table, pictures, and every student's judgement per
-prompt. Started again, it continues.
+its time and goes down to one step; its 2-step rung is taught by the 8-step one. The others train every rung equally
+long: SnapFusion's p (0, 0.1, 1), its weighting by SNR beside ours, students that are told their guidance scale, and
+latent consistency (one rung with as many training steps as the others' three together). `cut` is the teacher without
+the blocks that BK-SDM's rule takes, untrained since: with repair and without, taught directly and progressively.
+Ladders share what is the same in them: the teacher's judgement, the rungs of its own network, the repair. To --out go
+the table, pictures, and every student's judgement per prompt. Started again, it continues.
 """
 
 import argparse
@@ -55,7 +55,8 @@ CUT_DOWN = [*GUIDED, "ladder.student={root}/cut/export"]
 LADDERS = {
     "own": [
         "ladder.steps=[32,8,4,2,1]", "curves.steps=[1,2,4,8]", *STEPS, "objective.guided_share=1",
-        "ladder.rungs={{steps-8: {{train: {{steps: {long}, learning_rate: 3e-5}}}}, steps-4: {{train: {{steps: 100}}}}, "
+        "ladder.rungs={{steps-8: {{train: {{steps: {long}, learning_rate: 3e-5}}}}, "
+        "steps-4: {{train: {{steps: 100}}}}, "
         "steps-2: {{teacher: steps-8, teacher_steps: 8, train: {{steps: {long}, learning_rate: 2.5e-4}}}}, "
         "steps-1: {{train: {{steps: 100}}}}}}",
     ],
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("--root", type=Path, default=Path("runs/ladders"), help="where the runs go")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/distill-table"), help="where the results go")
     parser.add_argument("--steps", type=int, default=100, help="training steps of every rung")
-    parser.add_argument("--long-steps", type=int, default=800, help="training steps of the 8- and 2-step rungs of `own`")
+    parser.add_argument("--long-steps", type=int, default=800, help="of the 8- and 2-step rungs of `own`")
     parser.add_argument("--batch", type=int, default=16, help="samples of a training step, over all processes")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--processes", type=int, default=1, help="more than one starts torchrun")
