@@ -66,7 +66,7 @@ def cache_pairs(
     rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
     made_from = _made_from(pairs, pipeline, dtype, shard_size)
     folder = Path(folder) / cache_key(made_from)
-    _agree(folder, world)
+    agree(folder, world)
     folder.mkdir(parents=True, exist_ok=True)
     ranges = _cut(range(len(pairs)), shard_size)
     shards = {folder / f"shard-{k:05d}.safetensors": indices for k, indices in enumerate(ranges)}
@@ -180,7 +180,7 @@ def text_hashes(pipeline) -> dict[str, str]:
     return hashes
 
 
-def _agree(folder: Path, world: int) -> None:
+def agree(folder: Path, world: int) -> None:
     if world == 1:
         return
     from accelerate.utils import gather_object

@@ -7,19 +7,16 @@ from torch.utils.data import Dataset
 
 
 class LatentMix(Dataset):
-    """`count` items {"latents": [C, H, W]}: a share `real_share` is taken from `real`, the rest from `sampled`.
+    """`num_sampled` items {"latents": [C, H, W]} from `sampled`, then `num_real` from `real`, which is repeated where
+    it has fewer."""
 
-    Where a part has fewer than asked for it is repeated from its beginning.
-    """
-
-    def __init__(self, sampled: Sequence | None, real: Sequence | None, count: int, real_share: float):
-        self.sampled, self.real = sampled, real
-        self.num_real = round(count * real_share)
-        self.num_sampled = count - self.num_real
+    def __init__(self, sampled: Sequence, num_sampled: int, real: Sequence, num_real: int):
+        self.sampled, self.num_sampled, self.real, self.num_real = sampled, num_sampled, real, num_real
 
     def __len__(self) -> int:
         return self.num_sampled + self.num_real
 
     def __getitem__(self, i: int) -> dict[str, Tensor]:
-        part, place = (self.sampled, i) if i < self.num_sampled else (self.real, i - self.num_sampled)
-        return {"latents": part[place % len(part)]["latents"]}
+        if i < self.num_sampled:
+            return {"latents": self.sampled[i]["latents"]}
+        return {"latents": self.real[(i - self.num_sampled) % len(self.real)]["latents"]}

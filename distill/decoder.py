@@ -14,7 +14,7 @@ from engine.components import at_least_zero
 from engine.loop import Batch, Metrics
 
 
-class DecoderDistillation(nn.Module):
+class DecoderDistillation:
     """A weighted sum of distances between the narrow and the wide decoder's image of the same latents, in [−1, 1].
 
     `mse` alone is the paper's. `l1` is the mean absolute error, `gradient` that of the differences between neighbouring
@@ -23,16 +23,15 @@ class DecoderDistillation(nn.Module):
     """
 
     def __init__(self, wide: nn.Module, mse: float = 1.0, l1: float = 0.0, gradient: float = 0.0, lpips: float = 0.0):
-        super().__init__()
         self.weights = {"mse": mse, "l1": l1, "gradient": gradient, "lpips": lpips}
         at_least_zero("objective", **self.weights)
         if not any(self.weights.values()):
             raise ValueError("objective: all of mse, l1, gradient and lpips are 0; nothing would be learned")
         self.wide = wide
-        self.lpips = lpips_network() if lpips else None
+        self.lpips = lpips_network().to(next(wide.parameters()).device) if lpips else None
 
-    def forward(self, narrow: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
-        with torch.no_grad():
+    def __call__(self, narrow: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+        with torch.no_grad(), torch.autocast(batch["latents"].device.type, enabled=False):  # it has its own dtype
             wanted_B3HW = self.wide(batch["latents"]).float()
         image_B3HW = narrow(batch["latents"]).float()
         metrics = {
@@ -48,8 +47,7 @@ class DecoderDistillation(nn.Module):
         if name == "gradient":
             error = image_B3HW - wanted_B3HW
             return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-        network = self.lpips.to(image_B3HW.device)
-        return network(image_B3HW.clamp(-1, 1), wanted_B3HW.clamp(-1, 1)).mean()
+        return self.lpips(image_B3HW.clamp(-1, 1), wanted_B3HW.clamp(-1, 1)).mean()
 
 
 def lpips_network() -> nn.Module:

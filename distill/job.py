@@ -31,8 +31,7 @@ def distill_steps(config: Config, run: Run) -> int:
     new = not run.made(page.name)
     if run.accelerator.is_main_process:
         if new:
-            write_steps_report(run.path)
-            track(run)
+            write_steps_report(run.path, lambda: track(run))
         print(curves_table(evaluation))
         log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
     run.accelerator.wait_for_everyone()

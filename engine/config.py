@@ -152,9 +152,9 @@ class SamplingConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        at_least("scoring or eval", self, 2, "prompts")
-        at_least("scoring or eval", self, 1, "steps", "batch_size")
-        at_least("scoring or eval", self, 0, "guidance_scale")
+        at_least("scoring, eval or latents", self, 2, "prompts")
+        at_least("scoring, eval or latents", self, 1, "steps", "batch_size")
+        at_least("scoring, eval or latents", self, 0, "guidance_scale")
 
 
 @dataclass
@@ -186,12 +186,13 @@ class DecoderConfig:
 
     `width` is the share of channels that stays: a number, or one per level in the order of the VAE's
     `block_out_channels`. They are chosen by `choice`: magnitude, taylor, energy, random or first, where taylor and
-    energy look at `samples` latents. It is timed on `latent_sizes` (null: the model's own and twice that) and
-    `batches`.
+    energy look at `samples` latents. `norm_groups`: groups of its norms stay or go as wholes ('whole'), or all of them
+    are thinned alike ('thinned'). It is timed on `latent_sizes` (null: the model's own and twice that) and `batches`.
     """
 
     width: Any = 0.5
     choice: str = "magnitude"
+    norm_groups: str = "whole"
     samples: int = 32
     latent_sizes: list[int] | None = None
     batches: list[int] = field(default_factory=lambda: [1, 4])
@@ -209,8 +210,8 @@ class DecoderConfig:
 @dataclass
 class LatentsConfig(SamplingConfig):
     """What a decoder is trained on: `count` latents, sampled from `prompts` captions of the training images (or of
-    `prompt_file`), each from several noises. Of `rounds` trainings, round r sees r/rounds of them; a share
-    `real_share` is encoded images instead."""
+    `prompt_file`), each from several noises. Of `rounds` trainings, each of `train.steps` with its own
+    optimiser and schedule, round r sees r/rounds of them; a share `real_share` is encoded images instead."""
 
     prompts: int = 1024
     count: int = 4096

@@ -49,22 +49,27 @@ def compare_decoders(
     """Per mode, latent size and batch: each decoder's median ms, and the ratio of the first's to the last's.
 
     Calls are interleaved; the ratio is the median over pairs of calls, with its quartiles. `of_flops` is the share of
-    the ratio of floating point operations that has become time. Eager; with `config.compile` compiled as well.
+    the ratio of floating point operations that has become time. A case that does not fit says so. Eager; with
+    `config.compile` compiled as well.
     """
     wide, narrow = list(vaes)[0], list(vaes)[-1]
     flops = {size: {name: decoder_gflops(vae, size) for name, vae in vaes.items()} for size in sizes}
     rows = []
     for mode, size, batch in product(("eager", "compiled") if config.compile else ("eager",), sizes, batches):
+        case = {"mode": mode, "latent_size": size, "batch": batch}
         z = torch.randn(batch, next(iter(vaes.values())).config.latent_channels, size, size)
-        calls = {name: decode_call(vae, z, config, device, mode) for name, vae in vaes.items()}
-        with one_thread(device):
-            times = interleaved_times(calls, config, device, f"timing decoders, {mode}, {size}×{size}, batch {batch}")
+        try:
+            calls = {name: decode_call(vae, z, config, device, mode) for name, vae in vaes.items()}
+            with one_thread(device):
+                times = interleaved_times(calls, config, device, f"decoders, {mode}, {size}×{size}, batch {batch}")
+        except torch.OutOfMemoryError:
+            rows.append({**case, "skipped": "out of memory"})
+            continue
         ratios = [a / b for a, b in zip(times[wide], times[narrow], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
         flop_ratio = flops[size][wide] / flops[size][narrow]
         rows.append({
-            "mode": mode, "latent_size": size, "batch": batch,
-            "ms": {name: statistics.median(values) for name, values in times.items()},
+            **case, "ms": {name: statistics.median(values) for name, values in times.items()},
             "gflops": flops[size], "ratio": middle, "low": low, "high": high, "n": len(ratios),
             "flop_ratio": flop_ratio, "of_flops": middle / flop_ratio,
         })  # fmt: skip

@@ -3,12 +3,15 @@
 Axes: B batch, C channels, H and W latent size.
 """
 
+from collections.abc import Iterable, Iterator
+from itertools import count as count_up
+from itertools import takewhile
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from data.cache import alone, text_hashes
+from data.cache import agree, alone, text_hashes
 from data.encoding import module_hash
 from data.progress import progress
 from data.prompts import PromptSet
@@ -21,7 +24,7 @@ FORMAT = 1
 def sampled_latents(
     sampler: Sampler, unet: nn.Module, prompts: PromptSet, count: int, batch_size: int, folder: Path, accelerator
 ) -> CachedPairs:
-    """`count` or a few more items {"latents": [C, H, W]}; latent i is prompt i mod P, from its own noise.
+    """`count` or more items {"latents": [C, H, W]}; latent i is prompt i mod P, from its own noise.
 
     Shard k holds batch k, sampled by process k mod n: the same bits for any number of processes. What lies intact under
     `folder`/<key> is not made again, and a larger count adds to it. Raises ValueError for latents that are not finite.
@@ -30,15 +33,16 @@ def sampled_latents(
         "format": FORMAT,
         "unet": module_hash(unet),
         **text_hashes(sampler.pipeline),
-        "scheduler": cache_key(dict(sampler.scheduler.config)),
+        "scheduler": cache_key({k: v for k, v in sampler.scheduler.config.items() if not k.startswith("_")}),
         **{name: str(value) for name, value in sampler.protocol.items()},
         "prompts": prompts.hash,
         "batch_size": batch_size,
     }
     folder = Path(folder) / f"latents-{cache_key(made_from)}"
-    folder.mkdir(parents=True, exist_ok=True)
-    shards = [folder / f"shard-{k:05d}.safetensors" for k in range(-(-count // batch_size))]
     rank, world = accelerator.process_index, accelerator.num_processes
+    agree(folder, world)
+    folder.mkdir(parents=True, exist_ok=True)
+    shards = list(shard_paths(folder, range(-(-count // batch_size))))
     with alone(folder / f".lock-{rank}"):
         missing = [k for k in range(rank, len(shards), world) if not is_intact(shards[k], verify=True)]
         for k in progress(missing, desc="sampling latents", unit="batch", disable=rank > 0 or not missing):
@@ -47,13 +51,21 @@ def sampled_latents(
             noise_BCHW = torch.stack([sampler.noise(i) for i in indices])
             latents_BCHW = sampler.latents(unet, texts, noise_BCHW, generators=sampler.generators(indices)).float()
             if not latents_BCHW.isfinite().all():
-                raise ValueError(f"latents {indices[0]} to {indices[-1]} are not finite; sample in float32 or bfloat16")
+                raise ValueError(f"latents {indices[0]} to {indices[-1]} are not finite: the teacher overflows")
             record = {"samples": len(indices), "truncated": 0, "broken": []}
             captions = [""] * len(indices)
             write_shard(shards[k], shard_tensors({"latents": latents_BCHW.cpu()}, {}, indices, captions), record)
     accelerator.wait_for_everyone()
     if rank == 0:
-        with alone(folder / ".lock-0"):
-            write_index(folder, made_from, shards)
+        with alone(folder / ".lock-0"):  # there may be more, of another run
+            write_index(folder, made_from, list(takewhile(has_record, shard_paths(folder, count_up()))))
     accelerator.wait_for_everyone()
     return CachedPairs(folder)
+
+
+def shard_paths(folder: Path, numbers: Iterable[int]) -> Iterator[Path]:
+    return (folder / f"shard-{k:05d}.safetensors" for k in numbers)
+
+
+def has_record(shard: Path) -> bool:
+    return shard.with_suffix(".json").exists()

@@ -1,6 +1,6 @@
 """The report of a distillation: CLIP and distance against steps, CLIP against time, the images, all on one page."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,11 @@ Point = Mapping[str, Any]
 NAMES = {"teacher": "teacher, DDIM", "teacher-dpm": "teacher, DPM++ 2M", "teacher-v": "teacher, v"}
 
 
-def write_steps_report(folder: str | Path) -> Path:
-    """Makes `folder`/report.html and `folder`/report/*.png anew from evaluation.json and the pictures."""
+def write_steps_report(folder: str | Path, track: Callable[[], None] = lambda: None) -> Path:
+    """Makes `folder`/report.html and `folder`/report/*.png anew from evaluation.json and the pictures.
+
+    `track` is called when the pictures are there; the page, which says that all is done, comes last.
+    """
     folder = Path(folder)
     evaluation, points = read_json(folder / "evaluation.json"), timed_points(folder)
     figures = {
@@ -31,6 +34,7 @@ def write_steps_report(folder: str | Path) -> Path:
     with whole_folder(folder / "report") as aside:
         for name, figure in {**figures, **pictures}.items():
             save_png(figure, aside / f"{name}.png")
+    track()
     page = render(
         "steps.html.j2",
         name=folder.name,

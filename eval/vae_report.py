@@ -1,6 +1,6 @@
 """The report of a narrow decoder: how near its images are, crops with their errors, and the time it saves."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,15 @@ Evaluation = Mapping[str, Any]
 KINDS = {"sampled": "sampled latents", "real": "latents of real images"}
 CROP, AMPLIFIED, SHOWN = 128, 8, 4
 HEADER = ["decoder", "parameters", "CLIP ± se", "against the wide one", "sampled: PSNR", "SSIM", "features",
-          "real: PSNR", "SSIM", "features", "to the real image: PSNR", "SSIM"]  # fmt: skip
+          "real: PSNR", "SSIM", "features", "to the real image: PSNR", "SSIM", "features"]  # fmt: skip
 TIME_HEADER = ["mode", "latents", "batch", "wide, ms", "narrow, ms", "ratio", "quartiles", "FLOP ratio", "of it"]
 
 
-def write_vae_report(folder: str | Path) -> Path:
-    """Makes `folder`/report.html and `folder`/report/*.png anew from what the run has written."""
+def write_vae_report(folder: str | Path, track: Callable[[], None] = lambda: None) -> Path:
+    """Makes `folder`/report.html and `folder`/report/*.png anew from what the run has written.
+
+    `track` is called when the pictures are there; the page, which says that all is done, comes last.
+    """
     folder = Path(folder)
     evaluation, times = read_json(folder / "evaluation.json"), read_json(folder / "vae_ms.json")
     figures = {"nearness": nearness_figure(evaluation)}
@@ -31,6 +34,7 @@ def write_vae_report(folder: str | Path) -> Path:
     with whole_folder(folder / "report") as aside:
         for name, figure in figures.items():
             save_png(figure, aside / f"{name}.png")
+    track()
     page = render(
         "vae.html.j2",
         name=folder.name,
@@ -63,7 +67,7 @@ def quality_rows(evaluation: Evaluation) -> list[list[str]]:
         clip = decoder["clip"]
         rows.append([
             decoder["name"], count(decoder["parameters"]), f"{clip['mean']:.2f} ± {clip['se']:.2f}", versus,
-            *measures(near["sampled_to_wide"]), *measures(near["real_to_wide"]), *measures(near["real_to_image"])[:2],
+            *measures(near["sampled_to_wide"]), *measures(near["real_to_wide"]), *measures(near["real_to_image"]),
         ])  # fmt: skip
     return rows
 
@@ -77,7 +81,10 @@ def measures(near: Mapping[str, Any] | None) -> list[str]:
 
 
 def time_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+    """A line per measurement; one that did not fit says so."""
     return [
+        [row["mode"], f"{row['latent_size']}×{row['latent_size']}", str(row["batch"]), row["skipped"], *["–"] * 5]
+        if "skipped" in row else
         [row["mode"], f"{row['latent_size']}×{row['latent_size']}", str(row["batch"]), digits(row["ms"]["wide"]),
          digits(row["ms"]["narrow"]), f"{row['ratio']:.2f}", f"[{row['low']:.2f}, {row['high']:.2f}]",
          f"{row['flop_ratio']:.2f}", f"{row['of_flops']:.0%}"]

@@ -20,7 +20,7 @@ class ImageDecoder(nn.Module):
 
     def inputs(self, latents_BCHW: Tensor) -> Tensor:
         """What the decoder itself sees of them, in its dtype."""
-        z_BCHW = latents_BCHW.to(self.decoder.conv_in.weight.dtype) / self.scaling + self.shift
+        z_BCHW = (latents_BCHW / self.scaling + self.shift).to(self.decoder.conv_in.weight.dtype)
         return self.post_quant_conv(z_BCHW) if self.post_quant_conv is not None else z_BCHW
 
     def forward(self, latents_BCHW: Tensor) -> Tensor:

@@ -15,6 +15,8 @@ from torch import nn
 class NarrowAutoencoderKL(AutoencoderKL):
     """An AutoencoderKL whose decoder has the widths `decoder_block_out_channels`, in the order of `block_out_channels`.
 
+    decoder_norm_groups: 'whole' normalises as many channels together as the wide decoder does, in fewer groups;
+        'thinned' has `norm_num_groups` groups of fewer channels.
     All other arguments are AutoencoderKL's. Module paths are the stock ones. Where the wide decoder has a 1×1 shortcut
     between two levels the narrow one has it, too, also if its own widths happen to agree there.
 
@@ -22,23 +24,31 @@ class NarrowAutoencoderKL(AutoencoderKL):
     """
 
     @register_to_config
-    def __init__(self, decoder_block_out_channels: Sequence[int] | None = None, **kwargs):
+    def __init__(
+        self,
+        decoder_block_out_channels: Sequence[int] | None = None,
+        decoder_norm_groups: str = "whole",
+        **kwargs,
+    ):
         super().__init__(**kwargs)
         wide = tuple(self.config.block_out_channels)
         narrow = tuple(decoder_block_out_channels or wide)
         self.decoder_widths, self.is_narrow = narrow, narrow != wide
         if self.is_narrow:
+            stock, is_whole = self.decoder, decoder_norm_groups == "whole"
             self.decoder = Decoder(
                 in_channels=self.config.latent_channels,
                 out_channels=self.config.out_channels,
                 up_block_types=self.config.up_block_types,
                 block_out_channels=narrow,
                 layers_per_block=self.config.layers_per_block,
-                norm_num_groups=self.config.norm_num_groups,
+                norm_num_groups=1 if is_whole else self.config.norm_num_groups,
                 act_fn=self.config.act_fn,
                 mid_block_add_attention=self.config.mid_block_add_attention,
             )
             keep_shortcuts(self.decoder, wide, narrow)
+            if is_whole:
+                keep_group_sizes(self.decoder, stock)
         self.register_to_config(decoder_block_out_channels=list(narrow))
 
     @staticmethod
@@ -56,3 +66,11 @@ def keep_shortcuts(decoder: Decoder, wide: Sequence[int], narrow: Sequence[int])
         first = block.resnets[0]
         if wide[level] != wide[level + 1] and first.conv_shortcut is None:
             first.use_in_shortcut, first.conv_shortcut = True, nn.Conv2d(narrow[level + 1], narrow[level], 1)
+
+
+def keep_group_sizes(decoder: Decoder, stock: Decoder) -> None:
+    """Every GroupNorm with as many channels in a group as the wide decoder's has."""
+    for name, norm in decoder.named_modules():
+        if isinstance(norm, nn.GroupNorm):
+            wide = stock.get_submodule(name)
+            norm.num_groups = norm.num_channels * wide.num_groups // wide.num_channels

@@ -2,8 +2,9 @@
 
 torch-pruning finds the channels that go together: those of a residual stream with everything that writes into it or
 reads from it, those between the two convolutions of a ResNet, those inside the attention. Each such group is named by
-one of its convolutions. Within a group every GroupNorm keeps as many channels of each of its groups as of any other,
-so that what is normalised together stays together.
+one of its convolutions. What a GroupNorm normalises together stays together ('whole': its groups stay or go as
+wholes, and the statistics of those that stay do not change) or is thinned alike ('thinned': every one of its groups
+keeps the same share of its channels).
 
 Axes: B batch, C channels of a group, H and W latent size.
 """
@@ -25,7 +26,7 @@ from models.vae import NarrowAutoencoderKL
 Channels = dict[str, list[int]]
 
 
-def narrow_widths(vae: AutoencoderKL, width: float | Sequence[float]) -> tuple[int, ...]:
+def narrow_widths(vae: AutoencoderKL, width: float | Sequence[float], norm_groups: str = "whole") -> tuple[int, ...]:
     """The decoder's channels per level, in the order of `block_out_channels`, for the share `width` that stays of each.
 
     Raises ValueError for shares that the norm groups do not take, and where levels that are one residual stream get
@@ -38,12 +39,13 @@ def narrow_widths(vae: AutoencoderKL, width: float | Sequence[float]) -> tuple[i
             f"decoder.width={shares} has {len(shares)} values; this decoder has {len(wide)} levels: {wide}"
         )
     for level, (share, channels) in enumerate(zip(shares, wide, strict=True)):
-        legal = [count / (channels // groups) for count in range(1, channels // groups + 1)]
-        if not any(math.isclose(share, value, abs_tol=1e-4) for value in legal):
-            told = ", ".join(f"{value:.4g}" for value in legal)
+        parts = groups if norm_groups == "whole" else channels // groups
+        if not any(math.isclose(share, count / parts, abs_tol=1e-4) for count in range(1, parts + 1)):
+            told = ", ".join(f"{count / parts:.4g}" for count in range(1, parts + 1))
+            what = "which stay or go as wholes" if norm_groups == "whole" else "which are thinned alike"
             raise ValueError(
                 f"decoder.width={share} is impossible at level {level}: its {channels} channels are normalised in "
-                f"{groups} groups, which can keep {told}"
+                f"{groups} groups, {what}: {told}"
             )
     narrow = tuple(round(share * channels) for share, channels in zip(shares, wide, strict=True))
     for level in range(len(wide) - 1):
@@ -56,7 +58,12 @@ def narrow_widths(vae: AutoencoderKL, width: float | Sequence[float]) -> tuple[i
 
 
 def choose_channels(
-    vae: AutoencoderKL, widths: Sequence[int], choice: str, latents_BCHW: Tensor | None = None, seed: int = 0
+    vae: AutoencoderKL,
+    widths: Sequence[int],
+    choice: str,
+    latents_BCHW: Tensor | None = None,
+    seed: int = 0,
+    norm_groups: str = "whole",
 ) -> Channels:
     """{group: the channels that stay, ascending} for a decoder of these widths.
 
@@ -85,6 +92,7 @@ def choose_channels(
     }
 
 
+NORM_GROUPS = ("whole", "thinned")
 CHOICES = ("magnitude", "taylor", "energy", "random", "first")
 
 
@@ -95,7 +103,18 @@ def best(values_C: Tensor, keep: int, parts: int) -> list[int]:
     return sorted((ranked + size * torch.arange(parts)[:, None]).flatten().tolist())
 
 
-def narrowed(vae: AutoencoderKL, channels: Channels, widths: Sequence[int]) -> NarrowAutoencoderKL:
+def best_wholes(values_C: Tensor, keep: int, parts: int) -> list[int]:
+    """The places in the `parts` neighbouring ranges that have the highest sums, `keep` places in all."""
+    if parts == 1:  # nothing normalises them
+        return best(values_C, keep, 1)
+    size = len(values_C) // parts
+    ranges = values_C.reshape(parts, size).sum(1).argsort(descending=True, stable=True)[: keep // size]
+    return sorted((size * ranges[:, None] + torch.arange(size)).flatten().tolist())
+
+
+def narrowed(
+    vae: AutoencoderKL, channels: Channels, widths: Sequence[int], norm_groups: str = "whole"
+) -> NarrowAutoencoderKL:
     """The VAE with these channels of its decoder; everything else is a copy, bit for bit.
 
     Attention logits become sums over fewer channels with a larger 1/√width: queries are scaled so that the narrow
@@ -113,11 +132,13 @@ def narrowed(vae: AutoencoderKL, channels: Channels, widths: Sequence[int]) -> N
             for parameter in attention.to_q.parameters():
                 parameter *= math.sqrt(inner / attention.inner_dim)
     config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
-    narrow = NarrowAutoencoderKL.from_config({**config, "decoder_block_out_channels": list(widths)})
+    narrow = NarrowAutoencoderKL.from_config(
+        {**config, "decoder_block_out_channels": list(widths), "decoder_norm_groups": norm_groups}
+    )
     others = {key: value for key, value in vae.state_dict().items() if not key.startswith("decoder.")}
     own = {f"decoder.{key}": value for key, value in decoder.state_dict().items()}
     narrow.load_state_dict({**others, **own}, strict=True)
-    return narrow.to(vae.device).eval() if vae.dtype == torch.float32 else narrow.to(vae.device, vae.dtype).eval()
+    return narrow.to(device=vae.device, dtype=vae.dtype).eval()
 
 
 # ---- torch-pruning's view of the decoder ----
@@ -197,26 +218,27 @@ def activation_values(
     seen: dict[nn.Module, Tensor] = {}
 
     def keep(layer: nn.Module, inputs, output: Tensor) -> None:
-        output.retain_grad()
+        if kind == "taylor":
+            output.retain_grad()
         seen[layer] = output
 
     handles = [layer.register_forward_hook(keep) for layer in layers]
-    draw, image_decoder = torch.Generator().manual_seed(seed), ImageDecoder(vae)
-    for z_CHW in latents_BCHW.cpu().float():
-        with torch.enable_grad():
-            image = decoder(image_decoder.inputs(z_CHW[None].to(vae.device)).cpu().float())
+    draw, image_decoder, decoder = torch.Generator().manual_seed(seed), ImageDecoder(vae), decoder.to(vae.device)
+    with torch.set_grad_enabled(kind == "taylor"):
+        for z_CHW in latents_BCHW:
+            image = decoder(image_decoder.inputs(z_CHW[None].to(vae.device)).float())
             if kind == "taylor":
-                image.backward(torch.randn(image.shape, generator=draw))
-        change = {name: torch.zeros_like(value) for name, value in values.items()}
-        for layer, name in layers.items():
-            a = channels_first(layer, seen[layer].detach())
-            if kind == "energy":
-                values[name] += a.square().mean(1)
-            else:
-                change[name] += (a * channels_first(layer, seen[layer].grad)).sum(1)
-        for name in values:
-            values[name] += change[name].square()
-        seen.clear()
+                image.backward(torch.randn(image.shape, generator=draw).to(image.device))
+            change = {name: torch.zeros_like(value) for name, value in values.items()}
+            for layer, name in layers.items():
+                a = channels_first(layer, seen[layer].detach())
+                if kind == "energy":
+                    values[name] += a.square().mean(1).cpu()
+                else:
+                    change[name] += (a * channels_first(layer, seen[layer].grad)).sum(1).cpu()
+            for name in values:
+                values[name] += change[name].square()
+            seen.clear()
     for handle in handles:
         handle.remove()
     return values

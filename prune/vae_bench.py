@@ -6,6 +6,7 @@ Axes: P latents, C channels, H and W height and width.
 import copy
 import logging
 import shutil
+from collections.abc import Iterable
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,18 +21,20 @@ from torch.utils.data import Dataset
 
 from data.encoding import encode_images
 from data.files import write_tensors
+from data.images import BrokenImageError
 from data.latents import LatentMix
 from data.prompts import PromptSet, heldout_prompts, read_prompts
+from data.seeding import generator
 from engine.components import check, component
 from engine.config import DecoderConfig, LatentsConfig
 from engine.environment import environment
-from engine.loop import Objective, load_trained, train, trained
+from engine.loop import Objective
 from engine.parallel import map_batches
 from engine.run import damaged
 from eval.bench import Bench
 from eval.compare import mean_and_error, paired_difference
 from eval.decoders import NEARNESS, compare_decoders, nearness
-from eval.judge import write_pictures
+from eval.judge import clip_scores, write_pictures
 from eval.latents import sampled_latents
 from eval.sampling import Sampler
 from eval.vae_report import HEADER, quality_rows, vae_table, write_vae_report
@@ -39,7 +42,7 @@ from models.cost import count_parameters
 from models.decoding import ImageDecoder
 from models.pipeline import export_pipeline, with_unet
 from models.vae import NarrowAutoencoderKL
-from prune.decoder import CHOICES, choose_channels, narrow_widths, narrowed
+from prune.decoder import CHOICES, NORM_GROUPS, choose_channels, narrow_widths, narrowed
 
 log = logging.getLogger("slimstep")
 HELDOUT = "heldout.safetensors"
@@ -62,20 +65,31 @@ class VaeBench(Bench):
 
     @cached_property
     def widths(self) -> tuple[int, ...]:
-        return narrow_widths(self.wide, self.decoder.width)
+        return narrow_widths(self.wide, self.decoder.width, self.decoder.norm_groups)
 
     def check(self) -> None:
         """ValueError, before anything is made, for a decoder, widths, data or an objective that will not do."""
         if type(self.wide) is not AutoencoderKL:
             kind = type(self.wide).__name__
             raise ValueError(f"the model's VAE is {kind}; a decoder is narrowed from diffusers' own AutoencoderKL")
+        if self.decoder.norm_groups not in NORM_GROUPS:
+            raise ValueError(f"decoder.norm_groups={self.decoder.norm_groups!r} is unknown; choose from {NORM_GROUPS}")
         _ = self.widths
         if self.decoder.choice not in CHOICES:
             raise ValueError(f"decoder.choice={self.decoder.choice!r} is unknown; choose from {CHOICES}")
         check(self.config.objective, "objective")
         self.objective(self.config.objective)
+        if self.latency.iterations < 2:
+            raise ValueError("latency.iterations=1: a ratio is told with its quartiles, of 2 timings and more")
         self.check_inputs()
-        _ = self.training_prompts
+        if len(self.heldout_pairs) < 2:
+            raise ValueError(
+                f"the data hold {len(self.heldout_pairs)} held-out images; a decoder is judged on 2 and more"
+            )
+        if self.parts(self.latents.rounds - 1)[0]:
+            trained_on, judged_on = set(self.training_prompts), set(self.prompts[1])
+            if both := trained_on & judged_on:
+                log.warning(f"{len(both)} of {len(judged_on)} prompts that decoders are judged on are trained on, too")
 
     # ---- latents ----
 
@@ -87,25 +101,30 @@ class VaeBench(Bench):
             return read_prompts(asked.prompt_file).take(asked.prompts)
         return heldout_prompts(self.component("data.pairs"), asked.prompts, name="training captions")
 
-    @property
-    def count(self) -> int:
-        """Latents of the last round that are sampled; the rest are encoded images."""
-        return self.latents.count - round(self.latents.count * self.latents.real_share)
+    def parts(self, r: int) -> tuple[int, int]:
+        """How many sampled latents and how many encoded images round r learns from."""
+        asked = self.latents
+        total = -(-asked.count * (r + 1) // asked.rounds)
+        real = round(total * asked.real_share)
+        return total - real, real
 
-    def sampled(self, count: int) -> Dataset:
-        """At least so many latents of the teacher, from the cache or made now."""
-        folder, asked = Path(self.config.data.cache.folder), self.latents
-        sampler, accelerator = self.sampler(asked), self.run.accelerator
-        return sampled_latents(
-            sampler, self.teacher, self.training_prompts, count, asked.batch_size, folder, accelerator
+    def samples(self, objective: Objective | None, stage: str) -> LatentMix:
+        """What a round learns from: its sampled latents, from the cache or made now, and its encoded images."""
+        num_sampled, num_real = self.parts(int(stage.removeprefix("round-")))
+        return LatentMix(
+            self.sampled(num_sampled) if num_sampled else (), num_sampled, self.pairs if num_real else (), num_real
         )
 
-    def samples_of(self, r: int) -> LatentMix:
-        """What round r learns from: its share of all latents, with the encoded images among them."""
-        asked = self.latents
-        count = -(-asked.count * (r + 1) // asked.rounds)
-        sampled = self.sampled(-(-self.count * (r + 1) // asked.rounds)) if self.count else None
-        return LatentMix(sampled, self.pairs if asked.real_share else None, count, asked.real_share)
+    def sampled(self, count: int) -> Dataset:
+        """At least so many latents of the teacher."""
+        folder, batch_size = Path(self.config.data.cache.folder), self.latents.batch_size
+        sampler, prompts, accelerator = self.sampler(self.latents), self.training_prompts, self.run.accelerator
+        return sampled_latents(sampler, self.teacher, prompts, count, batch_size, folder, accelerator)
+
+    @cached_property
+    def heldout_pairs(self) -> Dataset:
+        """Images that nothing is trained on."""
+        return component(OmegaConf.merge(self.config, {"data": {"pairs": {"split": "heldout"}}}), "data.pairs")
 
     @cached_property
     def heldout(self) -> dict[str, Tensor]:
@@ -113,69 +132,77 @@ class VaeBench(Bench):
         held-out images, and those images, uint8 [P, 3, H, W]."""
         run, config, prompts = self.run, self.config.eval, self.prompts[1]
         if not run.made(HELDOUT):
-            sampler, accelerator = self.sampler(config), run.accelerator
+            real = self.heldout_images(len(prompts)) if run.accelerator.is_main_process else {}
+            sampler = self.sampler(config)
 
             def draw(indices: list[int]) -> Tensor:
                 texts = sampler.encode(prompts.prompts).rows(indices)
                 noise, draws = torch.stack([sampler.noise(i) for i in indices]), sampler.generators(indices)
                 return sampler.latents(self.teacher, texts, noise, generators=draws).float()
 
-            size = len(prompts.prompts)
-            sampled = map_batches(draw, size, config.batch_size, accelerator, "held-out latents", self.partial("held"))
-            if accelerator.is_main_process:
-                images = self.heldout_images(size)
-                encoded = [
-                    encode_images(self.pipeline, batch, self.device)["latents"].float().cpu()
-                    for batch in images.split(config.batch_size)
-                ]
-                tensors = {"sampled": sampled, "real": torch.cat(encoded), "images": images}
-                write_tensors(run.path / HELDOUT, tensors)
-            accelerator.wait_for_everyone()
+            size, keep = len(prompts), self.partial("heldout")
+            sampled = map_batches(draw, size, config.batch_size, run.accelerator, "held-out latents", keep)
+            if run.accelerator.is_main_process:
+                write_tensors(run.path / HELDOUT, {"sampled": sampled, **real})
+            run.accelerator.wait_for_everyone()
         with damaged(run.path / HELDOUT):
             return load_file(run.path / HELDOUT)
 
-    def heldout_images(self, count: int) -> Tensor:
-        """uint8 images [P, 3, H, W] of the held-out split, as many as there are up to `count`."""
-        pairs = component(OmegaConf.merge(self.config, {"data": {"pairs": {"split": "heldout"}}}), "data.pairs")
-        return torch.stack([pairs[i]["image"] for i in range(min(count, len(pairs)))])
+    def heldout_images(self, count: int) -> dict[str, Tensor]:
+        """Up to `count` held-out images that can be read, in a fixed shuffled order, and their latents."""
+        order = torch.randperm(len(self.heldout_pairs), generator=generator("held-out images")).tolist()
+        images = []
+        for index in order:
+            try:
+                images.append(self.heldout_pairs[index]["image"])
+            except BrokenImageError as error:
+                log.warning(f"left out: {error}")
+            if len(images) == count:
+                break
+        if len(images) < 2:
+            raise ValueError(f"{len(images)} held-out images can be read; a decoder is judged on 2 and more")
+        images_P3HW = torch.stack(images)
+        latents = [
+            encode_images(self.pipeline, batch, self.device)["latents"].float().cpu()
+            for batch in images_P3HW.split(self.config.data.cache.batch_size)
+        ]
+        return {"real": torch.cat(latents), "images": images_P3HW}
 
     # ---- the narrow decoder ----
 
     def sliced(self) -> NarrowAutoencoderKL:
         """The chosen channels of the wide decoder, untrained; the choice is in channels.json."""
+        asked, run, widths = self.decoder, self.run, self.widths
+        if not run.made("channels.json"):
+            latents = self.first_latents() if asked.choice in ("taylor", "energy") else None
 
         def choose() -> dict:
-            samples = self.heldout_free_latents() if self.decoder.choice in ("taylor", "energy") else None
-            return choose_channels(self.wide, self.widths, self.decoder.choice, samples, self.run.seed)
+            return choose_channels(self.wide, widths, asked.choice, latents, run.seed, asked.norm_groups)
 
-        channels = self.run.json("channels.json", choose)
-        log.info(
-            f"decoder: widths {tuple(self.wide.config.block_out_channels)} → {self.widths}, by {self.decoder.choice}"
-        )
-        return narrowed(self.wide, channels, self.widths)
+        channels = run.json("channels.json", lambda: choose() if run.accelerator.is_main_process else None)
+        log.info(f"decoder: {tuple(self.wide.config.block_out_channels)} → {widths} channels, by {asked.choice}")
+        with damaged(run.path / "channels.json"):
+            return narrowed(self.wide, channels, widths, asked.norm_groups)
 
-    def heldout_free_latents(self) -> Tensor:
-        """Latents to choose channels by: the first that training sees."""
-        mix = self.samples_of(0)
+    def first_latents(self) -> Tensor:
+        """What channels are chosen by: the first latents that training sees."""
+        mix = self.samples(None, "round-00")
         return torch.stack([mix[i]["latents"] for i in range(min(self.decoder.samples, len(mix)))])
 
-    def distil(self, narrow: NarrowAutoencoderKL) -> NarrowAutoencoderKL:
-        """Trained round by round, each with more latents; a finished round is loaded."""
-        config = OmegaConf.to_object(self.config.train)
-        narrow = copy.deepcopy(narrow)
+    def distil(self, sliced: NarrowAutoencoderKL) -> NarrowAutoencoderKL:
+        """Trained round by round, each a training of its own on more latents; a finished round is loaded."""
+        narrow = copy.deepcopy(sliced).requires_grad_(False)
+        student = ImageDecoder(narrow)
+        student.decoder.requires_grad_(True)
         for r in range(self.latents.rounds):
-            stage = f"round-{r:02d}"
-            student = ImageDecoder(narrow.requires_grad_(False))
-            student.decoder.requires_grad_(True)
-            if trained(self.run, stage):
-                load_trained(student, self.run, stage)
-            else:
-                train(student, self.objective(self.config.objective), self.samples_of(r), config, self.run, stage)
+            self.train(student, self.config.objective, self.config.train, f"round-{r:02d}")
         return narrow.requires_grad_(False).eval()
 
     def objective(self, config, **given) -> Objective:
         """The loss, with the wide decoder as training runs it. ValueError where its arguments will not do."""
-        wide = ImageDecoder(copy.deepcopy(self.wide)).to(self.device, self.compute_dtype)
+        # Autoencoders are known to overflow in float16: there the wide one stays in float32.
+        dtype = torch.bfloat16 if self.compute_dtype == torch.bfloat16 else torch.float32
+        wide = ImageDecoder(copy.deepcopy(self.wide)).to(self.device, dtype)
         if self.config.train.channels_last:
             wide.to(memory_format=torch.channels_last)
         if self.config.train.compile:
@@ -190,38 +217,54 @@ class VaeBench(Bench):
         pipeline = with_unet(self.pipeline, self.teacher, vae=vae)
         return Sampler(pipeline, config.steps, config.guidance_scale, config.seed)
 
+    def decoded(self, name: str, vae: AutoencoderKL) -> dict[str, Tensor]:
+        """uint8 images [P, 3, H, W] of the held-out latents, sampled and real."""
+        decode, batch_size = self.sampler_with(vae).decode, self.config.data.cache.batch_size
+
+        def images(kind: str) -> Tensor:
+            latents, keep = self.heldout[kind], self.partial(f"{name}-{kind}")
+            what = f"{name}: images of {kind} latents"
+            return map_batches(
+                lambda indices: decode(latents[indices]), len(latents), batch_size, self.run.accelerator, what, keep
+            )
+
+        return {kind: images(kind) for kind in ("sampled", "real")}
+
+    @cached_property
+    def wide_images(self) -> dict[str, Tensor]:
+        return self.decoded("wide", self.wide)
+
     def judge(self, name: str, vae: AutoencoderKL) -> dict:
         """Its images beside the wide decoder's and beside real ones, and their CLIP scores: judged/<name>.json."""
         run, config, prompts, scorer = self.run, self.config.eval, self.prompts[1], self.scorer
+        is_wide = vae is self.wide
 
-        def decoded(vae, latents: Tensor) -> Tensor:
-            decode = self.sampler_with(vae).decode
-            what = f"{name}: decoding"
-            return map_batches(
-                lambda indices: decode(latents[indices]), len(latents), config.batch_size, run.accelerator, what
-            )
+        def near(images: Tensor, wanted: Tensor) -> Tensor:
+            def rate(indices: list[int]) -> Tensor:
+                return nearness(images[indices], wanted[indices], scorer)
+
+            return map_batches(rate, len(images), config.batch_size, run.accelerator, f"{name}: nearness").T
 
         def make() -> dict:
-            text_PD, sets = (
-                scorer.text(prompts.prompts),
-                {"sampled": self.heldout["sampled"], "real": self.heldout["real"]},
-            )
-            own = {kind: decoded(vae, latents) for kind, latents in sets.items()}
-            wide = own if vae is self.wide else {kind: decoded(self.wide, latents) for kind, latents in sets.items()}
-            near = {}
-            for kind in sets:
-                values = nearness(own[kind], wide[kind], scorer) if vae is not self.wide else None
-                near[f"{kind}_to_wide"] = None if values is None else told(values)
-            near["real_to_image"] = told(nearness(own["real"], self.heldout["images"], scorer))
-            scores = prompts.by_text(scorer.score(own["sampled"], text_PD)).tolist()
+            own = self.wide_images if is_wide else self.decoded(name, vae)
+            to_wide = {} if is_wide else {kind: near(own[kind], self.wide_images[kind]) for kind in own}
+            if to_wide:  # a repeated prompt counts once
+                to_wide["sampled"] = [prompts.by_text(column) for column in to_wide["sampled"]]
+            text = scorer.text(prompts.prompts)
+            scores_P = clip_scores(own["sampled"], text, scorer, config.batch_size, run.accelerator)
+            scores = prompts.by_text(scores_P).tolist()
             clip = mean_and_error(scores)
-            for kind in sets:
-                run.folder(f"images/{name}/{kind}", lambda f, k=kind: write_pictures(own[k][: config.pictures], f))
+            for kind, images in own.items():
+                pictures = images[: config.pictures]
+                run.folder(f"images/{name}/{kind}", lambda folder, pictures=pictures: write_pictures(pictures, folder))
             return {
                 "name": name,
                 "parameters": count_parameters(vae.decoder),
                 "clip": {"mean": clip.mean, "se": clip.se, "per_prompt": scores},
-                "nearness": near,
+                "nearness": {
+                    **{f"{kind}_to_wide": told(to_wide[kind]) if to_wide else None for kind in own},
+                    "real_to_image": told(near(own["real"], self.heldout["images"])),
+                },
             }
 
         return run.json(f"judged/{name}.json", make)
@@ -256,8 +299,8 @@ class VaeBench(Bench):
 
         def make() -> dict:
             held = self.heldout
-            real = run.folder("images/real", lambda f: write_pictures(held["images"][: self.config.eval.pictures], f))
-            log.debug(f"real images: {real}")
+            pictures = held["images"][: self.config.eval.pictures]
+            run.folder("images/real", lambda folder: write_pictures(pictures, folder))
             return {
                 "prompts": prompts.name,
                 "prompts_hash": prompts.hash,
@@ -276,22 +319,22 @@ class VaeBench(Bench):
         run, page, new = self.run, self.run.path / "report.html", not self.run.made("report.html")
         if run.accelerator.is_main_process:
             if new:
-                write_vae_report(run.path)
-                self.track()
+                write_vae_report(run.path, self.track)
                 shutil.rmtree(self.partial(""), ignore_errors=True)
             print(vae_table(run.path))
             log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
         run.accelerator.wait_for_everyone()
 
     def track(self) -> None:
+        """The table, and the report's pictures, for a tracker if there is one."""
         if self.run.tracker:
             self.run.tracker.table("decoders", HEADER, quality_rows(self.run.load("evaluation.json")))
             for path in sorted((self.run.path / "report").glob("*.png")):
                 self.run.tracker.images(f"report/{path.stem}", [Image.open(path).convert("RGB")], [path.stem])
 
 
-def told(values_P3: Tensor) -> dict:
-    """{measure: {mean, se, per_item}}."""
-    columns = {name: column.tolist() for name, column in zip(NEARNESS, values_P3.T, strict=True)}
-    means = {name: mean_and_error(column) for name, column in columns.items()}
-    return {name: {"mean": m.mean, "se": m.se, "per_item": columns[name]} for name, m in means.items()}
+def told(columns: Iterable[Tensor]) -> dict:
+    """{measure: {mean, se, per_item}} of one column per measure."""
+    values = {name: column.tolist() for name, column in zip(NEARNESS, columns, strict=True)}
+    means = {name: mean_and_error(column) for name, column in values.items()}
+    return {name: {"mean": m.mean, "se": m.se, "per_item": values[name]} for name, m in means.items()}

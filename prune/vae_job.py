@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from engine.config import Config
 from engine.run import Run
-from eval.plan import Stage, export, image_rows, print_plan
+from eval.plan import BYTES, CHECKPOINT_COPIES, Stage, export, image_rows, print_plan
 from models.cost import count_parameters
 from prune.vae_bench import HELDOUT, VaeBench
 
@@ -27,20 +27,22 @@ def prune_vae(config: Config, run: Run) -> int:
 
 
 def decoder_stages(bench: VaeBench) -> Iterator[Stage]:
-    """The products in the order in which they are made; decoders are not counted among UNet forwards."""
-    latents, judged, train = bench.latents, bench.config.eval, bench.config.train
-    size = 4 * count_parameters(bench.wide.decoder)
-    samples = train.steps * train.batch_size * train.accumulation * bench.run.accelerator.num_processes
-    yield Stage("channels.json", f"widths {bench.widths}, by {bench.decoder.choice}")
+    """The products in the order in which they are made; decoders are not counted among UNet forwards,
+    latents as if none were in the cache."""
+    latents, judged, config = bench.latents, bench.config.eval, bench.config.train
+    size = BYTES * count_parameters(bench.wide.decoder)
+    kept = CHECKPOINT_COPIES * size * min(config.keep_checkpoints, (config.steps - 1) // config.checkpoint_every)
+    samples = config.steps * config.batch_size * config.accumulation * bench.run.accelerator.num_processes
+    yield Stage("channels.json", f"{bench.widths} channels, by {bench.decoder.choice}")
     held = judged.prompts * image_rows(judged.steps, judged.guidance_scale)
     yield Stage(HELDOUT, f"{judged.prompts} held-out latents of {judged.steps} steps", held)
     before = 0
     for r in range(latents.rounds):
-        count = -(-bench.count * (r + 1) // latents.rounds)
-        rows = (count - before) * image_rows(latents.steps, latents.guidance_scale)
-        work = f"{train.steps} steps, {samples} samples; {count} sampled latents, if they are not in the cache"
-        yield Stage(f"round-{r:02d}/weights.safetensors", work, rows, size)
-        before = count
+        sampled, real = bench.parts(r)
+        rows = (sampled - before) * image_rows(latents.steps, latents.guidance_scale)
+        work = f"{config.steps} steps, {samples} samples of {sampled} sampled latents and {real} images"
+        yield Stage(f"round-{r:02d}/weights.safetensors", work, rows, size + kept)
+        before = sampled
     yield export("export", bench)
     yield Stage("vae_ms.json", "both decoders, interleaved")
     yield Stage("report.html", "")
