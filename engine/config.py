@@ -152,9 +152,9 @@ class SamplingConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        at_least("scoring, eval or latents", self, 2, "prompts")
-        at_least("scoring, eval or latents", self, 1, "steps", "batch_size")
-        at_least("scoring, eval or latents", self, 0, "guidance_scale")
+        at_least(type(self).__name__.removesuffix("Config").lower(), self, 2, "prompts")
+        at_least(type(self).__name__.removesuffix("Config").lower(), self, 1, "steps", "batch_size")
+        at_least(type(self).__name__.removesuffix("Config").lower(), self, 0, "guidance_scale")
 
 
 @dataclass

@@ -21,6 +21,7 @@ from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
 from models.decoding import ImageDecoder
+from models.pipeline import quiet
 from models.vae import NarrowAutoencoderKL
 
 Channels = dict[str, list[int]]
@@ -86,8 +87,9 @@ def choose_channels(
         values = {name: torch.rand(len(group[0].idxs), generator=draw) for name, group in groups.items()}
     else:
         values = {name: -torch.arange(float(len(group[0].idxs))) for name, group in groups.items()}
+    rule = best_wholes if norm_groups == "whole" else best
     return {
-        name: best(values[name], widths[level_of(name, len(widths))], num_parts(group))
+        name: rule(values[name], widths[level_of(name, len(widths))], num_parts(group))
         for name, group in groups.items()
     }
 
@@ -138,7 +140,8 @@ def narrowed(
     others = {key: value for key, value in vae.state_dict().items() if not key.startswith("decoder.")}
     own = {f"decoder.{key}": value for key, value in decoder.state_dict().items()}
     narrow.load_state_dict({**others, **own}, strict=True)
-    return narrow.to(device=vae.device, dtype=vae.dtype).eval()
+    with quiet():  # diffusers warns of every cast
+        return narrow.to(device=vae.device, dtype=vae.dtype).eval()
 
 
 # ---- torch-pruning's view of the decoder ----

@@ -7,11 +7,14 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
+from distill.decoder import DecoderDistillation
+from eval.decoders import decoder_gflops
 from models.decoding import ImageDecoder
 from models.reference import VAE_CONFIGS
 from models.vae import NarrowAutoencoderKL
 from prune.decoder import (
     CHOICES,
+    NORM_GROUPS,
     all_groups,
     choose_channels,
     name_of,
@@ -35,8 +38,8 @@ def vae_like(name: str, **changes) -> AutoencoderKL:
     return vae
 
 
-class MaskedNorm(nn.Module):
-    """A GroupNorm of the kept channels alone; the others are zero."""
+class ThinnedNorm(nn.Module):
+    """A GroupNorm of the kept channels alone, in as many groups; the others are zero."""
 
     def __init__(self, norm: nn.GroupNorm, kept: list[int]):
         super().__init__()
@@ -49,8 +52,22 @@ class MaskedNorm(nn.Module):
         return out
 
 
-def masked(vae: AutoencoderKL, channels) -> nn.Module:
-    """The wide decoder in which nothing writes the other channels, and no norm sees them."""
+class MaskedNorm(nn.Module):
+    """The wide decoder's own GroupNorm, of all channels; what is not kept is zero afterwards."""
+
+    def __init__(self, norm: nn.GroupNorm, kept: list[int]):
+        super().__init__()
+        self.norm, self.mask = norm, torch.zeros(norm.num_channels).index_fill_(0, torch.tensor(kept), 1.0)
+
+    def forward(self, x):
+        return self.norm(x) * (self.mask[:, None, None] if x.dim() == 4 else self.mask[:, None])
+
+
+def masked(vae: AutoencoderKL, channels, norm_groups: str) -> nn.Module:
+    """The wide decoder in which nothing writes the other channels.
+
+    With whole groups its norms are its own; with thinned ones they do not see the other channels.
+    """
     decoder, graph = traced(vae)
     decoder.requires_grad_(False)
     for group in list(all_groups(graph, decoder)):
@@ -63,21 +80,23 @@ def masked(vae: AutoencoderKL, channels) -> nn.Module:
         norms = {item.dep.target.module for item in group if isinstance(item.dep.target.module, nn.GroupNorm)}
         for path, module in list(decoder.named_modules()):
             if module in norms:
-                decoder.set_submodule(path, MaskedNorm(module, kept))
+                kind = MaskedNorm if norm_groups == "whole" else ThinnedNorm
+                decoder.set_submodule(path, kind(module, kept))
     return decoder
 
 
+@pytest.mark.parametrize("norm_groups", NORM_GROUPS)
 @pytest.mark.parametrize("choice", CHOICES)
 @pytest.mark.parametrize("name", VAE_CONFIGS)
-def test_the_sliced_decoder_is_the_wide_one_with_the_other_channels_masked(name, choice):
+def test_the_sliced_decoder_is_the_wide_one_with_the_other_channels_masked(name, choice, norm_groups):
     vae = vae_like(name)
     z = torch.randn(2, vae.config.latent_channels, 6, 6)
-    widths = narrow_widths(vae, 0.5)
-    channels = choose_channels(vae, widths, choice, z)
-    narrow = narrowed(vae, channels, widths)
+    widths = narrow_widths(vae, 0.5, norm_groups)
+    channels = choose_channels(vae, widths, choice, z, norm_groups=norm_groups)
+    narrow = narrowed(vae, channels, widths, norm_groups)
     with torch.no_grad():
         inputs = ImageDecoder(vae).inputs(z)
-        assert torch.allclose(narrow.decoder(inputs), masked(vae, channels)(inputs), atol=1e-5)
+        assert torch.allclose(narrow.decoder(inputs), masked(vae, channels, norm_groups)(inputs), atol=1e-5)
         assert not torch.allclose(narrow.decoder(inputs), vae.decoder(inputs), atol=1e-2)
 
 
@@ -87,39 +106,52 @@ def test_all_channels_kept_is_the_wide_decoder_bit_for_bit():
     assert torch.equal(narrowed(vae, choose_channels(vae, widths, "magnitude"), widths).decode(z)[0], vae.decode(z)[0])
 
 
+@pytest.mark.parametrize("norm_groups", NORM_GROUPS)
 @pytest.mark.parametrize("shares", [[0.5, 0.75, 0.5, 0.5], [1.0, 0.5, 0.25, 0.25], [0.5, 1.0, 0.5, 0.5]])
-def test_levels_may_have_their_own_share(shares, tmp_path):
+def test_levels_may_have_their_own_share(shares, norm_groups, tmp_path):
     """Also where two narrow levels come out equal (8, 8): the shortcut between them stays."""
     vae = vae_like("sd15")
-    z, widths = torch.randn(1, 4, 6, 6), narrow_widths(vae, shares)
-    channels = choose_channels(vae, widths, "energy", z)
-    narrow = narrowed(vae, channels, widths)
+    z, widths = torch.randn(1, 4, 6, 6), narrow_widths(vae, shares, norm_groups)
+    channels = choose_channels(vae, widths, "energy", z, norm_groups=norm_groups)
+    narrow = narrowed(vae, channels, widths, norm_groups)
     with torch.no_grad():
         inputs = ImageDecoder(vae).inputs(z)
-        assert torch.allclose(narrow.decoder(inputs), masked(vae, channels)(inputs), atol=1e-5)
+        assert torch.allclose(narrow.decoder(inputs), masked(vae, channels, norm_groups)(inputs), atol=1e-5)
     narrow.save_pretrained(tmp_path)
     again = NarrowAutoencoderKL.from_pretrained(tmp_path, disable_mmap=True)
     assert torch.equal(again.decode(z)[0], narrow.decode(z)[0])
 
 
 @pytest.mark.parametrize(
-    ("width", "told"),
+    ("width", "norm_groups", "told"),
     [
-        (0.3, "8 channels are normalised in 4 groups, which can keep 0.5, 1"),
-        (0.0, "can keep 0.5, 1"),
-        ([0.5, 0.5], "has 2 values; this decoder has 4 levels"),
-        ([0.5, 0.5, 0.5, 0.25], "levels 2 and 3 are one residual stream of 32 channels"),
+        (0.3, "whole", "8 channels are normalised in 4 groups, which stay or go as wholes: 0.25, 0.5, 0.75, 1"),
+        (0.3, "thinned", "8 channels are normalised in 4 groups, which are thinned alike: 0.5, 1"),
+        ([0.5, 0.5], "whole", r"has 2 values; this decoder has 4 levels: \(8, 16, 32, 32\)"),
+        ([0.5, 0.5, 0.5, 0.25], "whole", "levels 2 and 3 are one residual stream of 32 channels"),
     ],
 )
-def test_widths_that_cannot_be_are_refused_with_those_that_can(width, told):
+def test_widths_that_cannot_be_are_refused_with_those_that_can(width, norm_groups, told):
     with pytest.raises(ValueError, match=told):
-        narrow_widths(vae_like("sd15"), width)
+        narrow_widths(vae_like("sd15"), width, norm_groups)
 
 
-def test_every_norm_group_keeps_as_many_channels():
+def test_whole_groups_stay_and_their_norms_have_the_wide_ones_group_size():
     vae = vae_like("sd15")
     widths = narrow_widths(vae, 0.5)
-    for name, kept in choose_channels(vae, widths, "magnitude").items():
+    channels = choose_channels(vae, widths, "magnitude")
+    for name, kept in channels.items():
+        if "to_" not in name:
+            size = 2 * len(kept) // 4
+            assert all(kept[i] + 1 == kept[i + 1] for i in range(len(kept) - 1) if (i + 1) % size), name
+    norms = [m for m in narrowed(vae, channels, widths).decoder.modules() if isinstance(m, nn.GroupNorm)]
+    assert {norm.num_groups for norm in norms} == {2}
+
+
+def test_every_thinned_group_keeps_as_many_channels():
+    vae = vae_like("sd15")
+    widths = narrow_widths(vae, 0.5, "thinned")
+    for name, kept in choose_channels(vae, widths, "magnitude", norm_groups="thinned").items():
         if "to_" not in name:  # nothing normalises the inside of the attention
             total = 2 * len(kept)
             assert [sum(c // (total // 4) == part for c in kept) for part in range(4)] == [len(kept) // 4] * 4, name
@@ -135,8 +167,8 @@ def test_channels_that_do_nothing_go_first(choice):
     vae.decoder.mid_block.resnets[0].conv2.weight[:, dead] = 0
     norm = vae.decoder.mid_block.resnets[0].norm2
     norm.weight[dead], norm.bias[dead] = 0, 0
-    widths = narrow_widths(vae, 0.5)
-    kept = choose_channels(vae, widths, choice, torch.randn(4, 4, 6, 6))["mid_block.resnets.0.conv1"]
+    widths, z = narrow_widths(vae, 0.5, "thinned"), torch.randn(4, 4, 6, 6)
+    kept = choose_channels(vae, widths, choice, z, norm_groups="thinned")["mid_block.resnets.0.conv1"]
     assert not set(kept) & set(dead)
 
 
@@ -149,13 +181,34 @@ def test_the_encoder_and_what_is_around_the_decoder_stay_bit_for_bit():
 
 
 def test_half_of_stable_diffusions_decoder_has_a_quarter_of_its_parameters():
-    """12,387,459 of 49,490,179, counted on the meta device; FLOPs 3.94 times fewer."""
+    """12,387,459 of 49,490,179, and a 3.94th of its operations."""
     with torch.device("meta"):
         config = VAE_CONFIGS["sd15"]
         wide = AutoencoderKL(**config)
         narrow = NarrowAutoencoderKL(**config, decoder_block_out_channels=narrow_widths(wide, 0.5))
     counts = [sum(p.numel() for p in vae.decoder.parameters()) for vae in (wide, narrow)]
     assert counts == [49_490_179, 12_387_459]
+    assert decoder_gflops(wide, 64) / decoder_gflops(narrow, 64) == pytest.approx(3.94, abs=0.01)
+
+
+@pytest.mark.parametrize("name", VAE_CONFIGS)
+def test_known_autoencoders_train_a_step_at_half_width(name):
+    """The wide decoder's images as targets; the gradient reaches every parameter of the narrow one, no other."""
+    wide = vae_like(name)
+    widths = narrow_widths(wide, 0.5)
+    narrow = narrowed(wide, choose_channels(wide, widths, "magnitude"), widths).requires_grad_(False)
+    student = ImageDecoder(narrow)
+    student.decoder.requires_grad_()
+    optimizer = torch.optim.SGD(student.decoder.parameters(), lr=1e-3)
+    batch, losses = {"latents": torch.randn(2, wide.config.latent_channels, 8, 8)}, []
+    for _ in range(2):
+        loss, _ = DecoderDistillation(ImageDecoder(wide))(student, batch, None)
+        loss.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in student.decoder.parameters())
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    assert losses[1] < losses[0]
 
 
 def test_a_saved_one_is_the_same_one(tmp_path):

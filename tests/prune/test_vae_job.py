@@ -1,6 +1,7 @@
 """The decoder job from a pipeline to a narrow decoder in an export, on a random model."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -78,7 +79,7 @@ def test_the_export_is_the_teacher_around_the_trained_decoder(finished, tiny_pip
     assert loaded.vae.decoder.conv_in.out_channels == 4
 
 
-def test_a_finished_run_makes_nothing_anew_and_a_damaged_file_is_named(finished, tiny_model, tmp_path):
+def test_a_finished_run_makes_nothing_anew(finished, tiny_model):
     path, _ = finished
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*.json")}
     job = [*tiny_model, f"root={path.parent}", "train.steps=60", "train.learning_rate=3e-3"]
@@ -90,7 +91,7 @@ def test_a_finished_run_makes_nothing_anew_and_a_damaged_file_is_named(finished,
 def test_a_plan_tells_what_would_be_made_and_writes_nothing(tmp_path, tiny_model):
     plan = run(*tiny_model, f"root={tmp_path}", "plan=true", "latents.rounds=2")
     assert plan.returncode == 0, plan.stderr
-    assert "widths (4, 4), by magnitude" in plan.stdout and "8 sampled latents" in plan.stdout
+    assert "(4, 4) channels, by magnitude" in plan.stdout and "8 sampled latents and 0 images" in plan.stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -99,7 +100,7 @@ def test_a_plan_tells_what_would_be_made_and_writes_nothing(tmp_path, tiny_model
     [
         ["latents.rounds=2", "latents.real_share=0.5", "decoder.choice=taylor", "objective.l1=0.5"],
         ["latents.real_share=1", "decoder.choice=energy", "objective.gradient=0.3", "mixed_precision=bf16"],
-        ["train.channels_last=true", "train.gradient_checkpointing=true", "decoder.width=[0.5,0.5]"],
+        ["train.channels_last=true", "train.gradient_checkpointing=true", "decoder.norm_groups=thinned"],
     ],
     ids=["rounds, mixed", "real, bf16", "channels_last"],
 )
@@ -116,9 +117,15 @@ def test_other_ways_to_train_it(tmp_path, tiny_model, overrides):
 @pytest.mark.parametrize(
     ("overrides", "told"),
     [
-        (["decoder.width=0.3"], "decoder.width=0.3 is impossible at level 0: its 8 channels .* can keep 0.5, 1"),
+        (
+            ["decoder.width=0.3"],
+            "width=0.3 is impossible at level 0: its 8 channels .* wholes: 0.25, 0.5, 0.75, 1",
+        ),
         (["decoder.width=half"], "decoder.width=half must be a share"),
-        (["decoder.width=[0.5]"], r"decoder.width=\[0.5\] has 1 values; the decoder's levels are \(8, 8\)"),
+        (["decoder.width=[0.5]"], r"decoder.width=\[0.5\] has 1 values; this decoder has 2 levels: \(8, 8\)"),
+        (["decoder.norm_groups=half"], "decoder.norm_groups='half' is unknown; choose from"),
+        (["latency.iterations=1"], "latency.iterations=1: a ratio is told with its quartiles"),
+        (["latents.steps=0"], "latents: steps=0 must be at least 1"),
         (["decoder.choice=best"], "decoder.choice='best' is unknown; choose from"),
         (["objective.mse=0"], "all of mse, l1, gradient and lpips are 0"),
         (["objective.mse=-1"], "objective.mse=-1 must be at least 0"),
@@ -180,12 +187,12 @@ def test_lpips_is_learned_from_where_its_weights_are(tmp_path, monkeypatch):
     assert same == 0 and other > 1e-4 and student.scale.grad.abs() > 0
 
 
-def test_a_mix_has_the_share_it_is_asked_for_and_repeats_what_is_short():
+def test_a_mix_takes_as_many_of_each_as_asked_for_and_repeats_real_ones_where_they_are_short():
     sampled = [{"latents": torch.full((1,), float(i))} for i in range(4)]
     real = [{"latents": torch.full((1,), 100.0 + i)} for i in range(2)]
-    mix = LatentMix(sampled, real, count=10, real_share=0.3)
-    assert [mix[i]["latents"].item() for i in range(10)] == [0, 1, 2, 3, 0, 1, 2, 100, 101, 100]
-    assert [LatentMix(None, real, 2, 1.0)[i]["latents"].item() for i in range(2)] == [100, 101]
+    mix = LatentMix(sampled, 3, real, 3)
+    assert [mix[i]["latents"].item() for i in range(len(mix))] == [0, 1, 2, 100, 101, 100]
+    assert [LatentMix((), 0, real, 2)[i]["latents"].item() for i in range(2)] == [100, 101]
 
 
 def test_a_latent_is_a_function_of_its_index_and_more_of_them_add_to_the_cache(tmp_path):
@@ -203,6 +210,22 @@ def test_a_latent_is_a_function_of_its_index_and_more_of_them_add_to_the_cache(t
     for i in range(12):
         assert torch.equal(more[i]["latents"], anew[i]["latents"])
     assert not torch.equal(more[0]["latents"], more[3]["latents"]), "the same prompt, another noise"
+
+
+def test_latents_are_found_again_by_another_process(tmp_path):
+    """Diffusers writes what a config leaves open in the order of a set: it is no part of the cache's key."""
+    program = (
+        "import sys; from pathlib import Path; from accelerate import Accelerator\n"
+        "from diffusers import DDIMScheduler; from data.prompts import PromptSet; from eval.sampling import Sampler\n"
+        "from eval.latents import sampled_latents; from tests.tiny import tiny_pipeline; pipeline = tiny_pipeline()\n"
+        "pipeline.scheduler = DDIMScheduler.from_config({'beta_start': 0.001, 'prediction_type': 'v_prediction'})\n"
+        "sampler, prompts = Sampler(pipeline, 1, 1.0), PromptSet(('a',), 'one')\n"
+        "sampled_latents(sampler, pipeline.unet, prompts, 1, 1, Path(sys.argv[1]), Accelerator(cpu=True))\n"
+    )
+    for seed in "123":
+        command = [sys.executable, "-c", program, str(tmp_path)]
+        subprocess.run(command, check=True, cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed})
+    assert len(list(tmp_path.glob("latents-*"))) == 1
 
 
 def test_a_narrow_decoder_is_not_narrowed_again_but_pruned_and_distilled(finished, tiny_model, tmp_path):
