@@ -3,9 +3,9 @@
     python benchmarks/decoder_table.py --root runs/decoders
 
 Every row is the decoder job on the shipped model, judged on the same held-out latents. The first rows differ in how
-channels are chosen, and are told before and after a short training; the others in what they are trained on: latents
-that the teacher samples, encoded images, or half of each. To --out go the table and every judgement. Started again, it
-continues.
+channels are chosen, and are told before and after a short training; one in what happens to the groups of the norms; the
+others in what they are trained on: latents that the teacher samples (as all above), encoded images, or half of each. To
+--out go the table and every judgement. Started again, it continues.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from eval.vae_report import measures
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROWS = {
     **{f"{choice}": [f"decoder.choice={choice}"] for choice in ("magnitude", "taylor", "energy", "random", "first")},
+    "thinned norm groups": ["decoder.norm_groups=thinned"],
     "real latents": ["latents.real_share=1"],
     "half real": ["latents.real_share=0.5"],
 }

@@ -107,14 +107,20 @@ def add_class_file(folder: Path, part: str, module: ModuleType) -> None:
     name = f"slimstep_{part}_{hashlib.sha256(source.read_bytes()).hexdigest()[:10]}"
     shutil.copyfile(source, folder / part / f"{name}.py")
     fields = json.loads(index.read_text())
-    index.write_text(json.dumps({**fields, part: [name, fields[part][1]]}, indent=2) + "\n")
+    class_name = fields[part][1]
+    index.write_text(json.dumps({**fields, part: [name, class_name]}, indent=2) + "\n")
+    if part == "vae":  # AutoModel loads the part alone; the UNet's class would not know the field
+        config = folder / part / "config.json"
+        fields = json.loads(config.read_text()) | {"auto_map": {"AutoModel": f"{name}.{class_name}"}}
+        config.write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def stock_vae(vae: nn.Module) -> nn.Module:
     """Diffusers' own class where the decoder has the encoder's widths; any other VAE as it is."""
     if not isinstance(vae, NarrowAutoencoderKL) or vae.is_narrow:
         return vae
-    stock = AutoencoderKL.from_config({k: v for k, v in vae.config.items() if k != "decoder_block_out_channels"})
+    own = ("decoder_block_out_channels", "decoder_norm_groups", "auto_map")
+    stock = AutoencoderKL.from_config({k: v for k, v in vae.config.items() if k not in own})
     stock.load_state_dict(vae.state_dict())
     return stock.to(vae.device, vae.dtype).eval()
 

@@ -4,7 +4,7 @@ This one file travels with exports, so it holds all that the class needs and imp
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from diffusers import AutoencoderKL, ModelMixin  # noqa: F401  (diffusers looks for ModelMixin in this namespace)
 from diffusers.configuration_utils import register_to_config
@@ -17,6 +17,7 @@ class NarrowAutoencoderKL(AutoencoderKL):
 
     decoder_norm_groups: 'whole' normalises as many channels together as the wide decoder does, in fewer groups;
         'thinned' has `norm_num_groups` groups of fewer channels.
+    auto_map: written by an export, so that diffusers' AutoModel finds this file beside the weights.
     All other arguments are AutoencoderKL's. Module paths are the stock ones. Where the wide decoder has a 1×1 shortcut
     between two levels the narrow one has it, too, also if its own widths happen to agree there.
 
@@ -28,6 +29,7 @@ class NarrowAutoencoderKL(AutoencoderKL):
         self,
         decoder_block_out_channels: Sequence[int] | None = None,
         decoder_norm_groups: str = "whole",
+        auto_map: Mapping[str, str] | None = None,
         **kwargs,
     ):
         super().__init__(**kwargs)

@@ -21,7 +21,7 @@ ELSEWHERE = """
 import sys, torch
 import numpy as np
 from PIL import Image
-from diffusers import AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
+from diffusers import AutoModel, AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
 sys.modules['models'] = None  # as good as not installed
 pipe = DiffusionPipeline.from_pretrained('export', trust_remote_code=True)
 pipe.set_progress_bar_config(disable=True)
@@ -40,6 +40,8 @@ with torch.no_grad():
     pipe.vae.enable_tiling()
     assert pipe.vae.decode(z)[0].shape == plain.shape
     pipe.vae.disable_tiling()
+    alone = AutoModel.from_pretrained('export/vae', trust_remote_code=True)
+    assert torch.equal(alone.decode(z)[0], plain)
     for dtype, most in ((torch.float16, 0.02), (torch.bfloat16, 0.2)):
         pipe.vae.to(dtype)
         assert (pipe.vae.decode(z.to(dtype))[0].float() - plain).abs().max() < most, dtype
