@@ -223,3 +223,13 @@ def test_a_saved_one_is_the_same_one(tmp_path):
     assert torch.equal(again.encode(x)[0].mean, vae.encode(x)[0].mean)
     copied = NarrowAutoencoderKL.from_config(copy.deepcopy(dict(again.config)))
     assert copied.decoder.conv_in.out_channels == 16
+
+
+def test_both_decoders_are_one_graph_each():
+    wide = vae_like("sd15")
+    widths, z = narrow_widths(wide, 0.5), torch.randn(2, 4, 8, 8)
+    for vae in (wide, narrowed(wide, choose_channels(wide, widths, "first"), widths)):
+        decoder = ImageDecoder(vae).requires_grad_(False)
+        compiled = torch.compile(decoder, fullgraph=True, dynamic=False, backend="eager")
+        assert torch.equal(compiled(z), decoder(z))
+    torch.compiler.reset()
