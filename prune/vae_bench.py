@@ -38,6 +38,7 @@ from eval.judge import clip_scores, write_pictures
 from eval.latents import sampled_latents
 from eval.sampling import Sampler
 from eval.vae_report import HEADER, quality_rows, vae_table, write_vae_report
+from models.conditioning import text_encoders
 from models.cost import count_parameters
 from models.decoding import ImageDecoder
 from models.pipeline import export_pipeline, with_unet
@@ -111,13 +112,16 @@ class VaeBench(Bench):
     def samples(self, objective: Objective | None, stage: str) -> LatentMix:
         """What a round learns from: its sampled latents, from the cache or made now, and its encoded images."""
         num_sampled, num_real = self.parts(int(stage.removeprefix("round-")))
-        return LatentMix(
-            self.sampled(num_sampled) if num_sampled else (), num_sampled, self.pairs if num_real else (), num_real
-        )
+        sampled = self.sampled(num_sampled) if num_sampled else ()
+        real = self.pairs if num_real else ()
+        for network in (self.teacher, *text_encoders(self.pipeline)):
+            network.to("cpu")  # what trains needs the device more
+        return LatentMix(sampled, num_sampled, real, num_real)
 
     def sampled(self, count: int) -> Dataset:
         """At least so many latents of the teacher."""
         folder, batch_size = Path(self.config.data.cache.folder), self.latents.batch_size
+        self.pipeline.to(self.device)
         sampler, prompts, accelerator = self.sampler(self.latents), self.training_prompts, self.run.accelerator
         return sampled_latents(sampler, self.teacher, prompts, count, batch_size, folder, accelerator)
 
@@ -133,6 +137,7 @@ class VaeBench(Bench):
         run, config, prompts = self.run, self.config.eval, self.prompts[1]
         if not run.made(HELDOUT):
             real = self.heldout_images(len(prompts)) if run.accelerator.is_main_process else {}
+            self.pipeline.to(self.device)
             sampler = self.sampler(config)
 
             def draw(indices: list[int]) -> Tensor:

@@ -252,8 +252,3 @@ def test_two_processes_judge_and_sample_as_one_does(tmp_path, tiny_model):
     ]
     for product in products:
         assert (two / product).read_bytes() == (one / product).read_bytes(), product
-
-
-@pytest.mark.slow
-def test_two_processes_train_it(tmp_path, tiny_model):
-    assert (launch(2, tmp_path, *SMALL, *tiny_model) / "export/verdict.json").is_file()
