@@ -228,6 +228,18 @@ class LatentsConfig(SamplingConfig):
             raise ValueError(f"latents.rounds={self.rounds} is more than latents.count={self.count}")
 
 
+@dataclass
+class EvaluationConfig:
+    """What is measured beside CLIP score: with `distribution` the distance of the scorer's features to those of
+    `real_images` held-out images."""
+
+    distribution: bool = True
+    real_images: int = 512
+
+    def __post_init__(self) -> None:
+        at_least("evaluation", self, 2, "real_images")
+
+
 def at_least(section: str, config: Any, least: int, *names: str) -> None:
     for name in names:
         if not least <= getattr(config, name) < math.inf:
@@ -341,6 +353,7 @@ class Config:
     threads: int = 0
     job: Any = None
     model: Any = None
+    models: Any = None
     data: Any = None
     objective: Any = None
     train: TrainConfig = field(default_factory=TrainConfig)
@@ -351,6 +364,7 @@ class Config:
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     scorer: Any = None
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)

@@ -1,0 +1,240 @@
+"""Evaluating finished pipelines side by side: CLIP scores prompt by prompt, distances, FID and KID, at every setting.
+
+Image i of a model is a function of (seed, prompt i, setting) alone, whatever batch or process draws it. One model is in
+memory at a time; a setting that is judged is not judged again, and a killed one goes on at the batch where it stopped.
+
+Axes: P prompts, R real images, D features, H and W height and width in pixels.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch import Tensor
+
+from data.files import write_tensors
+from data.images import BrokenImageError
+from data.prompts import PromptSet, read_prompts
+from data.seeding import generator
+from engine.components import component
+from engine.environment import environment
+from engine.parallel import map_batches
+from engine.run import damaged
+from eval.bench import Bench
+from eval.clip import psnr
+from eval.compare import mean_and_error, paired_difference
+from eval.distribution import frechet_distance, kernel_distance
+from eval.judge import clip_scores, draw_images, write_pictures
+from eval.sampling import Sampler
+from models.pipeline import check_pipeline, load_pipeline, networks
+
+log = logging.getLogger("slimstep")
+FEATURES = "real-features.safetensors"
+
+
+class EvaluationBench(Bench):
+    """The models by name, the settings they are sampled at, and what is measured there."""
+
+    @cached_property
+    def models(self) -> dict[str, str]:
+        """{name: folder or hub id}, the reference first. A name that is not given is told from the path."""
+        given = self.config.models or self.config.model.get("name_or_path")
+        given = OmegaConf.to_container(given) if OmegaConf.is_config(given) else [given] if given else []
+        if isinstance(given, Mapping):
+            return {str(name): str(where) for name, where in given.items()}
+        return name_models([str(where) for where in given])
+
+    @property
+    def reference(self) -> str:
+        return next(iter(self.models))
+
+    @property
+    def settings(self) -> list[tuple[float, int]]:
+        """(guidance scale, sampling steps), most steps first: distances are to the reference's first."""
+        curves = self.config.curves
+        return [(g, n) for g in curves.guidance for n in sorted(set(curves.steps), reverse=True)]
+
+    def check(self) -> None:
+        """ValueError, before anything is drawn, for models, prompts, data or a scorer that cannot be had."""
+        if not self.models:
+            raise ValueError("models names nothing to evaluate: models=[FOLDER,…] or models={teacher: FOLDER, …}")
+        model = self.config.model
+        for where in set(self.models.values()):
+            check_pipeline(where, {"variant": model.get("variant"), "local_files_only": False})
+        if self.config.data.resolution is None:
+            first = self.loaded(self.models[self.reference])
+            self.config.data.resolution = first.unet.config.sample_size * first.vae_scale_factor
+        _ = self.prompt_set, self.scorer
+        if self.config.evaluation.distribution and len(self.real_pairs) < 2:
+            raise ValueError(
+                f"{len(self.real_pairs)} held-out images are too few for FID: evaluation.distribution=false"
+            )
+
+    def loaded(self, where: str) -> DiffusionPipeline:
+        """A pipeline as it was handed over, its own scheduler included."""
+        options = {key: value for key, value in self.config.model.items() if key not in ("_target_", "name_or_path")}
+        pipeline = load_pipeline(where, **options)
+        for network in networks(pipeline):
+            network.requires_grad_(False).eval()
+        return pipeline
+
+    @cached_property
+    def prompt_set(self) -> PromptSet:
+        data, count = self.config.data, self.config.eval.prompts
+        prompts = read_prompts(str(data.prompt_file)) if data.prompt_file else self.component("data.prompts")
+        return prompts.take(count)
+
+    def sampler_of(self, pipeline: DiffusionPipeline, guidance: float, steps: int) -> Sampler:
+        return Sampler(pipeline, steps, guidance, self.config.eval.seed)
+
+    # ---- one model ----
+
+    def judge(self, name: str) -> list[dict]:
+        """All settings of one model: judged/<name>/….json."""
+        files = {setting: f"judged/{name}/guidance-{setting[0]}-steps-{setting[1]}.json" for setting in self.settings}
+        if not all(self.run.made(file) for file in files.values()):
+            pipeline = self.loaded(self.models[name]).to(self.device)
+            for setting, file in files.items():
+                self.run.json(file, lambda s=setting: self.point(name, pipeline, *s))
+        return [self.run.load(file) for file in files.values()]
+
+    def point(self, name: str, pipeline: DiffusionPipeline, guidance: float, steps: int) -> dict:
+        config, accelerator, scorer, prompts = self.config.eval, self.run.accelerator, self.scorer, self.prompt_set
+        sampler = self.sampler_of(pipeline, guidance, steps)
+        what = f"{name}, guidance {guidance:g}, {steps} steps"
+        keep = self.partial(f"{name}-{guidance}-{steps}")
+        images = draw_images(what, pipeline.unet, sampler, prompts, config.batch_size, accelerator, keep)
+        if name == self.reference and steps == max(self.config.curves.steps):
+            self.keep_reference(guidance, images)
+        text = scorer.text(prompts.prompts)
+        scores = prompts.by_text(clip_scores(images, text, scorer, config.batch_size, accelerator)).tolist()
+        features = self.features(images)
+        self.run.folder(
+            f"images/{name}/steps-{steps}-guidance-{guidance}",
+            lambda folder: write_pictures(images[: config.pictures], folder),
+        )
+        clip = mean_and_error(scores)
+        return {
+            "model": name,
+            "steps": steps,
+            "guidance": guidance,
+            "protocol": sampler.protocol,
+            "evaluations": steps * (2 if sampler.guides(pipeline.unet) else 1),
+            "clip": {"mean": clip.mean, "se": clip.se, "per_prompt": scores},
+            "to_reference": self.distances(images, features, guidance),
+            "distribution": self.distribution(features),
+        }
+
+    def features(self, images: Tensor) -> Tensor:
+        """The scorer's unit features [P, D] of uint8 images."""
+        scorer, config = self.scorer, self.config.eval
+        rate = lambda indices: scorer.image(images[indices]).float()  # noqa: E731
+        return map_batches(rate, len(images), config.batch_size, self.run.accelerator, "features")
+
+    # ---- beside the reference, and beside real images ----
+
+    def keep_reference(self, guidance: float, images: Tensor) -> None:
+        file = f"reference/guidance-{guidance}.safetensors"
+        if not self.run.made(file) and self.run.accelerator.is_main_process:
+            write_tensors(self.run.path / file, {"images": images})
+        self.run.accelerator.wait_for_everyone()
+
+    def distances(self, images: Tensor, features: Tensor, guidance: float) -> dict | None:
+        """PSNR in dB and cosine of features to the reference's images from the same noise; None where sizes differ."""
+        path = self.run.path / f"reference/guidance-{guidance}.safetensors"
+        with damaged(path):
+            wanted = load_file(path)["images"]
+        if wanted.shape != images.shape:
+            return None
+        cosine = (features * self.features(wanted)).sum(1)
+        near = {"psnr": psnr(images, wanted), "features": cosine}
+        means = {key: mean_and_error(self.prompt_set.by_text(values).tolist()) for key, values in near.items()}
+        return {key: {"mean": m.mean, "se": m.se} for key, m in means.items()}
+
+    @cached_property
+    def real_pairs(self):
+        """Held-out images: what distributions are compared with."""
+        return component(OmegaConf.merge(self.config, {"data": {"pairs": {"split": "heldout"}}}), "data.pairs")
+
+    @cached_property
+    def real_features(self) -> Tensor:
+        """[R, D] of held-out images, in a fixed shuffled order."""
+        file = self.run.path / FEATURES
+        if not self.run.made(FEATURES):
+            order = torch.randperm(len(self.real_pairs), generator=generator("real images")).tolist()
+            images = torch.stack(list(readable(self.real_pairs, order, self.config.evaluation.real_images)))
+            features = self.features(images)
+            if self.run.accelerator.is_main_process:
+                write_tensors(file, {"features": features})
+            self.run.accelerator.wait_for_everyone()
+        with damaged(file):
+            return load_file(file)["features"]
+
+    def distribution(self, features: Tensor) -> dict | None:
+        """Fréchet and kernel distance of the scorer's features to those of real images; None where not asked for."""
+        if not self.config.evaluation.distribution:
+            return None
+        real = self.real_features
+        kid = kernel_distance(features, real)
+        return {"fd": frechet_distance(features, real), "kd": kid.mean, "kd_se": kid.se, "n": len(features),
+                "n_real": len(real), "features": f"{self.scorer.protocol['model']}, unit features"}  # fmt: skip
+
+    # ---- all together ----
+
+    def evaluate(self) -> dict:
+        """Every model at every setting, paired with the reference at its most steps: results.json."""
+        points = [point for name in self.models for point in self.judge(name)]
+        most = max(self.config.curves.steps)
+        base = {p["guidance"]: p for p in points if p["model"] == self.reference and p["steps"] == most}
+
+        def versus(point: dict) -> dict | None:
+            other = base[point["guidance"]]
+            if point is other:
+                return None
+            return asdict(paired_difference(point["clip"]["per_prompt"], other["clip"]["per_prompt"]))
+
+        prompts = self.prompt_set
+        return self.run.json("results.json", lambda: {
+            "models": self.models,
+            "reference": {"model": self.reference, "steps": most},
+            "prompts": prompts.name,
+            "prompts_hash": prompts.hash,
+            "shown": list(prompts.prompts[: self.config.eval.pictures]),
+            "n": len(prompts.distinct),
+            "protocol": {**self.scorer.protocol, "seed": self.config.eval.seed},
+            "points": [{**point, "versus_reference": versus(point)} for point in points],
+            "environment": environment(),
+        })  # fmt: skip
+
+
+def readable(pairs, order: list[int], count: int) -> Iterator[Tensor]:
+    """Up to `count` images that can be read, in this order."""
+    found = 0
+    for index in order:
+        try:
+            image = pairs[index]["image"]
+        except BrokenImageError as error:
+            log.warning(f"left out: {error}")
+            continue
+        yield image
+        found += 1
+        if found == count:
+            return
+
+
+def name_models(paths: list[str]) -> dict[str, str]:
+    """{name: path} with the shortest names that tell the paths apart; an export is called as its run."""
+    if len(set(map(Path, paths))) < len(paths):
+        raise ValueError(f"models={paths} names one of them twice")
+    parts = {path: [p for p in Path(path).parts if p not in ("export", "/")] or [path] for path in paths}
+    for length in range(1, 1 + max(map(len, parts.values()), default=0)):
+        names = {"-".join(own[-length:]): path for path, own in parts.items()}
+        if len(names) == len(parts):
+            return names
+    return {path: path for path in paths}

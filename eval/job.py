@@ -1,0 +1,52 @@
+"""The evaluation job: finished pipelines, ours or not, on the same prompts from the same noise."""
+
+import json
+import logging
+
+from PIL import Image
+
+from engine.config import Config
+from engine.run import Run
+from eval.evaluation import EvaluationBench
+from eval.evaluation_report import HEADER, points_table, rows, summary, write_evaluation_report
+from eval.plan import Stage, image_rows, stages_table
+
+log = logging.getLogger("slimstep")
+
+
+def evaluate(config: Config, run: Run) -> int:
+    """Runs or continues the job, or tells what it would do; returns exit code 0. The last line printed is JSON."""
+    bench = EvaluationBench(config, run)
+    bench.check()
+    if config.plan:
+        if run.accelerator.is_main_process:
+            print(stages_table(run, list(evaluation_stages(bench))))
+        return 0
+    results, page = bench.evaluate(), run.path / "report.html"
+    new = not run.made(page.name)
+    if run.accelerator.is_main_process:
+        if new:
+            write_evaluation_report(run.path, lambda: track(run))
+        print(points_table(results))
+        log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
+        print(json.dumps({"run": str(run.path.resolve()), **summary(results)}))
+    run.accelerator.wait_for_everyone()
+    return 0
+
+
+def evaluation_stages(bench: EvaluationBench):
+    """One product per model and setting."""
+    for name in bench.models:
+        for guidance, steps in bench.settings:
+            prompts = bench.config.eval.prompts
+            product = f"judged/{name}/guidance-{guidance}-steps-{steps}.json"
+            yield Stage(product, f"{prompts} images", prompts * image_rows(steps, guidance))
+    yield Stage("report.html", "")
+
+
+def track(run: Run) -> None:
+    """The table, and the report's pictures, for a tracker if there is one."""
+    if run.tracker:
+        run.tracker.table("models", HEADER, rows(run.load("results.json")))
+        for path in sorted((run.path / "report").glob("*.png")):
+            run.tracker.images(f"report/{path.stem}", [Image.open(path).convert("RGB")], [path.stem])

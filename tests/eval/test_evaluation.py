@@ -1,0 +1,119 @@
+"""The evaluation job on random models: pairing, resuming, what it writes, and the distances it is made of."""
+
+import csv
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from eval.distribution import frechet_distance, kernel_distance
+from eval.evaluation import name_models
+from models.pipeline import export_pipeline, load_pipeline, with_unet
+from tests.mistakes import told
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = [
+    "+experiment=evaluate", "data.resolution=16", "data.pairs.size=16", "eval.prompts=4", "eval.pictures=2",
+    "eval.batch_size=3", "curves.steps=[1,2]", "curves.guidance=[1,3]", "evaluation.real_images=8",
+]  # fmt: skip
+
+
+def run(*overrides):
+    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *map(str, overrides)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, tiny_pipeline_folder):
+    """The random teacher, and a student of it with a block less."""
+    teacher, folder = load_pipeline(tiny_pipeline_folder), tmp_path_factory.mktemp("models") / "student/export"
+    export_pipeline(with_unet(teacher, teacher.unet.with_depths({"mid_block.attentions.0": 0})), folder)
+    return f"models=[{tiny_pipeline_folder},{folder}]"
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model, models):
+    root = tmp_path_factory.mktemp("runs")
+    done = run(*tiny_model, models, f"root={root}")
+    assert done.returncode == 0, done.stderr
+    return root / "evaluate", done
+
+
+def test_it_leaves_results_tables_pictures_and_a_last_line_for_programs(finished):
+    path, done = finished
+    results, last = json.loads((path / "results.json").read_text()), json.loads(done.stdout.splitlines()[-1])
+    assert list(results["models"]) == ["pipeline", "student"] and results["reference"]["model"] == "pipeline"
+    assert len(results["points"]) == len(last["points"]) == 2 * 2 * 2
+    with open(path / "results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [float(row["clip.mean"]) for row in rows] == [point["clip"]["mean"] for point in last["points"]]
+    for name in ("table.md", "report.html", "report/images.png", "report/clip-against-steps.png",
+                 "report/clip-against-guidance.png"):  # fmt: skip
+        assert (path / name).is_file(), name
+
+
+def test_differences_are_paired_with_the_reference_at_its_most_steps(finished):
+    points = json.loads((finished[0] / "results.json").read_text())["points"]
+    base = next(p for p in points if (p["model"], p["steps"], p["guidance"]) == ("pipeline", 2, 3.0))
+    assert base["versus_reference"] is None and base["to_reference"]["psnr"]["mean"] > 58
+    for point in points:
+        if point["guidance"] == 3.0 and point is not base:
+            difference = np.subtract(point["clip"]["per_prompt"], base["clip"]["per_prompt"])
+            assert point["versus_reference"]["mean"] == pytest.approx(difference.mean())
+            assert point["to_reference"]["psnr"]["mean"] < 58
+
+
+def test_a_setting_that_is_judged_is_not_judged_again(finished, tiny_model, models):
+    path, _ = finished
+    before = {file: file.stat().st_mtime_ns for file in path.glob("judged/**/*.json")}
+    gone = path / "judged/student/guidance-3.0-steps-1.json"
+    content = gone.read_bytes()
+    gone.unlink()
+    again = run(*tiny_model, models, f"root={path.parent}")
+    assert again.returncode == 0, again.stderr
+    after = {file: file.stat().st_mtime_ns for file in path.glob("judged/**/*.json")}
+    assert [file for file in before if after[file] != before[file]] == [gone] and gone.read_bytes() == content
+
+
+def test_a_plan_draws_nothing(tmp_path, tiny_model, models):
+    plan = run(*tiny_model, models, f"root={tmp_path}", "plan=true")
+    assert plan.returncode == 0 and "judged/student/guidance-3.0-steps-1.json" in plan.stdout
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["models=[/nowhere]"], "/nowhere"),
+        (["models=[a/export,a/export]"], "names one of them twice"),
+        (["data.prompt_file=/nowhere.txt"], "/nowhere.txt does not exist"),
+        (["eval.prompts=9999"], "9999"),
+        (["curves.steps=[]"], r"curves.steps=\[\] must be a list"),
+        (["evaluation.real_images=1"], "evaluation: real_images=1 must be at least 2"),
+    ],
+)
+def test_mistakes_end_in_a_line(overrides, expected, leave, tiny_model):
+    assert re.search(expected, told(*leave(*SMALL, *tiny_model, *overrides)))
+
+
+def test_names_are_the_shortest_that_tell_models_apart():
+    assert name_models(["runs/a/export", "runs/b/export"]) == {"a": "runs/a/export", "b": "runs/b/export"}
+    assert list(name_models(["x/steps-8/export", "y/steps-8/export"])) == ["x-steps-8", "y-steps-8"]
+
+
+def test_distances_of_distributions():
+    """None to itself; Gaussians apart by d have the Fréchet distance d²; the kernel's is unbiased around zero."""
+    draw = torch.Generator().manual_seed(0)
+    x = torch.randn(4000, 4, generator=draw, dtype=torch.float64)
+    shift = torch.tensor([3.0, 0, 0, 0])
+    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(x, x + shift) == pytest.approx(9, abs=1e-6)
+    unit = torch.nn.functional.normalize(x, dim=1)
+    far = torch.nn.functional.normalize(x + shift, dim=1)
+    same, apart = kernel_distance(unit[:2000], unit[2000:]), kernel_distance(unit, far)
+    assert abs(same.mean) < same.se and apart.mean > 5 * apart.se
