@@ -63,7 +63,7 @@ LADDERS = {
     "p = 1": GUIDED,
     "p = 0.1": [*LADDER, *STEPS, "objective.guided_share=0.1"],
     "p = 0": [*LADDER, *STEPS, "objective.guided_share=0"],
-    "p = 1, by SNR": [*LADDER, "objective.original_weight=0", "objective.guided_share=1"],
+    "p = 1, by SNR": [*GUIDED, "objective.weighting=truncated_snr"],
     "told": [*LADDER, *RELATIVE, "objective=guidance"],
     "lcm": ["curves.steps=[2,4,8]", "objective=lcm", "train.steps={together}"],
     "cut": CUT_DOWN,

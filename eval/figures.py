@@ -22,7 +22,7 @@ from eval.runs import finite
 
 INK, MUTED, LINE, PAPER = "#1b1f24", "#6b7280", "#d5d9e0", "#fffffe"  # the page's own; see `themed`
 TEACHER, STUDENT, STEP = MUTED, "#d9480f", "#1c7ed6"
-SERIES = ("#d9480f", "#1c7ed6", "#2b8a3e", "#ae3ec9", "#e67700", "#0b7285", "#c2255c", "#5c940d")
+SERIES = ("#d9480f", "#1c7ed6", "#2b8a3e", "#ae3ec9", "#e67700", "#0b7285", "#c2255c", "#5c940d", "#795548")
 DASHES = (0, (4, 3))
 STYLE = {
     "font.family": "sans-serif",

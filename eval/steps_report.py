@@ -118,8 +118,9 @@ def models(points: Sequence[Point]) -> list[str]:
 
 
 def colours(points: Sequence[Point]) -> dict[str, str]:
-    names = models(points)
-    return {name: MUTED if name.startswith("teacher") else SERIES[k % len(SERIES)] for k, name in enumerate(names)}
+    students = [name for name in models(points) if not name.startswith("teacher")]
+    own = {name: SERIES[k % len(SERIES)] for k, name in enumerate(students)}
+    return {name: own.get(name, MUTED) for name in models(points)}
 
 
 def panels(points: Sequence[Point], x_label: str, y_label: str) -> tuple[Figure, dict[float, Axes]]:
