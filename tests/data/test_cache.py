@@ -112,7 +112,7 @@ def test_a_damaged_shard_is_made_again_and_only_it(pipeline, noise_pairs, tmp_pa
 
 def test_two_processes_make_the_same_files_as_one(pipeline, noise_pairs, tmp_path, monkeypatch):
     barrier, asked = threading.Barrier(2), {}
-    monkeypatch.setattr(cache_module, "_agree", lambda folder, world: None)
+    monkeypatch.setattr(cache_module, "agree", lambda folder, world: None)
 
     class Rank:
         num_processes, device = 2, torch.device("cpu")
