@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 
 import pytest
 from accelerate import Accelerator
@@ -43,6 +44,15 @@ def records(file):
             message = b""
 
 
+def whole(file, seconds=60):
+    """The records up to the one that ends a run: W&B's own process may write them after `finish` has returned."""
+    end = time.monotonic() + seconds
+    while (found := list(records(file)))[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < end, f"{file} ends with {found[-1].WhichOneof('record_type')}"
+        time.sleep(0.2)
+    return found
+
+
 @pytest.fixture(autouse=True)
 def without_key(monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
@@ -54,7 +64,7 @@ def test_an_offline_run_holds_config_metrics_pictures_and_tables_and_goes_on_as_
         tracked_run(tmp_path / "run", "wandb", step)
     files = sorted(tmp_path.glob("run/wandb/offline-run-*/*.wandb"))
     assert len(files) == 2
-    found = [list(records(file)) for file in files]
+    found = [whole(file) for file in files]
     runs = [record.run for part in found for record in part if record.WhichOneof("record_type") == "run"]
     assert {run.run_id for run in runs} == {"abcd1234"} and {run.project for run in runs} == {"slimstep"}
     configs = [record.config for part in found for record in part if record.WhichOneof("record_type") == "config"]
