@@ -115,7 +115,7 @@ class SearchConfig:
 
 @dataclass
 class LatencyConfig:
-    """How the UNet is timed.
+    """How the UNet is timed; `warmup`, `iterations` and `seconds` serve whole pipelines as well.
 
     `batch` counts UNet rows: 2 is one guided image. `latent_size` and `text_length` 0 are the model's own. A median
     takes `iterations` calls, fewer (but three) where they would last longer than `seconds`. `table`, a latency.json
@@ -238,6 +238,38 @@ class EvaluationConfig:
 
     def __post_init__(self) -> None:
         at_least("evaluation", self, 2, "real_images")
+
+
+@dataclass
+class BenchmarkConfig:
+    """How pipelines run that are timed.
+
+    benchmark: every combination of `compile`, `attention`, `dtype`, `memory_format`, `fused_qkv`, `quantize` and
+    `batches`, each beside a pipeline in `base`, the setup that ratios are to (empty: diffusers as it comes). ladder:
+    `rows`, each a name and what changes from the last row that was kept. pipelines: `tasks`, eager and as `compile`
+    says. `images` are compared with those of float32. `first_image` measures what compiling costs, in new processes.
+    """
+
+    compile: list[str] = field(default_factory=lambda: ["eager"])
+    attention: list[str] = field(default_factory=lambda: ["sdpa"])
+    dtype: list[str] = field(default_factory=lambda: ["float32"])
+    memory_format: list[str] = field(default_factory=lambda: ["contiguous"])
+    fused_qkv: list[bool] = field(default_factory=lambda: [False])
+    quantize: list[str] = field(default_factory=lambda: ["none"])
+    batches: list[int] = field(default_factory=lambda: [1])
+    base: dict[str, Any] = field(default_factory=dict)
+    rows: list[Any] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=lambda: ["txt2img"])
+    images: int = 8
+    first_image: bool = False
+
+    def __post_init__(self) -> None:
+        at_least("benchmark", self, 2, "images")
+        for name in ("compile", "attention", "dtype", "memory_format", "fused_qkv", "quantize", "batches", "tasks"):
+            if not getattr(self, name):
+                raise ValueError(f"benchmark.{name}=[] leaves nothing to time")
+        if not all(batch >= 1 for batch in self.batches):
+            raise ValueError(f"benchmark.batches={list(self.batches)} must be numbers from 1 up")
 
 
 def at_least(section: str, config: Any, least: int, *names: str) -> None:
@@ -365,6 +397,7 @@ class Config:
     eval: EvalConfig = field(default_factory=EvalConfig)
     scorer: Any = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     decoder: DecoderConfig = field(default_factory=DecoderConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)

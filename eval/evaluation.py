@@ -64,9 +64,7 @@ class EvaluationBench(Bench):
         """ValueError, before anything is drawn, for models, prompts, data or a scorer that cannot be had."""
         if not self.models:
             raise ValueError("models names nothing to evaluate: models=[FOLDER,…] or models={teacher: FOLDER, …}")
-        model = self.config.model
-        for where in set(self.models.values()):
-            check_pipeline(where, {"variant": model.get("variant"), "local_files_only": False})
+        self.check_models()
         if self.config.data.resolution is None:
             first = self.loaded(self.models[self.reference])
             self.config.data.resolution = first.unet.config.sample_size * first.vae_scale_factor
@@ -75,6 +73,11 @@ class EvaluationBench(Bench):
             raise ValueError(
                 f"{len(self.real_pairs)} held-out images are too few for FID: evaluation.distribution=false"
             )
+
+    def check_models(self) -> None:
+        """ValueError for a model that is no pipeline."""
+        for where in set(self.models.values()):
+            check_pipeline(where, {"variant": self.config.model.get("variant"), "local_files_only": False})
 
     def loaded(self, where: str) -> DiffusionPipeline:
         """A pipeline as it was handed over, its own scheduler included."""

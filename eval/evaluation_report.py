@@ -1,8 +1,6 @@
 """The report of an evaluation: a table, also as CSV and Markdown, curves over steps and guidance, the images."""
 
-import csv
-import io
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +9,7 @@ from matplotlib.figure import Figure
 
 from data.files import whole_folder, write_text
 from eval.figures import SERIES, canvas, grid_figure, save_png, styled, themed
-from eval.report import flatten, markdown_table, render
+from eval.report import csv_table, flatten, markdown_table, render
 from eval.runs import read_json
 
 Results = Mapping[str, Any]
@@ -28,7 +26,7 @@ def write_evaluation_report(folder: str | Path, track: Callable[[], None] = lamb
     results = read_json(folder / "results.json")
     figures = draw_figures(folder, results)
     write_text(folder / "table.md", points_table(results))
-    write_text(folder / "results.csv", as_csv(results))
+    write_text(folder / "results.csv", csv_table(summary(results)["points"]))
     with whole_folder(folder / "report") as aside:
         for name, figure in figures.items():
             save_png(figure, aside / f"{name}.png")
@@ -72,26 +70,6 @@ def summary(results: Results) -> dict[str, Any]:
     points = [{**p, "clip": {key: p["clip"][key] for key in ("mean", "se")}} for p in results["points"]]
     kept = ("model", "guidance", "steps", "evaluations", "clip", "versus_reference", "to_reference", "distribution")
     return {"reference": results["reference"], "n": results["n"], "points": [{k: p[k] for k in kept} for p in points]}
-
-
-def as_csv(results: Results) -> str:
-    """The points with all their numbers, one per line."""
-    table = [dict(leaves(point)) for point in summary(results)["points"]]
-    columns = list(dict.fromkeys(key for line in table for key in line))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return text.getvalue()
-
-
-def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of everything in nested tables."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from leaves(inner, f"{name}.{key}" if name else key)
-    else:
-        yield name, value
 
 
 def draw_figures(folder: Path, results: Results) -> dict[str, Figure]:

@@ -10,6 +10,7 @@ import copy
 import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from diffusers import DiffusionPipeline
@@ -107,6 +108,18 @@ class Sampler:
                 self._texts[key] = Texts(states_BLE, empty_text_state(self.pipeline, device))
         return self._texts[key]
 
+    @cache  # noqa: B019  a sampler lives as long as its pipeline
+    def told_scale(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
+        """[1, width]: the guidance scale, as a UNet is told it."""
+        return guidance_embedding(torch.tensor([float(self.guidance_scale)]), width).to(device, dtype)
+
+    @cache  # noqa: B019
+    def timesteps_on(self, device: torch.device) -> Tensor:
+        """[S] on this device: copied there once, which a captured loop could not do."""
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(self.steps)
+        return scheduler.timesteps.to(device)
+
     @torch.inference_mode()
     def latents(
         self,
@@ -127,15 +140,14 @@ class Sampler:
         text_BLE = (texts.with_unconditional() if guided else texts.states_BLE).to(**place)
         options = {} if gates is None else {"gates": both_halves(gates, guided).to(parameter.device)}
         if width:
-            told_B = torch.full((len(noise_BCHW),), float(self.guidance_scale))
-            options["timestep_cond"] = guidance_embedding(told_B, width).to(**place)
+            options["timestep_cond"] = self.told_scale(width, **place).expand(len(noise_BCHW), -1)
         if generators is None:
             generators = self.generators(range(len(noise_BCHW)))
         scheduler = copy.deepcopy(self.scheduler)  # it counts steps, and some keep past predictions
         scheduler.set_timesteps(self.steps)
         step_options = extra_step_options(scheduler, generators)
         # The scheduler reads its tables on the CPU, the UNet a tensor of its own device: no synchronisation per step.
-        timesteps_S = scheduler.timesteps.to(parameter.device)
+        timesteps_S = self.timesteps_on(parameter.device)
 
         z_BCHW = noise_BCHW.to(**place) * scheduler.init_noise_sigma
         for t, t_unet in zip(scheduler.timesteps, timesteps_S, strict=True):

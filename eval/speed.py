@@ -1,0 +1,187 @@
+"""How fast pipelines are, beside each other: interleaved calls from the prompt's text to 8-bit images on the host.
+
+A speed is a ratio to another pipeline measured in the same minutes, with a bootstrap interval; the ratio of a pipeline
+to itself says what such a ratio is worth.
+
+Axes: P prompts, C channels, H and W height and width.
+"""
+
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torchvision.transforms.functional import pil_to_tensor
+
+from engine.config import LatencyConfig
+from eval.capture import CapturedSampler
+from eval.compare import bootstrap, interval
+from eval.latency import interleaved_times, one_thread
+from eval.sampling import Sampler
+from eval.setups import CannotRunError, Setup, prepare, running
+from eval.stopwatch import watched
+
+# What torch raises for a kernel, a dtype or a size that this device does not have.
+REFUSALS = (CannotRunError, torch.OutOfMemoryError, NotImplementedError, RuntimeError)
+
+
+@dataclass
+class Subject:
+    """A pipeline that is timed, in one setup.
+
+    `given` goes to the pipeline's call beside the prompts: another task's image, mask or control images. Where it is
+    empty, the noise of prompt i is a function of (seed, i). Raises CannotRunError where the setup cannot run here.
+    """
+
+    pipeline: DiffusionPipeline
+    setup: Setup
+    prompts: Sequence[str]
+    steps: int
+    guidance_scale: float
+    device: torch.device
+    batch: int = 1
+    seed: int = 0
+    given: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        with self.here():
+            self.pipeline = prepare(self.pipeline, self.setup, self.device)
+        self.pipeline.set_progress_bar_config(disable=True)
+
+    def here(self):
+        return running(self.setup)
+
+    @cached_property
+    def sampler(self) -> Sampler:
+        return Sampler(self.pipeline, self.steps, self.guidance_scale, self.seed)
+
+    @cached_property
+    def captured(self) -> CapturedSampler:
+        return CapturedSampler(self.sampler)
+
+    def noise(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack([self.sampler.noise(index) for index in indices])
+
+    def draw(self, indices: Sequence[int]) -> list[Image.Image]:
+        """The images of these prompts."""
+        prompts = [self.prompts[i % len(self.prompts)] for i in indices]
+        if self.setup.capture:
+            with self.here():
+                return self.captured.draw(prompts, self.noise(indices))
+        given = self.given or {"latents": self.noise(indices).to(self.setup.torch_dtype)}
+        with self.here():
+            return self.pipeline(
+                prompt=prompts,
+                num_inference_steps=self.steps,
+                guidance_scale=self.guidance_scale,
+                **given,
+            ).images
+
+    def call(self) -> None:
+        self.draw(range(self.batch))
+
+    def images(self, count: int) -> Tensor:
+        """uint8 [count, 3, H, W], always in batches of the same size: no graph is made for another."""
+        rows = [image for i in range(0, count, self.batch) for image in self.draw(range(i, i + self.batch))]
+        return torch.stack([pil_to_tensor(image) for image in rows[:count]])
+
+
+def measure(subject: Subject, others: Mapping[str, Subject], config: LatencyConfig) -> dict[str, Any]:
+    """The subject's times and their parts, and its speed-up over each of the `others`, all interleaved.
+
+    On a CPU times are one thread's CPU time; on a GPU they are wall time. `parts_of_whole` compares the parts' sum with
+    calls that no stopwatch watched. Raises what torch raises where the device cannot run it.
+    """
+    device, parts, unet_calls = subject.device, [], []
+    with one_thread(device):
+        memory, graphs = memory_before(device), Graphs()
+        start = time.perf_counter()
+        subject.call()
+        first_s, made = time.perf_counter() - start, graphs.since()
+        memory_used = memory(device)
+
+        def watch_parts() -> None:
+            with watched(subject.pipeline, device) as watch:
+                parts.append(watch.time(subject.call))
+                unet_calls.append([part for part, _ in watch.marks].count("UNet"))
+
+        calls = {name: other.call for name, other in others.items()}
+        times = interleaved_times({**calls, "this": subject.call, "parts": watch_parts}, config, device)
+    whole = times["this"]
+    timed = parts[-len(whole) :]  # the rest warmed up
+    return {
+        "ms": spread(whole),
+        "parts_ms": {name: statistics.median(spent[name] for spent in timed) for name in timed[0] if timed[0][name]},
+        "parts_of_whole": statistics.median(sum(p.values()) / ms for p, ms in zip(timed, whole, strict=True)),
+        "unet_calls": unet_calls[-1],
+        "speedup": {name: speedup(times[name], whole) for name in others},
+        "images_per_s": 1e3 * subject.batch / statistics.median(whole),
+        "memory": memory_used,
+        "graphs": made,
+        "recompiled": graphs.since()["graphs"] - made["graphs"],
+        "first_call_s": first_s,
+    }
+
+
+def spread(times_ms: Sequence[float]) -> dict[str, float]:
+    p10, p90 = np.quantile(times_ms, [0.1, 0.9])
+    return {"median": statistics.median(times_ms), "p10": float(p10), "p90": float(p90), "min": min(times_ms),
+            "n": len(times_ms)}  # fmt: skip
+
+
+def speedup(before_ms: Sequence[float], after_ms: Sequence[float], resamples: int = 2000) -> dict[str, float]:
+    """How many times as fast: the median ratio of neighbouring calls, and its bootstrap 95 % interval over them."""
+    ratios = np.asarray(before_ms) / np.asarray(after_ms)
+    low, high = interval([float(np.median(ratios[draw])) for draw in bootstrap(len(ratios), resamples, seed=0)], 0.95)
+    return {"ratio": float(np.median(ratios)), "low": low, "high": high, "n": len(ratios)}
+
+
+class Graphs:
+    """Graphs that torch.compile has made since this was, and how often it had to break one."""
+
+    def __init__(self):
+        self.before = self.now()
+
+    def now(self) -> dict[str, int]:
+        return {"graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values())}
+
+    def since(self) -> dict[str, int]:
+        return {key: value - self.before[key] for key, value in self.now().items()}
+
+
+def memory_before(device: torch.device):
+    """Starts counting; the function that is returned gives the peak in bytes, None on a CPU.
+
+    It counts all that is there: the pipelines that the subject is compared with, too.
+    """
+    if device.type != "cuda":
+        return lambda device: None
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats(device)
+
+    def used(device: torch.device) -> dict[str, int]:
+        cuda = torch.cuda
+        return {"allocated": cuda.max_memory_allocated(device), "reserved": cuda.max_memory_reserved(device)}
+
+    return used
+
+
+def matmul_peak_tflops(setup: Setup, device: torch.device, seconds: float = 1.0) -> float:
+    """10¹² operations a second of the best of a few square matrix products in the setup's format."""
+    sizes = (4096, 8192, 16384) if device.type == "cuda" else (512, 1024)
+    config = LatencyConfig(iterations=20, warmup=3, seconds=seconds)
+    best = 0.0
+    with running(setup), one_thread(device):
+        for size in sizes:
+            a, b = (torch.randn(size, size, device=device, dtype=setup.torch_dtype) for _ in range(2))
+            times = interleaved_times({"product": lambda a=a, b=b: torch.mm(a, b)}, config, device, "peak")
+            best = max(best, 2 * size**3 / (1e9 * min(times["product"])))
+    return best

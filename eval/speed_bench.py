@@ -1,0 +1,166 @@
+"""The benchmarks' rows: one pipeline in one setup, timed beside others, with what its images lost by it.
+
+A row is a file that is not made again. What a device cannot run is a row that says why.
+"""
+
+import logging
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from engine.config import Config
+from engine.environment import environment
+from engine.run import Run
+from eval.clip import psnr
+from eval.compare import mean_and_error, paired_difference
+from eval.evaluation import EvaluationBench
+from eval.plan import image_rows
+from eval.setups import Setup, all_setups
+from eval.speed import REFUSALS, Subject, matmul_peak_tflops, measure
+from models.cost import count_gflops
+from models.guidance import told_guidance_width
+from models.pipeline import with_unet
+
+log = logging.getLogger("slimstep")
+SETUP_FIELDS = [field.name for field in fields(Setup)]
+CHOICES = [name for name in SETUP_FIELDS if name != "capture"]  # what config.benchmark lists values of
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What a row runs: a model, with the UNet or VAE of another one, its steps, and how.
+
+    `unet` and `vae` are pipelines' folders whose part takes the place of the model's.
+    """
+
+    model: str
+    steps: int
+    setup: Setup = Setup()
+    unet: str = ""
+    vae: str = ""
+
+
+class SpeedBench(EvaluationBench):
+    """Pipelines by name, what they are timed in, and what their images are compared with."""
+
+    def __init__(self, config: Config, run: Run):
+        super().__init__(config, run)
+        self.peaks: dict[str, float] = {}
+
+    def check(self) -> None:
+        """ValueError, before anything is timed, for models or prompts that cannot be had."""
+        if self.run.accelerator.num_processes > 1:
+            raise ValueError("times are those of one process: start the benchmark without accelerate launch's others")
+        if not self.models:
+            raise ValueError("models names nothing to time: models=[FOLDER,…] or models={teacher: FOLDER, …}")
+        self.check_models()
+        _ = self.base, self.setups, self.prompt_set, self.scorer
+
+    @property
+    def base(self) -> Setup:
+        given = OmegaConf.to_container(self.config.benchmark.base)
+        if unknown := set(given) - set(SETUP_FIELDS):
+            raise ValueError(f"benchmark.base names {sorted(unknown)}; a setup has {SETUP_FIELDS}")
+        return Setup(**given)
+
+    @property
+    def setups(self) -> list[Setup]:
+        return all_setups(**{name: list(self.config.benchmark[name]) for name in CHOICES})
+
+    # ---- pipelines ----
+
+    def assembled(self, variant: Variant) -> DiffusionPipeline:
+        """A new pipeline, with parts of others where the variant names them."""
+        pipeline = self.loaded(variant.model)
+        unet = self.loaded(variant.unet).unet if variant.unet else pipeline.unet
+        vae = self.loaded(variant.vae).vae if variant.vae else pipeline.vae
+        return with_unet(pipeline, unet, vae=vae)
+
+    def subject(self, variant: Variant, batch: int, pipeline: DiffusionPipeline | None = None, **given: Any) -> Subject:
+        """A pipeline made ready to be timed. Raises CannotRunError."""
+        pipeline, config = pipeline or self.assembled(variant), self.config.eval
+        return Subject(pipeline, variant.setup, self.prompt_set.prompts, variant.steps, config.guidance_scale,
+                       self.device, batch, config.seed, given)  # fmt: skip
+
+    # ---- rows ----
+
+    def row(self, file: str, told: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+        """rows/`file`.json: what it is, and what was measured, or why nothing could be."""
+
+        def made() -> dict[str, Any]:
+            try:
+                return {**told, "cannot": None, **make()}
+            except REFUSALS as error:
+                reason = str(error).splitlines()[0] or type(error).__name__
+                log.warning(f"{file}: {reason}")
+                return {**told, "cannot": reason}
+            finally:
+                torch.compiler.reset()
+                if self.device.type == "cuda":
+                    torch.cuda.empty_cache()
+
+        return self.run.json(f"rows/{file}.json", made)
+
+    def measured(
+        self, subject: Subject, others: Mapping[str, Subject], reference: Tensor | None = None
+    ) -> dict[str, Any]:
+        """Times, the share of the peak that the UNet reaches, and how far the images are from `reference`'s."""
+        row = measure(subject, others, self.latency)
+        if "UNet" in row["parts_ms"]:  # a captured loop has no parts
+            achieved = self.unet_gflops(subject) * row["unet_calls"] / row["parts_ms"]["UNet"]  # 10⁹/ms is 10¹²/s
+            peak = self.peak_tflops(subject.setup)
+            row |= {"unet_tflops": achieved, "peak_tflops": peak, "share_of_peak": achieved / peak}
+        return row if reference is None else {**row, **self.quality(subject.images(len(reference)), reference)}
+
+    @staticmethod
+    def unet_gflops(subject: Subject) -> float:
+        """10⁹ operations of one step of the whole batch."""
+        unet = getattr(subject.pipeline.unet, "_orig_mod", subject.pipeline.unet)  # without torch.compile around it
+        guided = 1 if told_guidance_width(unet) else image_rows(1, subject.guidance_scale)
+        return count_gflops(unet, None, subject.batch * guided, subject.pipeline.tokenizer.model_max_length)
+
+    def peak_tflops(self, setup: Setup) -> float:
+        """What this device reaches in matrix products of a setup's format, measured once."""
+        if setup.dtype not in self.peaks:
+            self.peaks[setup.dtype] = matmul_peak_tflops(setup, self.device)
+        return self.peaks[setup.dtype]
+
+    def quality(self, images: Tensor, reference: Tensor) -> dict[str, Any]:
+        """PSNR in dB to the reference's images from the same noise, and CLIP score, paired with theirs."""
+        prompts = self.prompt_set.prompts[: len(images)]
+        text = self.scorer.text(prompts)
+        scores, base = (self.scorer.score(x, text).tolist() for x in (images, reference))
+        near = psnr(images, reference).tolist() if images.shape == reference.shape else None
+        return {
+            "psnr": near and asdict(mean_and_error(near)),
+            "clip": asdict(mean_and_error(scores)),
+            "clip_difference": asdict(paired_difference(scores, base)),
+        }
+
+    def float32_images(self, variant: Variant) -> Tensor:
+        """What the same networks draw from the same noise, as diffusers comes."""
+        return self.subject(replace(variant, setup=Setup()), 1).images(self.config.benchmark.images)
+
+    def results(self, kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """results.json: the rows, and what they were measured on."""
+        config = self.config
+        return self.run.json("results.json", lambda: {
+            "kind": kind,
+            "models": self.models,
+            "rows": rows,
+            "protocol": {"steps": config.eval.steps, "guidance_scale": config.eval.guidance_scale,
+                         "seed": config.eval.seed, "images": config.benchmark.images, "prompts": self.prompt_set.hash,
+                         "clock": "wall" if self.device.type == "cuda" else "CPU time of one thread",
+                         "iterations": config.latency.iterations, "scorer": self.scorer.protocol},
+            "environment": environment(),
+        })  # fmt: skip
+
+
+def file_name(words: str) -> str:
+    return re.sub(r"\W+", "-", words).strip("-").lower()

@@ -1,0 +1,55 @@
+"""The speed jobs: benchmark, ladder, pipelines. One process, one device, every row a file."""
+
+import json
+import logging
+
+from PIL import Image
+
+from engine.config import Config
+from engine.run import Run
+from eval.speed_bench import SpeedBench
+from eval.speed_report import COLUMNS, cells, summary, table, write_speed_report
+from eval.speed_tables import TABLES
+
+log = logging.getLogger("slimstep")
+
+
+def benchmark(config: Config, run: Run) -> int:
+    """Pipelines in every combination of setups."""
+    return make_table("benchmark", config, run)
+
+
+def ladder(config: Config, run: Run) -> int:
+    """Optimisations one upon the other."""
+    return make_table("ladder", config, run)
+
+
+def pipelines(config: Config, run: Run) -> int:
+    """Tasks, models and batches."""
+    return make_table("pipelines", config, run)
+
+
+def make_table(kind: str, config: Config, run: Run) -> int:
+    """Runs or continues a job; returns exit code 0. The last line printed is JSON."""
+    bench = SpeedBench(config, run)
+    bench.check()
+    if config.plan:
+        made = len(list(run.path.glob("rows/**/*.json")))
+        print(f"run   {run.path}\nrows  {made} made; each takes at most {config.latency.seconds:g} s of timing")
+        return 0
+    results, page = bench.results(kind, TABLES[kind](bench)), run.path / "report.html"
+    if new := not page.exists():
+        write_speed_report(run.path, lambda: track(run, kind))
+    print(table(results))
+    log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
+    print(json.dumps({"run": str(run.path.resolve()), **summary(results)}))
+    return 0
+
+
+def track(run: Run, kind: str) -> None:
+    """The table, and the report's pictures, for a tracker if there is one."""
+    if run.tracker:
+        results = run.load("results.json")
+        run.tracker.table(kind, COLUMNS[kind], cells(results))
+        for path in sorted((run.path / "report").glob("*.png")):
+            run.tracker.images(f"report/{path.stem}", [Image.open(path).convert("RGB")], [path.stem])

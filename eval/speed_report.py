@@ -1,0 +1,214 @@
+"""The report of a speed job: a table, also as CSV and Markdown, and a picture of where the time goes."""
+
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from markupsafe import Markup
+from matplotlib.figure import Figure
+
+from data.files import whole_folder, write_text
+from eval.figures import MUTED, SERIES, STUDENT, canvas, digits, save_png, signed, styled, themed
+from eval.plan import size
+from eval.report import csv_table, flatten, markdown_table, percent, render
+from eval.runs import read_json
+from eval.stopwatch import PARTS
+
+Row = Mapping[str, Any]
+Results = Mapping[str, Any]
+MEASURES = ["ms", "10–90 %", "images/s", "of peak", "memory", "graphs", "PSNR, dB", "CLIP, paired"]
+COLUMNS = {
+    "benchmark": ["model", "batch", "setup", "× base", *MEASURES, *PARTS, "parts of whole"],
+    "ladder": ["row", "× row before", "× first", "kept", *MEASURES],
+    "pipelines": ["task", "model", "batch", "mode", "it/s", "× eager", "ms", "10–90 %", "memory", "graphs"],
+}
+NOTES = {
+    "benchmark": "Each row is timed beside the same pipeline in the base setup, call by call; a row of that very "
+    "setup shows what such a ratio is worth. PSNR is to the images that float32 draws from the same noise.",
+    "ladder": "Each row is built upon the last one that was kept, and timed beside it and the first, call by call; "
+    "what is slower is shown and not kept. PSNR and CLIP are against the first row's images from the same noise.",
+    "pipelines": "it/s are denoising steps a second of whole calls, from prompt to 8-bit images: text encoder and VAE "
+    "are in them. ControlNets have random weights.",
+}
+
+
+def write_speed_report(folder: str | Path, track: Callable[[], None] = lambda: None) -> Path:
+    """Makes table.md, results.csv, `folder`/report/*.png and `folder`/report.html anew from results.json.
+
+    `track` is called when the pictures are there; the page, which says that all is done, comes last.
+    """
+    folder = Path(folder)
+    results = read_json(folder / "results.json")
+    kind, figures = results["kind"], draw_figures(results)
+    write_text(folder / "table.md", table(results))
+    write_text(folder / "results.csv", csv_table(summary(results)["rows"]))
+    with whole_folder(folder / "report") as aside:
+        for name, figure in figures.items():
+            save_png(figure, aside / f"{name}.png")
+    track()
+    page = render(
+        "speed.html.j2",
+        name=folder.name,
+        note=NOTES[kind],
+        clock=results["protocol"]["clock"],
+        header=COLUMNS[kind],
+        rows=cells(results),
+        figures={name: Markup(themed(figure, name)) for name, figure in figures.items()},
+        facts=flatten({key: results[key] for key in ("models", "protocol", "environment")}),
+    )
+    write_text(folder / "report.html", page)
+    return folder / "report.html"
+
+
+def table(results: Results) -> str:
+    return markdown_table(COLUMNS[results["kind"]], cells(results))
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """What a program wants to know: every row, whole."""
+    return {"kind": results["kind"], "rows": results["rows"]}
+
+
+# ---- cells ----
+
+
+def cells(results: Results) -> list[list[str]]:
+    """A line per row, in the kind's columns; what could not run says why after its name."""
+    kind = results["kind"]
+    return [told(row, len(COLUMNS[kind])) if row["cannot"] else LINES[kind](row) for row in results["rows"]]
+
+
+def told(row: Row, width: int) -> list[str]:
+    names = [str(row[key]) for key in ("task", "model", "batch", "mode", "name") if key in row]
+    if "changes" in row:
+        names = [row["name"]]
+    reason = textwrap.shorten(row["cannot"], 100, placeholder=" …")
+    return [*names, f"cannot run: {reason}", *["–"] * (width - len(names) - 1)]
+
+
+def benchmark_line(row: Row) -> list[str]:
+    parts = [digits(row["parts_ms"][part]) if part in row["parts_ms"] else "–" for part in PARTS]
+    return [row["model"], str(row["batch"]), row["name"], ratio(row["speedup"]["base"]), *measures(row), *parts,
+            percent(row["parts_of_whole"])]  # fmt: skip
+
+
+def ladder_line(row: Row) -> list[str]:
+    faster = [ratio(row["speedup"].get(other)) for other in ("before", "first")]
+    return [row["name"], *faster, "yes" if row["kept"] else "no", *measures(row)]
+
+
+def pipelines_line(row: Row) -> list[str]:
+    ms, spread, _, _, memory, graphs, _, _ = measures(row)
+    return [row["task"], row["model"], str(row["batch"]), row["mode"], digits(row["its"]),
+            ratio(row["speedup"]["eager"]), ms, spread, memory, graphs]  # fmt: skip
+
+
+LINES = {"benchmark": benchmark_line, "ladder": ladder_line, "pipelines": pipelines_line}
+
+
+def measures(row: Row) -> list[str]:
+    """The cells of MEASURES."""
+    ms, memory, graphs = row["ms"], row["memory"], row["graphs"]
+    psnr, difference = row.get("psnr"), row.get("clip_difference")
+    return [
+        digits(ms["median"]),
+        f"{digits(ms['p10'])}–{digits(ms['p90'])}",
+        digits(row["images_per_s"]),
+        percent(row["share_of_peak"]) if "share_of_peak" in row else "–",
+        size(memory["allocated"]) if memory else "–",
+        f"{graphs['graphs']}" + (f", {graphs['breaks']} breaks" if graphs["breaks"] else "")
+        + (f", {row['recompiled']} more later" if row["recompiled"] else ""),
+        f"{psnr['mean']:.1f}" if psnr else "–",
+        f"{signed(difference['mean'])} [{signed(difference['low'])}, {signed(difference['high'])}]"
+        if difference else "–",
+    ]  # fmt: skip
+
+
+def ratio(faster: Mapping[str, float] | None) -> str:
+    return f"{faster['ratio']:.2f} [{faster['low']:.2f}, {faster['high']:.2f}]" if faster else "–"
+
+
+# ---- pictures ----
+
+
+def draw_figures(results: Results) -> dict[str, Figure]:
+    ran = [row for row in results["rows"] if not row["cannot"]]
+    if not ran:
+        return {}
+    if results["kind"] == "ladder":
+        return {"ladder": ladder_figure(results["rows"])}
+    if results["kind"] == "pipelines":
+        return {f"batch-{batch}": tasks_figure([row for row in ran if row["batch"] == batch])
+                for batch in dict.fromkeys(row["batch"] for row in ran)}  # fmt: skip
+    return {f"parts-{name}": parts_figure([row for row in ran if row["model"] == name])
+            for name in dict.fromkeys(row["model"] for row in ran)}  # fmt: skip
+
+
+@styled
+def parts_figure(rows: Sequence[Row]) -> Figure:
+    """Milliseconds of one image of every setup, and where they go."""
+    figure, (axes,) = canvas(7.4, 0.34 * len(rows) + 1.3)
+    left = np.zeros(len(rows))
+    for colour, part in zip(SERIES, PARTS, strict=False):
+        widths = np.array([row["parts_ms"].get(part, 0) / row["batch"] for row in rows])
+        if widths.any():
+            axes.barh(range(len(rows)), widths, left=left, height=0.62, color=colour, label=part, zorder=2)
+        left += widths
+    names = [f"{row['name']}, batch {row['batch']}" for row in rows]
+    bars(figure, axes, names, "milliseconds an image")
+    axes.legend(frameon=False, fontsize=8, ncols=len(PARTS), loc="lower left", bbox_to_anchor=(0, 1))
+    return figure
+
+
+@styled
+def ladder_figure(rows: Sequence[Row]) -> Figure:
+    """Milliseconds of one image, row upon row; a pale bar was not kept."""
+    figure, (axes,) = canvas(7.4, 0.42 * len(rows) + 1.1)
+    longest = max(row["ms"]["median"] / row["batch"] for row in rows if not row["cannot"])
+    before = None
+    for y, row in enumerate(rows):
+        if row["cannot"]:
+            axes.text(0.01 * longest, y, textwrap.shorten(row["cannot"], 80, placeholder=" …"), va="center",
+                      fontsize=7.5, color=MUTED)  # fmt: skip
+            continue
+        ms = row["ms"]["median"] / row["batch"]
+        colour = STUDENT if row["kept"] else MUTED
+        axes.barh(y, ms, height=0.62, color=colour, alpha=1 if row["kept"] else 0.35, zorder=2)
+        if row["kept"] and before is not None and ms < before:
+            axes.barh(y, before - ms, left=ms, height=0.62, color=colour, alpha=0.16, zorder=1)
+        told = f" {digits(ms)} ms"
+        if faster := row["speedup"].get("first"):
+            told += f"   {faster['ratio']:.2f}×"
+        axes.text(max(ms, before or 0) if row["kept"] else ms, y, told, va="center", fontsize=8)
+        before = ms if row["kept"] else before
+    bars(figure, axes, [row["name"] for row in rows], "milliseconds an image")
+    axes.set_xlim(0, 1.22 * longest)
+    return figure
+
+
+@styled
+def tasks_figure(rows: Sequence[Row]) -> Figure:
+    """Denoising steps a second: a group per task, a bar per model and mode."""
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    kinds = list(dict.fromkeys((row["model"], row["mode"]) for row in rows))
+    figure, (axes,) = canvas(7.4, 3.6)
+    width = 0.8 / len(kinds)
+    for k, (model, mode) in enumerate(kinds):
+        own = [row for row in rows if (row["model"], row["mode"]) == (model, mode)]
+        x = [tasks.index(row["task"]) + (k + 0.5) * width - 0.4 for row in own]
+        axes.bar(x, [row["its"] for row in own], 0.92 * width, color=SERIES[k % len(SERIES)], label=f"{model}, {mode}")
+    axes.set_xticks(range(len(tasks)), tasks)
+    axes.set_ylabel("denoising steps a second")
+    axes.grid(axis="x", visible=False)
+    axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+def bars(figure: Figure, axes, names: Sequence[str], label: str) -> None:
+    """Horizontal bars read from above, named at the left."""
+    axes.set_yticks(range(len(names)), names, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(label)
+    axes.grid(axis="y", visible=False)

@@ -1,0 +1,130 @@
+"""What is timed: the benchmark's combinations, the ladder of optimisations, the table of pipelines."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields, replace
+from functools import cache
+from itertools import product
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from eval.setups import CannotRunError
+from eval.speed import Subject
+from eval.speed_bench import SETUP_FIELDS, SpeedBench, Variant, file_name
+from eval.tasks import TASKS, task_pipeline
+
+Rows = list[dict[str, Any]]
+ROW_KEYS = {"name", *(field.name for field in fields(Variant)), *SETUP_FIELDS} - {"setup"}
+
+
+def benchmark_rows(bench: SpeedBench) -> Rows:
+    """Every model in every setup at every batch, each beside the same model in the base setup."""
+    rows = []
+    for (name, where), batch in product(bench.models.items(), bench.config.benchmark.batches):
+        variant = Variant(where, bench.config.eval.steps, bench.base)
+        base = cache(lambda variant=variant, batch=batch: bench.subject(variant, batch))
+        reference = cache(lambda variant=variant: bench.float32_images(variant))
+        for setup in bench.setups:
+            this = replace(variant, setup=setup)
+
+            def make(this=this, batch=batch, base=base, reference=reference):
+                return bench.measured(bench.subject(this, batch), {"base": base()}, reference())
+
+            told = {"model": name, "batch": batch, "setup": asdict(setup), "name": str(setup)}
+            rows.append(bench.row(f"{name}/batch-{batch}/{setup.key}", told, make))
+    return rows
+
+
+def ladder_rows(bench: SpeedBench) -> Rows:
+    """Optimisations one upon the other. A row that cannot run here, or that is slower, is not built upon."""
+    (teacher, *_), batch = bench.models.values(), bench.config.benchmark.batches[0]
+    state = Variant(teacher, bench.config.eval.steps)
+    made: dict[Variant, Subject] = {}
+
+    def subject(variant: Variant) -> Subject:
+        if variant not in made:
+            made[variant] = bench.subject(variant, batch)
+        return made[variant]
+
+    rows: Rows = []
+    first = before = None
+    for number, changes in enumerate(read_ladder(bench)):
+        name = changes.pop("name")
+
+        def make(changes=changes, state=state, first=first, before=before):
+            variant = changed(state, changes, bench.models)
+            this, others = bench.subject(variant, batch), {}
+            if first is not None:
+                others = {"first": subject(first), "before": subject(before)}
+            reference = this if first is None else subject(first)
+            row = bench.measured(this, others, reference.images(bench.config.benchmark.images))
+            made[variant] = this
+            return {**row, "kept": not others or row["speedup"]["before"]["high"] >= 1}
+
+        told = {"name": name, "batch": batch, "changes": changes, "kept": False}
+        row = bench.row(f"{number:02d}-{file_name(name)}", told, make)
+        rows.append(row)
+        if row["kept"]:
+            state = before = changed(state, changes, bench.models)
+            first = first or state
+        for variant in set(made) - {first, before}:
+            del made[variant]
+    return rows
+
+
+def read_ladder(bench: SpeedBench) -> list[dict[str, Any]]:
+    """benchmark.rows. ValueError for a row without a name, or with keys that are none."""
+    rows = [OmegaConf.to_container(row) if OmegaConf.is_config(row) else row for row in bench.config.benchmark.rows]
+    if not rows:
+        raise ValueError("benchmark.rows=[] is a ladder without rows")
+    for row in rows:
+        if not isinstance(row, Mapping) or "name" not in row:
+            raise ValueError(f"benchmark.rows: {row} must be a table with a name and what changes")
+        if unknown := set(row) - ROW_KEYS:
+            raise ValueError(f"benchmark.rows: {row['name']!r} has {sorted(unknown)}; a row takes {sorted(ROW_KEYS)}")
+    return [dict(row) for row in rows]
+
+
+def changed(state: Variant, changes: Mapping[str, Any], models: Mapping[str, str]) -> Variant:
+    """The variant with a row's changes; models go by their name. CannotRunError where that names none."""
+    setup = replace(state.setup, **{key: value for key, value in changes.items() if key in SETUP_FIELDS})
+    others = {key: value for key, value in changes.items() if key not in SETUP_FIELDS}
+    for key in ("model", "unet", "vae"):
+        if (name := others.get(key)) is not None:
+            if name not in models:
+                raise CannotRunError(f"models names no {name!r}: models={{…, {name}: FOLDER}}")
+            others[key] = models[name]
+    return replace(state, setup=setup, **others)
+
+
+def pipelines_rows(bench: SpeedBench) -> Rows:
+    """Every model in every task at every batch, in every mode of compilation beside eager."""
+    config, rows = bench.config.benchmark, []
+    if unknown := set(config.tasks) - set(TASKS):
+        raise ValueError(f"benchmark.tasks={sorted(unknown)} are unknown; choose from {TASKS}")
+    for task, (name, where), batch in product(config.tasks, bench.models.items(), config.batches):
+        variant = Variant(where, bench.config.eval.steps, bench.base)
+
+        def subject(variant: Variant, task=task, batch=batch) -> Subject:
+            pipeline, given = task_pipeline(bench.loaded(variant.model), task, batch)
+            return bench.subject(variant, batch, pipeline, **given)
+
+        eager = cache(lambda subject=subject, variant=variant: subject(variant))
+        for mode in dict.fromkeys(("eager", *config.compile)):
+            make = timing(bench, subject, replace(variant, setup=replace(variant.setup, compile=mode)), eager)
+            told = {"task": task, "model": name, "batch": batch, "mode": mode}
+            rows.append(bench.row(f"{task}/{name}/batch-{batch}/{mode}", told, make))
+    return rows
+
+
+def timing(bench: SpeedBench, subject: Callable[[Variant], Subject], variant: Variant, eager: Callable[[], Subject]):
+    """Makes a row of the pipelines table; `its` counts denoising steps as the published tables do."""
+
+    def make() -> dict[str, Any]:
+        row = bench.measured(subject(variant), {"eager": eager()})
+        return {**row, "its": 1e3 * row["unet_calls"] / row["ms"]["median"]}
+
+    return make
+
+
+TABLES = {"benchmark": benchmark_rows, "ladder": ladder_rows, "pipelines": pipelines_rows}

@@ -1,0 +1,72 @@
+"""The pipelines that people run around one UNet: txt2img, img2img, inpaint, ControlNet, two ControlNets."""
+
+import math
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoPipelineForImage2Image,
+    AutoPipelineForInpainting,
+    AutoPipelineForText2Image,
+    ControlNetModel,
+    DiffusionPipeline,
+)
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+from PIL import Image
+
+from data.seeding import generator, seed_of
+from models.pipeline import quiet
+
+TASKS = ("txt2img", "img2img", "inpaint", "controlnet", "two_controlnets")
+STRENGTH = 0.75  # of img2img and inpaint: the share of the steps that are taken
+CONDITIONING_CHANNELS = (16, 32, 96, 256)
+
+
+def task_pipeline(pipeline: DiffusionPipeline, task: str, batch: int) -> tuple[DiffusionPipeline, dict[str, Any]]:
+    """The pipeline for a task around these networks, and what its call is given beside prompts.
+
+    ControlNets have the shape of the UNet's encoder as it is when no block is removed, and random weights: they are
+    there for their time. Raises ValueError for an unknown task.
+    """
+    if task not in TASKS:
+        raise ValueError(f"task {task!r} is unknown; choose from {TASKS}")
+    size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    pictures = [random_picture(size, index) for index in range(batch)]
+    with quiet():
+        if task == "txt2img":
+            return pipeline, {}
+        if task == "img2img":
+            return AutoPipelineForImage2Image.from_pipe(pipeline), {"image": pictures, "strength": STRENGTH}
+        if task == "inpaint":
+            masks = [half_mask(size)] * batch
+            given = {"image": pictures, "mask_image": masks, "strength": STRENGTH}
+            return AutoPipelineForInpainting.from_pipe(pipeline), given
+        if task == "controlnet":
+            controlled = AutoPipelineForText2Image.from_pipe(pipeline, controlnet=random_controlnet(pipeline, 0))
+            return controlled, {"image": pictures}
+        two = MultiControlNetModel([random_controlnet(pipeline, k) for k in range(2)])
+        return AutoPipelineForText2Image.from_pipe(pipeline, controlnet=two), {"image": [pictures[0], pictures[0]]}
+
+
+def random_controlnet(pipeline: DiffusionPipeline, seed: int) -> ControlNetModel:
+    """One that fits the pipeline's UNet, frozen."""
+    torch.manual_seed(seed_of("controlnet", seed))
+    halvings = int(math.log2(pipeline.vae_scale_factor))  # from the control image down to the latents
+    controlnet = ControlNetModel.from_unet(
+        pipeline.unet,
+        conditioning_embedding_out_channels=CONDITIONING_CHANNELS[: halvings + 1],
+        load_weights_from_unet=False,
+    )
+    return controlnet.eval().requires_grad_(False)
+
+
+def random_picture(size: int, index: int) -> Image.Image:
+    pixels_HW3 = torch.randint(0, 256, (size, size, 3), generator=generator("picture", index), dtype=torch.uint8)
+    return Image.fromarray(pixels_HW3.numpy())
+
+
+def half_mask(size: int) -> Image.Image:
+    """White, to be repainted, on the right half."""
+    mask = Image.new("L", (size, size))
+    mask.paste(255, (size // 2, 0, size, size))
+    return mask
