@@ -33,6 +33,20 @@ from eval.stopwatch import watched
 REFUSALS = (CannotRunError, torch.OutOfMemoryError, NotImplementedError, RuntimeError)
 
 
+@dataclass(frozen=True)
+class Variant:
+    """What a row runs: a model, with the UNet or VAE of another one, its steps, and how.
+
+    `unet` and `vae` are pipelines' folders whose part takes the place of the model's.
+    """
+
+    model: str
+    steps: int
+    setup: Setup = Setup()
+    unet: str = ""
+    vae: str = ""
+
+
 @dataclass
 class Subject:
     """A pipeline that is timed, in one setup.
@@ -102,6 +116,8 @@ def measure(subject: Subject, others: Mapping[str, Subject], config: LatencyConf
     """
     device, parts, unet_calls = subject.device, [], []
     with one_thread(device):
+        for other in others.values():
+            other.call()  # compiled ones may have to be made again
         memory, graphs = memory_before(device), Graphs()
         start = time.perf_counter()
         subject.call()

@@ -6,7 +6,7 @@ A row is a file that is not made again. What a device cannot run is a row that s
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from typing import Any
 
 import torch
@@ -20,9 +20,10 @@ from engine.run import Run
 from eval.clip import psnr
 from eval.compare import mean_and_error, paired_difference
 from eval.evaluation import EvaluationBench
+from eval.first_image import compile_cost
 from eval.plan import image_rows
 from eval.setups import Setup, all_setups
-from eval.speed import REFUSALS, Subject, matmul_peak_tflops, measure
+from eval.speed import REFUSALS, Subject, Variant, matmul_peak_tflops, measure
 from models.cost import count_gflops
 from models.guidance import told_guidance_width
 from models.pipeline import with_unet
@@ -30,20 +31,6 @@ from models.pipeline import with_unet
 log = logging.getLogger("slimstep")
 SETUP_FIELDS = [field.name for field in fields(Setup)]
 CHOICES = [name for name in SETUP_FIELDS if name != "capture"]  # what config.benchmark lists values of
-
-
-@dataclass(frozen=True)
-class Variant:
-    """What a row runs: a model, with the UNet or VAE of another one, its steps, and how.
-
-    `unet` and `vae` are pipelines' folders whose part takes the place of the model's.
-    """
-
-    model: str
-    steps: int
-    setup: Setup = Setup()
-    unet: str = ""
-    vae: str = ""
 
 
 class SpeedBench(EvaluationBench):
@@ -60,6 +47,8 @@ class SpeedBench(EvaluationBench):
         if not self.models:
             raise ValueError("models names nothing to time: models=[FOLDER,…] or models={teacher: FOLDER, …}")
         self.check_models()
+        if (images := self.config.benchmark.images) > (prompts := self.config.eval.prompts):
+            raise ValueError(f"benchmark.images={images} is more than eval.prompts={prompts}")
         _ = self.base, self.setups, self.prompt_set, self.scorer
 
     @property
@@ -117,6 +106,12 @@ class SpeedBench(EvaluationBench):
             peak = self.peak_tflops(subject.setup)
             row |= {"unet_tflops": achieved, "peak_tflops": peak, "share_of_peak": achieved / peak}
         return row if reference is None else {**row, **self.quality(subject.images(len(reference)), reference)}
+
+    def first_image(self, variant: Variant, subject: Subject, file: str) -> dict[str, Any]:
+        """What compiling costs; nothing where nothing is compiled, or where it is not asked for."""
+        if variant.setup.compile == "eager" or not self.config.benchmark.first_image:
+            return {}
+        return {"first_image": compile_cost(variant, subject, self.run.path / f"artifacts/{file}.bin")}
 
     @staticmethod
     def unet_gflops(subject: Subject) -> float:

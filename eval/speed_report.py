@@ -24,6 +24,8 @@ COLUMNS = {
     "ladder": ["row", "× row before", "× first", "kept", *MEASURES],
     "pipelines": ["task", "model", "batch", "mode", "it/s", "× eager", "ms", "10–90 %", "memory", "graphs"],
 }
+FIRST_IMAGE = ["model", "batch", "setup", "eager, s", "cold, s", "with artefacts, s", "with a kept cache, s",
+               "pays after (cold)", "(artefacts)", "(kept cache), calls"]  # fmt: skip
 NOTES = {
     "benchmark": "Each row is timed beside the same pipeline in the base setup, call by call; a row of that very "
     "setup shows what such a ratio is worth. PSNR is to the images that float32 draws from the same noise.",
@@ -55,6 +57,8 @@ def write_speed_report(folder: str | Path, track: Callable[[], None] = lambda: N
         clock=results["protocol"]["clock"],
         header=COLUMNS[kind],
         rows=cells(results),
+        first_header=FIRST_IMAGE,
+        first_rows=first_image_rows(results),
         figures={name: Markup(themed(figure, name)) for name, figure in figures.items()},
         facts=flatten({key: results[key] for key in ("models", "protocol", "environment")}),
     )
@@ -63,7 +67,22 @@ def write_speed_report(folder: str | Path, track: Callable[[], None] = lambda: N
 
 
 def table(results: Results) -> str:
-    return markdown_table(COLUMNS[results["kind"]], cells(results))
+    """All rows, and what compiling cost where that was measured."""
+    first = first_image_rows(results)
+    costs = "\n" + markdown_table(FIRST_IMAGE, first) if first else ""
+    return markdown_table(COLUMNS[results["kind"]], cells(results)) + costs
+
+
+def first_image_rows(results: Results) -> list[list[str]]:
+    """A line for each compiled row: seconds to the first image of a new process, and images until it pays."""
+    lines = []
+    for row in results["rows"]:
+        if cost := row.get("first_image"):
+            ways = [cost[way] for way in ("cold", "artifacts", "kept_cache")]
+            seconds = [f"{way['first_s']:.1f}" if way else "–" for way in (cost["eager"], *ways)]
+            pays = [f"{way['images']:.0f}" if way and way["images"] is not None else "–" for way in ways]
+            lines.append([row["model"], str(row["batch"]), row["name"], *seconds, *pays])
+    return lines
 
 
 def summary(results: Results) -> dict[str, Any]:

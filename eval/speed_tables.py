@@ -9,8 +9,8 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from eval.setups import CannotRunError
-from eval.speed import Subject
-from eval.speed_bench import SETUP_FIELDS, SpeedBench, Variant, file_name
+from eval.speed import Subject, Variant
+from eval.speed_bench import SETUP_FIELDS, SpeedBench, file_name
 from eval.tasks import TASKS, task_pipeline
 
 Rows = list[dict[str, Any]]
@@ -27,11 +27,15 @@ def benchmark_rows(bench: SpeedBench) -> Rows:
         for setup in bench.setups:
             this = replace(variant, setup=setup)
 
-            def make(this=this, batch=batch, base=base, reference=reference):
-                return bench.measured(bench.subject(this, batch), {"base": base()}, reference())
-
             told = {"model": name, "batch": batch, "setup": asdict(setup), "name": str(setup)}
-            rows.append(bench.row(f"{name}/batch-{batch}/{setup.key}", told, make))
+            file = f"{name}/batch-{batch}/{setup.key}"
+
+            def make(this=this, batch=batch, base=base, reference=reference, file=file):
+                subject = bench.subject(this, batch)
+                row = bench.measured(subject, {"base": base()}, reference())
+                return row | bench.first_image(this, subject, file)
+
+            rows.append(bench.row(file, told, make))
     return rows
 
 

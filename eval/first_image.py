@@ -1,0 +1,122 @@
+"""What compiling costs: the first image of new processes, with nothing kept, with saved artefacts, with a kept cache.
+
+The compiled graphs of a process serve others of the same torch and device (`torch.compiler.save_cache_artifacts`). On
+a CPU they hold no C++ kernels, which are built again: there the kept cache directory is what saves time.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from data.files import write_bytes
+from eval.setups import Setup
+from eval.speed import Subject, Variant
+from models.pipeline import load_pipeline, with_unet
+
+CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
+STEADY_CALLS = 3
+
+
+def load_artifacts(path: Path) -> None:
+    """Compiled graphs of an earlier process, for this one. What another torch or device made is not used by torch."""
+    torch.compiler.load_cache_artifacts(path.read_bytes())
+
+
+def save_artifacts(path: Path) -> int:
+    """Writes what this process has compiled; returns its bytes, 0 where there is nothing."""
+    saved = torch.compiler.save_cache_artifacts()
+    if saved is None:
+        return 0
+    write_bytes(path, saved[0])
+    return len(saved[0])
+
+
+def compile_first(path: Path, compile_it: Callable[[], None], accelerator: Accelerator) -> None:
+    """Rank 0 compiles, unless an earlier run has left its artefacts at `path`; then the others load and compile."""
+    if path.exists():
+        load_artifacts(path)
+    elif accelerator.is_main_process:
+        compile_it()
+        save_artifacts(path)
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        if path.exists():
+            load_artifacts(path)
+        compile_it()
+
+
+def compile_cost(variant: Variant, subject: Subject, artifacts: Path) -> dict[str, Any]:
+    """Seconds to the first image in new processes, and after how many images compiling has paid for itself.
+
+    The artefacts stay at `artifacts`. `images` is None where compiled calls are not faster than eager ones. Raises
+    RuntimeError where a process fails.
+    """
+    request = {
+        "model": variant.model, "unet": variant.unet, "vae": variant.vae, "setup": vars(variant.setup),
+        "steps": subject.steps, "guidance_scale": subject.guidance_scale, "seed": subject.seed, "batch": subject.batch,
+        "prompts": list(subject.prompts[: subject.batch]), "device": str(subject.device),
+    }  # fmt: skip
+    with tempfile.TemporaryDirectory() as kept, tempfile.TemporaryDirectory() as empty:
+        eager = new_process({**request, "setup": {**request["setup"], "compile": "eager"}}, Path(kept) / "eager")
+        cold = new_process({**request, "save": str(artifacts)}, Path(kept))
+        warm = new_process(request, Path(kept))
+        loaded = new_process({**request, "load": str(artifacts)}, Path(empty)) if artifacts.exists() else None
+    gained_s = 1e-3 * (eager["steady_ms"] - cold["steady_ms"])
+    ways = {"cold": cold, "artifacts": loaded, "kept_cache": warm}
+    return {
+        "eager": eager,
+        **{
+            name: way and {**way, "images": (way["first_s"] - eager["first_s"]) / gained_s if gained_s > 0 else None}
+            for name, way in ways.items()
+        },
+    }
+
+
+def new_process(request: Mapping[str, Any], cache: Path) -> dict[str, Any]:
+    """One measurement with its compiler caches in this folder."""
+    caches = {name: str(cache / name.lower()) for name in CACHES}
+    root = str(Path(__file__).parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-m", "eval.first_image"],
+        input=json.dumps(request), capture_output=True, text=True, cwd=root, env={**os.environ, **caches},
+    )  # fmt: skip
+    if done.returncode:
+        raise RuntimeError(f"the process that compiles failed: {done.stderr.strip().splitlines()[-1]}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def main() -> None:
+    """The measurement that standard input asks for; a JSON line on standard output."""
+    request = json.load(sys.stdin)
+    device = torch.device(request["device"])
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # as all is timed here
+    pipeline = load_pipeline(request["model"])
+    parts = {name: getattr(load_pipeline(request[name]), name) for name in ("unet", "vae") if request[name]}
+    pipeline = with_unet(pipeline, **{"unet": pipeline.unet, **parts})
+    if "load" in request:
+        load_artifacts(Path(request["load"]))
+    told = {key: request[key] for key in ("prompts", "steps", "guidance_scale", "batch", "seed")}
+    subject = Subject(pipeline, Setup(**request["setup"]), device=device, **told)
+    times = []
+    for _ in range(1 + STEADY_CALLS):
+        start = time.perf_counter()
+        subject.call()
+        times.append(time.perf_counter() - start)
+    size = save_artifacts(Path(request["save"])) if "save" in request else None
+    steady_ms = 1e3 * statistics.median(times[1:])
+    print(json.dumps({"first_s": times[0], "steady_ms": steady_ms, "artifact_bytes": size}))
+
+
+if __name__ == "__main__":
+    main()
