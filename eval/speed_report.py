@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from data.files import whole_folder, write_text
@@ -121,7 +122,7 @@ def ladder_line(row: Row) -> list[str]:
 def pipelines_line(row: Row) -> list[str]:
     ms, spread, _, _, memory, graphs, _, _ = measures(row)
     return [row["task"], row["model"], str(row["batch"]), row["mode"], digits(row["its"]),
-            ratio(row["speedup"]["eager"]), ms, spread, memory, graphs]  # fmt: skip
+            ratio(row["speedup"].get("eager")), ms, spread, memory, graphs]  # fmt: skip
 
 
 LINES = {"benchmark": benchmark_line, "ladder": ladder_line, "pipelines": pipelines_line}
@@ -176,34 +177,29 @@ def parts_figure(rows: Sequence[Row]) -> Figure:
             axes.barh(range(len(rows)), widths, left=left, height=0.62, color=colour, label=part, zorder=2)
         left += widths
     names = [f"{row['name']}, batch {row['batch']}" for row in rows]
-    bars(figure, axes, names, "milliseconds an image")
+    bars(axes, names, "milliseconds an image")
     axes.legend(frameon=False, fontsize=8, ncols=len(PARTS), loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
 
 @styled
 def ladder_figure(rows: Sequence[Row]) -> Figure:
-    """Milliseconds of one image, row upon row; a pale bar was not kept."""
+    """The time of one image in units of the first row's, row upon row; a pale bar was not kept."""
     figure, (axes,) = canvas(7.4, 0.42 * len(rows) + 1.1)
-    longest = max(row["ms"]["median"] / row["batch"] for row in rows if not row["cannot"])
-    before = None
+    before = 100.0
     for y, row in enumerate(rows):
         if row["cannot"]:
-            axes.text(0.01 * longest, y, textwrap.shorten(row["cannot"], 80, placeholder=" …"), va="center",
-                      fontsize=7.5, color=MUTED)  # fmt: skip
+            told = textwrap.shorten(row["cannot"], 80, placeholder=" …")
+            axes.text(1, y, told, va="center", fontsize=7.5, color=MUTED)
             continue
-        ms = row["ms"]["median"] / row["batch"]
-        colour = STUDENT if row["kept"] else MUTED
-        axes.barh(y, ms, height=0.62, color=colour, alpha=1 if row["kept"] else 0.35, zorder=2)
-        if row["kept"] and before is not None and ms < before:
-            axes.barh(y, before - ms, left=ms, height=0.62, color=colour, alpha=0.16, zorder=1)
-        told = f" {digits(ms)} ms"
-        if faster := row["speedup"].get("first"):
-            told += f"   {faster['ratio']:.2f}×"
-        axes.text(max(ms, before or 0) if row["kept"] else ms, y, told, va="center", fontsize=8)
-        before = ms if row["kept"] else before
-    bars(figure, axes, [row["name"] for row in rows], "milliseconds an image")
-    axes.set_xlim(0, 1.22 * longest)
+        faster = row["speedup"].get("first", {"ratio": 1.0})["ratio"]
+        share, colour = 100 / faster, STUDENT if row["kept"] else MUTED
+        axes.barh(y, share, height=0.62, color=colour, alpha=1 if row["kept"] else 0.35, zorder=2)
+        if row["kept"] and share < before:
+            axes.barh(y, before - share, left=share, height=0.62, color=colour, alpha=0.16, zorder=1)
+        axes.text(max(share, before if row["kept"] else 0) + 1, y, f"{faster:.2f}×", va="center", fontsize=8)
+        before = share if row["kept"] else before
+    bars(axes, [row["name"] for row in rows], "time of an image, % of the first row's")
     return figure
 
 
@@ -225,9 +221,9 @@ def tasks_figure(rows: Sequence[Row]) -> Figure:
     return figure
 
 
-def bars(figure: Figure, axes, names: Sequence[str], label: str) -> None:
+def bars(axes: Axes, names: Sequence[str], label: str) -> None:
     """Horizontal bars read from above, named at the left."""
     axes.set_yticks(range(len(names)), names, fontsize=8)
-    axes.invert_yaxis()
+    axes.set_ylim(len(names) - 0.5, -0.5)
     axes.set_xlabel(label)
     axes.grid(axis="y", visible=False)

@@ -1,0 +1,99 @@
+"""Setups: what cannot be says why, what can leaves the image as it was."""
+
+import pytest
+import torch
+from torchvision.transforms.functional import pil_to_tensor
+
+from eval.capture import CapturedSampler
+from eval.sampling import Sampler
+from eval.setups import CannotRunError, Setup, all_setups, check_runs, running
+from eval.speed import Subject
+from models.pipeline import load_pipeline
+
+CPU = torch.device("cpu")
+PROMPTS = ["a cat", "two dogs", "a red tree"]
+
+
+def subject(folder, batch=1, steps=3, **setup):
+    return Subject(load_pipeline(folder), Setup(**setup), PROMPTS, steps, 2.5, CPU, batch)
+
+
+@pytest.mark.parametrize("wrong", [{"compile": "fast"}, {"attention": "flsh"}, {"dtype": "int4"},
+                                   {"memory_format": "nhwc"}, {"quantize": "int4"},
+                                   {"fused_qkv": True, "attention": "vanilla"},
+                                   {"capture": True, "compile": "max-autotune"}])  # fmt: skip
+def test_a_setup_that_is_none_is_refused(wrong):
+    with pytest.raises(ValueError, match=str(next(iter(wrong)))):
+        Setup(**wrong)
+
+
+@pytest.mark.parametrize("setup", [{"dtype": "tf32"}, {"compile": "reduce-overhead"}, {"compile": "cudagraphs"},
+                                   {"attention": "cudnn"}, {"attention": "efficient"}, {"quantize": "fp8"},
+                                   {"capture": True}])  # fmt: skip
+def test_what_needs_a_gpu_says_so_on_a_cpu(setup):
+    with pytest.raises(CannotRunError, match="CUDA"):
+        check_runs(Setup(**setup), CPU)
+
+
+def test_combinations_are_all_there_once():
+    setups = all_setups(dtype=["float32", "bfloat16"], attention=["sdpa", "vanilla", "math"])
+    assert len(set(setups)) == len({setup.key for setup in setups}) == len({str(setup) for setup in setups}) == 6
+
+
+@pytest.mark.parametrize("setup", [{"attention": "vanilla"}, {"attention": "math"}, {"attention": "flash"},
+                                   {"memory_format": "channels_last"}, {"fused_qkv": True}])  # fmt: skip
+def test_a_setup_in_float32_leaves_the_images(tiny_pipeline_folder, setup):
+    plain, other = (subject(tiny_pipeline_folder, **kind).images(2).int() for kind in ({}, setup))
+    assert (plain - other).abs().max() <= 1  # one step of 255, where rounding goes the other way
+
+
+def test_a_setup_reaches_the_networks(tiny_pipeline_folder):
+    bfloat16 = subject(tiny_pipeline_folder, dtype="bfloat16", memory_format="channels_last", attention="vanilla")
+    assert {p.dtype for p in bfloat16.pipeline.unet.parameters()} == {torch.bfloat16}
+    assert bfloat16.pipeline.vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
+    assert {type(p).__name__ for p in bfloat16.pipeline.unet.attn_processors.values()} == {"AttnProcessor"}
+    fused = subject(tiny_pipeline_folder, fused_qkv=True)
+    assert {type(p).__name__ for p in fused.pipeline.unet.attn_processors.values()} == {"FusedAttnProcessor2_0"}
+
+
+def test_the_kernel_is_chosen_while_it_runs_and_not_after():
+    q = torch.randn(1, 2, 8, 16)
+    with running(Setup(attention="cudnn")), pytest.raises(RuntimeError, match="kernel"):
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    torch.nn.functional.scaled_dot_product_attention(q, q, q)
+
+
+def test_what_is_global_is_put_back():
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    with running(Setup(dtype="tf32")):
+        assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
+    with running(Setup()):
+        assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
+    assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
+
+
+def test_int8_stays_near_float32(tiny_pipeline_folder):
+    pytest.importorskip("torchao")
+    plain, int8 = (subject(tiny_pipeline_folder, quantize=kind) for kind in ("none", "int8"))
+    names = [type(m.weight).__name__ for n, m in int8.pipeline.unet.named_modules()
+             if isinstance(m, torch.nn.Linear) and "transformer_blocks" in n]  # fmt: skip
+    assert names and "Parameter" not in names
+    assert (plain.images(2).float() - int8.images(2).float()).abs().mean() < 8
+
+
+def test_the_timed_images_are_those_of_the_sampler(tiny_pipeline_folder):
+    drawn = subject(tiny_pipeline_folder, batch=2).images(3)
+    pipeline = load_pipeline(tiny_pipeline_folder)
+    wanted = Sampler(pipeline, 3, 2.5).images(pipeline.unet, PROMPTS, range(3))
+    assert (drawn.int() - wanted.int()).abs().max() <= 1
+
+
+@pytest.mark.gpu
+def test_a_captured_loop_draws_what_the_eager_one_draws(tiny_pipeline_folder):
+    pipeline = load_pipeline(tiny_pipeline_folder).to("cuda")
+    sampler, captured = Sampler(pipeline, 3, 2.5), CapturedSampler(Sampler(pipeline, 3, 2.5))
+    for prompts in (PROMPTS[:2], PROMPTS[1:]):  # the second is a replay with other inputs
+        noise = torch.stack([sampler.noise(i) for i in range(2)])
+        wanted = sampler.decode(sampler.latents(pipeline.unet, sampler.encode(prompts), noise)).cpu()
+        drawn = torch.stack([pil_to_tensor(image) for image in captured.draw(prompts, noise)])
+        assert (drawn.int() - wanted.int()).abs().max() <= 1

@@ -1,0 +1,160 @@
+"""Timing: parts leave nothing out, ratios are of neighbours, and the jobs' rows say what ran and what could not."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine.config import LatencyConfig
+from eval.setups import Setup
+from eval.speed import Subject, measure, speedup
+from eval.stopwatch import watched
+from eval.tasks import TASKS, task_pipeline
+from models.pipeline import export_pipeline, load_pipeline, with_unet
+from tests.mistakes import told
+
+CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parents[2]
+SMALL = ["eval.prompts=4", "benchmark.images=2", "eval.steps=2", "latency.iterations=3", "latency.warmup=1"]
+
+
+def subject(pipeline, batch=1, steps=4, **given):
+    return Subject(pipeline, Setup(), ["a cat", "two dogs"], steps, 2.5, CPU, batch, given=given)
+
+
+def test_the_parts_of_a_call_leave_nothing_of_it_out(tiny_pipeline_folder):
+    one = subject(load_pipeline(tiny_pipeline_folder))
+    with watched(one.pipeline, CPU) as watch:
+        spent = watch.time(one.call)
+        assert [part for part, _ in watch.marks].count("UNet") == 4
+    whole = 1e3 * (watch.marks[-1][1] - watch.marks[0][1])
+    assert sum(spent.values()) == pytest.approx(whole)
+    assert all(spent[part] > 0 for part in ("text encoder", "UNet", "scheduler", "VAE", "host"))
+    assert spent["ControlNet"] == 0
+    marks = len(watch.marks)
+    one.call()
+    assert len(watch.marks) == marks  # nothing is left that marks
+
+
+def test_time_spent_in_a_network_is_its_own_part(tiny_pipeline_folder):
+    one = subject(load_pipeline(tiny_pipeline_folder))
+    busy = torch.randn(400, 400)
+
+    def work(*_):
+        for _ in range(20):
+            busy @ busy
+
+    with watched(one.pipeline, CPU) as watch:
+        one.call()
+        before = watch.time(one.call)
+        one.pipeline.vae.decoder.mid_block.register_forward_hook(work)
+        after = watch.time(one.call)
+    grown = {part: after[part] - before[part] for part in after}
+    assert max(grown, key=grown.get) == "VAE"
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_runs_around_one_unet(tiny_pipeline_folder, task):
+    pipeline, given = task_pipeline(load_pipeline(tiny_pipeline_folder), task, batch=2)
+    one = subject(pipeline, batch=2, **given)
+    row = measure(one, {}, LatencyConfig(iterations=3, warmup=1))
+    assert row["unet_calls"] == (3 if task in ("img2img", "inpaint") else 4)  # strength 0.75
+    assert ("ControlNet" in row["parts_ms"]) == (task in ("controlnet", "two_controlnets"))
+
+
+def test_a_ratio_is_that_of_neighbouring_calls():
+    drifting = [1.0, 5.0, 2.0, 9.0]
+    faster = speedup([3 * ms for ms in drifting], drifting)
+    assert faster["ratio"] == faster["low"] == faster["high"] == pytest.approx(3)
+
+
+# ---- the jobs ----
+
+
+def run(experiment, *overrides):
+    command = [sys.executable, str(ROOT / "train.py"), f"+experiment={experiment}", *SMALL, *map(str, overrides)]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+
+
+@pytest.fixture(scope="module")
+def students(tmp_path_factory, tiny_pipeline_folder):
+    teacher, folder = load_pipeline(tiny_pipeline_folder), tmp_path_factory.mktemp("models") / "student"
+    export_pipeline(with_unet(teacher, teacher.unet.with_depths({"mid_block.attentions.0": 0})), folder)
+    return f"models={{teacher: {tiny_pipeline_folder}, pruned: {folder}}}"
+
+
+def test_the_benchmark_has_a_row_for_every_combination_and_makes_none_twice(tmp_path, tiny_model, students):
+    chosen = ["benchmark.dtype=[float32,tf32]", "benchmark.attention=[sdpa,vanilla]", "benchmark.batches=[1,2]"]
+    done = run("benchmark", *tiny_model, students, *chosen, f"root={tmp_path}")
+    assert done.returncode == 0, done.stderr
+    path, last = tmp_path / "benchmark", json.loads(done.stdout.splitlines()[-1])
+    assert len(last["rows"]) == 2 * 2 * 2 * 2
+    for row in last["rows"]:
+        if row["setup"]["dtype"] == "tf32":
+            assert "CUDA" in row["cannot"] and "ms" not in row
+        else:
+            assert row["ms"]["n"] >= 3 and row["psnr"]["mean"] > 45 and row["share_of_peak"] > 0
+            assert row["speedup"]["base"]["low"] <= row["speedup"]["base"]["ratio"] <= row["speedup"]["base"]["high"]
+    for name in ("table.md", "results.csv", "report.html", "report/parts-teacher.png", "report/parts-pruned.png"):
+        assert (path / name).is_file(), name
+    gone = next(path.glob("rows/pruned/batch-2/*vanilla_float32*.json"))
+    for file in (gone, path / "results.json", path / "report.html"):
+        file.unlink()
+    before = {file: file.stat().st_mtime_ns for file in path.glob("rows/**/*.json")}
+    again = run("benchmark", *tiny_model, students, *chosen, f"root={tmp_path}")
+    assert again.returncode == 0, again.stderr
+    assert gone.is_file() and before == {file: file.stat().st_mtime_ns for file in before}
+
+
+def test_the_ladder_builds_upon_what_ran_and_says_what_did_not(tmp_path, tiny_model, students):
+    rows = (
+        "[{name: plain, attention: vanilla}, {name: TF32, dtype: tf32}, {name: one step, steps: 1}, "
+        "{name: pruned UNet, model: pruned}, {name: narrow, vae: narrow}, {name: many steps, steps: 40}]"
+    )
+    done = run("ladder", *tiny_model, students, f"benchmark.rows={rows}", f"root={tmp_path}", "eval.steps=24")
+    assert done.returncode == 0, done.stderr
+    plain, tf32, one, pruned, narrow, many = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert "CUDA" in tf32["cannot"] and "models names no 'narrow'" in narrow["cannot"]
+    assert [row["kept"] for row in (plain, tf32, one, narrow, many)] == [True, False, True, False, False]
+    assert plain["speedup"] == {} and set(one["speedup"]) == {"first", "before"} and one["unet_calls"] == 1
+    assert pruned["unet_calls"] == 1 and pruned["psnr"]["mean"] < 58
+    assert (tmp_path / "ladder/report/ladder.png").is_file()
+
+
+def test_the_pipelines_table_counts_denoising_steps(tmp_path, tiny_model):
+    done = run("pipelines", *tiny_model, "benchmark.tasks=[txt2img,img2img]", "benchmark.batches=[2]",
+               f"root={tmp_path}", "eval.steps=4")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    plain, changed = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert (plain["task"], plain["unet_calls"]) == ("txt2img", 4) and changed["unet_calls"] == 3
+    assert plain["its"] == pytest.approx(4e3 / plain["ms"]["median"])
+
+
+@pytest.mark.parametrize(("experiment", "wrong", "culprit"), [
+    ("benchmark", "benchmark.attention=[flsh]", "flsh"),
+    ("benchmark", "+benchmark.base.speed=1", "speed"),
+    ("benchmark", "benchmark.images=9", "benchmark.images=9"),
+    ("benchmark", "benchmark.dtype=[]", "benchmark.dtype"),
+    ("benchmark", "models=[/nowhere]", "/nowhere"),
+    ("pipelines", "benchmark.tasks=[txt2vid]", "txt2vid"),
+    ("ladder", "benchmark.rows=[{name: a, dytpe: x}]", "dytpe"),
+    ("ladder", "benchmark.rows=[{steps: 3}]", "name"),
+    ("ladder", "benchmark.rows=[]", "benchmark.rows"),
+])  # fmt: skip
+def test_a_mistake_is_one_line(leave, tiny_model, experiment, wrong, culprit):
+    assert culprit in told(*leave(f"+experiment={experiment}", *tiny_model, *SMALL, wrong))
+
+
+@pytest.mark.slow
+def test_a_compiled_row_says_what_compiling_costs(tmp_path, tiny_model):
+    done = run("benchmark", *tiny_model, "benchmark.dtype=[float32]", "benchmark.attention=[sdpa]",
+               "benchmark.compile=[default]", "benchmark.first_image=true", f"root={tmp_path}")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert row["cannot"] is None and row["graphs"] == {"graphs": 2, "breaks": 0} and row["recompiled"] == 0
+    assert row["psnr"]["mean"] > 45
+    cost = row["first_image"]
+    assert all(cost[way]["first_s"] > 0 for way in ("eager", "cold", "artifacts", "kept_cache"))
+    assert next((tmp_path / "benchmark/artifacts").rglob("*.bin")).stat().st_size == cost["cold"]["artifact_bytes"] > 0
