@@ -7,20 +7,24 @@ import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
+from data.prompts import PromptSet
 from eval.distribution import frechet_distance, kernel_distance
 from eval.evaluation import name_models
 from models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.mistakes import told
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = [
-    "+experiment=evaluate", "data.resolution=16", "data.pairs.size=16", "eval.prompts=4", "eval.pictures=2",
-    "eval.batch_size=3", "curves.steps=[1,2]", "curves.guidance=[1,3]", "evaluation.real_images=8",
+ANY_DATA = [
+    "+experiment=evaluate", "data.resolution=16", "eval.prompts=4", "eval.pictures=2", "eval.batch_size=3",
+    "curves.steps=[1,2]", "curves.guidance=[1,3]", "evaluation.real_images=8",
 ]  # fmt: skip
+SMALL = [*ANY_DATA, "data.pairs.size=16"]
 
 
 def run(*overrides):
@@ -99,6 +103,44 @@ def test_a_plan_draws_nothing(tmp_path, tiny_model, models):
 )
 def test_mistakes_end_in_a_line(overrides, expected, leave, tiny_model):
     assert re.search(expected, told(*leave(*SMALL, *tiny_model, *overrides)))
+
+
+ONE = ["curves.steps=[1]", "curves.guidance=[1]"]
+
+
+@pytest.fixture
+def results(leave, tiny_model, tmp_path):
+    """Runs the job in this process at one setting, unless told otherwise; what results.json then holds."""
+
+    def run(*overrides, job=SMALL):
+        code, stderr = leave(*job, *ONE, *tiny_model, *map(str, overrides))
+        assert code == 0, stderr
+        return json.loads((tmp_path / "runs/evaluate/results.json").read_text())
+
+    return run
+
+
+def test_a_data_set_of_the_hub_gives_the_prompts_and_the_real_images(results, tmp_path):
+    pictures = [Image.new("RGB", (20, 16), (6 * k, 0, 90)) for k in range(40)]
+    rows = {"image": pictures, "text": [f"row {k}" for k in range(40)]}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features=features)).save_to_disk(tmp_path / "set")
+    found = results("data=hub", f"data.source={tmp_path / 'set'}", "data.heldout_fraction=0.5", job=ANY_DATA)
+    assert all(re.fullmatch(r"row \d+", text) for text in found["shown"]) and found["n"] == 4
+    assert found["points"][0]["distribution"]["n_real"] == 8
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".json"])
+def test_prompts_come_from_files(results, tmp_path, kind):
+    path = tmp_path / f"set{kind}"
+    if kind == ".parquet":
+        datasets.Dataset.from_dict({"caption": list("abcdef")}).to_parquet(path)
+    else:
+        rows = [{"image_id": 100 - k, "id": k, "caption": letter + "\n"} for k, letter in enumerate("fedcba")]
+        path.write_text(json.dumps({"images": [{"id": row["image_id"]} for row in rows], "annotations": rows}))
+    found = results(f"data.prompt_file={path}")
+    assert found["prompts"] == "set[0:4]" and found["shown"] == ["a", "b"]
+    assert found["prompts_hash"] == PromptSet(tuple("abcd"), "").hash
 
 
 def test_names_are_the_shortest_that_tell_models_apart():
