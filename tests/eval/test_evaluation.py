@@ -9,11 +9,13 @@ from pathlib import Path
 
 import datasets
 import numpy as np
+import open_clip
 import pytest
 import torch
 from PIL import Image
 
 from data.prompts import PromptSet
+from eval.compare import paired_difference
 from eval.distribution import frechet_distance, kernel_distance
 from eval.evaluation import name_models
 from models.pipeline import export_pipeline, load_pipeline, with_unet
@@ -112,10 +114,10 @@ ONE = ["curves.steps=[1]", "curves.guidance=[1]"]
 def results(leave, tiny_model, tmp_path):
     """Runs the job in this process at one setting, unless told otherwise; what results.json then holds."""
 
-    def run(*overrides, job=SMALL):
-        code, stderr = leave(*job, *ONE, *tiny_model, *map(str, overrides))
+    def run(*overrides, job=SMALL, name="evaluate"):
+        code, stderr = leave(*job, *ONE, *tiny_model, f"name={name}", *map(str, overrides))
         assert code == 0, stderr
-        return json.loads((tmp_path / "runs/evaluate/results.json").read_text())
+        return json.loads((tmp_path / f"runs/{name}/results.json").read_text())
 
     return run
 
@@ -141,6 +143,45 @@ def test_prompts_come_from_files(results, tmp_path, kind):
     found = results(f"data.prompt_file={path}")
     assert found["prompts"] == "set[0:4]" and found["shown"] == ["a", "b"]
     assert found["prompts_hash"] == PromptSet(tuple("abcd"), "").hash
+
+
+def scores(found):
+    return [point["clip"]["per_prompt"] for point in found["points"]]
+
+
+def test_the_batch_size_changes_no_more_than_rounding(results):
+    three, one = (results("curves.steps=[2]", f"eval.batch_size={n}", name=n) for n in (3, 1))
+    np.testing.assert_allclose(scores(three), scores(one), atol=0.02)
+    for key in ("fd", "kd"):
+        ours, theirs = (found["points"][0]["distribution"][key] for found in (three, one))
+        assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-5)
+
+
+def test_a_model_under_two_names_does_not_differ_from_itself(results, tiny_pipeline_folder):
+    found = results(f"models={{a: {tiny_pipeline_folder}, b: {tiny_pipeline_folder}}}")
+    a, b = found["points"]
+    assert a["clip"] == b["clip"] and a["distribution"] == b["distribution"]
+    assert b["versus_reference"] == {"mean": 0.0, "se": 0.0, "low": 0.0, "high": 0.0, "n": 4}
+
+
+def test_a_model_at_two_seeds_does_not_differ_from_itself_beyond_chance(results):
+    one, other = (results("eval.prompts=24", f"eval.seed={n}", name=n) for n in (1, 2))
+    (first,), (second,) = scores(one), scores(other)
+    assert first != second
+    difference = paired_difference(first, second)
+    assert difference.low < 0 < difference.high
+
+
+def test_the_scores_are_those_of_open_clip_on_the_pictures(results, tmp_path, tiny_clip_folder):
+    found, model = results("eval.pictures=4"), f"local-dir:{tiny_clip_folder}"
+    clip, _, preprocess = open_clip.create_model_and_transforms(model)
+    files = sorted((tmp_path / "runs/evaluate/images").glob("*/*/*.png"))
+    with torch.no_grad():
+        images = clip.eval().encode_image(torch.stack([preprocess(Image.open(file)) for file in files]))
+        texts = clip.encode_text(open_clip.get_tokenizer(model)(found["shown"]))
+    assert len(files) == 4
+    by_hand = 100 * torch.nn.functional.cosine_similarity(images, texts)
+    np.testing.assert_allclose(scores(found)[0], by_hand, atol=1e-4)
 
 
 def test_names_are_the_shortest_that_tell_models_apart():
