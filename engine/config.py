@@ -231,13 +231,17 @@ class LatentsConfig(SamplingConfig):
 @dataclass
 class EvaluationConfig:
     """What is measured beside CLIP score: with `distribution` the distance of the scorer's features to those of
-    `real_images` held-out images."""
+    `real_images` held-out images; and of Inception features, FID and KID, where `inception` is a file of its weights.
+    """
 
     distribution: bool = True
     real_images: int = 512
+    inception: str | None = None
 
     def __post_init__(self) -> None:
         at_least("evaluation", self, 2, "real_images")
+        if self.inception is not None and not self.distribution:
+            raise ValueError(f"evaluation.inception={self.inception} needs evaluation.distribution=true")
 
 
 def at_least(section: str, config: Any, least: int, *names: str) -> None:

@@ -7,7 +7,7 @@ Axes: P prompts, R real images, D features, H and W height and width in pixels.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -30,6 +30,7 @@ from eval.bench import Bench
 from eval.clip import psnr
 from eval.compare import mean_and_error, paired_difference
 from eval.distribution import frechet_distance, kernel_distance
+from eval.inception import Inception
 from eval.judge import clip_scores, draw_images, write_pictures
 from eval.sampling import Sampler
 from models.pipeline import check_pipeline, load_pipeline, networks
@@ -70,7 +71,7 @@ class EvaluationBench(Bench):
         if self.config.data.resolution is None:
             first = self.loaded(self.models[self.reference])
             self.config.data.resolution = first.unet.config.sample_size * first.vae_scale_factor
-        _ = self.prompt_set, self.scorer
+        _ = self.prompt_set, self.scorer, self.inception
         if self.config.evaluation.distribution and len(self.real_pairs) < 2:
             raise ValueError(
                 f"{len(self.real_pairs)} held-out images are too few for FID: evaluation.distribution=false"
@@ -114,7 +115,7 @@ class EvaluationBench(Bench):
             self.keep_reference(guidance, images)
         text = scorer.text(prompts.prompts)
         scores = prompts.by_text(clip_scores(images, text, scorer, config.batch_size, accelerator)).tolist()
-        features = self.features(images)
+        features = {kind: self.features(images, kind) for kind in self.extractors}
         self.run.folder(
             f"images/{name}/steps-{steps}-guidance-{guidance}",
             lambda folder: write_pictures(images[: config.pictures], folder),
@@ -127,15 +128,25 @@ class EvaluationBench(Bench):
             "protocol": sampler.protocol,
             "evaluations": steps * (2 if sampler.guides(pipeline.unet) else 1),
             "clip": {"mean": clip.mean, "se": clip.se, "per_prompt": scores},
-            "to_reference": self.distances(images, features, guidance),
+            "to_reference": self.distances(images, features["scorer"], guidance),
             "distribution": self.distribution(features),
         }
 
-    def features(self, images: Tensor) -> Tensor:
-        """The scorer's unit features [P, D] of uint8 images."""
-        scorer, config = self.scorer, self.config.eval
-        rate = lambda indices: scorer.image(images[indices]).float()  # noqa: E731
-        return map_batches(rate, len(images), config.batch_size, self.run.accelerator, "features")
+    @cached_property
+    def inception(self) -> Inception | None:
+        file = self.config.evaluation.inception
+        return Inception(file, self.device) if file else None
+
+    @cached_property
+    def extractors(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What makes features of uint8 images: the scorer unit ones, Inception, where it is given, those of FID."""
+        of_scorer = {"scorer": lambda images: self.scorer.image(images).float()}
+        return of_scorer | ({"inception": self.inception} if self.inception else {})
+
+    def features(self, images: Tensor, kind: str) -> Tensor:
+        """Features [P, D] of uint8 images."""
+        rate = lambda indices: self.extractors[kind](images[indices])  # noqa: E731
+        return map_batches(rate, len(images), self.config.eval.batch_size, self.run.accelerator, f"{kind} features")
 
     # ---- beside the reference, and beside real images ----
 
@@ -152,7 +163,7 @@ class EvaluationBench(Bench):
             wanted = load_file(path)["images"]
         if wanted.shape != images.shape:
             return None
-        cosine = (features * self.features(wanted)).sum(1)
+        cosine = (features * self.features(wanted, "scorer")).sum(1)
         near = {"psnr": psnr(images, wanted), "features": cosine}
         means = {key: mean_and_error(self.prompt_set.by_text(values).tolist()) for key, values in near.items()}
         return {key: {"mean": m.mean, "se": m.se} for key, m in means.items()}
@@ -163,27 +174,35 @@ class EvaluationBench(Bench):
         return component(OmegaConf.merge(self.config, {"data": {"pairs": {"split": "heldout"}}}), "data.pairs")
 
     @cached_property
-    def real_features(self) -> Tensor:
-        """[R, D] of held-out images, in a fixed shuffled order."""
+    def real_features(self) -> dict[str, Tensor]:
+        """[R, D] of each kind, of the same held-out images in a fixed shuffled order."""
         file = self.run.path / FEATURES
         if not self.run.made(FEATURES):
             order = torch.randperm(len(self.real_pairs), generator=generator("real images")).tolist()
             images = torch.stack(list(readable(self.real_pairs, order, self.config.evaluation.real_images)))
-            features = self.features(images)
+            features = {kind: self.features(images, kind) for kind in self.extractors}
             if self.run.accelerator.is_main_process:
-                write_tensors(file, {"features": features})
+                write_tensors(file, features)
             self.run.accelerator.wait_for_everyone()
         with damaged(file):
-            return load_file(file)["features"]
+            return load_file(file)
 
-    def distribution(self, features: Tensor) -> dict | None:
-        """Fréchet and kernel distance of the scorer's features to those of real images; None where not asked for."""
+    def distribution(self, features: dict[str, Tensor]) -> dict | None:
+        """Fréchet and kernel distance to real images: fd and kd of the scorer's features, fid and kid of Inception's.
+
+        None where not asked for.
+        """
         if not self.config.evaluation.distribution:
             return None
-        real = self.real_features
-        kid = kernel_distance(features, real)
-        return {"fd": frechet_distance(features, real), "kd": kid.mean, "kd_se": kid.se, "n": len(features),
-                "n_real": len(real), "features": f"{self.scorer.protocol['model']}, unit features"}  # fmt: skip
+        made, real = features["scorer"], self.real_features["scorer"]
+        kd = kernel_distance(made, real)
+        distances = {"fd": frechet_distance(made, real), "kd": kd.mean, "kd_se": kd.se, "n": len(made),
+                     "n_real": len(real), "features": f"{self.scorer.protocol['model']}, unit features"}  # fmt: skip
+        if self.inception:
+            made, real = features["inception"], self.real_features["inception"]
+            kid = kernel_distance(made, real, divisor=made.shape[1])
+            distances |= {"fid": frechet_distance(made, real), "kid": kid.mean, "kid_se": kid.se}
+        return distances
 
     # ---- all together ----
 
@@ -207,7 +226,8 @@ class EvaluationBench(Bench):
             "prompts_hash": prompts.hash,
             "shown": list(prompts.prompts[: self.config.eval.pictures]),
             "n": len(prompts.distinct),
-            "protocol": {**self.scorer.protocol, "seed": self.config.eval.seed},
+            "protocol": {**self.scorer.protocol, "seed": self.config.eval.seed,
+                         "inception": self.inception and self.inception.weights},
             "points": [{**point, "versus_reference": versus(point)} for point in points],
             "environment": environment(),
         })  # fmt: skip

@@ -13,11 +13,15 @@ import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
+from torchvision.transforms.functional import pil_to_tensor
 
+from data.files import digest
 from data.prompts import PromptSet
 from eval.compare import paired_difference
-from eval.distribution import frechet_distance, kernel_distance
+from eval.distribution import frechet_distance
 from eval.evaluation import name_models
+from eval.inception import Inception
 from models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.mistakes import told
 
@@ -100,6 +104,8 @@ def test_a_plan_draws_nothing(tmp_path, tiny_model, models):
         (["data.prompt_file=/nowhere.txt"], "/nowhere.txt does not exist"),
         (["eval.prompts=9999"], "9999"),
         (["curves.steps=[]"], r"curves.steps=\[\] must be a list"),
+        (["evaluation.inception=/no.pth"], "evaluation.inception=/no.pth does not exist; bring https"),
+        (["evaluation.inception=x", "evaluation.distribution=false"], "needs evaluation.distribution=true"),
         (["evaluation.real_images=1"], "evaluation: real_images=1 must be at least 2"),
     ],
 )
@@ -184,19 +190,22 @@ def test_the_scores_are_those_of_open_clip_on_the_pictures(results, tmp_path, ti
     np.testing.assert_allclose(scores(found)[0], by_hand, atol=1e-4)
 
 
+def test_fid_and_kid_stand_beside_the_distances_of_the_scorer(results, tmp_path, inception_file):
+    found = results(f"evaluation.inception={inception_file}", "evaluation.real_images=4", "eval.pictures=4")
+    plain = results("evaluation.real_images=4", "eval.pictures=4", name="plain")
+    distances, without = (both["points"][0]["distribution"] for both in (found, plain))
+    assert set(distances) - set(without) == {"fid", "kid", "kid_se"}
+    assert without == {key: distances[key] for key in without}
+    assert found["protocol"]["inception"] == digest(inception_file)[:12] and plain["protocol"]["inception"] is None
+    folder = tmp_path / "runs/evaluate"
+    images = torch.stack([pil_to_tensor(Image.open(file)) for file in sorted(folder.glob("images/*/*/*.png"))])
+    made = Inception(inception_file)(images)
+    real = load_file(folder / "real-features.safetensors")["inception"]
+    assert distances["fid"] == pytest.approx(frechet_distance(made, real), rel=1e-3)
+    headings = [(tmp_path / f"runs/{name}/table.md").read_text().splitlines()[0] for name in ("evaluate", "plain")]
+    assert ["FID" in heading and "KID ×1000 ± sd" in heading for heading in headings] == [True, False]
+
+
 def test_names_are_the_shortest_that_tell_models_apart():
     assert name_models(["runs/a/export", "runs/b/export"]) == {"a": "runs/a/export", "b": "runs/b/export"}
     assert list(name_models(["x/steps-8/export", "y/steps-8/export"])) == ["x-steps-8", "y-steps-8"]
-
-
-def test_distances_of_distributions():
-    """None to itself; Gaussians apart by d have the Fréchet distance d²; the kernel's is unbiased around zero."""
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(4000, 4, generator=draw, dtype=torch.float64)
-    shift = torch.tensor([3.0, 0, 0, 0])
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
-    assert frechet_distance(x, x + shift) == pytest.approx(9, abs=1e-6)
-    unit = torch.nn.functional.normalize(x, dim=1)
-    far = torch.nn.functional.normalize(x + shift, dim=1)
-    same, apart = kernel_distance(unit[:2000], unit[2000:]), kernel_distance(unit, far)
-    assert abs(same.mean) < same.se and apart.mean > 5 * apart.se
