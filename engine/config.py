@@ -231,17 +231,21 @@ class LatentsConfig(SamplingConfig):
 @dataclass
 class EvaluationConfig:
     """What is measured beside CLIP score: with `distribution` the distance of the scorer's features to those of
-    `real_images` held-out images; and of Inception features, FID and KID, where `inception` is a file of its weights.
+    `real_images` held-out images; and of Inception features, FID and KID, where `inception` is a file of its weights;
+    and `preferences`, {name: what makes it}, which +preference=NAME fills in.
     """
 
     distribution: bool = True
     real_images: int = 512
     inception: str | None = None
+    preferences: Any = None
 
     def __post_init__(self) -> None:
         at_least("evaluation", self, 2, "real_images")
         if self.inception is not None and not self.distribution:
             raise ValueError(f"evaluation.inception={self.inception} needs evaluation.distribution=true")
+        if not isinstance(self.preferences, (dict, type(None))) and not OmegaConf.is_dict(self.preferences):
+            raise ValueError(f"evaluation.preferences={self.preferences} must be a table, as +preference=NAME gives it")
 
 
 def at_least(section: str, config: Any, least: int, *names: str) -> None:

@@ -71,7 +71,7 @@ class EvaluationBench(Bench):
         if self.config.data.resolution is None:
             first = self.loaded(self.models[self.reference])
             self.config.data.resolution = first.unet.config.sample_size * first.vae_scale_factor
-        _ = self.prompt_set, self.scorer, self.inception
+        _ = self.prompt_set, self.scorer, self.inception, self.preferences
         if self.config.evaluation.distribution and len(self.real_pairs) < 2:
             raise ValueError(
                 f"{len(self.real_pairs)} held-out images are too few for FID: evaluation.distribution=false"
@@ -114,20 +114,20 @@ class EvaluationBench(Bench):
         if name == self.reference and steps == max(self.config.curves.steps):
             self.keep_reference(guidance, images)
         text = scorer.text(prompts.prompts)
-        scores = prompts.by_text(clip_scores(images, text, scorer, config.batch_size, accelerator)).tolist()
+        clip = self.by_text(clip_scores(images, text, scorer, config.batch_size, accelerator))
         features = {kind: self.features(images, kind) for kind in self.extractors}
         self.run.folder(
             f"images/{name}/steps-{steps}-guidance-{guidance}",
             lambda folder: write_pictures(images[: config.pictures], folder),
         )
-        clip = mean_and_error(scores)
         return {
             "model": name,
             "steps": steps,
             "guidance": guidance,
             "protocol": sampler.protocol,
             "evaluations": steps * (2 if sampler.guides(pipeline.unet) else 1),
-            "clip": {"mean": clip.mean, "se": clip.se, "per_prompt": scores},
+            "clip": clip,
+            "preferences": {key: self.by_text(self.preferred(key, images)) for key in self.preferences},
             "to_reference": self.distances(images, features["scorer"], guidance),
             "distribution": self.distribution(features),
         }
@@ -142,6 +142,24 @@ class EvaluationBench(Bench):
         """What makes features of uint8 images: the scorer unit ones, Inception, where it is given, those of FID."""
         of_scorer = {"scorer": lambda images: self.scorer.image(images).float()}
         return of_scorer | ({"inception": self.inception} if self.inception else {})
+
+    def by_text(self, scores: Tensor) -> dict:
+        """Scores of images as what is kept of them: a value per distinct prompt, their mean and its error."""
+        values = self.prompt_set.by_text(scores).tolist()
+        mean = mean_and_error(values)
+        return {"mean": mean.mean, "se": mean.se, "per_prompt": values}
+
+    @cached_property
+    def preferences(self) -> dict[str, Callable[[Tensor, list[str]], Tensor]]:
+        """{name: (images, prompts) -> scores}: what was trained on human preferences."""
+        names = self.config.evaluation.preferences or {}
+        return {str(name): self.component(f"evaluation.preferences.{name}", device=self.device) for name in names}
+
+    def preferred(self, name: str, images: Tensor) -> Tensor:
+        """The score [P] of every image for its own prompt."""
+        texts = self.prompt_set.prompts
+        rate = lambda indices: self.preferences[name](images[indices], [texts[i] for i in indices])  # noqa: E731
+        return map_batches(rate, len(images), self.config.eval.batch_size, self.run.accelerator, name)
 
     def features(self, images: Tensor, kind: str) -> Tensor:
         """Features [P, D] of uint8 images."""
@@ -212,11 +230,17 @@ class EvaluationBench(Bench):
         most = max(self.config.curves.steps)
         base = {p["guidance"]: p for p in points if p["model"] == self.reference and p["steps"] == most}
 
-        def versus(point: dict) -> dict | None:
+        def compared(point: dict) -> dict:
             other = base[point["guidance"]]
-            if point is other:
-                return None
-            return asdict(paired_difference(point["clip"]["per_prompt"], other["clip"]["per_prompt"]))
+
+            def versus(own: dict, others: dict) -> dict | None:
+                return None if point is other else asdict(paired_difference(own["per_prompt"], others["per_prompt"]))
+
+            preferences = {
+                name: {**own, "versus_reference": versus(own, other["preferences"][name])}
+                for name, own in point["preferences"].items()
+            }
+            return {**point, "versus_reference": versus(point["clip"], other["clip"]), "preferences": preferences}
 
         prompts = self.prompt_set
         return self.run.json("results.json", lambda: {
@@ -227,8 +251,9 @@ class EvaluationBench(Bench):
             "shown": list(prompts.prompts[: self.config.eval.pictures]),
             "n": len(prompts.distinct),
             "protocol": {**self.scorer.protocol, "seed": self.config.eval.seed,
-                         "inception": self.inception and self.inception.weights},
-            "points": [{**point, "versus_reference": versus(point)} for point in points],
+                         "inception": self.inception and self.inception.weights,
+                         "preferences": OmegaConf.to_container(self.config.evaluation)["preferences"]},
+            "points": [compared(point) for point in points],
             "environment": environment(),
         })  # fmt: skip
 

@@ -69,6 +69,8 @@ def columns(results: Results) -> dict[str, Callable[[Results], str]]:
         "PSNR, dB": lambda p: near(p, "psnr", ".1f"),
         "features": lambda p: near(p, "features", ".3f"),
     }
+    for name in results["points"][0]["preferences"]:
+        shown |= preference_columns(name)
     measured = results["points"][0]["distribution"] or {}
     if "fd" in measured:
         shown["FD ×100"] = lambda p: f"{100 * p['distribution']['fd']:.2f}"
@@ -77,6 +79,17 @@ def columns(results: Results) -> dict[str, Callable[[Results], str]]:
         shown["FID"] = lambda p: f"{p['distribution']['fid']:.2f}"
         shown["KID ×1000 ± sd"] = lambda p: thousandfold(p["distribution"], "kid")
     return shown
+
+
+def preference_columns(name: str) -> dict[str, Callable[[Results], str]]:
+    def score(point: Results) -> str:
+        own = point["preferences"][name]
+        return f"{own['mean']:.2f} ± {own['se']:.2f}"
+
+    return {
+        f"{name} ± se": score,
+        f"{name} against the reference": lambda p: difference(p["preferences"][name]["versus_reference"]),
+    }
 
 
 def difference(paired: Results | None) -> str:
@@ -99,9 +112,16 @@ def thousandfold(distances: Results, name: str) -> str:
 
 def summary(results: Results) -> dict[str, Any]:
     """What a program wants to know, without the scores of single prompts."""
-    points = [{**p, "clip": {key: p["clip"][key] for key in ("mean", "se")}} for p in results["points"]]
-    kept = ("model", "guidance", "steps", "evaluations", "clip", "versus_reference", "to_reference", "distribution")
-    return {"reference": results["reference"], "n": results["n"], "points": [{k: p[k] for k in kept} for p in points]}
+    kept = ("model", "guidance", "steps", "evaluations", "clip", "versus_reference", "preferences", "to_reference",
+            "distribution")  # fmt: skip
+    points = [without_prompts({key: point[key] for key in kept}) for point in results["points"]]
+    return {"reference": results["reference"], "n": results["n"], "points": points}
+
+
+def without_prompts(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: without_prompts(inner) for key, inner in value.items() if key != "per_prompt"}
 
 
 def as_csv(results: Results) -> str:
