@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
@@ -204,6 +205,21 @@ def test_fid_and_kid_stand_beside_the_distances_of_the_scorer(results, tmp_path,
     assert distances["fid"] == pytest.approx(frechet_distance(made, real), rel=1e-3)
     headings = [(tmp_path / f"runs/{name}/table.md").read_text().splitlines()[0] for name in ("evaluate", "plain")]
     assert ["FID" in heading and "KID ×1000 ± sd" in heading for heading in headings] == [True, False]
+
+
+@pytest.mark.slow
+def test_an_offline_wandb_run_leaves_the_last_line_to_json(tmp_path, tiny_model, models):
+    """Without a key, a network or W&B's silence; the table and the images are in its folder."""
+    loud = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_SILENT")
+    environment = {key: value for key, value in os.environ.items() if key not in loud}
+    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    job = [*SMALL, *ONE, *tiny_model, models, "tracker=wandb", f"root={tmp_path}"]
+    command = [sys.executable, str(ROOT / "train.py"), *job]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout.splitlines()[-1])["points"]) == 2
+    media = tmp_path / "evaluate/wandb" / "latest-run/files/media"
+    assert list(media.glob("table/models_*.json")) and list(media.glob("images/report/images_*.png"))
 
 
 def test_names_are_the_shortest_that_tell_models_apart():
