@@ -171,13 +171,14 @@ class ScoringConfig(SamplingConfig):
 
 @dataclass
 class EvalConfig(SamplingConfig):
-    """The sampling that judges the outcome; the first `pictures` images are kept."""
+    """The sampling that judges the outcome; the first `pictures` images are kept: all of them where there are no more,
+    and none for 0, which only the evaluation of pipelines takes."""
 
     pictures: int = 12
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("eval", self, 1, "pictures")
+        at_least("eval", self, 0, "pictures")
 
 
 @dataclass

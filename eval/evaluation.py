@@ -116,10 +116,9 @@ class EvaluationBench(Bench):
         text = scorer.text(prompts.prompts)
         clip = self.by_text(clip_scores(images, text, scorer, config.batch_size, accelerator))
         features = {kind: self.features(images, kind) for kind in self.extractors}
-        self.run.folder(
-            f"images/{name}/steps-{steps}-guidance-{guidance}",
-            lambda folder: write_pictures(images[: config.pictures], folder),
-        )
+        if config.pictures:
+            place = f"images/{name}/steps-{steps}-guidance-{guidance}"
+            self.run.folder(place, lambda folder: write_pictures(images[: config.pictures], folder))
         return {
             "model": name,
             "steps": steps,

@@ -145,12 +145,13 @@ def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def draw_figures(folder: Path, results: Results) -> dict[str, Figure]:
-    """Curves where there is more than one number of steps or guidance scale, and the images at the first setting."""
+    """Curves where there is more than one number of steps or guidance scale; images, if kept, at the first setting."""
     points, figures = results["points"], {}
     for x, other, label in (("steps", "guidance", "sampling steps"), ("guidance", "steps", "guidance scale")):
         if len({p[x] for p in points}) > 1:
             figures[f"clip-against-{x}"] = curve_figure(points, x, other, label)
-    figures["images"] = images_figure(folder, results)
+    if results["shown"]:
+        figures["images"] = images_figure(folder, results)
     return figures
 
 

@@ -207,6 +207,13 @@ def test_fid_and_kid_stand_beside_the_distances_of_the_scorer(results, tmp_path,
     assert ["FID" in heading and "KID ×1000 ± sd" in heading for heading in headings] == [True, False]
 
 
+@pytest.mark.parametrize(("pictures", "kept"), [(0, 0), (3, 3), (99, 4)])
+def test_as_many_images_are_kept_as_asked_for(results, tmp_path, pictures, kept):
+    found, folder = results(f"eval.pictures={pictures}"), tmp_path / "runs/evaluate"
+    assert len(found["shown"]) == len(list(folder.glob("images/*/*/*.png"))) == kept
+    assert (folder / "report/images.png").exists() == (folder / "images").exists() == bool(kept)
+
+
 @pytest.mark.slow
 def test_an_offline_wandb_run_leaves_the_last_line_to_json(tmp_path, tiny_model, models):
     """Without a key, a network or W&B's silence; the table and the images are in its folder."""
