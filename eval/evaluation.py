@@ -67,7 +67,8 @@ class EvaluationBench(Bench):
             raise ValueError("models names nothing to evaluate: models=[FOLDER,…] or models={teacher: FOLDER, …}")
         model = self.config.model
         for where in set(self.models.values()):
-            check_pipeline(where, {"variant": model.get("variant"), "local_files_only": False})
+            from_hub = {"variant": model.get("variant"), "local_files_only": False}
+            check_pipeline(where, from_hub, model.get("single_file_config"), model.get("allow_pickle", False))
         if self.config.data.resolution is None:
             first = self.loaded(self.models[self.reference])
             self.config.data.resolution = first.unet.config.sample_size * first.vae_scale_factor
@@ -79,7 +80,8 @@ class EvaluationBench(Bench):
 
     def loaded(self, where: str) -> DiffusionPipeline:
         """A pipeline as it was handed over, its own scheduler included."""
-        options = {key: value for key, value in self.config.model.items() if key not in ("_target_", "name_or_path")}
+        model = OmegaConf.to_container(self.config.model)
+        options = {key: value for key, value in model.items() if key not in ("_target_", "name_or_path")}
         pipeline = load_pipeline(where, **options)
         for network in networks(pipeline):
             network.requires_grad_(False).eval()

@@ -13,8 +13,9 @@ import numpy as np
 import open_clip
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import pil_to_tensor
 
 from data.files import digest
@@ -25,6 +26,7 @@ from eval.evaluation import name_models
 from eval.inception import Inception
 from models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.mistakes import told
+from tests.models.original_layout import original_layout
 
 ROOT = Path(__file__).resolve().parents[2]
 ANY_DATA = [
@@ -102,6 +104,7 @@ def test_a_plan_draws_nothing(tmp_path, tiny_model, models):
     [
         (["models=[/nowhere]"], "/nowhere"),
         (["models=[a/export,a/export]"], "names one of them twice"),
+        (["models=[/no.safetensors]"], "/no.safetensors' does not exist"),
         (["data.prompt_file=/nowhere.txt"], "/nowhere.txt does not exist"),
         (["eval.prompts=9999"], "9999"),
         (["curves.steps=[]"], r"curves.steps=\[\] must be a list"),
@@ -205,6 +208,15 @@ def test_fid_and_kid_stand_beside_the_distances_of_the_scorer(results, tmp_path,
     assert distances["fid"] == pytest.approx(frechet_distance(made, real), rel=1e-3)
     headings = [(tmp_path / f"runs/{name}/table.md").read_text().splitlines()[0] for name in ("evaluate", "plain")]
     assert ["FID" in heading and "KID ×1000 ± sd" in heading for heading in headings] == [True, False]
+
+
+def test_a_single_file_is_evaluated_as_the_folder_of_the_same_model(results, tmp_path, tiny_pipeline_folder):
+    file = tmp_path / "tiny.safetensors"
+    save_file(original_layout(StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder)), file)
+    given = f"models={{folder: {tiny_pipeline_folder}, file: {file}}}"
+    found = results(given, f"model.single_file_config={tiny_pipeline_folder}")
+    ours, theirs = scores(found)
+    assert ours == theirs
 
 
 @pytest.mark.parametrize(("pictures", "kept"), [(0, 0), (3, 3), (99, 4)])
