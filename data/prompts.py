@@ -12,7 +12,16 @@ import torch
 from torch import Tensor
 
 from data.seeding import generator
-from data.tables import caption_column, caption_text, csv_rows, json_rows, parquet_columns, parquet_rows, read_text
+from data.tables import (
+    caption_column,
+    caption_text,
+    coco_rows,
+    csv_rows,
+    json_rows,
+    parquet_columns,
+    parquet_rows,
+    read_text,
+)
 
 log = logging.getLogger("slimstep")
 
@@ -71,7 +80,8 @@ class PromptSet:
 
 
 def read_prompts(path: str | Path, column: str | None = None, name: str | None = None) -> PromptSet:
-    """The prompts of a file in their order: .txt (one per line), .jsonl, .csv, .tsv or .parquet (one per row).
+    """The prompts of a file in their order: .txt (one per line), .jsonl, .csv, .tsv or .parquet (one per row), or
+    .json as COCO's captions come (the first caption of every image, images by their id).
 
     `column` names the caption column; without it the file must have exactly one of text, caption, prompt (any case).
     Raises FileNotFoundError for a missing file; ValueError for an unknown kind, a missing column, an empty prompt (with
@@ -119,6 +129,12 @@ def _jsonl_prompts(path: Path, column: str | None) -> Iterator[tuple[str, str]]:
         yield where, row[caption_column(row, column, f"{path}, {where}")]
 
 
+def _coco_prompts(path: Path, column: str | None) -> Iterator[tuple[str, str]]:
+    if column is not None:
+        raise ValueError(f"column {column!r} was named for {path}, and a COCO captions file has no columns")
+    return coco_rows(path)
+
+
 def _csv_prompts(path: Path, column: str | None) -> Iterator[tuple[str, str]]:
     for where, row in csv_rows(path):
         yield where, row[caption_column(row, column, str(path))]
@@ -132,6 +148,7 @@ def _parquet_prompts(path: Path, column: str | None) -> Iterator[tuple[str, str]
 READERS = {
     ".txt": _txt_prompts,
     ".jsonl": _jsonl_prompts,
+    ".json": _coco_prompts,
     ".csv": _csv_prompts,
     ".tsv": _csv_prompts,
     ".parquet": _parquet_prompts,

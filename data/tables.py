@@ -1,8 +1,12 @@
-"""Captions in tables: the rows of .jsonl, .csv, .tsv and .parquet files, and which of their columns is the caption."""
+"""Captions in tables: the rows of .jsonl, .csv, .tsv and .parquet files, and which of their columns is the caption.
+
+COCO's captions come as one JSON document of their own kind: one caption per image is read from it.
+"""
 
 import csv
 import json
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from pathlib import Path
 
 import pyarrow
@@ -49,6 +53,28 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
         if not isinstance(row, dict):
             raise ValueError(f'{path}, line {number} is not a JSON object such as {{"text": "…"}}: {line[:60]!r}')
         yield f"line {number}", row
+
+
+def coco_rows(path: Path) -> Iterator[tuple[str, str]]:
+    """("annotation 49", caption) of a COCO captions file: per image the caption of lowest id, images by their id.
+
+    Images without a caption are passed over.
+    """
+    try:
+        coco = json.loads(read_text(path))
+        listed = {image["id"] for image in coco["images"]}
+        captions = [(row["image_id"], row["id"], row["caption"]) for row in coco["annotations"]]
+        ordered = sorted(row for row in captions if row[0] in listed)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({getattr(error, 'msg', error)})") from None
+    except (KeyError, TypeError) as error:
+        raise ValueError(
+            f'{path} is no COCO captions file, {{"images": [{{"id": …}}], "annotations": [{{"image_id": …, "id": …, '
+            f'"caption": …}}]}}: {type(error).__name__} {error}; one JSON object per line is .jsonl'
+        ) from None
+    for _, rows in groupby(ordered, key=lambda row: row[0]):
+        _, number, caption = next(rows)
+        yield f"annotation {number}", caption
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:

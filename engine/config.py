@@ -171,13 +171,14 @@ class ScoringConfig(SamplingConfig):
 
 @dataclass
 class EvalConfig(SamplingConfig):
-    """The sampling that judges the outcome; the first `pictures` images are kept."""
+    """The sampling that judges the outcome; the first `pictures` images are kept: all of them where there are no more,
+    and none for 0, which only the evaluation of pipelines takes."""
 
     pictures: int = 12
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("eval", self, 1, "pictures")
+        at_least("eval", self, 0, "pictures")
 
 
 @dataclass
@@ -231,13 +232,21 @@ class LatentsConfig(SamplingConfig):
 @dataclass
 class EvaluationConfig:
     """What is measured beside CLIP score: with `distribution` the distance of the scorer's features to those of
-    `real_images` held-out images."""
+    `real_images` held-out images; and of Inception features, FID and KID, where `inception` is a file of its weights;
+    and `preferences`, {name: what makes it}, which +preference=NAME fills in.
+    """
 
     distribution: bool = True
     real_images: int = 512
+    inception: str | None = None
+    preferences: Any = None
 
     def __post_init__(self) -> None:
         at_least("evaluation", self, 2, "real_images")
+        if self.inception is not None and not self.distribution:
+            raise ValueError(f"evaluation.inception={self.inception} needs evaluation.distribution=true")
+        if not isinstance(self.preferences, (dict, type(None))) and not OmegaConf.is_dict(self.preferences):
+            raise ValueError(f"evaluation.preferences={self.preferences} must be a table, as +preference=NAME gives it")
 
 
 @dataclass

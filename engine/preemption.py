@@ -67,4 +67,3 @@ def leave_signals_to_the_parent(worker: int) -> None:
     """For a DataLoader's workers, whom a scheduler's signal reaches too: they are needed until the checkpoint."""
     for wanted in SIGNALS:
         signal.signal(wanted, signal.SIG_IGN)
-

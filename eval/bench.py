@@ -15,7 +15,7 @@ from data.cache import CachedPairs, cache_pairs
 from data.encoding import is_truncated
 from data.prompts import PromptSet, disjoint_prompts, read_prompts
 from engine.components import check, component
-from engine.config import Config, LatencyConfig, TrainConfig
+from engine.config import Config, LatencyConfig, TrainConfig, at_least
 from engine.loop import Objective, load_trained, train, trained
 from engine.run import Run
 from eval.clip import ClipScorer
@@ -148,6 +148,7 @@ class Bench:
 
     def check_inputs(self) -> None:
         """ValueError, before anything is made, for data, prompts or a scorer that cannot be had."""
+        at_least("eval", self.config.eval, 1, "pictures")  # the job's report shows some
         _ = self.pipeline  # says the resolution where the data leave it open
         self.component("data.pairs")
         folder = Path(self.config.data.cache.folder)

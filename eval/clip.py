@@ -113,6 +113,10 @@ class ClipScorer:
         """The score, float32 [B] on the CPU, of uint8 images against the features of their prompts."""
         return self.similarity(self.image(images_B3HW), text_BD)
 
+    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        """The score, float32 [B] on the CPU, of uint8 images against as many prompts."""
+        return self.score(images_B3HW, self.text(prompts))
+
 
 def unit(features_BD: Tensor) -> Tensor:
     return F.normalize(features_BD, dim=-1)
@@ -160,9 +164,8 @@ def check_safe(model: str, pretrained: str | None) -> None:
     """Raises ValueError for local weights in pickle form."""
     files = local_weights(model, pretrained)
     if files and not any(path.suffix == ".safetensors" for path in files):
-        raise ValueError(
-            f"{files[0]} holds pickles, which may run code; scorer.allow_pickle=true reads it all the same"
-        )
+        way = "scorer.allow_pickle=true (or a preference's own) reads it all the same"
+        raise ValueError(f"{files[0]} holds pickles, which may run code; {way}")
 
 
 def explain(model: str, pretrained: str | None, error: Exception) -> str:

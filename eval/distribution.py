@@ -1,10 +1,11 @@
 """How far two sets of features are apart as distributions: Fréchet and kernel distance.
 
-Axes: N and M images, D features.
+FID and KID are these of Inception features; of another network's they are other numbers.
+
+Axes: N and M images, D features, S images of a subset.
 """
 
 import numpy as np
-import scipy.linalg
 from torch import Tensor
 
 from eval.compare import Mean, mean_and_error
@@ -14,22 +15,33 @@ def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
     """Fréchet distance of the Gaussians with the sets' means and covariances (Heusel et al. 2017), in float64.
 
     With few images it is biased upwards: compare sets of the same size.
+    The covariances are AᵀA and BᵀB of the centred features, and tr √(AᵀA BᵀB) is the sum of ABᵀ's singular values
+    (Mathiasen and Hvilshøj 2020, arXiv 2009.14075): no root of a singular matrix is taken, so none can go astray.
     """
-    a, b = (x.double().numpy() for x in (a_ND, b_MD))
+    a, b = (x.double().cpu().numpy() for x in (a_ND, b_MD))
     mean = a.mean(0) - b.mean(0)
-    cov_a, cov_b = np.cov(a, rowvar=False), np.cov(b, rowvar=False)
-    root = scipy.linalg.sqrtm(cov_a @ cov_b)
-    return float(mean @ mean + np.trace(cov_a) + np.trace(cov_b) - 2 * np.trace(np.real(root)))
+    root_a, root_b = covariance_root(a), covariance_root(b)
+    cross = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
+    return float(mean @ mean + np.square(root_a).sum() + np.square(root_b).sum() - 2 * cross)
 
 
-def kernel_distance(a_ND: Tensor, b_MD: Tensor, subsets: int = 100, size: int = 100, seed: int = 0) -> Mean:
-    """Unbiased squared MMD of unit features with the kernel (x·y + 1)³ (Bińkowski et al. 2018), over random subsets.
+def covariance_root(x_ND: np.ndarray) -> np.ndarray:
+    """A matrix R of D columns, and no more rows than it needs, with RᵀR the covariance."""
+    centred = (x_ND - x_ND.mean(0)) / (len(x_ND) - 1) ** 0.5
+    return centred if len(centred) <= centred.shape[1] else np.linalg.qr(centred, mode="r")
 
-    Their kernel divides x·y by D, for features of norm √D. The error is that of one subset's value: subsets share
-    images.
+
+def kernel_distance(
+    a_ND: Tensor, b_MD: Tensor, divisor: float = 1.0, subsets: int = 100, size: int = 100, seed: int = 0
+) -> Mean:
+    """Unbiased squared MMD with the kernel (x·y / divisor + 1)³ (Bińkowski et al. 2018), over random subsets.
+
+    The published KID has divisor D, for features of norm √D; 1 is for unit features. The error is that of one subset's
+    value: subsets share images. The expected value does not depend on the subsets' size.
     """
     draw, size = np.random.default_rng(seed), min(size, len(a_ND), len(b_MD))
-    a, b, values = a_ND.double(), b_MD.double(), []
+    scale = divisor**-0.5
+    a, b, values = a_ND.double() * scale, b_MD.double() * scale, []
     for _ in range(subsets):
         x, y = a[draw.choice(len(a), size, replace=False)], b[draw.choice(len(b), size, replace=False)]
         values.append(mmd(x, y).item())
@@ -38,7 +50,7 @@ def kernel_distance(a_ND: Tensor, b_MD: Tensor, subsets: int = 100, size: int = 
 
 
 def mmd(x_SD: Tensor, y_SD: Tensor) -> Tensor:
-    """The unbiased estimate of the squared maximum mean discrepancy."""
+    """The unbiased estimate of the squared maximum mean discrepancy for the kernel (x·y + 1)³."""
     size = len(x_SD)
 
     def kernel(a: Tensor, b: Tensor) -> Tensor:

@@ -7,10 +7,11 @@ Axes: P prompts, R real images, D features, H and W height and width in pixels.
 """
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -30,6 +31,7 @@ from eval.bench import Bench
 from eval.clip import psnr
 from eval.compare import mean_and_error, paired_difference
 from eval.distribution import frechet_distance, kernel_distance
+from eval.inception import Inception
 from eval.judge import clip_scores, draw_images, write_pictures
 from eval.sampling import Sampler
 from models.pipeline import check_pipeline, load_pipeline, networks
@@ -68,7 +70,7 @@ class EvaluationBench(Bench):
         if self.config.data.resolution is None:
             first = self.loaded(self.models[self.reference])
             self.config.data.resolution = first.unet.config.sample_size * first.vae_scale_factor
-        _ = self.prompt_set, self.scorer
+        _ = self.prompt_set, self.scorer, self.inception, self.preferences
         if self.config.evaluation.distribution and len(self.real_pairs) < 2:
             raise ValueError(
                 f"{len(self.real_pairs)} held-out images are too few for FID: evaluation.distribution=false"
@@ -76,13 +78,20 @@ class EvaluationBench(Bench):
 
     def check_models(self) -> None:
         """ValueError for a model that is no pipeline."""
+        model = self.config.model
         for where in set(self.models.values()):
-            check_pipeline(where, {"variant": self.config.model.get("variant"), "local_files_only": False})
+            from_hub = {"variant": model.get("variant"), "local_files_only": False}
+            check_pipeline(where, from_hub, model.get("single_file_config"), model.get("allow_pickle", False))
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """How models are loaded: what `model` says beside its name."""
+        model = OmegaConf.to_container(self.config.model)
+        return {key: value for key, value in model.items() if key not in ("_target_", "name_or_path")}
 
     def loaded(self, where: str) -> DiffusionPipeline:
         """A pipeline as it was handed over, its own scheduler included."""
-        options = {key: value for key, value in self.config.model.items() if key not in ("_target_", "name_or_path")}
-        pipeline = load_pipeline(where, **options)
+        pipeline = load_pipeline(where, **self.model_options)
         for network in networks(pipeline):
             network.requires_grad_(False).eval()
         return pipeline
@@ -116,29 +125,56 @@ class EvaluationBench(Bench):
         if name == self.reference and steps == max(self.config.curves.steps):
             self.keep_reference(guidance, images)
         text = scorer.text(prompts.prompts)
-        scores = prompts.by_text(clip_scores(images, text, scorer, config.batch_size, accelerator)).tolist()
-        features = self.features(images)
-        self.run.folder(
-            f"images/{name}/steps-{steps}-guidance-{guidance}",
-            lambda folder: write_pictures(images[: config.pictures], folder),
-        )
-        clip = mean_and_error(scores)
+        clip = self.by_text(clip_scores(images, text, scorer, config.batch_size, accelerator))
+        features = {kind: self.features(images, kind) for kind in self.extractors}
+        if config.pictures:
+            place = f"images/{name}/steps-{steps}-guidance-{guidance}"
+            self.run.folder(place, lambda folder: write_pictures(images[: config.pictures], folder))
         return {
             "model": name,
             "steps": steps,
             "guidance": guidance,
             "protocol": sampler.protocol,
             "evaluations": steps * (2 if sampler.guides(pipeline.unet) else 1),
-            "clip": {"mean": clip.mean, "se": clip.se, "per_prompt": scores},
-            "to_reference": self.distances(images, features, guidance),
+            "clip": clip,
+            "preferences": {key: self.by_text(self.preferred(key, images)) for key in self.preferences},
+            "to_reference": self.distances(images, features["scorer"], guidance),
             "distribution": self.distribution(features),
         }
 
-    def features(self, images: Tensor) -> Tensor:
-        """The scorer's unit features [P, D] of uint8 images."""
-        scorer, config = self.scorer, self.config.eval
-        rate = lambda indices: scorer.image(images[indices]).float()  # noqa: E731
-        return map_batches(rate, len(images), config.batch_size, self.run.accelerator, "features")
+    @cached_property
+    def inception(self) -> Inception | None:
+        file = self.config.evaluation.inception
+        return Inception(file, self.device) if file else None
+
+    @cached_property
+    def extractors(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """What makes features of uint8 images: the scorer unit ones, Inception, where it is given, those of FID."""
+        of_scorer = {"scorer": lambda images: self.scorer.image(images).float()}
+        return of_scorer | ({"inception": self.inception} if self.inception else {})
+
+    def by_text(self, scores: Tensor) -> dict:
+        """Scores of images as what is kept of them: a value per distinct prompt, their mean and its error."""
+        values = self.prompt_set.by_text(scores).tolist()
+        mean = mean_and_error(values)
+        return {"mean": mean.mean, "se": mean.se, "per_prompt": values}
+
+    @cached_property
+    def preferences(self) -> dict[str, Callable[[Tensor, list[str]], Tensor]]:
+        """{name: (images, prompts) -> scores}: what was trained on human preferences."""
+        names = self.config.evaluation.preferences or {}
+        return {str(name): self.component(f"evaluation.preferences.{name}", device=self.device) for name in names}
+
+    def preferred(self, name: str, images: Tensor) -> Tensor:
+        """The score [P] of every image for its own prompt."""
+        texts = self.prompt_set.prompts
+        rate = lambda indices: self.preferences[name](images[indices], [texts[i] for i in indices])  # noqa: E731
+        return map_batches(rate, len(images), self.config.eval.batch_size, self.run.accelerator, name)
+
+    def features(self, images: Tensor, kind: str) -> Tensor:
+        """Features [P, D] of uint8 images."""
+        rate = lambda indices: self.extractors[kind](images[indices])  # noqa: E731
+        return map_batches(rate, len(images), self.config.eval.batch_size, self.run.accelerator, f"{kind} features")
 
     # ---- beside the reference, and beside real images ----
 
@@ -155,7 +191,7 @@ class EvaluationBench(Bench):
             wanted = load_file(path)["images"]
         if wanted.shape != images.shape:
             return None
-        cosine = (features * self.features(wanted)).sum(1)
+        cosine = (features * self.features(wanted, "scorer")).sum(1)
         near = {"psnr": psnr(images, wanted), "features": cosine}
         means = {key: mean_and_error(self.prompt_set.by_text(values).tolist()) for key, values in near.items()}
         return {key: {"mean": m.mean, "se": m.se} for key, m in means.items()}
@@ -166,27 +202,35 @@ class EvaluationBench(Bench):
         return component(OmegaConf.merge(self.config, {"data": {"pairs": {"split": "heldout"}}}), "data.pairs")
 
     @cached_property
-    def real_features(self) -> Tensor:
-        """[R, D] of held-out images, in a fixed shuffled order."""
+    def real_features(self) -> dict[str, Tensor]:
+        """[R, D] of each kind, of the same held-out images in a fixed shuffled order."""
         file = self.run.path / FEATURES
         if not self.run.made(FEATURES):
             order = torch.randperm(len(self.real_pairs), generator=generator("real images")).tolist()
             images = torch.stack(list(readable(self.real_pairs, order, self.config.evaluation.real_images)))
-            features = self.features(images)
+            features = {kind: self.features(images, kind) for kind in self.extractors}
             if self.run.accelerator.is_main_process:
-                write_tensors(file, {"features": features})
+                write_tensors(file, features)
             self.run.accelerator.wait_for_everyone()
         with damaged(file):
-            return load_file(file)["features"]
+            return load_file(file)
 
-    def distribution(self, features: Tensor) -> dict | None:
-        """Fréchet and kernel distance of the scorer's features to those of real images; None where not asked for."""
+    def distribution(self, features: dict[str, Tensor]) -> dict | None:
+        """Fréchet and kernel distance to real images: fd and kd of the scorer's features, fid and kid of Inception's.
+
+        None where not asked for.
+        """
         if not self.config.evaluation.distribution:
             return None
-        real = self.real_features
-        kid = kernel_distance(features, real)
-        return {"fd": frechet_distance(features, real), "kd": kid.mean, "kd_se": kid.se, "n": len(features),
-                "n_real": len(real), "features": f"{self.scorer.protocol['model']}, unit features"}  # fmt: skip
+        made, real = features["scorer"], self.real_features["scorer"]
+        kd = kernel_distance(made, real)
+        distances = {"fd": frechet_distance(made, real), "kd": kd.mean, "kd_se": kd.se, "n": len(made),
+                     "n_real": len(real), "features": f"{self.scorer.protocol['model']}, unit features"}  # fmt: skip
+        if self.inception:
+            made, real = features["inception"], self.real_features["inception"]
+            kid = kernel_distance(made, real, divisor=made.shape[1])
+            distances |= {"fid": frechet_distance(made, real), "kid": kid.mean, "kid_se": kid.se}
+        return distances
 
     # ---- all together ----
 
@@ -196,11 +240,17 @@ class EvaluationBench(Bench):
         most = max(self.config.curves.steps)
         base = {p["guidance"]: p for p in points if p["model"] == self.reference and p["steps"] == most}
 
-        def versus(point: dict) -> dict | None:
+        def compared(point: dict) -> dict:
             other = base[point["guidance"]]
-            if point is other:
-                return None
-            return asdict(paired_difference(point["clip"]["per_prompt"], other["clip"]["per_prompt"]))
+
+            def versus(own: dict, others: dict) -> dict | None:
+                return None if point is other else asdict(paired_difference(own["per_prompt"], others["per_prompt"]))
+
+            preferences = {
+                name: {**own, "versus_reference": versus(own, other["preferences"][name])}
+                for name, own in point["preferences"].items()
+            }
+            return {**point, "versus_reference": versus(point["clip"], other["clip"]), "preferences": preferences}
 
         prompts = self.prompt_set
         return self.run.json("results.json", lambda: {
@@ -210,8 +260,10 @@ class EvaluationBench(Bench):
             "prompts_hash": prompts.hash,
             "shown": list(prompts.prompts[: self.config.eval.pictures]),
             "n": len(prompts.distinct),
-            "protocol": {**self.scorer.protocol, "seed": self.config.eval.seed},
-            "points": [{**point, "versus_reference": versus(point)} for point in points],
+            "protocol": {**self.scorer.protocol, "seed": self.config.eval.seed,
+                         "inception": self.inception and self.inception.weights,
+                         "preferences": OmegaConf.to_container(self.config.evaluation)["preferences"]},
+            "points": [compared(point) for point in points],
             "environment": environment(),
         })  # fmt: skip
 

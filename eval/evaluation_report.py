@@ -13,8 +13,6 @@ from eval.report import csv_table, flatten, markdown_table, render
 from eval.runs import read_json
 
 Results = Mapping[str, Any]
-HEADER = ["model", "guidance", "steps", "UNet evaluations", "CLIP ± se", "against the reference", "PSNR, dB",
-          "features", "FD ×100", "KD ×1000 ± sd"]  # fmt: skip
 
 
 def write_evaluation_report(folder: str | Path, track: Callable[[], None] = lambda: None) -> Path:
@@ -35,7 +33,7 @@ def write_evaluation_report(folder: str | Path, track: Callable[[], None] = lamb
         "evaluation.html.j2",
         name=folder.name,
         reference=results["reference"],
-        header=HEADER,
+        header=header(results),
         rows=rows(results),
         figures={name: Markup(themed(figure, name)) for name, figure in figures.items()},
         facts=flatten({key: results[key] for key in ("models", "prompts", "n", "protocol", "environment")}),
@@ -45,40 +43,93 @@ def write_evaluation_report(folder: str | Path, track: Callable[[], None] = lamb
 
 
 def points_table(results: Results) -> str:
-    return markdown_table(HEADER, rows(results))
+    return markdown_table(header(results), rows(results))
+
+
+def header(results: Results) -> list[str]:
+    return list(columns(results))
 
 
 def rows(results: Results) -> list[list[str]]:
     """A line per model and setting; differences are paired prompt by prompt."""
-    lines = []
-    for p in results["points"]:
-        d, near, apart, clip = p["versus_reference"], p["to_reference"], p["distribution"], p["clip"]
-        lines.append([
-            p["model"], f"{p['guidance']:g}", str(p["steps"]), str(p["evaluations"]),
-            f"{clip['mean']:.2f} ± {clip['se']:.2f}",
-            "–" if d is None else f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]".replace("-", "−"),
-            "–" if d is None or near is None else f"{near['psnr']['mean']:.1f}",
-            "–" if d is None or near is None else f"{near['features']['mean']:.3f}",
-            "–" if apart is None else f"{100 * apart['fd']:.2f}",
-            "–" if apart is None else f"{1000 * apart['kd']:.2f} ± {1000 * apart['kd_se']:.2f}",
-        ])  # fmt: skip
-    return lines
+    return [[cell(point) for cell in columns(results).values()] for point in results["points"]]
+
+
+def columns(results: Results) -> dict[str, Callable[[Results], str]]:
+    """{heading: what it shows of a point}; columns of what was not measured are left out."""
+    shown = {
+        "model": lambda p: p["model"],
+        "guidance": lambda p: f"{p['guidance']:g}",
+        "steps": lambda p: str(p["steps"]),
+        "UNet evaluations": lambda p: str(p["evaluations"]),
+        "CLIP ± se": lambda p: f"{p['clip']['mean']:.2f} ± {p['clip']['se']:.2f}",
+        "against the reference": lambda p: difference(p["versus_reference"]),
+        "PSNR, dB": lambda p: near(p, "psnr", ".1f"),
+        "features": lambda p: near(p, "features", ".3f"),
+    }
+    for name in results["points"][0]["preferences"]:
+        shown |= preference_columns(name)
+    measured = results["points"][0]["distribution"] or {}
+    if "fd" in measured:
+        shown["FD ×100"] = lambda p: f"{100 * p['distribution']['fd']:.2f}"
+        shown["KD ×1000 ± sd"] = lambda p: thousandfold(p["distribution"], "kd")
+    if "fid" in measured:
+        shown["FID"] = lambda p: f"{p['distribution']['fid']:.2f}"
+        shown["KID ×1000 ± sd"] = lambda p: thousandfold(p["distribution"], "kid")
+    return shown
+
+
+def preference_columns(name: str) -> dict[str, Callable[[Results], str]]:
+    def score(point: Results) -> str:
+        own = point["preferences"][name]
+        return f"{own['mean']:.2f} ± {own['se']:.2f}"
+
+    return {
+        f"{name} ± se": score,
+        f"{name} against the reference": lambda p: difference(p["preferences"][name]["versus_reference"]),
+    }
+
+
+def difference(paired: Results | None) -> str:
+    """A paired difference with its interval; a dash for the reference itself."""
+    if paired is None:
+        return "–"
+    return f"{paired['mean']:+.2f} [{paired['low']:+.2f}, {paired['high']:+.2f}]".replace("-", "−")
+
+
+def near(point: Results, measure: str, form: str) -> str:
+    """Nearness to the reference's images; a dash for the reference itself and images of another size."""
+    if point["versus_reference"] is None or point["to_reference"] is None:
+        return "–"
+    return format(point["to_reference"][measure]["mean"], form)
+
+
+def thousandfold(distances: Results, name: str) -> str:
+    return f"{1000 * distances[name]:.2f} ± {1000 * distances[f'{name}_se']:.2f}"
 
 
 def summary(results: Results) -> dict[str, Any]:
     """What a program wants to know, without the scores of single prompts."""
-    points = [{**p, "clip": {key: p["clip"][key] for key in ("mean", "se")}} for p in results["points"]]
-    kept = ("model", "guidance", "steps", "evaluations", "clip", "versus_reference", "to_reference", "distribution")
-    return {"reference": results["reference"], "n": results["n"], "points": [{k: p[k] for k in kept} for p in points]}
+    kept = ("model", "guidance", "steps", "evaluations", "clip", "versus_reference", "preferences", "to_reference",
+            "distribution")  # fmt: skip
+    points = [without_prompts({key: point[key] for key in kept}) for point in results["points"]]
+    return {"reference": results["reference"], "n": results["n"], "points": points}
+
+
+def without_prompts(value: Any) -> Any:
+    if not isinstance(value, Mapping):
+        return value
+    return {key: without_prompts(inner) for key, inner in value.items() if key != "per_prompt"}
 
 
 def draw_figures(folder: Path, results: Results) -> dict[str, Figure]:
-    """Curves where there is more than one number of steps or guidance scale, and the images at the first setting."""
+    """Curves where there is more than one number of steps or guidance scale; images, if kept, at the first setting."""
     points, figures = results["points"], {}
     for x, other, label in (("steps", "guidance", "sampling steps"), ("guidance", "steps", "guidance scale")):
         if len({p[x] for p in points}) > 1:
             figures[f"clip-against-{x}"] = curve_figure(points, x, other, label)
-    figures["images"] = images_figure(folder, results)
+    if results["shown"]:
+        figures["images"] = images_figure(folder, results)
     return figures
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 from engine.config import Config
 from engine.run import Run
 from eval.evaluation import EvaluationBench
-from eval.evaluation_report import HEADER, points_table, rows, summary, write_evaluation_report
+from eval.evaluation_report import header, points_table, rows, summary, write_evaluation_report
 from eval.plan import Stage, image_rows, stages_table
 
 log = logging.getLogger("slimstep")
@@ -47,6 +47,7 @@ def evaluation_stages(bench: EvaluationBench):
 def track(run: Run) -> None:
     """The table, and the report's pictures, for a tracker if there is one."""
     if run.tracker:
-        run.tracker.table("models", HEADER, rows(run.load("results.json")))
+        results = run.load("results.json")
+        run.tracker.table("models", header(results), rows(results))
         for path in sorted((run.path / "report").glob("*.png")):
             run.tracker.images(f"report/{path.stem}", [Image.open(path).convert("RGB")], [path.stem])

@@ -21,6 +21,7 @@ from torch import nn
 import models.unet
 import models.vae
 from data.files import whole_folder, write_json
+from models.single_file import check_single_file, is_single_file, load_single_file, usual_config
 from models.stock import stock_config, to_stock
 from models.unet import PrunableUNet2DConditionModel
 from models.vae import NarrowAutoencoderKL
@@ -46,22 +47,30 @@ def load_pipeline(
     variant: str | None = None,
     allow_download: bool = True,
     allow_pickle: bool = False,
+    single_file_config: str | None = None,
 ) -> DiffusionPipeline:
     """A Stable Diffusion pipeline (any with a UNet2DConditionModel) whose `unet` is prunable, in eval mode on the CPU.
 
-    name_or_path: a diffusers folder, exports of ours included, or a hub id; HF_HUB_OFFLINE is obeyed. variant: the
-    weight files' infix ('fp16'). allow_pickle: read .bin files too, which may run code. Raises ValueError where it is
-    neither, or has no such UNet.
+    name_or_path: a diffusers folder, exports of ours included, a hub id, or a single file in the original layout, whose
+    configuration and tokenizer are those of `single_file_config` (a diffusers folder or hub id; None for the one that
+    diffusers infers from the weights). HF_HUB_OFFLINE is obeyed. variant: the weight files' infix ('fp16').
+    allow_pickle: read .bin and .ckpt files too, which may run code. Raises ValueError where it is none of these, or has
+    no such UNet.
     """
     where = {"variant": variant, "local_files_only": not allow_download}
     options = {**where, "use_safetensors": None if allow_pickle else True, "dtype": dtype}
     with quiet():
-        check_pipeline(name_or_path, where)
+        check_pipeline(name_or_path, where, single_file_config, allow_pickle)
         try:
-            unet = load_unet(name_or_path, **options)
-            own = {"unet": unet, **load_narrow_vae(name_or_path, where, **options)}
-            # Without these first: diffusers would look for the class files of an export of ours, and ask for trust.
-            rest = DiffusionPipeline.from_pretrained(name_or_path, **dict.fromkeys(own), **options)
+            if is_single_file(name_or_path):
+                config = single_file_config or usual_config(name_or_path)
+                rest = load_single_file(name_or_path, config, dtype, not allow_download)
+                own = {"unet": PrunableUNet2DConditionModel.from_unet(rest.unet)}
+            else:
+                unet = load_unet(name_or_path, **options)
+                own = {"unet": unet, **load_narrow_vae(name_or_path, where, **options)}
+                # Without these first: diffusers would look for the class files of an export of ours, and ask for trust.
+                rest = DiffusionPipeline.from_pretrained(name_or_path, **dict.fromkeys(own), **options)
         except Exception as error:  # tokenizers raises nothing more special for a damaged file
             raise ValueError(f"model {str(name_or_path)!r} is incomplete or damaged: {one_line(error)}") from error
         pipeline = with_unet(rest, **own)
@@ -125,8 +134,17 @@ def stock_vae(vae: nn.Module) -> nn.Module:
     return stock.to(vae.device, vae.dtype).eval()
 
 
-def check_pipeline(name_or_path: str | Path, where: dict) -> None:
+def check_pipeline(
+    name_or_path: str | Path, where: dict, single_file_config: str | None = None, allow_pickle: bool = False
+) -> None:
     """ValueError unless this is a pipeline with a UNet that can be pruned, and, if a folder, has all its parts."""
+    if is_single_file(name_or_path):
+        check_single_file(name_or_path, allow_pickle)
+        try:
+            return check_pipeline(single_file_config or usual_config(name_or_path), where)
+        except (ValueError, OSError) as error:
+            way = "model.single_file_config=FOLDER gives it a diffusers folder's configuration and tokenizer"
+            raise ValueError(f"model {str(name_or_path)!r} is a single file; {way} ({one_line(error)})") from error
     name, local_only = str(name_or_path), where["local_files_only"]
     try:
         index = DiffusionPipeline.load_config(name, local_files_only=local_only)

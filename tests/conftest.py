@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from engine.launch import main
-from tests.tiny import tiny_pipeline, write_tiny_clip
+from tests.tiny import tiny_pipeline, write_random_inception, write_tiny_clip
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -31,6 +31,15 @@ def tiny_clip_folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tiny-clip")
     write_tiny_clip(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def inception_file(tmp_path_factory):
+    """InceptionV3 as torch-fidelity has it, with random weights."""
+    library = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
+    file = tmp_path_factory.mktemp("inception") / "random.pth"
+    write_random_inception(library.FeatureExtractorInceptionV3, file)
+    return file
 
 
 @pytest.fixture(scope="session")

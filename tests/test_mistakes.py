@@ -80,6 +80,7 @@ PRUNING = {
     "a corrupt image": (["data=imagefolder", "data.root={corrupt}"], r"\d of \d+ images cannot be read.*0\d.png"),
     "model of pickles": (["model=path", "model.name_or_path={pickles}"], r"pickle|safetensors"),
     "nothing at all": ([""], r"error: "),
+    "a report without pictures": (["eval.pictures=0"], r"eval: pictures=0 must be at least 1"),
     "negative threads": (["threads=-1"], r"threads=-1 must be at least 0"),
     "no such job": (["job=typo"], r"job=typo is no function"),
     "one beta": (["train.betas=[0.9]"], r"betas=\[0.9\] must be two numbers"),

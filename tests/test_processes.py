@@ -1,5 +1,6 @@
 """What does not depend on how many processes share the work: scores to the bit on the CPU, training to rounding."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.distill.test_ladder_job import SMALL as DISTILLING
+from tests.eval.test_evaluation import ANY_DATA as EVALUATING
 from tests.prune.test_job import ROOT, SMALL
 
 PRUNING = ["+experiment=prune_unet", *SMALL]
@@ -62,6 +64,20 @@ def test_two_and_three_processes_judge_a_ladder_as_one_does(tmp_path, tiny_model
         assert len(products) == 3 * 2 + 1 + 2 * 7
         for product in products:
             assert (several / product).read_bytes() == (one / product).read_bytes(), (processes, product)
+
+
+@pytest.mark.slow
+def test_two_processes_evaluate_as_one_does(tmp_path, tiny_model):
+    job = [*EVALUATING, "eval.prompts=5", "eval.batch_size=2", *tiny_model]
+    one, two = (launch(processes, tmp_path / str(processes), *job) for processes in (1, 2))
+    products = sorted(
+        path.relative_to(one) for kind in ("judged/*/*.json", "images/**/*.png") for path in one.glob(kind)
+    )
+    assert len(products) == 4 + 4 * 2
+    for product in [*products, "real-features.safetensors", "table.md", "results.csv"]:
+        assert (two / product).read_bytes() == (one / product).read_bytes(), product
+    ours, theirs = (json.loads((run / "results.json").read_text()) for run in (one, two))
+    assert ours.pop("environment") != theirs.pop("environment") and ours == theirs
 
 
 @pytest.mark.slow

@@ -13,6 +13,7 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from safetensors.torch import save_file
+from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 WIDTH, MAX_TOKENS = 16, 16
@@ -95,3 +96,16 @@ def write_tiny_clip(folder: Path) -> None:
     described = {"model_cfg": model_cfg, "preprocess_cfg": preprocess_cfg}
     (folder / "open_clip_config.json").write_text(json.dumps(described))
     save_file(model.state_dict(), folder / "open_clip_model.safetensors")
+
+
+def write_random_inception(extractor: type[nn.Module], file: Path) -> None:
+    """A state dict of torch-fidelity's InceptionV3, at its full size: it has no other."""
+
+    class Random(extractor):
+        def load_state_dict(self, _):
+            for conv in (module for module in self.modules() if isinstance(module, nn.Conv2d)):
+                nn.init.kaiming_normal_(conv.weight)  # features do not vanish over its layers
+
+    torch.manual_seed(0)
+    torch.save({}, file)
+    torch.save(Random("inception-v3", ["2048"], str(file)).state_dict(), file)

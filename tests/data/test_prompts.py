@@ -2,6 +2,7 @@
 
 import csv
 import json
+import time
 
 import pytest
 import torch
@@ -79,6 +80,51 @@ def test_a_column_can_be_named_and_an_unknown_one_is_told_with_the_choices(tmp_p
         read_prompts(path)
     with pytest.raises(ValueError, match="no column 'nope'; its columns are id, words"):
         read_prompts(path, column="nope")
+
+
+def coco(path, images, annotations):
+    """A file with the sections that COCO's captions_val2017.json has."""
+    sections = {"info": {}, "licenses": [], "images": [{"id": id, "file_name": f"{id:012d}.jpg"} for id in images]}
+    rows = [{"image_id": image, "id": id, "caption": caption} for image, id, caption in annotations]
+    path.write_text(json.dumps({**sections, "annotations": rows}))
+    return path
+
+
+def test_coco_captions_give_each_image_its_first_one_whatever_the_order_of_the_file(tmp_path):
+    images = [285, 139, 632, 724]  # the last has no caption; image 9 is not listed
+    annotations = [(632, 3, "third"), (285, 770, "a bear.\n"), (139, 41, "later"), (139, 7, "a room "), (9, 1, "gone")]
+    prompts = read_prompts(coco(tmp_path / "captions_val2017.json", images, annotations))
+    assert prompts.prompts == ("a room", "a bear.", "third") and prompts.name == "captions_val2017"
+    again = read_prompts(coco(tmp_path / "other.json", images[::-1], annotations[::-1]))
+    assert again.hash == prompts.hash
+
+
+def test_coco_captions_at_full_size_are_read_in_a_moment(tmp_path):
+    images = range(40_000)
+    annotations = [(k, 5 * k + j, f"caption {j} of image {k}") for k in images for j in range(5)]
+    path = coco(tmp_path / "captions_val2014.json", images, annotations)
+    start = time.process_time()
+    prompts = read_prompts(path)
+    assert time.process_time() - start < 10
+    assert len(prompts) == 40_000 and prompts[39_999] == "caption 0 of image 39999"
+
+
+@pytest.mark.parametrize(
+    ("content", "expected"),
+    [
+        ("{", "set.json is not JSON"),
+        ('["a", "b"]', "set.json is no COCO captions file.*one JSON object per line is .jsonl"),
+        ('{"text": "a"}', "set.json is no COCO captions file.*KeyError 'images'"),
+        ('{"images": [{"id": 1}], "annotations": [{"image_id": 1, "id": 2, "bbox": []}]}', "KeyError 'caption'"),
+        ('{"images": [{"id": 1}], "annotations": [{"image_id": 1, "id": 2, "caption": " "}]}', "annotation 2 is empty"),
+        ('{"images": [{"id": 1}], "annotations": []}', "set.json holds no prompts"),
+    ],
+)
+def test_json_that_is_no_coco_captions_file_is_told(tmp_path, content, expected):
+    (tmp_path / "set.json").write_text(content)
+    with pytest.raises(ValueError, match=expected) as error:
+        read_prompts(tmp_path / "set.json")
+    assert "\n" not in str(error.value)
 
 
 def test_files_that_are_not_prompts_are_told(tmp_path):

@@ -2,25 +2,38 @@
 
 import csv
 import json
+import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 
+import datasets
 import numpy as np
+import open_clip
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torchvision.transforms.functional import pil_to_tensor
 
-from eval.distribution import frechet_distance, kernel_distance
+from data.files import digest
+from data.prompts import PromptSet
+from eval.compare import paired_difference
+from eval.distribution import frechet_distance
 from eval.evaluation import name_models
+from eval.inception import Inception
 from models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.mistakes import told
+from tests.models.original_layout import original_layout
 
 ROOT = Path(__file__).resolve().parents[2]
-SMALL = [
-    "+experiment=evaluate", "data.resolution=16", "data.pairs.size=16", "eval.prompts=4", "eval.pictures=2",
-    "eval.batch_size=3", "curves.steps=[1,2]", "curves.guidance=[1,3]", "evaluation.real_images=8",
+ANY_DATA = [
+    "+experiment=evaluate", "data.resolution=16", "eval.prompts=4", "eval.pictures=2", "eval.batch_size=3",
+    "curves.steps=[1,2]", "curves.guidance=[1,3]", "evaluation.real_images=8",
 ]  # fmt: skip
+SMALL = [*ANY_DATA, "data.pairs.size=16"]
 
 
 def run(*overrides):
@@ -91,9 +104,12 @@ def test_a_plan_draws_nothing(tmp_path, tiny_model, models):
     [
         (["models=[/nowhere]"], "/nowhere"),
         (["models=[a/export,a/export]"], "names one of them twice"),
+        (["models=[/no.safetensors]"], "/no.safetensors' does not exist"),
         (["data.prompt_file=/nowhere.txt"], "/nowhere.txt does not exist"),
         (["eval.prompts=9999"], "9999"),
         (["curves.steps=[]"], r"curves.steps=\[\] must be a list"),
+        (["evaluation.inception=/no.pth"], "evaluation.inception=/no.pth does not exist; bring https"),
+        (["evaluation.inception=x", "evaluation.distribution=false"], "needs evaluation.distribution=true"),
         (["evaluation.real_images=1"], "evaluation: real_images=1 must be at least 2"),
     ],
 )
@@ -101,19 +117,130 @@ def test_mistakes_end_in_a_line(overrides, expected, leave, tiny_model):
     assert re.search(expected, told(*leave(*SMALL, *tiny_model, *overrides)))
 
 
+ONE = ["curves.steps=[1]", "curves.guidance=[1]"]
+
+
+@pytest.fixture
+def results(leave, tiny_model, tmp_path):
+    """Runs the job in this process at one setting, unless told otherwise; what results.json then holds."""
+
+    def run(*overrides, job=SMALL, name="evaluate"):
+        code, stderr = leave(*job, *ONE, *tiny_model, f"name={name}", *map(str, overrides))
+        assert code == 0, stderr
+        return json.loads((tmp_path / f"runs/{name}/results.json").read_text())
+
+    return run
+
+
+def test_a_data_set_of_the_hub_gives_the_prompts_and_the_real_images(results, tmp_path):
+    pictures = [Image.new("RGB", (20, 16), (6 * k, 0, 90)) for k in range(40)]
+    rows = {"image": pictures, "text": [f"row {k}" for k in range(40)]}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features=features)).save_to_disk(tmp_path / "set")
+    found = results("data=hub", f"data.source={tmp_path / 'set'}", "data.heldout_fraction=0.5", job=ANY_DATA)
+    assert all(re.fullmatch(r"row \d+", text) for text in found["shown"]) and found["n"] == 4
+    assert found["points"][0]["distribution"]["n_real"] == 8
+
+
+@pytest.mark.parametrize("kind", [".parquet", ".json"])
+def test_prompts_come_from_files(results, tmp_path, kind):
+    path = tmp_path / f"set{kind}"
+    if kind == ".parquet":
+        datasets.Dataset.from_dict({"caption": list("abcdef")}).to_parquet(path)
+    else:
+        rows = [{"image_id": 100 - k, "id": k, "caption": letter + "\n"} for k, letter in enumerate("fedcba")]
+        path.write_text(json.dumps({"images": [{"id": row["image_id"]} for row in rows], "annotations": rows}))
+    found = results(f"data.prompt_file={path}")
+    assert found["prompts"] == "set[0:4]" and found["shown"] == ["a", "b"]
+    assert found["prompts_hash"] == PromptSet(tuple("abcd"), "").hash
+
+
+def scores(found):
+    return [point["clip"]["per_prompt"] for point in found["points"]]
+
+
+def test_the_batch_size_changes_no_more_than_rounding(results):
+    three, one = (results("curves.steps=[2]", f"eval.batch_size={n}", name=n) for n in (3, 1))
+    np.testing.assert_allclose(scores(three), scores(one), atol=0.02)
+    for key in ("fd", "kd"):
+        ours, theirs = (found["points"][0]["distribution"][key] for found in (three, one))
+        assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-5)
+
+
+def test_a_model_under_two_names_does_not_differ_from_itself(results, tiny_pipeline_folder):
+    found = results(f"models={{a: {tiny_pipeline_folder}, b: {tiny_pipeline_folder}}}")
+    a, b = found["points"]
+    assert a["clip"] == b["clip"] and a["distribution"] == b["distribution"]
+    assert b["versus_reference"] == {"mean": 0.0, "se": 0.0, "low": 0.0, "high": 0.0, "n": 4}
+
+
+def test_a_model_at_two_seeds_does_not_differ_from_itself_beyond_chance(results):
+    one, other = (results("eval.prompts=24", f"eval.seed={n}", name=n) for n in (1, 2))
+    (first,), (second,) = scores(one), scores(other)
+    assert first != second
+    difference = paired_difference(first, second)
+    assert difference.low < 0 < difference.high
+
+
+def test_the_scores_are_those_of_open_clip_on_the_pictures(results, tmp_path, tiny_clip_folder):
+    found, model = results("eval.pictures=4"), f"local-dir:{tiny_clip_folder}"
+    clip, _, preprocess = open_clip.create_model_and_transforms(model)
+    files = sorted((tmp_path / "runs/evaluate/images").glob("*/*/*.png"))
+    with torch.no_grad():
+        images = clip.eval().encode_image(torch.stack([preprocess(Image.open(file)) for file in files]))
+        texts = clip.encode_text(open_clip.get_tokenizer(model)(found["shown"]))
+    assert len(files) == 4
+    by_hand = 100 * torch.nn.functional.cosine_similarity(images, texts)
+    np.testing.assert_allclose(scores(found)[0], by_hand, atol=1e-4)
+
+
+def test_fid_and_kid_stand_beside_the_distances_of_the_scorer(results, tmp_path, inception_file):
+    found = results(f"evaluation.inception={inception_file}", "evaluation.real_images=4", "eval.pictures=4")
+    plain = results("evaluation.real_images=4", "eval.pictures=4", name="plain")
+    distances, without = (both["points"][0]["distribution"] for both in (found, plain))
+    assert set(distances) - set(without) == {"fid", "kid", "kid_se"}
+    assert without == {key: distances[key] for key in without}
+    assert found["protocol"]["inception"] == digest(inception_file)[:12] and plain["protocol"]["inception"] is None
+    folder = tmp_path / "runs/evaluate"
+    images = torch.stack([pil_to_tensor(Image.open(file)) for file in sorted(folder.glob("images/*/*/*.png"))])
+    made = Inception(inception_file)(images)
+    real = load_file(folder / "real-features.safetensors")["inception"]
+    assert distances["fid"] == pytest.approx(frechet_distance(made, real), rel=1e-3)
+    headings = [(tmp_path / f"runs/{name}/table.md").read_text().splitlines()[0] for name in ("evaluate", "plain")]
+    assert ["FID" in heading and "KID ×1000 ± sd" in heading for heading in headings] == [True, False]
+
+
+def test_a_single_file_is_evaluated_as_the_folder_of_the_same_model(results, tmp_path, tiny_pipeline_folder):
+    file = tmp_path / "tiny.safetensors"
+    save_file(original_layout(StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder)), file)
+    given = f"models={{folder: {tiny_pipeline_folder}, file: {file}}}"
+    found = results(given, f"model.single_file_config={tiny_pipeline_folder}")
+    ours, theirs = scores(found)
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(("pictures", "kept"), [(0, 0), (3, 3), (99, 4)])
+def test_as_many_images_are_kept_as_asked_for(results, tmp_path, pictures, kept):
+    found, folder = results(f"eval.pictures={pictures}"), tmp_path / "runs/evaluate"
+    assert len(found["shown"]) == len(list(folder.glob("images/*/*/*.png"))) == kept
+    assert (folder / "report/images.png").exists() == (folder / "images").exists() == bool(kept)
+
+
+@pytest.mark.slow
+def test_an_offline_wandb_run_leaves_the_last_line_to_json(tmp_path, tiny_model, models):
+    """Without a key, a network or W&B's silence; the table and the images are in its folder."""
+    loud = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_SILENT")
+    environment = {key: value for key, value in os.environ.items() if key not in loud}
+    environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
+    job = [*SMALL, *ONE, *tiny_model, models, "tracker=wandb", f"root={tmp_path}"]
+    command = [sys.executable, str(ROOT / "train.py"), *job]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert len(json.loads(done.stdout.splitlines()[-1])["points"]) == 2
+    media = tmp_path / "evaluate/wandb" / "latest-run/files/media"
+    assert list(media.glob("table/models_*.json")) and list(media.glob("images/report/images_*.png"))
+
+
 def test_names_are_the_shortest_that_tell_models_apart():
     assert name_models(["runs/a/export", "runs/b/export"]) == {"a": "runs/a/export", "b": "runs/b/export"}
     assert list(name_models(["x/steps-8/export", "y/steps-8/export"])) == ["x-steps-8", "y-steps-8"]
-
-
-def test_distances_of_distributions():
-    """None to itself; Gaussians apart by d have the Fréchet distance d²; the kernel's is unbiased around zero."""
-    draw = torch.Generator().manual_seed(0)
-    x = torch.randn(4000, 4, generator=draw, dtype=torch.float64)
-    shift = torch.tensor([3.0, 0, 0, 0])
-    assert frechet_distance(x, x) == pytest.approx(0, abs=1e-6)
-    assert frechet_distance(x, x + shift) == pytest.approx(9, abs=1e-6)
-    unit = torch.nn.functional.normalize(x, dim=1)
-    far = torch.nn.functional.normalize(x + shift, dim=1)
-    same, apart = kernel_distance(unit[:2000], unit[2000:]), kernel_distance(unit, far)
-    assert abs(same.mean) < same.se and apart.mean > 5 * apart.se

@@ -1,0 +1,83 @@
+"""Scores that were trained on which of two images people preferred, beside CLIP score.
+
+A preference is any callable `(images_B3HW, prompts) -> scores_B`: uint8 images, as many prompts, float32 on the CPU.
+`evaluation.preferences.NAME._target_` makes it, is given the device, and raises ValueError for what cannot be had.
+HPSv2 needs no code of its own: it is `ClipScorer` with other weights.
+
+Axes: B images, H and W pixels, D feature width.
+"""
+
+import importlib
+import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
+from importlib.util import find_spec
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+from transformers import AutoProcessor, CLIPModel
+
+from models.pipeline import one_line
+
+
+class PickScore:
+    """PickScore (Kirstain et al. 2023): the learned logit scale times the cosine of a CLIP trained on Pick-a-Pic.
+
+    `model` and `processor` are transformers folders or hub ids.
+    """
+
+    def __init__(self, model: str, processor: str, device: str | torch.device = "cpu") -> None:
+        self.device = torch.device(device)
+        try:
+            self.model, told = CLIPModel.from_pretrained(model, output_loading_info=True)
+            self.processor = AutoProcessor.from_pretrained(processor)
+        except (OSError, ValueError) as error:
+            way = "download both once without HF_HUB_OFFLINE=1, or give folders"
+            said = one_line(error)[:160]
+            raise ValueError(f"PickScore: {model} or {processor} is not in the hub cache: {way} ({said})") from error
+        if absent := sorted(told["missing_keys"]):
+            raise ValueError(f"PickScore: {model} is no CLIP model with its weights: {absent[0]} … are absent")
+        self.model.to(self.device).eval().requires_grad_(False)
+
+    @torch.inference_mode()
+    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        longest = self.model.config.text_config.max_position_embeddings
+        pictures = [to_pil_image(image) for image in images_B3HW.cpu()]
+        pixels = self.processor(images=pictures, return_tensors="pt").to(self.device)
+        tokens = self.processor(text=list(prompts), padding=True, truncation=True, max_length=longest,
+                                return_tensors="pt").to(self.device)  # fmt: skip
+        image_BD = F.normalize(self.model.get_image_features(**pixels).pooler_output, dim=-1)
+        text_BD = F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)
+        return (self.model.logit_scale.exp() * (image_BD * text_BD).sum(1)).float().cpu()
+
+
+class ImageReward:
+    """ImageReward (Xu et al. 2023) through the package image-reward: a BLIP with a reward head, in standard deviations.
+
+    `model` is the package's name for its weights or a checkpoint file, `med_config` BLIP's med_config.json; the package
+    fetches what is not given.
+    """
+
+    def __init__(
+        self, model: str = "ImageReward-v1.0", med_config: str | None = None, device: str | torch.device = "cpu"
+    ) -> None:
+        if find_spec("ImageReward") is None:
+            raise ValueError("ImageReward is not installed: pip install image-reward, or leave this preference out")
+        try:
+            library = importlib.import_module("ImageReward")
+        except ImportError as error:
+            way = "install versions that fit each other, or leave this preference out"
+            raise ValueError(f"image-reward cannot be imported ({one_line(error)}): {way}") from error
+        try:
+            with redirect_stdout(sys.stderr):  # it prints; our last line on stdout is JSON
+                self.model = library.load(model, device=str(device), med_config=med_config)
+        except (OSError, RuntimeError, ValueError) as error:
+            way = "give the files ImageReward.pt and med_config.json of huggingface.co/THUDM/ImageReward"
+            raise ValueError(f"ImageReward: {model} cannot be loaded ({one_line(error)[:160]}): {way}") from error
+
+    @torch.inference_mode()
+    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
+        pictures = [to_pil_image(image) for image in images_B3HW.cpu()]
+        return torch.tensor([self.model.score(text, image) for text, image in zip(prompts, pictures, strict=True)])
