@@ -55,16 +55,16 @@ def compile_first(path: Path, compile_it: Callable[[], None], accelerator: Accel
         compile_it()
 
 
-def compile_cost(variant: Variant, subject: Subject, artifacts: Path) -> dict[str, Any]:
-    """Seconds to the first image in new processes, and after how many images compiling has paid for itself.
+def compile_cost(variant: Variant, subject: Subject, options: Mapping[str, Any], artifacts: Path) -> dict[str, Any]:
+    """Seconds to the first image in new processes, and after how many calls compiling has paid for itself.
 
-    The artefacts stay at `artifacts`. `images` is None where compiled calls are not faster than eager ones. Raises
-    RuntimeError where a process fails.
+    `options` are those of load_pipeline. The artefacts stay at `artifacts`. `calls` is None where compiled calls are
+    not faster than eager ones. Raises RuntimeError where a process fails.
     """
     request = {
         "model": variant.model, "unet": variant.unet, "vae": variant.vae, "setup": vars(variant.setup),
         "steps": subject.steps, "guidance_scale": subject.guidance_scale, "seed": subject.seed, "batch": subject.batch,
-        "prompts": list(subject.prompts[: subject.batch]), "device": str(subject.device),
+        "prompts": list(subject.prompts[: subject.batch]), "device": str(subject.device), "options": options,
     }  # fmt: skip
     with tempfile.TemporaryDirectory() as kept, tempfile.TemporaryDirectory() as empty:
         eager = new_process({**request, "setup": {**request["setup"], "compile": "eager"}}, Path(kept) / "eager")
@@ -76,7 +76,7 @@ def compile_cost(variant: Variant, subject: Subject, artifacts: Path) -> dict[st
     return {
         "eager": eager,
         **{
-            name: way and {**way, "images": (way["first_s"] - eager["first_s"]) / gained_s if gained_s > 0 else None}
+            name: way and {**way, "calls": (way["first_s"] - eager["first_s"]) / gained_s if gained_s > 0 else None}
             for name, way in ways.items()
         },
     }
@@ -101,8 +101,9 @@ def main() -> None:
     device = torch.device(request["device"])
     if device.type == "cpu":
         torch.set_num_threads(1)  # as all is timed here
-    pipeline = load_pipeline(request["model"])
-    parts = {name: getattr(load_pipeline(request[name]), name) for name in ("unet", "vae") if request[name]}
+    options = request["options"]
+    pipeline = load_pipeline(request["model"], **options)
+    parts = {name: getattr(load_pipeline(request[name], **options), name) for name in ("unet", "vae") if request[name]}
     pipeline = with_unet(pipeline, **{"unet": pipeline.unet, **parts})
     if "load" in request:
         load_artifacts(Path(request["load"]))

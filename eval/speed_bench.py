@@ -38,7 +38,8 @@ class SpeedBench(EvaluationBench):
 
     def __init__(self, config: Config, run: Run):
         super().__init__(config, run)
-        self.peaks: dict[str, float] = {}
+        self.peaks: dict[str, float] = {}  # what was measured once, by dtype
+        self.row_gflops: dict[str, float] = {}  # what was counted once, by the UNet's configuration
 
     def check(self) -> None:
         """ValueError, before anything is timed, for models or prompts that cannot be had."""
@@ -111,14 +112,17 @@ class SpeedBench(EvaluationBench):
         """What compiling costs; nothing where nothing is compiled, or where it is not asked for."""
         if variant.setup.compile == "eager" or not self.config.benchmark.first_image:
             return {}
-        return {"first_image": compile_cost(variant, subject, self.run.path / f"artifacts/{file}.bin")}
+        artifacts = self.run.path / f"artifacts/{file}.bin"
+        return {"first_image": compile_cost(variant, subject, self.model_options, artifacts)}
 
-    @staticmethod
-    def unet_gflops(subject: Subject) -> float:
+    def unet_gflops(self, subject: Subject) -> float:
         """10⁹ operations of one step of the whole batch."""
         unet = getattr(subject.pipeline.unet, "_orig_mod", subject.pipeline.unet)  # without torch.compile around it
         guided = 1 if told_guidance_width(unet) else image_rows(1, subject.guidance_scale)
-        return count_gflops(unet, None, subject.batch * guided, subject.pipeline.tokenizer.model_max_length)
+        key = str(dict(unet.config))
+        if key not in self.row_gflops:
+            self.row_gflops[key] = count_gflops(unet, None, 1, subject.pipeline.tokenizer.model_max_length)
+        return self.row_gflops[key] * subject.batch * guided
 
     def peak_tflops(self, setup: Setup) -> float:
         """What this device reaches in matrix products of a setup's format, measured once."""

@@ -81,7 +81,7 @@ def first_image_rows(results: Results) -> list[list[str]]:
         if cost := row.get("first_image"):
             ways = [cost[way] for way in ("cold", "artifacts", "kept_cache")]
             seconds = [f"{way['first_s']:.1f}" if way else "–" for way in (cost["eager"], *ways)]
-            pays = [f"{way['images']:.0f}" if way and way["images"] is not None else "–" for way in ways]
+            pays = [f"{way['calls']:.0f}" if way and way["calls"] is not None else "–" for way in ways]
             lines.append([row["model"], str(row["batch"]), row["name"], *seconds, *pays])
     return lines
 
