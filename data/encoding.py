@@ -93,11 +93,16 @@ def at_work(pipeline, device: torch.device) -> Iterator[None]:
             module.to(home).train(training)
 
 
-def module_hash(module: nn.Module) -> str:
-    """SHA-256 over the class, the configuration and every weight of a model."""
+def described(module: nn.Module) -> str:
+    """Class and configuration of a model, as JSON that is the same in every process."""
     config = module.config if isinstance(module.config, dict) else module.config.to_dict()
     kept = {k: v for k, v in config.items() if not k.startswith("_") and k not in CONFIG_NOISE}
-    sha = hashlib.sha256(json.dumps([type(module).__name__, kept], sort_keys=True, default=str).encode())
+    return json.dumps([type(module).__name__, kept], sort_keys=True, default=str)
+
+
+def module_hash(module: nn.Module) -> str:
+    """SHA-256 over the class, the configuration and every weight of a model."""
+    sha = hashlib.sha256(described(module).encode())
     for name, tensor in sorted(module.state_dict().items()):
         sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         sha.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -233,13 +233,16 @@ class LatentsConfig(SamplingConfig):
 class EvaluationConfig:
     """What is measured beside CLIP score: with `distribution` the distance of the scorer's features to those of
     `real_images` held-out images; and of Inception features, FID and KID, where `inception` is a file of its weights;
-    and `preferences`, {name: what makes it}, which +preference=NAME fills in.
+    and `preferences`, {name: what makes it}, which +preference=NAME fills in. With `compile`, UNet and VAE decoder are
+    compiled graphs, kept in `artifacts` for the next evaluation and the other processes.
     """
 
     distribution: bool = True
     real_images: int = 512
     inception: str | None = None
     preferences: Any = None
+    compile: bool = False
+    artifacts: str = "runs/artifacts"
 
     def __post_init__(self) -> None:
         at_least("evaluation", self, 2, "real_images")

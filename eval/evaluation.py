@@ -6,7 +6,9 @@ memory at a time; a setting that is judged is not judged again, and a killed one
 Axes: P prompts, R real images, D features, H and W height and width in pixels.
 """
 
+import hashlib
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
 from functools import cached_property
@@ -19,6 +21,7 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
+from data.encoding import described
 from data.files import write_tensors
 from data.images import BrokenImageError
 from data.prompts import PromptSet, read_prompts
@@ -31,9 +34,11 @@ from eval.bench import Bench
 from eval.clip import psnr
 from eval.compare import mean_and_error, paired_difference
 from eval.distribution import frechet_distance, kernel_distance
+from eval.first_image import compile_first
 from eval.inception import Inception
 from eval.judge import clip_scores, draw_images, write_pictures
 from eval.sampling import Sampler
+from eval.setups import Setup, compile_networks
 from models.pipeline import check_pipeline, load_pipeline, networks
 
 log = logging.getLogger("slimstep")
@@ -112,9 +117,29 @@ class EvaluationBench(Bench):
         files = {setting: f"judged/{name}/guidance-{setting[0]}-steps-{setting[1]}.json" for setting in self.settings}
         if not all(self.run.made(file) for file in files.values()):
             pipeline = self.loaded(self.models[name]).to(self.device)
+            if self.config.evaluation.compile:
+                self.compile(name, pipeline)
             for setting, file in files.items():
                 self.run.json(file, lambda s=setting: self.point(name, pipeline, *s))
         return [self.run.load(file) for file in files.values()]
+
+    def compile(self, name: str, pipeline: DiffusionPipeline) -> None:
+        """Compiles UNet and VAE decoder by drawing a batch, with the graphs that an earlier process has left."""
+        prompts, size = self.prompt_set, min(self.config.eval.batch_size, len(self.prompt_set))
+        guided = [guidance > 1 for guidance in self.config.curves.guidance]
+        networks_text = [described(pipeline.unet), described(pipeline.vae)]
+        key = [*networks_text, size, guided, torch.__version__, self.device.type]
+        file = Path(self.config.evaluation.artifacts) / f"{hashlib.sha256(str(key).encode()).hexdigest()[:16]}.bin"
+        compile_networks(pipeline, Setup(compile="default"))
+        kept, start = self.run.agreed(file.exists()), time.perf_counter()
+
+        def draw() -> None:
+            guidance, steps = self.settings[0]
+            self.sampler_of(pipeline, guidance, steps).images(pipeline.unet, prompts.prompts, range(size))
+
+        compile_first(file, draw, self.run.accelerator)
+        way = f"with {file}" if kept else f"which left {file}"
+        log.info(f"{name}: first batch of compiled networks in {time.perf_counter() - start:.0f} s, {way}")
 
     def point(self, name: str, pipeline: DiffusionPipeline, guidance: float, steps: int) -> dict:
         config, accelerator, scorer, prompts = self.config.eval, self.run.accelerator, self.scorer, self.prompt_set

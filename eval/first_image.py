@@ -42,17 +42,16 @@ def save_artifacts(path: Path) -> int:
 
 
 def compile_first(path: Path, compile_it: Callable[[], None], accelerator: Accelerator) -> None:
-    """Rank 0 compiles, unless an earlier run has left its artefacts at `path`; then the others load and compile."""
-    if path.exists():
-        load_artifacts(path)
-    elif accelerator.is_main_process:
-        compile_it()
-        save_artifacts(path)
-    accelerator.wait_for_everyone()
-    if not accelerator.is_main_process:
-        if path.exists():
-            load_artifacts(path)
-        compile_it()
+    """Rank 0 compiles, with the artefacts that an earlier process has left at `path`, or leaves them there; then the
+    others load them."""
+    for first in (True, False):
+        if accelerator.is_main_process == first:
+            if found := path.exists():
+                load_artifacts(path)
+            compile_it()
+            if first and not found:
+                save_artifacts(path)
+        accelerator.wait_for_everyone()
 
 
 def compile_cost(variant: Variant, subject: Subject, options: Mapping[str, Any], artifacts: Path) -> dict[str, Any]:

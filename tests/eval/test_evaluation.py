@@ -244,3 +244,17 @@ def test_an_offline_wandb_run_leaves_the_last_line_to_json(tmp_path, tiny_model,
 def test_names_are_the_shortest_that_tell_models_apart():
     assert name_models(["runs/a/export", "runs/b/export"]) == {"a": "runs/a/export", "b": "runs/b/export"}
     assert list(name_models(["x/steps-8/export", "y/steps-8/export"])) == ["x-steps-8", "y-steps-8"]
+
+
+@pytest.mark.slow
+def test_compiled_networks_judge_alike_and_leave_their_graphs_for_the_next(finished, tmp_path, tiny_model):
+    given = [*tiny_model, "evaluation.compile=true", f"evaluation.artifacts={tmp_path / 'artifacts'}",
+             "eval.batch_size=4", "curves.steps=[2]", "curves.guidance=[3]"]  # fmt: skip
+    first, second = (run(*given, f"root={tmp_path}", f"name={name}") for name in ("first", "second"))
+    assert first.returncode == second.returncode == 0, first.stderr + second.stderr
+    (file,) = (tmp_path / "artifacts").iterdir()
+    assert "which left" in first.stderr + first.stdout and f"with {file}" in second.stderr + second.stdout
+    eager = next(p for p in json.loads((finished[0] / "results.json").read_text())["points"]
+                 if (p["model"], p["steps"], p["guidance"]) == ("pipeline", 2, 3.0))  # fmt: skip
+    (point,) = json.loads((tmp_path / "second/results.json").read_text())["points"]
+    assert point["clip"]["per_prompt"] == pytest.approx(eager["clip"]["per_prompt"], abs=0.05)
