@@ -20,7 +20,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
@@ -32,9 +32,8 @@ from distill.teaching import Rung
 from engine.environment import environment
 from eval.report import markdown_table
 from models.pipeline import load_pipeline
-from models.reference import CONFIGS
+from models.reference import CLIP_L, random_unet, random_vae
 from models.schedule import NoiseSchedule
-from models.unet import PrunableUNet2DConditionModel
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDANCE = (2.0, 14.0)
@@ -46,8 +45,8 @@ class Networks:
     def __init__(self, sd15: bool, batch: int, device: torch.device):
         self.device, self.batch = device, batch
         if sd15:
-            self.vae, self.text_encoder = AutoencoderKL(**SD15_VAE), CLIPTextModel(CLIPTextConfig(**SD15_TEXT))
-            self.teacher = PrunableUNet2DConditionModel(**CONFIGS["sd15"])
+            self.vae, self.text_encoder = random_vae("sd15"), CLIPTextModel(CLIPTextConfig(**CLIP_L))
+            self.teacher = random_unet("sd15")
             self.images = torch.rand(batch, 3, 512, 512) * 2 - 1
             self.ids = torch.randint(49000, (batch, 77))
             self.empty_ids = torch.randint(49000, (1, 77))
@@ -77,16 +76,6 @@ class Networks:
     @torch.no_grad()
     def empty_text(self) -> Tensor:
         return self.text_encoder(self.empty_ids)[0][0]
-
-
-SD15_VAE = {
-    "block_out_channels": (128, 256, 512, 512), "layers_per_block": 2, "latent_channels": 4,
-    "down_block_types": ("DownEncoderBlock2D",) * 4, "up_block_types": ("UpDecoderBlock2D",) * 4,
-}  # fmt: skip
-SD15_TEXT = {
-    "hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
-    "projection_dim": 768,
-}  # fmt: skip
 
 
 def our_loop(networks: Networks, guided_share: float) -> Callable[[], None]:

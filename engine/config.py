@@ -257,7 +257,7 @@ class BenchmarkConfig:
     """How pipelines run that are timed.
 
     benchmark: every combination of `compile`, `attention`, `dtype`, `memory_format`, `fused_qkv`, `quantize` and
-    `batches`, each beside a pipeline in `base`, the setup that ratios are to (empty: diffusers as it comes). ladder:
+    `batches`, each beside a pipeline in `base`, the setup that ratios are to (null: diffusers as it comes). ladder:
     `rows`, each a name and what changes from the last row that was kept. pipelines: `tasks`, eager and as `compile`
     says. `images` are compared with those of float32. `first_image` measures what compiling costs, in new processes.
     """
@@ -269,7 +269,7 @@ class BenchmarkConfig:
     fused_qkv: list[bool] = field(default_factory=lambda: [False])
     quantize: list[str] = field(default_factory=lambda: ["none"])
     batches: list[int] = field(default_factory=lambda: [1])
-    base: dict[str, Any] = field(default_factory=dict)
+    base: Any = None
     rows: list[Any] = field(default_factory=list)
     tasks: list[str] = field(default_factory=lambda: ["txt2img"])
     images: int = 8
@@ -277,6 +277,7 @@ class BenchmarkConfig:
 
     def __post_init__(self) -> None:
         at_least("benchmark", self, 2, "images")
+        as_table("benchmark.base", self.base)  # None stays: Hydra adds nothing to an empty table
         for name in ("compile", "attention", "dtype", "memory_format", "fused_qkv", "quantize", "batches", "tasks"):
             if not getattr(self, name):
                 raise ValueError(f"benchmark.{name}=[] leaves nothing to time")

@@ -54,7 +54,7 @@ class SpeedBench(EvaluationBench):
 
     @property
     def base(self) -> Setup:
-        given = OmegaConf.to_container(self.config.benchmark.base)
+        given = OmegaConf.to_container(self.config.benchmark).get("base") or {}
         if unknown := set(given) - set(SETUP_FIELDS):
             raise ValueError(f"benchmark.base names {sorted(unknown)}; a setup has {SETUP_FIELDS}")
         return Setup(**given)

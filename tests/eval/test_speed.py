@@ -127,6 +127,7 @@ def test_the_ladder_builds_upon_what_ran_and_says_what_did_not(tmp_path, tiny_mo
 
 def test_the_pipelines_table_counts_denoising_steps(tmp_path, tiny_model):
     done = run("pipelines", *tiny_model, "benchmark.tasks=[txt2img,img2img]", "benchmark.batches=[2]",
+               "benchmark.base={memory_format: channels_last}",
                f"root={tmp_path}", "eval.steps=4")  # fmt: skip
     assert done.returncode == 0, done.stderr
     plain, changed = json.loads(done.stdout.splitlines()[-1])["rows"]
@@ -136,7 +137,8 @@ def test_the_pipelines_table_counts_denoising_steps(tmp_path, tiny_model):
 
 @pytest.mark.parametrize(("experiment", "wrong", "culprit"), [
     ("benchmark", "benchmark.attention=[flsh]", "flsh"),
-    ("benchmark", "+benchmark.base.speed=1", "speed"),
+    ("benchmark", "benchmark.base={speed: 1}", "speed"),
+    ("benchmark", "benchmark.base=bfloat16", "bfloat16"),
     ("benchmark", "benchmark.images=9", "benchmark.images=9"),
     ("benchmark", "benchmark.dtype=[]", "benchmark.dtype"),
     ("benchmark", "models=[/nowhere]", "/nowhere"),
