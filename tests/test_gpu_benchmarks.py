@@ -1,0 +1,61 @@
+"""The script for GPUs, as far as a CPU can prove it, and the random pipelines that it times."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import models.reference as reference
+from models.pipeline import load_pipeline
+from scripts.random_pipeline import make_family
+from tests.tiny import WIDTH, tiny_sdxl_pipeline, tiny_unet
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """The known configurations at small widths."""
+    text = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+            "projection_dim": WIDTH}  # fmt: skip
+    vae = {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4, "layers_per_block": 1}
+    monkeypatch.setattr(reference, "CLIP_L", text)
+    monkeypatch.setattr(reference, "BIG_G", text)
+    unets = {"sd15": dict(tiny_unet().config), "sdxl": dict(tiny_sdxl_pipeline().unet.config)}
+    for name, unet in unets.items():
+        monkeypatch.setitem(reference.CONFIGS, name, {k: v for k, v in unet.items() if not k.startswith("_")})
+        monkeypatch.setitem(reference.VAE_CONFIGS, name, reference.VAE_CONFIGS[name] | vae)
+
+
+@pytest.mark.parametrize("size", reference.PIPELINES)
+def test_a_random_pipeline_draws_and_its_kin_are_slimmer(tmp_path, small, size):
+    family = {name: load_pipeline(folder) for name, folder in make_family(size, tmp_path).items()}
+    for pipeline in family.values():
+        (image,) = pipeline("a cat", num_inference_steps=2).images
+        assert image.size == (64, 64)
+    sizes = {name: (p.unet.num_parameters(), p.vae.num_parameters()) for name, p in family.items()}
+    assert sizes["pruned"][0] < sizes["teacher"][0] == sizes["narrow"][0]
+    assert sizes["narrow"][1] < sizes["teacher"][1] == sizes["pruned"][1]
+
+
+@pytest.mark.slow
+def test_the_script_measures_a_part_once(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts/gpu_benchmarks.py"), "--size", "shapes", "--quick", "--parts",
+               "compile", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]  # fmt: skip
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.returncode == 0, first.stderr
+    file = tmp_path / "out/shapes/compile.json"
+    written = json.loads(file.read_text())
+    assert [row["cannot"] for row in written["rows"]] == [None, "CUDA graphs need a CUDA device"]
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0 and json.loads(file.read_text()) == written and "compile:" not in again.stdout
+
+
+@pytest.mark.slow
+def test_a_script_whose_time_is_up_says_that_it_goes_on(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts/gpu_benchmarks.py"), "--size", "shapes", "--quick", "--minutes",
+               "0.1", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 75 and "goes on with ladder" in done.stdout
