@@ -15,6 +15,7 @@ from eval.stopwatch import watched
 from eval.tasks import TASKS, task_pipeline
 from models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.mistakes import told
+from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parents[2]
 SMALL = ["eval.prompts=4", "benchmark.images=2", "eval.steps=2", "latency.iterations=3", "latency.warmup=1"]
@@ -55,9 +56,10 @@ def test_time_spent_in_a_network_is_its_own_part(tiny_pipeline_folder):
     assert max(grown, key=grown.get) == "VAE"
 
 
+@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl_pipeline])
 @pytest.mark.parametrize("task", TASKS)
-def test_every_task_runs_around_one_unet(tiny_pipeline_folder, task):
-    pipeline, given = task_pipeline(load_pipeline(tiny_pipeline_folder), task, batch=2)
+def test_every_task_runs_around_one_unet(make, task):
+    pipeline, given = task_pipeline(make(), task, batch=2)
     one = subject(pipeline, batch=2, **given)
     row = measure(one, {}, LatencyConfig(iterations=3, warmup=1))
     assert row["unet_calls"] == (3 if task in ("img2img", "inpaint") else 4)  # strength 0.75
