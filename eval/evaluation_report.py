@@ -1,5 +1,6 @@
 """The report of an evaluation: a table, also as CSV and Markdown, curves over steps and guidance, the images."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from data.files import whole_folder, write_text
-from eval.figures import SERIES, canvas, grid_figure, save_png, styled, themed
+from eval.figures import MUTED, SERIES, canvas, grid_figure, save_png, styled, themed
 from eval.report import csv_table, flatten, markdown_table, render
 from eval.runs import read_json
 
@@ -141,27 +142,28 @@ def draw_figures(folder: Path, results: Results) -> dict[str, Figure]:
 
 @styled
 def curve_figure(points: list[Mapping[str, Any]], x: str, other: str, label: str) -> Figure:
-    """CLIP score ± standard error against `x`; a line per model and value of `other`."""
-    figure, (axes,) = canvas(6.4, 4.2)
-    models = list(dict.fromkeys(p["model"] for p in points))
-    styles = ("-", "--", ":", "-.")
-    for k, value in enumerate(sorted({p[other] for p in points})):
-        for model in models:
+    """CLIP score ± standard error against `x`; a colour per model, a kind of line per value of `other`."""
+    figure, (axes,) = canvas(6.4, 4.6)
+    models, values = list(dict.fromkeys(p["model"] for p in points)), sorted({p[other] for p in points})
+    styles = dict(zip(values, itertools.cycle(("-", "--", ":", "-.")), strict=False))
+    for model, colour in zip(models, itertools.cycle(SERIES), strict=False):
+        axes.plot([], [], color=colour, marker="o", markersize=4, label=model)
+        for value, style in styles.items():
             line = sorted((p for p in points if p["model"] == model and p[other] == value), key=lambda p: p[x])
-            if not line:
-                continue
-            at = f"{value:g} steps" if other == "steps" else f"{other} {value:g}"
-            clip, colour = [p["clip"] for p in line], SERIES[models.index(model) % len(SERIES)]
+            clip = [p["clip"] for p in line]
             axes.errorbar([p[x] for p in line], [c["mean"] for c in clip], [c["se"] for c in clip], capsize=2,
-                          color=colour, linestyle=styles[k % 4], marker="o", markersize=4, linewidth=1.6,
-                          label=f"{model}, {at}")  # fmt: skip
+                          color=colour, linestyle=style, marker="o", markersize=4, linewidth=1.6)  # fmt: skip
+    for value, style in styles.items():
+        axes.plot(
+            [], [], color=MUTED, linestyle=style, label=f"{value} steps" if other == "steps" else f"{other} {value:g}"
+        )
     axes.set(xlabel=label, ylabel="CLIP score ± se")
     if x == "steps":
         axes.set_xscale("log")
         ticks = sorted({p["steps"] for p in points})
         axes.set_xticks(ticks, [str(n) for n in ticks])
         axes.minorticks_off()
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 

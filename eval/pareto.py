@@ -86,47 +86,53 @@ def speedup(timing: Timing, reference: Timing | None) -> str:
     return f"{'' if timing.run == reference.run else '≈'}{reference.ms / timing.ms:.2f}×"
 
 
-def plane(points: Sequence[Row], timed: Mapping[Key, Timing], reference: Key) -> list[Point]:
-    """The timed points in the plane of time and score: a colour per model, named by what differs among them."""
+def plane(points: Sequence[Row], timed: Mapping[Key, Timing], reference: Key) -> dict[str, list[Point]]:
+    """{model: its timed points, fastest first} in the plane of time and score; a label says what differs within."""
     models = list(dict.fromkeys(point["label"] for point in points))
-    shown = [point for point in points if key(point) in timed]
-    differ = {name for name in ("label", "guidance", "steps") if len({point[name] for point in shown}) > 1}
-    made = []
+    shown = sorted((point for point in points if key(point) in timed), key=lambda point: timed[key(point)].ms)
+    differ = {name for name in ("guidance", "steps") if len({point[name] for point in shown}) > 1}
+    lines: dict[str, list[Point]] = {model: [] for model in models if any(p["label"] == model for p in shown)}
     for point in shown:
-        words = [point["label"]] if "label" in differ or not differ else []
-        words += [f"{point['steps']} steps"] if "steps" in differ else []
+        words = [f"{point['steps']} steps"] if "steps" in differ else []
         words += [f"guidance {point['guidance']:g}"] if "guidance" in differ else []
         colour = SERIES[models.index(point["label"]) % len(SERIES)]
-        kind = "teacher" if key(point) == reference else "student"
-        ms, clip = timed[key(point)].ms, point["clip"]
-        made.append(Point(", ".join(words), ms, clip["mean"], clip["se"], kind, colour))
-    return made
+        kind, clip = "teacher" if key(point) == reference else "student", point["clip"]
+        label = ", ".join(words) or point["label"]
+        made = Point(label, timed[key(point)].ms, clip["mean"], clip["se"], kind, colour)
+        lines[point["label"]].append(made)
+    return lines
 
 
 @styled
-def time_figure(points: Sequence[Point], condition: Condition, reference: Timing | None) -> Figure:
+def time_figure(lines: Mapping[str, Sequence[Point]], condition: Condition, reference: Timing | None) -> Figure:
     """CLIP score ± standard error against the time of an image; the front is of those that none beats in both.
 
     `reference` gives the upper axis, the share of its time; None where another run timed it.
     """
     figure, (axes,) = canvas(6.4, 4.6)
+    points = [point for line in lines.values() for point in line]
     front = pareto_front(points)
-    axes.step(
-        [p.ms for p in front], [p.clip for p in front], where="post", color=MUTED, alpha=0.4, linewidth=2.5, zorder=0
-    )
+    axes.step([p.ms for p in front], [p.clip for p in front], where="post", color=MUTED, alpha=0.4, linewidth=2.5)
+    for model, line in lines.items():
+        ms, clip, se = ([getattr(point, name) for point in line] for name in ("ms", "clip", "se"))
+        colour = line[0].colour
+        faces = [PAPER if point.kind == "teacher" else colour for point in line]
+        axes.plot(ms, clip, color=colour, alpha=0.5, linewidth=1)
+        axes.errorbar(ms, clip, se, fmt="none", ecolor=colour, capsize=2, linewidth=1, alpha=0.45)
+        axes.scatter(ms, clip, s=46, facecolor=faces, edgecolor=colour, linewidth=1.6, zorder=3)
+        axes.scatter([], [], s=46, color=colour, label=model)
     for point in points:
-        face = PAPER if point.kind == "teacher" else point.colour
-        axes.errorbar(point.ms, point.clip, point.se, ecolor=point.colour, capsize=3, linewidth=1, alpha=0.55, zorder=2)
-        axes.scatter(point.ms, point.clip, s=56, facecolor=face, edgecolor=point.colour, linewidth=1.6, zorder=3)
         if point.kind == "teacher":
             axes.axhline(point.clip, color=MUTED, linestyle=DASHES, linewidth=0.8, zorder=0)
     axes.set(xlabel=f"time of an image, {condition.unit}", ylabel="CLIP score ± se")
-    axes.margins(0.16, 0.16)
+    axes.margins(0.12, 0.16)
     axes.set_xlim(left=0)
     if reference:
         scale = 100 / reference.ms
         upper = axes.secondary_xaxis("top", functions=(lambda ms: ms * scale, lambda share: share / scale))
         upper.set_xlabel("% of the reference's time")
         upper.spines[:].set_visible(False)
+    if any(point.label != model for model, line in lines.items() for point in line):
+        figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize=8)
     label_points(figure, axes, points)
     return figure

@@ -77,12 +77,15 @@ def draw_parts(run: str, results: Results) -> list[Picture]:
 
 
 def untimed(found: Gathered) -> list[str]:
-    """What no picture of CLIP against time shows: each model with the settings that no benchmark timed."""
-    left_out: dict[str, list[str]] = {}
+    """What no picture of CLIP against time shows, since no benchmark timed it: models with guidance scale and steps."""
+    models: dict[Setting, list[str]] = {}
     for point in found.compared:
         if not found.time(point):
-            left_out.setdefault(point["label"], []).append(told(setting(point)))
-    return [f"{label} ({'; '.join(settings)})" for label, settings in left_out.items()]
+            models.setdefault(setting(point), []).append(point["label"])
+    steps: dict[tuple[float, str], list[str]] = {}
+    for (guidance, number), labels in models.items():
+        steps.setdefault((guidance, ", ".join(labels)), []).append(str(number))
+    return [f"{labels} at {', '.join(of)} steps, guidance {guidance:g}" for (guidance, labels), of in steps.items()]
 
 
 def image_grid(found: Gathered) -> dict[str, Any] | None:
