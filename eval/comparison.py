@@ -8,7 +8,8 @@ from markupsafe import Markup
 
 from data.files import write_text
 from eval.compare import paired_difference
-from eval.figures import SERIES, TEACHER, Point, digits, pareto_figure, save_png, signed, themed
+from eval.evaluation_report import difference
+from eval.figures import SERIES, TEACHER, Point, digits, pareto_figure, save_png, themed
 from eval.report import count, display_name, facts, markdown_table, percent, render
 from eval.runs import RunRecord, read_run
 
@@ -29,7 +30,8 @@ def compare_runs(folders: Sequence[str | Path], out: str | Path) -> str:
     scores come from other prompts or another protocol are listed, and not compared.
     Raises FileNotFoundError for a missing run, ValueError for one that has not been evaluated yet.
     """
-    out, runs = Path(out), name_runs([finished_run(folder) for folder in folders])
+    out, records = Path(out), [finished_run(folder) for folder in folders]
+    runs = dict(zip(run_names([record.path for record in records]), records, strict=True))
     first_name, first = next(iter(runs.items()))
     rows = without_repeated_teachers([row for name, run in runs.items() for row in run_rows(name, run, first)])
     header = ["run", *COLUMNS, f"against {first_name}"]
@@ -43,8 +45,8 @@ def compare_runs(folders: Sequence[str | Path], out: str | Path) -> str:
         header=header,
         rows=rows,
         figure=Markup(themed(figure, "comparison")),
-        differences=protocol_differences(runs),
-        facts=facts_that_differ(runs),
+        differences=protocol_differences({name: metric(run) for name, run in runs.items()}),
+        facts=facts_that_differ({name: facts(run) for name, run in runs.items()}),
     )
     write_text(out / "report.html", page)
     return table
@@ -57,10 +59,18 @@ def finished_run(folder: str | Path) -> RunRecord:
     return run
 
 
-def name_runs(runs: Sequence[RunRecord]) -> dict[str, RunRecord]:
-    """Each run by its folder's name, with the folder above where two have the same name."""
-    names = [run.name for run in runs]
-    return {run.name if names.count(run.name) == 1 else f"{run.path.parent.name}/{run.name}": run for run in runs}
+def run_names(paths: Sequence[Path]) -> list[str]:
+    """Each folder by the shortest end of its path that is no other's: 'evaluate', or 'sdxl/evaluate'."""
+
+    def end(path: Path, length: int) -> str:
+        return "/".join(path.parts[-length:])
+
+    names = []
+    for path in paths:
+        lengths = range(1, len(path.parts))
+        alone = (n for n in lengths if not any(end(other, n) == end(path, n) for other in paths if other != path))
+        names.append(end(path, next(alone, len(path.parts))))
+    return names
 
 
 def metric(run: RunRecord) -> tuple[str, dict[str, Any]]:
@@ -68,12 +78,11 @@ def metric(run: RunRecord) -> tuple[str, dict[str, Any]]:
     return run.evaluation["prompts_hash"], run.evaluation["protocol"]
 
 
-def protocol_differences(runs: Mapping[str, RunRecord]) -> list[str]:
+def protocol_differences(metrics: Mapping[str, tuple[str, Mapping[str, Any]]]) -> list[str]:
     """A line for each run whose scores are not those of the first run's metric, saying in what they differ."""
-    (_, first), *others = runs.items()
+    (_, (first_prompts, first_protocol)), *others = metrics.items()
     lines = []
-    for name, run in others:
-        (prompts, protocol), (first_prompts, first_protocol) = metric(run), metric(first)
+    for name, (prompts, protocol) in others:
         keys = [key for key in {**protocol, **first_protocol} if protocol.get(key) != first_protocol.get(key)]
         changed = ["prompts"] * (prompts != first_prompts) + keys
         if changed:
@@ -86,9 +95,9 @@ def run_rows(name: str, run: RunRecord, first: RunRecord) -> list[dict[str, Any]
     teacher, student = run.models[0], run.models[-1]
     return [
         {"name": f"teacher of {name}", "kind": "teacher", "model": teacher,
-         "cells": [*cells(f"teacher of {name}", teacher, teacher, None), interval(None)]},
+         "cells": [*cells(f"teacher of {name}", teacher, teacher, None), difference(None)]},
         {"name": name, "kind": "student", "model": student,
-         "cells": [*cells(name, student, teacher, student["versus_teacher"]), interval(versus_first(run, first))]},
+         "cells": [*cells(name, student, teacher, student["versus_teacher"]), difference(versus_first(run, first))]},
     ]  # fmt: skip
 
 
@@ -100,13 +109,6 @@ def versus_first(run: RunRecord, first: RunRecord) -> dict[str, float] | None:
     return vars(paired_difference(*scores))
 
 
-def interval(difference: Mapping | None) -> str:
-    """A paired difference with its interval, or a dash."""
-    if difference is None:
-        return "–"
-    return f"{signed(difference['mean'])} [{signed(difference['low'])}, {signed(difference['high'])}]"
-
-
 def cells(name: str, model: Mapping, teacher: Mapping, to_teacher: Mapping | None) -> list[str]:
     """A model's line: `COLUMNS`, after its name."""
     return [
@@ -116,19 +118,19 @@ def cells(name: str, model: Mapping, teacher: Mapping, to_teacher: Mapping | Non
         digits(model["ms"]),
         percent(model["ms"] / teacher["ms"]),
         f"{model['clip']['mean']:.2f} ± {model['clip']['se']:.2f}",
-        interval(to_teacher),
+        difference(to_teacher),
     ]
 
 
-def facts_that_differ(runs: Mapping[str, RunRecord]) -> dict[str, dict[str, Any]]:
-    """The first run's protocols and environment; of the others, what is different there."""
-    (first_name, first), *others = runs.items()
-    tables = {f"{title} ({first_name})": table for title, table in facts(first).items()}
-    for name, run in others:
-        for title, table in facts(run).items():
-            known = facts(first).get(title, {})
-            changed = {key: value for key, value in table.items() if known.get(key) != value}
-            tables |= {f"{title} ({name}), where it differs": changed} if changed else {}
+def facts_that_differ(facts: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Mapping[str, Any]]:
+    """Of {run: {title: table}}, the first table of each title whole; of later runs', what is different there."""
+    first, tables = {}, {}
+    for name, own in facts.items():
+        for title, table in own.items():
+            if title not in first:
+                first[title] = tables[f"{title} ({name})"] = table
+            elif changed := {key: value for key, value in table.items() if first[title].get(key) != value}:
+                tables[f"{title} ({name}), where it differs"] = changed
     return tables
 
 

@@ -1,5 +1,6 @@
 """The report of an evaluation: a table, also as CSV and Markdown, curves over steps and guidance, the images."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -8,7 +9,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from data.files import whole_folder, write_text
-from eval.figures import SERIES, canvas, grid_figure, save_png, styled, themed
+from eval.figures import MUTED, SERIES, canvas, grid_figure, save_png, styled, themed
 from eval.report import csv_table, flatten, markdown_table, render
 from eval.runs import read_json
 
@@ -56,7 +57,7 @@ def rows(results: Results) -> list[list[str]]:
 
 
 def columns(results: Results) -> dict[str, Callable[[Results], str]]:
-    """{heading: what it shows of a point}; columns of what was not measured are left out."""
+    """{heading: what it shows of a point}; columns of what was measured nowhere are left out."""
     shown = {
         "model": lambda p: p["model"],
         "guidance": lambda p: f"{p['guidance']:g}",
@@ -67,27 +68,28 @@ def columns(results: Results) -> dict[str, Callable[[Results], str]]:
         "PSNR, dB": lambda p: near(p, "psnr", ".1f"),
         "features": lambda p: near(p, "features", ".3f"),
     }
-    for name in results["points"][0]["preferences"]:
+    points = results["points"]
+    for name in dict.fromkeys(name for p in points for name in p["preferences"]):
         shown |= preference_columns(name)
-    measured = results["points"][0]["distribution"] or {}
+    measured = {key for p in points for key in p["distribution"] or ()}
     if "fd" in measured:
-        shown["FD ×100"] = lambda p: f"{100 * p['distribution']['fd']:.2f}"
-        shown["KD ×1000 ± sd"] = lambda p: thousandfold(p["distribution"], "kd")
+        shown["FD ×100"] = lambda p: distance(p, "fd", 100)
+        shown["KD ×1000 ± sd"] = lambda p: distance(p, "kd", 1000)
     if "fid" in measured:
-        shown["FID"] = lambda p: f"{p['distribution']['fid']:.2f}"
-        shown["KID ×1000 ± sd"] = lambda p: thousandfold(p["distribution"], "kid")
+        shown["FID"] = lambda p: distance(p, "fid", 1)
+        shown["KID ×1000 ± sd"] = lambda p: distance(p, "kid", 1000)
     return shown
 
 
 def preference_columns(name: str) -> dict[str, Callable[[Results], str]]:
     def score(point: Results) -> str:
-        own = point["preferences"][name]
-        return f"{own['mean']:.2f} ± {own['se']:.2f}"
+        own = point["preferences"].get(name)
+        return f"{own['mean']:.2f} ± {own['se']:.2f}" if own else "–"
 
-    return {
-        f"{name} ± se": score,
-        f"{name} against the reference": lambda p: difference(p["preferences"][name]["versus_reference"]),
-    }
+    def versus(point: Results) -> str:
+        return difference(point["preferences"].get(name, {}).get("versus_reference"))
+
+    return {f"{name} ± se": score, f"{name} against the reference": versus}
 
 
 def difference(paired: Results | None) -> str:
@@ -104,8 +106,13 @@ def near(point: Results, measure: str, form: str) -> str:
     return format(point["to_reference"][measure]["mean"], form)
 
 
-def thousandfold(distances: Results, name: str) -> str:
-    return f"{1000 * distances[name]:.2f} ± {1000 * distances[f'{name}_se']:.2f}"
+def distance(point: Results, name: str, times: int) -> str:
+    """A distance to real images, with its standard deviation where it has one; a dash where it was not measured."""
+    measured = point["distribution"] or {}
+    if name not in measured:
+        return "–"
+    spread = f" ± {times * measured[f'{name}_se']:.2f}" if f"{name}_se" in measured else ""
+    return f"{times * measured[name]:.2f}{spread}"
 
 
 def summary(results: Results) -> dict[str, Any]:
@@ -135,24 +142,28 @@ def draw_figures(folder: Path, results: Results) -> dict[str, Figure]:
 
 @styled
 def curve_figure(points: list[Mapping[str, Any]], x: str, other: str, label: str) -> Figure:
-    """CLIP score ± standard error against `x`; a line per model and value of `other`."""
-    figure, (axes,) = canvas(6.4, 4.2)
-    models = list(dict.fromkeys(p["model"] for p in points))
-    styles = ("-", "--", ":", "-.")
-    for k, value in enumerate(sorted({p[other] for p in points})):
-        for model in models:
+    """CLIP score ± standard error against `x`; a colour per model, a kind of line per value of `other`."""
+    figure, (axes,) = canvas(6.4, 4.6)
+    models, values = list(dict.fromkeys(p["model"] for p in points)), sorted({p[other] for p in points})
+    styles = dict(zip(values, itertools.cycle(("-", "--", ":", "-.")), strict=False))
+    for model, colour in zip(models, itertools.cycle(SERIES), strict=False):
+        axes.plot([], [], color=colour, marker="o", markersize=4, label=model)
+        for value, style in styles.items():
             line = sorted((p for p in points if p["model"] == model and p[other] == value), key=lambda p: p[x])
-            clip, colour = [p["clip"] for p in line], SERIES[models.index(model) % len(SERIES)]
+            clip = [p["clip"] for p in line]
             axes.errorbar([p[x] for p in line], [c["mean"] for c in clip], [c["se"] for c in clip], capsize=2,
-                          color=colour, linestyle=styles[k % 4], marker="o", markersize=4, linewidth=1.6,
-                          label=f"{model}, {other} {value:g}")  # fmt: skip
+                          color=colour, linestyle=style, marker="o", markersize=4, linewidth=1.6)  # fmt: skip
+    for value, style in styles.items():
+        axes.plot(
+            [], [], color=MUTED, linestyle=style, label=f"{value} steps" if other == "steps" else f"{other} {value:g}"
+        )
     axes.set(xlabel=label, ylabel="CLIP score ± se")
     if x == "steps":
         axes.set_xscale("log")
         ticks = sorted({p["steps"] for p in points})
         axes.set_xticks(ticks, [str(n) for n in ticks])
         axes.minorticks_off()
-    axes.legend(frameon=False, fontsize=8)
+    figure.legend(loc="outside lower center", ncols=4, frameon=False, fontsize=8)
     return figure
 
 

@@ -96,6 +96,11 @@ class RunRecord:
         return num_levels(self.latest_blocks)
 
 
+def is_search(path: str | Path) -> bool:
+    """Whether a folder is a pruning run, or at least has an evaluation.json as those have."""
+    return (Path(path) / "evaluation.json").is_file() or any(Path(path).glob("round-*/"))
+
+
 def read_run(path: str | Path) -> RunRecord:
     """The record of a pruning run, as far as it got.
 

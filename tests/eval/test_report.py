@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.comparison import compare_runs
+from eval.comparison import compare_runs, run_names
 from eval.report import count, flatten, write_report
 from eval.runs import read_run
 from tests.eval.run_stub import PROMPTS, sd15_sites, write_run
@@ -128,7 +128,7 @@ def test_scores_of_another_metric_are_not_compared(finished, tmp_path):
 @pytest.mark.parametrize("case", ["missing", "empty", "unfinished", "another job"])
 def test_a_run_that_cannot_be_compared_is_one_clear_line(tmp_path, case):
     folder = tmp_path / "prune_unet"
-    expected = {"missing": "there is no run in", "empty": "holds no round-00", "unfinished": "is not finished",
+    expected = {"missing": "there is no run in", "empty": "holds no results.json", "unfinished": "is not finished",
                 "another job": "is no run of prune_unet"}[case]  # fmt: skip
     if case == "empty":
         folder.mkdir()
@@ -140,6 +140,11 @@ def test_a_run_that_cannot_be_compared_is_one_clear_line(tmp_path, case):
     call = subprocess.run([sys.executable, SCRIPT, folder, "--out", tmp_path / "out"], capture_output=True, text=True)
     assert call.returncode == 1 and not call.stdout
     assert expected in call.stderr and str(folder) in call.stderr and len(call.stderr.splitlines()) == 1
+
+
+def test_a_run_is_called_by_the_shortest_end_of_its_path_that_is_its_own():
+    paths = [Path(path) for path in ("/a/sdxl/evaluate", "/a/sd15/evaluate", "/a/ladder", "/a/ladder")]
+    assert run_names(paths) == ["sdxl/evaluate", "sd15/evaluate", "ladder", "ladder"]
 
 
 def test_parameters_are_counted_in_words():

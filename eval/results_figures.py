@@ -1,0 +1,108 @@
+"""The pictures of a page of several runs: CLIP against time, curves, ladders, parts, pipelines, the grid of images."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from eval.evaluation_report import curve_figure
+from eval.gathered import Gathered, Row
+from eval.pareto import Condition, plane, time_figure
+from eval.report import data_uri
+from eval.results import Results, Setting, setting, told
+from eval.speed_report import draw_figures, parts_figure
+
+NUM_PICTURES = 8  # prompts in the grid
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A figure, its file's name, and the heading above it on the page."""
+
+    name: str
+    heading: str
+    figure: Figure
+
+
+def draw_sections(found: Gathered) -> dict[str, list[Picture]]:
+    """{section of the page: its pictures}, empty where nothing was measured for it."""
+    return {
+        "time": [draw_time(found, condition) for condition in found.conditions],
+        "curves": draw_curves([{**point, "model": point["label"]} for point in found.compared]),
+        "ladder": draw_speed(found, "ladder"),
+        "benchmark": [p for run, results in found.of_kind("benchmark").items() for p in draw_parts(run, results)],
+        "pipelines": draw_speed(found, "pipelines"),
+    }
+
+
+def draw_time(found: Gathered, condition: Condition) -> Picture:
+    timed, base = found.timings[condition], found.reference_of(found.reference)
+    in_one_run = len({timing.run for timing in timed.values()}) == 1
+    figure = time_figure(plane(found.compared, timed, base), condition, timed.get(base) if in_one_run else None)
+    name = "clip-against-time" if condition == found.conditions[0] else "clip-against-time-fastest"
+    return Picture(name, str(condition), figure)
+
+
+def draw_curves(points: Sequence[Row]) -> list[Picture]:
+    """Where there is more than one number of steps, or guidance scale."""
+    axes = (("steps", "guidance", "sampling steps"), ("guidance", "steps", "guidance scale"))
+    return [
+        Picture(f"clip-against-{x}", f"over {label}", curve_figure(points, x, other, label))
+        for x, other, label in axes
+        if len({point[x] for point in points}) > 1
+    ]
+
+
+def draw_speed(found: Gathered, kind: str) -> list[Picture]:
+    """The figures of the runs' own reports."""
+    return [
+        Picture(f"{run}-{name}".replace("/", "-"), run if name == kind else f"{run}, {name.replace('-', ' ')}", figure)
+        for run, results in found.of_kind(kind).items()
+        for name, figure in draw_figures(results).items()
+    ]
+
+
+def draw_parts(run: str, results: Results) -> list[Picture]:
+    """Where the time of all models goes, on one scale; nothing where no row ran. What all setups share is told once."""
+    ran = [row for row in results["rows"] if not row["cannot"]]
+    if not ran:
+        return []
+    setups = [row["name"].split(", ") for row in ran]
+    shared = [word for word in setups[0] if all(word in setup for setup in setups)]
+    names = [", ".join([row["model"], *(word for word in setup if word not in shared)])
+             for row, setup in zip(ran, setups, strict=True)]  # fmt: skip
+    figure = parts_figure([{**row, "name": name} for row, name in zip(ran, names, strict=True)])
+    return [Picture(f"{run}-parts".replace("/", "-"), ": ".join([run, ", ".join(shared)]), figure)]
+
+
+def untimed(found: Gathered) -> list[str]:
+    """What no picture of CLIP against time shows, since no benchmark timed it: models with guidance scale and steps."""
+    models: dict[Setting, list[str]] = {}
+    for point in found.compared:
+        if not found.time(point):
+            models.setdefault(setting(point), []).append(point["label"])
+    steps: dict[tuple[float, str], list[str]] = {}
+    for (guidance, number), labels in models.items():
+        steps.setdefault((guidance, ", ".join(labels)), []).append(str(number))
+    return [f"{labels} at {', '.join(of)} steps, guidance {guidance:g}" for (guidance, labels), of in steps.items()]
+
+
+def image_grid(found: Gathered) -> dict[str, Any] | None:
+    """The pictures kept at the setting that most models have some of, the reference's before others.
+
+    Rows are models, columns prompts.
+    """
+    kept: dict[Setting, list[dict[str, Any]]] = {}
+    for point in found.compared:
+        folder = found.runs[point["run"]].path / "images" / point["model"]
+        paths = sorted((folder / f"steps-{point['steps']}-guidance-{point['guidance']}").glob("*.png"))[:NUM_PICTURES]
+        if paths:
+            kept.setdefault(setting(point), []).append({"label": point["label"], "run": point["run"], "paths": paths})
+    if not kept:
+        return None
+    chosen = max(kept, key=lambda at: (len(kept[at]), at == setting(found.reference)))
+    rows, count = kept[chosen], min(len(row["paths"]) for row in kept[chosen])
+    for row in rows:
+        row["images"] = [data_uri(path) for path in row["paths"][:count]]
+    return {"at": told(chosen), "rows": rows, "prompts": found.evaluations[rows[0]["run"]]["shown"][:count]}

@@ -1,0 +1,139 @@
+"""Evaluations, benchmarks, ladders and pipelines tables on one page: what images lose, and what time is saved."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from markupsafe import Markup
+
+from data.files import whole_folder, write_text
+from eval.compare import PairedDifference
+from eval.comparison import facts_that_differ, protocol_differences
+from eval.evaluation_report import columns, difference
+from eval.figures import digits, grid_figure, save_png, themed
+from eval.gathered import Gathered
+from eval.headline import headline, tiles
+from eval.pareto import key, speedup
+from eval.report import markdown_table, render
+from eval.results import SPEED_KINDS, common_settings, metric, pair_matrix, setting, told
+from eval.results_figures import draw_sections, image_grid, untimed
+from eval.speed_report import COLUMNS, NOTES, cells
+
+Row = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells with their heading; CSS classes of whole rows, or of every cell, where they have some."""
+
+    title: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    note: str = ""
+    row_classes: Sequence[str] = ()
+    cell_classes: Sequence[Sequence[str]] = ()
+
+
+def compare_results(folders: Sequence[str | Path], out: str | Path) -> str:
+    """Writes `out`/report.html, table.md and figures/*.png; returns the tables as Markdown.
+
+    Scores of other prompts, another scorer or seed than the first evaluation's are listed, and not compared.
+    Raises FileNotFoundError for a run that is missing or unfinished, ValueError for one whose results are damaged.
+    """
+    found, out = Gathered(folders), Path(out)
+    sections, grid = draw_sections(found), image_grid(found)
+    models, pairs, speeds = models_table(found), pair_tables(found), speed_tables(found)
+    with whole_folder(out / "figures") as aside:
+        for picture in itertools.chain(*sections.values()):
+            save_png(picture.figure, aside / f"{picture.name}.png")
+        if grid:
+            rows = [(row["label"], row["paths"]) for row in grid["rows"]]
+            save_png(grid_figure(rows, grid["prompts"]), aside / "images.png")
+    metrics = {name: metric(results) for name, results in found.evaluations.items()}
+    page = render(
+        "results.html.j2",
+        title=title(found),
+        headline=headline(found),
+        tiles=tiles(found),
+        found=found,
+        sections={
+            name: [(picture.heading, Markup(themed(picture.figure, picture.name))) for picture in pictures]
+            for name, pictures in sections.items()
+        },
+        untimed=untimed(found),
+        grid=grid,
+        models=models,
+        pairs=pairs,
+        speeds=speeds,
+        differences=protocol_differences(metrics) if metrics else [],
+        facts=facts_that_differ({name: run.facts for name, run in found.runs.items()}),
+    )
+    text = "\n".join(f"## {t.title}\n\n{markdown_table(t.header, t.rows)}" for t in [*models, *pairs, *speeds])
+    write_text(out / "table.md", text)
+    write_text(out / "report.html", page)
+    return text
+
+
+def title(found: Gathered) -> str:
+    """The models by name where they are few; runs, where nothing was evaluated."""
+    if not found.points:
+        return ", ".join(found.runs)
+    reference = found.reference["label"]
+    others = list(dict.fromkeys(p["label"] for p in found.compared if p["label"] != reference))
+    if not others:
+        return reference
+    return f"{', '.join(others) if len(others) < 5 else f'{len(others)} models'} against {reference}"
+
+
+# ---- tables ----
+
+
+def models_table(found: Gathered) -> list[Table]:
+    """All models at all settings, with their times where they were timed; no table where nothing was evaluated."""
+    if not found.points:
+        return []
+    shown = {"model": lambda p: p["label"]}
+    shown |= {name: cell for name, cell in columns({"points": found.points}).items() if name != "model"}
+    if found.timed:
+        shown["ms an image"] = lambda p: digits(found.time(p).ms) if found.time(p) else "–"
+        shown["speed-up"] = lambda p: speedup(found.time(p), found.reference_time(p)) if found.time(p) else "–"
+    if len(found.evaluations) > 1:
+        shown["evaluation"] = lambda p: p["run"]
+    classes = ["teacher" if key(p) == found.reference_of(p) else "" if p["compared"] else "step" for p in found.points]
+    rows = [[cell(p) for cell in shown.values()] for p in found.points]
+    return [Table("All models", list(shown), rows, row_classes=classes)]
+
+
+def pair_tables(found: Gathered) -> list[Table]:
+    """At every setting that several models were judged at: how much higher the row's model scores than the column's."""
+    tables = []
+    for chosen in common_settings(found.compared):
+        points = [point for point in found.compared if setting(point) == chosen]
+        matrix, labels = pair_matrix(points), [point["label"] for point in points]
+        rows = [[label, *map(pair_cell, line)] for label, line in zip(labels, matrix, strict=True)]
+        classes = [["", *map(verdict, line)] for line in matrix]
+        header = ["row − column", *labels]
+        tables.append(Table(f"Every two models at {told(chosen)}", header, rows, cell_classes=classes))
+    return tables
+
+
+def pair_cell(d: PairedDifference | None) -> str:
+    return difference(d and vars(d))
+
+
+def verdict(d: PairedDifference | None) -> str:
+    """Whether the interval excludes zero, and on which side."""
+    if d is None or d.low <= 0 <= d.high:
+        return ""
+    return "higher" if d.low > 0 else "lower"
+
+
+def speed_tables(found: Gathered) -> list[Table]:
+    """All rows of the benchmarks, ladders and pipelines tables."""
+    return [
+        Table(name, COLUMNS[kind], cells(results), NOTES[kind])
+        for kind in SPEED_KINDS
+        for name, results in found.of_kind(kind).items()
+    ]
