@@ -22,30 +22,32 @@ WARMUP = 3  # eager calls before the capture: kernels are chosen, workspaces tak
 class CapturedSampler:
     """A sampler's loop and decoder on a CUDA device, captured at the first call.
 
-    The empty prompt is encoded once. Schedulers that copy between host and device in their steps cannot be captured.
+    Schedulers that copy between host and device in their steps cannot be captured.
     """
 
     def __init__(self, sampler: Sampler):
         self.sampler, self.pipeline, self.graph = sampler, sampler.pipeline, None
 
+    @torch.inference_mode()
     def draw(self, prompts: Sequence[str], noise_BCHW: Tensor) -> list[Image.Image]:
         """The images of these prompts from this noise; always as many as at the first call."""
-        states_BLE = text_states(self.pipeline, prompts, self.pipeline.unet.device)
+        device = self.pipeline.unet.device
+        texts = Texts(text_states(self.pipeline, prompts, device), empty_text_state(self.pipeline, device))
         if self.graph is None:
-            self.capture(states_BLE, noise_BCHW)
-        self.states_BLE.copy_(states_BLE)
+            self.capture(texts, noise_BCHW)
+        self.texts.states_BLE.copy_(texts.states_BLE)
+        self.texts.empty_1LE.copy_(texts.empty_1LE)
         self.noise_BCHW.copy_(noise_BCHW)
         self.graph.replay()
         return [to_pil_image(image) for image in self.images_B3HW.cpu()]
 
-    def capture(self, states_BLE: Tensor, noise_BCHW: Tensor) -> None:
+    def capture(self, texts: Texts, noise_BCHW: Tensor) -> None:
         unet = self.pipeline.unet
-        self.states_BLE = states_BLE.clone()
+        self.texts = Texts(texts.states_BLE.clone(), texts.empty_1LE.clone())
         self.noise_BCHW = noise_BCHW.to(unet.device, unet.dtype)
-        texts = Texts(self.states_BLE, empty_text_state(self.pipeline, unet.device))
 
         def sample() -> Tensor:
-            return self.sampler.decode(self.sampler.latents(unet, texts, self.noise_BCHW))
+            return self.sampler.decode(self.sampler.latents(unet, self.texts, self.noise_BCHW))
 
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

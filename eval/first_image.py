@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 from data.files import write_bytes
 from eval.setups import Setup
-from eval.speed import Subject, Variant
+from eval.speed import Subject
 from models.pipeline import load_pipeline, with_unet
 
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -54,17 +54,13 @@ def compile_first(path: Path, compile_it: Callable[[], None], accelerator: Accel
         accelerator.wait_for_everyone()
 
 
-def compile_cost(variant: Variant, subject: Subject, options: Mapping[str, Any], artifacts: Path) -> dict[str, Any]:
+def compile_cost(request: Mapping[str, Any], artifacts: Path) -> dict[str, Any]:
     """Seconds to the first image in new processes, and after how many calls compiling has paid for itself.
 
-    `options` are those of load_pipeline. The artefacts stay at `artifacts`. `calls` is None where compiled calls are
-    not faster than eager ones. Raises RuntimeError where a process fails.
+    `request` holds a variant's fields, what a Subject is made of, and load_pipeline's options. The artefacts stay at
+    `artifacts`. `calls` is None where compiled calls are not faster than eager ones. Raises ValueError where a process
+    fails.
     """
-    request = {
-        "model": variant.model, "unet": variant.unet, "vae": variant.vae, "setup": vars(variant.setup),
-        "steps": subject.steps, "guidance_scale": subject.guidance_scale, "seed": subject.seed, "batch": subject.batch,
-        "prompts": list(subject.prompts[: subject.batch]), "device": str(subject.device), "options": options,
-    }  # fmt: skip
     with tempfile.TemporaryDirectory() as kept, tempfile.TemporaryDirectory() as empty:
         eager = new_process({**request, "setup": {**request["setup"], "compile": "eager"}}, Path(kept) / "eager")
         cold = new_process({**request, "save": str(artifacts)}, Path(kept))
@@ -90,7 +86,8 @@ def new_process(request: Mapping[str, Any], cache: Path) -> dict[str, Any]:
         input=json.dumps(request), capture_output=True, text=True, cwd=root, env={**os.environ, **caches},
     )  # fmt: skip
     if done.returncode:
-        raise RuntimeError(f"the process that compiles failed: {done.stderr.strip().splitlines()[-1]}")
+        said = (done.stderr.strip() or "and said nothing").splitlines()[-1]
+        raise ValueError(f"the process that compiles failed (exit code {done.returncode}): {said}")
     return json.loads(done.stdout.splitlines()[-1])
 
 

@@ -8,9 +8,8 @@ Axes: B batch, L text tokens, E text width, C channels, H and W height and width
 
 import copy
 import inspect
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 from diffusers import DiffusionPipeline
@@ -62,6 +61,7 @@ class Sampler:
         self.seed = seed
         self.scheduler = scheduler or pipeline.scheduler
         self._texts: dict[tuple[str, ...], Texts] = {}
+        self._copies: dict[tuple, Tensor] = {}
 
     def guides(self, unet: nn.Module) -> bool:
         """Whether each step runs the UNet with the empty prompt, too."""
@@ -108,17 +108,16 @@ class Sampler:
                 self._texts[key] = Texts(states_BLE, empty_text_state(self.pipeline, device))
         return self._texts[key]
 
-    @cache  # noqa: B019  a sampler lives as long as its pipeline
     def told_scale(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
         """[1, width]: the guidance scale, as a UNet is told it."""
-        return guidance_embedding(torch.tensor([float(self.guidance_scale)]), width).to(device, dtype)
+        scale = torch.tensor([float(self.guidance_scale)])
+        return self.copied_once(("scale", device, dtype), lambda: guidance_embedding(scale, width).to(device, dtype))
 
-    @cache  # noqa: B019
-    def timesteps_on(self, device: torch.device) -> Tensor:
-        """[S] on this device: copied there once, which a captured loop could not do."""
-        scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(self.steps)
-        return scheduler.timesteps.to(device)
+    def copied_once(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
+        """What every call needs on the device: a captured loop could not copy it there."""
+        if key not in self._copies:
+            self._copies[key] = make()
+        return self._copies[key]
 
     @torch.inference_mode()
     def latents(
@@ -147,7 +146,7 @@ class Sampler:
         scheduler.set_timesteps(self.steps)
         step_options = extra_step_options(scheduler, generators)
         # The scheduler reads its tables on the CPU, the UNet a tensor of its own device: no synchronisation per step.
-        timesteps_S = self.timesteps_on(parameter.device)
+        timesteps_S = self.copied_once(("t", parameter.device), lambda: scheduler.timesteps.to(parameter.device))
 
         z_BCHW = noise_BCHW.to(**place) * scheduler.init_noise_sigma
         for t, t_unet in zip(scheduler.timesteps, timesteps_S, strict=True):

@@ -4,8 +4,9 @@ A setup changes a pipeline's networks in place, so each setup has a pipeline of 
 installation cannot run says why.
 """
 
+import functools
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from importlib.util import find_spec
 from itertools import product
@@ -43,10 +44,12 @@ class CannotRunError(Exception):
 
 @dataclass(frozen=True)
 class Setup:
-    """One way to run a pipeline. The defaults are diffusers as it comes.
+    """One way to run a pipeline. The defaults are diffusers as it comes, but that float32 is strictly that: torch lets
+    a GPU's convolutions round to TF32, and here they do so with dtype `tf32` only.
 
-    `quantize` int8 and fp8 are dynamic, of the linear layers inside transformer blocks (torchao). `capture` makes the
-    whole loop one CUDA graph (eval/capture.py). Raises ValueError for values that are none, or do not go together.
+    `attention` is that of UNet and ControlNets. `quantize` int8 and fp8 are dynamic, of the linear layers inside
+    transformer blocks (torchao). `capture` makes the whole loop one CUDA graph (eval/capture.py). Raises ValueError for
+    values that are none.
     """
 
     compile: str = "eager"
@@ -62,10 +65,6 @@ class Setup:
                             ("memory_format", FORMATS), ("quantize", QUANTIZE)):  # fmt: skip
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; choose from {tuple(known)}")
-        if self.fused_qkv and self.attention == "vanilla":
-            raise ValueError("fused_qkv=true comes with a processor of its own: attention=vanilla cannot be with it")
-        if self.capture and self.compile in GRAPHS:
-            raise ValueError(f"capture=true is one CUDA graph of everything: compile={self.compile} would nest another")
 
     def __str__(self) -> str:
         """What differs from the defaults: 'bfloat16, channels_last, compile default'."""
@@ -91,8 +90,12 @@ def all_setups(**choices: Any) -> list[Setup]:
 
 
 def check_runs(setup: Setup, device: torch.device) -> None:
-    """Raises CannotRunError for what this device cannot run at all."""
+    """Raises CannotRunError for what this device cannot run at all, and for what does not go together."""
     on_gpu = device.type == "cuda"
+    if setup.fused_qkv and setup.attention == "vanilla":
+        raise CannotRunError("fused QKV comes with an attention of its own, and not with the vanilla one")
+    if setup.capture and setup.compile in GRAPHS:
+        raise CannotRunError(f"the captured loop is one CUDA graph, and {setup.compile} would nest another in it")
     if setup.dtype == "tf32" and not on_gpu:
         raise CannotRunError("TF32 is a format of CUDA devices")
     if setup.dtype == "tf32" and torch.cuda.get_device_capability(device) < (8, 0):
@@ -112,16 +115,47 @@ def prepare(pipeline: DiffusionPipeline, setup: Setup, device: torch.device) -> 
     check_runs(setup, device)
     with quiet():
         pipeline.to(device, setup.torch_dtype)
-    for network in (pipeline.components[name] for name in ("unet", "controlnet", "vae") if name in pipeline.components):
+    nets = controlnets(pipeline)
+    if len(nets) > 1 and setup.compile in GRAPHS:
+        raise CannotRunError("diffusers marks no steps for the CUDA graphs of several ControlNets")
+    for network in (pipeline.unet, *nets, pipeline.vae):
         network.to(memory_format=FORMATS[setup.memory_format])
-        if setup.attention == "vanilla" and hasattr(network, "set_attn_processor"):
+    for network in (pipeline.unet, *nets):
+        if setup.attention == "vanilla":
             network.set_attn_processor(AttnProcessor())
-        if setup.fused_qkv and hasattr(network, "fuse_qkv_projections"):
-            network.fuse_qkv_projections()
+        elif setup.attention in KERNELS:
+            use_kernel(network, KERNELS[setup.attention])
+    if setup.fused_qkv:
+        pipeline.unet.fuse_qkv_projections()
+        pipeline.vae.fuse_qkv_projections()
     if setup.quantize != "none":
         quantize(pipeline.unet, setup.quantize)
     compile_networks(pipeline, setup)
     return pipeline
+
+
+def controlnets(pipeline: DiffusionPipeline) -> list[nn.Module]:
+    """None, one or several."""
+    controlnet = getattr(pipeline, "controlnet", None)
+    if isinstance(controlnet, MultiControlNetModel):
+        return list(controlnet.nets)
+    return [] if controlnet is None else [controlnet]
+
+
+def use_kernel(network: nn.Module, kernel: SDPBackend) -> None:
+    """Attention through this kernel alone.
+
+    The choice is made inside the forward, so that a compiled graph contains it: dynamo guards no choice from outside,
+    and its cache on the disk would hand one kernel's code to another.
+    """
+    forward = network.forward
+
+    @functools.wraps(forward)
+    def limited(*args, **kwargs):
+        with sdpa_kernel(kernel):
+            return forward(*args, **kwargs)
+
+    network.forward = limited
 
 
 def quantize(unet: nn.Module, kind: str) -> None:
@@ -150,24 +184,21 @@ def compile_networks(pipeline: DiffusionPipeline, setup: Setup) -> None:
         how = {"mode": setup.compile, "fullgraph": True}
     pipeline.unet = torch.compile(pipeline.unet, **how)
     pipeline.vae.decoder = torch.compile(pipeline.vae.decoder, **how)
-    controlnet = getattr(pipeline, "controlnet", None)
-    if isinstance(controlnet, MultiControlNetModel):
-        controlnet.nets = nn.ModuleList(torch.compile(net, **how) for net in controlnet.nets)
-    elif controlnet is not None:
-        pipeline.controlnet = torch.compile(controlnet, **how)
+    compiled = [torch.compile(net, **how) for net in controlnets(pipeline)]
+    if len(compiled) > 1:
+        pipeline.controlnet.nets = nn.ModuleList(compiled)
+    elif compiled:
+        (pipeline.controlnet,) = compiled
 
 
 @contextmanager
 def running(setup: Setup) -> Iterator[None]:
-    """What is global while a setup runs: the precision of float32 products, and the attention kernel."""
+    """What is global while a setup runs: the precision of float32 products and convolutions."""
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     torch.set_float32_matmul_precision("high" if setup.dtype == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = setup.dtype == "tf32"
     try:
-        with ExitStack() as stack:
-            if setup.attention in KERNELS:
-                stack.enter_context(sdpa_kernel(KERNELS[setup.attention]))
-            yield
+        yield
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]

@@ -7,6 +7,7 @@ Axes: P prompts, C channels, H and W height and width.
 """
 
 import statistics
+import textwrap
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import torch
 from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 from torchvision.transforms.functional import pil_to_tensor
 
@@ -28,9 +30,10 @@ from eval.latency import interleaved_times, one_thread
 from eval.sampling import Sampler
 from eval.setups import CannotRunError, Setup, prepare, running
 from eval.stopwatch import watched
+from models.pipeline import networks
 
-# What torch raises for a kernel, a dtype or a size that this device does not have.
-REFUSALS = (CannotRunError, torch.OutOfMemoryError, NotImplementedError, RuntimeError)
+# What torch says where a device has no kernel for a dtype, a size or an operation.
+REFUSALS = ("No available kernel", "not implemented for", "not supported", "is unsupported", "not available")
 
 
 @dataclass(frozen=True)
@@ -66,6 +69,10 @@ class Subject:
     given: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        if self.setup.capture and self.given:
+            raise CannotRunError("only txt2img has a captured loop")
+        if self.setup.capture and self.setup.dtype == "float16" and self.pipeline.vae.config.force_upcast:
+            raise CannotRunError("this VAE overflows in float16, and the captured loop does not upcast it")
         with self.here():
             self.pipeline = prepare(self.pipeline, self.setup, self.device)
         self.pipeline.set_progress_bar_config(disable=True)
@@ -118,32 +125,40 @@ def measure(subject: Subject, others: Mapping[str, Subject], config: LatencyConf
     with one_thread(device):
         for other in others.values():
             other.call()  # compiled ones may have to be made again
-        memory, graphs = memory_before(device), Graphs()
-        start = time.perf_counter()
+        graphs, start = Graphs(), time.perf_counter()
         subject.call()
         first_s, made = time.perf_counter() - start, graphs.since()
-        memory_used = memory(device)
+        memory = peak_bytes(subject)
 
         def watch_parts() -> None:
             with watched(subject.pipeline, device) as watch:
                 parts.append(watch.time(subject.call))
                 unet_calls.append([part for part, _ in watch.marks].count("UNet"))
 
-        calls = {name: other.call for name, other in others.items()}
-        times = interleaved_times({**calls, "this": subject.call, "parts": watch_parts}, config, device)
+        calls = {name: other.call for name, other in others.items()} | {"this": subject.call}
+        times = interleaved_times(calls if subject.setup.capture else calls | {"parts": watch_parts}, config, device)
     whole = times["this"]
-    timed = parts[-len(whole) :]  # the rest warmed up
     return {
         "ms": spread(whole),
-        "parts_ms": {name: statistics.median(spent[name] for spent in timed) for name in timed[0] if timed[0][name]},
-        "parts_of_whole": statistics.median(sum(p.values()) / ms for p, ms in zip(timed, whole, strict=True)),
-        "unet_calls": unet_calls[-1],
+        **together(parts[-len(whole) :], whole),  # the others warmed up
+        "unet_calls": unet_calls[-1] if unet_calls else subject.steps,
         "speedup": {name: speedup(times[name], whole) for name in others},
         "images_per_s": 1e3 * subject.batch / statistics.median(whole),
-        "memory": memory_used,
+        "memory": memory,
         "graphs": made,
         "recompiled": graphs.since()["graphs"] - made["graphs"],
         "first_call_s": first_s,
+    }
+
+
+def together(parts: Sequence[Mapping[str, float]], whole_ms: Sequence[float]) -> dict[str, Any]:
+    """The parts' medians, and their sum beside the neighbouring call without a stopwatch; a captured loop has none."""
+    if not parts:
+        return {"parts_ms": {}, "parts_of_whole": None}
+    names = [name for name, ms in parts[0].items() if ms]
+    return {
+        "parts_ms": {name: statistics.median(spent[name] for spent in parts) for name in names},
+        "parts_of_whole": statistics.median(sum(p.values()) / ms for p, ms in zip(parts, whole_ms, strict=True)),
     }
 
 
@@ -173,26 +188,30 @@ class Graphs:
         return {key: value - self.before[key] for key, value in self.now().items()}
 
 
-def memory_before(device: torch.device):
-    """Starts counting; the function that is returned gives the peak in bytes, None on a CPU.
-
-    It counts all that is there: the pipelines that the subject is compared with, too.
-    """
+def peak_bytes(subject: Subject) -> int | None:
+    """Weights, and what one more call allocates beside them at its peak; None on a CPU. Others' memory is not in it."""
+    device = subject.device
     if device.type != "cuda":
-        return lambda device: None
-    torch.cuda.empty_cache()
+        return None
     torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    subject.call()
+    tensors = (t for network in networks(subject.pipeline) for t in (*network.parameters(), *network.buffers()))
+    return sum(t.nbytes for t in tensors) + torch.cuda.max_memory_allocated(device) - before
 
-    def used(device: torch.device) -> dict[str, int]:
-        cuda = torch.cuda
-        return {"allocated": cuda.max_memory_allocated(device), "reserved": cuda.max_memory_reserved(device)}
 
-    return used
+def reason(error: Exception) -> str | None:
+    """Why a device or an installation cannot run something; None for an error that is no such thing."""
+    kinds = (CannotRunError, torch.OutOfMemoryError, NotImplementedError, ImportError, TorchDynamoException)
+    known = isinstance(error, kinds) or (
+        isinstance(error, RuntimeError) and any(words in str(error) for words in REFUSALS)
+    )
+    return textwrap.shorten(str(error), 400, placeholder=" …") or type(error).__name__ if known else None
 
 
 def matmul_peak_tflops(setup: Setup, device: torch.device, seconds: float = 1.0) -> float:
     """10¹² operations a second of the best of a few square matrix products in the setup's format."""
-    sizes = (4096, 8192, 16384) if device.type == "cuda" else (512, 1024)
+    sizes = (4096, 8192) if device.type == "cuda" else (512, 1024)
     config = LatencyConfig(iterations=20, warmup=3, seconds=seconds)
     best = 0.0
     with running(setup), one_thread(device):

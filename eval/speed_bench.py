@@ -3,27 +3,30 @@
 A row is a file that is not made again. What a device cannot run is a row that says why.
 """
 
+import gc
 import logging
 import re
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 from torch import Tensor
 
+from data.files import write_tensors
 from engine.config import Config
 from engine.environment import environment
-from engine.run import Run
+from engine.run import Run, damaged
 from eval.clip import psnr
 from eval.compare import mean_and_error, paired_difference
 from eval.evaluation import EvaluationBench
 from eval.first_image import compile_cost
 from eval.plan import image_rows
 from eval.setups import Setup, all_setups
-from eval.speed import REFUSALS, Subject, Variant, matmul_peak_tflops, measure
+from eval.speed import Subject, Variant, matmul_peak_tflops, measure, reason
 from models.cost import count_gflops
 from models.guidance import told_guidance_width
 from models.pipeline import with_unet
@@ -85,35 +88,40 @@ class SpeedBench(EvaluationBench):
 
         def made() -> dict[str, Any]:
             try:
-                return {**told, "cannot": None, **make()}
-            except REFUSALS as error:
-                reason = str(error).splitlines()[0] or type(error).__name__
-                log.warning(f"{file}: {reason}")
-                return {**told, "cannot": reason}
-            finally:
-                torch.compiler.reset()
-                if self.device.type == "cuda":
-                    torch.cuda.empty_cache()
+                return {**told, "cannot": None, **make(), "environment": environment()}
+            except Exception as error:
+                if (why := reason(error)) is None:
+                    raise
+                log.warning(f"{file}: {why}")
+                return {**told, "cannot": why}
 
-        return self.run.json(f"rows/{file}.json", made)
+        try:
+            return self.run.json(f"rows/{file}.json", made)
+        finally:
+            torch.compiler.reset()
+            gc.collect()  # a compiled network is in a cycle
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def measured(
         self, subject: Subject, others: Mapping[str, Subject], reference: Tensor | None = None
     ) -> dict[str, Any]:
         """Times, the share of the peak that the UNet reaches, and how far the images are from `reference`'s."""
         row = measure(subject, others, self.latency)
-        if "UNet" in row["parts_ms"]:  # a captured loop has no parts
+        # A captured loop has no parts, and the peak of quantized products is not measured.
+        if "UNet" in row["parts_ms"] and subject.setup.quantize == "none":
             achieved = self.unet_gflops(subject) * row["unet_calls"] / row["parts_ms"]["UNet"]  # 10⁹/ms is 10¹²/s
             peak = self.peak_tflops(subject.setup)
             row |= {"unet_tflops": achieved, "peak_tflops": peak, "share_of_peak": achieved / peak}
         return row if reference is None else {**row, **self.quality(subject.images(len(reference)), reference)}
 
-    def first_image(self, variant: Variant, subject: Subject, file: str) -> dict[str, Any]:
-        """What compiling costs; nothing where nothing is compiled, or where it is not asked for."""
-        if variant.setup.compile == "eager" or not self.config.benchmark.first_image:
-            return {}
-        artifacts = self.run.path / f"artifacts/{file}.bin"
-        return {"first_image": compile_cost(variant, subject, self.model_options, artifacts)}
+    def first_image(self, variant: Variant, batch: int, file: str) -> dict[str, Any]:
+        """What compiling costs, in processes of their own: first-image/`file`.json."""
+        config, name = self.config.eval, f"first-image/{file}.json"
+        request = {**asdict(variant), "batch": batch, "guidance_scale": config.guidance_scale, "seed": config.seed,
+                   "prompts": list(self.prompt_set.prompts[:batch]), "device": str(self.device),
+                   "options": self.model_options}  # fmt: skip
+        return self.run.json(name, lambda: compile_cost(request, self.run.path / f"artifacts/{file}.bin"))
 
     def unet_gflops(self, subject: Subject) -> float:
         """10⁹ operations of one step of the whole batch."""
@@ -142,9 +150,13 @@ class SpeedBench(EvaluationBench):
             "clip_difference": asdict(paired_difference(scores, base)),
         }
 
-    def float32_images(self, variant: Variant) -> Tensor:
-        """What the same networks draw from the same noise, as diffusers comes."""
-        return self.subject(replace(variant, setup=Setup()), 1).images(self.config.benchmark.images)
+    def reference_images(self, name: str, variant: Variant) -> Tensor:
+        """What a variant draws, one image at a time: reference/`name`.safetensors."""
+        file = self.run.path / f"reference/{name}.safetensors"
+        if not file.exists():
+            write_tensors(file, {"images": self.subject(variant, 1).images(self.config.benchmark.images)})
+        with damaged(file):
+            return load_file(file)["images"]
 
     def results(self, kind: str, rows: list[dict[str, Any]]) -> dict[str, Any]:
         """results.json: the rows, and what they were measured on."""
@@ -153,7 +165,8 @@ class SpeedBench(EvaluationBench):
             "kind": kind,
             "models": self.models,
             "rows": rows,
-            "protocol": {"steps": config.eval.steps, "guidance_scale": config.eval.guidance_scale,
+            "protocol": {"base": asdict(self.base), "warmup": config.latency.warmup, "seconds": config.latency.seconds,
+                         "steps": config.eval.steps, "guidance_scale": config.eval.guidance_scale,
                          "seed": config.eval.seed, "images": config.benchmark.images, "prompts": self.prompt_set.hash,
                          "clock": "wall" if self.device.type == "cuda" else "CPU time of one thread",
                          "iterations": config.latency.iterations, "scorer": self.scorer.protocol},

@@ -19,11 +19,11 @@ from eval.stopwatch import PARTS
 
 Row = Mapping[str, Any]
 Results = Mapping[str, Any]
-MEASURES = ["ms", "10–90 %", "images/s", "of peak", "memory", "graphs", "PSNR, dB", "CLIP, paired"]
+MEASURES = ["ms", "10–90 %", "calls", "images/s", "of peak", "memory", "graphs", "PSNR, dB", "CLIP, paired"]
 COLUMNS = {
     "benchmark": ["model", "batch", "setup", "× base", *MEASURES, *PARTS, "parts of whole"],
     "ladder": ["row", "× row before", "× first", "kept", *MEASURES],
-    "pipelines": ["task", "model", "batch", "mode", "it/s", "× eager", "ms", "10–90 %", "memory", "graphs"],
+    "pipelines": ["task", "model", "batch", "mode", "it/s", "× eager", "ms", "10–90 %", "calls", "memory", "graphs"],
 }
 FIRST_IMAGE = ["model", "batch", "setup", "eager, s", "cold, s", "with artefacts, s", "with a kept cache, s",
                "pays after (cold)", "(artefacts)", "(kept cache), calls"]  # fmt: skip
@@ -31,7 +31,8 @@ NOTES = {
     "benchmark": "Each row is timed beside the same pipeline in the base setup, call by call; a row of that very "
     "setup shows what such a ratio is worth. PSNR is to the images that float32 draws from the same noise.",
     "ladder": "Each row is built upon the last one that was kept, and timed beside it and the first, call by call; "
-    "what is slower is shown and not kept. PSNR and CLIP are against the first row's images from the same noise.",
+    "what is shown to be slower is not kept. The first row is timed beside another pipeline of its own kind: what a "
+    "ratio is worth. PSNR and CLIP are against its images from the same noise.",
     "pipelines": "it/s are denoising steps a second of whole calls, from prompt to 8-bit images: text encoder and VAE "
     "are in them. ControlNets have random weights.",
 }
@@ -111,18 +112,27 @@ def told(row: Row, width: int) -> list[str]:
 def benchmark_line(row: Row) -> list[str]:
     parts = [digits(row["parts_ms"][part]) if part in row["parts_ms"] else "–" for part in PARTS]
     return [row["model"], str(row["batch"]), row["name"], ratio(row["speedup"]["base"]), *measures(row), *parts,
-            percent(row["parts_of_whole"])]  # fmt: skip
+            sum_of_parts(row["parts_of_whole"])]  # fmt: skip
 
 
 def ladder_line(row: Row) -> list[str]:
     faster = [ratio(row["speedup"].get(other)) for other in ("before", "first")]
+    if "itself" in row["speedup"]:
+        faster[0] = f"itself: {ratio(row['speedup']['itself'])}"
     return [row["name"], *faster, "yes" if row["kept"] else "no", *measures(row)]
 
 
 def pipelines_line(row: Row) -> list[str]:
-    ms, spread, _, _, memory, graphs, _, _ = measures(row)
+    ms, spread, calls, _, _, memory, graphs, _, _ = measures(row)
     return [row["task"], row["model"], str(row["batch"]), row["mode"], digits(row["its"]),
-            ratio(row["speedup"].get("eager")), ms, spread, memory, graphs]  # fmt: skip
+            ratio(row["speedup"].get("eager")), ms, spread, calls, memory, graphs]  # fmt: skip
+
+
+def sum_of_parts(share: float | None) -> str:
+    """The parts' sum as a share of the whole call; beyond 3 % it says so."""
+    if share is None:
+        return "–"
+    return percent(share) + ("" if abs(share - 1) <= 0.03 else ", beyond 3 %")
 
 
 LINES = {"benchmark": benchmark_line, "ladder": ladder_line, "pipelines": pipelines_line}
@@ -135,9 +145,10 @@ def measures(row: Row) -> list[str]:
     return [
         digits(ms["median"]),
         f"{digits(ms['p10'])}–{digits(ms['p90'])}",
+        str(ms["n"]),
         digits(row["images_per_s"]),
         percent(row["share_of_peak"]) if "share_of_peak" in row else "–",
-        size(memory["allocated"]) if memory else "–",
+        size(memory) if memory else "–",
         f"{graphs['graphs']}" + (f", {graphs['breaks']} breaks" if graphs["breaks"] else "")
         + (f", {row['recompiled']} more later" if row["recompiled"] else ""),
         f"{psnr['mean']:.1f}" if psnr else "–",

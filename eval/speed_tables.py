@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from eval.setups import CannotRunError
+from eval.setups import CannotRunError, Setup
 from eval.speed import Subject, Variant
 from eval.speed_bench import SETUP_FIELDS, SpeedBench, file_name
 from eval.tasks import TASKS, task_pipeline
@@ -23,25 +23,34 @@ def benchmark_rows(bench: SpeedBench) -> Rows:
     for (name, where), batch in product(bench.models.items(), bench.config.benchmark.batches):
         variant = Variant(where, bench.config.eval.steps, bench.base)
         base = cache(lambda variant=variant, batch=batch: bench.subject(variant, batch))
-        reference = cache(lambda variant=variant: bench.float32_images(variant))
+        plain = replace(variant, setup=Setup())
+        reference = cache(lambda name=name, plain=plain: bench.reference_images(name, plain))
         for setup in bench.setups:
             this = replace(variant, setup=setup)
 
             told = {"model": name, "batch": batch, "setup": asdict(setup), "name": str(setup)}
             file = f"{name}/batch-{batch}/{setup.key}"
 
-            def make(this=this, batch=batch, base=base, reference=reference, file=file):
-                subject = bench.subject(this, batch)
-                row = bench.measured(subject, {"base": base()}, reference())
-                return row | bench.first_image(this, subject, file)
+            def make(this=this, batch=batch, base=base, reference=reference):
+                return bench.measured(bench.subject(this, batch), {"base": base()}, reference())
 
             rows.append(bench.row(file, told, make))
+        base.cache_clear()
+        for row, setup in zip(rows[-len(bench.setups) :], bench.setups, strict=True):
+            if bench.config.benchmark.first_image and setup.compile != "eager" and not row["cannot"]:
+                file = f"{name}/batch-{batch}/{setup.key}"
+                row["first_image"] = bench.first_image(replace(variant, setup=setup), batch, file)
     return rows
 
 
 def ladder_rows(bench: SpeedBench) -> Rows:
-    """Optimisations one upon the other. A row that cannot run here, or that is slower, is not built upon."""
-    (teacher, *_), batch = bench.models.values(), bench.config.benchmark.batches[0]
+    """Optimisations one upon the other. A row that cannot run here, or is shown to be slower, is not built upon.
+
+    The first row is timed beside a second pipeline of its own kind: what ratios are worth.
+    """
+    if len(bench.config.benchmark.batches) > 1:
+        raise ValueError(f"benchmark.batches={list(bench.config.benchmark.batches)}: a ladder has one batch size")
+    (teacher, *_), (batch,) = bench.models.values(), bench.config.benchmark.batches
     state = Variant(teacher, bench.config.eval.steps)
     made: dict[Variant, Subject] = {}
 
@@ -57,13 +66,15 @@ def ladder_rows(bench: SpeedBench) -> Rows:
 
         def make(changes=changes, state=state, first=first, before=before):
             variant = changed(state, changes, bench.models)
-            this, others = bench.subject(variant, batch), {}
-            if first is not None:
+            if first is None:
+                others = {"itself": subject(variant)}
+            else:
                 others = {"first": subject(first), "before": subject(before)}
-            reference = this if first is None else subject(first)
-            row = bench.measured(this, others, reference.images(bench.config.benchmark.images))
+            this = bench.subject(variant, batch)
+            row = bench.measured(this, others, bench.reference_images("first", first or variant))
             made[variant] = this
-            return {**row, "kept": not others or row["speedup"]["before"]["high"] >= 1}
+            kept = first is None or row["speedup"]["before"]["high"] >= 1
+            return {**row, "variant": asdict(variant), "kept": kept}
 
         told = {"name": name, "batch": batch, "changes": changes, "kept": False}
         row = bench.row(f"{number:02d}-{file_name(name)}", told, make)

@@ -33,7 +33,8 @@ class Stopwatch:
             self.marks.append((part, time.thread_time()))
 
     def time(self, call: Callable[[], None]) -> dict[str, float]:
-        """Milliseconds of the parts of one call; what lies between networks is the scheduler's, or the host's."""
+        """Milliseconds of the parts of one call; what lies between the first denoising network's end and the VAE is the
+        scheduler's, guidance included, and all else between networks the host's."""
         self.marks, self.between = [], "host"
         self.mark("")
         call()
@@ -64,12 +65,12 @@ def watched(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[Stopw
 
     for name in ("text_encoder", "text_encoder_2"):
         if (encoder := getattr(pipeline, name, None)) is not None:
-            cut(encoder, encoder, "text encoder", "scheduler")
+            cut(encoder, encoder, "text encoder", "host")
     if (controlnet := getattr(pipeline, "controlnet", None)) is not None:
         cut(controlnet, controlnet, "ControlNet", "scheduler")
     cut(pipeline.unet, pipeline.unet, "UNet", "scheduler")
     vae = pipeline.vae
-    cut(vae.encoder, vae.quant_conv or vae.encoder, "VAE", "scheduler")
+    cut(vae.encoder, vae.quant_conv or vae.encoder, "VAE", "host")
     cut(vae.post_quant_conv or vae.decoder, vae.decoder, "VAE", "host")
     try:
         yield watch

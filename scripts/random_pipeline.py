@@ -21,7 +21,7 @@ from models.unet import PrunableUNet2DConditionModel
 from prune.decoder import choose_channels, narrow_widths, narrowed
 
 ROOT = Path(__file__).resolve().parents[1]
-SMALL = 17  # of configs/search/bk_sdm.yaml: up to the mid block
+LAST = "mid_block.resnets.1"  # BK-SDM small ends with the mid block
 
 
 def main() -> None:
@@ -41,8 +41,9 @@ def make_family(size: str, folder: Path) -> dict[str, str]:
     shipped = load_pipeline(ROOT / "assets/shapes")
     pipeline = shipped if size == "shapes" else random_pipeline(size, shipped.tokenizer)
     unet = PrunableUNet2DConditionModel.from_unet(pipeline.unet)
-    sites = OmegaConf.load(ROOT / "configs/search/bk_sdm.yaml").method.sites[:SMALL]
-    pruned = unet.with_depths({site: 0 for site in sites if site in unet.kept_sites})
+    order = list(OmegaConf.load(ROOT / "configs/search/bk_sdm.yaml").method.sites)
+    sites = [site for site in order[: order.index(LAST) + 1] if site in unet.kept_sites]
+    pruned = unet.with_depths(dict.fromkeys(sites, 0))
     widths = narrow_widths(pipeline.vae, 0.5)
     narrow = narrowed(pipeline.vae, choose_channels(pipeline.vae, widths, "first"), widths)
     narrow_pipeline = with_unet(pipeline, unet, vae=narrow)

@@ -46,7 +46,7 @@ def test_the_script_measures_a_part_once(tmp_path):
                "compile", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]  # fmt: skip
     first = subprocess.run(command, capture_output=True, text=True)
     assert first.returncode == 0, first.stderr
-    file = tmp_path / "out/shapes/compile.json"
+    file = tmp_path / "out/quick/shapes/compile.json"
     written = json.loads(file.read_text())
     assert [row["cannot"] for row in written["rows"]] == [None, "CUDA graphs need a CUDA device"]
     again = subprocess.run(command, capture_output=True, text=True)

@@ -2,11 +2,14 @@
 
 import pytest
 import torch
+from torch import nn
+from torch.nn.attention import SDPBackend
+from torch.profiler import ProfilerActivity, profile
 from torchvision.transforms.functional import pil_to_tensor
 
 from eval.capture import CapturedSampler
 from eval.sampling import Sampler
-from eval.setups import CannotRunError, Setup, all_setups, check_runs, running
+from eval.setups import CannotRunError, Setup, all_setups, check_runs, running, use_kernel
 from eval.speed import Subject
 from models.pipeline import load_pipeline
 
@@ -19,9 +22,7 @@ def subject(folder, batch=1, steps=3, **setup):
 
 
 @pytest.mark.parametrize("wrong", [{"compile": "fast"}, {"attention": "flsh"}, {"dtype": "int4"},
-                                   {"memory_format": "nhwc"}, {"quantize": "int4"},
-                                   {"fused_qkv": True, "attention": "vanilla"},
-                                   {"capture": True, "compile": "max-autotune"}])  # fmt: skip
+                                   {"memory_format": "nhwc"}, {"quantize": "int4"}])  # fmt: skip
 def test_a_setup_that_is_none_is_refused(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong)))):
         Setup(**wrong)
@@ -32,6 +33,13 @@ def test_a_setup_that_is_none_is_refused(wrong):
                                    {"capture": True}])  # fmt: skip
 def test_what_needs_a_gpu_says_so_on_a_cpu(setup):
     with pytest.raises(CannotRunError, match="CUDA"):
+        check_runs(Setup(**setup), CPU)
+
+
+@pytest.mark.parametrize("setup", [{"fused_qkv": True, "attention": "vanilla"},
+                                   {"capture": True, "compile": "max-autotune"}])  # fmt: skip
+def test_what_does_not_go_together_says_so(setup):
+    with pytest.raises(CannotRunError, match="vanilla|captured"):
         check_runs(Setup(**setup), CPU)
 
 
@@ -56,11 +64,35 @@ def test_a_setup_reaches_the_networks(tiny_pipeline_folder):
     assert {type(p).__name__ for p in fused.pipeline.unet.attn_processors.values()} == {"FusedAttnProcessor2_0"}
 
 
-def test_the_kernel_is_chosen_while_it_runs_and_not_after():
-    q = torch.randn(1, 2, 8, 16)
-    with running(Setup(attention="cudnn")), pytest.raises(RuntimeError, match="kernel"):
-        torch.nn.functional.scaled_dot_product_attention(q, q, q)
-    torch.nn.functional.scaled_dot_product_attention(q, q, q)
+class Attending(nn.Module):
+    def forward(self, q):
+        return nn.functional.scaled_dot_product_attention(q, q, q)
+
+
+def test_a_kernel_is_that_of_its_network_alone():
+    q, limited = torch.randn(1, 2, 8, 16), Attending()
+    use_kernel(limited, SDPBackend.CUDNN_ATTENTION)
+    with pytest.raises(RuntimeError, match="kernel"):
+        limited(q)
+    Attending()(q)
+
+
+@pytest.mark.slow
+def test_a_compiled_network_calls_the_kernel_that_was_asked_for():
+    """Dynamo guards no choice of kernel, and its caches keep none: the graph itself has to hold it."""
+    q, used = torch.randn(1, 2, 64, 32), {}
+    for kernel in (SDPBackend.FLASH_ATTENTION, SDPBackend.MATH, SDPBackend.FLASH_ATTENTION):
+        network = Attending()
+        use_kernel(network, kernel)
+        torch.compiler.reset()
+        compiled = torch.compile(network, fullgraph=True)
+        with torch.inference_mode():
+            compiled(q)
+            with profile(activities=[ProfilerActivity.CPU]) as profiled:
+                compiled(q)
+        used[kernel] = {event.key for event in profiled.key_averages()}
+    flash = "aten::_scaled_dot_product_flash_attention_for_cpu"
+    assert flash in used[SDPBackend.FLASH_ATTENTION] and flash not in used[SDPBackend.MATH]
 
 
 def test_what_is_global_is_put_back():
