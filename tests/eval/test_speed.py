@@ -158,10 +158,10 @@ def test_a_mistake_is_one_line(leave, tiny_model, experiment, wrong, culprit):
 @pytest.mark.slow
 def test_a_compiled_row_says_what_compiling_costs(tmp_path, tiny_model):
     done = run("benchmark", *tiny_model, "benchmark.dtype=[float32]", "benchmark.batches=[1]",
-               "benchmark.compile=[default]", "benchmark.first_image=true", f"root={tmp_path}")  # fmt: skip
+               "benchmark.compile=[regional]", "benchmark.first_image=true", f"root={tmp_path}")  # fmt: skip
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
-    assert row["cannot"] is None and row["graphs"] == {"graphs": 2, "breaks": 0} and row["recompiled"] == 0
+    assert row["cannot"] is None and row["graphs"]["graphs"] > 0 and row["graphs"]["breaks"] == row["recompiled"] == 0
     assert row["psnr"]["mean"] > 45
     cost = row["first_image"]
     assert all(cost[way]["first_s"] > 0 for way in ("eager", "cold", "artifacts", "kept_cache"))
