@@ -34,6 +34,25 @@ def test_a_single_file_paints_what_its_folder_paints(file, tiny_pipeline_folder,
     assert half.unet.dtype == half.vae.dtype == half.text_encoder.dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("names", [
+    {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0", "norm": "group_norm"},
+    {"q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"},
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
+def test_a_web_uis_names_of_the_vaes_attention_are_read(file, tiny_pipeline_folder, tmp_path, names, kind):
+    mixed = {}
+    for key, value in load_file(file).items():
+        place, _, rest = key.partition(".mid.attn_1.")
+        if rest and (name := rest.split(".")[0]) in names:
+            key = f"{place}.mid.attn_1.{names[name]}.{rest.split('.')[1]}"
+            value = value.flatten(1) if value.ndim > 1 else value  # linear layers, no 1×1 convolutions
+        mixed[key] = value.contiguous()
+    web_ui = tmp_path / f"web_ui.{kind}"
+    save_file(mixed, web_ui) if kind == "safetensors" else torch.save({"state_dict": mixed, "global_step": 7}, web_ui)
+    loaded = load_pipeline(web_ui, allow_pickle=True, single_file_config=str(tiny_pipeline_folder))
+    assert torch.equal(paint(loaded), paint(load_pipeline(tiny_pipeline_folder)))
+
+
 def test_a_checkpoint_of_pickles_is_read_only_where_that_is_allowed(file, tiny_pipeline_folder, tmp_path):
     config, pickled = str(tiny_pipeline_folder), tmp_path / "tiny.ckpt"
     torch.save({"state_dict": load_file(file)}, pickled)
