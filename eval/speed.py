@@ -73,12 +73,9 @@ class Subject:
             raise CannotRunError("only txt2img has a captured loop")
         if self.setup.capture and self.setup.dtype == "float16" and self.pipeline.vae.config.force_upcast:
             raise CannotRunError("this VAE overflows in float16, and the captured loop does not upcast it")
-        with self.here():
+        with running(self.setup):
             self.pipeline = prepare(self.pipeline, self.setup, self.device)
         self.pipeline.set_progress_bar_config(disable=True)
-
-    def here(self):
-        return running(self.setup)
 
     @cached_property
     def sampler(self) -> Sampler:
@@ -94,11 +91,10 @@ class Subject:
     def draw(self, indices: Sequence[int]) -> list[Image.Image]:
         """The images of these prompts."""
         prompts = [self.prompts[i % len(self.prompts)] for i in indices]
-        if self.setup.capture:
-            with self.here():
+        with running(self.setup):
+            if self.setup.capture:
                 return self.captured.draw(prompts, self.noise(indices))
-        given = self.given or {"latents": self.noise(indices).to(self.setup.torch_dtype)}
-        with self.here():
+            given = self.given or {"latents": self.noise(indices).to(self.setup.torch_dtype)}
             return self.pipeline(
                 prompt=prompts,
                 num_inference_steps=self.steps,
@@ -202,6 +198,7 @@ def peak_bytes(subject: Subject) -> int | None:
 
 def reason(error: Exception) -> str | None:
     """Why a device or an installation cannot run something; None for an error that is no such thing."""
+    # NotImplementedError is torch's for an operation that a backend lacks, ImportError a torchao of another torch's.
     kinds = (CannotRunError, torch.OutOfMemoryError, NotImplementedError, ImportError, TorchDynamoException)
     known = isinstance(error, kinds) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in REFUSALS)

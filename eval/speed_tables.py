@@ -26,16 +26,14 @@ def benchmark_rows(bench: SpeedBench) -> Rows:
         plain = replace(variant, setup=Setup())
         reference = cache(lambda name=name, plain=plain: bench.reference_images(name, plain))
         for setup in bench.setups:
-            this = replace(variant, setup=setup)
-
-            told = {"model": name, "batch": batch, "setup": asdict(setup), "name": str(setup)}
-            file = f"{name}/batch-{batch}/{setup.key}"
+            this, file = replace(variant, setup=setup), f"{name}/batch-{batch}/{setup.key}"
 
             def make(this=this, batch=batch, base=base, reference=reference):
                 return bench.measured(bench.subject(this, batch), {"base": base()}, reference())
 
+            told = {"model": name, "batch": batch, "setup": asdict(setup), "name": str(setup)}
             rows.append(bench.row(file, told, make))
-        base.cache_clear()
+        base.cache_clear()  # compiling in other processes wants the device's memory
         for row, setup in zip(rows[-len(bench.setups) :], bench.setups, strict=True):
             if bench.config.benchmark.first_image and setup.compile != "eager" and not row["cannot"]:
                 file = f"{name}/batch-{batch}/{setup.key}"
