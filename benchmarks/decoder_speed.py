@@ -17,8 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import write_json
-from engine.config import LatencyConfig
 from engine.environment import environment
+from engine.sections.pruning import LatencyConfig
 from eval.decoders import compare_decoders
 from eval.report import markdown_table
 from eval.vae_report import TIME_HEADER, time_rows

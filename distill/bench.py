@@ -12,8 +12,9 @@ from omegaconf.errors import OmegaConfBaseException
 from distill.ladder import Climb, climbed_otherwise, climbs
 from distill.pairs import FixedDraws, taught_pairs
 from distill.teaching import Rung
-from engine.config import LadderConfig, RungConfig, StageConfig, TrainConfig
 from engine.loop import Objective
+from engine.sections.stepping import LadderConfig, RungConfig
+from engine.sections.training import StageConfig, TrainConfig
 from eval.bench import Bench
 from models.guidance import with_told_guidance
 from models.pipeline import export_pipeline, load_pipeline, one_line, with_unet

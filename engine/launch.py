@@ -29,9 +29,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from yaml import YAMLError
 
 import engine.config  # noqa: F401  registers the schema
-from engine.config import Config, DataConfig, at_least
+from engine.config import Config
 from engine.preemption import CONTINUE_ME, Preempted, leave_on_sigterm
 from engine.run import FINISHED, TRACEBACK, Run, damaged
+from engine.sections.checks import at_least
+from engine.sections.training import DataConfig
 from engine.tracking import Tracker
 from models.pipeline import one_line
 

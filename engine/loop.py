@@ -23,9 +23,9 @@ from data.files import unwritable, write_tensors
 from data.progress import progress
 from data.seeding import generator, seed_of
 from engine.checkpoints import Checkpoints
-from engine.config import TrainConfig
 from engine.preemption import NotedSignals, leave_signals_to_the_parent
 from engine.run import Run, damaged
+from engine.sections.training import TrainConfig
 
 Batch = dict[str, Any]
 Metrics = dict[str, Tensor]

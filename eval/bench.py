@@ -15,9 +15,12 @@ from data.cache import CachedPairs, cache_pairs
 from data.encoding import is_truncated
 from data.prompts import PromptSet, disjoint_prompts, read_prompts
 from engine.components import check, component
-from engine.config import Config, LatencyConfig, TrainConfig, at_least
+from engine.config import Config
 from engine.loop import Objective, load_trained, train, trained
 from engine.run import Run
+from engine.sections.checks import at_least
+from engine.sections.pruning import LatencyConfig
+from engine.sections.training import TrainConfig
 from eval.clip import ClipScorer
 from eval.sampling import Sampler
 from models.cost import NUM_TOKENS

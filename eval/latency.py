@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from data.progress import progress
 from data.seeding import generator
-from engine.config import LatencyConfig
+from engine.sections.pruning import LatencyConfig
 from models.cost import NUM_TOKENS, unet_inputs
 from models.unet import PrunableUNet2DConditionModel
 

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.config import TrainConfig
 from engine.run import Run
+from engine.sections.training import TrainConfig
 from eval.bench import Bench
 from eval.report import count, markdown_table
 from models.cost import count_activation_bytes, count_gflops

@@ -23,7 +23,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 from torchvision.transforms.functional import pil_to_tensor
 
-from engine.config import LatencyConfig
+from engine.sections.pruning import LatencyConfig
 from eval.capture import CapturedSampler
 from eval.compare import bootstrap, interval
 from eval.latency import interleaved_times, one_thread

@@ -18,8 +18,8 @@ from torch import nn
 
 from data.progress import progress
 from data.seeding import generator
-from engine.config import LatencyConfig
 from engine.environment import cpu_name
+from engine.sections.pruning import LatencyConfig
 from eval.latency import affordable, forward_call, interleaved_ms, one_thread, thread_ms, timed_copy, warm_up_ms
 from models.unet import PrunableUNet2DConditionModel
 

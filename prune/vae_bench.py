@@ -26,11 +26,12 @@ from data.latents import LatentMix
 from data.prompts import PromptSet, heldout_prompts, read_prompts
 from data.seeding import generator
 from engine.components import check, component
-from engine.config import DecoderConfig, LatentsConfig
 from engine.environment import environment
 from engine.loop import Objective
 from engine.parallel import map_batches
 from engine.run import damaged
+from engine.sections.judging import LatentsConfig
+from engine.sections.pruning import DecoderConfig
 from eval.bench import Bench
 from eval.compare import mean_and_error, paired_difference
 from eval.decoders import NEARNESS, compare_decoders, nearness

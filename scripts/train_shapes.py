@@ -28,11 +28,11 @@ from torch.utils.data import Dataset
 from data.files import write_json, write_tensors
 from data.shapes import ShapesPairs, caption
 from data.shapes_tokenizer import build_tokenizer
-from engine.config import TrainConfig
 from engine.launch import MISTAKES, fail
 from engine.loop import train
 from engine.parallel import map_batches
 from engine.run import Run
+from engine.sections.training import TrainConfig
 from models.pipeline import one_line
 from models.schedule import NoiseSchedule
 from scripts.shapes_evaluation import evaluate_assets

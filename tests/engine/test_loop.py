@@ -11,10 +11,10 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from data.seeding import seed_of
-from engine.config import TrainConfig
 from engine.loop import StepBatches, learning_rate_at, train
 from engine.preemption import CONTINUE_ME, Preempted, leave_on_sigterm
 from engine.run import Run
+from engine.sections.training import TrainConfig
 
 
 class Points(torch.utils.data.Dataset):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from engine.config import LatencyConfig
+from engine.sections.pruning import LatencyConfig
 from eval.setups import Setup
 from eval.speed import Subject, measure, speedup
 from eval.stopwatch import watched

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from engine.config import LatencyConfig
+from engine.sections.pruning import LatencyConfig
 from eval.latency import affordable, compare_ms, thread_ms
 from models.unet import PrunableUNet2DConditionModel
 from prune.latency import latency_table, predicted_ms, table_without, timing_hooks

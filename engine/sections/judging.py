@@ -1,0 +1,140 @@
+"""Sections about sampling: what ranks blocks, what teaches a decoder, what judges and times pipelines."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from engine.sections.checks import as_table, at_least
+
+
+@dataclass
+class SamplingConfig:
+    """Images that are scored: how many prompts, and how they are drawn. `batch_size` counts images."""
+
+    prompts: int = 64
+    steps: int = 8
+    guidance_scale: float = 2.5
+    seed: int = 0
+    batch_size: int = 64
+
+    def __post_init__(self) -> None:
+        at_least(type(self).__name__.removesuffix("Config").lower(), self, 2, "prompts")
+        at_least(type(self).__name__.removesuffix("Config").lower(), self, 1, "steps", "batch_size")
+        at_least(type(self).__name__.removesuffix("Config").lower(), self, 0, "guidance_scale")
+
+
+@dataclass
+class ScoringConfig(SamplingConfig):
+    """The sampling that ranks blocks. Protocol `snapfusion`: every removal, on the same fixed number of prompts."""
+
+    protocol: str = "snapfusion"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.protocol != "snapfusion":
+            raise ValueError(f"scoring.protocol={self.protocol!r} is unknown; choose snapfusion")
+
+
+@dataclass
+class EvalConfig(SamplingConfig):
+    """The sampling that judges the outcome; the first `pictures` images are kept: all of them where there are no more,
+    and none for 0, which only the evaluation of pipelines takes."""
+
+    pictures: int = 12
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("eval", self, 0, "pictures")
+
+
+@dataclass
+class LatentsConfig(SamplingConfig):
+    """What a decoder is trained on: `count` latents, sampled from `prompts` captions of the training images (or of
+    `prompt_file`), each from several noises. Of `rounds` trainings, each of `train.steps` with its own
+    optimiser and schedule, round r sees r/rounds of them; a share `real_share` is encoded images instead."""
+
+    prompts: int = 1024
+    count: int = 4096
+    prompt_file: str | None = None
+    real_share: float = 0.0
+    rounds: int = 1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        at_least("latents", self, 1, "count", "rounds")
+        if not 0 <= self.real_share <= 1:
+            raise ValueError(f"latents.real_share={self.real_share} must lie between 0 and 1")
+        if self.rounds > self.count:
+            raise ValueError(f"latents.rounds={self.rounds} is more than latents.count={self.count}")
+
+
+@dataclass
+class EvaluationConfig:
+    """What is measured beside CLIP score: with `distribution` the distance of the scorer's features to those of
+    `real_images` held-out images; and of Inception features, FID and KID, where `inception` is a file of its weights;
+    and `preferences`, {name: what makes it}, which +preference=NAME fills in. With `compile`, UNet and VAE decoder are
+    compiled graphs, kept in `artifacts` for the next evaluation and the other processes.
+    """
+
+    distribution: bool = True
+    real_images: int = 512
+    inception: str | None = None
+    preferences: Any = None
+    compile: bool = False
+    artifacts: str = "runs/artifacts"
+
+    def __post_init__(self) -> None:
+        at_least("evaluation", self, 2, "real_images")
+        if self.inception is not None and not self.distribution:
+            raise ValueError(f"evaluation.inception={self.inception} needs evaluation.distribution=true")
+        if not isinstance(self.preferences, (dict, type(None))) and not OmegaConf.is_dict(self.preferences):
+            raise ValueError(f"evaluation.preferences={self.preferences} must be a table, as +preference=NAME gives it")
+
+
+@dataclass
+class BenchmarkConfig:
+    """How pipelines run that are timed.
+
+    benchmark: every combination of `compile`, `attention`, `dtype`, `memory_format`, `fused_qkv`, `quantize` and
+    `batches`, each beside a pipeline in `base`, the setup that ratios are to (null: diffusers as it comes). ladder:
+    `rows`, each a name and what changes from the last row that was kept. pipelines: `tasks`, eager and as `compile`
+    says. `images` are compared with those of float32. `first_image` measures what compiling costs, in new processes.
+    """
+
+    compile: list[str] = field(default_factory=lambda: ["eager"])
+    attention: list[str] = field(default_factory=lambda: ["sdpa"])
+    dtype: list[str] = field(default_factory=lambda: ["float32"])
+    memory_format: list[str] = field(default_factory=lambda: ["contiguous"])
+    fused_qkv: list[bool] = field(default_factory=lambda: [False])
+    quantize: list[str] = field(default_factory=lambda: ["none"])
+    batches: list[int] = field(default_factory=lambda: [1])
+    base: Any = None
+    rows: list[Any] = field(default_factory=list)
+    tasks: list[str] = field(default_factory=lambda: ["txt2img"])
+    images: int = 8
+    first_image: bool = False
+
+    def __post_init__(self) -> None:
+        at_least("benchmark", self, 2, "images")
+        as_table("benchmark.base", self.base)  # None stays: Hydra adds nothing to an empty table
+        for name in ("compile", "attention", "dtype", "memory_format", "fused_qkv", "quantize", "batches", "tasks"):
+            if not getattr(self, name):
+                raise ValueError(f"benchmark.{name}=[] leaves nothing to time")
+        if not all(batch >= 1 for batch in self.batches):
+            raise ValueError(f"benchmark.batches={list(self.batches)} must be numbers from 1 up")
+
+
+@dataclass
+class CurvesConfig:
+    """Numbers of steps and guidance scales at which the teacher and every student are judged."""
+
+    steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
+    guidance: list[float] = field(default_factory=lambda: [1.0, 2.5, 7.5])
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "guidance"):
+            values = getattr(self, name)
+            if not values or not all(1 <= value < math.inf for value in values):
+                raise ValueError(f"curves.{name}={values} must be a list of numbers from 1 up")

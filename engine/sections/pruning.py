@@ -1,0 +1,90 @@
+"""Sections about slimming: the search, its latencies, the narrow decoder."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from engine.sections.checks import at_least
+
+MOST_ROUNDS = 200
+
+
+@dataclass
+class SearchConfig:
+    """How an architecture is chosen. `target_ms` wins over `target_fraction`, a share of the teacher's UNet latency."""
+
+    method: Any = None
+    target_fraction: float | None = 0.75
+    target_ms: float | None = None
+    rounds: int = 2
+    bypass: Any = "shortcut"
+    copy_init: str = "zero"
+
+    def __post_init__(self) -> None:
+        at_least("search", self, 1, "rounds")
+        if self.rounds > MOST_ROUNDS:
+            raise ValueError(f"search.rounds={self.rounds} is more than {MOST_ROUNDS}: no UNet has so many blocks")
+        if not isinstance(self.bypass, (str, dict)) and not OmegaConf.is_dict(self.bypass):
+            raise ValueError(f"search.bypass={self.bypass} must be shortcut, drop_skip or a table {{site: rule}}")
+        if self.copy_init not in ("zero", "same"):
+            raise ValueError(f"search.copy_init={self.copy_init!r} is unknown; choose zero or same")
+        for name in ("target_fraction", "target_ms"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"search.{name}={value} must be above 0")
+
+
+@dataclass
+class LatencyConfig:
+    """How the UNet is timed; `warmup`, `iterations` and `seconds` serve whole pipelines as well.
+
+    `batch` counts UNet rows: 2 is one guided image. `latent_size` and `text_length` 0 are the model's own. A median
+    takes `iterations` calls, fewer (but three) where they would last longer than `seconds`. `table`, a latency.json
+    made elsewhere, takes the place of all measuring.
+    """
+
+    table: str = ""
+    batch: int = 2
+    latent_size: int = 0
+    text_length: int = 0
+    compile: bool = False
+    dtype: str = "float32"
+    warmup: int = 5
+    iterations: int = 40
+    seconds: float = 30.0
+    additive_samples: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("latency", self, 1, "batch", "warmup", "iterations", "additive_samples")
+        at_least("latency", self, 0, "latent_size", "text_length", "seconds")
+        if self.dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"latency.dtype={self.dtype!r} is unknown; choose float32, float16 or bfloat16")
+
+
+@dataclass
+class DecoderConfig:
+    """A narrow VAE decoder.
+
+    `width` is the share of channels that stays: a number, or one per level in the order of the VAE's
+    `block_out_channels`. They are chosen by `choice`: magnitude, taylor, energy, random or first, where taylor and
+    energy look at `samples` latents. `norm_groups`: groups of its norms stay or go as wholes ('whole'), or all of them
+    are thinned alike ('thinned'). It is timed on `latent_sizes` (null: the model's own and twice that) and `batches`.
+    """
+
+    width: Any = 0.5
+    choice: str = "magnitude"
+    norm_groups: str = "whole"
+    samples: int = 32
+    latent_sizes: list[int] | None = None
+    batches: list[int] = field(default_factory=lambda: [1, 4])
+
+    def __post_init__(self) -> None:
+        at_least("decoder", self, 1, "samples")
+        shares = self.width if OmegaConf.is_list(self.width) or isinstance(self.width, list) else [self.width]
+        if not shares or not all(isinstance(share, (int, float)) and 0 < share <= 1 for share in shares):
+            raise ValueError(f"decoder.width={self.width} must be a share above 0 and at most 1, or a list of them")
+        for name in ("latent_sizes", "batches"):
+            if (values := getattr(self, name)) is not None and not (values and all(value >= 1 for value in values)):
+                raise ValueError(f"decoder.{name}={values} must be a list of numbers from 1 up")
