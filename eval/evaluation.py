@@ -10,7 +10,7 @@ import hashlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -45,27 +45,58 @@ log = logging.getLogger("slimstep")
 FEATURES = "real-features.safetensors"
 
 
+@dataclass(frozen=True)
+class GivenModel:
+    """A model as `models` names it: a path alone, or {path: …, steps: […]}, its own numbers of sampling steps."""
+
+    path: str
+    steps: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, value: Any) -> "GivenModel":
+        if not isinstance(value, Mapping):
+            return cls(str(value))
+        steps = value.get("steps", [])
+        if set(value) - {"path", "steps"} or not value.get("path") or not isinstance(steps, list):
+            raise ValueError(f"models.{name}={value} must be a path, or {{path: FOLDER, steps: [32, 8]}}")
+        if not all(isinstance(n, int) and n >= 1 for n in steps):
+            raise ValueError(f"models.{name}.steps={steps} must be numbers from 1 up")
+        return cls(str(value["path"]), tuple(steps))
+
+
 class EvaluationBench(Bench):
     """The models by name, the settings they are sampled at, and what is measured there."""
 
     @cached_property
-    def models(self) -> dict[str, str]:
-        """{name: folder or hub id}, the reference first. A name that is not given is told from the path."""
+    def given(self) -> dict[str, GivenModel]:
+        """The models by name, the reference first. A name that is not given is told from the path."""
         given = self.config.models or self.config.model.get("name_or_path")
         given = OmegaConf.to_container(given) if OmegaConf.is_config(given) else [given] if given else []
-        if isinstance(given, Mapping):
-            return {str(name): str(where) for name, where in given.items()}
-        return name_models([str(where) for where in given])
+        if not isinstance(given, Mapping):
+            given = name_models([str(where) for where in given])
+        return {str(name): GivenModel.of(str(name), value) for name, value in given.items()}
+
+    @property
+    def models(self) -> dict[str, str]:
+        """{name: folder or hub id}."""
+        return {name: model.path for name, model in self.given.items()}
 
     @property
     def reference(self) -> str:
         return next(iter(self.models))
 
+    def steps_of(self, name: str) -> list[int]:
+        """The numbers of sampling steps that a model is judged at, most first: its own, or those of `curves`."""
+        return sorted(set(self.given[name].steps or self.config.curves.steps), reverse=True)
+
+    def settings_of(self, name: str) -> list[tuple[float, int]]:
+        """(guidance scale, sampling steps); distances are to the reference's first."""
+        return [(g, n) for g in self.config.curves.guidance for n in self.steps_of(name)]
+
     @property
-    def settings(self) -> list[tuple[float, int]]:
-        """(guidance scale, sampling steps), most steps first: distances are to the reference's first."""
-        curves = self.config.curves
-        return [(g, n) for g in curves.guidance for n in sorted(set(curves.steps), reverse=True)]
+    def most_steps(self) -> int:
+        """What the reference is sampled with where others are compared with it."""
+        return self.steps_of(self.reference)[0]
 
     def check(self) -> None:
         """ValueError, before anything is drawn, for models, prompts, data or a scorer that cannot be had."""
@@ -114,7 +145,8 @@ class EvaluationBench(Bench):
 
     def judge(self, name: str) -> list[dict]:
         """All settings of one model: judged/<name>/….json."""
-        files = {setting: f"judged/{name}/guidance-{setting[0]}-steps-{setting[1]}.json" for setting in self.settings}
+        settings = self.settings_of(name)
+        files = {(g, n): f"judged/{name}/guidance-{g}-steps-{n}.json" for g, n in settings}
         if not all(self.run.made(file) for file in files.values()):
             pipeline = self.loaded(self.models[name]).to(self.device)
             if self.config.evaluation.compile:
@@ -134,7 +166,7 @@ class EvaluationBench(Bench):
         kept, start = self.run.agreed(file.exists()), time.perf_counter()
 
         def draw() -> None:
-            guidance, steps = self.settings[0]
+            guidance, steps = self.settings_of(name)[0]
             self.sampler_of(pipeline, guidance, steps).images(pipeline.unet, prompts.prompts, range(size))
 
         compile_first(file, draw, self.run.accelerator)
@@ -147,7 +179,7 @@ class EvaluationBench(Bench):
         what = f"{name}, guidance {guidance:g}, {steps} steps"
         keep = self.partial(f"{name}-{guidance}-{steps}")
         images = draw_images(what, pipeline.unet, sampler, prompts, config.batch_size, accelerator, keep)
-        if name == self.reference and steps == max(self.config.curves.steps):
+        if name == self.reference and steps == self.most_steps:
             self.keep_reference(guidance, images)
         text = scorer.text(prompts.prompts)
         clip = self.by_text(clip_scores(images, text, scorer, config.batch_size, accelerator))
@@ -262,7 +294,7 @@ class EvaluationBench(Bench):
     def evaluate(self) -> dict:
         """Every model at every setting, paired with the reference at its most steps: results.json."""
         points = [point for name in self.models for point in self.judge(name)]
-        most = max(self.config.curves.steps)
+        most = self.most_steps
         base = {p["guidance"]: p for p in points if p["model"] == self.reference and p["steps"] == most}
 
         def compared(point: dict) -> dict:

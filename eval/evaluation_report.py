@@ -168,8 +168,9 @@ def curve_figure(points: list[Mapping[str, Any]], x: str, other: str, label: str
 
 
 def images_figure(folder: Path, results: Results) -> Figure:
-    """Rows are models at the first setting, columns prompts, each always from the same noise."""
-    first = results["points"][0]
-    place = f"steps-{first['steps']}-guidance-{first['guidance']}"
-    pictures = {name: sorted((folder / "images" / name / place).glob("*.png")) for name in results["models"]}
+    """Rows are models at the first of their settings, columns prompts, each always from the same noise."""
+    places: dict[str, str] = {}
+    for point in results["points"]:
+        places.setdefault(point["model"], f"steps-{point['steps']}-guidance-{point['guidance']}")
+    pictures = {name: sorted((folder / "images" / name / place).glob("*.png")) for name, place in places.items()}
     return grid_figure(list(pictures.items()), results["shown"])

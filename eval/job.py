@@ -37,7 +37,7 @@ def evaluate(config: Config, run: Run) -> int:
 def evaluation_stages(bench: EvaluationBench):
     """One product per model and setting."""
     for name in bench.models:
-        for guidance, steps in bench.settings:
+        for guidance, steps in bench.settings_of(name):
             prompts = bench.config.eval.prompts
             product = f"judged/{name}/guidance-{guidance}-steps-{steps}.json"
             yield Stage(product, f"{prompts} images", prompts * image_rows(steps, guidance))

@@ -51,11 +51,11 @@ def join(points: Sequence[Row], benchmarks: Mapping[str, Results]) -> dict[Condi
     timings: dict[Condition, dict[Key, Timing]] = {}
     for run, results in benchmarks.items():
         protocol, device = results["protocol"], results["environment"]["device"]
-        timed_setting = protocol["guidance_scale"], protocol["steps"]
         for row in results["rows"]:
             if row["cannot"]:
                 continue
             condition = Condition(device, protocol["clock"], row["name"], row["batch"])
+            timed_setting = protocol["guidance_scale"], row["steps"]
             where, timing = results["models"][row["model"]], Timing(row["ms"]["median"] / row["batch"], run)
             for point in points:
                 if setting(point) == timed_setting and same_path(point["where"], where):

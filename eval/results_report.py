@@ -19,7 +19,8 @@ from eval.pareto import key, speedup
 from eval.report import markdown_table, render
 from eval.results import SPEED_KINDS, common_settings, metric, pair_matrix, setting, told
 from eval.results_figures import draw_sections, image_grid, untimed
-from eval.speed_report import COLUMNS, NOTES, cells
+from eval.speed_report import NOTES, cells
+from eval.speed_report import header as speed_header
 
 Row = Mapping[str, Any]
 
@@ -133,7 +134,7 @@ def verdict(d: PairedDifference | None) -> str:
 def speed_tables(found: Gathered) -> list[Table]:
     """All rows of the benchmarks, ladders and pipelines tables."""
     return [
-        Table(name, COLUMNS[kind], cells(results), NOTES[kind])
+        Table(name, speed_header(results), cells(results), NOTES[kind])
         for kind in SPEED_KINDS
         for name, results in found.of_kind(kind).items()
     ]

@@ -6,6 +6,7 @@ to itself says what such a ratio is worth.
 Axes: P prompts, C channels, H and W height and width.
 """
 
+import copy
 import statistics
 import textwrap
 import time
@@ -101,6 +102,14 @@ class Subject:
                 guidance_scale=self.guidance_scale,
                 **given,
             ).images
+
+    def at(self, steps: int) -> "Subject":
+        """The same pipeline, as it is prepared, with another number of steps."""
+        other = copy.copy(self)
+        other.steps = steps
+        for made in ("sampler", "captured"):
+            other.__dict__.pop(made, None)
+        return other
 
     def call(self) -> None:
         self.draw(range(self.batch))

@@ -55,6 +55,10 @@ class SpeedBench(EvaluationBench):
             raise ValueError(f"benchmark.images={images} is more than eval.prompts={prompts}")
         _ = self.base, self.setups, self.prompt_set, self.scorer
 
+    def steps_of(self, name: str) -> list[int]:
+        """The numbers of sampling steps that a model is timed at, most first: its own, or `eval.steps`."""
+        return sorted(set(self.given[name].steps or [self.config.eval.steps]), reverse=True)
+
     @property
     def base(self) -> Setup:
         given = OmegaConf.to_container(self.config.benchmark).get("base") or {}

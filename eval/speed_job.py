@@ -8,7 +8,7 @@ from PIL import Image
 from engine.config import Config
 from engine.run import Run
 from eval.speed_bench import SpeedBench
-from eval.speed_report import COLUMNS, cells, summary, table, write_speed_report
+from eval.speed_report import cells, header, summary, table, write_speed_report
 from eval.speed_tables import TABLES
 
 log = logging.getLogger("slimstep")
@@ -50,6 +50,6 @@ def track(run: Run, kind: str) -> None:
     """The table, and the report's pictures, for a tracker if there is one."""
     if run.tracker:
         results = run.load("results.json")
-        run.tracker.table(kind, COLUMNS[kind], cells(results))
+        run.tracker.table(kind, header(results), cells(results))
         for path in sorted((run.path / "report").glob("*.png")):
             run.tracker.images(f"report/{path.stem}", [Image.open(path).convert("RGB")], [path.stem])

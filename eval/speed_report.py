@@ -21,15 +21,16 @@ Row = Mapping[str, Any]
 Results = Mapping[str, Any]
 MEASURES = ["ms", "10–90 %", "calls", "images/s", "of peak", "memory", "graphs", "PSNR, dB", "CLIP, paired"]
 COLUMNS = {
-    "benchmark": ["model", "batch", "setup", "× base", *MEASURES, *PARTS, "parts of whole"],
+    "benchmark": ["model", "steps", "batch", "setup", "× base", *MEASURES, *PARTS, "parts of whole"],
     "ladder": ["row", "× row before", "× first", "kept", *MEASURES],
     "pipelines": ["task", "model", "batch", "mode", "it/s", "× eager", "ms", "10–90 %", "calls", "memory", "graphs"],
 }
-FIRST_IMAGE = ["model", "batch", "setup", "eager, s", "cold, s", "with artefacts, s", "with a kept cache, s",
+FIRST_IMAGE = ["model", "steps", "batch", "setup", "eager, s", "cold, s", "with artefacts, s", "with a kept cache, s",
                "pays after (cold)", "(artefacts)", "(kept cache), calls"]  # fmt: skip
 NOTES = {
-    "benchmark": "Each row is timed beside the same pipeline in the base setup, call by call; a row of that very "
-    "setup shows what such a ratio is worth. PSNR is to the images that float32 draws from the same noise.",
+    "benchmark": "Each row is timed beside the same pipeline in the base setup, and the first model in it, call by "
+    "call; a row of the base setup itself shows what such a ratio is worth. PSNR is to the images that float32 draws "
+    "from the same noise.",
     "ladder": "Each row is built upon the last one that was kept, and timed beside it and the first, call by call; "
     "what is shown to be slower is not kept. The first row is timed beside another pipeline of its own kind: what a "
     "ratio is worth. PSNR and CLIP are against its images from the same noise.",
@@ -57,7 +58,7 @@ def write_speed_report(folder: str | Path, track: Callable[[], None] = lambda: N
         name=folder.name,
         note=NOTES[kind],
         clock=results["protocol"]["clock"],
-        header=COLUMNS[kind],
+        header=header(results),
         rows=cells(results),
         first_header=FIRST_IMAGE,
         first_rows=first_image_rows(results),
@@ -72,7 +73,20 @@ def table(results: Results) -> str:
     """All rows, and what compiling cost where that was measured."""
     first = first_image_rows(results)
     costs = "\n" + markdown_table(FIRST_IMAGE, first) if first else ""
-    return markdown_table(COLUMNS[results["kind"]], cells(results)) + costs
+    return markdown_table(header(results), cells(results)) + costs
+
+
+def header(results: Results) -> list[str]:
+    """The kind's columns; a benchmark's has one more for each number of steps of the first model."""
+    return COLUMNS[results["kind"]] + [f"× {name}" for name in timed_beside(results)]
+
+
+def timed_beside(results: Results) -> list[str]:
+    """What rows of a benchmark were timed beside but their own base: the first model, where there are others."""
+    if results["kind"] != "benchmark":
+        return []
+    named = dict.fromkeys(name for row in results["rows"] for name in row.get("speedup", ()))
+    return [name for name in named if name != "base"]
 
 
 def first_image_rows(results: Results) -> list[list[str]]:
@@ -83,7 +97,7 @@ def first_image_rows(results: Results) -> list[list[str]]:
             ways = [cost[way] for way in ("cold", "artifacts", "kept_cache")]
             seconds = [f"{way['first_s']:.1f}" if way else "–" for way in (cost["eager"], *ways)]
             pays = [f"{way['calls']:.0f}" if way and way["calls"] is not None else "–" for way in ways]
-            lines.append([row["model"], str(row["batch"]), row["name"], *seconds, *pays])
+            lines.append([row["model"], str(row["steps"]), str(row["batch"]), row["name"], *seconds, *pays])
     return lines
 
 
@@ -97,12 +111,17 @@ def summary(results: Results) -> dict[str, Any]:
 
 def cells(results: Results) -> list[list[str]]:
     """A line per row, in the kind's columns; what could not run says why after its name."""
-    kind = results["kind"]
-    return [told(row, len(COLUMNS[kind])) if row["cannot"] else LINES[kind](row) for row in results["rows"]]
+    line, beside = LINES[results["kind"]], timed_beside(results)
+    return [
+        told(row, len(header(results)))
+        if row["cannot"]
+        else [*line(row), *(ratio(row["speedup"].get(name)) for name in beside)]
+        for row in results["rows"]
+    ]
 
 
 def told(row: Row, width: int) -> list[str]:
-    names = [str(row[key]) for key in ("task", "model", "batch", "mode", "name") if key in row]
+    names = [str(row[key]) for key in ("task", "model", "steps", "batch", "mode", "name") if key in row]
     if "changes" in row:
         names = [row["name"]]
     reason = textwrap.shorten(row["cannot"], 100, placeholder=" …")
@@ -111,8 +130,8 @@ def told(row: Row, width: int) -> list[str]:
 
 def benchmark_line(row: Row) -> list[str]:
     parts = [digits(row["parts_ms"][part]) if part in row["parts_ms"] else "–" for part in PARTS]
-    return [row["model"], str(row["batch"]), row["name"], ratio(row["speedup"]["base"]), *measures(row), *parts,
-            sum_of_parts(row["parts_of_whole"])]  # fmt: skip
+    return [row["model"], str(row["steps"]), str(row["batch"]), row["name"], ratio(row["speedup"]["base"]),
+            *measures(row), *parts, sum_of_parts(row["parts_of_whole"])]  # fmt: skip
 
 
 def ladder_line(row: Row) -> list[str]:
@@ -187,7 +206,9 @@ def parts_figure(rows: Sequence[Row]) -> Figure:
         if widths.any():
             axes.barh(range(len(rows)), widths, left=left, height=0.62, color=colour, label=part, zorder=2)
         left += widths
-    names = [f"{row['name']}, batch {row['batch']}" for row in rows]
+    differ = len({row["steps"] for row in rows if "steps" in row}) > 1
+    names = [f"{row['name']}{', {} steps'.format(row['steps']) if differ else ''}, batch {row['batch']}"
+             for row in rows]  # fmt: skip
     bars(axes, names, "milliseconds an image")
     axes.legend(frameon=False, fontsize=8, ncols=len(PARTS), loc="lower left", bbox_to_anchor=(0, 1))
     return figure

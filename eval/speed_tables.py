@@ -18,27 +18,44 @@ ROW_KEYS = {"name", *(field.name for field in fields(Variant)), *SETUP_FIELDS} -
 
 
 def benchmark_rows(bench: SpeedBench) -> Rows:
-    """Every model in every setup at every batch, each beside the same model in the base setup."""
+    """Every model in every setup at every batch.
+
+    Each is timed beside the same model in the base setup, and beside the first model in it, at all of its steps.
+    """
     rows = []
-    for (name, where), batch in product(bench.models.items(), bench.config.benchmark.batches):
-        variant = Variant(where, bench.config.eval.steps, bench.base)
-        base = cache(lambda variant=variant, batch=batch: bench.subject(variant, batch))
-        plain = replace(variant, setup=Setup())
-        reference = cache(lambda name=name, plain=plain: bench.reference_images(name, plain))
-        for setup in bench.setups:
-            this, file = replace(variant, setup=setup), f"{name}/batch-{batch}/{setup.key}"
+    for batch, (name, where) in product(bench.config.benchmark.batches, bench.models.items()):
+        first = cache(lambda batch=batch: first_model(bench, batch))
+        for steps in bench.steps_of(name):
+            variant, place = Variant(where, steps, bench.base), f"{name}/steps-{steps}/batch-{batch}"
+            base = cache(lambda variant=variant, batch=batch: bench.subject(variant, batch))
+            plain = replace(variant, setup=Setup())
+            reference = cache(lambda plain=plain, at=f"{name}-steps-{steps}": bench.reference_images(at, plain))
+            made = []
+            for setup in bench.setups:
+                this = replace(variant, setup=setup)
 
-            def make(this=this, batch=batch, base=base, reference=reference):
-                return bench.measured(bench.subject(this, batch), {"base": base()}, reference())
+                def make(this=this, batch=batch, base=base, reference=reference, first=first):
+                    others = {} if this.model == bench.models[bench.reference] else first()
+                    return bench.measured(bench.subject(this, batch), {"base": base(), **others}, reference())
 
-            told = {"model": name, "batch": batch, "setup": asdict(setup), "name": str(setup)}
-            rows.append(bench.row(file, told, make))
-        base.cache_clear()  # compiling in other processes wants the device's memory
-        for row, setup in zip(rows[-len(bench.setups) :], bench.setups, strict=True):
-            if bench.config.benchmark.first_image and setup.compile != "eager" and not row["cannot"]:
-                file = f"{name}/batch-{batch}/{setup.key}"
-                row["first_image"] = bench.first_image(replace(variant, setup=setup), batch, file)
+                told = {"model": name, "steps": steps, "batch": batch, "setup": asdict(setup), "name": str(setup)}
+                made.append(bench.row(f"{place}/{setup.key}", told, make))
+            base.cache_clear()  # compiling in other processes wants the device's memory
+            first.cache_clear()
+            for row, setup in zip(made, bench.setups, strict=True):
+                if bench.config.benchmark.first_image and setup.compile != "eager" and not row["cannot"]:
+                    this = replace(variant, setup=setup)
+                    row["first_image"] = bench.first_image(this, batch, f"{place}/{setup.key}")
+            rows += made
     return rows
+
+
+def first_model(bench: SpeedBench, batch: int) -> dict[str, Subject]:
+    """{"teacher, 32 steps": …}: the first model in the base setup, one pipeline at all of its numbers of steps."""
+    most, *fewer = bench.steps_of(bench.reference)
+    subject = bench.subject(Variant(bench.models[bench.reference], most, bench.base), batch)
+    subjects = {most: subject, **{steps: subject.at(steps) for steps in fewer}}
+    return {f"{bench.reference}, {steps} steps": made for steps, made in subjects.items()}
 
 
 def ladder_rows(bench: SpeedBench) -> Rows:
@@ -49,7 +66,7 @@ def ladder_rows(bench: SpeedBench) -> Rows:
     if len(bench.config.benchmark.batches) > 1:
         raise ValueError(f"benchmark.batches={list(bench.config.benchmark.batches)}: a ladder has one batch size")
     (teacher, *_), (batch,) = bench.models.values(), bench.config.benchmark.batches
-    state = Variant(teacher, bench.config.eval.steps)
+    state = Variant(teacher, bench.steps_of(bench.reference)[0])
     made: dict[Variant, Subject] = {}
 
     def subject(variant: Variant) -> Subject:
@@ -116,7 +133,7 @@ def pipelines_rows(bench: SpeedBench) -> Rows:
     if unknown := set(config.tasks) - set(TASKS):
         raise ValueError(f"benchmark.tasks={sorted(unknown)} are unknown; choose from {TASKS}")
     for task, (name, where), batch in product(config.tasks, bench.models.items(), config.batches):
-        variant = Variant(where, bench.config.eval.steps, bench.base)
+        variant = Variant(where, bench.steps_of(name)[0], bench.base)
 
         def subject(variant: Variant, task=task, batch=batch) -> Subject:
             pipeline, given = task_pipeline(bench.loaded(variant.model), task, batch)

@@ -67,7 +67,8 @@ def write_speed(folder: Path, kind: str, models: dict[str, str], rows: list[dict
 
 def write_benchmark(folder: Path, models: dict[str, str], ms: dict[str, float], setup: str = "", **changes) -> Path:
     """Every model in one setup at batch 1."""
-    rows = [row(time, model=model, name=setup or str(Setup())) for model, time in ms.items()]
+    steps = changes.get("protocol", {}).get("steps", 8)
+    rows = [row(time, model=model, steps=steps, name=setup or str(Setup())) for model, time in ms.items()]
     return write_speed(folder, "benchmark", models, rows, **changes)
 
 

@@ -70,6 +70,23 @@ def test_it_leaves_results_tables_pictures_and_a_last_line_for_programs(finished
         assert (path / name).is_file(), name
 
 
+def test_a_model_may_have_its_own_numbers_of_steps(leave, tmp_path, tiny_model, tiny_pipeline_folder):
+    models = f"models={{a: {{path: {tiny_pipeline_folder}, steps: [1, 3]}}, b: {tiny_pipeline_folder}}}"
+    code, stderr = leave(*tiny_model, *SMALL, models, "curves.guidance=[3]", "evaluation.distribution=false")
+    assert code == 0, stderr
+    results = json.loads((tmp_path / "runs/evaluate/results.json").read_text())
+    assert [(p["model"], p["steps"]) for p in results["points"]] == [("a", 3), ("a", 1), ("b", 2), ("b", 1)]
+    assert results["reference"] == {"model": "a", "steps": 3}
+
+
+@pytest.mark.parametrize(
+    "wrong", ["{path: DIR, stp: [1]}", "{steps: [1]}", "{path: DIR, steps: 4}", "{path: DIR, steps: [0]}"]
+)
+def test_a_model_that_is_told_wrongly_is_named(leave, tiny_model, tiny_pipeline_folder, wrong):
+    models = f"models={{student: {wrong.replace('DIR', str(tiny_pipeline_folder))}}}"
+    assert "models.student" in told(*leave(*tiny_model, *SMALL, models))
+
+
 def test_differences_are_paired_with_the_reference_at_its_most_steps(finished):
     points = json.loads((finished[0] / "results.json").read_text())["points"]
     base = next(p for p in points if (p["model"], p["steps"], p["guidance"]) == ("pipeline", 2, 3.0))

@@ -135,7 +135,7 @@ def test_a_time_belongs_to_the_same_model_steps_and_guidance(tmp_path, evaluatio
 
 
 def test_the_time_is_that_of_one_image_of_a_batch(tmp_path, evaluation):
-    rows = [row(100, batch=8, model="teacher", name="plain")]
+    rows = [row(100, batch=8, steps=8, model="teacher", name="plain")]
     found = Gathered([evaluation, write_speed(tmp_path / "batches", "benchmark", MODELS, rows)])
     assert [time.ms for time in found.timed.values()] == [12.5]
 
@@ -149,9 +149,11 @@ def test_times_of_other_devices_and_setups_are_not_in_one_picture(tmp_path, eval
 
 
 def test_the_fastest_setup_has_a_picture_of_its_own(tmp_path, evaluation):
-    rows = [row(ms * factor, model=name, name=setup) for setup, factor in (("plain", 1), ("slow", 2), ("fast", 0.5))
+    setups = {"plain": 1, "slow": 2, "fast": 0.5}
+    rows = [row(ms * factor, steps=8, model=name, name=setup) for setup, factor in setups.items()
             for name, ms in TIMES.items()]  # fmt: skip
-    rows += [row(10, batch=8, model="teacher", name="fast"), {"model": "tiny", "name": "x", "batch": 1, "cannot": "no"}]
+    rows += [row(10, batch=8, steps=8, model="teacher", name="fast"),
+             {"model": "tiny", "name": "x", "steps": 8, "batch": 1, "cannot": "no"}]  # fmt: skip
     found = Gathered([evaluation, write_speed(tmp_path / "setups", "benchmark", MODELS, rows)])
     assert [condition.setup for condition in found.conditions] == ["plain", "fast"]
 
