@@ -1,6 +1,7 @@
-"""Components from the configuration: what `_target_` names, its values checked against the constructor's types."""
+"""What the configuration names: jobs, and components, whose values are checked against the constructor's types."""
 
 import inspect
+from collections.abc import Callable
 from typing import Any, get_type_hints
 
 import hydra
@@ -48,3 +49,14 @@ def shares(key: str, **values: float) -> None:
     for name, value in values.items():
         if not 0 <= value <= 1:
             raise ValueError(f"{key}.{name}={value} must lie between 0 and 1")
+
+
+def named_job(name: str) -> Callable[..., int]:
+    """The function that the configuration names. ValueError where there is none, or it is no job."""
+    try:
+        job = hydra.utils.get_method(name)
+    except (ImportError, ValueError) as error:
+        raise ValueError(f"job={name} is no function of this project: {' '.join(str(error).split())}") from error
+    if list(getattr(job, "__annotations__", {})) != ["config", "run", "return"]:
+        raise ValueError(f"job={name} is no job: that is a function (config: Config, run: Run) -> int")
+    return job

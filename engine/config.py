@@ -28,6 +28,24 @@ class TrackerConfig:
 
 
 @dataclass
+class HandoverConfig:
+    """Folders of pipelines: `model` gives all but the VAE, `vae` gives that."""
+
+    model: str = ""
+    vae: str = ""
+
+
+@dataclass
+class PageConfig:
+    """Finished runs that a page is about: an evaluation, and the benchmark of the same models, the teacher first and
+    the student last. `stages` are the runs beside its own that made them."""
+
+    evaluation: str = ""
+    benchmark: str = ""
+    stages: list[str] = field(default_factory=list)
+
+
+@dataclass
 class RunConfig:
     """`overwrite` moves a run directory aside that another configuration has made."""
 
@@ -36,7 +54,11 @@ class RunConfig:
 
 @dataclass
 class Config:
-    """The resolved configuration of one run; the untyped fields hold `_target_`s or a job's own section."""
+    """The resolved configuration of one run; the untyped fields hold `_target_`s or a job's own section.
+
+    A run has a job, or `stages`: {experiment: what changes in it}, which it runs in turn (engine/chain.py); with
+    `restart`, from that stage on anew.
+    """
 
     name: str = ""
     root: str = "runs"
@@ -47,6 +69,8 @@ class Config:
     mixed_precision: str = "no"
     threads: int = 0
     job: Any = None
+    stages: Any = None
+    restart: str | None = None
     model: Any = None
     models: Any = None
     data: Any = None
@@ -65,6 +89,8 @@ class Config:
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     ladder: LadderConfig = field(default_factory=LadderConfig)
     curves: CurvesConfig = field(default_factory=CurvesConfig)
+    handover: HandoverConfig = field(default_factory=HandoverConfig)
+    page: PageConfig = field(default_factory=PageConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
 

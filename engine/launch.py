@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import is_dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -29,9 +29,11 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from yaml import YAMLError
 
 import engine.config  # noqa: F401  registers the schema
+from engine.chain import Chain
+from engine.components import named_job
 from engine.config import Config
 from engine.preemption import CONTINUE_ME, Preempted, leave_on_sigterm
-from engine.run import FINISHED, TRACEBACK, Run, damaged
+from engine.run import FINISHED, TRACEBACK, WATCHING, Run, damaged
 from engine.sections.checks import at_least
 from engine.sections.training import DataConfig
 from engine.tracking import Tracker
@@ -39,13 +41,14 @@ from models.pipeline import one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
-# A run may be continued with other values of these: they change how it is watched, not what comes out.
-WATCHING = ("debug", "threads", "tracker", "run", "plan")
 MISTAKES = (ValueError, OSError, FloatingPointError, SafetensorError, YAMLError, HydraException, OmegaConfBaseException)
 MULTIRUN = {"-m", "--multirun"}
 log = logging.getLogger("slimstep")
 
 OmegaConf.register_new_resolver("here", lambda path: str(ROOT / path), replace=True)
+# In a chain: a product of another stage, and the last of a list.
+OmegaConf.register_new_resolver("made", lambda product, *, _root_: str(run_path(_root_) / product), replace=True)
+OmegaConf.register_new_resolver("last", lambda values: values[-1], replace=True)
 
 
 def main() -> None:
@@ -55,6 +58,8 @@ def main() -> None:
             fail(f"the environment's {name}={os.environ[name]} is no number; launchers set it, unset it otherwise")
     set_up()
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in MULTIRUN)  # argparse wants it before the overrides
+    # A stage's table names some of its keys; the others are added.
+    sys.argv[1:] = [f"++{word}" if word.startswith("stages.") else word for word in sys.argv[1:]]
     check_overrides(sys.argv[1:])
     sys.argv += named_by_what_is_swept(sys.argv[1:])
     leave_on_sigterm()
@@ -175,7 +180,7 @@ def fail(message: str) -> None:
 
 def start(config: DictConfig) -> int:
     """Runs one job and returns its exit code, 1 after a mistake."""
-    if config.job is None:
+    if config.job is None and not config.stages:
         list_experiments()
         given = HydraConfig.get().overrides.task
         if given:
@@ -190,7 +195,7 @@ def start(config: DictConfig) -> int:
             print(f"error: {one_line(error)}  (debug=true shows where)", file=sys.stderr)
         return 1
     try:
-        return run_job(checked)
+        return run_chain(checked) if checked.stages else run_job(checked)
     except (Preempted, Exception) as error:
         if was_preempted(error):
             if os.environ.get("RANK", "0") == "0":
@@ -263,15 +268,25 @@ def check_data(data: DictConfig | None) -> None:
     OmegaConf.to_object(OmegaConf.merge(schema, {"data": given}).data)
 
 
+def run_chain(config: Config) -> int:
+    """Every stage in turn. A stage has its own configuration and its own tracker; the chain has neither."""
+    path, accelerator = run_path(config), make_accelerator(config)
+    code = Chain(config, path, accelerator, run_job, checked_config).execute()
+    return code
+
+
+def make_accelerator(config: Config, **options) -> Accelerator:
+    # Ranks wait while rank 0 compiles and times; torchrun ends them at once where it dies.
+    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.mixed_precision,
+                       kwargs_handlers=[patience], **options)  # fmt: skip
+
+
 def run_job(config: Config) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     path = run_path(config)
-    # Ranks wait while rank 0 compiles and times; torchrun ends them at once where it dies.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.mixed_precision,
-                              log_with=config.tracker.log_with, project_dir=str(path),
-                              kwargs_handlers=[patience])  # fmt: skip
+    accelerator = make_accelerator(config, log_with=config.tracker.log_with, project_dir=str(path))
     run = Run(path, accelerator, seed=config.seed)
     resolved = OmegaConf.to_container(config, resolve=True)
     job = named_job(config.job)
@@ -279,7 +294,7 @@ def run_job(config: Config) -> int:
         run.check_config(resolved, ignoring=WATCHING)
         return job(config, run)  # it tells what it would do, and writes nothing
     run.keep_config(resolved, ignoring=WATCHING, overwrite=config.run.overwrite)
-    if config.tracker.log_with and not run.made(FINISHED):
+    if config.tracker.log_with and getattr(job, "is_tracked", True) and not run.made(FINISHED):
         given = os.environ.get("WANDB_RUN_ID")  # by a W&B sweep's agent
         identity = run.json("tracker.json", lambda: {"id": given or secrets.token_hex(4)})  # a continued run keeps it
         with damaged(path / "tracker.json"):
@@ -290,17 +305,6 @@ def run_job(config: Config) -> int:
     if run.tracker:
         run.tracker.finish()
     return code
-
-
-def named_job(name: str) -> Callable[[Config, Run], int]:
-    """The function that the configuration names. ValueError where there is none, or it is no job."""
-    try:
-        job = hydra.utils.get_method(name)
-    except (ImportError, ValueError) as error:
-        raise ValueError(f"job={name} is no function of this project: {one_line(error)}") from error
-    if list(getattr(job, "__annotations__", {})) != ["config", "run", "return"]:
-        raise ValueError(f"job={name} is no job: that is a function (config: Config, run: Run) -> int")
-    return job
 
 
 def unknown_keys(schema: DictConfig, config: DictConfig, prefix: str = "") -> Iterator[str]:

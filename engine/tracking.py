@@ -23,7 +23,8 @@ class Tracker:
             raise ValueError(f"tracker={self.kind} is not installed; pip install {self.kind}, or choose tracker=none")
         mode = os.environ.get("WANDB_MODE", config.mode)
         hparams = run_config if self.kind == "wandb" else None  # TensorBoard takes flat scalars only
-        wandb = {"dir": str(run_path), "name": run_path.name, "id": run_id, "mode": mode, "resume": "allow"}
+        wandb = {"dir": str(run_path), "name": run_path.name, "group": run_path.parent.name, "id": run_id,
+                 "mode": mode, "resume": "allow"}  # fmt: skip
         if self.kind == "wandb":
             import wandb as library
 

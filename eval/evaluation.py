@@ -39,6 +39,7 @@ from eval.inception import Inception
 from eval.judge import clip_scores, draw_images, write_pictures
 from eval.sampling import Sampler
 from eval.setups import Setup, compile_networks
+from models.cost import count_parameters
 from models.pipeline import check_pipeline, load_pipeline, networks
 
 log = logging.getLogger("slimstep")
@@ -192,6 +193,7 @@ class EvaluationBench(Bench):
             "steps": steps,
             "guidance": guidance,
             "protocol": sampler.protocol,
+            "parameters": {"UNet": count_parameters(pipeline.unet), "decoder": count_parameters(pipeline.vae.decoder)},
             "evaluations": steps * (2 if sampler.guides(pipeline.unet) else 1),
             "clip": clip,
             "preferences": {key: self.by_text(self.preferred(key, images)) for key in self.preferences},

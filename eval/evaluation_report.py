@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from data.files import whole_folder, write_text
 from eval.figures import MUTED, SERIES, canvas, grid_figure, save_png, styled, themed
-from eval.report import csv_table, flatten, markdown_table, render
+from eval.report import count, csv_table, flatten, markdown_table, render
 from eval.runs import read_json
 
 Results = Mapping[str, Any]
@@ -62,6 +62,7 @@ def columns(results: Results) -> dict[str, Callable[[Results], str]]:
         "model": lambda p: p["model"],
         "guidance": lambda p: f"{p['guidance']:g}",
         "steps": lambda p: str(p["steps"]),
+        "UNet, decoder": lambda p: f"{count(p['parameters']['UNet'])}, {count(p['parameters']['decoder'])}",
         "UNet evaluations": lambda p: str(p["evaluations"]),
         "CLIP ± se": lambda p: f"{p['clip']['mean']:.2f} ± {p['clip']['se']:.2f}",
         "against the reference": lambda p: difference(p["versus_reference"]),
@@ -117,8 +118,8 @@ def distance(point: Results, name: str, times: int) -> str:
 
 def summary(results: Results) -> dict[str, Any]:
     """What a program wants to know, without the scores of single prompts."""
-    kept = ("model", "guidance", "steps", "evaluations", "clip", "versus_reference", "preferences", "to_reference",
-            "distribution")  # fmt: skip
+    kept = ("model", "guidance", "steps", "parameters", "evaluations", "clip", "versus_reference", "preferences",
+            "to_reference", "distribution")  # fmt: skip
     points = [without_prompts({key: point[key] for key in kept}) for point in results["points"]]
     return {"reference": results["reference"], "n": results["n"], "points": points}
 

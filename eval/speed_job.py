@@ -29,6 +29,10 @@ def pipelines(config: Config, run: Run) -> int:
     return make_table("pipelines", config, run)
 
 
+for job in (benchmark, ladder, pipelines):
+    job.one_process = True
+
+
 def make_table(kind: str, config: Config, run: Run) -> int:
     """Runs or continues a job; returns exit code 0. The last line printed is JSON."""
     bench = SpeedBench(config, run)

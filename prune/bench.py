@@ -108,13 +108,13 @@ class PruneBench(Bench):
         times = self.run.agreed(times)
         return teacher_ms * times["unet"] / times["teacher"]
 
-    def export(self, student: PrunableUNet2DConditionModel) -> None:
-        """The student as a diffusers folder; verdict.json in it says how it loads."""
+    def export(self, student: PrunableUNet2DConditionModel, name: str = "export") -> None:
+        """A student as a diffusers folder; verdict.json in it says how it loads."""
 
         def write(folder: Path) -> None:
             log.info(f"exported: {export_pipeline(with_unet(self.pipeline, student), folder).load}")
 
-        self.run.sealed_folder("export", write)
+        self.run.sealed_folder(name, write)
 
     @cached_property
     def teacher_images(self) -> Tensor:

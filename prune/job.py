@@ -28,6 +28,7 @@ def prune_unet(config: Config, run: Run) -> int:
         unet, decision = evolve(bench, unet, decision, r)
         judged.append(bench.judge(f"round-{r:02d}", unet))
         measured_ms |= {"teacher": decision["teacher_ms"], f"round-{r:02d}": decision["measured_ms"]}
+    bench.export(unet, "evolved")  # what recovery begins with: others can be recovered from it
     student = bench.train(unet, config.recovery.objective, config.recovery.train, "recovery").requires_grad_(False)
     judged.append(bench.judge("student", student))
     bench.export(student)

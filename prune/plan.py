@@ -20,6 +20,7 @@ def pruning_stages(bench: PruneBench) -> Iterator[Stage]:
             yield Stage(f"{stage}/scores.json", f"{drawn} images ({sites} removals)", rows)
         yield Stage(f"{stage}/decision.json", "")
         yield judgement(stage, bench)
+    yield export("evolved", bench)
     yield training("recovery", config.recovery.train, bench)
     yield judgement("student", bench)
     yield export("export", bench)

@@ -29,6 +29,7 @@ def write_evaluation(folder: Path, models: dict[str, str], clip: dict[tuple[str,
         versus = asdict(paired_difference(values, clip[reference], resamples=200))
         points.append({
             "model": model, "steps": steps, "guidance": 2.5, "evaluations": 2 * steps,
+            "parameters": {"UNet": 5_500_000, "decoder": 300_000},
             "protocol": {"steps": steps, "guidance_scale": 2.5, "seed": 1, "scheduler": "DDIMScheduler"},
             "clip": {**asdict(mean_and_error(values)), "per_prompt": values}, "preferences": {}, "distribution": None,
             "versus_reference": None if (model, steps) == reference else versus,

@@ -1,0 +1,263 @@
+"""A chain of jobs: each stage is an experiment with a run directory of its own, RUN/STAGE, that others build upon.
+
+    stages:
+      prune_unet: {search: {target_fraction: 0.75}}                   # what changes in +experiment=prune_unet
+      distill_steps: {ladder: {student: "${made:prune_unet/export}"}} # a product of an earlier stage
+
+A stage is what train.py would run by hand with the words of its command, which is kept in RUN/stages/STAGE.json. What
+is finished is skipped; a stage whose inputs were made anew since is moved aside and made anew, too.
+"""
+
+import contextlib
+import gc
+import io
+import logging
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from omegaconf import DictConfig, OmegaConf
+
+from data.files import digests, write_json
+from engine.components import named_job
+from engine.run import WATCHING, Run
+from engine.words import compose, hydra_value, stage_words
+
+ROOT = Path(__file__).resolve().parent.parent
+OF_LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
+NOT_KEPT = ("wandb", "tensorboard")
+log = logging.getLogger("slimstep")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """`words` are its command's; `inputs` the products of earlier stages that they name, relative to the chain."""
+
+    name: str
+    words: tuple[str, ...]
+    inputs: tuple[str, ...]
+
+    @property
+    def command(self) -> str:
+        return shlex.join(["python", "train.py", *self.words])
+
+
+class Chain:
+    """The stages of one configuration, in their order, under `path`.
+
+    run_job runs one checked configuration and returns its exit code; checked makes one from a composed one.
+    """
+
+    def __init__(
+        self,
+        config: DictConfig,
+        path: Path,
+        accelerator: Accelerator,
+        run_job: Callable[[DictConfig], int],
+        checked: Callable[[DictConfig], DictConfig],
+    ):
+        self.config, self.path, self.accelerator, self.run_job, self.checked = (
+            config, path, accelerator, run_job, checked)  # fmt: skip
+        self.run = Run(path, accelerator)
+        self.stages = [self.stage(name) for name in config.stages]
+        self.configs: dict[str, DictConfig] = {}
+
+    def stage(self, name: str) -> Stage:
+        """What the configuration says of a stage, as a command."""
+        table = self.config.stages[name]
+        if not OmegaConf.is_dict(table):
+            raise ValueError(f"stages.{name}={table} must be a table of what changes in +experiment={name}")
+        told = OmegaConf.to_container(table, resolve=True)
+        own = f"{self.path}/"
+        inputs = tuple(dict.fromkeys(text.removeprefix(own) for text in strings(told) if text.startswith(own)))
+        words = stage_words(name, told)
+        place = {"root": str(self.path), "name": name, "data.cache.folder": str(self.config.data.cache.folder)}
+        return Stage(name, (*words, *(f"{key}={hydra_value(value)}" for key, value in place.items())), inputs)
+
+    def composed(self, stage: Stage) -> DictConfig:
+        """The stage's configuration, checked; ValueError that names the stage where its words do not fit."""
+        try:
+            return self.checked(compose(stage.words))
+        except Exception as error:
+            raise ValueError(f"stages.{stage.name}: {' '.join(str(error).split())}") from error
+
+    # ---- running ----
+
+    def execute(self) -> int:
+        """Makes what is not made; returns the exit code: the highest of the stages'."""
+        if self.config.restart is not None and self.config.restart not in [stage.name for stage in self.stages]:
+            raise ValueError(f"restart={self.config.restart} is no stage; there are {', '.join(self.config.stages)}")
+        self.configs = {stage.name: self.composed(stage) for stage in self.stages}
+        if self.config.plan:
+            return self.plan()
+        self.put_aside()
+        if left := [stage for stage in self.stages if not self.is_done(stage)]:
+            self.check(left)
+        codes = [self.skip(stage) if self.is_done(stage) else self.make(stage) for stage in self.stages]
+        self.link_export()
+        return max(codes)
+
+    def put_aside(self) -> None:
+        """The stages from `restart` on begin anew."""
+        names = [stage.name for stage in self.stages]
+        if self.config.restart is not None and self.accelerator.is_main_process:
+            for name in names[names.index(self.config.restart) :]:
+                self.forget(name, "restart=" + self.config.restart)
+        self.accelerator.wait_for_everyone()
+
+    def check(self, stages: list[Stage]) -> None:
+        """Everything that a stage asks for is looked at before the first begins: ValueError where it is not there."""
+        log.info(f"checking {', '.join(stage.name for stage in stages)}")
+        for stage in stages:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.run_job(self.planned(stage))
+            free_memory()
+
+    def plan(self) -> int:
+        for stage in self.stages:
+            if self.accelerator.is_main_process:
+                absent = [product for product in stage.inputs if not (self.path / product).exists()]
+                told = f" (the teacher stands for {', '.join(absent)}, not made yet)" if absent else ""
+                print(f"\n## {stage.name}{told}\n\n{stage.command}\n", flush=True)
+            self.run_job(self.planned(stage))
+            free_memory()
+        return 0
+
+    def planned(self, stage: Stage) -> DictConfig:
+        """With plan=true; the teacher stands for products that are not made yet: it is as large as any of them."""
+        absent = [str(self.path / product) for product in stage.inputs if not (self.path / product).exists()]
+        config = OmegaConf.to_container(self.configs[stage.name], resolve=True)
+        stand_ins = dict.fromkeys(absent, self.config.model.get("name_or_path"))
+        return self.checked(OmegaConf.create({**with_texts(config, stand_ins), "plan": True}))
+
+    def make(self, stage: Stage) -> int:
+        """Runs or continues a stage whose inputs are there, and keeps what it was made from."""
+        inputs = self.run.agreed(self.seen_inputs(stage) if self.accelerator.is_main_process else None)
+        if self.accelerator.is_main_process:
+            record = self.record(stage.name)
+            if record.get("inputs", inputs) != inputs:
+                self.forget(stage.name, f"{changed(record['inputs'], inputs)} changed")
+            write_json(self.record_file(stage.name), {"command": stage.command, "inputs": inputs})
+        self.accelerator.wait_for_everyone()
+        log.info(f"── {stage.name} ── {stage.command}")
+        config = self.configs[stage.name]
+        alone = getattr(named_job(config.job), "one_process", False) and self.accelerator.num_processes > 1
+        code = self.run_alone(stage) if alone else self.run_job(config)
+        free_memory()
+        if self.accelerator.is_main_process:
+            outcome = {"exit_code": code, "files": self.sizes(stage.name)}
+            write_json(self.record_file(stage.name), {"command": stage.command, "inputs": inputs, **outcome})
+        self.accelerator.wait_for_everyone()
+        return code
+
+    def skip(self, stage: Stage) -> int:
+        log.info(f"── {stage.name} ── done: {self.path / stage.name}")
+        return self.record(stage.name)["exit_code"]
+
+    def run_alone(self, stage: Stage) -> int:
+        """A stage that takes one process, in a new one of rank 0's, while others wait. ValueError where it fails."""
+        code = None
+        if self.accelerator.is_main_process:
+            free_memory()
+            env = {key: value for key, value in os.environ.items() if not key.startswith(OF_LAUNCHERS)}
+            process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *stage.words], env=env)
+            try:
+                code = process.wait()
+            finally:
+                process.terminate()
+        code = self.run.agreed(code)
+        if code:
+            raise ValueError(f"stage {stage.name} left with exit code {code}; what it said is above")
+        return code
+
+    def link_export(self) -> None:
+        """RUN/export is that of the last stage that has one."""
+        made = [stage.name for stage in self.stages if (self.path / stage.name / "export").is_dir()]
+        link = self.path / "export"
+        if made and self.accelerator.is_main_process:
+            link.unlink(missing_ok=True)
+            link.symlink_to(Path(made[-1]) / "export")
+            log.info(f"the student: {link.absolute()}")
+        self.accelerator.wait_for_everyone()
+
+    # ---- what is there ----
+
+    def record_file(self, name: str) -> Path:
+        return self.path / "stages" / f"{name}.json"
+
+    def record(self, name: str) -> dict[str, Any]:
+        """What is known of a stage: its command and inputs; once it is finished its exit code and files."""
+        file = self.record_file(name)
+        return self.run.load(str(file.relative_to(self.path))) if file.exists() else {}
+
+    def is_done(self, stage: Stage) -> bool:
+        """Whether the stage is finished, by this configuration, from the inputs that are there."""
+
+        def look() -> bool:
+            record = self.record(stage.name)
+            if record.get("files") != self.sizes(stage.name):
+                return False
+            config = OmegaConf.to_container(self.configs[stage.name], resolve=True)
+            same = not Run(self.path / stage.name, self.accelerator).differing(config, WATCHING)
+            return same and record["inputs"] == self.seen_inputs(stage)
+
+        return self.run.agreed(look() if self.accelerator.is_main_process else None)
+
+    def seen_inputs(self, stage: Stage) -> dict[str, Any]:
+        """{product: {file: digest}} of what the stage is made from; empty where a product is not made yet."""
+        return {product: digests((self.path / product).resolve()) for product in stage.inputs}
+
+    def sizes(self, name: str) -> dict[str, int]:
+        """The bytes of every file of a stage's run."""
+        folder = self.path / name
+        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+        return {
+            str(path.relative_to(folder)): path.stat().st_size
+            for path in files
+            if path.relative_to(folder).parts[0] not in NOT_KEPT
+        }
+
+    def forget(self, name: str, why: str) -> None:
+        """Moves a stage's run aside, to the next free NAME.before-N."""
+        self.record_file(name).unlink(missing_ok=True)
+        if (self.path / name).exists():
+            log.warning(f"stage {name} begins anew: {why}")
+            Run(self.path / name, self.accelerator).move_aside()
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text in nested tables and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from strings(inner)
+
+
+def with_texts(value: Any, others: dict[str, str]) -> Any:
+    """Nested tables and lists with other texts in the places of some."""
+    if isinstance(value, dict):
+        return {key: with_texts(inner, others) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [with_texts(inner, others) for inner in value]
+    return others.get(value, value) if isinstance(value, str) else value
+
+
+def changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The products that are not what they were."""
+    return ", ".join(product for product in {**before, **now} if before.get(product) != now.get(product))
+
+
+def free_memory() -> None:
+    """What a stage held on the device is free for the next."""
+    gc.collect()
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

@@ -1,0 +1,52 @@
+"""The hand-over job: one diffusers folder of a slim UNet that takes few steps and a narrow VAE, each made elsewhere."""
+
+import logging
+from functools import partial
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+
+from engine.config import Config
+from engine.run import Run
+from models.pipeline import export_pipeline, load_pipeline, with_unet
+
+log = logging.getLogger("slimstep")
+SAME_IN_BOTH = ("latent_channels", "scaling_factor", "shift_factor")
+
+
+def hand_over(config: Config, run: Run) -> int:
+    """Writes export/, or tells that it would; returns exit code 0."""
+    model, vae = (given(config, key) for key in ("model", "vae"))
+    if config.plan:
+        if run.accelerator.is_main_process:
+            print(f"run     {run.path}\nexport  the UNet and scheduler of {model}, the VAE of {vae}")
+        return 0
+    folder = run.sealed_folder("export", partial(write, model, vae))
+    log.info(f"the student: {folder.resolve()}")
+    return 0
+
+
+hand_over.is_tracked = False
+
+
+def given(config: Config, key: str) -> str:
+    if not (where := config.handover[key]):
+        raise ValueError(f"handover.{key} names no pipeline: handover.{key}=FOLDER")
+    return where
+
+
+def write(model: str, vae: str, folder: Path) -> None:
+    pipeline = joined(load_pipeline(model), load_pipeline(vae), f"handover.vae={vae}")
+    log.info(f"exported: {export_pipeline(pipeline, folder).load}")
+
+
+def joined(pipeline: DiffusionPipeline, of_vae: DiffusionPipeline, name: str) -> DiffusionPipeline:
+    """The pipeline with the other's VAE. ValueError where that means another thing by its latents."""
+    own, other = ({key: part.vae.config[key] for key in SAME_IN_BOTH} for part in (pipeline, of_vae))
+    if own != other:
+        raise ValueError(f"{name} reads other latents than the model's: {other} there, {own} here")
+    encoder, weights = pipeline.vae.encoder.state_dict(), of_vae.vae.encoder.state_dict()
+    if encoder.keys() != weights.keys() or not all(torch.equal(encoder[key], weights[key]) for key in encoder):
+        raise ValueError(f"{name} has another encoder than the model's VAE: its latents are others")
+    return with_unet(pipeline, pipeline.unet, vae=of_vae.vae)

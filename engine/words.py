@@ -1,0 +1,86 @@
+"""The words of a stage's command: a table of what changes as Hydra overrides, and which words of the chain go along."""
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import hydra
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from omegaconf import DictConfig, OmegaConf
+
+CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+OF_THE_CHAIN = ("name", "root", "experiment", "restart", "stages", "plan")
+PLAIN = re.compile(r"[A-Za-z_/.][\w./-]*", re.ASCII)
+SPECIAL = ("true", "false", "null", "nan", "inf")
+
+
+def compose(words: tuple[str, ...], **options) -> DictConfig:
+    """The configuration that these words make."""
+    if GlobalHydra.instance().is_initialized():
+        return hydra.compose("train", overrides=list(words), **options)
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return hydra.compose("train", overrides=list(words), **options)
+
+
+@cache
+def experiment(name: str) -> DictConfig:
+    """The configuration of an experiment as it is, and Hydra's own beside it."""
+    return compose((f"+experiment={name}",), return_hydra_config=True)
+
+
+def stage_words(name: str, table: Mapping[str, Any]) -> tuple[str, ...]:
+    """+experiment=NAME and what changes in it: by the chain's table, by the command line for all stages, and for this.
+
+    A group that the command line chooses (`search=…`) goes to the stages that have it.
+    """
+    base = experiment(name)
+    of_table = dict(flat(table, base))
+    given = [parsed(word) for word in HydraConfig.get().overrides.task]
+    general = [word.input_line for word in given if goes_to_all(word, base.hydra.runtime.choices)]
+    own = tuple(word.key_or_group.removeprefix(f"stages.{name}.") for word in given
+                if word.key_or_group.startswith(f"stages.{name}."))  # fmt: skip
+    said_of_it = [key for key in of_table if any(f"{key}.".startswith(f"{mine}.") for mine in own)]
+    told = [key for key in of_table if key not in said_of_it]
+    words = [f"{key}={of_table[key]}" for key in told], general, [f"{key}={of_table[key]}" for key in said_of_it]
+    return (f"+experiment={name}", *(word for part in words for word in part))
+
+
+def goes_to_all(word: Override, choices: Mapping[str, Any]) -> bool:
+    """Whether a word of the chain's command is one of the stage's with these groups."""
+    key = word.key_or_group
+    if key.split(".")[0] in OF_THE_CHAIN:
+        return False
+    return word.is_add() or not (CONFIGS / key).is_dir() or key in choices
+
+
+def flat(table: Mapping[str, Any], base: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, value as Hydra reads it); a table goes key by key where `base` has one, and whole where not."""
+    for key, value in table.items():
+        there = base.get(key) if OmegaConf.is_dict(base) else None
+        if isinstance(value, Mapping) and OmegaConf.is_dict(there):
+            yield from flat(value, there, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", hydra_value(value)
+
+
+def hydra_value(value: Any) -> str:
+    """A value in the grammar of Hydra's overrides."""
+    if isinstance(value, Mapping):
+        return "{" + ", ".join(f"{key}: {hydra_value(inner)}" for key, inner in value.items()) + "}"
+    if isinstance(value, (list, tuple)):
+        return "[" + ",".join(map(hydra_value, value)) + "]"
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if not isinstance(value, str) or (PLAIN.fullmatch(value) and value.lower() not in SPECIAL):
+        return str(value)
+    # A backslash is itself, but before a quote.
+    return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value) + "'"
+
+
+def parsed(word: str) -> Override:
+    return OverridesParser.create().parse_override(word)

@@ -1,0 +1,74 @@
+"""The last page of the whole method: the student against its teacher, and what every stage made, in one table."""
+
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from markupsafe import Markup
+from PIL import Image
+
+from data.files import whole_folder, write_json, write_text
+from engine.config import Config
+from engine.run import Run
+from eval.figures import save_png, themed
+from eval.outcome import AGAINST, Outcome
+from eval.report import flatten, render
+
+log = logging.getLogger("slimstep")
+
+
+def report(config: Config, run: Run) -> int:
+    """Writes report.html, table.md and summary.json, or tells that it would; returns exit code 0."""
+    page = config.page
+    if not (page.evaluation and page.benchmark):
+        raise ValueError("page.evaluation and page.benchmark name the runs that the page is about: page.evaluation=DIR")
+    if config.plan:
+        if run.accelerator.is_main_process:
+            print(f"run   {run.path}\npage  of {page.evaluation} and {page.benchmark}")
+        return 0
+    if run.accelerator.is_main_process:
+        outcome = Outcome(page.evaluation, page.benchmark)
+        write_page(outcome, run, page.stages)
+        print(outcome.text())
+        log.info(f"report: {(run.path / 'report.html').resolve()}")
+        print(json.dumps({"run": str(run.path.resolve()), **outcome.summary()}))
+    run.accelerator.wait_for_everyone()
+    return 0
+
+
+def write_page(outcome: Outcome, run: Run, stages: Sequence[str]) -> None:
+    figures, folder = outcome.figures(), run.path
+    with whole_folder(folder / "report") as aside:
+        for name, figure in figures.items():
+            save_png(figure, aside / f"{name}.png")
+    write_text(folder / "table.md", outcome.text())
+    write_json(folder / "summary.json", outcome.summary())
+    if run.tracker:
+        run.tracker.table("products", outcome.products_header(), outcome.product_rows())
+        run.tracker.table("student against teacher", AGAINST, outcome.against_rows())
+        for name in figures:
+            run.tracker.images(f"report/{name}", [Image.open(folder / f"report/{name}.png").convert("RGB")], [name])
+    evaluation = outcome.evaluation
+    page = render(
+        "final.html.j2",
+        name=folder.parent.name,
+        outcome=outcome,
+        against_header=AGAINST,
+        figures={name: Markup(themed(figure, name)) for name, figure in figures.items()},
+        clock=outcome.benchmark["protocol"]["clock"],
+        stages=[(name, command(folder.parent, name), link(folder.parent, name)) for name in stages],
+        facts=flatten({key: evaluation[key] for key in ("models", "prompts", "n", "protocol", "environment")}),
+    )
+    write_text(folder / "report.html", page)
+
+
+def command(chain: Path, stage: str) -> str:
+    """What made a stage, as the chain has kept it; nothing for runs that no chain has made."""
+    record = chain / "stages" / f"{stage}.json"
+    return json.loads(record.read_text())["command"] if record.is_file() else ""
+
+
+def link(chain: Path, stage: str) -> str | None:
+    """A stage's own page as seen from here, where it has one."""
+    return f"../{stage}/report.html" if (chain / stage / "report.html").is_file() else None

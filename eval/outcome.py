@@ -1,0 +1,146 @@
+"""What became of a teacher: every stage's product and the student, their scores and times, in tables and words.
+
+An evaluation gives the scores and a benchmark of the same models the times; the first model is the teacher, the last
+one the student.
+"""
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from eval.compare import paired_difference
+from eval.evaluation_report import difference, images_figure
+from eval.gathered import Gathered
+from eval.report import count, markdown_table, percent
+from eval.results_figures import draw_time
+from eval.speed_report import ratio
+
+Point = Mapping[str, Any]
+AGAINST = ["teacher at", "its CLIP ± se", "student − teacher, paired [95 %]", "times as fast [95 %]"]
+PRODUCTS = ["model", "steps", "UNet", "decoder", "CLIP ± se"]
+
+
+class Outcome:
+    """What became of the teacher, by stage. ValueError where the two runs are not about the same models."""
+
+    def __init__(self, evaluation: str, benchmark: str):
+        self.folder = Path(evaluation)
+        self.found = Gathered([evaluation, benchmark])
+        (self.evaluation,), (self.benchmark,) = (
+            self.found.of_kind(kind).values() or [None] for kind in ("evaluation", "benchmark")
+        )
+        if not self.evaluation or not self.benchmark:
+            raise ValueError(f"{evaluation} must hold an evaluation, and {benchmark} a benchmark")
+        if list(self.evaluation["models"]) != list(self.benchmark["models"]):
+            raise ValueError(f"{evaluation} and {benchmark} are about other models: {list(self.evaluation['models'])} "
+                             f"and {list(self.benchmark['models'])}")  # fmt: skip
+        self.teacher, *_, self.student_name = self.evaluation["models"]
+
+    @cached_property
+    def points(self) -> list[Point]:
+        """At the first guidance scale: the teacher at each of its steps, then every product."""
+        first = self.evaluation["points"][0]["guidance"]
+        return [point for point in self.evaluation["points"] if point["guidance"] == first]
+
+    @cached_property
+    def teachers(self) -> list[Point]:
+        return [point for point in self.points if point["model"] == self.teacher]
+
+    @cached_property
+    def student(self) -> Point:
+        return next(point for point in self.points if point["model"] == self.student_name)
+
+    def row(self, point: Point) -> Mapping[str, Any] | None:
+        """How long the point takes: the first setup and batch it was timed in, None where it was not."""
+        return next((row for row in self.benchmark["rows"] if not row["cannot"]
+                     and (row["model"], row["steps"]) == (point["model"], point["steps"])), None)  # fmt: skip
+
+    def faster(self, point: Point, teacher: Point) -> Mapping[str, float] | None:
+        """How many times as fast a point is as the teacher at one of its steps."""
+        row = self.row(point)
+        return row and row["speedup"].get(f"{self.teacher}, {teacher['steps']} steps")
+
+    # ---- tables ----
+
+    def against_rows(self) -> list[list[str]]:
+        return [[f"{t['steps']} steps", score(t), difference(self.versus(self.student, t)),
+                 ratio(self.faster(self.student, t))] for t in self.teachers]  # fmt: skip
+
+    def products_header(self) -> list[str]:
+        most = self.teachers[0]["steps"]
+        return [*PRODUCTS, f"against {most} steps, paired [95 %]", "ms an image", f"× {most} steps [95 %]"]
+
+    def product_rows(self) -> list[list[str]]:
+        return [self.product_row(point) for point in self.points]
+
+    def product_row(self, point: Point) -> list[str]:
+        row, most, own = self.row(point), self.teachers[0], point["parameters"]
+        versus = None if point is most else self.versus(point, most)
+        ms = f"{row['ms']['median'] / row['batch']:.0f}" if row else "–"
+        return [point["model"], str(point["steps"]), count(own["UNet"]), count(own["decoder"]), score(point),
+                difference(versus), ms, ratio(self.faster(point, most))]  # fmt: skip
+
+    @staticmethod
+    def versus(point: Point, other: Point) -> dict[str, Any]:
+        return asdict(paired_difference(point["clip"]["per_prompt"], other["clip"]["per_prompt"]))
+
+    def text(self) -> str:
+        tables = (AGAINST, self.against_rows()), (self.products_header(), self.product_rows())
+        return "\n".join(markdown_table(*table) for table in tables)
+
+    # ---- words ----
+
+    def sentence(self) -> str:
+        """The outcome, against the teacher's second number of steps where it has several."""
+        teacher, student = self.teachers[min(1, len(self.teachers) - 1)], self.student
+        share = percent(student["parameters"]["UNet"] / teacher["parameters"]["UNet"])
+        faster, versus = self.faster(student, teacher), self.versus(student, teacher)
+        times = f"{faster['ratio']:.1f} times as fast" if faster else "not timed"
+        return (
+            f"With {share} of the UNet's parameters and {student['steps']} steps the student draws an image {times} as "
+            f"the teacher with {teacher['steps']}; CLIP {difference(versus)}, paired over {versus['n']} prompts."
+        )
+
+    def tiles(self) -> list[dict[str, str]]:
+        """Label, value, explanation: the large numbers of the page."""
+        own, steps, n = self.student["clip"], self.student["steps"], self.evaluation["n"]
+        shown = [(f"CLIP, student, {steps} steps", f"{own['mean']:.2f}", f"± {own['se']:.2f}, {n} prompts")]
+        for teacher in self.teachers:
+            value, interval = difference(self.versus(self.student, teacher)).split(" ", 1)
+            shown.append((f"CLIP against {teacher['steps']} steps", value, f"95 %: {interval}"))
+            if faster := self.faster(self.student, teacher):
+                value, interval = ratio(faster).split(" ", 1)
+                shown.append((f"speed against {teacher['steps']} steps", f"{value}×", f"95 %: {interval}"))
+        return [dict(zip(("label", "value", "note"), tile, strict=True)) for tile in shown]
+
+    def summary(self) -> dict[str, Any]:
+        """What a program wants to know."""
+        student, teachers = self.student, self.teachers
+        against = [
+            {
+                "steps": teacher["steps"],
+                "clip": without_prompts(teacher),
+                "difference": self.versus(student, teacher),
+                "speedup": self.faster(student, teacher),
+            }
+            for teacher in teachers
+        ]
+        told = {"steps": student["steps"], "clip": without_prompts(student), "parameters": student["parameters"]}
+        return {"student": told, "against": against}
+
+    def figures(self) -> dict[str, Figure]:
+        drawn = [draw_time(self.found, condition) for condition in self.found.conditions]
+        pictures = {picture.name: picture.figure for picture in drawn}
+        return pictures | ({"images": images_figure(self.folder, self.evaluation)} if self.evaluation["shown"] else {})
+
+
+def score(point: Point) -> str:
+    return f"{point['clip']['mean']:.2f} ± {point['clip']['se']:.2f}"
+
+
+def without_prompts(point: Point) -> dict[str, float]:
+    return {key: point["clip"][key] for key in ("mean", "se")}

@@ -1,0 +1,117 @@
+"""A chain of jobs: whose words are whose, what is skipped, what begins anew. The jobs here only leave a file."""
+
+import json
+import re
+import sys
+
+import pytest
+from accelerate import Accelerator
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+import engine.launch
+from engine.launch import main, run_path
+from engine.words import hydra_value
+from tests.mistakes import told
+
+STAGES = ("prune_unet", "prune_vae", "distill_steps", "handover", "evaluate", "benchmark", "report")
+
+
+@pytest.mark.parametrize("value", [
+    3, 0.5, 1e-5, True, None, "plain/path-1.0", "a path with blanks", "it's", "back\\slash", "true", "3", "",
+    "a: b, [c]", [1, "x y"], {"a": {"b": [1, None]}, "c": "d e"}, [{"name": "a", "steps": [8, 4]}], "täxt", "100%",
+    "a=b", "${x}",
+])  # fmt: skip
+def test_a_value_is_read_as_it_was_written(value):
+    assert OverridesParser.create().parse_override(f"key={hydra_value(value)}").value() == value
+
+
+@pytest.fixture
+def chain(monkeypatch, capfd, tmp_path):
+    """Runs the whole method with jobs that only leave folders: exit code, what ran, its configurations, stderr."""
+    ran = []
+
+    def job(config):
+        path = run_path(config)
+        if config.plan:
+            return 0
+        ran.append(path.name)
+        (path / "export").mkdir(parents=True, exist_ok=True)
+        (path / "evolved").mkdir(exist_ok=True)
+        last = path / f"steps-{config.ladder.steps[-1]}/export"
+        last.mkdir(parents=True, exist_ok=True)
+        for folder in (path / "export", path / "evolved", last):
+            (folder / "made.json").write_text(json.dumps([config.train.steps, config.seed]))
+        config_of[path.name] = config
+        return 3 if path.name == "prune_unet" else 0
+
+    config_of = {}
+    monkeypatch.setattr(engine.launch, "run_job", job)
+
+    def run(*overrides):
+        ran.clear()
+        monkeypatch.setattr(sys, "argv", ["train.py", "+experiment=snapfusion", f"root={tmp_path}", *overrides])
+        with pytest.raises(SystemExit) as leaving:
+            main()
+        return leaving.value.code, list(ran), config_of, capfd.readouterr().err
+
+    Accelerator(cpu=True)
+    return run
+
+
+def test_stages_run_in_turn_and_only_once(chain, tmp_path):
+    code, ran, _, stderr = chain()
+    assert (code, tuple(ran)) == (3, STAGES), stderr
+    assert chain()[:2] == (3, [])
+    record = json.loads((tmp_path / "snapfusion/stages/distill_steps.json").read_text())
+    assert list(record["inputs"]) == ["prune_unet/export"] and "+experiment=distill_steps" in record["command"]
+
+
+def test_words_without_a_stage_are_for_all_and_those_with_one_for_it(chain):
+    words = ["seed=3", "train.steps=11", "stages.prune_vae.train.steps=7", "stages.prune_vae.seed=4",
+             "stages.prune_unet.search=random", "eval.guidance_scale=5"]  # fmt: skip
+    _, _, configs, stderr = chain(*words)
+    assert [configs[name].train.steps for name in STAGES[:3]] == [11, 7, 11], stderr
+    assert [configs[name].seed for name in STAGES[:3]] == [3, 4, 3]
+    assert "random" in configs["prune_unet"].search.method["_target_"].lower()
+    assert configs["evaluate"].curves.guidance == [5] and configs["prune_vae"].latents.guidance_scale == 5
+
+
+def test_what_follows_from_a_new_product_begins_anew(chain, tmp_path):
+    chain()
+    made = tmp_path / "snapfusion/prune_unet/export/made.json"
+    made.write_text(made.read_text()[::-1])
+    _, ran, _, stderr = chain()
+    assert ran == ["distill_steps", "evaluate", "benchmark"], stderr  # the others' inputs are as they were
+    assert "stage distill_steps begins anew: prune_unet/export changed" in stderr
+    assert (tmp_path / "snapfusion/distill_steps.before-1").is_dir()
+
+
+def test_a_stage_that_lost_a_file_is_run_again_where_it_is(chain, tmp_path):
+    chain()
+    (tmp_path / "snapfusion/prune_vae/evolved/made.json").unlink()
+    _, ran, _, _ = chain()
+    assert ran == ["prune_vae"] and not (tmp_path / "snapfusion/prune_vae.before-1").exists()
+
+
+def test_restart_begins_with_its_stage(chain, tmp_path):
+    chain()
+    assert chain("restart=evaluate")[1] == list(STAGES[4:])
+    assert (tmp_path / "snapfusion/evaluate.before-1").is_dir()
+
+
+def test_the_export_is_that_of_the_last_stage_that_has_one(chain, tmp_path):
+    chain("stages.distill_steps.ladder.steps=[32,16,8,4]")
+    assert (tmp_path / "snapfusion/export").resolve() == (tmp_path / "snapfusion/report/export").resolve()
+
+
+@pytest.mark.parametrize(("wrong", "culprit"), [
+    ("stages.prune_unet.train.stps=3", "stages.prune_unet: .*stps"),
+    ("stages.prune_vae.decoder.width=2", "stages.prune_vae: decoder.width=2"),
+    ("stages.prune_unets.train.steps=3", "prune_unets"),
+    ("stages.evaluate=3", "stages.evaluate=3 must be a table"),
+    ("restart=prune", "restart=prune is no stage"),
+    ("stages.distill_steps.ladder.steps=[]", "ladder.steps"),
+])  # fmt: skip
+def test_a_mistake_in_a_stage_is_one_line_before_anything_runs(chain, wrong, culprit):
+    code, ran, _, stderr = chain(wrong)
+    assert re.search(culprit, told(code, stderr)) and not ran
