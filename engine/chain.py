@@ -117,7 +117,7 @@ class Chain:
         log.info(f"checking {', '.join(stage.name for stage in stages)}")
         for stage in stages:
             with contextlib.redirect_stdout(io.StringIO()):
-                self.run_job(self.planned(stage))
+                self.run_job(self.planned(stage, rates=dict.fromkeys(("forward", "training", "decoding"), 1.0)))
             free_memory()
 
     def plan(self) -> int:
@@ -130,12 +130,12 @@ class Chain:
             free_memory()
         return 0
 
-    def planned(self, stage: Stage) -> DictConfig:
+    def planned(self, stage: Stage, **changes: Any) -> DictConfig:
         """With plan=true; the teacher stands for products that are not made yet: it is as large as any of them."""
         absent = [str(self.path / product) for product in stage.inputs if not (self.path / product).exists()]
-        config = OmegaConf.to_container(self.configs[stage.name], resolve=True)
+        config = OmegaConf.to_container(self.configs[stage.name], resolve=False)
         stand_ins = dict.fromkeys(absent, self.config.model.get("name_or_path"))
-        return self.checked(OmegaConf.create({**with_texts(config, stand_ins), "plan": True}))
+        return self.checked(OmegaConf.create({**with_texts(config, stand_ins), "plan": True, **changes}))
 
     def make(self, stage: Stage) -> int:
         """Runs or continues a stage whose inputs are there, and keeps what it was made from."""

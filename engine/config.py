@@ -1,5 +1,6 @@
 """The configuration of a run, typed: a misspelt key is an error before anything runs. Its sections: engine/sections."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,6 +44,20 @@ class PageConfig:
     evaluation: str = ""
     benchmark: str = ""
     stages: list[str] = field(default_factory=list)
+
+
+@dataclass
+class RatesConfig:
+    """Rows a second of one process, for the hours that plan=true tells; null is measured by it."""
+
+    forward: float | None = None
+    training: float | None = None
+    decoding: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("forward", "training", "decoding"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"rates.{name}={value} must be above 0")
 
 
 @dataclass
@@ -91,6 +106,7 @@ class Config:
     curves: CurvesConfig = field(default_factory=CurvesConfig)
     handover: HandoverConfig = field(default_factory=HandoverConfig)
     page: PageConfig = field(default_factory=PageConfig)
+    rates: RatesConfig = field(default_factory=RatesConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
 

@@ -23,7 +23,7 @@ from engine.tracking import Tracker
 log = logging.getLogger("slimstep")
 GROWING = ("ladder.steps", "curves.steps", "curves.guidance")
 # A run may be continued with other values of these: they change how it is watched, not what comes out.
-WATCHING = ("debug", "threads", "tracker", "run", "plan")
+WATCHING = ("debug", "threads", "tracker", "run", "plan", "rates")
 FINISHED = "report.html"  # what a job that has something to track writes last
 TRACEBACK = "traceback-rank-"
 NOT_MADE = ("config.yaml", "tracker.json", "wandb", "tensorboard", "metrics.jsonl", "partial", TRACEBACK)

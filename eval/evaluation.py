@@ -142,6 +142,15 @@ class EvaluationBench(Bench):
     def sampler_of(self, pipeline: DiffusionPipeline, guidance: float, steps: int) -> Sampler:
         return Sampler(pipeline, steps, guidance, self.config.eval.seed)
 
+    @cached_property
+    def pipeline(self) -> DiffusionPipeline:
+        """The reference on the device: what a plan measures."""
+        return self.loaded(self.models[self.reference]).to(self.device)
+
+    @property
+    def model(self) -> DiffusionPipeline:
+        return self.pipeline
+
     # ---- one model ----
 
     def judge(self, name: str) -> list[dict]:

@@ -9,7 +9,7 @@ from engine.config import Config
 from engine.run import Run
 from eval.evaluation import EvaluationBench
 from eval.evaluation_report import header, points_table, rows, summary, write_evaluation_report
-from eval.plan import Stage, image_rows, stages_table
+from eval.plan import Stage, image_rows, stages_table, time_line
 
 log = logging.getLogger("slimstep")
 
@@ -20,7 +20,9 @@ def evaluate(config: Config, run: Run) -> int:
     bench.check()
     if config.plan:
         if run.accelerator.is_main_process:
-            print(stages_table(run, list(evaluation_stages(bench))))
+            stages = list(evaluation_stages(bench))
+            print(stages_table(run, stages))
+            print(time_line(bench, stages, []))
         return 0
     results, page = bench.evaluate(), run.path / "report.html"
     new = not run.made(page.name)

@@ -7,6 +7,7 @@ from engine.run import Run
 from engine.sections.training import TrainConfig
 from eval.bench import Bench
 from eval.report import count, markdown_table
+from eval.throughput import hours
 from models.cost import count_activation_bytes, count_gflops
 from models.pipeline import networks
 
@@ -16,12 +17,18 @@ TRAINED_COPIES, CHECKPOINT_COPIES, BYTES = 5, 4, 4
 
 @dataclass(frozen=True)
 class Stage:
-    """A product of a job and what making it costs; `forwards` counts UNet rows, a guided image step being two."""
+    """A product of a job and what making it costs.
+
+    `forwards` counts UNet rows without gradients, a guided image step being two, `trained` those with a backward;
+    `decoded` images of a decoder that learns.
+    """
 
     product: str
     work: str
     forwards: int = 0
     disk_bytes: int = 0
+    trained: int = 0
+    decoded: int = 0
 
 
 def training(stage: str, config: TrainConfig, bench: Bench, taught: int = 1, work: str = "") -> Stage:
@@ -33,7 +40,7 @@ def training(stage: str, config: TrainConfig, bench: Bench, taught: int = 1, wor
     size = BYTES * bench.teacher.num_parameters()
     kept = CHECKPOINT_COPIES * size * min(config.keep_checkpoints, (config.steps - 1) // config.checkpoint_every)
     told = ", ".join(filter(None, [f"{config.steps} steps, {samples} samples", work]))
-    return Stage(f"{stage}/weights.safetensors", told, samples * (1 + taught), size + kept)
+    return Stage(f"{stage}/weights.safetensors", told, samples * taught, size + kept, trained=samples)
 
 
 def export(product: str, bench: Bench) -> Stage:
@@ -56,8 +63,14 @@ def print_plan(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainC
 
 
 def stages_table(run: Run, stages: Sequence[Stage]) -> str:
-    rows = [[s.product, state(run, s), s.work, f"{s.forwards:,}", size(s.disk_bytes)] for s in stages]
-    return markdown_table(["product", "state", "work", "UNet forwards", "disk"], rows)
+    rows = [
+        [s.product, state(run, s), s.work, rows_of(s.forwards), rows_of(s.trained), size(s.disk_bytes)] for s in stages
+    ]
+    return markdown_table(["product", "state", "work", "UNet forwards", "with backward", "disk"], rows)
+
+
+def rows_of(count: int) -> str:
+    return f"{count:,}" if count else "–"
 
 
 def state(run: Run, stage: Stage) -> str:
@@ -67,13 +80,12 @@ def state(run: Run, stage: Stage) -> str:
 def estimates(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainConfig]) -> str:
     """The run's place, its UNet, and what is left to do in forwards, memory and disk."""
     unet, tokens = bench.unet, bench.text_length
-    todo = sum(stage.forwards for stage in stages if state(bench.run, stage) == "to do")
     weights = BYTES * unet.num_parameters()
     lines = [
         f"run        {bench.run.path}",
         f"teacher    {count(unet.num_parameters())} parameters, {len(unet.kept_sites)} blocks, "
         f"{count_gflops(unet, tokens=tokens):.2f} GFLOPs a forward",
-        f"to do      {todo:,} UNet forwards (rows; a training sample also runs backward)",
+        time_line(bench, stages, trainings),
     ]
     if trainings:
         batch = max(config.batch_size for config in trainings)
@@ -84,6 +96,25 @@ def estimates(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainCo
         )
     lines.append(f"disk       at most {size(sum(stage.disk_bytes for stage in stages))}, the cache not counted")
     return "\n".join(lines)
+
+
+def time_line(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainConfig]) -> str:
+    """What is left to do in rows and hours."""
+    left = [stage for stage in stages if state(bench.run, stage) == "to do"]
+    rows = {"forward": sum(s.forwards for s in left), "training": sum(s.trained for s in left),
+            "decoding": sum(s.decoded for s in left)}  # fmt: skip
+    if not any(rows.values()):
+        return "to do      nothing that takes long"
+    time, rates = hours(bench, rows, max(trainings, key=lambda config: config.batch_size, default=bench.config.train))
+    told = ", ".join(f"{rows[kind]:,} rows of {kind} at {rate:.3g}/s" for kind, rate in rates.items())
+    return f"to do      about {duration(time)} on {bench.run.accelerator.num_processes} process(es): {told} each"
+
+
+def duration(hours: float) -> str:
+    """Hours in the unit people read: 3.4 h."""
+    if hours >= 48:
+        return f"{hours / 24:.1f} days"
+    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
 
 
 def size(count_bytes: int) -> str:

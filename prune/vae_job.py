@@ -41,7 +41,7 @@ def decoder_stages(bench: VaeBench) -> Iterator[Stage]:
         sampled, real = bench.parts(r)
         rows = (sampled - before) * image_rows(latents.steps, latents.guidance_scale)
         work = f"{config.steps} steps, {samples} samples of {sampled} sampled latents and {real} images"
-        yield Stage(f"round-{r:02d}/weights.safetensors", work, rows, size + kept)
+        yield Stage(f"round-{r:02d}/weights.safetensors", work, rows, size + kept, decoded=samples)
         before = sampled
     yield export("export", bench)
     yield Stage("vae_ms.json", "both decoders, interleaved")

@@ -1,0 +1,122 @@
+"""How many rows a second this device makes, and how many hours a plan's work takes at that rate."""
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+from engine.sections.training import TrainConfig
+from eval.bench import Bench
+from models.cost import unet_inputs
+
+SECONDS, CALLS = 4.0, 3  # about as long a timed call may take, and how many there are
+
+
+def hours(bench: Bench, rows: dict[str, int], training: TrainConfig) -> tuple[float, dict[str, float]]:
+    """How long all processes take for rows of each kind, and the rates behind it, in rows a second of one process.
+
+    rows: {"forward": UNet evaluations, "training": those with a backward, "decoding": images of a decoder that learns}.
+    What `rates` gives is taken, the rest measured, in the job's batches where a call of them takes seconds and not
+    minutes. Not counted is what loads, writes, times and compiles.
+    """
+    measures = {"forward": forward_rate, "training": training_rate, "decoding": decoding_rate}
+    given = bench.config.rates
+    rates = {kind: given[kind] or measures[kind](bench, training) for kind, count in rows.items() if count}
+    seconds = sum(rows[kind] / rate for kind, rate in rates.items()) / bench.run.accelerator.num_processes
+    return seconds / 3600, rates
+
+
+def forward_rate(bench: Bench, training: TrainConfig) -> float:
+    def forward(rows: int) -> Callable[[], None]:
+        inputs = random_inputs(bench, rows)
+
+        def call() -> None:
+            with torch.inference_mode(), bench.run.accelerator.autocast():
+                bench.unet(**inputs, return_dict=False)
+
+        return call
+
+    return rate(forward, 2 * bench.config.eval.batch_size, bench.device)
+
+
+def training_rate(bench: Bench, training: TrainConfig) -> float:
+    """Forward and backward; an optimiser's step is small beside them."""
+    unet = bench.unet
+    if training.gradient_checkpointing:
+        unet.enable_gradient_checkpointing()
+
+    def forward(rows: int) -> Callable[[], Tensor]:
+        inputs = random_inputs(bench, rows)
+        return lambda: unet(**inputs, return_dict=False)[0]
+
+    measured = backward_rate(bench, unet.train(), forward, training.batch_size)
+    unet.eval().disable_gradient_checkpointing()
+    return measured
+
+
+def decoding_rate(bench: Bench, training: TrainConfig) -> float:
+    """The wide decoder's forward and backward: more than the narrow one's and the wide one's forward."""
+    vae, config = bench.pipeline.vae, bench.unet.config
+    shape = config.in_channels, config.sample_size, config.sample_size
+
+    def forward(rows: int) -> Callable[[], Tensor]:
+        latents = torch.randn(rows, *shape, device=bench.device)
+        return lambda: vae.decoder(latents)
+
+    return backward_rate(bench, vae.decoder, forward, training.batch_size)
+
+
+def backward_rate(
+    bench: Bench, network: nn.Module, forward: Callable[[int], Callable[[], Tensor]], batch: int
+) -> float:
+    """Rows a second; the network is frozen afterwards, as it was."""
+
+    def both(rows: int) -> Callable[[], None]:
+        ahead = forward(rows)
+
+        def call() -> None:
+            with bench.run.accelerator.autocast():
+                loss = ahead().float().square().mean()
+            loss.backward()
+            network.zero_grad(set_to_none=True)
+
+        return call
+
+    network.requires_grad_(True)
+    try:
+        return rate(both, batch, bench.device)
+    finally:
+        network.requires_grad_(False)
+
+
+def rate(of_rows: Callable[[int], Callable[[], None]], batch: int, device: torch.device) -> float:
+    """Rows a second of wall time, after a first call. A batch is as large as the job's, or as SECONDS allow."""
+    one = min(seconds_of(of_rows(1), device) for _ in range(2))  # the first call of a process is slow
+    rows = max(1, min(batch, int(SECONDS / one)))
+    call = of_rows(rows)
+    if rows > 1:
+        call()
+    calls = 1 if rows == 1 else CALLS
+    return rows / min(seconds_of(call, device) for _ in range(calls))
+
+
+def seconds_of(call: Callable[[], None], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter()
+    call()
+    synchronize(device)
+    return time.perf_counter() - start
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def random_inputs(bench: Bench, rows: int) -> dict:
+    unet = bench.unet
+    inputs = unet_inputs(unet, unet.config.sample_size, rows, bench.text_length)
+    inputs = tree_map(lambda x: torch.randn(x.shape).to(unet.device, unet.dtype), inputs)
+    return {**inputs, "timestep": torch.full((rows,), 500, device=unet.device)}
