@@ -18,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ import torch
 from accelerate import Accelerator
 from omegaconf import DictConfig, OmegaConf
 
-from data.files import digests, write_json
+from data.files import digest, write_json
 from engine.components import named_job
 from engine.run import WATCHING, Run
 from engine.words import compose, hydra_value, stage_words
@@ -109,7 +110,7 @@ class Chain:
         names = [stage.name for stage in self.stages]
         if self.config.restart is not None and self.accelerator.is_main_process:
             for name in names[names.index(self.config.restart) :]:
-                self.forget(name, "restart=" + self.config.restart)
+                self.forget(name, f"restart={self.config.restart} asks for it")
         self.accelerator.wait_for_everyone()
 
     def check(self, stages: list[Stage]) -> None:
@@ -143,7 +144,7 @@ class Chain:
         if self.accelerator.is_main_process:
             record = self.record(stage.name)
             if record.get("inputs", inputs) != inputs:
-                self.forget(stage.name, f"{changed(record['inputs'], inputs)} changed")
+                self.forget(stage.name, f"{changed(record['inputs'], inputs)} is another now")
             write_json(self.record_file(stage.name), {"command": stage.command, "inputs": inputs})
         self.accelerator.wait_for_everyone()
         log.info(f"── {stage.name} ── {stage.command}")
@@ -212,7 +213,7 @@ class Chain:
 
     def seen_inputs(self, stage: Stage) -> dict[str, Any]:
         """{product: {file: digest}} of what the stage is made from; empty where a product is not made yet."""
-        return {product: digests((self.path / product).resolve()) for product in stage.inputs}
+        return {product: seen(self.path / product) for product in stage.inputs}
 
     def sizes(self, name: str) -> dict[str, int]:
         """The bytes of every file of a stage's run."""
@@ -228,8 +229,7 @@ class Chain:
         """Moves a stage's run aside, to the next free NAME.before-N."""
         self.record_file(name).unlink(missing_ok=True)
         if (self.path / name).exists():
-            log.warning(f"stage {name} begins anew: {why}")
-            Run(self.path / name, self.accelerator).move_aside()
+            Run(self.path / name, self.accelerator).move_aside(why)
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -248,6 +248,18 @@ def with_texts(value: Any, others: dict[str, str]) -> Any:
     if isinstance(value, list):
         return [with_texts(inner, others) for inner in value]
     return others.get(value, value) if isinstance(value, str) else value
+
+
+def seen(folder: Path) -> dict[str, str]:
+    """The digest of every file of a product, each read once in a process: weights are large, and many look at them."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    stats = {path: path.stat() for path in files}
+    return {str(p.relative_to(folder)): known_digest(p, s.st_size, s.st_mtime_ns) for p, s in stats.items()}
+
+
+@cache
+def known_digest(path: Path, size: int, changed_ns: int) -> str:
+    return digest(path)
 
 
 def changed(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -52,7 +52,7 @@ class Run:
         """
         if overwrite and self.agreed(self.differing(config, ignoring) if self.accelerator.is_main_process else None):
             if self.accelerator.is_main_process:
-                self.move_aside()
+                self.move_aside("it was made by another configuration")
             self.accelerator.wait_for_everyone()
         self.check_config(config, ignoring)
         if self.accelerator.is_main_process and (not self.begun or self.changed(config, ignoring)):
@@ -90,11 +90,11 @@ class Run:
                 raise ValueError("it is no configuration")
         return {key: pair for key, pair in differences(there, config).items() if key.split(".")[0] not in ignoring}
 
-    def move_aside(self) -> None:
+    def move_aside(self, why: str) -> None:
         names = (self.path.with_name(f"{self.path.name}.before-{n}") for n in itertools.count(1))
         aside = next(name for name in names if not name.exists())
         self.path.rename(aside)
-        log.warning(f"{self.path} was made by another configuration; it is now {aside}")
+        log.warning(f"{self.path} begins anew, for {why}; what was there is now {aside}")
 
     def made(self, name: str) -> bool:
         return self.agreed((self.path / name).exists())

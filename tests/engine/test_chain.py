@@ -76,13 +76,13 @@ def test_words_without_a_stage_are_for_all_and_those_with_one_for_it(chain):
     assert configs["evaluate"].curves.guidance == [5] and configs["prune_vae"].latents.guidance_scale == 5
 
 
-def test_what_follows_from_a_new_product_begins_anew(chain, tmp_path):
+def test_what_follows_from_a_new_product_begins_anew(chain, tmp_path, caplog):
     chain()
     made = tmp_path / "snapfusion/prune_unet/export/made.json"
     made.write_text(made.read_text()[::-1])
     _, ran, _, stderr = chain()
     assert ran == ["distill_steps", "evaluate", "benchmark"], stderr  # the others' inputs are as they were
-    assert "stage distill_steps begins anew: prune_unet/export changed" in stderr
+    assert "distill_steps begins anew, for prune_unet/export is another now" in caplog.text
     assert (tmp_path / "snapfusion/distill_steps.before-1").is_dir()
 
 
