@@ -24,9 +24,9 @@ from eval.compare import paired_difference
 from eval.distribution import frechet_distance
 from eval.evaluation import name_models
 from eval.inception import Inception
+from models.original_layout import original_weights
 from models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.mistakes import told
-from tests.models.original_layout import original_layout
 
 ROOT = Path(__file__).resolve().parents[2]
 ANY_DATA = [
@@ -212,7 +212,7 @@ def test_fid_and_kid_stand_beside_the_distances_of_the_scorer(results, tmp_path,
 
 def test_a_single_file_is_evaluated_as_the_folder_of_the_same_model(results, tmp_path, tiny_pipeline_folder):
     file = tmp_path / "tiny.safetensors"
-    save_file(original_layout(StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder)), file)
+    save_file(original_weights(StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder)), file)
     given = f"models={{folder: {tiny_pipeline_folder}, file: {file}}}"
     found = results(given, f"model.single_file_config={tiny_pipeline_folder}")
     ours, theirs = scores(found)
