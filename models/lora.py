@@ -76,7 +76,7 @@ def fuse_loras(pipeline: DiffusionPipeline, loras: Sequence[Mapping[str, Any]]) 
                  f"{fit.texts} of the text encoders{gone}")  # fmt: skip
 
 
-def check_loras(loras: Sequence[Mapping[str, Any]]) -> None:
+def check_loras(loras: Sequence[Any]) -> None:
     """ValueError, before anything is loaded, for entries that are none, files that are not there, or a lack of peft."""
     for lora in loras:
         if not isinstance(lora, Mapping) or not {"path"} <= set(lora) <= {"path", "scale"}:

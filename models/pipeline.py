@@ -1,10 +1,11 @@
 """Loading a teacher pipeline around a prunable UNet, and handing a student over as an ordinary diffusers folder."""
 
 import copy
+import functools
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -50,7 +51,7 @@ def load_pipeline(
     allow_pickle: bool = False,
     single_file_config: str | None = None,
     scheduler: str | None = None,
-    loras: Sequence[Mapping[str, Any]] = (),
+    loras: Sequence[Any] = (),
     vae: str | None = None,
 ) -> DiffusionPipeline:
     """A Stable Diffusion pipeline (any with a UNet2DConditionModel) whose `unet` is prunable, in eval mode on the CPU.
@@ -110,7 +111,7 @@ def check_pipeline(
     allow_pickle: bool = False,
     single_file_config: str | None = None,
     scheduler: str | None = None,
-    loras: Sequence[Mapping[str, Any]] = (),
+    loras: Sequence[Any] = (),
 ) -> None:
     """ValueError, before any weights are read, for what load_pipeline cannot load."""
     if is_single_file(name_or_path):
@@ -129,8 +130,8 @@ def export_pipeline(pipeline: DiffusionPipeline, folder: str | Path, variant: st
     Where the architectures are ones that diffusers' own classes can express, the folder holds those and loads
     everywhere. Otherwise the class file of the UNet or VAE travels in it, under a name that is a hash of its content
     (diffusers keys imported files by name alone). verdict.json holds what is returned. All networks are written in the
-    dtype of the UNet: pipelines of several do not run. variant: the weight files' infix. ValueError where the folder
-    holds anything but a pipeline.
+    widest of their dtypes: pipelines of several do not run. variant: the weight files' infix. ValueError where the
+    folder holds anything but a pipeline.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
@@ -185,11 +186,11 @@ def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel, **parts) 
 
 
 def in_one_dtype(pipeline: DiffusionPipeline) -> DiffusionPipeline:
-    """The pipeline with copies of the networks that are not in the UNet's dtype."""
+    """The pipeline with copies of the networks that are not in the widest of their dtypes."""
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
-    others = {name: part for name, part in parts.items() if part.dtype != pipeline.unet.dtype}
-    copies = {name: copy.deepcopy(part).to(pipeline.unet.dtype) for name, part in others.items()}
-    return with_unet(pipeline, pipeline.unet, **copies)
+    widest = functools.reduce(torch.promote_types, (part.dtype for part in parts.values()))
+    copies = {name: copy.deepcopy(part).to(widest) for name, part in parts.items() if part.dtype != widest}
+    return with_unet(pipeline, **{"unet": pipeline.unet, **copies})
 
 
 def networks(pipeline: DiffusionPipeline) -> Iterator[nn.Module]:

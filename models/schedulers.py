@@ -4,13 +4,13 @@ import diffusers
 
 SHORT = {
     "ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "deis": "DEISMultistepScheduler",
-    "dpmsolver": "DPMSolverMultistepScheduler", "dpmsolver++": "DPMSolverMultistepScheduler",
-    "dpmsolver_single": "DPMSolverSinglestepScheduler", "euler": "EulerDiscreteScheduler",
+    "dpmsolver++": "DPMSolverMultistepScheduler", "dpmsolver_single": "DPMSolverSinglestepScheduler",
+    "euler": "EulerDiscreteScheduler",
     "euler_a": "EulerAncestralDiscreteScheduler", "heun": "HeunDiscreteScheduler", "dpm2": "KDPM2DiscreteScheduler",
     "dpm2_a": "KDPM2AncestralDiscreteScheduler", "lcm": "LCMScheduler", "lms": "LMSDiscreteScheduler",
     "pndm": "PNDMScheduler", "tcd": "TCDScheduler", "unipc": "UniPCMultistepScheduler",
 }  # fmt: skip
-OPTIONS = {"dpmsolver": {"algorithm_type": "dpmsolver"}, "dpmsolver++": {"algorithm_type": "dpmsolver++"}}
+OPTIONS = {"dpmsolver++": {"algorithm_type": "dpmsolver++"}}
 
 NO_SAMPLE = ("PNDMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler",
              "KDPM2AncestralDiscreteScheduler")  # fmt: skip  # they know ε and v

@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import models.known as known
 import models.reference as reference
 from models.pipeline import load_pipeline
 from scripts.random_pipeline import make_family
@@ -27,6 +29,7 @@ def small(monkeypatch):
     for name, unet in unets.items():
         monkeypatch.setitem(reference.CONFIGS, name, {k: v for k, v in unet.items() if not k.startswith("_")})
         monkeypatch.setitem(reference.VAE_CONFIGS, name, reference.VAE_CONFIGS[name] | vae)
+        monkeypatch.setitem(known.KNOWN, name, replace(known.KNOWN[name], pixels=64))
 
 
 @pytest.mark.parametrize("size", ("sd15", "sdxl"))
