@@ -86,14 +86,16 @@ class EvaluationBench(Bench):
     def check_models(self) -> None:
         """ValueError for a model that is no pipeline, and for what `model` says beside its name and of none of them."""
         check(self.config.model, "model")
-        model = OmegaConf.to_container(self.config.model)
-        astray = [key for key in ITS_OWN if model.get(key)]
-        if astray and model["name_or_path"] not in self.models.values():
-            told = f"model.{astray[0]}={model[astray[0]]} is of model.name_or_path={model['name_or_path']}"
+        model = OmegaConf.to_container(self.config.model, resolve=True)
+        if "name_or_path" not in model:
+            raise ValueError(f"model={model} is a UNet alone; give models=… or model=… that are pipelines")
+        astray = [key for key in ITS_OWN if model[key]]
+        if astray and (named := model["name_or_path"]) not in self.models.values():
+            told = f"model.{astray[0]}={model[astray[0]]} is of model.name_or_path={named}"
             raise ValueError(f"{told}, which is not among models={self.models}: name it there")
         for where in set(self.models.values()):
             options = self.options_of(where)
-            check_pipeline(where, **{key: options[key] for key in CHECKED if key in options})
+            check_pipeline(where, **{key: value for key, value in options.items() if key in CHECKED})
 
     def options_of(self, where: str) -> dict[str, Any]:
         """How a model is loaded: as `model` says, where it is that one; other models share but the way of reading.

@@ -19,6 +19,7 @@ from transformers import CLIPTextConfig, CLIPTokenizer
 import models.reference as reference
 from data.files import write_json
 from data.seeding import seed_of
+from models.quiet import quiet
 from models.schedulers import swapped_scheduler
 from models.unet import PrunableUNet2DConditionModel
 
@@ -110,7 +111,8 @@ def random_pipeline(name: str, dtype: torch.dtype = torch.float32, seed: int = 0
                 networks[part] = getattr(transformers, class_name)(config).eval()
         finally:
             torch.set_default_dtype(before)
-        pipeline = DiffusionPipeline.from_pretrained(folder, **networks)
+        with quiet():
+            pipeline = DiffusionPipeline.from_pretrained(folder, **networks)
     pipeline.register_modules(scheduler=swapped_scheduler(pipeline.scheduler, "ddim"))
     return pipeline
 

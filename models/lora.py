@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from models.quiet import one_line, quiet
 
 log = logging.getLogger("slimstep")
+FILES = (".safetensors", ".bin", ".pt", ".ckpt")
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def check_loras(loras: Sequence[Any]) -> None:
         scale = lora.get("scale", 1.0)
         if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not abs(scale) < float("inf"):
             raise ValueError(f"model.loras: scale={scale} of {lora['path']} is no number")
-        if Path(lora["path"]).suffix and not Path(lora["path"]).exists():
+        if Path(lora["path"]).suffix in FILES and not Path(lora["path"]).is_file():
             raise ValueError(f"model.loras: {lora['path']} does not exist")
     if loras and not is_peft_available():
         raise ValueError("model.loras needs peft: pip install -e '.[lora]'")

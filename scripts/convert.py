@@ -19,7 +19,7 @@ from diffusers import DiffusionPipeline
 
 from engine.launch import fail, set_up
 from models.checkpoint import SAFE, is_single_file
-from models.original_layout import write_original
+from models.original_layout import check_layout, write_original
 from models.pipeline import DType, export_pipeline, load_pipeline, networks, one_line
 
 log = logging.getLogger("slimstep")
@@ -58,6 +58,8 @@ def convert(
     log.info(f"reading {source}")
     reading = {"single_file_config": config} if from_file else {"variant": variant}
     pipeline = load_pipeline(source, dtype, allow_pickle=allow_pickle, **reading)
+    if not from_file:
+        check_layout(pipeline)
     log.info(f"writing {size_gb(pipeline):.2f} GB of weights to {target}")
     if from_file:
         export_pipeline(pipeline, target, variant)
