@@ -63,15 +63,8 @@ def load_pipeline(
     in that order into UNet and text encoders. vae: another autoencoder (models/autoencoder.py).
     Raises ValueError where one of them is none of these, or the pipeline has no such UNet.
     """
-    with quiet():
-        check_pipeline(name_or_path, variant, allow_pickle, single_file_config, scheduler, loras)
-        try:
-            pipeline = read_pipeline(name_or_path, dtype, variant, allow_pickle, single_file_config, vae)
-        except Exception as error:  # tokenizers raises nothing more special for a damaged file
-            told = one_line(error)
-            if told.startswith("model.vae="):
-                raise
-            raise ValueError(f"model {str(name_or_path)!r} is incomplete or damaged: {told}") from error
+    check_pipeline(name_or_path, variant, allow_pickle, single_file_config, scheduler, loras)
+    pipeline = read_pipeline(name_or_path, dtype, variant, allow_pickle, single_file_config, vae)
     fuse_loras(pipeline, loras)
     if scheduler:
         pipeline.register_modules(scheduler=swapped_scheduler(pipeline.scheduler, scheduler))
@@ -84,22 +77,34 @@ def load_pipeline(
 
 def read_pipeline(
     name_or_path: str | Path,
-    dtype: DType | None,
-    variant: str | None,
-    allow_pickle: bool,
-    single_file_config: str | None,
-    vae: str | None,
+    dtype: DType | None = None,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    single_file_config: str | None = None,
+    vae: str | None = None,
 ) -> DiffusionPipeline:
-    """The pipeline of a file, folder or hub id, with another VAE where one is named. Raises whatever goes wrong."""
+    """The pipeline as it is stored, its weights still in the memory-mapped files. Arguments are load_pipeline's."""
     exact = dtype and getattr(torch, dtype)
-    if is_single_file(name_or_path):
-        return load_single_file(name_or_path, single_file_config, exact, vae, allow_pickle)
-    exact = exact or stored_dtype(name_or_path, variant)
-    safe = {"use_safetensors": None if allow_pickle else True}
-    options = {"variant": variant, "dtype": exact, **safe}
+    try:
+        with quiet():
+            if is_single_file(name_or_path):
+                return load_single_file(name_or_path, single_file_config, exact, vae, allow_pickle)
+            return load_folder(name_or_path, exact or stored_dtype(name_or_path, variant), variant, allow_pickle, vae)
+    except Exception as error:  # tokenizers raises nothing more special for a damaged file
+        told = one_line(error)
+        if told.startswith("model.vae="):
+            raise
+        raise ValueError(f"model {str(name_or_path)!r} is incomplete or damaged: {told}") from error
+
+
+def load_folder(
+    name_or_path: str | Path, dtype: torch.dtype, variant: str | None, allow_pickle: bool, vae: str | None
+) -> DiffusionPipeline:
+    """The pipeline of a folder or hub id, with another VAE where one is named."""
+    options = {"variant": variant, "dtype": dtype, "use_safetensors": None if allow_pickle else True}
     own = {"unet": load_unet(name_or_path, **options), **load_narrow_vae(name_or_path, **options)}
     if vae:
-        own["vae"] = load_vae(vae, AutoencoderKL.load_config(name_or_path, subfolder="vae"), exact, allow_pickle)
+        own["vae"] = load_vae(vae, AutoencoderKL.load_config(name_or_path, subfolder="vae"), dtype, allow_pickle)
     # Without these first: diffusers would look for the class files of an export of ours, and ask for trust.
     rest = DiffusionPipeline.from_pretrained(name_or_path, **dict.fromkeys(own), **options)
     return with_unet(rest, **own)
@@ -114,11 +119,12 @@ def check_pipeline(
     loras: Sequence[Any] = (),
 ) -> None:
     """ValueError, before any weights are read, for what load_pipeline cannot load."""
-    if is_single_file(name_or_path):
-        check_single_file(name_or_path, single_file_config, allow_pickle)
-    else:
-        check_folder(name_or_path)
-        check_variant(name_or_path, variant)
+    with quiet():
+        if is_single_file(name_or_path):
+            check_single_file(name_or_path, single_file_config, allow_pickle)
+        else:
+            check_folder(name_or_path)
+            check_variant(name_or_path, variant)
     if scheduler:
         scheduler_class(scheduler)
     check_loras(loras)

@@ -20,7 +20,7 @@ from diffusers import DiffusionPipeline
 from engine.launch import fail, set_up
 from models.checkpoint import SAFE, is_single_file
 from models.original_layout import check_layout, write_original
-from models.pipeline import DType, export_pipeline, load_pipeline, networks, one_line
+from models.pipeline import DType, check_pipeline, export_pipeline, networks, one_line, read_pipeline
 
 log = logging.getLogger("slimstep")
 
@@ -56,8 +56,9 @@ def convert(
     check_target(target, from_file, force)
     start = time.perf_counter()
     log.info(f"reading {source}")
-    reading = {"single_file_config": config} if from_file else {"variant": variant}
-    pipeline = load_pipeline(source, dtype, allow_pickle=allow_pickle, **reading)
+    options = {"allow_pickle": allow_pickle, **({"single_file_config": config} if from_file else {"variant": variant})}
+    check_pipeline(source, **options)
+    pipeline = read_pipeline(source, dtype, **options)
     if not from_file:
         check_layout(pipeline)
     log.info(f"writing {size_gb(pipeline):.2f} GB of weights to {target}")
