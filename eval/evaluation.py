@@ -89,7 +89,7 @@ class EvaluationBench(Bench):
         model = OmegaConf.to_container(self.config.model, resolve=True)
         if "name_or_path" not in model:
             raise ValueError(f"model={model} is a UNet alone; give models=… or model=… that are pipelines")
-        astray = [key for key in ITS_OWN if model[key]]
+        astray = [key for key in ITS_OWN if model.get(key)]
         if astray and (named := model["name_or_path"]) not in self.models.values():
             told = f"model.{astray[0]}={model[astray[0]]} is of model.name_or_path={named}"
             raise ValueError(f"{told}, which is not among models={self.models}: name it there")

@@ -2,6 +2,8 @@
 
 import diffusers
 
+from models.quiet import quiet
+
 SHORT = {
     "ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "deis": "DEISMultistepScheduler",
     "dpmsolver++": "DPMSolverMultistepScheduler", "dpmsolver_single": "DPMSolverSinglestepScheduler",
@@ -33,4 +35,5 @@ def swapped_scheduler(scheduler, name: str):
     if scheduler_class(name).__name__ in NO_SAMPLE and scheduler.config.prediction_type == "sample":
         raise ValueError(f"model.scheduler={name} does not know sample prediction, which is this model's; take ddim")
     config = {"clip_sample": False, **scheduler.config, **OPTIONS.get(name.lower(), {})}
-    return scheduler_class(name).from_config(config)
+    with quiet():  # diffusers warns of fields that the other class has not
+        return scheduler_class(name).from_config(config)
