@@ -34,12 +34,12 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=1) + "\n")
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file, readable for all (the library writes 0600), in one step."""
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.aside")
     with unwritable(aside):
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
     aside.chmod(0o644)
     flush(aside)
     os.replace(aside, path)

@@ -5,6 +5,7 @@ import logging
 from functools import cached_property, partial
 
 import diffusers
+import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -188,8 +189,8 @@ class DistillBench(Bench):
         self.run.sealed_folder(f"{climb.name}/export", partial(self.write_export, unet))
 
     def taught(self, unet, objective, config: TrainConfig, stage: str, **given) -> PrunableUNet2DConditionModel:
-        """A copy of the network, trained with an objective of the loop, on the ladder's noise schedule."""
-        copied = copy.deepcopy(unet).to(self.device).requires_grad_()
+        """A copy of the network in float32, trained with an objective of the loop, on the ladder's noise schedule."""
+        copied = copy.deepcopy(unet).to(self.device, torch.float32).requires_grad_()
         trained = self.train(copied, objective, config, stage, schedule=self.schedule, **given)
         return trained.requires_grad_(False).to("cpu")
 

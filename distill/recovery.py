@@ -42,7 +42,7 @@ class Recovery:
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         noisy = draw_noisy(batch, self.schedule, self.empty_text_LE, self.caption_dropout, generator)
         with features_of(self.teacher) as taught, torch.no_grad():
-            taught_BCHW = self.teacher(*noisy.inputs, return_dict=False)[0].float()
+            taught_BCHW = self.teacher(*noisy.inputs_in(self.teacher.dtype), return_dict=False)[0].float()
         with features_of(unet) as own:
             pred_BCHW = unet(*noisy.inputs, return_dict=False)[0].float()
         metrics = {

@@ -25,6 +25,10 @@ class NoisyBatch:
         """The positional arguments of a UNet."""
         return self.noisy_BCHW, self.t_B, self.text_BLE
 
+    def inputs_in(self, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        """The same for a UNet in half precision, as a teacher may be."""
+        return self.noisy_BCHW.to(dtype), self.t_B, self.text_BLE.to(dtype)
+
 
 def draw_noisy(
     batch: dict[str, Tensor],

@@ -26,7 +26,7 @@ from data.files import write_tensors
 from data.images import BrokenImageError
 from data.prompts import PromptSet, read_prompts
 from data.seeding import generator
-from engine.components import component
+from engine.components import check, component
 from engine.environment import environment
 from engine.parallel import map_batches
 from engine.run import damaged
@@ -44,6 +44,8 @@ from models.pipeline import check_pipeline, load_pipeline, networks
 
 log = logging.getLogger("slimstep")
 FEATURES = "real-features.safetensors"
+ITS_OWN = ("variant", "scheduler", "loras", "vae")  # keys of `model` that are of this one model
+CHECKED = ("variant", "allow_pickle", "single_file_config", "scheduler", "loras")
 
 
 @dataclass(frozen=True)
@@ -114,21 +116,31 @@ class EvaluationBench(Bench):
             )
 
     def check_models(self) -> None:
-        """ValueError for a model that is no pipeline."""
-        model = self.config.model
+        """ValueError for a model that is no pipeline, and for what `model` says beside its name and of none of them."""
+        check(self.config.model, "model")
+        model = OmegaConf.to_container(self.config.model, resolve=True)
+        if "name_or_path" not in model:
+            raise ValueError(f"model={model} is a UNet alone; give models=… or model=… that are pipelines")
+        astray = [key for key in ITS_OWN if model.get(key)]
+        if astray and (named := model["name_or_path"]) not in self.models.values():
+            told = f"model.{astray[0]}={model[astray[0]]} is of model.name_or_path={named}"
+            raise ValueError(f"{told}, which is not among models={self.models}: name it there")
         for where in set(self.models.values()):
-            from_hub = {"variant": model.get("variant"), "local_files_only": False}
-            check_pipeline(where, from_hub, model.get("single_file_config"), model.get("allow_pickle", False))
+            options = self.options_of(where)
+            check_pipeline(where, **{key: value for key, value in options.items() if key in CHECKED})
 
-    @property
-    def model_options(self) -> dict[str, Any]:
-        """How models are loaded: what `model` says beside its name."""
-        model = OmegaConf.to_container(self.config.model)
-        return {key: value for key, value in model.items() if key not in ("_target_", "name_or_path")}
+    def options_of(self, where: str) -> dict[str, Any]:
+        """How a model is loaded: as `model` says, where it is that one; other models share but the way of reading.
+
+        So nothing is fused into a student that its teacher is fused with.
+        """
+        model = OmegaConf.to_container(self.config.model, resolve=True)
+        others = () if where == model["name_or_path"] else ITS_OWN
+        return {key: value for key, value in model.items() if key not in ("_target_", "name_or_path", *others)}
 
     def loaded(self, where: str) -> DiffusionPipeline:
         """A pipeline as it was handed over, its own scheduler included."""
-        pipeline = load_pipeline(where, **self.model_options)
+        pipeline = load_pipeline(where, **self.options_of(where))
         for network in networks(pipeline):
             network.requires_grad_(False).eval()
         return pipeline

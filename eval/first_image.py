@@ -57,9 +57,9 @@ def compile_first(path: Path, compile_it: Callable[[], None], accelerator: Accel
 def compile_cost(request: Mapping[str, Any], artifacts: Path) -> dict[str, Any]:
     """Seconds to the first image in new processes, and after how many calls compiling has paid for itself.
 
-    `request` holds a variant's fields, what a Subject is made of, and load_pipeline's options. The artefacts stay at
-    `artifacts`. `calls` is None where compiled calls are not faster than eager ones. Raises ValueError where a process
-    fails.
+    `request` holds a variant's fields, what a Subject is made of, and load_pipeline's options for every model. The
+    artefacts stay at `artifacts`. `calls` is None where compiled calls are not faster than eager ones. Raises
+    ValueError where a process fails.
     """
     with tempfile.TemporaryDirectory() as kept, tempfile.TemporaryDirectory() as empty:
         eager = new_process({**request, "setup": {**request["setup"], "compile": "eager"}}, Path(kept) / "eager")
@@ -97,9 +97,9 @@ def main() -> None:
     device = torch.device(request["device"])
     if device.type == "cpu":
         torch.set_num_threads(1)  # as all is timed here
-    options = request["options"]
-    pipeline = load_pipeline(request["model"], **options)
-    parts = {name: getattr(load_pipeline(request[name], **options), name) for name in ("unet", "vae") if request[name]}
+    load = lambda where: load_pipeline(where, **request["options"][where])  # noqa: E731
+    pipeline = load(request["model"])
+    parts = {name: getattr(load(request[name]), name) for name in ("unet", "vae") if request[name]}
     pipeline = with_unet(pipeline, **{"unet": pipeline.unet, **parts})
     if "load" in request:
         load_artifacts(Path(request["load"]))

@@ -122,9 +122,10 @@ class SpeedBench(EvaluationBench):
     def first_image(self, variant: Variant, batch: int, file: str) -> dict[str, Any]:
         """What compiling costs, in processes of their own: first-image/`file`.json."""
         config, name = self.config.eval, f"first-image/{file}.json"
+        parts = (variant.model, variant.unet, variant.vae)
         request = {**asdict(variant), "batch": batch, "guidance_scale": config.guidance_scale, "seed": config.seed,
                    "prompts": list(self.prompt_set.prompts[:batch]), "device": str(self.device),
-                   "options": self.model_options}  # fmt: skip
+                   "options": {where: self.options_of(where) for where in parts if where}}  # fmt: skip
         return self.run.json(name, lambda: compile_cost(request, self.run.path / f"artifacts/{file}.bin"))
 
     def unet_gflops(self, subject: Subject) -> float:

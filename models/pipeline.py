@@ -1,32 +1,35 @@
 """Loading a teacher pipeline around a prunable UNet, and handing a student over as an ordinary diffusers folder."""
 
+import copy
+import functools
 import hashlib
 import json
 import shutil
-import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from logging import CRITICAL
 from pathlib import Path
 from types import ModuleType
+from typing import Any, Literal
 
-import diffusers
-import huggingface_hub
 import torch
-import transformers
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 import models.unet
 import models.vae
 from data.files import whole_folder, write_json
-from models.single_file import check_single_file, is_single_file, load_single_file, usual_config
+from models.autoencoder import load_vae
+from models.checkpoint import is_single_file
+from models.folder import check_folder, check_variant, load_narrow_vae, load_unet, stored_dtype
+from models.lora import check_loras, fuse_loras
+from models.quiet import one_line, quiet
+from models.schedulers import scheduler_class, swapped_scheduler
+from models.single_file import check_single_file, load_single_file
 from models.stock import stock_config, to_stock
-from models.unet import PrunableUNet2DConditionModel
 from models.vae import NarrowAutoencoderKL
 
-LOADABLE_UNETS = (UNet2DConditionModel.__name__, PrunableUNet2DConditionModel.__name__)
+DType = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
@@ -43,37 +46,28 @@ class ExportVerdict:
 
 def load_pipeline(
     name_or_path: str | Path,
-    dtype: torch.dtype = torch.float32,
+    dtype: DType | None = "float32",
     variant: str | None = None,
-    allow_download: bool = True,
     allow_pickle: bool = False,
     single_file_config: str | None = None,
+    scheduler: str | None = None,
+    loras: Sequence[Any] = (),
+    vae: str | None = None,
 ) -> DiffusionPipeline:
     """A Stable Diffusion pipeline (any with a UNet2DConditionModel) whose `unet` is prunable, in eval mode on the CPU.
 
     name_or_path: a diffusers folder, exports of ours included, a hub id, or a single file in the original layout, whose
-    configuration and tokenizer are those of `single_file_config` (a diffusers folder or hub id; None for the one that
-    diffusers infers from the weights). HF_HUB_OFFLINE is obeyed. variant: the weight files' infix ('fp16').
-    allow_pickle: read .bin and .ckpt files too, which may run code. Raises ValueError where it is none of these, or has
-    no such UNet.
+    configuration and tokenizer are those of `single_file_config` (models/single_file.py). HF_HUB_OFFLINE is obeyed.
+    dtype: None is what the weights are stored in. variant: the weight files' infix ('fp16'). allow_pickle: read .bin,
+    .ckpt and .pt files too. scheduler: another than the model's own (models/schedulers.py). loras: {path, scale}, fused
+    in that order into UNet and text encoders. vae: another autoencoder (models/autoencoder.py).
+    Raises ValueError where one of them is none of these, or the pipeline has no such UNet.
     """
-    where = {"variant": variant, "local_files_only": not allow_download}
-    options = {**where, "use_safetensors": None if allow_pickle else True, "dtype": dtype}
-    with quiet():
-        check_pipeline(name_or_path, where, single_file_config, allow_pickle)
-        try:
-            if is_single_file(name_or_path):
-                config = single_file_config or usual_config(name_or_path)
-                rest = load_single_file(name_or_path, config, dtype, not allow_download)
-                own = {"unet": PrunableUNet2DConditionModel.from_unet(rest.unet)}
-            else:
-                unet = load_unet(name_or_path, **options)
-                own = {"unet": unet, **load_narrow_vae(name_or_path, where, **options)}
-                # Without these first: diffusers would look for the class files of an export of ours, and ask for trust.
-                rest = DiffusionPipeline.from_pretrained(name_or_path, **dict.fromkeys(own), **options)
-        except Exception as error:  # tokenizers raises nothing more special for a damaged file
-            raise ValueError(f"model {str(name_or_path)!r} is incomplete or damaged: {one_line(error)}") from error
-        pipeline = with_unet(rest, **own)
+    check_pipeline(name_or_path, variant, allow_pickle, single_file_config, scheduler, loras)
+    pipeline = read_pipeline(name_or_path, dtype, variant, allow_pickle, single_file_config, vae)
+    fuse_loras(pipeline, loras)
+    if scheduler:
+        pipeline.register_modules(scheduler=swapped_scheduler(pipeline.scheduler, scheduler))
     for module in networks(pipeline):
         module.eval()
         own_memory(module)
@@ -81,13 +75,69 @@ def load_pipeline(
     return pipeline
 
 
-def export_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> ExportVerdict:
+def read_pipeline(
+    name_or_path: str | Path,
+    dtype: DType | None = None,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    single_file_config: str | None = None,
+    vae: str | None = None,
+) -> DiffusionPipeline:
+    """The pipeline as it is stored, its weights still in the memory-mapped files. Arguments are load_pipeline's."""
+    exact = dtype and getattr(torch, dtype)
+    try:
+        with quiet():
+            if is_single_file(name_or_path):
+                return load_single_file(name_or_path, single_file_config, exact, vae, allow_pickle)
+            return load_folder(name_or_path, exact or stored_dtype(name_or_path, variant), variant, allow_pickle, vae)
+    except Exception as error:  # tokenizers raises nothing more special for a damaged file
+        told = one_line(error)
+        if told.startswith("model.vae="):
+            raise
+        raise ValueError(f"model {str(name_or_path)!r} is incomplete or damaged: {told}") from error
+
+
+def load_folder(
+    name_or_path: str | Path, dtype: torch.dtype, variant: str | None, allow_pickle: bool, vae: str | None
+) -> DiffusionPipeline:
+    """The pipeline of a folder or hub id, with another VAE where one is named."""
+    options = {"variant": variant, "dtype": dtype, "use_safetensors": None if allow_pickle else True}
+    own = {"unet": load_unet(name_or_path, **options), **load_narrow_vae(name_or_path, **options)}
+    if vae:
+        own["vae"] = load_vae(vae, AutoencoderKL.load_config(name_or_path, subfolder="vae"), dtype, allow_pickle)
+    # Without these first: diffusers would look for the class files of an export of ours, and ask for trust.
+    rest = DiffusionPipeline.from_pretrained(name_or_path, **dict.fromkeys(own), **options)
+    return with_unet(rest, **own)
+
+
+def check_pipeline(
+    name_or_path: str | Path,
+    variant: str | None = None,
+    allow_pickle: bool = False,
+    single_file_config: str | None = None,
+    scheduler: str | None = None,
+    loras: Sequence[Any] = (),
+) -> None:
+    """ValueError, before any weights are read, for what load_pipeline cannot load."""
+    with quiet():
+        if is_single_file(name_or_path):
+            check_single_file(name_or_path, single_file_config, allow_pickle)
+        else:
+            check_folder(name_or_path)
+            check_variant(name_or_path, variant)
+    if scheduler:
+        scheduler_class(scheduler)
+    check_loras(loras)
+
+
+def export_pipeline(pipeline: DiffusionPipeline, folder: str | Path, variant: str | None = None) -> ExportVerdict:
     """Write a diffusers folder, aside and then renamed; an old one in its place is replaced.
 
     Where the architectures are ones that diffusers' own classes can express, the folder holds those and loads
     everywhere. Otherwise the class file of the UNet or VAE travels in it, under a name that is a hash of its content
-    (diffusers keys imported files by name alone). verdict.json holds what is returned. ValueError where the folder
-    holds anything but a pipeline.
+    (diffusers keys imported files by name alone). verdict.json holds what is returned. All networks are written in the
+    widest of their dtypes: pipelines of several do not run. variant: the weight files' infix. ValueError where the
+    folder holds anything but a pipeline.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
@@ -102,7 +152,7 @@ def export_pipeline(pipeline: DiffusionPipeline, folder: str | Path) -> ExportVe
     flag = ", trust_remote_code=True" if travelling else ""
     export = ExportVerdict(not travelling, obstacles, f'DiffusionPipeline.from_pretrained("{folder}"{flag})')
     with whole_folder(folder) as aside, quiet():
-        with_unet(pipeline, unet, vae=vae).save_pretrained(aside)
+        in_one_dtype(with_unet(pipeline, unet, vae=vae)).save_pretrained(aside, variant=variant)
         for part, module in travelling.items():
             add_class_file(aside, part, module)
         write_json(aside / "verdict.json", asdict(export))
@@ -134,66 +184,19 @@ def stock_vae(vae: nn.Module) -> nn.Module:
     return stock.to(vae.device, vae.dtype).eval()
 
 
-def check_pipeline(
-    name_or_path: str | Path, where: dict, single_file_config: str | None = None, allow_pickle: bool = False
-) -> None:
-    """ValueError unless this is a pipeline with a UNet that can be pruned, and, if a folder, has all its parts."""
-    if is_single_file(name_or_path):
-        check_single_file(name_or_path, allow_pickle)
-        try:
-            return check_pipeline(single_file_config or usual_config(name_or_path), where)
-        except (ValueError, OSError) as error:
-            way = "model.single_file_config=FOLDER gives it a diffusers folder's configuration and tokenizer"
-            raise ValueError(f"model {str(name_or_path)!r} is a single file; {way} ({one_line(error)})") from error
-    name, local_only = str(name_or_path), where["local_files_only"]
-    try:
-        index = DiffusionPipeline.load_config(name, local_files_only=local_only)
-        fields = UNet2DConditionModel.load_config(name, subfolder="unet", local_files_only=local_only)
-    except OSError as error:
-        if Path(name).is_dir():
-            raise ValueError(f"model {name!r} is no UNet pipeline saved by diffusers: {one_line(error)}") from error
-        offline = huggingface_hub.constants.HF_HUB_OFFLINE or local_only
-        way = "download it once without HF_HUB_OFFLINE=1" if offline else "check the name and the network"
-        raise ValueError(f"model {name!r} is no folder, and not in the hub cache: {way}, or give a folder") from error
-    if fields.get("_class_name") not in LOADABLE_UNETS:
-        found = fields.get("_class_name")
-        raise ValueError(f"model {name!r} has the UNet class {found}; pruning needs one of {LOADABLE_UNETS}")
-    # transformers makes up an empty tokenizer where the folder is missing.
-    parts = [part for part, value in index.items() if isinstance(value, (list, tuple)) and value[0] is not None]
-    if Path(name).is_dir() and (absent := [part for part in parts if not (Path(name) / part).is_dir()]):
-        raise ValueError(f"model {name!r} is incomplete: its model_index.json names {absent}, which it lacks")
-
-
-def load_unet(name_or_path: str | Path, **options) -> PrunableUNet2DConditionModel:
-    """The `unet` of a diffusers folder or hub id; ValueError where config and weights do not belong together."""
-    load = PrunableUNet2DConditionModel.from_pretrained
-    misfit = f"model {str(name_or_path)!r}: unet/config.json does not belong to the weights"
-    try:
-        unet, info = load(name_or_path, subfolder="unet", output_loading_info=True, **options)
-    except ValueError as error:
-        raise ValueError(f"{misfit}: {one_line(error).split(' If you want')[0]}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{misfit}: {len(missing)} that it asks for are absent ({', '.join(missing[:3])} …)")
-    return unet
-
-
-def load_narrow_vae(name_or_path: str | Path, where: dict, **options) -> dict[str, NarrowAutoencoderKL]:
-    """{"vae": …} where a pipeline's decoder is a narrow one; nothing where the VAE is diffusers' own."""
-    of_pipeline = {"subfolder": "vae", "local_files_only": where["local_files_only"]}
-    fields = AutoencoderKL.load_config(name_or_path, **of_pipeline)
-    if fields.get("_class_name") != NarrowAutoencoderKL.__name__:
-        return {}
-    vae, info = NarrowAutoencoderKL.from_pretrained(name_or_path, subfolder="vae", output_loading_info=True, **options)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"vae/config.json does not belong to the weights: {missing[0]} … are absent")
-    return {"vae": vae}
-
-
 def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel, **parts) -> DiffusionPipeline:
     """A pipeline of the same class, components and options around another UNet, and other `parts` where given."""
     _, option_names = pipeline._get_signature_keys(type(pipeline))
     options = {name: pipeline.config[name] for name in option_names if name in pipeline.config}
     return type(pipeline)(**{**pipeline.components, **options, "unet": unet, **parts})
+
+
+def in_one_dtype(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline with copies of the networks that are not in the widest of their dtypes."""
+    parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
+    widest = functools.reduce(torch.promote_types, (part.dtype for part in parts.values()))
+    copies = {name: copy.deepcopy(part).to(widest) for name, part in parts.items() if part.dtype != widest}
+    return with_unet(pipeline, **{"unet": pipeline.unet, **copies})
 
 
 def networks(pipeline: DiffusionPipeline) -> Iterator[nn.Module]:
@@ -220,26 +223,3 @@ def make_readable(folder: Path) -> None:
     """Weight files are written 0600; a hand-over is for others."""
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)
-
-
-def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """No progress bars and no warnings from diffusers and transformers."""
-    loggings = (diffusers.utils.logging, transformers.utils.logging)
-    before = [(logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in loggings]
-    for logging in loggings:
-        logging.set_verbosity(CRITICAL)  # what goes wrong is raised
-        logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        for logging, (verbosity, has_bars) in zip(loggings, before, strict=True):
-            logging.set_verbosity(verbosity)
-            if has_bars:
-                logging.enable_progress_bar()

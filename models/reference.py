@@ -1,14 +1,7 @@
 """Configurations of well-known networks, for whatever needs their shape and not their weights."""
 
 import torch
-from diffusers import (
-    AutoencoderKL,
-    DDIMScheduler,
-    DiffusionPipeline,
-    StableDiffusionPipeline,
-    StableDiffusionXLPipeline,
-)
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import AutoencoderKL
 
 from data.seeding import seed_of
 from models.unet import PrunableUNet2DConditionModel
@@ -46,12 +39,13 @@ SDXL = {
     "projection_class_embeddings_input_dim": 2816,
 }
 CONFIGS = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL}
-# OpenAI's ViT-L/14, and the text half of OpenCLIP's bigG/14, SDXL's second.
+# OpenAI's ViT-L/14, and the text halves of OpenCLIP's H/14 (SD-2, without its last layer) and bigG/14 (SDXL's second).
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
           "projection_dim": 768, "hidden_act": "quick_gelu"}  # fmt: skip
+VIT_H = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16,
+         "projection_dim": 512, "hidden_act": "gelu"}  # fmt: skip
 BIG_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 20,
          "projection_dim": 1280, "hidden_act": "gelu"}  # fmt: skip
-PIPELINES, TOKENS = ("sd15", "sdxl"), 77
 SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
              "set_alpha_to_one": False, "steps_offset": 1}  # fmt: skip
 
@@ -94,22 +88,3 @@ def random_vae(name: str, seed: int = 0) -> AutoencoderKL:
         raise ValueError(f"no autoencoder configuration is called {name!r}; choose from {list(VAE_CONFIGS)}")
     torch.manual_seed(seed_of("random vae", seed))
     return AutoencoderKL(**VAE_CONFIGS[name]).eval()
-
-
-def random_pipeline(name: str, tokenizer: CLIPTokenizer, seed: int = 0) -> DiffusionPipeline:
-    """A whole pipeline of a known configuration, sd15 or sdxl, with random weights: its speed, and nothing else.
-
-    Any tokenizer does, padded to CLIP's 77 tokens. Raises ValueError for an unknown name.
-    """
-    if name not in PIPELINES:
-        raise ValueError(f"no pipeline is called {name!r}; choose from {list(PIPELINES)}")
-    torch.manual_seed(seed_of("random text encoder", seed))
-    tokenizer.model_max_length = TOKENS
-    parts = {
-        "unet": random_unet(name, seed), "vae": random_vae(name, seed), "scheduler": DDIMScheduler(**SCHEDULER),
-        "text_encoder": CLIPTextModel(CLIPTextConfig(**CLIP_L)).eval(), "tokenizer": tokenizer,
-    }  # fmt: skip
-    if name == "sdxl":
-        second = CLIPTextModelWithProjection(CLIPTextConfig(**BIG_G)).eval()
-        return StableDiffusionXLPipeline(**parts, text_encoder_2=second, tokenizer_2=tokenizer, add_watermarker=False)
-    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)

@@ -1,92 +1,133 @@
-"""A pipeline from one file of weights in Stable Diffusion's original layout, through diffusers' from_single_file.
+"""A pipeline from one file of weights in Stable Diffusion's original layout, through diffusers' converters.
 
-Such a file holds neither configuration nor tokenizer: those are of a diffusers folder or hub id of the same kind. Web
-UIs have saved files in which the VAE's attention has diffusers' names amid the original ones: they are read, too.
+Such a file holds neither configuration nor tokenizer. They are those of `single_file_config`; else those that the hub
+cache holds for the kind of model that diffusers infers from the weights; else our own for that kind (models/known.py).
 """
 
-import re
+import logging
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import diffusers
 import torch
-from diffusers import DiffusionPipeline
-from diffusers.loaders.single_file_utils import fetch_diffusers_config, load_single_file_checkpoint
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor, nn
+import transformers
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
+from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm, fetch_diffusers_config
+from torch import Tensor
 
-SAFE, PICKLED = ".safetensors", ".ckpt"
-VAE_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "query": "q", "key": "k", "value": "v",
-                 "proj_attn": "proj_out", "group_norm": "norm"}  # fmt: skip
-MIXED = re.compile(rf"(first_stage_model\..*\.attn_1)\.({'|'.join(map(re.escape, VAE_ATTENTION))})\.(weight|bias)")
+from models.autoencoder import load_vae
+from models.checkpoint import check_file, read_weights, told_scheduling
+from models.folder import cached_configuration, check_folder, hub_configuration
+from models.known import KNOWN, known_by, write_configuration
+from models.quiet import one_line
+from models.unet import PrunableUNet2DConditionModel
 
-
-def is_single_file(name_or_path: str | Path) -> bool:
-    return Path(name_or_path).suffix in (SAFE, PICKLED) and not Path(name_or_path).is_dir()
-
-
-def check_single_file(file: str | Path, allow_pickle: bool) -> None:
-    """ValueError for a file that is not there, or may run code where that is not allowed."""
-    if not Path(file).is_file():
-        raise ValueError(f"model {str(file)!r} does not exist")
-    if Path(file).suffix == PICKLED and not allow_pickle:
-        raise ValueError(f"model {str(file)!r} holds pickles, which may run code: model.allow_pickle=true reads it")
+log = logging.getLogger("slimstep")
+PARTS = {"UNet": ("model.diffusion_model.",), "VAE": ("first_stage_model.", "vae."),
+         "text encoder": ("cond_stage_model.", "conditioner.embedders.")}  # fmt: skip
+ADVICE = {
+    "UNet": "LoRAs belong into model.loras, a VAE into model.vae",
+    "VAE": "model.vae=FOLDER_OR_FILE gives it one",
+    "text encoder": "it is part of a model; find the whole one, or its diffusers folder",
+}
 
 
-def usual_config(file: str | Path) -> str:
-    """The hub id whose configuration diffusers takes for the kind of model that the file holds."""
-    return fetch_diffusers_config(load_single_file_checkpoint(str(file)))["pretrained_model_name_or_path"]
+def check_single_file(file: str | Path, config: str | None, allow_pickle: bool) -> None:
+    """ValueError for a file that is not there, or may run code where that is not allowed, or a config that is none."""
+    check_file(file, allow_pickle)
+    if config and config not in KNOWN:
+        try:
+            check_folder(config)
+        except ValueError as error:
+            choices = f"a diffusers folder, a hub id in the cache, or one of {', '.join(KNOWN)}"
+            raise ValueError(f"model.single_file_config={config} must be {choices} ({one_line(error)})") from error
 
 
 def load_single_file(
-    file: str | Path, config: str | Path, dtype: torch.dtype, local_files_only: bool
+    file: str | Path, config: str | None, dtype: torch.dtype | None, vae: str | None = None, allow_pickle: bool = False
 ) -> DiffusionPipeline:
-    """The stock pipeline of the class that `config`, a diffusers folder or hub id, names.
+    """The pipeline in the file, with a prunable UNet.
 
-    Raises ValueError where `config` asks for weights that the file lacks.
+    config: a diffusers folder, a hub id or a name in models.known; None for that of the kind which the weights tell.
+    dtype: None is that of the file's UNet. vae: another one (models/autoencoder.py). Raises ValueError for weights that
+    are absent, or that do not belong to the configuration.
     """
-    of_config = {"local_files_only": local_files_only}
-    lacking = ValueError(f"it lacks weights that the configuration in {config} asks for")
-    pipeline_class = getattr(diffusers, DiffusionPipeline.load_config(config, **of_config)["_class_name"])
-    try:
-        with in_original_names(file) as readable:
-            pipeline = pipeline_class.from_single_file(str(readable), config=str(config), dtype=dtype, **of_config)
-    except NotImplementedError as error:  # torch's, for weights that stayed without memory
-        raise lacking from error
-    networks = (part for part in pipeline.components.values() if isinstance(part, nn.Module))
-    if any(weight.is_meta for network in networks for weight in network.parameters()):  # text encoders raise nothing
-        raise lacking
+    weights = read_weights(file)
+    check_parts(weights, spared="VAE" if vae else None)
+    dtype = dtype or next(value.dtype for key, value in weights.items() if key.startswith(PARTS["UNet"]))
+    told = {} if config else told_scheduling(file, weights)
+    with configuration(weights, config, told) as folder:
+        index, options = DiffusionPipeline.load_config(folder), {"config": str(folder), "dtype": dtype}
+        own_vae = AutoencoderKL.load_config(folder, subfolder="vae")
+        networks = {"vae": load_vae(vae, own_vae, dtype, allow_pickle)} if vae else {}
+        try:
+            networks["unet"] = PrunableUNet2DConditionModel.from_single_file(weights, subfolder="unet", **options)
+            if not vae:
+                networks["vae"] = AutoencoderKL.from_single_file(weights, subfolder="vae", **options)
+            for part in ("text_encoder", "text_encoder_2"):
+                if part in index:
+                    kind = getattr(transformers, index[part][1])
+                    networks[part] = create_diffusers_clip_model_from_ldm(kind, weights, part, str(folder), dtype)
+        except NotImplementedError as error:  # torch's, for weights that stayed without memory
+            raise ValueError(lacking(index, config)) from error
+        except ValueError as error:
+            way = "model.single_file_config=FOLDER gives it another configuration"
+            raise ValueError(f"{one_line(error).split(' If you want')[0]}; {way}") from error
+        if any(weight.is_meta for network in networks.values() for weight in network.parameters()):
+            raise ValueError(lacking(index, config))  # text encoders raise nothing
+        checker = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
+        pipeline = DiffusionPipeline.from_pretrained(folder, **networks, **checker)
+    if told:
+        pipeline.register_modules(scheduler=told_scheduler(pipeline.scheduler, told))
     return pipeline
 
 
+def told_scheduler(scheduler, told: dict):
+    """The scheduler with what the file says of it; DDIM where its own class cannot do that."""
+    takes_all = set(told) <= set(scheduler.config)
+    return (type(scheduler) if takes_all else DDIMScheduler).from_config({**scheduler.config, **told})
+
+
+def lacking(index: dict, config: str | None) -> str:
+    kind = f"the configuration in {config}" if config else f"a {index['_class_name']} of its kind"
+    return f"it lacks weights that {kind} asks for"
+
+
+def check_parts(weights: dict[str, Tensor], spared: str | None) -> None:
+    """ValueError where a whole network is absent, but for the `spared` one."""
+    for part, prefixes in PARTS.items():
+        if part != spared and not any(key.startswith(prefixes) for key in weights):
+            raise ValueError(f"it holds no {part} (no weights are called {prefixes[0]}…): {ADVICE[part]}")
+
+
 @contextmanager
-def in_original_names(file: str | Path) -> Iterator[Path]:
-    """The file; while the block runs, a copy where names are mixed."""
-    if Path(file).suffix == SAFE:
-        with safe_open(file, "pt") as opened:
-            mixed = any(map(MIXED.fullmatch, opened.keys()))
-    else:
-        mixed = any(map(MIXED.fullmatch, load_single_file_checkpoint(str(file))))
-    if not mixed:
-        yield Path(file)
+def configuration(weights: dict[str, Tensor], config: str | None, told: dict) -> Iterator[Path]:
+    """A diffusers folder with the configuration of every part. ValueError for a kind that is not known."""
+    if config and config not in KNOWN:
+        yield Path(config) if Path(config).is_dir() else hub_configuration(config)
         return
-    weights = load_single_file_checkpoint(str(file))
+    kind = config
+    if config is None:
+        hub_id = fetch_diffusers_config(weights)["pretrained_model_name_or_path"]
+        if folder := cached_configuration(hub_id):
+            yield folder
+            return
+        kind = own_kind(hub_id, told)
     with tempfile.TemporaryDirectory() as folder:
-        copy = Path(folder) / f"{Path(file).stem}{SAFE}"
-        save_file({original_name(key): value.contiguous() for key, value in tensors(weights).items()}, copy)
-        del weights
-        yield copy
+        write_configuration(kind, Path(folder))
+        yield Path(folder)
 
 
-def original_name(key: str) -> str:
-    """`first_stage_model.decoder.mid.attn_1.q.weight` for the same with `to_q` or `query`; others as they are."""
-    found = MIXED.fullmatch(key)
-    return f"{found[1]}.{VAE_ATTENTION[found[2]]}.{found[3]}" if found else key
-
-
-def tensors(weights: Mapping) -> dict[str, Tensor]:
-    """Without a checkpoint's counters and settings."""
-    return {key: value for key, value in weights.items() if isinstance(value, Tensor)}
+def own_kind(hub_id: str, told: dict) -> str:
+    """The name in models.known, which a line of the log tells. ValueError for a kind that is not known."""
+    kind = known_by(hub_id)
+    if kind is None:
+        way = "model.single_file_config=FOLDER gives it a diffusers folder's configuration"
+        raise ValueError(f"it is a model of the kind of {hub_id}, which is not in the hub cache: {way}")
+    if kind == "sd21" and told.get("prediction_type") == "epsilon":
+        kind = "sd21_base"
+    predicts = told.get("prediction_type", KNOWN[kind].prediction_type)
+    hint = "; its base models are model.single_file_config=sd21_base" if kind == "sd21" else ""
+    log.info(f"single file: read as {kind}, {KNOWN[kind].pixels} px, predicting {predicts}, by its weights{hint}")
+    return kind

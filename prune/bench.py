@@ -60,8 +60,8 @@ class PruneBench(Bench):
         return OmegaConf.to_container(bypass) if OmegaConf.is_config(bypass) else bypass
 
     def student(self) -> PrunableUNet2DConditionModel:
-        """A trainable copy of the teacher."""
-        return PrunableUNet2DConditionModel.from_unet(self.teacher, bypass=self.bypass).requires_grad_()
+        """A trainable copy of the teacher, in float32."""
+        return PrunableUNet2DConditionModel.from_unet(self.teacher, bypass=self.bypass).float().requires_grad_()
 
     @cached_property
     def known_latencies(self) -> dict | None:

@@ -64,7 +64,7 @@ class RobustTraining:
         metrics = {"denoising": loss}
         if self.teacher_weight:
             with torch.no_grad():
-                taught_BCHW = self.teacher(*noisy.inputs, return_dict=False)[0].float()
+                taught_BCHW = self.teacher(*noisy.inputs_in(self.teacher.dtype), return_dict=False)[0].float()
             metrics["to_teacher"] = nn.functional.mse_loss(pred_BCHW, taught_BCHW)
             loss = torch.lerp(loss, metrics["to_teacher"], self.teacher_weight)
         return loss, metrics

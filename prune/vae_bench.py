@@ -61,6 +61,13 @@ class VaeBench(Bench):
     def latents(self) -> LatentsConfig:
         return OmegaConf.to_object(self.config.latents)
 
+    @cached_property
+    def pipeline(self):
+        """The teacher pipeline, its VAE in float32: there it is sliced, and taught from."""
+        pipeline = super().pipeline
+        pipeline.vae.float()
+        return pipeline
+
     @property
     def wide(self) -> AutoencoderKL:
         return self.pipeline.vae

@@ -1,6 +1,6 @@
 """A pipeline of a known size with random weights, and its pruned and narrow kin: for speed, where weights are not.
 
-    python scripts/random_pipeline.py sd15 runs/random/sd15      # also sdxl
+    python scripts/random_pipeline.py sd15 runs/random/sd15      # also sd21, sdxl
 
 Writes DIR/teacher; DIR/pruned, without the blocks that BK-SDM's base and small networks lack; DIR/narrow, whose VAE
 decoder has half its channels. Half precision, what is there stays.
@@ -15,9 +15,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from omegaconf import OmegaConf
 
+from models.known import KNOWN, random_pipeline
 from models.pipeline import export_pipeline, load_pipeline, quiet, with_unet
-from models.reference import PIPELINES, random_pipeline
-from models.unet import PrunableUNet2DConditionModel
 from prune.decoder import choose_channels, narrow_widths, narrowed
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -26,7 +25,7 @@ LAST = "mid_block.resnets.1"  # BK-SDM small ends with the mid block
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("size", choices=(*PIPELINES, "shapes"), help="shapes is the shipped model, which is not random")
+    parser.add_argument("size", choices=(*KNOWN, "shapes"), help="shapes is the shipped model, which is not random")
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
     for name, folder in make_family(options.size, options.folder).items():
@@ -38,9 +37,8 @@ def make_family(size: str, folder: Path) -> dict[str, str]:
     folders = {name: folder / name for name in ("teacher", "pruned", "narrow")}
     if all((place / "verdict.json").exists() for place in folders.values()):
         return {name: str(place) for name, place in folders.items()}
-    shipped = load_pipeline(ROOT / "assets/shapes")
-    pipeline = shipped if size == "shapes" else random_pipeline(size, shipped.tokenizer)
-    unet = PrunableUNet2DConditionModel.from_unet(pipeline.unet)
+    pipeline = load_pipeline(ROOT / "assets/shapes") if size == "shapes" else random_pipeline(size, torch.float16)
+    unet = pipeline.unet
     order = list(OmegaConf.load(ROOT / "configs/search/bk_sdm.yaml").method.sites)
     sites = [site for site in order[: order.index(LAST) + 1] if site in unet.kept_sites]
     pruned = unet.with_depths(dict.fromkeys(sites, 0))

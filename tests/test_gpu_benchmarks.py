@@ -3,10 +3,12 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+import models.known as known
 import models.reference as reference
 from models.pipeline import load_pipeline
 from scripts.random_pipeline import make_family
@@ -27,9 +29,10 @@ def small(monkeypatch):
     for name, unet in unets.items():
         monkeypatch.setitem(reference.CONFIGS, name, {k: v for k, v in unet.items() if not k.startswith("_")})
         monkeypatch.setitem(reference.VAE_CONFIGS, name, reference.VAE_CONFIGS[name] | vae)
+        monkeypatch.setitem(known.KNOWN, name, replace(known.KNOWN[name], pixels=64))
 
 
-@pytest.mark.parametrize("size", reference.PIPELINES)
+@pytest.mark.parametrize("size", ("sd15", "sdxl"))
 def test_a_random_pipeline_draws_and_its_kin_are_slimmer(tmp_path, small, size):
     family = {name: load_pipeline(folder) for name, folder in make_family(size, tmp_path).items()}
     for pipeline in family.values():

@@ -11,9 +11,12 @@ import subprocess
 import numpy as np
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors.torch import save_file
 
 from tests.mistakes import told
+from tests.tiny import tiny_pipeline
 
 JOB = [
     "+experiment=prune_unet", "search.rounds=1", "train.steps=3", "train.batch_size=4", "recovery.train.steps=3",
@@ -105,6 +108,18 @@ PRUNING = {
     "encoding nothing at a time": (["data.cache.batch_size=0"], r"data.cache: batch_size=0 must be at least 1"),
     "more threads than cores": (["threads=100000"], r"threads=100000, but there are \d+ cores"),
     "a damaged tokenizer": (["model=path", "model.name_or_path={untold}"], r"untold.*damaged"),
+    "a dtype of eight bits": (["model.dtype=float8"], r"model.dtype='float8': .*'float16' or 'bfloat16'"),
+    "an unknown scheduler": (["model.scheduler=dpm++"], r"scheduler='dpm\+\+' is unknown; .* dpmsolver\+\+,.*unipc"),
+    "a variant that is not there": (["model.variant=fp16"], r"has no weights of variant=fp16: choose null"),
+    "a LoRA by its name alone": (["model.loras=[style.safetensors]"], r"must be a list of tables, as \[\{path: FILE"),
+    "a LoRA that is nowhere": (["model.loras=[{path: /nowhere.safetensors}]"], r"loras: /nowhere.safetensors does not"),
+    "a LoRA times a word": (["model.loras=[{path: x, scale: much}]"], r"model.loras: scale=much of x is no number"),
+    "a LoRA of other weights": (["model.loras=[{path: '{weights}'}]"], r"weights.safetensors cannot be fused: "),
+    "a VAE that is nowhere": (["model.vae=/nowhere.safetensors"], r"model.vae=/nowhere.safetensors cannot be loaded: "),
+    "a VAE of other weights": (["model.vae={weights}"], r"weights.safetensors cannot be loaded: it is no autoencoder"),
+    "a VAE of another latent": (["model.vae={sixteen}"], r"sixteen belongs to another kind.*its latent_channels"),
+    "a file that is no model": (["model.name_or_path={weights}"], r"it holds no UNet .*: LoRAs belong into"),
+    "a kind that is not known": (["model.name_or_path={weights}", "model.single_file_config=sd3"], r"=sd3 must be a d"),
     "a scorer of pickles": (["scorer.model=local-dir:{pickled}"], r"holds pickles.*scorer.allow_pickle=true"),
     "pairs in words": (["data.pairs.size=many"], r"data.pairs.size='many': .*integer"),
     "no pairs": (["data.pairs.size=0"], r"data.pairs.size=0 must be at least 1"),
@@ -185,6 +200,9 @@ def places(tmp_path_factory, tiny_pipeline_folder, tiny_clip_folder):
     (root / "garbled/unet/config.json").write_text("{")
     (root / "untold/tokenizer/tokenizer.json").write_text("{")
     shutil.copytree(tiny_clip_folder, root / "pickled")
+    save_file({"weight": torch.zeros(1)}, root / "weights.safetensors")
+    wide = tiny_pipeline().vae.config
+    AutoencoderKL.from_config(wide, latent_channels=16).save_pretrained(root / "sixteen")
     (root / "pickled/open_clip_model.safetensors").rename(root / "pickled/open_clip_pytorch_model.bin")
     found = {path.stem: path for path in root.iterdir()}
     return found

@@ -14,6 +14,7 @@ import open_clip
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from omegaconf import OmegaConf
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import pil_to_tensor
@@ -22,11 +23,11 @@ from data.files import digest
 from data.prompts import PromptSet
 from eval.compare import paired_difference
 from eval.distribution import frechet_distance
-from eval.evaluation import name_models
+from eval.evaluation import EvaluationBench, name_models
 from eval.inception import Inception
+from models.original_layout import original_weights
 from models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.mistakes import told
-from tests.models.original_layout import original_layout
 
 ROOT = Path(__file__).resolve().parents[2]
 ANY_DATA = [
@@ -229,11 +230,45 @@ def test_fid_and_kid_stand_beside_the_distances_of_the_scorer(results, tmp_path,
 
 def test_a_single_file_is_evaluated_as_the_folder_of_the_same_model(results, tmp_path, tiny_pipeline_folder):
     file = tmp_path / "tiny.safetensors"
-    save_file(original_layout(StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder)), file)
+    save_file(original_weights(StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder)), file)
     given = f"models={{folder: {tiny_pipeline_folder}, file: {file}}}"
     found = results(given, f"model.single_file_config={tiny_pipeline_folder}")
     ours, theirs = scores(found)
     assert ours == theirs
+
+
+def bench_of(models, **model) -> EvaluationBench:
+    """As far as models are loaded."""
+    model = {**OmegaConf.to_container(OmegaConf.load(ROOT / "configs/model/path.yaml")), **model}
+    bench = EvaluationBench.__new__(EvaluationBench)
+    bench.config = OmegaConf.create({"models": models, "model": model})
+    return bench
+
+
+def test_what_belongs_to_the_teacher_is_not_given_to_its_students(tiny_pipeline_folder, tmp_path):
+    teacher, student = str(tiny_pipeline_folder), str(tmp_path / "student")
+    export_pipeline(load_pipeline(teacher), student)
+    lora = tmp_path / "pytorch_lora_weights.safetensors"
+    down, up = torch.ones(2, 16), torch.ones(16, 2)
+    site = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora"
+    save_file({f"{site}_A.weight": down, f"{site}_B.weight": up}, lora)
+    own = {"name_or_path": teacher, "loras": [{"path": str(lora)}], "scheduler": "euler", "vae": student}
+    bench = bench_of({"teacher": teacher, "student": student}, dtype="bfloat16", **own)
+    bench.check_models()
+    loaded = {name: bench.loaded(where) for name, where in bench.models.items()}
+    assert {type(p.scheduler).__name__ for p in loaded.values()} == {"EulerDiscreteScheduler", "DDIMScheduler"}
+    attention = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
+    plain = load_pipeline(teacher, "bfloat16").unet.state_dict()
+    for name, pipeline in loaded.items():
+        assert pipeline.unet.dtype == torch.bfloat16
+        differing = [key for key, value in pipeline.unet.state_dict().items() if not torch.equal(value, plain[key])]
+        assert differing == ([attention] if name == "teacher" else [])
+
+
+def test_options_of_a_model_that_is_not_evaluated_are_told(tiny_pipeline_folder):
+    for own in ({"scheduler": "euler"}, {"scheduler": "euler", "name_or_path": "elsewhere"}):
+        with pytest.raises(ValueError, match="model.scheduler=euler is of model.name_or_path=.*not among models="):
+            bench_of([str(tiny_pipeline_folder)], **own).check_models()
 
 
 @pytest.mark.parametrize(("pictures", "kept"), [(0, 0), (3, 3), (99, 4)])

@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
+import models.reference as reference
+from models.known import random_pipeline
 from models.unet import PrunableUNet2DConditionModel
 from tests.tiny import WIDTH, tiny_pipeline
 
@@ -71,3 +73,47 @@ def paint(pipeline: StableDiffusionPipeline, **arguments) -> torch.Tensor:
     draw = torch.Generator().manual_seed(0)
     images = pipeline(**arguments, generator=draw, output_type="np").images
     return torch.from_numpy(images).permute(0, 3, 1, 2)
+
+
+@pytest.fixture
+def small_kinds(monkeypatch):
+    """The known kinds of pipelines at small sizes, still told apart by what diffusers looks at."""
+    text = {"hidden_size": WIDTH, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
+            "projection_dim": WIDTH}  # fmt: skip
+    own = {
+        "CLIP_L": {"hidden_act": "quick_gelu"},
+        "VIT_H": {"hidden_act": "gelu", "hidden_size": 1024, "vocab_size": 64},
+        "BIG_G": {"hidden_act": "gelu", "hidden_size": 8, "projection_dim": WIDTH, "num_hidden_layers": 10},
+    }
+    for name, fields in own.items():
+        monkeypatch.setattr(reference, name, text | fields)
+    widths = {"sd15": WIDTH, "sd21": 1024, "sdxl": WIDTH + 8}
+    for name, unet in SMALL_CONFIGS.items():
+        fields = unet | {"layers_per_block": 2, "cross_attention_dim": widths[name]}
+        monkeypatch.setitem(reference.CONFIGS, name, fields)
+    for name in ("sd15", "sdxl"):
+        vae = reference.VAE_CONFIGS[name] | {"block_out_channels": (8, 8, 8, 8), "norm_num_groups": 4}
+        monkeypatch.setitem(reference.VAE_CONFIGS, name, vae | {"layers_per_block": 1})
+
+
+def small_kind(name: str, prediction_type: str | None = None) -> DiffusionPipeline:
+    """A random pipeline of a known kind, with `small_kinds`; norms and biases that show."""
+    pipeline = random_pipeline(name)
+    draw = torch.Generator().manual_seed(2)
+    for part in (p for p in pipeline.components.values() if isinstance(p, torch.nn.Module)):
+        for weight in part.parameters():
+            weight.data += 0.1 * torch.randn(weight.shape, generator=draw)
+    if prediction_type:
+        scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, prediction_type=prediction_type)
+        pipeline.register_modules(scheduler=scheduler)
+    return pipeline
+
+
+def assert_equal_weights(ours: DiffusionPipeline, theirs: DiffusionPipeline) -> None:
+    """Every network bit for bit."""
+    parts = [part for part, network in theirs.components.items() if isinstance(network, torch.nn.Module)]
+    assert parts and all(getattr(ours, part) is not None for part in parts)
+    for part in parts:
+        own, other = (getattr(pipeline, part).state_dict() for pipeline in (ours, theirs))
+        assert own.keys() == other.keys(), part
+        assert all(torch.equal(own[key], other[key]) and own[key].dtype == other[key].dtype for key in own), part

@@ -45,7 +45,7 @@ def test_a_loaded_pipeline_paints_what_the_saved_one_paints(pipeline, folder, ca
     assert not loaded.unet.training and not loaded.text_encoder.training and not loaded.vae.training
     assert torch.equal(paint(loaded), paint(pipeline))
     assert loaded.config.requires_safety_checker is False
-    assert load_pipeline(folder, dtype=torch.bfloat16).unet.dtype == torch.bfloat16
+    assert load_pipeline(folder, dtype="bfloat16").unet.dtype == torch.bfloat16
 
 
 @pytest.mark.parametrize(

@@ -1,21 +1,29 @@
 """Single files in the original layout: the same pipeline as the folder's, and one line for what cannot be read."""
 
+import logging
+import pickle
+import sys
+import types
+
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
+import models.folder
+from models.known import write_configuration
+from models.original_layout import original_weights, write_original
+from models.pickles import load_pickled
 from models.pipeline import export_pipeline, load_pipeline
 from models.unet import PrunableUNet2DConditionModel
-from tests.models.conftest import paint
-from tests.models.original_layout import original_layout
+from tests.models.conftest import assert_equal_weights, paint, small_kind
 
 
 @pytest.fixture(scope="module")
 def file(tmp_path_factory, tiny_pipeline_folder):
     """The random pipeline's weights as one file."""
     path = tmp_path_factory.mktemp("single") / "tiny.safetensors"
-    save_file(original_layout(StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder)), path)
+    save_file(original_weights(StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder)), path)
     return path
 
 
@@ -30,7 +38,7 @@ def test_a_single_file_paints_what_its_folder_paints(file, tiny_pipeline_folder,
     assert torch.equal(paint(loaded), paint(folder))
     export_pipeline(loaded, tmp_path / "export")
     assert torch.equal(paint(DiffusionPipeline.from_pretrained(tmp_path / "export")), paint(folder))
-    half = load_pipeline(file, torch.bfloat16, single_file_config=str(tiny_pipeline_folder))
+    half = load_pipeline(file, "bfloat16", single_file_config=str(tiny_pipeline_folder))
     assert half.unet.dtype == half.vae.dtype == half.text_encoder.dtype == torch.bfloat16
 
 
@@ -62,6 +70,99 @@ def test_a_checkpoint_of_pickles_is_read_only_where_that_is_allowed(file, tiny_p
     assert torch.equal(paint(loaded), paint(load_pipeline(tiny_pipeline_folder)))
 
 
+def test_a_file_alone_is_read_with_the_configuration_of_its_kind(small_kinds, tmp_path, caplog):
+    pipeline, file = small_kind("sd15"), tmp_path / "alone.safetensors"
+    write_original(pipeline, file)
+    with caplog.at_level(logging.INFO, "slimstep"):
+        loaded = load_pipeline(file)
+    assert [record.message for record in caplog.records if "single file" in record.message] == [
+        "single file: read as sd15, 512 px, predicting epsilon, by its weights"
+    ]
+    assert_equal_weights(loaded, pipeline)
+    pipeline.register_modules(scheduler=loaded.scheduler)
+    size = {"height": 64, "width": 64}
+    assert torch.equal(paint(loaded, **size), paint(pipeline, **size))
+
+
+def test_sd2s_base_models_are_read_where_the_file_or_the_user_tells(small_kinds, tmp_path):
+    pipeline, file = small_kind("sd21"), tmp_path / "two.safetensors"
+    write_original(pipeline, file)
+    assert load_pipeline(file).scheduler.config.prediction_type == "v_prediction"
+    weights = load_file(file)
+    save_file(weights, file)  # without ModelSpec's metadata
+    read = {config: load_pipeline(file, single_file_config=config) for config in (None, "sd21_base")}
+    assert read[None].scheduler.config.prediction_type == "v_prediction" and read[None].unet.config.sample_size == 96
+    base = read["sd21_base"]
+    assert base.scheduler.config.prediction_type == "epsilon" and base.unet.config.sample_size == 64
+    save_file(weights, file, {"modelspec.prediction_type": "epsilon"})
+    assert load_pipeline(file).unet.config.sample_size == 64
+
+
+def test_the_hub_caches_configuration_comes_before_ours(small_kinds, tmp_path, monkeypatch):
+    pipeline, file = small_kind("sd15"), tmp_path / "one.safetensors"
+    write_original(pipeline, file)
+    write_configuration("sd15", tmp_path / "cached")
+    scheduler = tmp_path / "cached/scheduler/scheduler_config.json"
+    scheduler.write_text(scheduler.read_text().replace('"beta_end": 0.012', '"beta_end": 0.013'))
+    asked = []
+    monkeypatch.setattr(models.folder.huggingface_hub, "snapshot_download",
+                        lambda name, **_: asked.append(name) or tmp_path / "cached")  # fmt: skip
+    assert load_pipeline(file).scheduler.config.beta_end == 0.013
+    assert asked == ["stable-diffusion-v1-5/stable-diffusion-v1-5"]
+
+
+def test_an_old_training_checkpoint_is_read_without_what_else_is_in_it(small_kinds, tmp_path, monkeypatch):
+    """Half precision, averaged weights beside, buffers, and callbacks of a library that nobody has."""
+    pipeline, file = small_kind("sd15").to(dtype=torch.float16), tmp_path / "last.ckpt"
+    weights = original_weights(pipeline)
+    averages = {f"model_ema.{key.removeprefix('model.').replace('.', '')}": torch.zeros_like(value)
+                for key, value in weights.items() if key.startswith("model.")}  # fmt: skip
+    assert len(averages) > 100
+    more = {"alphas_cumprod": torch.ones(1000), "model_ema.decay": torch.tensor(0.9),
+            "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}  # fmt: skip
+    library = types.ModuleType("unheard_of")
+    library.Callback = type("Callback", (), {"__module__": "unheard_of", "__qualname__": "Callback"})
+    monkeypatch.setitem(sys.modules, "unheard_of", library)
+    callback = library.Callback()
+    callback.best = [1.0]
+    callbacks = {library.Callback: callback}
+    torch.save({"state_dict": weights | averages | more, "global_step": 7, "callbacks": callbacks}, file)
+    monkeypatch.delitem(sys.modules, "unheard_of")
+    assert_equal_weights(load_pipeline(file, "float16", allow_pickle=True), pipeline)
+
+
+def test_pickles_run_nothing(tmp_path):
+    class Wicked:
+        def __reduce__(self):
+            return open, (str(tmp_path / "written"), "w")
+
+    for name, save in (("zip", torch.save), ("plain", lambda what, file: file.write_bytes(pickle.dumps(what)))):
+        file = tmp_path / f"{name}.ckpt"
+        save({"state_dict": {"weight": Wicked()}}, file)
+        with pytest.raises(ValueError, match="holds no weights|no checkpoint of torch's"):
+            load_pickled(file)
+    assert not (tmp_path / "written").exists()
+
+
+@pytest.mark.parametrize(("prefix", "told"), [
+    ("model.diffusion_model.", r"it holds no UNet \(no weights are called model.diffusion_model.…\): LoRAs"),
+    ("first_stage_model.", r"it holds no VAE .*: model.vae=FOLDER_OR_FILE gives it one"),
+    ("cond_stage_model.", r"it holds no text encoder .* find the whole one"),
+])  # fmt: skip
+def test_a_file_without_one_of_its_networks_is_told_which(file, tiny_pipeline_folder, tmp_path, prefix, told):
+    part = tmp_path / "part.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if not key.startswith(prefix)}, part)
+    with pytest.raises(ValueError, match=told):
+        load_pipeline(part, single_file_config=str(tiny_pipeline_folder))
+
+
+def test_a_file_without_a_vae_takes_another(file, tiny_pipeline_folder, tmp_path):
+    part = tmp_path / "part.safetensors"
+    save_file({key: value for key, value in load_file(file).items() if "first_stage" not in key}, part)
+    folder = str(tiny_pipeline_folder)
+    assert_equal_weights(load_pipeline(part, single_file_config=folder, vae=folder), load_pipeline(folder))
+
+
 def test_what_cannot_be_read_is_one_line(file, tiny_pipeline_folder, tmp_path):
     def told(path, match, **options):
         with pytest.raises(ValueError, match=match) as error:
@@ -70,8 +171,11 @@ def test_what_cannot_be_read_is_one_line(file, tiny_pipeline_folder, tmp_path):
 
     config = {"single_file_config": str(tiny_pipeline_folder)}
     told(tmp_path / "gone.safetensors", "gone.safetensors' does not exist", **config)
-    told(file, r"is a single file; model.single_file_config=FOLDER .*stable-diffusion-v1-5.*not in the hub cache")
-    told(file, r"is a single file; .*/nowhere' is no folder", single_file_config="/nowhere")
+    told(file, r"time_embedding.linear_1.weight expected shape .*; model.single_file_config=FOLDER gives it another")
+    told(file, r"=/nowhere must be a diffusers folder, .*sdxl.*is no folder", single_file_config="/nowhere")
+    inpainting = tmp_path / "inpainting.safetensors"
+    save_file({**load_file(file), "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 9, 3, 3)}, inpainting)
+    told(inpainting, r"of the kind of stable-diffusion-v1-5/stable-diffusion-inpainting, which is not in the hub cache")
     (tmp_path / "text.safetensors").write_text("no weights")
     told(tmp_path / "text.safetensors", "text.safetensors' is incomplete or damaged", **config)
     for place in ("middle_block.1.", "transformer.text_model.encoder.layers.0.mlp.fc1."):

@@ -1,0 +1,57 @@
+"""Another autoencoder for a pipeline, `model.vae`: for SDXL one whose activations stay within float16, say."""
+
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+
+from models.checkpoint import check_file, is_single_file, read_weights
+from models.quiet import one_line
+from models.vae import NarrowAutoencoderKL
+
+PREFIX, ORIGINAL = "first_stage_model.", "decoder.mid.block_1.conv1.weight"
+
+
+def load_vae(source: str, config: Mapping[str, Any], dtype: torch.dtype, allow_pickle: bool) -> AutoencoderKL:
+    """The autoencoder of a folder, of a pipeline's folder, of a hub id or of a single file.
+
+    config: that of the pipeline's own. A single file has the same; its names are the original ones, with or without
+    `first_stage_model.`, or diffusers'. Raises ValueError where it cannot be read, or has other latents than the own.
+    """
+    with torch.device("meta"):
+        own = AutoencoderKL.from_config(dict(config))
+    try:
+        if is_single_file(source):
+            check_file(source, allow_pickle)
+            vae = vae_of_file(source, own, dtype)
+        else:
+            vae = vae_of_folder(source, dtype, allow_pickle)
+    except (ValueError, OSError, NotImplementedError) as error:  # the last is torch's, for weights that are absent
+        raise ValueError(f"model.vae={source} cannot be loaded: {one_line(error)}") from error
+    for field in ("latent_channels", "scaling_factor", "shift_factor"):
+        if vae.config[field] != own.config[field]:
+            told = f"{field} is {vae.config[field]}, the model's {own.config[field]}"
+            raise ValueError(f"model.vae={source} belongs to another kind of model: its {told}")
+    return vae
+
+
+def vae_of_file(file: str, own: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:
+    """ValueError for a file without all the weights of an autoencoder."""
+    weights = {key.removeprefix(PREFIX): value for key, value in read_weights(file).items()}
+    if ORIGINAL not in weights and (absent := own.state_dict().keys() - weights.keys()):
+        raise ValueError(f"it is no autoencoder: it lacks {min(absent)} and {len(absent) - 1} more")
+    with tempfile.TemporaryDirectory() as folder:
+        own.save_config(folder)
+        return AutoencoderKL.from_single_file(weights, config=folder, dtype=dtype)
+
+
+def vae_of_folder(source: str, dtype: torch.dtype, allow_pickle: bool) -> AutoencoderKL:
+    where = {"subfolder": "vae"} if (Path(source) / "model_index.json").is_file() else {}
+    kinds = {kind.__name__: kind for kind in (AutoencoderKL, NarrowAutoencoderKL)}
+    found = AutoencoderKL.load_config(source, **where).get("_class_name")
+    if found not in kinds:
+        raise ValueError(f"its class is {found}, not one of {list(kinds)}")
+    return kinds[found].from_pretrained(source, dtype=dtype, use_safetensors=None if allow_pickle else True, **where)
