@@ -203,12 +203,11 @@ class DistillBench(Bench):
         return taught_pairs(draws, objective.answer, self.run, stage, batch_size, keep)
 
     def at_work(self, name: str, compiled: bool = False) -> PrunableUNet2DConditionModel:
-        """A network that teaches: on the device, as mixed precision runs it, cast once and not at every evaluation."""
-        unet, dtype = self.networks[name], self.compute_dtype
-        if (unet.device, unet.dtype) != (self.device, dtype) or compiled:
-            unet = copy.deepcopy(unet).to(self.device, dtype)
-        if compiled:
-            unet.compile(dynamic=False)
+        """A network that teaches."""
+        if not compiled:
+            return self.working(self.networks[name])
+        unet = copy.deepcopy(self.networks[name]).to(self.device, self.compute_dtype)
+        unet.compile(dynamic=False)
         return unet
 
     def write_export(self, unet: PrunableUNet2DConditionModel, folder) -> None:

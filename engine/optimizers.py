@@ -1,7 +1,7 @@
 """The optimisers of the training loop, and what each keeps beside a weight and its gradient.
 
 adamw      PyTorch's, fused into one kernel: two float32 moments, 8 bytes a weight.
-adamw8bit  torchao's (Dettmers et al. 2022): the moments in blocks of 256 numbers of 8 bits and a scale, 2 bytes a weight;
+adamw8bit  torchao's (Dettmers et al. 2022): the moments as blocks of 256 8-bit numbers and a scale, 2 bytes a weight;
            small tensors keep float32. It compiles itself, once per shape.
 adafactor  transformers', with our learning rate: sums over rows and over columns, next to nothing; no first moment
            (Shazeer & Stern 2018).
