@@ -4,9 +4,9 @@
     python benchmarks/training_speed.py --size sd15 --resolution 64 --optimizer adafactor         # fits a CPU of 20 GB
     python benchmarks/training_speed.py --size shapes                                             # the shipped model
 
-Weights are random (but the shipped model's), data are scenes of data=shapes. Operations are the networks' own (a backward
-is two forwards; recomputation for gradient checkpointing is not counted), and the peak is what a matrix product of this
-precision reaches on the device.
+Weights are random (but the shipped model's), data are scenes of data=shapes. Operations are the networks' own: a
+backward is two forwards, what gradient checkpointing computes again is not counted. The peak is what a matrix product of
+this precision reaches on the device. A CPU's memory is the whole process's, a GPU's what torch allocated.
 """
 
 import argparse
@@ -149,10 +149,10 @@ def model(options: argparse.Namespace):
 def configured(options: argparse.Namespace, folder: str) -> Config:
     steps, batch = options.steps, options.batch
     given = [
-        f"+experiment={JOBS[options.alone]}", f"root={folder}", f"data.pairs.size={max(4 * batch, 16)}", "data.prompts.n=8",
-        f"data.resolution={options.resolution or 'null'}", f"mixed_precision={options.precision}", "eval.prompts=2",
-        f"data.cache.batch_size={batch}", "scoring.prompts=2", "scoring.steps=1", f"scoring.batch_size={2 * batch}",
-        "scoring.guidance_scale=1",
+        f"+experiment={JOBS[options.alone]}", f"root={folder}", f"data.pairs.size={max(4 * batch, 16)}",
+        "data.prompts.n=8", f"data.resolution={options.resolution or 'null'}", f"mixed_precision={options.precision}",
+        "eval.prompts=2", f"data.cache.batch_size={batch}", "scoring.prompts=2",
+        "scoring.steps=1", f"scoring.batch_size={2 * batch}", "scoring.guidance_scale=1",
     ]  # fmt: skip
     for train in ("train", "recovery.train"):
         compiled = options.compile and train == "train"
