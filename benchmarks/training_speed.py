@@ -5,8 +5,8 @@
     python benchmarks/training_speed.py --size shapes                                             # the shipped model
 
 Weights are random (but the shipped model's), data are scenes of data=shapes. Operations are the networks' own: a
-backward is two forwards, what gradient checkpointing computes again is not counted. The peak is what a matrix product of
-this precision reaches on the device. A CPU's memory is the whole process's, a GPU's what torch allocated.
+backward is two forwards, what gradient checkpointing computes again is not counted. The peak is a matrix product's in
+this precision on this device. A CPU's memory is the whole process's, a GPU's what torch allocated.
 """
 
 import argparse

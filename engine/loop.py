@@ -27,7 +27,7 @@ from engine.optimizers import make_optimizer, set_learning_rate
 from engine.preemption import NotedSignals, leave_signals_to_the_parent
 from engine.run import Run, damaged
 from engine.sections.training import TrainConfig
-from engine.sharding import as_number, copy_to_shard, is_sharded
+from engine.sharding import as_number, copy_to_shard, is_sharded, tell_deepspeed
 
 Batch = dict[str, Any]
 Metrics = dict[str, Tensor]
@@ -186,6 +186,7 @@ def _run_steps(
     accelerator = run.accelerator
     optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config)
     wrapped = torch.compile(model, dynamic=False) if config.compile else model
+    tell_deepspeed(accelerator, config)
     wrapped, optimizer = accelerator.prepare(wrapped, optimizer)
     parameters = [p for p in wrapped.parameters() if p.requires_grad]  # sharding makes new ones
     ema = DeviceEMA(parameters, decay=config.ema_decay) if config.ema_decay else None
@@ -214,7 +215,7 @@ def _run_steps(
                 accelerator.backward(loss / config.accumulation)
             means.add({"loss": loss, **metrics})
         grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
-        means.end_step(None if accelerator.scaler else as_number(grad_norm))
+        means.end_step(None if accelerator.scaler else as_number(grad_norm, accelerator))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema:

@@ -141,7 +141,7 @@ def parts(options: argparse.Namespace, models: dict[str, str]) -> Iterator[Part]
 
 
 def training(options: argparse.Namespace, on_gpu: bool) -> Part:
-    """A few steps of robust training, scoring, recovery, step and decoder distillation: memory, and share of the peak."""
+    """Robust training, scoring, recovery, step and decoder distillation, a few steps each: memory, share of peak."""
     command = [sys.executable, "benchmarks/training_speed.py", "--size", options.size]
     if on_gpu:
         command += ["--precision", "bf16", "--batch", "4" if options.size == "sdxl" else "16"]

@@ -1,5 +1,6 @@
 """The hardware group and accelerate's files beside it: every experiment takes them, and accelerate reads them."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -27,14 +28,18 @@ def test_an_experiment_composes_with_it_and_the_command_line_wins(hardware, expe
         given = [f"+experiment={experiment}", f"+hardware={hardware}", "train.batch_size=3"]
         config = hydra.compose("train", given)
     OmegaConf.to_object(config.train)  # the values check themselves
-    assert config.mixed_precision == "bf16" and config.train.batch_size == 3
+    assert config.mixed_precision == ("no" if hardware == "deepspeed" else "bf16") and config.train.batch_size == 3
     assert not config.recovery.train.compile  # it reads features with hooks
 
 
 @pytest.mark.parametrize("hardware", HARDWARE)
 def test_accelerate_reads_its_file(hardware):
     config = load_config_from_file(str(CONFIGS / f"accelerate/{hardware}.yaml"))
-    assert config.num_processes in (1, 8, 16) and config.mixed_precision == "bf16"
+    assert config.num_processes in (1, 8, 16)
+    if hardware == "deepspeed":
+        assert json.loads((CONFIGS.parent / config.deepspeed_config["deepspeed_config_file"]).read_text())
+    else:
+        assert config.mixed_precision == "bf16"
 
 
 @pytest.mark.parametrize("folder", ["hardware", "accelerate"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import StackDataset
@@ -34,7 +34,8 @@ def main(root: str, name: str, way: str, *overrides: str) -> None:
     torch.set_num_threads(1)
     given = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
     precision, kill_at = given.pop("precision", "no"), given.pop("kill_at", None)
-    accelerator = Accelerator(cpu=True, mixed_precision=precision)
+    plugin = {"deepspeed_plugin": DeepSpeedPlugin(zero_stage=2)} if way == "deepspeed" else {}
+    accelerator = Accelerator(cpu=way != "deepspeed", mixed_precision=precision, **plugin)
     if way == "fsdp":
         shard(accelerator, precision)
     config = TrainConfig(**{**SHORT, **given})
