@@ -1,7 +1,7 @@
 """Memory and speed of every kind of training: a few steps of the jobs' own stages, each in a process of its own.
 
     python benchmarks/training_speed.py --size sd15 --resolution 512 --batch 8 --precision bf16   # a GPU
-    python benchmarks/training_speed.py --size sd15 --resolution 64 --optimizer adafactor         # fits a CPU of 20 GB
+    python benchmarks/training_speed.py --size sd15 --resolution 64 --optimizer adafactor --ema-decay 0  # 20 GB, a CPU
     python benchmarks/training_speed.py --size shapes                                             # the shipped model
 
 Weights are random (but the shipped model's), data are scenes of data=shapes. Operations are the networks' own: a
@@ -69,6 +69,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="the first is not timed")
     parser.add_argument("--precision", choices=DTYPES, default="no")
     parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--ema-decay", type=float, default=0.999, help="0 keeps no averages")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--compile", action="store_true", help="but recovery, which reads features with hooks")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/training-speed"), help="where the results go")
@@ -77,12 +78,12 @@ def main() -> None:
     if options.alone:
         print(json.dumps(measure(options)))
         return
-    rows = [in_a_process(part) for part in options.parts]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     asked = {key: value for key, value in vars(options).items() if key not in ("out", "alone", "parts")}
-    write_json(options.out / "results.json", {**asked, "environment": environment(), "rows": rows})
+    rows = []
+    for part in options.parts:
+        rows.append(in_a_process(part))
+        write_json(options.out / "results.json", {**asked, "environment": environment(), "rows": rows})
     names = ("part", "batch", "peak_gb", "seconds_per_step", "samples_per_second", "tflops", "share_of_peak")
-    print(f"{options.size} on {device}")
     print(markdown_table(list(names), [[told(row.get(name)) for name in names] for row in rows]))
     for row in rows:
         if row.get("cannot"):
@@ -158,6 +159,7 @@ def configured(options: argparse.Namespace, folder: str) -> Config:
         compiled = options.compile and train == "train"
         given += [f"{train}.steps={steps}", f"{train}.batch_size={batch}", f"{train}.log_every=1",
                   f"{train}.optimizer={options.optimizer}", f"{train}.compile={str(compiled).lower()}",
+                  f"{train}.ema_decay={options.ema_decay}",
                   f"{train}.gradient_checkpointing={str(options.checkpointing).lower()}"]  # fmt: skip
     if options.alone == "decoder":
         given += ["latents.real_share=1", "latents.count=16", "latents.prompts=8", "decoder.choice=first"]

@@ -72,8 +72,10 @@ class DistillBench(Bench):
 
     def on_the_grid(self, kind: type, scheduler, **changes):
         """A scheduler of this kind; x̂ is not clipped, for training does not clip it."""
+        # diffusers notes what a file left open, and from_config would take its own defaults for that, not ours.
+        told = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
         grid = {"timestep_spacing": self.ladder.timestep_spacing, "set_alpha_to_one": True}
-        return kind.from_config({**scheduler.config, "clip_sample": False, "thresholding": False, **grid, **changes})
+        return kind.from_config({**told, "clip_sample": False, "thresholding": False, **grid, **changes})
 
     @cached_property
     def networks(self) -> dict[str, PrunableUNet2DConditionModel]:
