@@ -173,7 +173,8 @@ def _made_from(pairs, pipeline, dtype: str, shard_size: int) -> dict[str, str | 
 
 def text_hashes(pipeline) -> dict[str, str]:
     """What text states depend on beside the captions."""
-    hashes = {}
+    zeros = pipeline.config.get("force_zeros_for_empty_prompt")
+    hashes = {} if zeros is None else {"zeros_for_empty_prompt": str(zeros)}
     for number in ("", "_2") if len(text_encoders(pipeline)) > 1 else ("",):
         hashes[f"text_encoder{number}"] = module_hash(getattr(pipeline, f"text_encoder{number}"))
         hashes[f"tokenizer{number}"] = tokenizer_hash(getattr(pipeline, f"tokenizer{number}"))

@@ -110,6 +110,7 @@ def module_hash(module: nn.Module) -> str:
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """SHA-256 over the class, the vocabulary and the length of a tokenizer."""
-    parts = [type(tokenizer).__name__, tokenizer.model_max_length, sorted(tokenizer.get_vocab().items())]
+    """SHA-256 over the class, the vocabulary, the special tokens and the length of a tokenizer."""
+    special = sorted((name, str(token)) for name, token in tokenizer.special_tokens_map.items())
+    parts = [type(tokenizer).__name__, tokenizer.model_max_length, special, sorted(tokenizer.get_vocab().items())]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()

@@ -73,8 +73,10 @@ class DistillBench(Bench):
 
     def on_the_grid(self, kind: type, scheduler, **changes):
         """A scheduler of this kind; x̂ is not clipped, for training does not clip it."""
+        # diffusers notes what a file left open, and from_config would take its own defaults for that, not ours.
+        told = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
         grid = {"timestep_spacing": self.ladder.timestep_spacing, "set_alpha_to_one": True}
-        return kind.from_config({**scheduler.config, "clip_sample": False, "thresholding": False, **grid, **changes})
+        return kind.from_config({**told, "clip_sample": False, "thresholding": False, **grid, **changes})
 
     @cached_property
     def networks(self) -> dict[str, PrunableUNet2DConditionModel]:
@@ -204,12 +206,11 @@ class DistillBench(Bench):
         return taught_pairs(draws, objective.answer, self.run, stage, batch_size, keep)
 
     def at_work(self, name: str, compiled: bool = False) -> PrunableUNet2DConditionModel:
-        """A network that teaches: on the device, as mixed precision runs it, cast once and not at every evaluation."""
-        unet, dtype = self.networks[name], self.compute_dtype
-        if (unet.device, unet.dtype) != (self.device, dtype) or compiled:
-            unet = copy.deepcopy(unet).to(self.device, dtype)
-        if compiled:
-            unet.compile(dynamic=False)
+        """A network that teaches."""
+        if not compiled:
+            return self.working(self.networks[name])
+        unet = copy.deepcopy(self.networks[name]).to(self.device, self.compute_dtype)
+        unet.compile(dynamic=False)
         return unet
 
     def write_export(self, unet: PrunableUNet2DConditionModel, folder) -> None:

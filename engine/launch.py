@@ -42,6 +42,7 @@ from models.pipeline import one_line
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 MISTAKES = (ValueError, OSError, FloatingPointError, SafetensorError, YAMLError, HydraException, OmegaConfBaseException)
+PRECISIONS = ("no", "bf16", "fp16")
 MULTIRUN = {"-m", "--multirun"}
 log = logging.getLogger("slimstep")
 
@@ -251,6 +252,10 @@ def checked_config(config: DictConfig) -> DictConfig:
     at_least("the configuration", config, 0, "threads")
     if config.threads > (cores := os.cpu_count() or 1):
         raise ValueError(f"threads={config.threads}, but there are {cores} cores; 0 leaves the choice to torch")
+    if config.mixed_precision not in PRECISIONS:
+        raise ValueError(f"mixed_precision={config.mixed_precision!r} is unknown; choose from {PRECISIONS}")
+    if config.mixed_precision == "fp16" and not torch.cuda.is_available():
+        raise ValueError("mixed_precision=fp16 needs a GPU, and there is none; choose bf16, or no for float32")
     check_data(config.data)
     run_path(config)
     return config

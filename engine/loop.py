@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from diffusers.training_utils import EMAModel
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -22,10 +21,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from data.files import unwritable, write_tensors
 from data.progress import progress
 from data.seeding import generator, seed_of
+from engine.averages import DeviceEMA
 from engine.checkpoints import Checkpoints
+from engine.optimizers import make_optimizer, set_learning_rate
 from engine.preemption import NotedSignals, leave_signals_to_the_parent
 from engine.run import Run, damaged
 from engine.sections.training import TrainConfig
+from engine.sharding import as_number, copy_to_shard, is_sharded, tell_deepspeed
 
 Batch = dict[str, Any]
 Metrics = dict[str, Tensor]
@@ -96,15 +98,6 @@ class RunningMeans:
         return dict(zip(names, values, strict=True)), bad[0] if bad else None
 
 
-class DeviceEMA(EMAModel):
-    """EMAModel whose averages stay with the parameters: a checkpoint is read to the CPU."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        devices = [average.device for average in self.shadow_params]
-        super().load_state_dict(state_dict)
-        self.shadow_params = [average.to(d) for average, d in zip(self.shadow_params, devices, strict=True)]
-
-
 class Speedometer:
     """Samples per second since it was last asked."""
 
@@ -145,12 +138,16 @@ def train(
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     folder.mkdir(parents=True, exist_ok=True)
+    sharded = is_sharded(run.accelerator)
+    student = copy_to_shard(model, run.accelerator) if sharded else model
     with NotedSignals() as signals:
-        model = _run_steps(model.train(), objective, dataset, config, run, stage, signals)
+        weights = _run_steps(student.train(), objective, dataset, config, run, stage, signals)
         if run.accelerator.is_main_process:
-            write_tensors(folder / WEIGHTS, model.state_dict())
+            write_tensors(folder / WEIGHTS, weights)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         run.accelerator.wait_for_everyone()
+    if sharded:
+        load_trained(model.to(run.accelerator.device), run, stage)
     if config.gradient_checkpointing:
         model.disable_gradient_checkpointing()
     if config.channels_last:
@@ -184,14 +181,15 @@ def _run_steps(
     run: Run,
     stage: str,
     signals: NotedSignals,
-) -> nn.Module:
+) -> dict[str, Tensor]:
+    """Trains `model` in place; its finished weights, whole, on rank 0 at least."""
     accelerator = run.accelerator
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    options = {"betas": tuple(config.betas), "weight_decay": config.weight_decay}
-    optimizer = torch.optim.AdamW(parameters, config.learning_rate, **options)
+    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config)
     wrapped = torch.compile(model, dynamic=False) if config.compile else model
+    tell_deepspeed(accelerator, config)
     wrapped, optimizer = accelerator.prepare(wrapped, optimizer)
-    ema = DeviceEMA(parameters, decay=config.ema_decay, foreach=True) if config.ema_decay else None
+    parameters = [p for p in wrapped.parameters() if p.requires_grad]  # sharding makes new ones
+    ema = DeviceEMA(parameters, decay=config.ema_decay) if config.ema_decay else None
     if ema:
         accelerator.register_for_checkpointing(ema)
     means = RunningMeans()
@@ -205,8 +203,7 @@ def _run_steps(
     bar = progress(total=config.steps, initial=first_step, desc=stage, unit="step", disable=quiet)
     logged = first_step
     for step in range(first_step, config.steps):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate_at(step, config)
+        set_learning_rate(optimizer, learning_rate_at(step, config))
         for micro in range(config.accumulation):
             place = micro * accelerator.num_processes + accelerator.process_index
             torch.manual_seed(seed_of(seed, step, place, "global"))  # dropout inside networks draws from here
@@ -217,8 +214,8 @@ def _run_steps(
                     loss, metrics = objective(wrapped, {**next(batches), "progress": step / config.steps}, draw)
                 accelerator.backward(loss / config.accumulation)
             means.add({"loss": loss, **metrics})
-        grad_norm = accelerator.clip_grad_norm_(parameters, config.max_grad_norm)
-        means.end_step(None if accelerator.scaler else grad_norm)
+        grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
+        means.end_step(None if accelerator.scaler else as_number(grad_norm, accelerator))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         if ema:
@@ -243,10 +240,12 @@ def _run_steps(
     bar.close()
     if ema:
         ema.copy_to(parameters)
+    # Without accelerate's autocast around it: a network just trained and one read from its file compute alike.
+    bare = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
+    weights = accelerator.get_state_dict(bare)
     accelerator.free_memory()
     accelerator._custom_objects.clear()  # free_memory forgets models and optimisers, not what was registered
-    # Without accelerate's autocast around it: a network just trained and one read from its file compute alike.
-    return accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
+    return weights
 
 
 def _batches(dataset: Dataset, config: TrainConfig, seed: int, first_step: int, accelerator) -> Iterator[Batch]:

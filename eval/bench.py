@@ -1,7 +1,10 @@
 """What every job works with, made when first asked for: teacher, data, prompts, scorer, objectives."""
 
+import copy
 import logging
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +13,7 @@ import torch
 from diffusers import DiffusionPipeline
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
+from torch import nn
 
 from data.cache import CachedPairs, cache_pairs
 from data.encoding import is_truncated
@@ -17,12 +21,15 @@ from data.prompts import PromptSet, disjoint_prompts, read_prompts
 from engine.components import check, component
 from engine.config import Config
 from engine.loop import Objective, load_trained, train, trained
+from engine.optimizers import check_optimizer
 from engine.run import Run
 from engine.sections.checks import at_least
 from engine.sections.pruning import LatencyConfig
 from engine.sections.training import TrainConfig
+from engine.sharding import check_sharding
 from eval.clip import ClipScorer
 from eval.sampling import Sampler
+from models.conditioning import text_encoders
 from models.cost import NUM_TOKENS
 from models.pipeline import networks
 from models.schedule import NoiseSchedule
@@ -91,7 +98,31 @@ class Bench:
         if trained(self.run, stage):
             return load_trained(unet, self.run, stage)
         objective = self.objective(objective, **given)
-        return train(unet, objective, self.samples(objective, stage), config, self.run, stage)
+        samples = self.samples(objective, stage)
+        with self.resting():
+            return train(unet, objective, samples, config, self.run, stage)
+
+    def working(self, unet: PrunableUNet2DConditionModel) -> PrunableUNet2DConditionModel:
+        """A frozen network as mixed precision runs it: on the device, cast once and not at every evaluation."""
+        if (unet.device, unet.dtype) == (self.device, self.compute_dtype):
+            return unet
+        return copy.deepcopy(unet).to(self.device, self.compute_dtype)
+
+    @contextmanager
+    def resting(self) -> Iterator[None]:
+        """What is idle lies on the CPU meanwhile: what trains needs the device more."""
+        for network in self.idle:
+            network.to("cpu")
+        try:
+            yield
+        finally:
+            for network in self.idle:
+                network.to(self.device)
+
+    @property
+    def idle(self) -> list[nn.Module]:
+        """The pipeline's networks that no training asks."""
+        return [self.pipeline.vae, *text_encoders(self.pipeline)]
 
     def samples(self, objective: Objective, stage: str):
         """The data set that a stage learns from."""
@@ -133,7 +164,9 @@ class Bench:
         given = {"schedule": NoiseSchedule.from_scheduler(self.pipeline.scheduler, self.device), **given}
         if "empty_text_LE" not in given:
             given["empty_text_LE"] = self.pairs.empty_text.to(self.device)
-        return self.made_objective(config, **{"teacher": self.teacher, **given})
+        if "teacher" not in given:
+            given["teacher"] = self.working(self.teacher)
+        return self.made_objective(config, **given)
 
     @staticmethod
     def made_objective(config, **given) -> Objective:
@@ -145,9 +178,16 @@ class Bench:
     def check_objective(self, key: str, config, training: TrainConfig, **given) -> None:
         """ValueError for the objective under `key` if it cannot be, or be trained in this way; no data are touched."""
         check(config, key)
-        objective = self.objective(config, empty_text_LE=torch.zeros(1, 1, device=self.device), **given)
+        self.check_training(training)
+        given = {"teacher": self.teacher, "empty_text_LE": torch.zeros(1, 1, device=self.device), **given}
+        objective = self.objective(config, **given)
         if training.compile and not getattr(objective, "compiles", True):
             raise ValueError(f"{type(objective).__name__} reads features with hooks: its train.compile must be false")
+
+    def check_training(self, training: TrainConfig) -> None:
+        """ValueError where what the optimiser or the launcher's file asks for cannot be."""
+        check_optimizer(training)
+        check_sharding(training, self.run.accelerator)
 
     def check_inputs(self) -> None:
         """ValueError, before anything is made, for data, prompts or a scorer that cannot be had."""

@@ -44,7 +44,8 @@ class RobustTraining:
             raise ValueError(f"objective.ramp={ramp!r} is unknown; choose from {RAMPS}")
         shares("objective", caption_dropout=caption_dropout, teacher_weight=teacher_weight)
         self.schedule, self.empty_text_LE, self.skip_prob, self.ramp = schedule, empty_text_LE, skip_prob, ramp
-        self.caption_dropout, self.teacher, self.teacher_weight = caption_dropout, teacher, teacher_weight
+        self.caption_dropout, self.teacher_weight = caption_dropout, teacher_weight
+        self.teacher = teacher if teacher_weight else None
 
     def skip_probs(self, kinds: list[str], progress: float) -> Tensor:
         """Shape [N]: each site's probability of being skipped at this point of the training."""

@@ -39,7 +39,6 @@ from eval.judge import clip_scores, write_pictures
 from eval.latents import sampled_latents
 from eval.sampling import Sampler
 from eval.vae_report import HEADER, quality_rows, vae_table, write_vae_report
-from models.conditioning import text_encoders
 from models.cost import count_parameters
 from models.decoding import ImageDecoder
 from models.pipeline import export_pipeline, with_unet
@@ -86,6 +85,7 @@ class VaeBench(Bench):
         _ = self.widths
         if self.decoder.choice not in CHOICES:
             raise ValueError(f"decoder.choice={self.decoder.choice!r} is unknown; choose from {CHOICES}")
+        self.check_training(self.config.train)
         check(self.config.objective, "objective")
         self.objective(self.config.objective)
         if self.latency.iterations < 2:
@@ -122,9 +122,12 @@ class VaeBench(Bench):
         num_sampled, num_real = self.parts(int(stage.removeprefix("round-")))
         sampled = self.sampled(num_sampled) if num_sampled else ()
         real = self.pairs if num_real else ()
-        for network in (self.teacher, *text_encoders(self.pipeline)):
-            network.to("cpu")  # what trains needs the device more
         return LatentMix(sampled, num_sampled, real, num_real)
+
+    @property
+    def idle(self) -> list[nn.Module]:
+        """The wide decoder that teaches is a copy."""
+        return [*super().idle, self.teacher]
 
     def sampled(self, count: int) -> Dataset:
         """At least so many latents of the teacher."""

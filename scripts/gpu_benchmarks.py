@@ -131,12 +131,23 @@ def parts(options: argparse.Namespace, models: dict[str, str]) -> Iterator[Part]
     blocks = [python, "train.py", "+experiment=latency_table", "name=blocks", f"root={runs}", "model=path",
               f"model.name_or_path={teacher}", f"latency.dtype={dtype}", *calls, "latency.seconds=3"]  # fmt: skip
     yield "blocks", blocks, f"{runs}/blocks/latency.json"
+    yield training(options, on_gpu)
     if options.size == "sd15":
         yield "decoder", [python, "benchmarks/decoder_speed.py", "--sizes", "64", "128", "--batches", "1", "4",
                           "--dtype", dtype, "--compile", "--seconds", "20", "--out", f"{runs}/decoder"], \
             f"{runs}/decoder/*.json"  # fmt: skip
         yield "distilling", [python, "benchmarks/distill_speed.py", "--sd15", "--batch", "4", "--rounds", "6", "--out",
                              f"{runs}/distilling"], f"{runs}/distilling/*.json"  # fmt: skip
+
+
+def training(options: argparse.Namespace, on_gpu: bool) -> Part:
+    """Robust training, scoring, recovery, step and decoder distillation, a few steps each: memory, share of peak."""
+    command = [sys.executable, "benchmarks/training_speed.py", "--size", options.size]
+    if on_gpu:
+        command += ["--precision", "bf16", "--batch", "4" if options.size == "sdxl" else "16"]
+        command += ["--checkpointing"] if options.size == "sdxl" else []
+    steps = ["--steps", "2", "--parts", "robust", "decoder"] if options.quick else ["--steps", "12"]
+    return "training", [*command, *steps, "--out", f"{options.runs}/training"], f"{options.runs}/training/results.json"
 
 
 if __name__ == "__main__":

@@ -57,6 +57,19 @@ def test_the_script_measures_a_part_once(tmp_path):
 
 
 @pytest.mark.slow
+def test_the_script_measures_training(tmp_path):
+    command = [sys.executable, str(ROOT / "scripts/gpu_benchmarks.py"), "--size", "shapes", "--quick", "--parts",
+               "training", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out/quick/shapes/training.json").read_text())["rows"]
+    assert [row["part"] for row in rows] == ["robust", "decoder"]
+    for row in rows:
+        assert row["samples_per_second"] == pytest.approx(row["batch"] / row["seconds_per_step"])
+        assert row["share_of_peak"] == pytest.approx(row["tflops"] / row["matmul_peak_tflops"]) and row["tflops"] > 0
+
+
+@pytest.mark.slow
 def test_a_script_whose_time_is_up_says_that_it_goes_on(tmp_path):
     command = [sys.executable, str(ROOT / "scripts/gpu_benchmarks.py"), "--size", "shapes", "--quick", "--minutes",
                "0.1", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]  # fmt: skip

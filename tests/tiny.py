@@ -8,6 +8,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -19,11 +20,12 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 WIDTH, MAX_TOKENS = 16, 16
 
 
-def tiny_tokenizer() -> CLIPTokenizer:
+def tiny_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
     """Reads letters; longer captions than 14 letters are cut."""
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[], model_max_length=MAX_TOKENS)
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "!", "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=MAX_TOKENS, pad_token=pad_token)
 
 
 def tiny_unet() -> UNet2DConditionModel:
@@ -64,7 +66,8 @@ def tiny_pipeline(
 
 
 def tiny_sdxl_pipeline(prediction_type: str = "epsilon") -> StableDiffusionXLPipeline:
-    """SDXL's topology, with both text encoders, for 16×16 images; captions are read by one tokenizer."""
+    """SDXL's topology for 16×16 images, and what it ships with: two text encoders, the second's captions padded with
+    "!", a VAE that wants float32, Euler's scheduler, zeros for the empty prompt."""
     plain = tiny_pipeline(prediction_type)
     torch.manual_seed(1)
     second = CLIPTextModelWithProjection(plain.text_encoder.config)
@@ -75,9 +78,14 @@ def tiny_sdxl_pipeline(prediction_type: str = "epsilon") -> StableDiffusionXLPip
         transformer_layers_per_block=(1, 2, 3), use_linear_projection=True, addition_embed_type="text_time",
         addition_time_embed_dim=8, projection_class_embeddings_input_dim=8 * 6 + WIDTH,
     )  # fmt: skip
+    plain.vae.register_to_config(force_upcast=True, scaling_factor=0.13025)
+    scheduler = EulerDiscreteScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", timestep_spacing="leading", steps_offset=1,
+        prediction_type=prediction_type,
+    )  # fmt: skip
     pipeline = StableDiffusionXLPipeline(
         vae=plain.vae, text_encoder=plain.text_encoder, text_encoder_2=second.eval(), tokenizer=plain.tokenizer,
-        tokenizer_2=plain.tokenizer, unet=unet.eval(), scheduler=plain.scheduler, add_watermarker=False,
+        tokenizer_2=tiny_tokenizer(pad_token="!"), unet=unet.eval(), scheduler=scheduler, add_watermarker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -7,19 +7,22 @@ from typing import Any
 from engine.sections.checks import at_least
 
 SCHEDULES = ("cosine", "constant")
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
 
 
 @dataclass
 class TrainConfig:
     """One call of the training loop.
 
-    `batch_size` is per process and micro-step; `compile` is torch.compile; `channels_last` is the memory format of
-    convolutions that GPUs, and some CPUs, are faster with.
+    `batch_size` is per process and micro-step; `optimizer` is one of engine/optimizers.py, which says what each keeps;
+    `ema_decay` 0 keeps no averages; `compile` is torch.compile; `channels_last` is the memory format of convolutions
+    that GPUs, and some CPUs, are faster with.
     """
 
     steps: int = 1000
     batch_size: int = 32
     accumulation: int = 1
+    optimizer: str = "adamw"
     learning_rate: float = 1e-4
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     weight_decay: float = 0.01
@@ -38,6 +41,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         if self.schedule not in SCHEDULES:
             raise ValueError(f"train.schedule={self.schedule!r} is unknown; choose from {SCHEDULES}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"train.optimizer={self.optimizer!r} is unknown; choose from {OPTIMIZERS}")
         names = ("steps", "batch_size", "accumulation", "checkpoint_every", "keep_checkpoints", "log_every")
         at_least("train", self, 1, *names)
         if len(self.betas) != 2:

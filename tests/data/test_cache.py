@@ -12,7 +12,9 @@ from torch.utils.data import DataLoader
 
 from data import cache as cache_module
 from data import shards as shards_module
-from data.cache import CachedPairs, cache_pairs
+from data.cache import CachedPairs, cache_pairs, text_hashes
+from data.encoding import tokenizer_hash
+from tests.tiny import tiny_sdxl_pipeline, tiny_tokenizer
 
 
 def folder_bytes(folder):
@@ -252,3 +254,11 @@ def test_the_index_holds_every_shards_checksum(pipeline, noise_pairs, tmp_path):
     assert [shard["samples"] for shard in index["shards"]] == [4, 4, 2]
     assert all(len(shard["sha256"]) == 64 for shard in index["shards"])
     assert index["made_from"]["pairs"] == "noise/10/16"
+
+
+def test_another_padding_token_or_empty_prompt_is_another_cache():
+    """SDXL's second tokenizer differs from its first by nothing else."""
+    assert tokenizer_hash(tiny_tokenizer()) != tokenizer_hash(tiny_tokenizer(pad_token="!"))
+    zeros, words = tiny_sdxl_pipeline(), tiny_sdxl_pipeline()
+    words.register_to_config(force_zeros_for_empty_prompt=False)
+    assert text_hashes(zeros) != text_hashes(words)

@@ -11,10 +11,11 @@ from accelerate.state import AcceleratorState
 from torch import nn
 
 from data.seeding import seed_of
+from engine.averages import DeviceEMA
 from engine.loop import StepBatches, learning_rate_at, train
 from engine.preemption import CONTINUE_ME, Preempted, leave_on_sigterm
 from engine.run import Run
-from engine.sections.training import TrainConfig
+from engine.sections.training import OPTIMIZERS, TrainConfig
 
 
 class Points(torch.utils.data.Dataset):
@@ -36,11 +37,11 @@ def denoise(model, batch, generator):
     return (model(batch["x"] + noise) - batch["x"]).square().mean(), {"noise": noise.mean()}
 
 
-def run_once(path, config, objective=denoise, precision="no"):
+def run_once(path, config, objective=denoise, precision="no", width=8):
     AcceleratorState._reset_state(True)
     accelerator = Accelerator(cpu=True, mixed_precision=precision)
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    model = nn.Sequential(nn.Linear(3, width), nn.Dropout(0.5), nn.Linear(width, width), nn.Linear(width, 3))
     try:
         return train(model, objective, Points(), config, Run(path, accelerator, seed=3), "stage")
     finally:
@@ -75,6 +76,32 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path, accumulation, worke
     for ours, theirs in zip(quiet.parameters(), continued.parameters(), strict=True):
         assert torch.equal(ours, theirs)
     assert (tmp_path / "quiet/metrics.jsonl").read_text() == (tmp_path / "killed/metrics.jsonl").read_text()
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_every_optimizer_learns_and_goes_on_where_it_was(tmp_path, optimizer):
+    if optimizer == "adamw8bit":
+        pytest.importorskip("torchao")
+    config = TrainConfig(**{**vars(CONFIG), "optimizer": optimizer, "learning_rate": 3e-3, "log_every": 1})
+    quiet = run_once(tmp_path / "quiet", config, width=64)  # 64 x 64 weights are enough to be kept in 8 bits
+    with pytest.raises(Killed):
+        run_once(tmp_path / "killed", config, killed_at(18), width=64)
+    continued = run_once(tmp_path / "killed", config, width=64)
+    assert all(torch.equal(a, b) for a, b in zip(quiet.parameters(), continued.parameters(), strict=True))
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "quiet/metrics.jsonl").read_text().splitlines()]
+    assert sum(losses[-5:]) < sum(losses[:5])
+
+
+def test_averages_are_those_of_their_definition():
+    weights = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5))]
+    ema, expected = DeviceEMA(weights, decay=0.9), [w.detach().clone() for w in weights]
+    for step in range(20):
+        for weight in weights:
+            weight.data.normal_()
+        ema.step(weights)
+        decay = min(0.9, (1 + step) / (10 + step)) if step else 0.0
+        expected = [decay * e + (1 - decay) * w.detach() for e, w in zip(expected, weights, strict=True)]
+    torch.testing.assert_close(ema.shadow_params, expected)
 
 
 def test_a_finished_stage_is_loaded_and_not_trained_again(tmp_path):

@@ -1,10 +1,5 @@
 """SDXL's two text states, pooled state and sizes travel as one tensor, and reach the UNet as diffusers brings them."""
 
-import json
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
@@ -15,7 +10,6 @@ from models.pipeline import load_pipeline
 from models.unet import PrunableUNet2DConditionModel, apart
 from tests.tiny import WIDTH, tiny_pipeline, tiny_sdxl_pipeline
 
-ROOT = Path(__file__).resolve().parents[2]
 PROMPTS = ["a cat", "two dogs and a cow"]
 
 
@@ -71,29 +65,3 @@ def test_one_text_encoder_has_no_further_rows():
         text = torch.randn(2, 5, WIDTH)
         z, t = torch.randn(2, 4, 8, 8), torch.tensor([5, 500])
         assert torch.equal(unet(z, t, text).sample, pipeline.unet(z, t, text).sample)
-
-
-JOBS = {
-    "prune_unet": ["search.rounds=1", "search.target_fraction=0.9", "scoring.prompts=4", "scoring.steps=2",
-                   "latency.iterations=3", "latency.additive_samples=2", "eval.steps=2"],
-    "distill_steps": ["ladder.steps=[4,2]", "curves.steps=[2]", "curves.guidance=[2.5]", "objective.guided_share=0.5"],
-}  # fmt: skip
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("job", JOBS)
-def test_jobs_run_on_sdxl(tmp_path, tiny_clip_folder, job):
-    tiny_sdxl_pipeline("v_prediction").save_pretrained(tmp_path / "sdxl")
-    small = [
-        f"+experiment={job}", "model=path", f"model.name_or_path={tmp_path / 'sdxl'}", "data.resolution=16",
-        "data.pairs.size=16", f"scorer.model=local-dir:{tiny_clip_folder}", "train.steps=3", "train.batch_size=4",
-        "train.gradient_checkpointing=true", "recovery.train.steps=2", "recovery.train.batch_size=4",
-        "eval.prompts=4", "eval.pictures=2", f"root={tmp_path}",
-    ]  # fmt: skip
-    command = [sys.executable, str(ROOT / "train.py"), *small, *JOBS[job]]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.returncode in (0, 3), done.stderr
-    run = tmp_path / job
-    export = run / "export" if job == "prune_unet" else run / "steps-2/export"
-    assert json.loads((export / "model_index.json").read_text())["_class_name"] == "StableDiffusionXLPipeline"
-    assert json.loads((run / "evaluation.json").read_text())["environment"]

@@ -1,0 +1,218 @@
+"""Memory and speed of every kind of training: a few steps of the jobs' own stages, each in a process of its own.
+
+    python benchmarks/training_speed.py --size sd15 --resolution 512 --batch 8 --precision bf16   # a GPU
+    python benchmarks/training_speed.py --size sd15 --resolution 64 --optimizer adafactor --ema-decay 0  # 20 GB, a CPU
+    python benchmarks/training_speed.py --size shapes                                             # the shipped model
+
+Weights are random (but the shipped model's), data are scenes of data=shapes. Operations are the networks' own: a
+backward is two forwards, what gradient checkpointing computes again is not counted. The peak is a matrix product's in
+this precision on this device. A CPU's memory is the whole process's, a GPU's what torch allocated.
+"""
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import hydra
+import torch
+from accelerate import Accelerator
+from omegaconf import OmegaConf
+
+import engine.launch  # noqa: F401  registers the schema and the resolvers
+from data.files import write_json
+from distill.bench import DistillBench
+from engine.config import Config
+from engine.environment import environment
+from engine.launch import CONFIGS, ROOT
+from engine.run import Run
+from eval.decoders import decoder_gflops
+from eval.report import markdown_table
+from eval.setups import Setup
+from eval.speed import matmul_peak_tflops
+from models.cost import count_gflops
+from models.pipeline import load_pipeline
+from models.reference import random_pipeline
+from prune.bench import PruneBench
+from prune.vae_bench import VaeBench
+
+JOBS = {"robust": "prune_unet", "scoring": "prune_unet", "recovery": "prune_unet", "steps": "distill_steps",
+        "decoder": "prune_vae"}  # fmt: skip
+BENCHES = {"prune_unet": PruneBench, "distill_steps": DistillBench, "prune_vae": VaeBench}
+DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
+TRAINING, GB = 3, 1e9  # forwards in a forward and its backward
+
+
+class Rates:
+    """Stands in a run for a tracker, and keeps the loop's own samples per second."""
+
+    def __init__(self):
+        self.seen: list[float] = []
+
+    def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
+        self.seen.append(metrics["samples_per_second"])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", choices=("sd15", "sdxl", "shapes"), default="sd15")
+    parser.add_argument("--parts", nargs="+", choices=JOBS, default=list(JOBS))
+    parser.add_argument("--resolution", type=int, help="pixels (default: what the model is made for)")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=3, help="the first is not timed")
+    parser.add_argument("--precision", choices=DTYPES, default="no")
+    parser.add_argument("--optimizer", default="adamw")
+    parser.add_argument("--ema-decay", type=float, default=0.999, help="0 keeps no averages")
+    parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
+    parser.add_argument("--compile", action="store_true", help="but recovery, which reads features with hooks")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/training-speed"), help="where the results go")
+    parser.add_argument("--alone", choices=JOBS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.alone:
+        print(json.dumps(measure(options)))
+        return
+    asked = {key: value for key, value in vars(options).items() if key not in ("out", "alone", "parts")}
+    rows = []
+    for part in options.parts:
+        rows.append(in_a_process(part))
+        write_json(options.out / "results.json", {**asked, "environment": environment(), "rows": rows})
+    names = ("part", "batch", "peak_gb", "seconds_per_step", "samples_per_second", "tflops", "share_of_peak")
+    print(markdown_table(list(names), [[told(row.get(name)) for name in names] for row in rows]))
+    for row in rows:
+        if row.get("cannot"):
+            print(f"{row['part']}: {row['cannot']}")
+
+
+def in_a_process(part: str) -> dict:
+    """The part's row, or the reason why there is none."""
+    done = subprocess.run([sys.executable, *sys.argv, "--alone", part], capture_output=True, text=True)
+    lines = done.stdout.splitlines()
+    if done.returncode == 0:
+        return json.loads(lines[-1])
+    why = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
+    return {"part": part, "cannot": f"exit code {done.returncode}: {why}"}
+
+
+def told(value: float | str | None) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+def measure(options: argparse.Namespace) -> dict:
+    """One part in this process."""
+    with tempfile.TemporaryDirectory() as folder:
+        accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=options.precision)
+        rates = Rates()
+        run = Run(Path(folder) / "run", accelerator, tracker=rates)
+        bench = BENCHES[JOBS[options.alone]](configured(options, folder), run)
+        bench.model = model(options)
+        rows_per_step, gflops, seconds = globals()[f"measure_{options.alone}"](bench)
+    if seconds is None:
+        seconds = options.batch / statistics.median(rates.seen[1:])
+    peak = matmul_peak_tflops(Setup(dtype=DTYPES[options.precision]), accelerator.device)
+    tflops = gflops / 1e3 / seconds
+    return {
+        "part": options.alone,
+        "batch": rows_per_step,
+        "peak_gb": peak_memory(accelerator.device) / GB,
+        "seconds_per_step": seconds,
+        "samples_per_second": rows_per_step / seconds,
+        "gflops_per_step": gflops,
+        "tflops": tflops,
+        "matmul_peak_tflops": peak,
+        "share_of_peak": tflops / peak,
+    }
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: of the process on a CPU, allocated on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def model(options: argparse.Namespace):
+    """The pipeline; what predicts v needs no step of its own before the ladder."""
+    shipped = load_pipeline(ROOT / "assets/shapes")
+    if options.size == "shapes":
+        return shipped
+    pipeline = random_pipeline(options.size, shipped.tokenizer)
+    pipeline.scheduler.register_to_config(prediction_type="v_prediction")
+    return pipeline
+
+
+def configured(options: argparse.Namespace, folder: str) -> Config:
+    steps, batch = options.steps, options.batch
+    given = [
+        f"+experiment={JOBS[options.alone]}", f"root={folder}", f"data.pairs.size={max(4 * batch, 16)}",
+        "data.prompts.n=8", f"data.resolution={options.resolution or 'null'}", f"mixed_precision={options.precision}",
+        "eval.prompts=2", f"data.cache.batch_size={batch}", "scoring.prompts=2",
+        "scoring.steps=1", f"scoring.batch_size={2 * batch}", "scoring.guidance_scale=1",
+    ]  # fmt: skip
+    for train in ("train", "recovery.train"):
+        compiled = options.compile and train == "train"
+        given += [f"{train}.steps={steps}", f"{train}.batch_size={batch}", f"{train}.log_every=1",
+                  f"{train}.optimizer={options.optimizer}", f"{train}.compile={str(compiled).lower()}",
+                  f"{train}.ema_decay={options.ema_decay}",
+                  f"{train}.gradient_checkpointing={str(options.checkpointing).lower()}"]  # fmt: skip
+    if options.alone == "decoder":
+        given += ["latents.real_share=1", "latents.count=16", "latents.prompts=8", "decoder.choice=first"]
+    with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+        return OmegaConf.merge(OmegaConf.structured(Config), hydra.compose("train", given))
+
+
+# ---- the parts: samples per step, 10⁹ operations per step, and seconds where the loop has not measured them ----
+
+
+def measure_robust(bench: PruneBench) -> tuple[int, float, None]:
+    config = bench.config
+    unet = bench.train(bench.student(), config.objective, config.train, "round-00")
+    return config.train.batch_size, TRAINING * config.train.batch_size * forward(bench, unet), None
+
+
+def measure_recovery(bench: PruneBench) -> tuple[int, float, None]:
+    stage = bench.config.recovery
+    pruned = bench.student().with_depths({"mid_block.attentions.0": 0})
+    unet = bench.train(pruned, stage.objective, stage.train, "recovery")
+    gflops = TRAINING * forward(bench, unet) + forward(bench, bench.teacher)
+    return stage.train.batch_size, stage.train.batch_size * gflops, None
+
+
+def measure_scoring(bench: PruneBench) -> tuple[int, float, float]:
+    """Images of the block scores, not training: a step is one batch of them, its decoding and judging included."""
+    unet, batch = bench.teacher, bench.config.scoring.batch_size
+    _ = bench.prompts, bench.scorer
+    start = time.perf_counter()
+    bench.score(unet, "round-00")
+    images = (1 + len(unet.kept_sites)) * bench.config.scoring.prompts
+    return batch, batch * forward(bench, unet), (time.perf_counter() - start) / images * batch
+
+
+def measure_steps(bench: DistillBench) -> tuple[int, float, None]:
+    (climb, *_), config = bench.climbs, bench.config.train
+    given = {"teacher": bench.at_work(climb.teacher, config.compile), "rung": bench.rung(climb)}
+    unet = bench.taught(bench.networks[climb.start], bench.objective_of(climb), config, climb.name, **given)
+    guided = -(-config.batch_size // 10)  # objective.guided_share, rounded up; each is one row more
+    forwards = TRAINING + climb.teacher_steps // climb.steps
+    return config.batch_size, (config.batch_size + guided) * forwards * forward(bench, unet), None
+
+
+def measure_decoder(bench: VaeBench) -> tuple[int, float, None]:
+    narrow, batch = bench.distil(bench.sliced()), bench.config.train.batch_size
+    size = bench.teacher.config.sample_size
+    return batch, batch * (decoder_gflops(bench.wide, size) + TRAINING * decoder_gflops(narrow, size)), None
+
+
+def forward(bench, unet) -> float:
+    """10⁹ operations of one row through the UNet."""
+    return count_gflops(unet, tokens=bench.text_length)
+
+
+if __name__ == "__main__":
+    main()

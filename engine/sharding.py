@@ -1,0 +1,59 @@
+"""Training whose weights, gradients or optimiser states are spread over processes, as accelerate's files ask.
+
+FSDP2 cuts weights, gradients and moments; the loop trains a copy, and reads its finished weights in one piece.
+DeepSpeed's ZeRO-2 cuts gradients and moments, and clips and steps inside `accelerator.backward`.
+"""
+
+import copy
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from diffusers.models.attention import BasicTransformerBlock
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from engine.sections.training import TrainConfig
+
+UNITS = (ResnetBlock2D, Transformer2DModel, BasicTransformerBlock)  # each is gathered while it runs, and let go again
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether processes share one network."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def is_deepspeed(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.DEEPSPEED
+
+
+def check_sharding(config: TrainConfig, accelerator: Accelerator) -> None:
+    """ValueError for trainings that cannot be done in shards."""
+    if is_sharded(accelerator) and config.optimizer == "adafactor":
+        raise ValueError("train.optimizer=adafactor sums over whole rows and does not go with FSDP; choose adamw8bit")
+    if is_sharded(accelerator) and config.compile:
+        raise ValueError("train.compile=true does not go with FSDP; leave one of them out")
+    if is_deepspeed(accelerator) and config.accumulation > 1:
+        raise ValueError(f"train.accumulation={config.accumulation} does not go with DeepSpeed; raise train.batch_size")
+
+
+def tell_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
+    """What DeepSpeed, where it is at work, has to know before it prepares a network: it clips by itself."""
+    if is_deepspeed(accelerator):
+        told = {"train_micro_batch_size_per_gpu": config.batch_size, "gradient_accumulation_steps": 1}
+        told["gradient_clipping"] = config.max_grad_norm
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(told)
+
+
+def copy_to_shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
+    """A copy that `accelerator.prepare` may cut into shards; `model`, whole, rests on the CPU."""
+    names = sorted({type(module).__name__ for module in model.modules() if isinstance(module, UNITS)})
+    accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = names
+    return copy.deepcopy(model.to("cpu"))
+
+
+def as_number(norm: Tensor | float, accelerator: Accelerator) -> Tensor:
+    """A gradient's norm over all shards, the same number on every rank."""
+    return norm.full_tensor() if isinstance(norm, DTensor) else torch.as_tensor(norm, device=accelerator.device)

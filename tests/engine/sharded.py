@@ -1,0 +1,86 @@
+"""A training of a tiny network, alone or as one of several processes, plain or in FSDP2's shards on the CPU.
+
+    python -m tests.engine.sharded ROOT NETWORK plain|fsdp [precision=bf16] [kill_at=STEP] [TrainConfig's key=value …]
+
+accelerate shards on GPUs only: here its state is told to on the CPU, and all that follows is its own code.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import PartialState
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from omegaconf import OmegaConf
+from torch import nn
+from torch.utils.data import StackDataset
+
+from distill.decoder import DecoderDistillation
+from distill.recovery import Recovery
+from engine.loop import Objective, train
+from engine.run import Run
+from engine.sections.training import TrainConfig
+from models.decoding import ImageDecoder
+from models.schedule import NoiseSchedule
+from models.unet import PrunableUNet2DConditionModel
+from prune.robust import RobustTraining
+from tests.tiny import WIDTH, tiny_pipeline, tiny_sdxl_pipeline
+
+SHORT = {"steps": 6, "batch_size": 2, "warmup_steps": 0, "log_every": 1, "checkpoint_every": 2}
+
+
+def main(root: str, name: str, way: str, *overrides: str) -> None:
+    torch.set_num_threads(1)
+    given = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    precision, kill_at = given.pop("precision", "no"), given.pop("kill_at", None)
+    plugin = {"deepspeed_plugin": DeepSpeedPlugin(zero_stage=2)} if way == "deepspeed" else {}
+    accelerator = Accelerator(cpu=way != "deepspeed", mixed_precision=precision, **plugin)
+    if way == "fsdp":
+        shard(accelerator, precision)
+    config = TrainConfig(**{**SHORT, **given})
+    network, objective, samples = subject(name)
+
+    def mortal(model, batch, generator):
+        if kill_at and batch["progress"] * config.steps >= kill_at:
+            raise KeyboardInterrupt
+        return objective(model, batch, generator)
+
+    trained = train(network, mortal, samples, config, Run(root, accelerator), "stage")
+    assert trained is network and {type(p) for p in trained.parameters()} == {nn.Parameter}
+    accelerator.end_training()
+
+
+def shard(accelerator: Accelerator, precision: str) -> None:
+    """What configs/accelerate/fsdp.yaml asks for."""
+    plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2, reshard_after_forward=True, auto_wrap_policy="transformer_based_wrap",
+        state_dict_type="SHARDED_STATE_DICT", cpu_ram_efficient_loading=False,
+    )  # fmt: skip
+    if precision != "no":
+        plugin.set_mixed_precision(precision)
+    PartialState._shared_state["distributed_type"] = accelerator.state.distributed_type = DistributedType.FSDP
+    accelerator.state.fsdp_plugin = plugin
+
+
+def subject(name: str) -> tuple[nn.Module, Objective, StackDataset]:
+    """A network and what it learns: sdxl robustly, sd15 by recovery, or a decoder, whose first layer is frozen."""
+    pipeline, rows, width = (tiny_sdxl_pipeline(), 17, 2 * WIDTH) if name == "sdxl" else (tiny_pipeline(), 16, WIDTH)
+    draw = torch.Generator().manual_seed(0)
+    latents, text = (torch.randn(shape, generator=draw) for shape in ((16, 4, 8, 8), (16, rows, width)))
+    samples = StackDataset(latents=latents, text=text)
+    pipeline.vae.requires_grad_(False)
+    if name == "decoder":
+        student = ImageDecoder(tiny_pipeline().vae.requires_grad_(False))
+        student.decoder.requires_grad_(True)
+        return student, DecoderDistillation(ImageDecoder(pipeline.vae)), samples
+    unet = PrunableUNet2DConditionModel.from_unet(pipeline.unet)
+    schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
+    given = schedule, torch.zeros(rows, width), pipeline.unet.requires_grad_(False)
+    if name == "recovery":
+        return unet, Recovery(*given), samples
+    return unet, RobustTraining(*given, skip_prob={"resnet": 0.2, "attention": 0.2}), samples
+
+
+if __name__ == "__main__":
+    main(str(Path(sys.argv[1])), *sys.argv[2:])

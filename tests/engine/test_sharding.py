@@ -1,0 +1,67 @@
+"""FSDP2 on a CPU, in two processes: the finished weights are those of one process, in one piece."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from accelerate.utils import DistributedType
+from safetensors.torch import load_file
+
+from engine.sections.training import TrainConfig
+from engine.sharding import check_sharding
+
+ROOT = Path(__file__).resolve().parents[2]
+TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+
+
+def run(root, network, way, *overrides):
+    launcher = TORCHRUN if way == "fsdp" else []
+    command = [sys.executable, *launcher, "-m", "tests.engine.sharded", str(root), network, way, *overrides]
+    on_cpu = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(command, cwd=ROOT, env=on_cpu, capture_output=True, text=True)
+
+
+def weights(root):
+    return load_file(root / "stage/weights.safetensors")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("network", "more"),
+    [("sdxl", ["gradient_checkpointing=true"]), ("decoder", []), ("recovery", ["accumulation=2"])],
+    ids=["sdxl", "decoder", "recovery"],
+)
+def test_shards_train_to_the_weights_of_one_process(tmp_path, network, more):
+    accumulation = "accumulation=4" if "accumulation=2" in more else "accumulation=2"
+    one = run(tmp_path / "one", network, "plain", "steps=3", *more, accumulation)
+    two = run(tmp_path / "two", network, "fsdp", "steps=3", *more)
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_killed_training_in_shards_ends_with_the_bits_of_a_quiet_one(tmp_path):
+    """Weights, moments and averages come back from their shards."""
+    assert run(tmp_path / "quiet", "decoder", "fsdp").returncode == 0
+    assert run(tmp_path / "killed", "decoder", "fsdp", "kill_at=5").returncode != 0
+    (last, *_) = sorted((tmp_path / "killed/stage/checkpoints").iterdir(), reverse=True)
+    assert last.name == "step-00000004" and (last / "pytorch_model_fsdp_0").is_dir()
+    continued = run(tmp_path / "killed", "decoder", "fsdp")
+    assert continued.returncode == 0, continued.stderr
+    ours, theirs = weights(tmp_path / "quiet"), weights(tmp_path / "killed")
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+CANNOT = [({"optimizer": "adafactor"}, "choose adamw8bit"), ({"compile": True}, "does not go with FSDP")]
+
+
+@pytest.mark.parametrize(("asked", "told"), CANNOT)
+def test_what_cannot_be_sharded_is_told(asked, told):
+    alone, sharing = (SimpleNamespace(distributed_type=kind) for kind in (DistributedType.NO, DistributedType.FSDP))
+    check_sharding(TrainConfig(**asked), alone)
+    with pytest.raises(ValueError, match=told):
+        check_sharding(TrainConfig(**asked), sharing)
