@@ -7,6 +7,7 @@ from typing import Any
 from engine.sections.checks import at_least
 
 SCHEDULES = ("cosine", "constant")
+CACHE_DTYPES = ("float32", "float16")
 
 
 @dataclass
@@ -60,13 +61,20 @@ class StageConfig:
 
 @dataclass
 class CacheConfig:
-    """Where encoded images and texts lie; `batch_size` counts images."""
+    """Where encoded images and texts lie, and how: `data/cache.py` tells; `batch_size` counts images."""
 
     folder: str = "runs/cache"
     batch_size: int = 64
+    dtype: str = "float32"
+    shard_size: int = 512
+    workers: int = 0
+    verify: bool = True
 
     def __post_init__(self) -> None:
-        at_least("data.cache", self, 1, "batch_size")
+        at_least("data.cache", self, 1, "batch_size", "shard_size")
+        at_least("data.cache", self, 0, "workers")
+        if self.dtype not in CACHE_DTYPES:
+            raise ValueError(f"data.cache.dtype={self.dtype!r} is unknown; choose from {', '.join(CACHE_DTYPES)}")
 
 
 @dataclass
