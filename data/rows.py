@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import fsspec
@@ -108,13 +109,10 @@ class ParquetPairs(RowStream):
         """Row groups before `start` are passed over unread."""
         with self._opened(part) as file:
             try:
-                groups, first = [], 0
-                for group in range(file.num_row_groups):
-                    rows = file.metadata.row_group(group).num_rows
-                    if first + rows > start:
-                        groups.append(group)
-                    else:
-                        first += rows
+                sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+                ends = list(accumulate(sizes))
+                groups = [group for group, end in enumerate(ends) if end > start]
+                first = ends[groups[0]] - sizes[groups[0]] if groups else 0
                 for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=columns):
                     yield from batch.slice(start - first).to_pylist() if first < start else batch.to_pylist()
                     first += len(batch)

@@ -28,26 +28,19 @@ def expand(source: str | Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
     """The files that `source` names, in their order: braces {000..127} and {a,b} are written out, a glob or a folder
     gives what it holds by name. Raises ValueError for a name of nothing."""
     patterns = [source] if isinstance(source, str) else source
-    names = [name for pattern in patterns for name in _found(pattern, suffixes)]
+    names = [name for pattern in patterns for plain in unbrace(pattern) for name in _found(plain, suffixes)]
     if not names:
-        raise ValueError("data.source=[] names no files")
+        raise ValueError("data.source=[] names no file")
     return names
 
 
 def _found(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
-    names = []
-    for name in unbrace(pattern):
-        if is_url(name):
-            names.append(name)
-        elif Path(name).is_dir():
-            names += sorted(str(path) for path in Path(name).rglob("*") if path.name.endswith(suffixes))
-        else:
-            names += [name] if Path(name).is_file() else sorted(glob.glob(name, recursive=True))
-    if not names:
-        raise ValueError(f"data.source={pattern} names no file; a folder is searched for {', '.join(suffixes)}")
-    if missing := [name for name in names if not is_url(name) and not Path(name).is_file()]:
-        raise ValueError(f"data.source={pattern}: {missing[0]} is no file")
-    return names
+    if is_url(pattern) or Path(pattern).is_file():
+        return [pattern]
+    found = Path(pattern).rglob("*") if Path(pattern).is_dir() else map(Path, glob.glob(pattern, recursive=True))
+    if names := sorted(str(path) for path in found if path.is_file() and path.name.endswith(suffixes)):
+        return names
+    raise ValueError(f"data.source: {pattern} names no file; a glob or a folder is searched for {', '.join(suffixes)}")
 
 
 def unbrace(pattern: str) -> list[str]:
