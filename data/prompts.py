@@ -132,7 +132,8 @@ def _shuffled_captions(pairs) -> Iterator[str]:
 
 def _stream_captions(stream: Stream) -> Iterator[str]:
     if is_url(stream.parts[0]):
-        log.info("captions are gathered from %s on; data.prompt_file=FILE saves reading it for them", stream.parts[0])
+        first = stream.parts[0].partition("?")[0]
+        log.info("captions for prompts are read from %s on; data.prompt_file=FILE saves that", first)
     return (entry.caption for entry in stream.scan(images=False))
 
 

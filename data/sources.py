@@ -156,6 +156,11 @@ class HttpFile(io.RawIOBase):
             time.sleep(2**tried / 2)
         raise OSError(f"{self.url} cannot be read ({reason}); the same command goes on where it stopped")
 
+    def close(self) -> None:
+        if self._answer is not None:
+            self._answer.close()
+        super().close()
+
     def _ask(self) -> None:
         rest = {"Range": f"bytes={self.position}-"} if self.position else {}
         self._answer = urllib.request.urlopen(urllib.request.Request(self.url, headers=rest), timeout=TIMEOUT_S)
