@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torch.utils.data import Subset
 
 from data import cache as cache_module
 from data.cache import cache_pairs
+from data.images import ImageFolderPairs
 from data.rows import HubStream, ParquetPairs, hub_pairs
 from data.streams import Stream
 from data.webdataset import WebDatasetPairs
@@ -177,6 +179,21 @@ def test_a_stream_without_samples_is_told(pipeline, tmp_path):
         ValueError, match="train split of 1 parts from .*a.tar on holds no samples; look at data"
     ):
         cache_pairs(WebDatasetPairs(str(tmp_path / "a.tar"), 16, max_broken=5), pipeline, tmp_path)
+
+
+def test_photographs_give_the_same_latents_from_a_tar_as_from_their_folder(photo_folder, pipeline, tmp_path):
+    folder = ImageFolderPairs(photo_folder, 64, split="all")
+    files = {}
+    for i, (name, caption) in enumerate(folder.pairs[:50]):
+        files |= {f"{i:03d}.jpg": (photo_folder / name).read_bytes(), f"{i:03d}.txt": caption.encode()}
+    tar = write_tar(tmp_path / "photos.tar", files)
+    some = Subset(folder, range(50))
+    some.fingerprint = "the first fifty"
+    here = cache_pairs(some, pipeline, tmp_path)
+    there = cache_pairs(WebDatasetPairs(str(tar), 64, "all"), pipeline, tmp_path, workers=2)
+    assert list(here.captions) == list(there.captions)
+    for i in range(50):
+        assert torch.equal(here[i]["latents"], there[i]["latents"]) and torch.equal(here[i]["text"], there[i]["text"])
 
 
 # Tables.
