@@ -17,7 +17,7 @@ from data.encoding import at_work, module_hash, tokenizer_hash
 from data.folder import few
 from data.making import ShardMaker
 from data.range_cache import RangeShards
-from data.shards import CachedPairs, cache_key, is_intact, write_index
+from data.shards import DTYPES, CachedPairs, cache_key, is_intact, write_index
 from data.stream_cache import PartShards
 from data.streams import Stream
 from models.conditioning import text_encoders
@@ -25,7 +25,6 @@ from models.conditioning import text_encoders
 __all__ = ["CachedPairs", "cache_pairs"]
 
 FORMAT = 1
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
 log = logging.getLogger("slimstep")
 
 

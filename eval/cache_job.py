@@ -1,18 +1,14 @@
 """The caching job: latents and text states of the configured data, made before anything trains on them."""
 
-import logging
-
 from data.cache import described_cache, shards_of
 from data.encoding import at_work, check_size, encode_nothing
-from data.shards import CachedPairs, cache_key, is_intact
+from data.shards import DTYPES, CachedPairs, cache_key, is_intact
 from data.streams import Stream
 from engine.config import Config
 from engine.run import Run
 from eval.bench import Bench
 from eval.plan import size
 
-log = logging.getLogger("slimstep")
-DTYPE_BYTES = {"float32": 4, "float16": 2}
 
 
 def cache_latents(config: Config, run: Run) -> int:
@@ -51,7 +47,7 @@ def planned(bench: Bench) -> str:
 
 def sample_bytes(bench: Bench) -> tuple[int, int]:
     """Bytes of the latents of an image, and of the text states of a caption."""
-    pipeline, one = bench.pipeline, DTYPE_BYTES[bench.storage.dtype]
+    pipeline, one = bench.pipeline, DTYPES[bench.storage.dtype].itemsize
     side = bench.config.data.resolution // pipeline.vae_scale_factor
     with at_work(pipeline, bench.device):
         text = encode_nothing(pipeline, bench.device)["text"]

@@ -4,10 +4,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from data.shards import DTYPES
 from engine.sections.checks import at_least
 
 SCHEDULES = ("cosine", "constant")
-CACHE_DTYPES = ("float32", "float16")
 
 
 @dataclass
@@ -73,8 +73,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         at_least("data.cache", self, 1, "batch_size", "shard_size")
         at_least("data.cache", self, 0, "workers")
-        if self.dtype not in CACHE_DTYPES:
-            raise ValueError(f"data.cache.dtype={self.dtype!r} is unknown; choose from {', '.join(CACHE_DTYPES)}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"data.cache.dtype={self.dtype!r} is unknown; choose from {', '.join(DTYPES)}")
 
 
 @dataclass
