@@ -10,7 +10,6 @@ from eval.bench import Bench
 from eval.plan import size
 
 
-
 def cache_latents(config: Config, run: Run) -> int:
     """Makes the cache, or goes on with it, or tells what it would be; returns exit code 0.
 
