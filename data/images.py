@@ -6,7 +6,8 @@ those and skips them, up to `allowed_broken`.
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 
@@ -136,10 +137,10 @@ class HubPairs(CaptionedImages):
 
     def source(self, index: int) -> tuple[Path | bytes, str]:
         number = self.numbers[index]
-        image = self._images[number][self.image_column]
-        if image is None:
-            raise BrokenImageError(f"row {number} (no image)")
-        return image["bytes"] or Path(image["path"]), f"row {number}"
+        try:
+            return image_cell(self._images[number][self.image_column]), f"row {number}"
+        except ValueError as error:
+            raise BrokenImageError(f"row {number} ({error})") from None
 
     def caption(self, index: int) -> str:
         """The caption alone, without decoding the image."""
@@ -185,19 +186,40 @@ def load_rows(name: str, config: str | None, subset: str):
     """The rows of one split of a data set, from a folder made by `save_to_disk`, local files, or the hub."""
     import datasets  # late: a second of imports, and only this class needs it
 
-    try:
+    with loading(name, subset):
         if any((Path(name) / mark).is_file() for mark in ("state.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(name)
-            return saved if isinstance(saved, datasets.Dataset) else saved[subset]
-        return datasets.load_dataset(str(name), config, split=subset)
-    except KeyError:
-        raise ValueError(f"data set {name} has no split {subset!r}; its splits are {', '.join(saved)}") from None
+        else:
+            saved = datasets.load_dataset(str(name), config, split=subset)
+    if isinstance(saved, datasets.Dataset):
+        return saved
+    if subset not in saved:
+        raise ValueError(f"data set {name} has no split {subset!r}; its splits are {', '.join(saved)}")
+    return saved[subset]
+
+
+@contextmanager
+def loading(name: str, subset: str) -> Iterator[None]:
+    """ValueError, in one line with a way out, for a data set that cannot be loaded."""
+    import datasets
+
+    try:
+        yield
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         way_out = "; copy it where there is a network (load_dataset(…).save_to_disk(DIR)) and set data.source=DIR"
         raise ValueError(
             f"data set {name}, split {subset!r}, cannot be loaded ({str(error).splitlines()[0].rstrip('.')})"
             f"{way_out if isinstance(error, ConnectionError) else ''}"
         ) from None
+
+
+def image_cell(cell: dict | bytes | None) -> Path | bytes:
+    """The encoded image in a cell of a table, or where it lies. Raises ValueError where there is none."""
+    if isinstance(cell, dict):
+        cell = cell["bytes"] or (cell["path"] and Path(cell["path"]))
+    if not cell:
+        raise ValueError("no image")
+    return cell
 
 
 def as_encoded_images(rows, column: str, source: str):

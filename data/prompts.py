@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from data.seeding import generator
+from data.sources import is_url
+from data.streams import Stream
 from data.tables import (
     caption_column,
     caption_text,
@@ -100,21 +102,39 @@ def read_prompts(path: str | Path, column: str | None = None, name: str | None =
     return PromptSet(tuple(prompts), name or path.stem)
 
 
-def heldout_prompts(pairs, n: int | None = None, name: str = "heldout") -> PromptSet:
+def heldout_prompts(pairs, n: int | None = None, name: str = "heldout", enough: Sequence[int] = ()) -> PromptSet:
     """`n` distinct captions (all if None) of a pair data set, usually its held-out split, in a fixed shuffled order.
 
     Shuffled, because neighbours in a folder are often pictures of one thing. Pairs that have a method `caption(index)`
-    are not asked for their images. Raises ValueError where there are fewer than `n` distinct captions.
+    are not asked for their images. A stream is read until there are `n`, or the sum of `enough`, captions alone.
+    Raises ValueError where there are fewer than `n` distinct captions.
     """
-    caption = getattr(pairs, "caption", None) or (lambda index: pairs[index]["caption"])
     distinct: dict[str, None] = {}
-    for index in torch.randperm(len(pairs), generator=generator("heldout_prompts")).tolist():
-        distinct.setdefault(caption(index))
-        if len(distinct) == n:
+    wanted = n or (sum(enough) if isinstance(pairs, Stream) else None)
+    for caption in _stream_captions(pairs) if isinstance(pairs, Stream) else _shuffled_captions(pairs):
+        distinct.setdefault(caption)
+        if len(distinct) == wanted:
             break
     if n is not None and len(distinct) < n:
-        raise ValueError(f"{n} prompts were asked for, the {len(pairs)} pairs have {len(distinct)} distinct captions")
-    return PromptSet(tuple(distinct), name)
+        held = "the stream has" if isinstance(pairs, Stream) else f"the {len(pairs)} pairs have"
+        raise ValueError(f"{n} prompts were asked for, {held} {len(distinct)} distinct captions")
+    texts = list(distinct)
+    if isinstance(pairs, Stream):
+        texts = [texts[i] for i in torch.randperm(len(texts), generator=generator("heldout_prompts")).tolist()]
+    return PromptSet(tuple(texts), name)
+
+
+def _shuffled_captions(pairs) -> Iterator[str]:
+    caption = getattr(pairs, "caption", None) or (lambda index: pairs[index]["caption"])
+    for index in torch.randperm(len(pairs), generator=generator("heldout_prompts")).tolist():
+        yield caption(index)
+
+
+def _stream_captions(stream: Stream) -> Iterator[str]:
+    if is_url(stream.parts[0]):
+        first = stream.parts[0].partition("?")[0]
+        log.info("captions for prompts are read from %s on; data.prompt_file=FILE saves that", first)
+    return (entry.caption for entry in stream.scan(images=False))
 
 
 def _txt_prompts(path: Path, column: str | None) -> Iterator[tuple[str, str]]:

@@ -25,13 +25,15 @@ from torch.utils.data import Dataset
 from data.files import digest, write_json, write_tensors
 
 OPEN_SHARDS = 128
+DTYPES = {"float32": torch.float32, "float16": torch.float16}
 
 
 class CachedPairs(Dataset):
     """The finished cache in `folder`; item i: {"latents": [C, h, w], "text": [L, E], "index": int}, float32 on the CPU.
 
-    "index" is the pair's index in the data set that was cached (broken images leave gaps). A sample is read from its
-    memory-mapped shard when asked for, so memory does not grow with the data set; workers open their own files.
+    "index" is the pair's index in the data set that was cached (broken images leave gaps), of a stream a number of its
+    part and position. A sample is read from its memory-mapped shard when asked for, so memory does not grow with the
+    data set; workers open their own files.
     Raises FileNotFoundError where there is no finished cache.
     """
 

@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from pathlib import Path
+from typing import BinaryIO
 
 import pyarrow
 from pyarrow import parquet
@@ -105,9 +106,10 @@ def parquet_columns(path: Path) -> list[str]:
     return open_parquet(path).schema_arrow.names
 
 
-def open_parquet(path: Path) -> parquet.ParquetFile:
+def open_parquet(path: Path, file: BinaryIO | None = None) -> parquet.ParquetFile:
+    """The file at `path`, or `file`, which came from there."""
     try:
-        return parquet.ParquetFile(path)
+        return parquet.ParquetFile(file or path)
     except pyarrow.ArrowInvalid as error:
         raise ValueError(f"{path} is not a parquet file: {str(error).splitlines()[0]}") from None
 

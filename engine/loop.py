@@ -42,15 +42,15 @@ class StepBatches(Sampler[list[int]]):
     def __init__(self, size: int, config: TrainConfig, seed: int, first_step: int, rank: int, world: int):
         self.size, self.config, self.seed, self.first_step, self.rank, self.world = (
             size, config, seed, first_step, rank, world)  # fmt: skip
-        self.epoch, self.order = -1, []
+        self.epoch, self.order = -1, torch.empty(0)
 
     def sample_at(self, position: int) -> int:
         """The sample at `position` of the endless stream of shuffled epochs."""
         epoch, place = divmod(position, self.size)
         if epoch != self.epoch:
-            order = torch.randperm(self.size, generator=generator(self.seed, "order", epoch))
-            self.epoch, self.order = epoch, order.tolist()
-        return self.order[place]
+            self.order = torch.randperm(self.size, generator=generator(self.seed, "order", epoch))  # 8 bytes a sample
+            self.epoch = epoch
+        return int(self.order[place])
 
     def __iter__(self) -> Iterator[list[int]]:
         config = self.config

@@ -25,7 +25,7 @@ from engine.optimizers import check_optimizer
 from engine.run import Run
 from engine.sections.checks import at_least
 from engine.sections.pruning import LatencyConfig
-from engine.sections.training import TrainConfig
+from engine.sections.training import CacheConfig, TrainConfig
 from engine.sharding import check_sharding
 from eval.clip import ClipScorer
 from eval.sampling import Sampler
@@ -132,9 +132,17 @@ class Bench:
     def pairs(self) -> CachedPairs:
         """Latents and text states of the training images, encoded once."""
         _ = self.pipeline  # says the resolution where the data leave it open
-        cache = self.config.data.cache
         pairs, accelerator = self.component("data.pairs"), self.run.accelerator
-        return cache_pairs(pairs, self.pipeline, cache.folder, batch_size=cache.batch_size, accelerator=accelerator)
+        return cache_pairs(pairs, self.pipeline, **vars(self.storage), accelerator=accelerator)
+
+    @property
+    def storage(self) -> CacheConfig:
+        """Where and how latents and text states are cached."""
+        return CacheConfig(**self.config.data.cache)
+
+    @property
+    def cache_folder(self) -> Path:
+        return Path(self.storage.folder)
 
     @cached_property
     def prompts(self) -> tuple[PromptSet, PromptSet]:
@@ -192,13 +200,17 @@ class Bench:
     def check_inputs(self) -> None:
         """ValueError, before anything is made, for data, prompts or a scorer that cannot be had."""
         at_least("eval", self.config.eval, 1, "pictures")  # the job's report shows some
+        self.check_data()
+        _ = self.prompts, self.scorer
+
+    def check_data(self) -> None:
+        """ValueError for data that cannot be had, or cached."""
         _ = self.pipeline  # says the resolution where the data leave it open
         self.component("data.pairs")
-        folder = Path(self.config.data.cache.folder)
+        folder = self.cache_folder
         there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise ValueError(f"data.cache.folder={folder} cannot be made: nothing can be written into {there}")
-        _ = self.prompts, self.scorer
 
     def partial(self, name: str) -> Path:
         """Where unfinished work lies, batch by batch, so that a killed run goes on within it."""

@@ -26,6 +26,7 @@ from data.files import write_tensors
 from data.images import BrokenImageError
 from data.prompts import PromptSet, read_prompts
 from data.seeding import generator
+from data.streams import at_random_access
 from engine.components import check, component
 from engine.environment import environment
 from engine.parallel import map_batches
@@ -279,7 +280,8 @@ class EvaluationBench(Bench):
     @cached_property
     def real_pairs(self):
         """Held-out images: what distributions are compared with."""
-        return component(OmegaConf.merge(self.config, {"data": {"pairs": {"split": "heldout"}}}), "data.pairs")
+        held = component(OmegaConf.merge(self.config, {"data": {"pairs": {"split": "heldout"}}}), "data.pairs")
+        return at_random_access(held, self.config.evaluation.real_images)
 
     @cached_property
     def real_features(self) -> dict[str, Tensor]:

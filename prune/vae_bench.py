@@ -25,6 +25,7 @@ from data.images import BrokenImageError
 from data.latents import LatentMix
 from data.prompts import PromptSet, heldout_prompts, read_prompts
 from data.seeding import generator
+from data.streams import at_random_access
 from engine.components import check, component
 from engine.environment import environment
 from engine.loop import Objective
@@ -139,7 +140,8 @@ class VaeBench(Bench):
     @cached_property
     def heldout_pairs(self) -> Dataset:
         """Images that nothing is trained on."""
-        return component(OmegaConf.merge(self.config, {"data": {"pairs": {"split": "heldout"}}}), "data.pairs")
+        held = component(OmegaConf.merge(self.config, {"data": {"pairs": {"split": "heldout"}}}), "data.pairs")
+        return at_random_access(held, self.config.eval.prompts)
 
     @cached_property
     def heldout(self) -> dict[str, Tensor]:

@@ -31,7 +31,8 @@ def launch(processes, root, *overrides):
 
 
 def start(processes, root, *overrides):
-    job = [str(ROOT / "train.py"), "data.pairs.size=16", f"root={root}", *overrides]
+    size = [] if any(override.startswith("data=") for override in overrides) else ["data.pairs.size=16"]
+    job = [str(ROOT / "train.py"), *size, f"root={root}", *overrides]
     command = [sys.executable, *(LAUNCHERS[processes] if processes > 1 else []), *job]
     on_cpu = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, capture_output=True, text=True, env=on_cpu, timeout=300)

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from data.shards import DTYPES
 from engine.sections.checks import at_least
 
 SCHEDULES = ("cosine", "constant")
@@ -65,13 +66,20 @@ class StageConfig:
 
 @dataclass
 class CacheConfig:
-    """Where encoded images and texts lie; `batch_size` counts images."""
+    """Where encoded images and texts lie, and how: `data/cache.py` tells; `batch_size` counts images."""
 
     folder: str = "runs/cache"
     batch_size: int = 64
+    dtype: str = "float32"
+    shard_size: int = 512
+    workers: int = 0
+    verify: bool = True
 
     def __post_init__(self) -> None:
-        at_least("data.cache", self, 1, "batch_size")
+        at_least("data.cache", self, 1, "batch_size", "shard_size")
+        at_least("data.cache", self, 0, "workers")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"data.cache.dtype={self.dtype!r} is unknown; choose from {', '.join(DTYPES)}")
 
 
 @dataclass

@@ -1,0 +1,211 @@
+"""Tables read as streams: parquet files, and data sets of the hub without a download.
+
+A part is a file, or what `datasets` calls a shard; a position is a row's number in its part.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+
+import fsspec
+import pyarrow
+
+from data.images import HubPairs, image_cell, loading
+from data.sources import expand, is_url, marks, opening
+from data.streams import Entry, Stream
+from data.tables import caption_column as find_caption_column
+from data.tables import caption_text, open_parquet
+
+ROWS_AT_ONCE = 32
+
+
+class RowStream(Stream):
+    """Rows with an image and a caption. A subclass gives `columns` and `rows`; `name` is what mistakes are told of."""
+
+    def __init__(
+        self,
+        name: str,
+        resolution: int,
+        split: str,
+        heldout_fraction: float,
+        image_column: str,
+        caption_column: str | None,
+        crop: str,
+        max_broken: float,
+    ) -> None:
+        super().__init__(resolution, split, heldout_fraction, crop, max_broken)
+        self.name, self.image_column = name, image_column
+        self.caption_column = find_caption_column(self.columns, caption_column, name)
+        find_caption_column(self.columns, image_column, name)
+
+    @property
+    def columns(self) -> list[str]:
+        raise NotImplementedError
+
+    def rows(self, part: int, start: int, columns: list[str]) -> Iterator[dict]:
+        """The rows of a part from number `start` on, images undecoded."""
+        raise NotImplementedError
+
+    @property
+    def taken(self) -> list:
+        """What of the rows is taken, and how."""
+        columns = [self.image_column, self.caption_column]
+        return [self.split, self.heldout_fraction, *columns, self.resolution, self.crop]
+
+    def read(self, part: int, start: int, images: bool = True) -> Iterator[Entry]:
+        """A row's key is its part's number and its own."""
+        columns = [self.image_column, self.caption_column] if images else [self.caption_column]
+        for number, row in enumerate(self.rows(part, start, columns), start):
+            yield self._entry(f"{part}/{number}", f"{self.parts[part]}, row {number}", number, row, images)
+
+    def _entry(self, key: str, name: str, number: int, row: dict, images: bool) -> Entry:
+        try:
+            caption = caption_text(row[self.caption_column], f"column {self.caption_column}")
+            image = image_cell(row[self.image_column]) if images else None
+        except (ValueError, OSError) as error:
+            return Entry(key, name, number, number + 1, flaw=str(error))
+        return Entry(key, name, number, number + 1, image, caption)
+
+
+class ParquetPairs(RowStream):
+    """The rows of the parquet files that `source` names: files, folders, globs, URLs of fsspec, a list of these.
+
+    The image column holds encoded bytes, or {"bytes", "path"} as `datasets` writes them. Files have the same columns.
+    Raises ValueError for a source of nothing, files that are no parquet, unknown columns.
+    """
+
+    def __init__(
+        self,
+        source: str | list[str],
+        resolution: int,
+        split: str = "train",
+        heldout_fraction: float = 0.1,
+        image_column: str = "image",
+        caption_column: str | None = None,
+        crop: str = "center",
+        max_broken: float = 0.01,
+    ) -> None:
+        self._files = expand(source, (".parquet",))
+        self.parts = [file.rpartition("/")[2] for file in self._files]
+        super().__init__(
+            self._files[0], resolution, split, heldout_fraction, image_column, caption_column, crop, max_broken
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with any file's name, size or time of change, and with what is taken."""
+        sha = hashlib.sha256(json.dumps([marks(self._files), self.taken]).encode())
+        return f"parquet-1/{sha.hexdigest()[:16]}"
+
+    @cached_property
+    def columns(self) -> list[str]:
+        with self._opened(0) as file:
+            return file.schema_arrow.names
+
+    def rows(self, part: int, start: int, columns: list[str]) -> Iterator[dict]:
+        """Row groups before `start` are passed over unread."""
+        with self._opened(part) as file:
+            try:
+                sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
+                ends = list(accumulate(sizes))
+                groups = [group for group, end in enumerate(ends) if end > start]
+                first = ends[groups[0]] - sizes[groups[0]] if groups else 0
+                for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=columns):
+                    yield from batch.slice(start - first).to_pylist() if first < start else batch.to_pylist()
+                    first += len(batch)
+            except (pyarrow.ArrowException, KeyError) as error:
+                raise ValueError(f"{self.parts[part]} is damaged: {str(error).splitlines()[0]}") from None
+
+    def _opened(self, part: int):
+        file = self._files[part]
+        if not is_url(file):
+            return open_parquet(Path(file))
+        with opening(file):
+            return open_parquet(Path(file), fsspec.open(file, "rb").open())
+
+
+class HubStream(RowStream):
+    """A data set of the Hugging Face hub, or a local folder of files, read shard by shard as it comes.
+
+    `subset` is the data set's own split. `heldout_subset` is held out as a whole, in place of the fraction.
+    Raises ValueError, in one line, for a name that cannot be loaded and for unknown columns.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        resolution: int,
+        split: str = "train",
+        heldout_fraction: float = 0.1,
+        image_column: str = "image",
+        caption_column: str | None = None,
+        subset: str = "train",
+        heldout_subset: str | None = None,
+        config: str | None = None,
+        crop: str = "center",
+        max_broken: float = 0.01,
+    ) -> None:
+        import datasets  # late: a second of imports
+
+        if heldout_subset:
+            subset = heldout_subset if split == "heldout" else subset
+            split = "all"
+        if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
+            raise ValueError(f"data set {name} was saved whole and is read at random access: data.streaming=false")
+        with loading(name, subset):
+            self._builder = datasets.load_dataset_builder(name, config)
+            rows = self._builder.as_streaming_dataset(split=subset)
+            self._rows = rows if rows.features else rows._resolve_features()
+        self.subset = subset
+        self.parts = [f"shard {number}" for number in range(self._rows.num_shards)]
+        super().__init__(
+            f"data set {name}, {subset}", resolution, split, heldout_fraction, image_column, caption_column, crop,
+            max_broken,
+        )  # fmt: skip
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Changes with the data set's files, by their times or the hub's commit, and with what is taken."""
+        files = self._builder.config.data_files[self.subset]
+        marks = [[Path(file).name for file in files], [list(mark) for mark in files.origin_metadata]]
+        sha = hashlib.sha256(json.dumps([self.name, marks, self.taken]).encode())
+        return f"hub-stream-1/{sha.hexdigest()[:16]}"
+
+    @property
+    def columns(self) -> list[str]:
+        return list(self._rows.features)
+
+    def rows(self, part: int, start: int, columns: list[str]) -> Iterator[dict]:
+        import datasets
+
+        rows = self._rows.select_columns(columns)
+        if self.image_column in columns:
+            rows = rows.cast_column(self.image_column, datasets.Image(decode=False))
+        yield from rows.shard(len(self.parts), part).skip(start)
+
+
+def hub_pairs(
+    name: str,
+    resolution: int,
+    streaming: bool = False,
+    split: str = "train",
+    heldout_fraction: float = 0.1,
+    image_column: str = "image",
+    caption_column: str | None = None,
+    subset: str = "train",
+    heldout_subset: str | None = None,
+    config: str | None = None,
+    crop: str = "center",
+    max_broken: float = 0.01,
+    skip_empty: bool = False,
+) -> HubPairs | HubStream:
+    """A data set of the hub, downloaded for random access, or `streaming`. Raises what the two raise."""
+    taken = (split, heldout_fraction, image_column, caption_column, subset, heldout_subset, config, crop, max_broken)
+    if not streaming:
+        return HubPairs(name, resolution, *taken, skip_empty)
+    if skip_empty:
+        raise ValueError("data.skip_empty=true: a stream counts rows without one as broken: data.max_broken")
+    return HubStream(name, resolution, *taken)

@@ -1,0 +1,174 @@
+"""Files that a stream is read from: names with braces and globs, on disk, behind a URL, or in a store fsspec knows.
+
+A name is a path, an http(s) URL, or another URL that fsspec opens (s3://, gs://, hf://, with its own package).
+"""
+
+import glob
+import gzip
+import http.client
+import io
+import re
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import fsspec
+
+TIMEOUT_S, TRIES, BUFFER_BYTES, ASKED_AT_ONCE = 60, 4, 1 << 20, 16
+NOTHING_LEFT = 416  # to a request for what begins at the end
+UNTOLD = (403, 405, 501)  # what servers say that hand files out and answer no HEAD, as behind signed URLs
+
+
+def expand(source: str | Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
+    """The files that `source` names, in their order: braces {000..127} and {a,b} are written out, a glob or a folder
+    gives what it holds by name. Raises ValueError for a name of nothing."""
+    patterns = [source] if isinstance(source, str) else source
+    names = [name for pattern in patterns for plain in unbrace(pattern) for name in _found(plain, suffixes)]
+    if not names:
+        raise ValueError("data.source=[] names no file")
+    return names
+
+
+def _found(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
+    if is_url(pattern) or Path(pattern).is_file():
+        return [pattern]
+    found = Path(pattern).rglob("*") if Path(pattern).is_dir() else map(Path, glob.glob(pattern, recursive=True))
+    if names := sorted(str(path) for path in found if path.is_file() and path.name.endswith(suffixes)):
+        return names
+    raise ValueError(f"data.source: {pattern} names no file; a glob or a folder is searched for {', '.join(suffixes)}")
+
+
+def unbrace(pattern: str) -> list[str]:
+    """The names that a pattern with braces stands for, as a shell writes them out; {000..127} keeps its zeros."""
+    match = re.search(r"\{([^{}]*)\}", pattern)
+    if not match:
+        return [pattern]
+    before, inside, after = pattern[: match.start()], match[1], pattern[match.end() :]
+    if ends := re.fullmatch(r"(\d+)\.\.(\d+)", inside):
+        first, last = ends.groups()
+        width = len(first) if first.startswith("0") else 0
+        words = [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
+    else:
+        words = inside.split(",")
+    return [name for word in words for name in unbrace(f"{before}{word}{after}")]
+
+
+def is_url(name: str) -> bool:
+    return "://" in name
+
+
+def is_http(name: str) -> bool:
+    return name.startswith(("http://", "https://"))
+
+
+def marks(names: Sequence[str]) -> list[list]:
+    """What tells a file from another of its name, without reading it: size and time of change, or what its server
+    says. Raises ValueError for a URL of nothing."""
+    with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+        return list(pool.map(_mark, names))
+
+
+def _mark(name: str) -> list:
+    if is_http(name):
+        return [name.partition("?")[0], *_told_by_server(name)]
+    if is_url(name):
+        with opening(name):
+            filesystem, path = fsspec.core.url_to_fs(name)
+            return [name, filesystem.ukey(path)]
+    stat = Path(name).stat()
+    return [Path(name).name, stat.st_size, stat.st_mtime_ns]
+
+
+def _told_by_server(url: str) -> list[str | None]:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_S) as answer:
+            return [answer.headers["ETag"], answer.headers["Last-Modified"], answer.headers["Content-Length"]]
+    except urllib.error.HTTPError as error:
+        if error.code in UNTOLD:
+            return []
+        raise ValueError(f"data.source: {url} cannot be had (HTTP {error.code} {error.reason})") from None
+    except OSError as error:
+        raise ValueError(f"data.source: {url} cannot be had ({error})") from None
+
+
+@contextmanager
+def opening(name: str) -> Iterator[None]:
+    """ValueError for what is not there, and for a scheme that fsspec, or the package it wants for it, serves not."""
+    try:
+        yield
+    except (ImportError, ValueError, FileNotFoundError) as error:
+        raise ValueError(f"data.source: {name} cannot be opened ({error})") from None
+
+
+def open_at(name: str, start: int) -> BinaryIO:
+    """The file from byte `start` on; of a .gz or .tgz, from that byte of its content. Raises OSError, ValueError."""
+    if name.partition("?")[0].endswith("gz"):
+        file = gzip.GzipFile(fileobj=_opened(name, 0))
+        file.seek(start)
+        return file
+    return _opened(name, start)
+
+
+def _opened(name: str, start: int) -> BinaryIO:
+    if is_http(name):
+        return io.BufferedReader(HttpFile(name, start), BUFFER_BYTES)
+    if is_url(name):
+        with opening(name):
+            file = fsspec.open(name, "rb").open()
+    else:
+        file = open(name, "rb")  # noqa: SIM115  the caller closes it
+    file.seek(start)
+    return file
+
+
+class HttpFile(io.RawIOBase):
+    """The bytes of a URL from `start` on, read forward; where a connection breaks, it is asked for the rest.
+
+    Raises OSError after a few tries in vain: what was cached stays, and the same command goes on.
+    """
+
+    def __init__(self, url: str, start: int) -> None:
+        self.url, self.position, self._answer, self._end = url, start, None, None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer) -> int:
+        for tried in range(TRIES):
+            try:
+                if self._answer is None:
+                    self._ask()
+                count = self._answer.readinto(buffer)
+                if count or self._end is None or self.position >= self._end:
+                    self.position += count
+                    return count
+                reason = f"the connection ended at byte {self.position} of {self._end}"
+            except (OSError, http.client.HTTPException) as error:
+                if getattr(error, "code", None) == NOTHING_LEFT:
+                    return 0
+                reason = error
+            self._answer = None
+            time.sleep(2**tried / 2)
+        raise OSError(f"{self.url} cannot be read ({reason}); the same command goes on where it stopped")
+
+    def close(self) -> None:
+        if self._answer is not None:
+            self._answer.close()
+        super().close()
+
+    def _ask(self) -> None:
+        rest = {"Range": f"bytes={self.position}-"} if self.position else {}
+        self._answer = urllib.request.urlopen(urllib.request.Request(self.url, headers=rest), timeout=TIMEOUT_S)
+        length = self._answer.headers["Content-Length"]
+        if self._answer.status == 206 or not self.position:
+            self._end = self.position + int(length) if length else None
+            return
+        self._end = int(length) if length else None  # a server without ranges sends it all
+        left = self.position
+        while left and (skipped := len(self._answer.read(min(left, BUFFER_BYTES)))):
+            left -= skipped

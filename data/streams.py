@@ -1,0 +1,119 @@
+"""Data sets that are read front to back and never held: tars, parquet files, the hub's shards.
+
+A stream is made of parts. A part yields its samples in order, from any position that it has named before, so parts go
+to processes by number and work goes on where it was killed. `data/stream_cache.py` encodes one; training then reads the
+cache in any order.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data.folder import few
+from data.images import SPLITS, is_held_out
+from data.pixels import BrokenImageError, check_framing, cut_square, decode_rgb
+from data.seeding import generator
+
+FEWEST_JUDGED = 1000  # a share of broken samples is not judged on fewer than these
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One sample as it is stored, from position `start` of its part up to `end`; `flaw` says why it is none.
+
+    `image` is undecoded, and None where it was not asked for. Without a `key` it is the part itself that is flawed.
+    """
+
+    key: str | None
+    name: str
+    start: int
+    end: int
+    image: bytes | None = None
+    caption: str | None = None
+    flaw: str | None = None
+
+    @property
+    def complaint(self) -> str:
+        return f"{self.name} ({self.flaw})"
+
+
+class Stream:
+    """What all streams share. A subclass gives `parts`, the names; `fingerprint`; and `read`.
+
+    `split` "heldout" holds the samples whose key hashes into `heldout_fraction`, "train" the others, "all" both.
+    """
+
+    parts: list[str]
+    fingerprint: str
+
+    def __init__(self, resolution: int, split: str, heldout_fraction: float, crop: str, max_broken: float) -> None:
+        check_framing(resolution, crop)
+        if split not in SPLITS:
+            raise ValueError(f"split={split!r} is unknown; choose from {', '.join(SPLITS)}")
+        if not 0 <= heldout_fraction < 1:
+            raise ValueError(f"heldout_fraction={heldout_fraction} must lie in [0, 1)")
+        self.resolution, self.crop, self.max_broken = resolution, crop, max_broken
+        self.split, self.heldout_fraction = split, heldout_fraction
+
+    def read(self, part: int, start: int, images: bool = True) -> Iterator[Entry]:
+        """The entries of a part from position `start` on, all splits'. Without `images` captions alone are read."""
+        raise NotImplementedError
+
+    def wants(self, entry: Entry) -> bool:
+        """Whether the entry belongs to the split; a part that is flawed itself concerns all."""
+        if entry.key is None or self.split == "all":
+            return True
+        return is_held_out(entry.key, self.heldout_fraction) == (self.split == "heldout")
+
+    def sample(self, entry: Entry) -> dict[str, Tensor | str]:
+        """{"image": uint8 [3, resolution, resolution], "caption": str}. Raises BrokenImageError."""
+        if entry.flaw:
+            raise BrokenImageError(entry.complaint)
+        image = cut_square(decode_rgb(entry.image, entry.name), self.resolution, self.crop, entry.key)
+        return {"image": image, "caption": entry.caption}
+
+    def scan(self, images: bool) -> Iterator[Entry]:
+        """The sound entries of the split, part by part in a fixed shuffled order. Raises ValueError where too many
+        are broken."""
+        seen, flaws = 0, []
+        for part in torch.randperm(len(self.parts), generator=generator("parts")).tolist():
+            for entry in filter(self.wants, self.read(part, 0, images)):
+                seen += 1
+                if entry.flaw:
+                    flaws.append(entry.complaint)
+                    self.check_broken(flaws, max(seen, FEWEST_JUDGED))
+                else:
+                    yield entry
+
+    def check_broken(self, broken: list[str], seen: int) -> None:
+        """ValueError where more of `seen` samples are broken than `max_broken`, a number or, below 1, a share."""
+        allowed = int(self.max_broken * seen) if self.max_broken < 1 else int(self.max_broken)
+        if len(broken) > allowed:
+            raise ValueError(
+                f"{len(broken)} samples cannot be used and at most {allowed} of {seen} may be skipped: {few(broken)}; "
+                "repair them, or raise data.max_broken"
+            )
+
+
+class FirstSamples:
+    """The first `count` samples that a scan of a stream meets, kept as they are stored, at random access."""
+
+    def __init__(self, stream: Stream, count: int) -> None:
+        self.stream, self.entries = stream, []
+        for entry in stream.scan(images=True):
+            self.entries.append(entry)
+            if len(self.entries) == count:
+                break
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __getitem__(self, index: int) -> dict[str, Tensor | str]:
+        return self.stream.sample(self.entries[index])
+
+
+def at_random_access(pairs, count: int):
+    """`pairs` themselves; of a stream, which has no random access, its first `count` samples."""
+    return FirstSamples(pairs, count) if isinstance(pairs, Stream) else pairs

@@ -1,0 +1,63 @@
+"""The caching job: latents and text states of the configured data, made before anything trains on them."""
+
+from data.cache import described_cache, shards_of
+from data.encoding import at_work, check_size, encode_nothing
+from data.shards import DTYPES, CachedPairs, cache_key, is_intact
+from data.streams import Stream
+from engine.config import Config
+from engine.run import Run
+from eval.bench import Bench
+from eval.plan import size
+
+
+def cache_latents(config: Config, run: Run) -> int:
+    """Makes the cache, or goes on with it, or tells what it would be; returns exit code 0.
+
+    Any job of the same data and model finds it. Raises ValueError for data or a model that cannot be had.
+    """
+    bench = Bench(config, run)
+    bench.check_data()
+    check_size(bench.pipeline, config.data.resolution, config.data.resolution)
+    told = planned(bench) if config.plan else made(bench.pairs)
+    if run.accelerator.is_main_process:
+        print(told)
+    return 0
+
+
+def planned(bench: Bench) -> str:
+    """Where the cache would lie, how many samples it would have, how much disk they take, and what of it is there."""
+    storage, pairs = bench.storage, bench.component("data.pairs")
+    made_from = described_cache(pairs, bench.pipeline, storage.dtype, storage.shard_size)
+    folder = bench.cache_folder / cache_key(made_from)
+    there = [path for path in shards_of(pairs, folder, storage.shard_size).paths() if is_intact(path, verify=False)]
+    latents, text = sample_bytes(bench)
+    if isinstance(pairs, Stream):
+        samples, total = f"not known before they are read, in {len(pairs.parts)} parts", ""
+    else:
+        samples, total = f"{len(pairs):,}", f"{size(len(pairs) * (latents + text))} at most, "
+    return "\n".join([
+        f"cache      {folder}",
+        f"samples    {samples}",
+        f"disk       {total}{size(1_000_000 * (latents + text))} a million: {size(latents)} an image, {size(text)} "
+        f"a caption in {storage.dtype}; captions that a shard repeats are kept once",
+        f"there      {len(there)} shards, {size(sum(path.stat().st_size for path in there))}",
+    ])  # fmt: skip
+
+
+def sample_bytes(bench: Bench) -> tuple[int, int]:
+    """Bytes of the latents of an image, and of the text states of a caption."""
+    pipeline, one = bench.pipeline, DTYPES[bench.storage.dtype].itemsize
+    side = bench.config.data.resolution // pipeline.vae_scale_factor
+    with at_work(pipeline, bench.device):
+        text = encode_nothing(pipeline, bench.device)["text"]
+    return one * pipeline.vae.config.latent_channels * side**2, one * text.numel()
+
+
+def made(cached: CachedPairs) -> str:
+    """Where the cache lies and what is in it."""
+    disk = sum(path.stat().st_size for path in cached.folder.iterdir())
+    return "\n".join([
+        f"cache      {cached.folder.resolve()}",
+        f"samples    {len(cached):,}; broken and skipped {len(cached.broken):,}; captions cut {cached.truncated:,}",
+        f"disk       {size(disk)}",
+    ])  # fmt: skip

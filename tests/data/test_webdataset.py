@@ -1,0 +1,258 @@
+"""Tars as streams: what is read, where reading goes on, and what becomes of broken members."""
+
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+from data import sources
+from data.prompts import heldout_prompts
+from data.sources import unbrace
+from data.streams import FirstSamples
+from data.webdataset import WebDatasetPairs
+from tests.data.tars import captioned, picture, sound, write_tar, write_tars
+
+
+def read(source, part=0, start=0, **options):
+    return list(WebDatasetPairs(str(source), 16, "all", **options).read(part, start))
+
+
+def captions(entries):
+    return {entry.key: entry.caption for entry in entries if not entry.flaw}
+
+
+def flaws(entries):
+    return {entry.key: entry.flaw for entry in entries if entry.flaw}
+
+
+# What is read.
+
+
+def test_samples_come_in_the_tars_order_with_their_captions(tmp_path):
+    pairs = WebDatasetPairs(write_tars(tmp_path), 16, "all")
+    entries = [entry for part in range(3) for entry in pairs.read(part, 0)]
+    assert [entry.caption for entry in entries] == [f"caption of {t}-{i:03d}" for t in range(3) for i in range(10)]
+    assert entries[3].image == picture("0-003") and pairs.sample(entries[3])["image"].shape == (3, 16, 16)
+
+
+@pytest.mark.parametrize("kind", ["png", "jpg", "jpeg", "webp", "JPG"])
+def test_any_suffix_of_an_image_is_one(tmp_path, kind):
+    image = picture("a", {"jpg": "jpeg"}.get(kind.lower(), kind.lower()))
+    write_tar(tmp_path / "a.tar", {f"a.{kind}": image, "a.txt": b"a", "a.cls": b"1", "a.seg.png": b"mask"})
+    assert [entry.image for entry in read(tmp_path / "a.tar")] == [image]
+
+
+def test_captions_are_a_txt_a_key_of_the_json_or_what_is_named(tmp_path):
+    files = {"a.png": b"", "a.json": captioned("one"), "b.png": b"", "b.txt": b"two\n", "b.json": captioned("no")}
+    tar = write_tar(tmp_path / "a.tar", files | {"c.png": b"", "c.json": captioned("c"), "c.blip": b"three"})
+    assert captions(read(tar)) == {"a": "one", "b": "two", "c": "c"}
+    assert captions(read(tar, caption_column="blip")) == {"a": "blip one", "b": "blip no", "c": "three"}
+
+
+def test_folders_hidden_files_and_dots_in_folders_make_no_samples(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", {"x.y/._1.png": b"", "x.y/1.png": b"", ".DS_Store": b"", "x.y/1.txt": b"one"})
+    assert captions(read(tar)) == {"x.y/1": "one"}
+
+
+def test_sources_are_files_folders_globs_lists_and_braces(tmp_path):
+    paths = write_tars(tmp_path)
+    for source in (str(tmp_path), f"{tmp_path}/*.tar", f"{tmp_path}/part-{{000..002}}.tar", paths):
+        assert WebDatasetPairs(source, 16).parts == paths
+    assert unbrace("{a,b}-{9..10}") == ["a-9", "a-10", "b-9", "b-10"] and unbrace("{08..10}") == ["08", "09", "10"]
+    for source in (f"{tmp_path}/none-*.tar", f"{tmp_path}/part-{{002..003}}.tar", []):
+        with pytest.raises(ValueError, match=r"data.source.* names no file"):
+            WebDatasetPairs(source, 16)
+
+
+def test_the_held_out_split_depends_on_keys_alone(tmp_path):
+    write_tars(tmp_path)
+    train, heldout = (WebDatasetPairs(str(tmp_path), 16, split, 0.3) for split in ("train", "heldout"))
+    kept = {entry.key for entry in heldout.scan(images=False)}
+    assert 0 < len(kept) < 30 and kept.isdisjoint(entry.key for entry in train.scan(images=False))
+    (tmp_path / "part-001.tar").unlink()
+    left = {entry.key for entry in WebDatasetPairs(str(tmp_path), 16, "heldout", 0.3).scan(images=False)}
+    assert left == {key for key in kept if not key.startswith("1-")}
+
+
+def test_prompts_are_held_out_captions_and_reading_stops_when_there_are_enough(tmp_path, monkeypatch):
+    write_tars(tmp_path, tars=20)
+    pairs, opened = WebDatasetPairs(str(tmp_path), 16, "heldout", 0.3), []
+    monkeypatch.setattr("data.webdataset.open_at", lambda name, at: opened.append(name) or sources.open_at(name, at))
+    prompts = heldout_prompts(pairs, enough=[4, 5])
+    assert len(prompts) == 9 and prompts.prompts == heldout_prompts(pairs, enough=[9]).prompts
+    assert len(opened) < 20
+    everything = {entry.caption for entry in pairs.scan(images=False)}
+    assert set(prompts) < everything and set(heldout_prompts(pairs, enough=[1000])) == everything
+    with pytest.raises(ValueError, match=f"1000 prompts were asked for, the stream has {len(everything)} distinct"):
+        heldout_prompts(pairs, 1000)
+
+
+def test_images_for_judging_are_the_first_of_a_scan(tmp_path):
+    pairs = WebDatasetPairs(write_tars(tmp_path), 16, "heldout", 0.5)
+    first = FirstSamples(pairs, 5)
+    assert len(first) == 5 and first[2]["caption"] == list(pairs.scan(images=True))[2].caption
+
+
+@pytest.mark.parametrize("change", ["touched", "another tar", "caption_column", "split", "resolution"])
+def test_the_fingerprint_changes_with_what_is_taken_from_what(tmp_path, change):
+    paths = write_tars(tmp_path)
+    before, options = WebDatasetPairs(str(tmp_path), 16).fingerprint, {"resolution": 16}
+    if change == "touched":
+        write_tar(tmp_path / "part-000.tar", sound(["other"]))
+    elif change == "another tar":
+        write_tar(tmp_path / "part-003.tar", sound(["other"]))
+    else:
+        options[change] = {"caption_column": "blip", "split": "heldout", "resolution": 8}[change]
+    assert WebDatasetPairs(str(tmp_path), **options).fingerprint != before
+    assert WebDatasetPairs(paths[:2], 16).fingerprint == WebDatasetPairs(paths[:2], 16).fingerprint
+
+
+# Where reading goes on.
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+def test_reading_goes_on_at_the_end_of_any_entry(tmp_path, suffix):
+    tar = write_tar(tmp_path / f"a{suffix}", sound([f"{i:02d}" for i in range(6)]))
+    whole = read(tar)
+    assert all(read(tar, start=whole[k].end) == whole[k + 1 :] for k in range(6))
+
+
+def test_long_names_do_not_break_the_positions(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", sound([f"{'deep/' * 60}{i}" for i in range(3)]))
+    whole = read(tar)
+    assert len(whole) == 3 and read(tar, start=whole[0].end) == whole[1:]
+
+
+# Broken members.
+
+
+def test_every_broken_sample_is_named_with_its_reason_and_the_others_are_read(tmp_path):
+    files = sound(["a"]) | {
+        "no-caption.png": picture("x"), "no-image.txt": b"text", "empty.png": b"", "empty.txt": b" \n",
+        "no-key.png": b"", "no-key.json": b'{"size": 3}', "torn.png": b"", "torn.json": b'{"text": "x',
+        "list.png": b"", "list.json": b"[1]", "latin.png": b"", "latin.txt": "é".encode("latin-1"),
+        "two.png": b"", "two.jpg": b"", "two.txt": b"x",
+    } | sound(["z"])  # fmt: skip
+    entries = read(write_tar(tmp_path / "a.tar", files))
+    assert captions(entries) == {"a": "caption of a", "z": "caption of z"}
+    expected = {
+        "no-caption": "no caption .txt or .json among png", "no-image": "no image among txt",
+        "empty": ".txt is empty", "no-key": "none of the caption columns", "torn": "Unterminated string",
+        "list": ".json is no object", "latin": "can't decode", "two": "several images among png, jpg, txt",
+    }  # fmt: skip
+    found = flaws(entries)
+    assert found.keys() == expected.keys()
+    assert all(reason in found[key] for key, reason in expected.items()), found
+    assert entries[1].complaint == "a.tar: no-caption (no caption .txt or .json among png)"
+
+
+def test_a_torn_image_is_told_when_it_is_decoded(tmp_path):
+    pairs = WebDatasetPairs(str(write_tar(tmp_path / "a.tar", {"a.png": picture("a")[:60], "a.txt": b"x"})), 16, "all")
+    (entry,) = pairs.read(0, 0)
+    with pytest.raises(ValueError, match="a.tar: a "):
+        pairs.sample(entry)
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+@pytest.mark.parametrize("kept", [0.0, 0.05, 0.5, 0.66, 0.9])
+def test_a_torn_tar_gives_what_is_before_the_tear_and_one_complaint(tmp_path, suffix, kept):
+    tar = write_tar(tmp_path / f"a{suffix}", sound([f"{i:02d}" for i in range(6)]))
+    whole, content = read(tar), tar.read_bytes()
+    tar.write_bytes(
+        content[: int(kept * len(content))] if suffix == ".tar.gz" else content[: int(kept * whole[-1].end)]
+    )
+    *before, last = read(tar)
+    assert last.key is None and "torn at byte" in last.flaw and last.name == f"a{suffix}"
+    assert [e for e in before if not e.flaw] == whole[: len([e for e in before if not e.flaw])] and len(before) < 6
+    assert read(tar, start=last.start) == [last]
+
+
+def test_a_damaged_header_ends_the_tar_there_and_says_so(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", sound([f"{i:02d}" for i in range(6)]))
+    whole, content = read(tar), bytearray(tar.read_bytes())
+    content[whole[3].start + 5] ^= 255
+    tar.write_bytes(content)
+    *before, last = read(tar)
+    assert before == whole[:3] and last.flaw == f"torn at byte {whole[3].start}: it has no end mark"
+
+
+def test_a_scan_for_prompts_stops_where_no_sample_has_a_caption(tmp_path):
+    write_tars(tmp_path, tars=5, samples=10)
+    pairs = WebDatasetPairs(str(tmp_path), 16, caption_column="nothing")
+    with pytest.raises(
+        ValueError, match=r"11 samples.*at most 10 of 1000.*: \d-00\d \(no caption .nothing"
+    ):
+        heldout_prompts(pairs, enough=[4])
+
+
+# Over HTTP.
+
+
+class Server(SimpleHTTPRequestHandler):
+    """Serves a folder; `ranges` as a real server does, `breaks` a connection in the middle of every answer."""
+
+    ranges, breaks, asked = True, False, []
+
+    def do_GET(self):
+        content = Path(self.translate_path(self.path)).read_bytes()
+        asked = self.headers.get("Range") if self.ranges else None
+        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        self.asked.append(start)
+        self.send_response(206 if asked else 200)
+        rest = content[start:]
+        self.send_header("Content-Length", str(len(rest)))
+        self.end_headers()
+        self.wfile.write(rest[: len(rest) // 2 + 1] if self.breaks and len(rest) > 3000 else rest)
+
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture
+def served(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources.time, "sleep", lambda _: None)
+    monkeypatch.setattr(Server, "asked", [])
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, directory=str(tmp_path)))
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_url_gives_what_the_file_gives_and_goes_on_by_a_range(tmp_path, served):
+    (path,) = write_tars(tmp_path, tars=1)
+    here, there = read(path), read(f"{served}/part-{{000..000}}.tar")
+    assert here == there
+    Server.asked.clear()
+    assert read(f"{served}/part-000.tar", start=here[5].end) == here[6:] and Server.asked == [here[5].end]
+
+
+@pytest.mark.parametrize(("ranges", "breaks"), [(True, True), (False, False), (False, True)])
+def test_a_broken_connection_and_a_server_without_ranges_change_nothing(tmp_path, served, monkeypatch, ranges, breaks):
+    monkeypatch.setattr(Server, "ranges", ranges)
+    monkeypatch.setattr(Server, "breaks", breaks)
+    (path,) = write_tars(tmp_path, tars=1)
+    url = f"{served}/part-000.tar"
+    if breaks and not ranges:
+        with pytest.raises(OSError, match=r"part-000.tar cannot be read \(the connection ended at byte \d+ of \d+"):
+            read(url)
+        return
+    whole = read(path)
+    assert read(url) == whole and read(url, start=whole[5].end) == whole[6:]
+
+
+def test_a_missing_url_is_told_before_anything_is_read(tmp_path, served):
+    with pytest.raises(ValueError, match=r"nothing.tar cannot be had \(HTTP 404"):
+        _ = WebDatasetPairs(f"{served}/nothing.tar", 16).fingerprint
+    with pytest.raises(ValueError, match="127.0.0.1:9.* cannot be had"):
+        _ = WebDatasetPairs("http://127.0.0.1:9/a.tar", 16).fingerprint
+
+
+def test_the_fingerprint_of_a_url_changes_with_what_the_server_says(tmp_path, served):
+    write_tars(tmp_path, tars=1)
+    before = WebDatasetPairs(f"{served}/part-000.tar?token=1", 16).fingerprint
+    assert WebDatasetPairs(f"{served}/part-000.tar?token=2", 16).fingerprint == before
+    write_tar(tmp_path / "part-000.tar", sound(["other"]))
+    assert WebDatasetPairs(f"{served}/part-000.tar", 16).fingerprint != before
