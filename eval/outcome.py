@@ -35,10 +35,15 @@ class Outcome:
         )
         if not self.evaluation or not self.benchmark:
             raise ValueError(f"{evaluation} must hold an evaluation, and {benchmark} a benchmark")
-        if list(self.evaluation["models"]) != list(self.benchmark["models"]):
-            raise ValueError(f"{evaluation} and {benchmark} are about other models: {list(self.evaluation['models'])} "
-                             f"and {list(self.benchmark['models'])}")  # fmt: skip
+        self.check()
         self.teacher, *_, self.student_name = self.evaluation["models"]
+
+    def check(self) -> None:
+        """ValueError where the benchmark has other models than the evaluation, or not the teacher and the student."""
+        judged, timed = self.evaluation["models"], self.benchmark["models"]
+        ends = {*list(judged)[:1], *list(judged)[-1:]}
+        if len(judged) < 2 or not ends <= set(timed) <= set(judged) or any(timed[m] != judged[m] for m in timed):
+            raise ValueError(f"a benchmark of {timed} does not belong to an evaluation of {judged}")
 
     @cached_property
     def points(self) -> list[Point]:
