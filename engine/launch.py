@@ -249,6 +249,8 @@ def checked_config(config: DictConfig) -> DictConfig:
     for section in config:
         if OmegaConf.is_config(config[section]):
             OmegaConf.to_container(config[section], structured_config_mode=SCMode.INSTANTIATE)  # the typed ones check
+    if config.job is not None:
+        config.stages = None  # a budget has values for chains, too
     at_least("the configuration", config, 0, "threads")
     if config.threads > (cores := os.cpu_count() or 1):
         raise ValueError(f"threads={config.threads}, but there are {cores} cores; 0 leaves the choice to torch")
@@ -296,7 +298,8 @@ def run_job(config: Config) -> int:
     resolved = OmegaConf.to_container(config, resolve=True)
     job = named_job(config.job)
     if config.plan:
-        run.check_config(resolved, ignoring=WATCHING)
+        if not config.run.overwrite:
+            run.check_config(resolved, ignoring=WATCHING)
         return job(config, run)  # it tells what it would do, and writes nothing
     run.keep_config(resolved, ignoring=WATCHING, overwrite=config.run.overwrite)
     if config.tracker.log_with and getattr(job, "is_tracked", True) and not run.made(FINISHED):

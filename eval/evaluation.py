@@ -73,12 +73,12 @@ class EvaluationBench(Bench):
 
     @cached_property
     def given(self) -> dict[str, GivenModel]:
-        """The models by name, the reference first. A name that is not given is told from the path."""
+        """The models by name, the reference first; null leaves one out. A missing name is told from the path."""
         given = self.config.models or self.config.model.get("name_or_path")
         given = OmegaConf.to_container(given) if OmegaConf.is_config(given) else [given] if given else []
         if not isinstance(given, Mapping):
             given = name_models([str(where) for where in given])
-        return {str(name): GivenModel.of(str(name), value) for name, value in given.items()}
+        return {str(name): GivenModel.of(str(name), value) for name, value in given.items() if value is not None}
 
     @property
     def models(self) -> dict[str, str]:
