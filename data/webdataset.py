@@ -54,7 +54,7 @@ class WebDatasetPairs(Stream):
 
     def read(self, part: int, start: int, images: bool = True) -> Iterator[Entry]:
         """Positions are bytes of the tar. What a torn tar has lost is one entry without a key, at the end."""
-        tar_name = self.parts[part].rpartition("/")[2]
+        tar_name = self.parts[part].partition("?")[0].rpartition("/")[2]  # a URL may be signed
         position = start
         with open_at(self.parts[part], start) as file:
             try:

@@ -11,6 +11,7 @@ is finished is skipped; a stage whose inputs were made anew since is moved aside
 import contextlib
 import gc
 import io
+import json
 import logging
 import os
 import shlex
@@ -32,7 +33,7 @@ from engine.run import WATCHING, Run
 from engine.words import compose, hydra_value, stage_words
 
 ROOT = Path(__file__).resolve().parent.parent
-OF_LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_")
+OF_LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "SLURM_", "SUBMITIT_")
 NOT_KEPT = ("wandb", "tensorboard")
 log = logging.getLogger("slimstep")
 
@@ -78,8 +79,15 @@ class Chain:
         told = OmegaConf.to_container(table, resolve=True)
         own = f"{self.path}/"
         inputs = tuple(dict.fromkeys(text.removeprefix(own) for text in strings(told) if text.startswith(own)))
-        words = stage_words(name, told)
-        place = {"root": str(self.path), "name": name, "data.cache.folder": str(self.config.data.cache.folder)}
+        if placed := {"root", "name"} & set(told):
+            raise ValueError(f"stages.{name}.{min(placed)}: a stage lies under its chain, in {self.path / name}")
+        before = list(self.config.stages)[: list(self.config.stages).index(name)]
+        for product in inputs:
+            if product.split("/")[0] not in before and not (self.path / product).exists():
+                raise ValueError(f"stages.{name} is made from {self.path / product}, which no stage before it makes")
+        place = {"root": str(self.path), "name": name}
+        cache = {"data": {"cache": {"folder": str(self.config.data.cache.folder)}}}
+        words = stage_words(name, OmegaConf.to_container(OmegaConf.merge(cache, told)))
         return Stage(name, (*words, *(f"{key}={hydra_value(value)}" for key, value in place.items())), inputs)
 
     def composed(self, stage: Stage) -> DictConfig:
@@ -95,30 +103,47 @@ class Chain:
         """Makes what is not made; returns the exit code: the highest of the stages'."""
         if self.config.restart is not None and self.config.restart not in [stage.name for stage in self.stages]:
             raise ValueError(f"restart={self.config.restart} is no stage; there are {', '.join(self.config.stages)}")
+        if (self.path / "export").is_dir() and not (self.path / "export").is_symlink():
+            raise ValueError(f"{self.path / 'export'} is a folder, where a link to the student belongs: rename it")
         self.configs = {stage.name: self.composed(stage) for stage in self.stages}
         if self.config.plan:
             return self.plan()
-        self.put_aside()
-        if left := [stage for stage in self.stages if not self.is_done(stage)]:
-            self.check(left)
+        restarted = self.restarted()
+        if left := [stage for stage in self.stages if stage.name in restarted or not self.is_done(stage)]:
+            self.check(left, restarted)
+        self.put_aside(restarted)
         codes = [self.skip(stage) if self.is_done(stage) else self.make(stage) for stage in self.stages]
         self.link_export()
+        if self.accelerator.is_main_process:
+            self.restart_file.unlink(missing_ok=True)
         return max(codes)
 
-    def put_aside(self) -> None:
-        """The stages from `restart` on begin anew."""
-        names = [stage.name for stage in self.stages]
-        if self.config.restart is not None and self.accelerator.is_main_process:
-            for name in names[names.index(self.config.restart) :]:
+    @property
+    def restart_file(self) -> Path:
+        """Says which restart has begun: the same command, killed and given again, goes on with it."""
+        return self.path / "stages" / "restart.json"
+
+    def restarted(self) -> list[str]:
+        """The stages from `restart` on, where they have not begun anew already."""
+        names, first = [stage.name for stage in self.stages], self.config.restart
+        begun = self.run.agreed(self.restart_file.is_file() and json.loads(self.restart_file.read_text()) == [first])
+        return [] if first is None or begun else names[names.index(first) :]
+
+    def put_aside(self, names: list[str]) -> None:
+        if names and self.accelerator.is_main_process:
+            for name in names:
                 self.forget(name, f"restart={self.config.restart} asks for it")
+            write_json(self.restart_file, [self.config.restart])
         self.accelerator.wait_for_everyone()
 
-    def check(self, stages: list[Stage]) -> None:
+    def check(self, stages: list[Stage], restarted: list[str]) -> None:
         """Everything that a stage asks for is looked at before the first begins: ValueError where it is not there."""
         log.info(f"checking {', '.join(stage.name for stage in stages)}")
+        unmeasured = dict.fromkeys(("forward", "training", "decoding"), 1.0)
         for stage in stages:
+            aside = {"run": {"overwrite": True}} if stage.name in restarted else {}
             with contextlib.redirect_stdout(io.StringIO()):
-                self.run_job(self.planned(stage, rates=dict.fromkeys(("forward", "training", "decoding"), 1.0)))
+                self.run_job(self.planned(stage, rates=unmeasured, **aside))
             free_memory()
 
     def plan(self) -> int:
@@ -173,6 +198,7 @@ class Chain:
                 code = process.wait()
             finally:
                 process.terminate()
+                process.wait()
         code = self.run.agreed(code)
         if code:
             raise ValueError(f"stage {stage.name} left with exit code {code}; what it said is above")
@@ -206,7 +232,7 @@ class Chain:
             if record.get("files") != self.sizes(stage.name):
                 return False
             config = OmegaConf.to_container(self.configs[stage.name], resolve=True)
-            same = not Run(self.path / stage.name, self.accelerator).differing(config, WATCHING)
+            same = not Run(self.path / stage.name, self.accelerator).changed(config, WATCHING)
             return same and record["inputs"] == self.seen_inputs(stage)
 
         return self.run.agreed(look() if self.accelerator.is_main_process else None)
@@ -218,18 +244,13 @@ class Chain:
     def sizes(self, name: str) -> dict[str, int]:
         """The bytes of every file of a stage's run."""
         folder = self.path / name
-        files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-        return {
-            str(path.relative_to(folder)): path.stat().st_size
-            for path in files
-            if path.relative_to(folder).parts[0] not in NOT_KEPT
-        }
+        return {str(path.relative_to(folder)): path.stat().st_size for path in files_of(folder)}
 
     def forget(self, name: str, why: str) -> None:
         """Moves a stage's run aside, to the next free NAME.before-N."""
-        self.record_file(name).unlink(missing_ok=True)
         if (self.path / name).exists():
             Run(self.path / name, self.accelerator).move_aside(why)
+        self.record_file(name).unlink(missing_ok=True)  # last: without it what is there would pass for new
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -252,9 +273,16 @@ def with_texts(value: Any, others: dict[str, str]) -> Any:
 
 def seen(folder: Path) -> dict[str, str]:
     """The digest of every file of a product, each read once in a process: weights are large, and many look at them."""
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    stats = {path: path.stat() for path in files}
+    stats = {path: path.stat() for path in files_of(folder)}
     return {str(p.relative_to(folder)): known_digest(p, s.st_size, s.st_mtime_ns) for p, s in stats.items()}
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All but what trackers keep; a file is its own."""
+    if folder.is_file():
+        return [folder]
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in files if path.relative_to(folder).parts[0] not in NOT_KEPT]
 
 
 @cache

@@ -277,9 +277,7 @@ def check_data(data: DictConfig | None) -> None:
 
 def run_chain(config: Config) -> int:
     """Every stage in turn. A stage has its own configuration and its own tracker; the chain has neither."""
-    path, accelerator = run_path(config), make_accelerator(config)
-    code = Chain(config, path, accelerator, run_job, checked_config).execute()
-    return code
+    return Chain(config, run_path(config), make_accelerator(config), run_job, checked_config).execute()
 
 
 def make_accelerator(config: Config, **options) -> Accelerator:
@@ -303,7 +301,8 @@ def run_job(config: Config) -> int:
         return job(config, run)  # it tells what it would do, and writes nothing
     run.keep_config(resolved, ignoring=WATCHING, overwrite=config.run.overwrite)
     if config.tracker.log_with and getattr(job, "is_tracked", True) and not run.made(FINISHED):
-        given = os.environ.get("WANDB_RUN_ID")  # by a W&B sweep's agent
+        in_chain = (path.parent / "stages").is_dir()  # many runs cannot share one id
+        given = None if in_chain else os.environ.get("WANDB_RUN_ID")  # by a W&B sweep's agent
         identity = run.json("tracker.json", lambda: {"id": given or secrets.token_hex(4)})  # a continued run keeps it
         with damaged(path / "tracker.json"):
             run_id = identity["id"]
@@ -330,8 +329,10 @@ def run_path(config: DictConfig) -> Path:
     if not parts or Path(config.name).is_absolute() or ".." in parts:
         raise ValueError(f"name={config.name!r} must name a folder under root")
     path = Path(config.root) / config.name
-    job = HydraConfig.get()
-    return path / job.job.override_dirname.replace("/", "_") if job.mode == RunMode.MULTIRUN else path
+    swept = HydraConfig.get().job.override_dirname.replace("/", "_")
+    if HydraConfig.get().mode != RunMode.MULTIRUN or swept in Path(config.root).parts:  # as a chain's stage is already
+        return path
+    return path / swept
 
 
 def list_experiments() -> None:

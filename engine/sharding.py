@@ -31,10 +31,11 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
 
 def check_sharding(config: TrainConfig, accelerator: Accelerator) -> None:
     """ValueError for trainings that cannot be done in shards."""
-    if is_sharded(accelerator) and config.optimizer == "adafactor":
-        raise ValueError("train.optimizer=adafactor sums over whole rows and does not go with FSDP; choose adamw8bit")
-    if is_sharded(accelerator) and config.compile:
-        raise ValueError("train.compile=true does not go with FSDP; leave one of them out")
+    if is_sharded(accelerator) or is_deepspeed(accelerator):
+        if config.optimizer == "adafactor":
+            raise ValueError("train.optimizer=adafactor sums over whole rows, and shards have none; choose adamw8bit")
+        if config.compile:
+            raise ValueError("train.compile=true does not go with FSDP or DeepSpeed; leave one of them out")
     if is_deepspeed(accelerator) and config.accumulation > 1:
         raise ValueError(f"train.accumulation={config.accumulation} does not go with DeepSpeed; raise train.batch_size")
 

@@ -36,7 +36,7 @@ def experiment(name: str) -> DictConfig:
 def stage_words(name: str, table: Mapping[str, Any]) -> tuple[str, ...]:
     """+experiment=NAME and what changes in it: by the chain's table, by the command line for all stages, and for this.
 
-    A group that the command line chooses (`search=…`) goes to the stages that have it.
+    A group of the chain's (`data=…`, `budget=…`) goes to the stages that have it.
     """
     base = experiment(name)
     of_table = dict(flat(table, base))

@@ -104,7 +104,8 @@ class Bench:
 
     def working(self, unet: PrunableUNet2DConditionModel) -> PrunableUNet2DConditionModel:
         """A frozen network as mixed precision runs it: on the device, cast once and not at every evaluation."""
-        if (unet.device, unet.dtype) == (self.device, self.compute_dtype):
+        here = torch.empty(0, device=self.device).device  # "cuda" is a place only once it has a number
+        if (unet.device, unet.dtype) == (here, self.compute_dtype):
             return unet
         return copy.deepcopy(unet).to(self.device, self.compute_dtype)
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from data.encoding import described
 from data.files import write_tensors
 from data.images import BrokenImageError
-from data.prompts import PromptSet, read_prompts
+from data.prompts import PromptSet, disjoint_prompts, read_prompts
 from data.seeding import generator
 from data.streams import at_random_access
 from engine.components import check, component
@@ -150,6 +150,8 @@ class EvaluationBench(Bench):
     def prompt_set(self) -> PromptSet:
         data, count = self.config.data, self.config.eval.prompts
         prompts = read_prompts(str(data.prompt_file)) if data.prompt_file else self.component("data.prompts")
+        if ranked_on := self.config.evaluation.ranked_on:
+            return disjoint_prompts(prompts, ranked_on, count)[1]
         return prompts.take(count)
 
     def sampler_of(self, pipeline: DiffusionPipeline, guidance: float, steps: int) -> Sampler:

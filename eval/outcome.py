@@ -60,9 +60,10 @@ class Outcome:
         return next(point for point in self.points if point["model"] == self.student_name)
 
     def row(self, point: Point) -> Mapping[str, Any] | None:
-        """How long the point takes: the first setup and batch it was timed in, None where it was not."""
-        return next((row for row in self.benchmark["rows"] if not row["cannot"]
-                     and (row["model"], row["steps"]) == (point["model"], point["steps"])), None)  # fmt: skip
+        """How long the point takes, in the setup that the teacher is timed in; None where it was not timed."""
+        base, wanted = self.benchmark["protocol"]["base"], (point["model"], point["steps"])
+        rows = (row for row in self.benchmark["rows"] if not row["cannot"] and row["setup"] == base)
+        return next((row for row in rows if (row["model"], row["steps"]) == wanted), None)
 
     def faster(self, point: Point, teacher: Point) -> Mapping[str, float] | None:
         """How many times as fast a point is as the teacher at one of its steps."""

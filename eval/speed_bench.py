@@ -46,7 +46,7 @@ class SpeedBench(EvaluationBench):
 
     def check(self) -> None:
         """ValueError, before anything is timed, for models or prompts that cannot be had."""
-        if self.run.accelerator.num_processes > 1:
+        if self.run.accelerator.num_processes > 1 and not self.config.plan:
             raise ValueError("times are those of one process: start the benchmark without accelerate launch's others")
         if not self.models:
             raise ValueError("models names nothing to time: models=[FOLDER,…] or models={teacher: FOLDER, …}")

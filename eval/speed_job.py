@@ -39,7 +39,8 @@ def make_table(kind: str, config: Config, run: Run) -> int:
     bench.check()
     if config.plan:
         made = len(list(run.path.glob("rows/**/*.json")))
-        print(f"run   {run.path}\nrows  {made} made; each takes at most {config.latency.seconds:g} s of timing")
+        if run.accelerator.is_main_process:
+            print(f"run   {run.path}\nrows  {made} made; each takes at most {config.latency.seconds:g} s of timing")
         return 0
     results, page = bench.results(kind, TABLES[kind](bench)), run.path / "report.html"
     if new := not page.exists():

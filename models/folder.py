@@ -63,19 +63,23 @@ def hub_configuration(hub_id: str) -> Path:
 
 def cached_configuration(hub_id: str) -> Path | None:
     """The same, where the hub cache holds that of every part."""
-    try:
-        folder = Path(huggingface_hub.snapshot_download(hub_id, local_files_only=True))
-        index = DiffusionPipeline.load_config(folder)
-    except OSError:
+    if (folder := cached_folder(hub_id)) is None:
         return None
+    index = DiffusionPipeline.load_config(folder)
     return folder if all((folder / part).is_dir() for part in parts_of(index) if part != "safety_checker") else None
+
+
+def cached_folder(hub_id: str) -> Path | None:
+    """Where the hub cache has a pipeline; snapshot_download would want its repository's every file, unused ones too."""
+    index = huggingface_hub.try_to_load_from_cache(hub_id, DiffusionPipeline.config_name)
+    return Path(index).parent if isinstance(index, str) else None
 
 
 def stored_dtype(name_or_path: str | Path, variant: str | None) -> torch.dtype:
     """What the UNet of a folder or hub id is stored in. ValueError where it has no safetensors file."""
     folder = Path(name_or_path)
-    if not folder.is_dir():
-        folder = Path(huggingface_hub.snapshot_download(str(name_or_path), local_files_only=True))
+    if not folder.is_dir() and (folder := cached_folder(str(name_or_path))) is None:
+        raise ValueError("it is not in the hub cache, so its dtype is not known: say which, as float16")
     files = [path for path in (folder / "unet").glob("*.safetensors") if variant_of(path.name) == variant]
     if not files:
         raise ValueError("it has no unet/*.safetensors, which would tell its dtype: give one")

@@ -46,7 +46,7 @@ def load_lora(pipeline: DiffusionPipeline, source: str | Path | dict[str, Tensor
         told = f"; it adapts {sorted(left_out)[:3]}…" if left_out else ""
         raise ValueError(f"LoRA {source!s:.80} has no weights for this UNet{told}")
     fitting = {key: value for key, value in weights.items() if unet_keys.get(key) not in left_out}
-    alphas = {k: v for k, v in (alphas or {}).items() if k.startswith("unet.") is False or module_of(k) in applied}
+    alphas = {k: v for k, v in (alphas or {}).items() if not k.startswith("unet.") or module_of(k) in applied}
     with quiet():
         if applied:
             pipeline.load_lora_into_unet(fitting, alphas, pipeline.unet, adapter_name=adapter, _pipeline=pipeline)

@@ -73,5 +73,6 @@ def test_a_finished_method_makes_nothing_anew(finished, tiny_model):
 @pytest.mark.slow
 def test_two_processes_run_the_whole_method(tmp_path, tiny_model):
     done = run(tmp_path, *tiny_model, processes=2)
+    assert done.returncode in (0, 1), done.stderr  # launchers make 1 of a missed target's 3
     assert (tmp_path / "snapfusion/report/report.html").is_file(), done.stderr
     assert json.loads((tmp_path / "snapfusion/benchmark/results.json").read_text())["rows"]

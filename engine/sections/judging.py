@@ -75,7 +75,8 @@ class EvaluationConfig:
     """What is measured beside CLIP score: with `distribution` the distance of the scorer's features to those of
     `real_images` held-out images; and of Inception features, FID and KID, where `inception` is a file of its weights;
     and `preferences`, {name: what makes it}, which +preference=NAME fills in. With `compile`, UNet and VAE decoder are
-    compiled graphs, kept in `artifacts` for the next evaluation and the other processes.
+    compiled graphs, kept in `artifacts` for the next evaluation and the other processes. The first `ranked_on` prompts
+    are left out: a model's blocks were chosen by them.
     """
 
     distribution: bool = True
@@ -84,8 +85,10 @@ class EvaluationConfig:
     preferences: Any = None
     compile: bool = False
     artifacts: str = "runs/artifacts"
+    ranked_on: int = 0
 
     def __post_init__(self) -> None:
+        at_least("evaluation", self, 0, "ranked_on")
         at_least("evaluation", self, 2, "real_images")
         if self.inception is not None and not self.distribution:
             raise ValueError(f"evaluation.inception={self.inception} needs evaluation.distribution=true")

@@ -7,6 +7,7 @@ import sys
 import pytest
 from accelerate import Accelerator
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from omegaconf import OmegaConf
 
 import engine.launch
 from engine.launch import main, run_path
@@ -36,6 +37,7 @@ def chain(monkeypatch, capfd, tmp_path):
             return 0
         ran.append(path.name)
         (path / "export").mkdir(parents=True, exist_ok=True)
+        (path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.to_container(config, resolve=True)))
         (path / "evolved").mkdir(exist_ok=True)
         last = path / f"steps-{config.ladder.steps[-1]}/export"
         last.mkdir(parents=True, exist_ok=True)
@@ -104,12 +106,34 @@ def test_the_export_is_that_of_the_last_stage_that_has_one(chain, tmp_path):
     assert (tmp_path / "snapfusion/export").resolve() == (tmp_path / "snapfusion/report/export").resolve()
 
 
+def test_a_ladder_that_goes_on_is_no_finished_stage(chain):
+    chain()
+    _, ran, configs, stderr = chain("stages.distill_steps.ladder.steps=[32,16,8,4]", "run.overwrite=true")
+    assert ran[0] == "distill_steps" and list(configs["distill_steps"].ladder.steps) == [32, 16, 8, 4], stderr
+
+
+def test_a_restart_that_was_killed_goes_on(chain, tmp_path, monkeypatch):
+    chain()
+    (tmp_path / "snapfusion/stages/restart.json").write_text('["evaluate"]')  # as a kill amid a restart leaves it
+    assert chain("restart=evaluate")[1] == []
+    assert chain("restart=evaluate")[1] == list(STAGES[4:])
+
+
+def test_a_sweep_runs_a_chain_for_every_value(chain, tmp_path):
+    code, ran, configs, stderr = chain("-m", "seed=1,2")
+    assert (code, ran) == (3, 2 * list(STAGES)), stderr
+    for value in (1, 2):
+        assert (tmp_path / f"snapfusion/seed={value}/prune_unet/export/made.json").is_file()
+
+
 @pytest.mark.parametrize(("wrong", "culprit"), [
     ("stages.prune_unet.train.stps=3", "stages.prune_unet: .*stps"),
     ("stages.prune_vae.decoder.width=2", "stages.prune_vae: decoder.width=2"),
     ("stages.prune_unets.train.steps=3", "prune_unets"),
     ("stages.evaluate=3", "stages.evaluate=3 must be a table"),
     ("restart=prune", "restart=prune is no stage"),
+    ("stages.prune_vae.name=other", "stages.prune_vae.name: a stage lies under its chain"),
+    ("~stages.prune_vae", "no stage before it makes"),
     ("stages.distill_steps.ladder.steps=[]", "ladder.steps"),
 ])  # fmt: skip
 def test_a_mistake_in_a_stage_is_one_line_before_anything_runs(chain, wrong, culprit):

@@ -76,7 +76,7 @@ def test_scores_of_another_metric_are_listed_and_not_compared(tmp_path, evaluati
     other = one(tmp_path / "other", "teacher", "/teacher", scores(), **changes)
     table = compare_results([evaluation, other], tmp_path / "out")
     (line,) = [line for line in table.splitlines() if "teacher (other)" in line]
-    assert line.split("|")[6].strip() == "–" and table.count("teacher (other)") == 1
+    assert line.split("|")[7].strip() == "–" and table.count("teacher (other)") == 1
     assert re.search(
         rf"<b>Not compared:</b> other was scored with .*{told}", (tmp_path / "out/report.html").read_text()
     )

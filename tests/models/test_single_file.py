@@ -105,8 +105,8 @@ def test_the_hub_caches_configuration_comes_before_ours(small_kinds, tmp_path, m
     scheduler = tmp_path / "cached/scheduler/scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace('"beta_end": 0.012', '"beta_end": 0.013'))
     asked = []
-    monkeypatch.setattr(models.folder.huggingface_hub, "snapshot_download",
-                        lambda name, **_: asked.append(name) or tmp_path / "cached")  # fmt: skip
+    monkeypatch.setattr(models.folder.huggingface_hub, "try_to_load_from_cache",
+                        lambda name, file: asked.append(name) or str(tmp_path / "cached" / file))  # fmt: skip
     assert load_pipeline(file).scheduler.config.beta_end == 0.013
     assert asked == ["stable-diffusion-v1-5/stable-diffusion-v1-5"]
 
