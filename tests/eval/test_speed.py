@@ -44,7 +44,7 @@ def test_time_spent_in_a_network_is_its_own_part(tiny_pipeline_folder):
     busy = torch.randn(400, 400)
 
     def work(*_):
-        for _ in range(20):
+        for _ in range(100):
             busy @ busy
 
     with watched(one.pipeline, CPU) as watch:
