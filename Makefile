@@ -23,11 +23,11 @@ setup: $(VENV)/ready  ## create the environment and install
 demo: setup  ## prune the shipped model to 75 % of its latency, in minutes on two cores; prints table and report
 	$(BIN)/python train.py +experiment=prune_unet budget=demo
 
-test: setup  ## the fast tests, on CPU, without network
-	$(BIN)/python -m pytest
+test: setup  ## the fast tests, on CPU, without network, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 slow: setup  ## the slow tests (minutes each), on CPU
-	$(BIN)/python -m pytest -m "slow and not gpu"
+	$(BIN)/python -m pytest -m "slow and not gpu and not huge"
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .

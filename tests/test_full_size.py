@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[1]
 LIMIT_GB = 20
 
 
-@pytest.mark.slow
+@pytest.mark.huge
 def test_every_training_of_sd15_fits(tmp_path):
     free_gb = psutil.virtual_memory().available / 1e9
     if free_gb < LIMIT_GB:
