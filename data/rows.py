@@ -5,6 +5,7 @@ A part is a file, or what `datasets` calls a shard; a position is a row's number
 
 import hashlib
 import json
+from abc import abstractmethod
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import accumulate
@@ -42,12 +43,13 @@ class RowStream(Stream):
         find_caption_column(self.columns, image_column, name)
 
     @property
+    @abstractmethod
     def columns(self) -> list[str]:
-        raise NotImplementedError
+        """The names of the columns there are."""
 
+    @abstractmethod
     def rows(self, part: int, start: int, columns: list[str]) -> Iterator[dict]:
         """The rows of a part from number `start` on, images undecoded."""
-        raise NotImplementedError
 
     @property
     def taken(self) -> list:

@@ -5,6 +5,7 @@ to processes by number and work goes on where it was killed. `data/stream_cache.
 cache in any order.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -39,7 +40,7 @@ class Entry:
         return f"{self.name} ({self.flaw})"
 
 
-class Stream:
+class Stream(ABC):
     """What all streams share. A subclass gives `parts`, the names; `fingerprint`; and `read`.
 
     `split` "heldout" holds the samples whose key hashes into `heldout_fraction`, "train" the others, "all" both.
@@ -57,9 +58,9 @@ class Stream:
         self.resolution, self.crop, self.max_broken = resolution, crop, max_broken
         self.split, self.heldout_fraction = split, heldout_fraction
 
+    @abstractmethod
     def read(self, part: int, start: int, images: bool = True) -> Iterator[Entry]:
         """The entries of a part from position `start` on, all splits'. Without `images` captions alone are read."""
-        raise NotImplementedError
 
     def wants(self, entry: Entry) -> bool:
         """Whether the entry belongs to the split; a part that is flawed itself concerns all."""

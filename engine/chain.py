@@ -17,24 +17,25 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
-from data.files import digest, write_json
+from data.files import write_json
 from engine.components import named_job
+from engine.products import changed, files_of, seen
 from engine.run import WATCHING, Run
-from engine.words import compose, hydra_value, stage_words
+from engine.words import compose, hydra_value, stage_words, strings, with_texts
 
 ROOT = Path(__file__).resolve().parent.parent
 OF_LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "SLURM_", "SUBMITIT_")
-NOT_KEPT = ("wandb", "tensorboard")
 log = logging.getLogger("slimstep")
 
 
@@ -94,7 +95,7 @@ class Chain:
         """The stage's configuration, checked; ValueError that names the stage where its words do not fit."""
         try:
             return self.checked(compose(stage.words))
-        except Exception as error:
+        except (ValueError, HydraException, OmegaConfBaseException) as error:
             raise ValueError(f"stages.{stage.name}: {' '.join(str(error).split())}") from error
 
     # ---- running ----
@@ -251,48 +252,6 @@ class Chain:
         if (self.path / name).exists():
             Run(self.path / name, self.accelerator).move_aside(why)
         self.record_file(name).unlink(missing_ok=True)  # last: without it what is there would pass for new
-
-
-def strings(value: Any) -> Iterator[str]:
-    """Every text in nested tables and lists."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (dict, list)):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from strings(inner)
-
-
-def with_texts(value: Any, others: dict[str, str]) -> Any:
-    """Nested tables and lists with other texts in the places of some."""
-    if isinstance(value, dict):
-        return {key: with_texts(inner, others) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [with_texts(inner, others) for inner in value]
-    return others.get(value, value) if isinstance(value, str) else value
-
-
-def seen(folder: Path) -> dict[str, str]:
-    """The digest of every file of a product, each read once in a process: weights are large, and many look at them."""
-    stats = {path: path.stat() for path in files_of(folder)}
-    return {str(p.relative_to(folder)): known_digest(p, s.st_size, s.st_mtime_ns) for p, s in stats.items()}
-
-
-def files_of(folder: Path) -> list[Path]:
-    """All but what trackers keep; a file is its own."""
-    if folder.is_file():
-        return [folder]
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
-    return [path for path in files if path.relative_to(folder).parts[0] not in NOT_KEPT]
-
-
-@cache
-def known_digest(path: Path, size: int, changed_ns: int) -> str:
-    return digest(path)
-
-
-def changed(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The products that are not what they were."""
-    return ", ".join(product for product in {**before, **now} if before.get(product) != now.get(product))
 
 
 def free_memory() -> None:

@@ -37,7 +37,7 @@ from engine.run import FINISHED, TRACEBACK, WATCHING, Run, damaged
 from engine.sections.checks import at_least
 from engine.sections.training import DataConfig
 from engine.tracking import Tracker
-from models.pipeline import one_line
+from models.quiet import one_line
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"

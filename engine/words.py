@@ -84,3 +84,21 @@ def hydra_value(value: Any) -> str:
 
 def parsed(word: str) -> Override:
     return OverridesParser.create().parse_override(word)
+
+
+def strings(value: Any) -> Iterator[str]:
+    """Every text in nested tables and lists."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from strings(inner)
+
+
+def with_texts(value: Any, others: dict[str, str]) -> Any:
+    """Nested tables and lists with other texts in the places of some."""
+    if isinstance(value, dict):
+        return {key: with_texts(inner, others) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [with_texts(inner, others) for inner in value]
+    return others.get(value, value) if isinstance(value, str) else value

@@ -69,8 +69,8 @@ def stages_table(run: Run, stages: Sequence[Stage]) -> str:
     return markdown_table(["product", "state", "work", "UNet forwards", "with backward", "disk"], rows)
 
 
-def rows_of(count: int) -> str:
-    return f"{count:,}" if count else "–"
+def rows_of(number: int) -> str:
+    return f"{number:,}" if number else "–"
 
 
 def state(run: Run, stage: Stage) -> str:

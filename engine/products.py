@@ -1,0 +1,33 @@
+"""What a stage of a chain has made: its files, their digests, and which products are not what they were."""
+
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from data.files import digest
+
+NOT_KEPT = ("wandb", "tensorboard")  # trackers add to theirs at any time
+
+
+def seen(folder: Path) -> dict[str, str]:
+    """The digest of every file of a product, each read once in a process: weights are large, and many look at them."""
+    stats = {path: path.stat() for path in files_of(folder)}
+    return {str(p.relative_to(folder)): known_digest(p, s.st_size, s.st_mtime_ns) for p, s in stats.items()}
+
+
+def files_of(folder: Path) -> list[Path]:
+    """All but what trackers keep; a file is its own."""
+    if folder.is_file():
+        return [folder]
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return [path for path in files if path.relative_to(folder).parts[0] not in NOT_KEPT]
+
+
+@cache
+def known_digest(path: Path, size: int, changed_ns: int) -> str:
+    return digest(path)
+
+
+def changed(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """The products that are not what they were."""
+    return ", ".join(product for product in {**before, **now} if before.get(product) != now.get(product))
