@@ -8,7 +8,7 @@ import fcntl
 import logging
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -57,7 +57,8 @@ def cache_pairs(
     agree(folder, world)
     folder.mkdir(parents=True, exist_ok=True)
     shards, empty = shards_of(pairs, folder, shard_size), folder / "empty.safetensors"
-    with alone(folder / f".lock-{rank}"):
+    with alone(folder / ".lock") if rank == 0 else nullcontext():
+        _wait(accelerator)  # for rank 0, which may have waited for another job
         missing = shards.missing(rank, world, verify)
         no_empty = rank == 0 and not is_intact(empty, verify)
         if missing or no_empty:
@@ -68,9 +69,8 @@ def cache_pairs(
                     maker.write_empty(empty)
                 shards.make(missing, maker, workers, verify, show=rank == 0)
             _tell_speed(maker.encoded, time.perf_counter() - began, world)
-    _wait(accelerator)
-    if rank == 0:
-        with alone(folder / ".lock-0"):
+        _wait(accelerator)
+        if rank == 0:
             write_index(folder, made_from, shards.paths())
     _wait(accelerator)
     cached = CachedPairs(folder)

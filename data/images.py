@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data.folder import read_folder
 from data.pixels import BrokenImageError, check_framing, cut_square, decode_rgb
+from data.sources import is_url, read_whole
 from data.tables import caption_column as find_caption_column
 from data.tables import caption_text
 
@@ -214,11 +215,16 @@ def loading(name: str, subset: str) -> Iterator[None]:
 
 
 def image_cell(cell: dict | bytes | None) -> Path | bytes:
-    """The encoded image in a cell of a table, or where it lies. Raises ValueError where there is none."""
+    """The encoded image in a cell of a table, or where it lies on disk; read, where that is a URL of fsspec's.
+
+    Raises ValueError where there is none.
+    """
     if isinstance(cell, dict):
-        cell = cell["bytes"] or (cell["path"] and Path(cell["path"]))
+        cell = cell["bytes"] or cell["path"]
     if not cell:
         raise ValueError("no image")
+    if isinstance(cell, str):
+        return read_whole(cell) if is_url(cell) else Path(cell)
     return cell
 
 

@@ -58,10 +58,10 @@ class RowStream(Stream):
         return [self.split, self.heldout_fraction, *columns, self.resolution, self.crop]
 
     def read(self, part: int, start: int, images: bool = True) -> Iterator[Entry]:
-        """A row's key is its part's number and its own."""
+        """A row's key is its part's name and its own number."""
         columns = [self.image_column, self.caption_column] if images else [self.caption_column]
         for number, row in enumerate(self.rows(part, start, columns), start):
-            yield self._entry(f"{part}/{number}", f"{self.parts[part]}, row {number}", number, row, images)
+            yield self._entry(f"{self.parts[part]}/{number}", f"{self.parts[part]}, row {number}", number, row, images)
 
     def _entry(self, key: str, name: str, number: int, row: dict, images: bool) -> Entry:
         try:
@@ -100,7 +100,7 @@ class ParquetPairs(RowStream):
     def fingerprint(self) -> str:
         """Changes with any file's name, size or time of change, and with what is taken."""
         sha = hashlib.sha256(json.dumps([marks(self._files), self.taken]).encode())
-        return f"parquet-1/{sha.hexdigest()[:16]}"
+        return f"parquet-2/{sha.hexdigest()[:16]}"
 
     @cached_property
     def columns(self) -> list[str]:
@@ -110,6 +110,8 @@ class ParquetPairs(RowStream):
     def rows(self, part: int, start: int, columns: list[str]) -> Iterator[dict]:
         """Row groups before `start` are passed over unread."""
         with self._opened(part) as file:
+            for column in columns:
+                find_caption_column(file.schema_arrow.names, column, self.parts[part])
             try:
                 sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
                 ends = list(accumulate(sizes))
@@ -174,7 +176,7 @@ class HubStream(RowStream):
         files = self._builder.config.data_files[self.subset]
         marks = [[Path(file).name for file in files], [list(mark) for mark in files.origin_metadata]]
         sha = hashlib.sha256(json.dumps([self.name, marks, self.taken]).encode())
-        return f"hub-stream-1/{sha.hexdigest()[:16]}"
+        return f"hub-stream-2/{sha.hexdigest()[:16]}"
 
     @property
     def columns(self) -> list[str]:

@@ -21,6 +21,7 @@ import fsspec
 
 TIMEOUT_S, TRIES, BUFFER_BYTES, ASKED_AT_ONCE = 60, 4, 1 << 20, 16
 NOTHING_LEFT = 416  # to a request for what begins at the end
+TOO_MANY = 429
 UNTOLD = (403, 405, 501)  # what servers say that hand files out and answer no HEAD, as behind signed URLs
 
 
@@ -75,7 +76,7 @@ def marks(names: Sequence[str]) -> list[list]:
 
 def _mark(name: str) -> list:
     if is_http(name):
-        return [name.partition("?")[0], *_told_by_server(name)]
+        return [unsigned(name), *_told_by_server(name)]
     if is_url(name):
         with opening(name):
             filesystem, path = fsspec.core.url_to_fs(name)
@@ -84,16 +85,26 @@ def _mark(name: str) -> list:
     return [Path(name).name, stat.st_size, stat.st_mtime_ns]
 
 
+def unsigned(url: str) -> str:
+    """Without what may be a signature, which is nobody else's to see and another each time."""
+    return url.partition("?")[0]
+
+
 def _told_by_server(url: str) -> list[str | None]:
-    try:
-        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_S) as answer:
-            return [answer.headers["ETag"], answer.headers["Last-Modified"], answer.headers["Content-Length"]]
-    except urllib.error.HTTPError as error:
-        if error.code in UNTOLD:
-            return []
-        raise ValueError(f"data.source: {url} cannot be had (HTTP {error.code} {error.reason})") from None
-    except OSError as error:
-        raise ValueError(f"data.source: {url} cannot be had ({error})") from None
+    for tried in range(TRIES):
+        try:
+            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_S) as answer:
+                return [answer.headers["ETag"], answer.headers["Last-Modified"], answer.headers["Content-Length"]]
+        except urllib.error.HTTPError as error:
+            if error.code in UNTOLD:
+                return []
+            reason = f"HTTP {error.code} {error.reason}"
+            if error.code < 500 and error.code != TOO_MANY:
+                break
+        except OSError as error:
+            reason = error
+        time.sleep(2**tried / 2)
+    raise ValueError(f"data.source: {unsigned(url)} cannot be had ({reason})")
 
 
 @contextmanager
@@ -103,6 +114,12 @@ def opening(name: str) -> Iterator[None]:
         yield
     except (ImportError, ValueError, FileNotFoundError) as error:
         raise ValueError(f"data.source: {name} cannot be opened ({error})") from None
+
+
+def read_whole(url: str) -> bytes:
+    """What lies behind a URL that fsspec opens. Raises OSError, ValueError."""
+    with opening(url), fsspec.open(url, "rb") as file:
+        return file.read()
 
 
 def open_at(name: str, start: int) -> BinaryIO:
@@ -154,7 +171,7 @@ class HttpFile(io.RawIOBase):
                 reason = error
             self._answer = None
             time.sleep(2**tried / 2)
-        raise OSError(f"{self.url} cannot be read ({reason}); the same command goes on where it stopped")
+        raise OSError(f"{unsigned(self.url)} cannot be read ({reason}); the same command goes on where it stopped")
 
     def close(self) -> None:
         if self._answer is not None:

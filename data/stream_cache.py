@@ -29,8 +29,14 @@ class PartShards:
         self.stream, self.folder, self.size = stream, folder, size
 
     def paths(self) -> list[Path]:
-        """The shards that are there, part by part, each part from its first shard on."""
-        return [path for part in range(len(self.stream.parts)) for path in self._of_part(part, verify=False)[0]]
+        """The shards of all parts, each part's from its first on. ValueError where one is gone since it was made."""
+        paths = []
+        for part in range(len(self.stream.parts)):
+            shards, whole = self._of_part(part, verify=False)
+            if not whole:
+                raise ValueError(f"{self._path(part, len(shards))} was made, and is gone or damaged: start again")
+            paths += shards
+        return paths
 
     def missing(self, rank: int, world: int, verify: bool) -> list[int]:
         """The parts of this process that are not all there."""

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from functools import cached_property
 
 from data.folder import IMAGE_SUFFIXES
-from data.sources import expand, marks, open_at
+from data.sources import expand, marks, open_at, unsigned
 from data.streams import Entry, Stream
 from data.tables import caption_column, caption_text
 
@@ -54,7 +54,7 @@ class WebDatasetPairs(Stream):
 
     def read(self, part: int, start: int, images: bool = True) -> Iterator[Entry]:
         """Positions are bytes of the tar. What a torn tar has lost is one entry without a key, at the end."""
-        tar_name = self.parts[part].partition("?")[0].rpartition("/")[2]  # a URL may be signed
+        tar_name = unsigned(self.parts[part]).rpartition("/")[2]
         position = start
         with open_at(self.parts[part], start) as file:
             try:

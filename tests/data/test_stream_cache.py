@@ -6,6 +6,7 @@ import json
 import threading
 
 import datasets
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -16,6 +17,7 @@ from data import cache as cache_module
 from data.cache import cache_pairs
 from data.images import ImageFolderPairs
 from data.rows import HubStream, ParquetPairs, hub_pairs
+from data.stream_cache import PartShards
 from data.streams import Stream
 from data.webdataset import WebDatasetPairs
 from tests.data.tars import picture, sound, write_tar, write_tars
@@ -150,6 +152,31 @@ def test_a_damaged_shard_is_made_again_and_only_it(pipeline, stream, tmp_path, d
     assert {path.stem for path in times if path.stat().st_mtime_ns != times[path]} == {shard.stem}
 
 
+def test_a_shard_that_is_lost_while_others_are_made_is_no_part_of_an_index(pipeline, stream, tmp_path):
+    cached = cache_pairs(stream(), pipeline, tmp_path, **SHARDS)
+    shards = PartShards(stream(), cached.folder, SHARDS["shard_size"])
+    lost = shards.paths()[1]
+    lost.unlink()
+    with pytest.raises(ValueError, match=f"{lost.name} was made, and is gone or damaged"):
+        shards.paths()
+
+
+def test_two_jobs_over_one_cache_make_it_once(pipeline, stream, tmp_path):
+    asked = []
+
+    def work(pipeline):
+        pairs = stream()
+        pairs.read = lambda part, start: asked.append(part) or type(pairs).read(pairs, part, start)
+        cache_pairs(pairs, pipeline, tmp_path / "one", **SHARDS)
+
+    threads = [threading.Thread(target=work, args=(copy.deepcopy(pipeline),)) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert asked == [0, 1, 2]
+
+
 def test_broken_samples_are_skipped_counted_and_named_by_tar_and_key(pipeline, tmp_path, caplog):
     (tmp_path / "source").mkdir()
     good = sound([f"{i:02d}" for i in range(10)])
@@ -236,6 +263,44 @@ def test_mistakes_about_a_table_are_one_line(tables, kind):
     (tables / "train-0.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(ValueError, match=r"train-0.parquet is not a parquet file|cannot be loaded"):
         kind(str(tables), 16)
+
+
+def test_files_of_other_columns_are_told_by_name(tables):
+    datasets.Dataset.from_list([{"picture": b"x", "text": "y"}]).to_parquet(tables / "train-2.parquet")
+    pairs = ParquetPairs(str(tables), 16, "all")
+    with pytest.raises(ValueError, match=r"train-2.parquet has no column 'image'; its columns are picture, text"):
+        list(pairs.read(2, 0))
+
+
+def test_what_is_held_out_of_a_table_stays_so_when_files_are_added(tables):
+    def held_out():
+        pairs = ParquetPairs(str(tables), 16, "heldout", heldout_fraction=0.4)
+        return {entry.caption for entry in pairs.scan(images=False)}
+
+    before = held_out()
+    datasets.Dataset.from_list([{"image": b"x", "text": "new"}]).to_parquet(tables / "a-first-one.parquet")
+    assert before and held_out() - {"new"} == before
+
+
+def test_images_of_a_table_may_lie_behind_urls(tmp_path):
+    store = fsspec.filesystem("memory")
+    store.pipe_file("/pictures/a.png", picture("a"))
+    paths = ["memory://pictures/a.png", "memory://pictures/gone.png"]
+    rows = [{"image": {"bytes": None, "path": path}, "text": "x"} for path in paths]
+    datasets.Dataset.from_list(rows).to_parquet(tmp_path / "a.parquet")
+    there, gone = ParquetPairs(str(tmp_path), 16, "all").read(0, 0)
+    assert there.image == picture("a") and "gone.png cannot be opened" in gone.flaw
+
+
+def test_a_folder_of_pictures_streams_as_the_hub_gives_it(tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.png").write_bytes(picture(name))
+    lines = [json.dumps({"file_name": f"{name}.png", "text": f"a picture of {name}"}) for name in "abc"]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(lines))
+    pairs = HubStream(str(tmp_path), 16, "all")
+    entries = [entry for part in range(len(pairs.parts)) for entry in pairs.read(part, 0)]
+    assert [entry.caption for entry in entries] == [f"a picture of {name}" for name in "abc"]
+    assert all(pairs.sample(entry)["image"].shape == (3, 16, 16) for entry in entries)
 
 
 def test_streaming_is_a_switch_of_the_hub(tables):

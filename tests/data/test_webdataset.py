@@ -193,7 +193,13 @@ def test_a_scan_for_prompts_stops_where_no_sample_has_a_caption(tmp_path):
 class Server(SimpleHTTPRequestHandler):
     """Serves a folder; `ranges` as a real server does, `breaks` a connection in the middle of every answer."""
 
-    ranges, breaks, asked = True, False, []
+    ranges, breaks, asked, busy = True, False, [], []
+
+    def do_HEAD(self):
+        if self.busy:
+            self.send_error(self.busy.pop())
+        else:
+            super().do_HEAD()
 
     def do_GET(self):
         content = Path(self.translate_path(self.path)).read_bytes()
@@ -248,6 +254,17 @@ def test_a_missing_url_is_told_before_anything_is_read(tmp_path, served):
         _ = WebDatasetPairs(f"{served}/nothing.tar", 16).fingerprint
     with pytest.raises(ValueError, match="127.0.0.1:9.* cannot be had"):
         _ = WebDatasetPairs("http://127.0.0.1:9/a.tar", 16).fingerprint
+
+
+def test_a_busy_server_is_asked_again(tmp_path, served):
+    write_tars(tmp_path, tars=1)
+    before = WebDatasetPairs(f"{served}/part-000.tar", 16).fingerprint
+    Server.busy += [503, 429]
+    assert WebDatasetPairs(f"{served}/part-000.tar", 16).fingerprint == before and not Server.busy
+    Server.busy += 4 * [503]
+    with pytest.raises(ValueError, match=r"part-000.tar cannot be had \(HTTP 503") as error:
+        _ = WebDatasetPairs(f"{served}/part-000.tar?signature=secret", 16).fingerprint
+    assert "secret" not in str(error.value)
 
 
 def test_the_fingerprint_of_a_url_changes_with_what_the_server_says(tmp_path, served):
