@@ -53,7 +53,8 @@ def load_pickled(file: Path) -> dict[str, Tensor]:
         raise ValueError(f"it is no checkpoint of torch's: {str(error).splitlines()[0]}") from error
     while isinstance(weights, Mapping) and "state_dict" in weights:
         weights = weights["state_dict"]
-    tensors = {key: value for key, value in weights.items() if isinstance(value, Tensor)}
+    tensors = weights.items() if isinstance(weights, Mapping) else ()
+    tensors = {key: value for key, value in tensors if isinstance(value, Tensor)}
     if not tensors:
         raise ValueError("it holds no weights")
     return tensors

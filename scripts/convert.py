@@ -53,6 +53,8 @@ def convert(
 ) -> None:
     """Writes `target`, whole or not at all. Raises ValueError for what cannot be."""
     from_file = is_single_file(source)
+    if config and not from_file:
+        raise ValueError(f"--config={config} is for a single file, and {source} is a folder with its own configuration")
     check_target(target, from_file, force)
     start = time.perf_counter()
     log.info(f"reading {source}")

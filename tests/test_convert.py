@@ -91,6 +91,7 @@ def test_what_cannot_be_converted_is_one_line(convert, tiny_pipeline_folder, tmp
         "is a file, and so is the source": (file, tmp_path / "two.safetensors"),
         "one.safetensors' does not exist": (file, tmp_path / "folder"),
         "'/nowhere' is no folder": ("/nowhere", file),
+        "--config=sd15 is for a single file": (tiny_pipeline_folder, file, "--config", "sd15"),
     }
     for message, words in cases.items():
         line = told(*convert(*words))

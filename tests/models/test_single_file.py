@@ -142,6 +142,9 @@ def test_pickles_run_nothing(tmp_path):
         with pytest.raises(ValueError, match="holds no weights|no checkpoint of torch's"):
             load_pickled(file)
     assert not (tmp_path / "written").exists()
+    torch.save([torch.zeros(1)], tmp_path / "list.ckpt")
+    with pytest.raises(ValueError, match="holds no weights"):
+        load_pickled(tmp_path / "list.ckpt")
 
 
 @pytest.mark.parametrize(("prefix", "told"), [
