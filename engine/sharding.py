@@ -48,6 +48,16 @@ def tell_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
         accelerator.state.deepspeed_plugin.deepspeed_config.update(told)
 
 
+def autocast_dtype(accelerator: Accelerator) -> torch.dtype:
+    """What networks compute in, by mixed precision or by an autocast of DeepSpeed's own."""
+    if is_deepspeed(accelerator):
+        own = accelerator.state.deepspeed_plugin.deepspeed_config.get("torch_autocast", {})
+        if own.get("enabled"):
+            return getattr(torch, own["dtype"])
+    dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return dtypes.get(accelerator.mixed_precision, torch.float32)
+
+
 def copy_to_shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """A copy that `accelerator.prepare` may cut into shards; `model`, whole, rests on the CPU."""
     names = sorted({type(module).__name__ for module in model.modules() if isinstance(module, UNITS)})

@@ -26,7 +26,7 @@ from engine.run import Run
 from engine.sections.checks import at_least
 from engine.sections.pruning import LatencyConfig
 from engine.sections.training import CacheConfig, TrainConfig
-from engine.sharding import check_sharding
+from engine.sharding import autocast_dtype, check_sharding
 from eval.clip import ClipScorer
 from eval.sampling import Sampler
 from models.conditioning import text_encoders
@@ -80,8 +80,7 @@ class Bench:
     @property
     def compute_dtype(self) -> torch.dtype:
         """What mixed precision computes in."""
-        dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
-        return dtypes.get(self.run.accelerator.mixed_precision, torch.float32)
+        return autocast_dtype(self.run.accelerator)
 
     @property
     def latency(self) -> LatencyConfig:
@@ -109,6 +108,11 @@ class Bench:
             return unet
         return copy.deepcopy(unet).to(self.device, self.compute_dtype)
 
+    @cached_property
+    def working_teacher(self) -> PrunableUNet2DConditionModel:
+        """The teacher as objectives ask it; its full weights rest meanwhile, where this is a copy."""
+        return self.working(self.teacher)
+
     @contextmanager
     def resting(self) -> Iterator[None]:
         """What is idle lies on the CPU meanwhile: what trains needs the device more."""
@@ -123,7 +127,9 @@ class Bench:
     @property
     def idle(self) -> list[nn.Module]:
         """The pipeline's networks that no training asks."""
-        return [self.pipeline.vae, *text_encoders(self.pipeline)]
+        networks = [self.pipeline.vae, *text_encoders(self.pipeline)]
+        copied = vars(self).get("working_teacher", self.teacher) is not self.teacher
+        return [*networks, self.teacher] if copied else networks
 
     def samples(self, objective: Objective, stage: str):
         """The data set that a stage learns from."""
@@ -174,7 +180,7 @@ class Bench:
         if "empty_text_LE" not in given:
             given["empty_text_LE"] = self.pairs.empty_text.to(self.device)
         if "teacher" not in given:
-            given["teacher"] = self.working(self.teacher)
+            given["teacher"] = self.working_teacher
         return self.made_objective(config, **given)
 
     @staticmethod

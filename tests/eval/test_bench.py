@@ -4,17 +4,32 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 from eval.bench import Bench
 from models.unet import PrunableUNet2DConditionModel
-from tests.tiny import tiny_unet
+from tests.tiny import tiny_pipeline, tiny_unet
+
+
+def bench_in(precision: str) -> Bench:
+    places = {"device": torch.device("cpu"), "distributed_type": DistributedType.NO}
+    accelerator = SimpleNamespace(mixed_precision=precision, **places)
+    bench = Bench(None, SimpleNamespace(accelerator=accelerator))
+    bench.pipeline = tiny_pipeline(unet=PrunableUNet2DConditionModel.from_unet(tiny_unet()))
+    return bench
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("no", torch.float32), ("bf16", torch.bfloat16)])
 def test_a_frozen_teacher_is_cast_once_to_what_is_computed_in(precision, dtype):
-    accelerator = SimpleNamespace(mixed_precision=precision, device=torch.device("cpu"))
-    bench = Bench(None, SimpleNamespace(accelerator=accelerator))
-    teacher = PrunableUNet2DConditionModel.from_unet(tiny_unet())
+    bench = bench_in(precision)
+    teacher = bench.teacher
     working = bench.working(teacher)
     assert working.dtype == dtype and teacher.dtype == torch.float32
     assert (working is teacher) == (dtype == torch.float32)  # nothing is copied in vain
+
+
+def test_full_weights_rest_where_a_copy_of_them_teaches():
+    bench, whole = bench_in("bf16"), bench_in("no")
+    assert bench.teacher not in bench.idle  # nothing is copied yet
+    assert bench.working_teacher is not bench.teacher and bench.teacher in bench.idle
+    assert whole.working_teacher is whole.teacher and whole.teacher not in whole.idle
