@@ -8,19 +8,20 @@ from distill.bench import DistillBench
 from distill.curves import Curves
 from distill.plan import distilling_stages, trainings
 from engine.config import Config
+from engine.planning import Plan
 from engine.run import Run
-from eval.plan import print_plan
+from eval.plan import planned
 from eval.steps_report import HEADER, curves_table, point_rows, timed_points, write_steps_report
 
 log = logging.getLogger("slimstep")
 
 
-def distill_steps(config: Config, run: Run) -> int:
+def distill_steps(config: Config, run: Run) -> int | Plan:
     """Runs or continues the job, or tells what it would do; returns exit code 0."""
     bench = DistillBench(config, run)
     bench.check()
     if config.plan:
-        return print_plan(bench, list(distilling_stages(bench)), trainings(bench))
+        return planned(bench, list(distilling_stages(bench)), trainings(bench))
     bench.learn_velocity()
     bench.repair()
     for climb in bench.climbs:

@@ -8,9 +8,7 @@ A stage is what train.py would run by hand with the words of its command, which 
 is finished is skipped; a stage whose inputs were made anew since is moved aside and made anew, too.
 """
 
-import contextlib
 import gc
-import io
 import json
 import logging
 import os
@@ -30,6 +28,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.files import write_json
 from engine.components import named_job
+from engine.planning import Plan, duration
 from engine.products import changed, files_of, seen
 from engine.run import WATCHING, Run
 from engine.words import compose, hydra_value, stage_words, strings, with_texts
@@ -55,7 +54,8 @@ class Stage:
 class Chain:
     """The stages of one configuration, in their order, under `path`.
 
-    run_job runs one checked configuration and returns its exit code; checked makes one from a composed one.
+    run_job runs one checked configuration and returns its exit code, planned_job tells what it would do; checked makes
+    a checked configuration from a composed one.
     """
 
     def __init__(
@@ -64,10 +64,11 @@ class Chain:
         path: Path,
         accelerator: Accelerator,
         run_job: Callable[[DictConfig], int],
+        planned_job: Callable[[DictConfig], Plan],
         checked: Callable[[DictConfig], DictConfig],
     ):
-        self.config, self.path, self.accelerator, self.run_job, self.checked = (
-            config, path, accelerator, run_job, checked)  # fmt: skip
+        self.config, self.path, self.accelerator = config, path, accelerator
+        self.run_job, self.planned_job, self.checked = run_job, planned_job, checked
         self.run = Run(path, accelerator)
         self.stages = [self.stage(name) for name in config.stages]
         self.configs: dict[str, DictConfig] = {}
@@ -143,18 +144,22 @@ class Chain:
         unmeasured = dict.fromkeys(("forward", "training", "decoding"), 1.0)
         for stage in stages:
             aside = {"run": {"overwrite": True}} if stage.name in restarted else {}
-            with contextlib.redirect_stdout(io.StringIO()):
-                self.run_job(self.planned(stage, rates=unmeasured, **aside))
+            self.planned_job(self.planned(stage, rates=unmeasured, **aside))
             free_memory()
 
     def plan(self) -> int:
+        """Tells what every stage would do, and how long all take."""
+        hours = 0.0
         for stage in self.stages:
+            absent = [product for product in stage.inputs if not (self.path / product).exists()]
+            told = f" (the teacher stands for {', '.join(absent)}, not made yet)" if absent else ""
+            plan = self.planned_job(self.planned(stage))
+            hours += plan.hours
             if self.accelerator.is_main_process:
-                absent = [product for product in stage.inputs if not (self.path / product).exists()]
-                told = f" (the teacher stands for {', '.join(absent)}, not made yet)" if absent else ""
-                print(f"\n## {stage.name}{told}\n\n{stage.command}\n", flush=True)
-            self.run_job(self.planned(stage))
+                print(f"\n## {stage.name}{told}\n\n{stage.command}\n\n{plan.text}", flush=True)
             free_memory()
+        if self.accelerator.is_main_process:
+            print(f"\nall stages: about {duration(hours)} of networks at work; loading, timing, compiling on top of it")
         return 0
 
     def planned(self, stage: Stage, **changes: Any) -> DictConfig:

@@ -8,6 +8,7 @@ import torch
 from diffusers import DiffusionPipeline
 
 from engine.config import Config
+from engine.planning import Plan
 from engine.run import Run
 from models.pipeline import export_pipeline, load_pipeline, with_unet
 
@@ -15,13 +16,11 @@ log = logging.getLogger("slimstep")
 SAME_IN_BOTH = ("latent_channels", "scaling_factor", "shift_factor")
 
 
-def hand_over(config: Config, run: Run) -> int:
+def hand_over(config: Config, run: Run) -> int | Plan:
     """Writes export/, or tells that it would; returns exit code 0."""
     model, vae = (given(config, key) for key in ("model", "vae"))
     if config.plan:
-        if run.accelerator.is_main_process:
-            print(f"run     {run.path}\nexport  the UNet and scheduler of {model}, the VAE of {vae}")
-        return 0
+        return Plan(f"run     {run.path}\nexport  the UNet and scheduler of {model}, the VAE of {vae}")
     folder = run.sealed_folder("export", partial(write, model, vae))
     log.info(f"the student: {folder.resolve()}")
     return 0

@@ -8,7 +8,6 @@ import sys
 import traceback
 from collections.abc import Iterator
 from dataclasses import is_dataclass
-from datetime import timedelta
 from pathlib import Path
 
 import diffusers
@@ -32,8 +31,9 @@ import engine.config  # noqa: F401  registers the schema
 from engine.chain import Chain
 from engine.components import named_job
 from engine.config import Config
+from engine.planning import Plan
 from engine.preemption import CONTINUE_ME, Preempted, leave_on_sigterm
-from engine.run import FINISHED, TRACEBACK, WATCHING, Run, damaged
+from engine.run import FINISHED, PATIENCE, TRACEBACK, WATCHING, Run, damaged
 from engine.sections.checks import at_least
 from engine.sections.training import DataConfig
 from engine.tracking import Tracker
@@ -264,11 +264,14 @@ def checked_config(config: DictConfig) -> DictConfig:
 
 
 def check_data(data: DictConfig | None) -> None:
-    """ValueError, or Hydra's own, for keys that the group of this name has not, and values that cannot be."""
+    """ValueError, or Hydra's own, for keys that the group with these pairs has not, and values that cannot be."""
     if data is None:
         raise ValueError(f"data=null: choose one of {', '.join(path.stem for path in (CONFIGS / 'data').iterdir())}")
-    group = CONFIGS / f"data/{HydraConfig.get().runtime.choices.get('data')}.yaml"
-    if group.is_file() and (unknown := [key for key in data if key not in list(OmegaConf.load(group))]):
+    kind = "pairs._target_"
+    groups = [OmegaConf.load(path) for path in (CONFIGS / "data").glob("*.yaml")]
+    same = (group for group in groups if OmegaConf.select(group, kind) == OmegaConf.select(data, kind))
+    known = list(next(same, data))  # pairs of the user's own may have any keys
+    if unknown := [key for key in data if key not in known]:
         raise ValueError(f"data has no key {unknown[0]}, which +data.{unknown[0]}=… would add; keys: {', '.join(data)}")
     schema = OmegaConf.create({"data": OmegaConf.structured(DataConfig)})
     given = {key: value for key, value in OmegaConf.to_container(data, resolve=True).items() if key in schema.data}
@@ -277,28 +280,46 @@ def check_data(data: DictConfig | None) -> None:
 
 def run_chain(config: Config) -> int:
     """Every stage in turn. A stage has its own configuration and its own tracker; the chain has neither."""
-    return Chain(config, run_path(config), make_accelerator(config), run_job, checked_config).execute()
+    return Chain(config, run_path(config), make_accelerator(config), run_job, planned_job, checked_config).execute()
 
 
 def make_accelerator(config: Config, **options) -> Accelerator:
-    # Ranks wait while rank 0 compiles and times; torchrun ends them at once where it dies.
-    patience = InitProcessGroupKwargs(timeout=timedelta(hours=6))
+    forget_accelerator()  # of the stage before, which may have had another precision
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.mixed_precision,
-                       kwargs_handlers=[patience], **options)  # fmt: skip
+                       kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **options)  # fmt: skip
 
 
-def run_job(config: Config) -> int:
+def forget_accelerator() -> None:
+    """What Accelerate holds beside the process group."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+
+
+def make_run(config: Config) -> Run:
     if config.threads:
         torch.set_num_threads(config.threads)
     path = run_path(config)
     accelerator = make_accelerator(config, log_with=config.tracker.log_with, project_dir=str(path))
-    run = Run(path, accelerator, seed=config.seed)
-    resolved = OmegaConf.to_container(config, resolve=True)
-    job = named_job(config.job)
+    return Run(path, accelerator, seed=config.seed)
+
+
+def planned_job(config: Config) -> Plan:
+    """What a job would do; nothing is written."""
+    run = make_run(config)
+    if not config.run.overwrite:
+        run.check_config(OmegaConf.to_container(config, resolve=True), ignoring=WATCHING)
+    return named_job(config.job)(config, run)
+
+
+def run_job(config: Config) -> int:
+    """Runs or continues a job and returns its exit code; under plan=true it tells what it would do."""
     if config.plan:
-        if not config.run.overwrite:
-            run.check_config(resolved, ignoring=WATCHING)
-        return job(config, run)  # it tells what it would do, and writes nothing
+        plan = planned_job(config)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(plan.text)
+        return 0
+    run, job = make_run(config), named_job(config.job)
+    path, resolved = run.path, OmegaConf.to_container(config, resolve=True)
     run.keep_config(resolved, ignoring=WATCHING, overwrite=config.run.overwrite)
     if config.tracker.log_with and getattr(job, "is_tracked", True) and not run.made(FINISHED):
         in_chain = (path.parent / "stages").is_dir()  # many runs cannot share one id
@@ -306,7 +327,7 @@ def run_job(config: Config) -> int:
         identity = run.json("tracker.json", lambda: {"id": given or secrets.token_hex(4)})  # a continued run keeps it
         with damaged(path / "tracker.json"):
             run_id = identity["id"]
-        run.tracker = Tracker(accelerator, config.tracker, path, resolved, run_id)
+        run.tracker = Tracker(run.accelerator, config.tracker, path, resolved, run_id)
     with logging_redirect_tqdm():
         code = job(config, run)
     if run.tracker:

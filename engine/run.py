@@ -8,11 +8,13 @@ import json
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from yaml import YAMLError
@@ -21,6 +23,7 @@ from data.files import digests, whole_folder, write_json, write_text
 from engine.tracking import Tracker
 
 log = logging.getLogger("slimstep")
+PATIENCE = timedelta(hours=6)  # of ranks that wait while rank 0 compiles and times; torchrun ends them where it dies
 GROWING = ("ladder.steps", "curves.steps", "curves.guidance")
 # A run may be continued with other values of these: they change how it is watched, not what comes out.
 WATCHING = ("debug", "threads", "tracker", "run", "plan", "rates")
@@ -39,9 +42,10 @@ class Run:
         self.seed = seed
 
     def agreed(self, value: Any) -> Any:
-        """Rank 0's value, on every rank."""
+        """Rank 0's value, on every rank. Ranks that wait for it sleep, whatever rank 0 is timing meanwhile."""
         box = [value]
-        broadcast_object_list(box)
+        if self.accelerator.num_processes > 1:
+            torch.distributed.broadcast_object_list(box, src=0, group=sleeping_ranks())
         return box[0]
 
     def keep_config(self, config: dict[str, Any], ignoring: Sequence[str], overwrite: bool = False) -> None:
@@ -175,6 +179,12 @@ class Run:
         with damaged(path):
             kept = [x for x in whole_lines if (line := json.loads(x))["stage"] != stage or line["step"] <= step]
         write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+@cache
+def sleeping_ranks() -> torch.distributed.ProcessGroup:
+    """All ranks over gloo: those that wait for NCCL spin."""
+    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
 
 @contextmanager

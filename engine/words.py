@@ -42,11 +42,14 @@ def stage_words(name: str, table: Mapping[str, Any]) -> tuple[str, ...]:
     of_table = dict(flat(table, base))
     given = [parsed(word) for word in HydraConfig.get().overrides.task]
     general = [word.input_line for word in given if goes_to_all(word, base.hydra.runtime.choices)]
-    own = tuple(word.key_or_group.removeprefix(f"stages.{name}.") for word in given
-                if word.key_or_group.startswith(f"stages.{name}."))  # fmt: skip
+    own = {word.key_or_group.removeprefix(f"stages.{name}."): word.value() for word in given
+           if word.key_or_group.startswith(f"stages.{name}.")}  # fmt: skip
+    # A group's choice is gone from the table where another word is about a key in it.
+    chosen = {key: hydra_value(value) for key, value in own.items() if (CONFIGS / key).is_dir()}
     said_of_it = [key for key in of_table if any(f"{key}.".startswith(f"{mine}.") for mine in own)]
-    told = [key for key in of_table if key not in said_of_it]
-    words = [f"{key}={of_table[key]}" for key in told], general, [f"{key}={of_table[key]}" for key in said_of_it]
+    before = {key: value for key, value in of_table.items() if key not in said_of_it}
+    after = chosen | {key: of_table[key] for key in said_of_it}
+    words = (f"{key}={value}" for key, value in before.items()), general, (f"{k}={v}" for k, v in after.items())
     return (f"+experiment={name}", *(word for part in words for word in part))
 
 

@@ -5,12 +5,13 @@ from data.encoding import at_work, check_size, encode_nothing
 from data.shards import DTYPES, CachedPairs, cache_key, is_intact
 from data.streams import Stream
 from engine.config import Config
+from engine.planning import Plan
 from engine.run import Run
 from eval.bench import Bench
 from eval.plan import size
 
 
-def cache_latents(config: Config, run: Run) -> int:
+def cache_latents(config: Config, run: Run) -> int | Plan:
     """Makes the cache, or goes on with it, or tells what it would be; returns exit code 0.
 
     Any job of the same data and model finds it. Raises ValueError for data or a model that cannot be had.
@@ -18,7 +19,9 @@ def cache_latents(config: Config, run: Run) -> int:
     bench = Bench(config, run)
     bench.check_data()
     check_size(bench.pipeline, config.data.resolution, config.data.resolution)
-    told = planned(bench) if config.plan else made(bench.pairs)
+    if config.plan:
+        return Plan(planned(bench))
+    told = made(bench.pairs)
     if run.accelerator.is_main_process:
         print(told)
     return 0

@@ -10,6 +10,7 @@ from PIL import Image
 
 from data.files import whole_folder, write_json, write_text
 from engine.config import Config
+from engine.planning import Plan
 from engine.run import Run
 from eval.figures import save_png, themed
 from eval.outcome import AGAINST, Outcome
@@ -18,15 +19,13 @@ from eval.report import flatten, render
 log = logging.getLogger("slimstep")
 
 
-def report(config: Config, run: Run) -> int:
+def report(config: Config, run: Run) -> int | Plan:
     """Writes report.html, table.md and summary.json, or tells that it would; returns exit code 0."""
     page = config.page
     if not (page.evaluation and page.benchmark):
         raise ValueError("page.evaluation and page.benchmark name the runs that the page is about: page.evaluation=DIR")
     if config.plan:
-        if run.accelerator.is_main_process:
-            print(f"run   {run.path}\npage  of {page.evaluation} and {page.benchmark}")
-        return 0
+        return Plan(f"run   {run.path}\npage  of {page.evaluation} and {page.benchmark}")
     if run.accelerator.is_main_process:
         outcome = Outcome(page.evaluation, page.benchmark)
         write_page(outcome, run, page.stages)

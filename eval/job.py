@@ -6,6 +6,7 @@ import logging
 from PIL import Image
 
 from engine.config import Config
+from engine.planning import Plan
 from engine.run import Run
 from eval.evaluation import EvaluationBench
 from eval.evaluation_report import header, points_table, rows, summary, write_evaluation_report
@@ -14,16 +15,14 @@ from eval.plan import Stage, image_rows, stages_table, time_line
 log = logging.getLogger("slimstep")
 
 
-def evaluate(config: Config, run: Run) -> int:
+def evaluate(config: Config, run: Run) -> int | Plan:
     """Runs or continues the job, or tells what it would do; returns exit code 0. The last line printed is JSON."""
     bench = EvaluationBench(config, run)
     bench.check()
     if config.plan:
-        if run.accelerator.is_main_process:
-            stages = list(evaluation_stages(bench))
-            print(stages_table(run, stages))
-            print(time_line(bench, stages, []))
-        return 0
+        stages = list(evaluation_stages(bench))
+        time, hours = time_line(bench, stages, [])
+        return Plan(f"{stages_table(run, stages)}\n{time}", hours)
     results, page = bench.evaluate(), run.path / "report.html"
     new = not run.made(page.name)
     if run.accelerator.is_main_process:

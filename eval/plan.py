@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.planning import Plan, duration
 from engine.run import Run
 from engine.sections.training import TrainConfig
 from eval.bench import Bench
@@ -54,12 +55,11 @@ def image_rows(steps: int, guidance_scale: float) -> int:
     return steps * (2 if guidance_scale > 1 else 1)
 
 
-def print_plan(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainConfig]) -> int:
-    """The stages as a table, then the teacher and the estimates; returns exit code 0."""
-    if bench.run.accelerator.is_main_process:
-        print(stages_table(bench.run, stages))
-        print(estimates(bench, stages, trainings))
-    return 0
+def planned(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainConfig]) -> Plan:
+    """The stages as a table, then the teacher and the estimates."""
+    time, hours = time_line(bench, stages, trainings)
+    table = stages_table(bench.run, stages)
+    return Plan("\n".join([table, *estimates(bench, stages, trainings, time)]), hours)
 
 
 def stages_table(run: Run, stages: Sequence[Stage]) -> str:
@@ -77,15 +77,15 @@ def state(run: Run, stage: Stage) -> str:
     return "done" if (run.path / stage.product).exists() else "to do"
 
 
-def estimates(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainConfig]) -> str:
-    """The run's place, its UNet, and what is left to do in forwards, memory and disk."""
+def estimates(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainConfig], time: str) -> list[str]:
+    """The run's place, its UNet, and what is left to do in time, memory and disk."""
     unet, tokens = bench.unet, bench.text_length
     weights = BYTES * unet.num_parameters()
     lines = [
         f"run        {bench.run.path}",
         f"teacher    {count(unet.num_parameters())} parameters, {len(unet.kept_sites)} blocks, "
         f"{count_gflops(unet, tokens=tokens):.2f} GFLOPs a forward",
-        time_line(bench, stages, trainings),
+        time,
     ]
     if trainings:
         batch = max(config.batch_size for config in trainings)
@@ -95,26 +95,19 @@ def estimates(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainCo
             f"{size(activations)} of activations for batch {batch}, in float32, on every process"
         )
     lines.append(f"disk       at most {size(sum(stage.disk_bytes for stage in stages))}, the cache not counted")
-    return "\n".join(lines)
+    return lines
 
 
-def time_line(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainConfig]) -> str:
-    """What is left to do in rows and hours."""
+def time_line(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainConfig]) -> tuple[str, float]:
+    """What is left to do in rows and hours, told, and the hours."""
     left = [stage for stage in stages if state(bench.run, stage) == "to do"]
     rows = {"forward": sum(s.forwards for s in left), "training": sum(s.trained for s in left),
             "decoding": sum(s.decoded for s in left)}  # fmt: skip
     if not any(rows.values()):
-        return "to do      nothing that takes long"
+        return "to do      nothing that takes long", 0.0
     time, rates = hours(bench, rows, max(trainings, key=lambda config: config.batch_size, default=bench.config.train))
     told = ", ".join(f"{rows[kind]:,} rows of {kind} at {rate:.3g}/s" for kind, rate in rates.items())
-    return f"to do      about {duration(time)} on {bench.run.accelerator.num_processes} process(es): {told} each"
-
-
-def duration(hours: float) -> str:
-    """Hours in the unit people read: 3.4 h."""
-    if hours >= 48:
-        return f"{hours / 24:.1f} days"
-    return f"{hours:.1f} h" if hours >= 1 else f"{60 * hours:.1f} min"
+    return f"to do      about {duration(time)} on {bench.run.accelerator.num_processes} process(es): {told} each", time
 
 
 def size(count_bytes: int) -> str:

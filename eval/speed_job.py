@@ -6,6 +6,7 @@ import logging
 from PIL import Image
 
 from engine.config import Config
+from engine.planning import Plan
 from engine.run import Run
 from eval.speed_bench import SpeedBench
 from eval.speed_report import cells, header, summary, table, write_speed_report
@@ -14,17 +15,17 @@ from eval.speed_tables import TABLES
 log = logging.getLogger("slimstep")
 
 
-def benchmark(config: Config, run: Run) -> int:
+def benchmark(config: Config, run: Run) -> int | Plan:
     """Pipelines in every combination of setups."""
     return make_table("benchmark", config, run)
 
 
-def ladder(config: Config, run: Run) -> int:
+def ladder(config: Config, run: Run) -> int | Plan:
     """Optimisations one upon the other."""
     return make_table("ladder", config, run)
 
 
-def pipelines(config: Config, run: Run) -> int:
+def pipelines(config: Config, run: Run) -> int | Plan:
     """Tasks, models and batches."""
     return make_table("pipelines", config, run)
 
@@ -33,15 +34,13 @@ for job in (benchmark, ladder, pipelines):
     job.one_process = True
 
 
-def make_table(kind: str, config: Config, run: Run) -> int:
+def make_table(kind: str, config: Config, run: Run) -> int | Plan:
     """Runs or continues a job; returns exit code 0. The last line printed is JSON."""
     bench = SpeedBench(config, run)
     bench.check()
     if config.plan:
         made = len(list(run.path.glob("rows/**/*.json")))
-        if run.accelerator.is_main_process:
-            print(f"run   {run.path}\nrows  {made} made; each takes at most {config.latency.seconds:g} s of timing")
-        return 0
+        return Plan(f"run   {run.path}\nrows  {made} made; each takes at most {config.latency.seconds:g} s of timing")
     results, page = bench.results(kind, TABLES[kind](bench)), run.path / "report.html"
     if new := not page.exists():
         write_speed_report(run.path, lambda: track(run, kind))

@@ -4,8 +4,9 @@ import logging
 import math
 
 from engine.config import Config
+from engine.planning import Plan
 from engine.run import Run
-from eval.plan import print_plan
+from eval.plan import planned
 from models.unet import PrunableUNet2DConditionModel
 from prune.bench import PruneBench
 from prune.evolve import Action, BlockValue, apply, as_json
@@ -16,12 +17,12 @@ log = logging.getLogger("slimstep")
 TARGET_MISSED = 3
 
 
-def prune_unet(config: Config, run: Run) -> int:
+def prune_unet(config: Config, run: Run) -> int | Plan:
     """Runs or continues the job, or tells what it would do; returns the exit code: 0, or 3 for a missed target."""
     bench = PruneBench(config, run)
     bench.check()
     if config.plan:
-        return print_plan(bench, list(pruning_stages(bench)), [config.train, config.recovery.train])
+        return planned(bench, list(pruning_stages(bench)), [config.train, config.recovery.train])
     judged = [bench.judge("teacher", bench.teacher)]
     unet, decision, measured_ms = bench.student(), None, {}
     for r in range(config.search.rounds):
@@ -43,11 +44,11 @@ def prune_unet(config: Config, run: Run) -> int:
     return 0
 
 
-def make_latency_table(config: Config, run: Run) -> int:
+def make_latency_table(config: Config, run: Run) -> int | Plan:
     """The latency table of a model on its own, written to latency.json and printed."""
     bench = PruneBench(config, run)
     if config.plan:
-        return print_plan(bench, [latency_stage(bench)], [])
+        return planned(bench, [latency_stage(bench)], [])
     table = run.json("latency.json", lambda: bench.measure_latencies(bench.unet))
     for site, entry in table["sites"].items():
         log.info(f"{site:<52} {entry['ms']:9.3f} ms  {entry['ms'] / table['full_ms']:6.1%}")

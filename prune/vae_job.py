@@ -3,18 +3,19 @@
 from collections.abc import Iterator
 
 from engine.config import Config
+from engine.planning import Plan
 from engine.run import Run
-from eval.plan import BYTES, CHECKPOINT_COPIES, Stage, export, image_rows, print_plan
+from eval.plan import BYTES, CHECKPOINT_COPIES, Stage, export, image_rows, planned
 from models.cost import count_parameters
 from prune.vae_bench import HELDOUT, VaeBench
 
 
-def prune_vae(config: Config, run: Run) -> int:
+def prune_vae(config: Config, run: Run) -> int | Plan:
     """Runs or continues the job, or tells what it would do; returns exit code 0."""
     bench = VaeBench(config, run)
     bench.check()
     if config.plan:
-        return print_plan(bench, list(decoder_stages(bench)), [])
+        return planned(bench, list(decoder_stages(bench)), [])
     sliced = bench.sliced()
     judged = [bench.judge("wide", bench.wide), bench.judge("sliced", sliced)]
     narrow = bench.distil(sliced)

@@ -10,7 +10,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
 import engine.launch
-from engine.launch import main, run_path
+from engine.launch import main, make_accelerator, run_path
+from engine.planning import Plan
 from engine.words import hydra_value
 from tests.mistakes import told
 
@@ -33,8 +34,6 @@ def chain(monkeypatch, capfd, tmp_path):
 
     def job(config):
         path = run_path(config)
-        if config.plan:
-            return 0
         ran.append(path.name)
         (path / "export").mkdir(parents=True, exist_ok=True)
         (path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.to_container(config, resolve=True)))
@@ -48,13 +47,16 @@ def chain(monkeypatch, capfd, tmp_path):
 
     config_of = {}
     monkeypatch.setattr(engine.launch, "run_job", job)
+    monkeypatch.setattr(engine.launch, "planned_job", lambda config: Plan(run_path(config).name, 1.0))
 
     def run(*overrides):
         ran.clear()
         monkeypatch.setattr(sys, "argv", ["train.py", "+experiment=snapfusion", f"root={tmp_path}", *overrides])
         with pytest.raises(SystemExit) as leaving:
             main()
-        return leaving.value.code, list(ran), config_of, capfd.readouterr().err
+        said = capfd.readouterr()
+        run.stdout = said.out
+        return leaving.value.code, list(ran), config_of, said.err
 
     Accelerator(cpu=True)
     return run
@@ -76,6 +78,23 @@ def test_words_without_a_stage_are_for_all_and_those_with_one_for_it(chain):
     assert [configs[name].seed for name in STAGES[:3]] == [3, 4, 3]
     assert "random" in configs["prune_unet"].search.method["_target_"].lower()
     assert configs["evaluate"].curves.guidance == [5] and configs["prune_vae"].latents.guidance_scale == 5
+
+
+def test_a_stage_may_have_data_and_a_precision_of_its_own(chain, tmp_path):
+    words = ["stages.prune_vae.data=imagefolder", f"stages.prune_vae.data.root={tmp_path}",
+             "stages.prune_unet.mixed_precision=bf16"]  # fmt: skip
+    code, _, configs, stderr = chain(*words)
+    assert code == 3, stderr
+    assert configs["prune_vae"].data.root == str(tmp_path) and "root" not in configs["prune_unet"].data
+    assert [configs[name].mixed_precision for name in STAGES[:2]] == ["bf16", "no"]
+    made = [make_accelerator(configs[name]).mixed_precision for name in STAGES[:3]]
+    assert made == ["bf16", "no", "no"]
+
+
+def test_a_plan_tells_every_stage_and_how_long_all_take(chain):
+    assert chain("plan=true")[:2] == (0, [])
+    assert all(f"## {name}" in chain.stdout for name in STAGES)
+    assert "all stages: about 7.0 h of networks at work" in chain.stdout.splitlines()[-1]
 
 
 def test_what_follows_from_a_new_product_begins_anew(chain, tmp_path, caplog):
