@@ -20,8 +20,8 @@ help:  ## explain the targets
 
 setup: $(VENV)/ready  ## create the environment and install
 
-demo: setup  ## prune the shipped model to 75 % of its latency, in minutes on two cores; prints table and report
-	$(BIN)/python train.py +experiment=prune_unet budget=demo
+demo: setup  ## the whole method on the shipped model, in ten minutes on two cores; prints tables and the report
+	$(BIN)/python train.py +experiment=snapfusion budget=demo
 
 test: setup  ## the fast tests, on CPU, without network, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
