@@ -38,8 +38,8 @@ from eval.report import markdown_table
 from eval.setups import Setup
 from eval.speed import matmul_peak_tflops
 from models.cost import count_gflops
+from models.known import random_pipeline
 from models.pipeline import load_pipeline
-from models.reference import random_pipeline
 from prune.bench import PruneBench
 from prune.vae_bench import VaeBench
 
@@ -139,10 +139,9 @@ def peak_memory(device: torch.device) -> int:
 
 def model(options: argparse.Namespace):
     """The pipeline; what predicts v needs no step of its own before the ladder."""
-    shipped = load_pipeline(ROOT / "assets/shapes")
     if options.size == "shapes":
-        return shipped
-    pipeline = random_pipeline(options.size, shipped.tokenizer)
+        return load_pipeline(ROOT / "assets/shapes")
+    pipeline = random_pipeline(options.size)
     pipeline.scheduler.register_to_config(prediction_type="v_prediction")
     return pipeline
 

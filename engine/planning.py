@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Plan:
-    """text: what a job would do. hours: how long its networks have yet to work, on all processes together in turn."""
+    """text: what a job would do. hours: the wall time for which its networks have yet to work, on all processes."""
 
     text: str
     hours: float = 0.0

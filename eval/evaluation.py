@@ -107,9 +107,6 @@ class EvaluationBench(Bench):
         if not self.models:
             raise ValueError("models names nothing to evaluate: models=[FOLDER,…] or models={teacher: FOLDER, …}")
         self.check_models()
-        if self.config.data.resolution is None:
-            first = self.loaded(self.models[self.reference])
-            self.config.data.resolution = first.unet.config.sample_size * first.vae_scale_factor
         _ = self.prompt_set, self.scorer, self.inception, self.preferences
         if self.config.evaluation.distribution and len(self.real_pairs) < 2:
             raise ValueError(
@@ -129,6 +126,9 @@ class EvaluationBench(Bench):
         for where in set(self.models.values()):
             options = self.options_of(where)
             check_pipeline(where, **{key: value for key, value in options.items() if key in CHECKED})
+        if self.config.data.resolution is None:  # that of the first model
+            first = self.loaded(self.models[self.reference])
+            self.config.data.resolution = first.unet.config.sample_size * first.vae_scale_factor
 
     def options_of(self, where: str) -> dict[str, Any]:
         """How a model is loaded: as `model` says, where it is that one; other models share but the way of reading.

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from engine.launch import main
+from tests.photos import photo_folder  # noqa: F401
 from tests.tiny import tiny_pipeline, write_random_inception, write_tiny_clip
 
 

@@ -22,9 +22,9 @@ SMALL = [
 ]  # fmt: skip
 
 
-def run(root, *overrides, processes=1):
+def run(root, *overrides, processes=1, small=SMALL):
     launcher = LAUNCHERS[processes] if processes > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), *SMALL, f"root={root}", *overrides]
+    command = [sys.executable, *launcher, str(ROOT / "train.py"), *small, f"root={root}", *overrides]
     on_cpu = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=on_cpu)
 
@@ -68,6 +68,15 @@ def test_a_finished_method_makes_nothing_anew(finished, tiny_model):
     again = run(path.parent, *tiny_model)
     assert again.returncode == first.returncode, again.stderr
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()} == before
+
+
+@pytest.mark.slow
+def test_every_stage_can_be_planned_on_a_folder_of_photographs(tmp_path, tiny_model, photo_folder):
+    small = [word for word in SMALL if not word.startswith("data.")]
+    planned = run(tmp_path, *tiny_model, "data=imagefolder", f"data.root={photo_folder}", "plan=true", small=small)
+    assert planned.returncode == 0, planned.stderr
+    assert "## report" in planned.stdout and "all stages: about" in planned.stdout.splitlines()[-1]
+    assert [path.name for path in tmp_path.iterdir()] == []  # nothing is written
 
 
 @pytest.mark.slow

@@ -6,7 +6,6 @@ from diffusers import UNet2DConditionModel
 
 from data.pixels import BrokenImageError
 from data.seeding import generator
-from tests.photos import photo_folder  # noqa: F401
 from tests.tiny import WIDTH, tiny_pipeline
 
 
