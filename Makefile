@@ -13,7 +13,7 @@ $(VENV)/ready: pyproject.toml
 	$(BIN)/python -m pip install --progress-bar on -e '.[dev]'
 	touch $@
 
-.PHONY: help setup demo test slow lint clean
+.PHONY: help setup demo test slow huge lint clean
 
 help:  ## explain the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -26,8 +26,11 @@ demo: setup  ## the whole method on the shipped model, in ten minutes on two cor
 test: setup  ## the fast tests, on CPU, without network, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-slow: setup  ## the slow tests (minutes each), on CPU
-	$(BIN)/python -m pytest -m "slow and not gpu and not huge"
+slow: setup  ## the slow tests (minutes each), on CPU, two files at a time
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu and not huge"
+
+huge: setup  ## ten minutes and 15 GB of memory: steps of every training of a random Stable Diffusion 1.5
+	$(BIN)/python -m pytest -m huge
 
 lint: setup  ## ruff
 	$(BIN)/ruff check .
