@@ -107,6 +107,7 @@ class EvaluationBench(Bench):
         if not self.models:
             raise ValueError("models names nothing to evaluate: models=[FOLDER,…] or models={teacher: FOLDER, …}")
         self.check_models()
+        self.settle_resolution()
         _ = self.prompt_set, self.scorer, self.inception, self.preferences
         if self.config.evaluation.distribution and len(self.real_pairs) < 2:
             raise ValueError(
@@ -126,7 +127,10 @@ class EvaluationBench(Bench):
         for where in set(self.models.values()):
             options = self.options_of(where)
             check_pipeline(where, **{key: value for key, value in options.items() if key in CHECKED})
-        if self.config.data.resolution is None:  # that of the first model
+
+    def settle_resolution(self) -> None:
+        """The first model's own, where the data leave it open."""
+        if self.config.data.resolution is None:
             first = self.loaded(self.models[self.reference])
             self.config.data.resolution = first.unet.config.sample_size * first.vae_scale_factor
 
