@@ -20,14 +20,14 @@ def cache_latents(config: Config, run: Run) -> int | Plan:
     bench.check_data()
     check_size(bench.pipeline, config.data.resolution, config.data.resolution)
     if config.plan:
-        return Plan(planned(bench))
+        return planned(bench)
     told = made(bench.pairs)
     if run.accelerator.is_main_process:
         print(told)
     return 0
 
 
-def planned(bench: Bench) -> str:
+def planned(bench: Bench) -> Plan:
     """Where the cache would lie, how many samples it would have, how much disk they take, and what of it is there."""
     storage, pairs = bench.storage, bench.component("data.pairs")
     made_from = described_cache(pairs, bench.pipeline, storage.dtype, storage.shard_size)
@@ -38,13 +38,13 @@ def planned(bench: Bench) -> str:
         samples, total = f"not known before they are read, in {len(pairs.parts)} parts", ""
     else:
         samples, total = f"{len(pairs):,}", f"{size(len(pairs) * (latents + text))} at most, "
-    return "\n".join([
+    return Plan("\n".join([
         f"cache      {folder}",
         f"samples    {samples}",
         f"disk       {total}{size(1_000_000 * (latents + text))} a million: {size(latents)} an image, {size(text)} "
         f"a caption in {storage.dtype}; captions that a shard repeats are kept once",
         f"there      {len(there)} shards, {size(sum(path.stat().st_size for path in there))}",
-    ])  # fmt: skip
+    ]))  # fmt: skip
 
 
 def sample_bytes(bench: Bench) -> tuple[int, int]:

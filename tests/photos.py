@@ -1,4 +1,4 @@
-"""The fixture `photo_folder`: real captioned photographs, made once per session; import it where it is wanted."""
+"""The fixture `photo_folder`: real captioned photographs, made once per session."""
 
 import pytest
 
