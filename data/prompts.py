@@ -117,7 +117,8 @@ def heldout_prompts(pairs, n: int | None = None, name: str = "heldout", enough: 
             break
     if n is not None and len(distinct) < n:
         held = "the stream has" if isinstance(pairs, Stream) else f"the {len(pairs)} pairs have"
-        raise ValueError(f"{n} prompts were asked for, {held} {len(distinct)} distinct captions")
+        told = f"{n} prompts were asked for, {held} {len(distinct)} distinct captions"
+        raise ValueError(f"{told}: a lower latents.prompts, or latents.prompt_file=FILE")
     texts = list(distinct)
     if isinstance(pairs, Stream):
         texts = [texts[i] for i in torch.randperm(len(texts), generator=generator("heldout_prompts")).tolist()]

@@ -15,7 +15,8 @@ import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,8 @@ class Chain:
         unmeasured = dict.fromkeys(("forward", "training", "decoding"), 1.0)
         for stage in stages:
             aside = {"run": {"overwrite": True}} if stage.name in restarted else {}
-            self.planned_job(self.planned(stage, rates=unmeasured, **aside))
+            with told_of(stage):
+                self.planned_job(self.planned(stage, rates=unmeasured, **aside))
             free_memory()
 
     def plan(self) -> int:
@@ -153,7 +155,8 @@ class Chain:
         for stage in self.stages:
             absent = [product for product in stage.inputs if not (self.path / product).exists()]
             told = f" (the teacher stands for {', '.join(absent)}, not made yet)" if absent else ""
-            plan = self.planned_job(self.planned(stage))
+            with told_of(stage):
+                plan = self.planned_job(self.planned(stage))
             hours += plan.hours
             if self.accelerator.is_main_process:
                 print(f"\n## {stage.name}{told}\n\n{stage.command}\n\n{plan.text}", flush=True)
@@ -181,7 +184,8 @@ class Chain:
         log.info(f"── {stage.name} ── {stage.command}")
         config = self.configs[stage.name]
         alone = getattr(named_job(config.job), "one_process", False) and self.accelerator.num_processes > 1
-        code = self.run_alone(stage) if alone else self.run_job(config)
+        with told_of(stage):
+            code = self.run_alone(stage) if alone else self.run_job(config)
         free_memory()
         if self.accelerator.is_main_process:
             outcome = {"exit_code": code, "files": self.sizes(stage.name)}
@@ -207,7 +211,7 @@ class Chain:
                 process.wait()
         code = self.run.agreed(code)
         if code:
-            raise ValueError(f"stage {stage.name} left with exit code {code}; what it said is above")
+            raise ValueError(f"the stage left with exit code {code}; what it said is above")
         return code
 
     def link_export(self) -> None:
@@ -257,6 +261,16 @@ class Chain:
         if (self.path / name).exists():
             Run(self.path / name, self.accelerator).move_aside(why)
         self.record_file(name).unlink(missing_ok=True)  # last: without it what is there would pass for new
+
+
+@contextmanager
+def told_of(stage: Stage) -> Iterator[None]:
+    """What ends the stage's job carries the stage's name as a note."""
+    try:
+        yield
+    except Exception as error:
+        error.add_note(f"stages.{stage.name}")
+        raise
 
 
 def free_memory() -> None:

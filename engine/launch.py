@@ -84,6 +84,8 @@ def main() -> None:
         if "debug=true" in sys.argv:
             raise
         fail(f"{one_line(error)}  (debug=true shows where)")
+    if 1 not in codes and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()  # where a rank failed this could wait for it
     sys.exit(1 if 1 in codes else max(codes, default=0))
 
 
@@ -220,11 +222,13 @@ def was_preempted(error: BaseException | None) -> bool:
 
 
 def told(error: Exception, config: DictConfig) -> str:
-    """One line for what ended a job. The traceback of what nobody foresaw is kept in the run's directory."""
+    """One line for what ended a job, of a chain with its stage. The traceback of what nobody foresaw is kept in the run's
+    directory."""
+    stage = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, MISTAKES):
         error = error.__cause__  # what the component says, without Hydra's frame around it
     if isinstance(error, MISTAKES):
-        return f"error: {one_line(error)}  (debug=true shows where)"
+        return f"error: {stage}{one_line(error)}  (debug=true shows where)"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and is_lost_connection(error):
         return "stopped: another rank is gone; what it said of itself tells why. The same command continues"
     kept = run_path(config) / f"{TRACEBACK}{os.environ.get('RANK', '0')}.txt"
@@ -233,7 +237,8 @@ def told(error: Exception, config: DictConfig) -> str:
     frames = traceback.extract_tb(error.__traceback__)
     own = [f for f in frames if Path(f.filename).is_relative_to(ROOT) and "site-packages" not in f.filename]
     place = f"{Path(own[-1].filename).relative_to(ROOT)}, line {own[-1].lineno}"
-    return f"error: {type(error).__name__} in {place}: {one_line(error)}  (not foreseen; its traceback is in {kept})"
+    what = f"{stage}{type(error).__name__} in {place}: {one_line(error)}"
+    return f"error: {what}  (not foreseen; its traceback is in {kept})"
 
 
 def is_lost_connection(error: Exception) -> bool:

@@ -5,6 +5,7 @@ import struct
 import time
 
 import pytest
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from PIL import Image
@@ -80,6 +81,15 @@ def test_an_offline_run_holds_config_metrics_pictures_and_tables_and_goes_on_as_
         assert history["round-00/blocks/_type"] == "table-file"
     tables = list(tmp_path.glob("run/wandb/offline-run-*/files/media/table/**/*.json"))
     assert json.loads(tables[0].read_text())["data"] == [["mid_block.attentions.0", 1.5]]
+
+
+def test_the_processes_stay_connected_for_the_next_stage_of_a_chain(tmp_path):
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        tracked_run(tmp_path / "run", "wandb", 1)
+        assert torch.distributed.is_initialized()
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def test_tensorboard_gets_the_same(tmp_path):
