@@ -35,7 +35,10 @@ from engine.run import WATCHING, Run
 from engine.words import compose, hydra_value, stage_words, strings, with_texts
 
 ROOT = Path(__file__).resolve().parent.parent
-OF_LAUNCHERS = ("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "SLURM_", "SUBMITIT_")
+OF_LAUNCHERS = (
+    "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "SLURM_", "SUBMITIT_",
+    "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP",
+)  # fmt: skip
 log = logging.getLogger("slimstep")
 
 

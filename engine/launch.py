@@ -222,7 +222,7 @@ def was_preempted(error: BaseException | None) -> bool:
 
 
 def told(error: Exception, config: DictConfig) -> str:
-    """One line for what ended a job, of a chain with its stage. The traceback of what nobody foresaw is kept in the run's
+    """One line for what ended a job, and in which stage. The traceback of what nobody foresaw is kept in the run's
     directory."""
     stage = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
     if isinstance(error, InstantiationException) and isinstance(error.__cause__, MISTAKES):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from scripts.chaos import SMALL
+from tests.test_snapfusion import SMALL as METHOD
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -25,7 +26,8 @@ DECODER = [
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("small", "processes", "kills"), [(SMALL, 1, 12), (SMALL, 2, 8), (DISTILLING, 2, 8), (DECODER, 2, 6)]
+    ("small", "processes", "kills"),
+    [(SMALL, 1, 6), (SMALL, 2, 5), (DISTILLING, 2, 5), (DECODER, 2, 4), (METHOD, 1, 4)],
 )
 def test_killed_runs_leave_what_a_quiet_run_leaves(tmp_path, tiny_model, small, processes, kills):
     job = [sys.executable, str(ROOT / "scripts/chaos.py"), f"--folder={tmp_path}", f"--kills={kills}", "--seed=1",

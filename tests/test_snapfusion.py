@@ -80,8 +80,10 @@ def test_every_stage_can_be_planned_on_a_folder_of_photographs(tmp_path, tiny_mo
 
 
 @pytest.mark.slow
-def test_two_processes_run_the_whole_method(tmp_path, tiny_model):
-    done = run(tmp_path, *tiny_model, processes=2)
+def test_two_processes_run_the_whole_method_and_track_it(tmp_path, tiny_model):
+    done = run(tmp_path, *tiny_model, "tracker=wandb", "tracker.mode=offline", processes=2)
     assert done.returncode in (0, 1), done.stderr  # launchers make 1 of a missed target's 3
     assert (tmp_path / "snapfusion/report/report.html").is_file(), done.stderr
     assert json.loads((tmp_path / "snapfusion/benchmark/results.json").read_text())["rows"]
+    for stage in ("prune_unet", "prune_vae", "distill_steps", "evaluate"):
+        assert list((tmp_path / "snapfusion" / stage).glob("wandb/offline-run-*/*.wandb")), stage

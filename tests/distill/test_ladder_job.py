@@ -111,6 +111,7 @@ def test_a_finished_ladder_makes_nothing_anew(finished, tiny_model):
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_ladder_grows_and_what_is_there_is_not_made_again(tmp_path, tiny_model):
     path, job = tmp_path / "distill_steps", [*tiny_model, f"root={tmp_path}"]
     assert run(*job, "ladder.steps=[4,2]", "curves.steps=[2]").returncode == 0
@@ -126,6 +127,7 @@ def test_a_ladder_grows_and_what_is_there_is_not_made_again(tmp_path, tiny_model
     assert refused.returncode == 1 and "ladder.steps: [4, 2, 1] there, [4, 2] now" in refused.stderr
 
 
+@pytest.mark.slow
 def test_a_pruned_student_of_an_epsilon_teacher_learns_v_is_repaired_and_climbs(tmp_path, pruned, tiny_model):
     model = [*tiny_model, f"model.name_or_path={pruned / 'teacher'}", f"ladder.student={pruned / 'student'}"]
     done = run(*model, f"root={tmp_path}", "ladder.steps=[4,2,1]", "ladder.repair=true")
@@ -168,6 +170,7 @@ def assert_drawn_alike_elsewhere(export, steps, tmp_path):
     assert (theirs.int() - ours.int()).abs().max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["guidance", "lcm"])
 def test_students_that_are_told_their_guidance_need_one_evaluation_a_step(tmp_path, tiny_model, objective):
     told = [f"objective={objective}", "ladder.guidance_width=32", "ladder.steps=[4,2]"]

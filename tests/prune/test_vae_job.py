@@ -212,6 +212,7 @@ def test_a_latent_is_a_function_of_its_index_and_more_of_them_add_to_the_cache(t
     assert not torch.equal(more[0]["latents"], more[3]["latents"]), "the same prompt, another noise"
 
 
+@pytest.mark.slow
 def test_latents_are_found_again_by_another_process(tmp_path):
     """Diffusers writes what a config leaves open in the order of a set: it is no part of the cache's key."""
     program = (
