@@ -3,7 +3,7 @@
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import cycle, islice
 from pathlib import Path
@@ -79,6 +79,18 @@ class PromptSet:
                 f"it holds {len(self)}; ask for fewer or give a longer set"
             )
         return PromptSet(self.prompts[offset : offset + n], f"{self.name}[{offset}:{offset + n}]")
+
+    def without(self, texts: Collection[str], n: int) -> "PromptSet":
+        """The first n distinct prompts that are not among `texts`; where there are fewer, they are repeated with other
+        noise. Raises ValueError where fewer than two are left.
+        """
+        left = [prompt for prompt in self.distinct if prompt not in texts][:n]
+        if len(left) < 2:
+            raise ValueError(f"{self.name!r} has {len(left)} prompts that blocks were not ranked on; give a longer set")
+        if len(left) < n:
+            log.warning("%d distinct prompts of %r are left to judge on, and repeated with other noise to make %d",
+                        len(left), self.name, n)  # fmt: skip
+        return PromptSet(tuple(islice(cycle(left), n)), f"{self.name}[{len(left)}]")
 
 
 def read_prompts(path: str | Path, column: str | None = None, name: str | None = None) -> PromptSet:

@@ -125,9 +125,8 @@ class Curves:
             image, wanted = sampler.decode(latents[indices]), sampler.decode(reference[indices])
             near = (scorer.image(image) * scorer.image(wanted)).sum(1)
             error = (latents[indices] - reference[indices]).square().mean((1, 2, 3))
-            return torch.stack(
-                [scorer.score(image, self.text_features_PD[indices]), psnr(image, wanted), near, error], 1
-            ).cpu()
+            columns = scorer.score(image, self.text_features_PD[indices]), psnr(image, wanted), near, error
+            return torch.stack([column.cpu() for column in columns], 1)
 
         what = f"judging {model.name}"
         values = map_batches(rate, len(latents), self.config.batch_size, bench.run.accelerator, what)
@@ -156,7 +155,8 @@ class Curves:
             ms = {rows: compare_ms(unets, replace(bench.latency, batch=rows), bench.device) for rows in (1, 2)}
             return {"ms": ms, "protocol": asdict(bench.latency), "environment": environment()}
 
-        bench.run.json("unet_ms.json", lambda: make() if bench.run.accelerator.is_main_process else None)
+        run = bench.run
+        run.json("unet_ms.json", lambda: run.agreed(make() if run.accelerator.is_main_process else None))
 
     def forget_other_points(self, keys: list[tuple]) -> None:
         """What sums up a ladder that has grown since, or was judged at fewer points, is made again."""

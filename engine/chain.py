@@ -156,8 +156,8 @@ class Chain:
         """Tells what every stage would do, and how long all take."""
         hours = 0.0
         for stage in self.stages:
-            absent = [product for product in stage.inputs if not (self.path / product).exists()]
-            told = f" (the teacher stands for {', '.join(absent)}, not made yet)" if absent else ""
+            absent = self.absent(stage)
+            told = f" (not made yet, the teacher stands for models: {', '.join(absent)})" if absent else ""
             with told_of(stage):
                 plan = self.planned_job(self.planned(stage))
             hours += plan.hours
@@ -169,11 +169,15 @@ class Chain:
         return 0
 
     def planned(self, stage: Stage, **changes: Any) -> DictConfig:
-        """With plan=true; the teacher stands for products that are not made yet: it is as large as any of them."""
-        absent = [str(self.path / product) for product in stage.inputs if not (self.path / product).exists()]
+        """With plan=true. The teacher, as large as any, stands for models that are not made yet; null for files."""
         config = OmegaConf.to_container(self.configs[stage.name], resolve=False)
-        stand_ins = dict.fromkeys(absent, self.config.model.get("name_or_path"))
+        teacher = self.config.model.get("name_or_path")
+        stand_ins = {str(self.path / name): None if Path(name).suffix else teacher for name in self.absent(stage)}
         return self.checked(OmegaConf.create({**with_texts(config, stand_ins), "plan": True, **changes}))
+
+    def absent(self, stage: Stage) -> list[str]:
+        """The products that a stage is made from and that are not made yet."""
+        return [product for product in stage.inputs if not (self.path / product).exists()]
 
     def make(self, stage: Stage) -> int:
         """Runs or continues a stage whose inputs are there, and keeps what it was made from."""

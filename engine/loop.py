@@ -148,6 +148,8 @@ def train(
         run.accelerator.wait_for_everyone()
     if sharded:
         load_trained(model.to(run.accelerator.device), run, stage)
+    if config.compile:
+        torch.compiler.reset()  # dynamo keeps eight graphs of a forward, whosever it is: the next stage wants its own
     if config.gradient_checkpointing:
         model.disable_gradient_checkpointing()
     if config.channels_last:
@@ -241,7 +243,9 @@ def _run_steps(
     if ema:
         ema.copy_to(parameters)
     # Without accelerate's autocast around it: a network just trained and one read from its file compute alike.
-    bare = accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False, keep_torch_compile=False)
+    # Accelerate wraps the compiled one, which is let go: unwrapping DDP would leave it, and its names of weights.
+    bare = model if config.compile else accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
+    vars(model).pop("_original_forward", None)
     weights = accelerator.get_state_dict(bare)
     accelerator.free_memory()
     accelerator._custom_objects.clear()  # free_memory forgets models and optimisers, not what was registered

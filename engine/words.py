@@ -98,8 +98,8 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(inner)
 
 
-def with_texts(value: Any, others: dict[str, str]) -> Any:
-    """Nested tables and lists with other texts in the places of some."""
+def with_texts(value: Any, others: dict[str, str | None]) -> Any:
+    """Nested tables and lists with other texts, or null, in the places of some."""
     if isinstance(value, dict):
         return {key: with_texts(inner, others) for key, inner in value.items()}
     if isinstance(value, list):

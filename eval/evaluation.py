@@ -7,6 +7,7 @@ Axes: P prompts, R real images, D features, H and W height and width in pixels.
 """
 
 import hashlib
+import json
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -24,7 +25,7 @@ from torch import Tensor
 from data.encoding import described
 from data.files import write_tensors
 from data.images import BrokenImageError
-from data.prompts import PromptSet, disjoint_prompts, read_prompts
+from data.prompts import PromptSet, read_prompts
 from data.seeding import generator
 from data.streams import at_random_access
 from engine.components import check, component
@@ -155,8 +156,15 @@ class EvaluationBench(Bench):
         data, count = self.config.data, self.config.eval.prompts
         prompts = read_prompts(str(data.prompt_file)) if data.prompt_file else self.component("data.prompts")
         if ranked_on := self.config.evaluation.ranked_on:
-            return disjoint_prompts(prompts, ranked_on, count)[1]
+            return prompts.without(self.ranking_prompts(Path(ranked_on)), count)
         return prompts.take(count)
+
+    def ranking_prompts(self, file: Path) -> frozenset[str]:
+        """What prune_unet's prompts.json says that blocks were ranked on."""
+        if not file.is_file():
+            raise FileNotFoundError(f"evaluation.ranked_on={file} does not exist; give prune_unet's prompts.json")
+        with damaged(file):
+            return frozenset(json.loads(file.read_text())["ranked_on"])
 
     def sampler_of(self, pipeline: DiffusionPipeline, guidance: float, steps: int) -> Sampler:
         return Sampler(pipeline, steps, guidance, self.config.eval.seed)

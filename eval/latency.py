@@ -60,7 +60,7 @@ def interleaved_times(
     """All milliseconds of each call: CUDA events on a GPU, the calling thread's CPU time elsewhere."""
     clock = cuda_ms if device.type == "cuda" else thread_ms
     times: dict[str, list[float]] = {name: [] for name in calls}
-    warmup, iterations = affordable(sum(warm_up_ms(call) for call in calls.values()), config)
+    warmup, iterations = affordable(sum(warm_up_ms(call, device) for call in calls.values()), config)
     for call in calls.values():
         for _ in range(warmup):
             call()
@@ -70,11 +70,14 @@ def interleaved_times(
     return times
 
 
-def warm_up_ms(call: Callable[[], None]) -> float:
+def warm_up_ms(call: Callable[[], None], device: torch.device) -> float:
     """Wall time of a second call; the first may compile."""
+    finished = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     call()
+    finished()
     start = time.perf_counter()
     call()
+    finished()
     return 1e3 * (time.perf_counter() - start)
 
 

@@ -72,7 +72,8 @@ class Subject:
     def __post_init__(self) -> None:
         if self.setup.capture and self.given:
             raise CannotRunError("only txt2img has a captured loop")
-        if self.setup.capture and self.setup.dtype == "float16" and self.pipeline.vae.config.force_upcast:
+        upcast = hasattr(self.pipeline, "upcast_vae") and self.pipeline.vae.config.force_upcast
+        if self.setup.capture and self.setup.dtype == "float16" and upcast:
             raise CannotRunError("this VAE overflows in float16, and the captured loop does not upcast it")
         with running(self.setup):
             self.pipeline = prepare(self.pipeline, self.setup, self.device)

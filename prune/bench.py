@@ -116,6 +116,12 @@ class PruneBench(Bench):
 
         self.run.sealed_folder(name, write)
 
+    def keep_prompts(self) -> None:
+        """What blocks are ranked on, and what the outcome is judged on: prompts.json."""
+        ranked_on, judged_on = (list(prompts.distinct) for prompts in self.prompts)
+        asked = {"ranked_on": ranked_on if self.search.needs_scores else [], "judged_on": judged_on}
+        self.run.json("prompts.json", lambda: asked)
+
     @cached_property
     def teacher_images(self) -> Tensor:
         """The teacher's uint8 images of the prompts that the outcome is judged on."""

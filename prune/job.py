@@ -23,6 +23,7 @@ def prune_unet(config: Config, run: Run) -> int | Plan:
     bench.check()
     if config.plan:
         return planned(bench, list(pruning_stages(bench)), [config.train, config.recovery.train])
+    bench.keep_prompts()
     judged = [bench.judge("teacher", bench.teacher)]
     unet, decision, measured_ms = bench.student(), None, {}
     for r in range(config.search.rounds):

@@ -109,7 +109,7 @@ def in_place_times(unet: PrunableUNet2DConditionModel, config: LatencyConfig) ->
     bypass = {site: [] for site in bypassed}
     whole: list[float] = []
     call = forward_call(unet, config)
-    _, iterations = affordable(warm_up_ms(call), config)
+    _, iterations = affordable(warm_up_ms(call, unet.device), config)
     with timing_hooks({p: module for p, (_, module) in timed.items()}, inside), timing_hooks(bypassed, bypass):
         for _ in progress(range(iterations), desc="latency table"):
             whole.append(thread_ms(call))

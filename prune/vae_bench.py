@@ -237,7 +237,7 @@ class VaeBench(Bench):
 
     def decoded(self, name: str, vae: AutoencoderKL) -> dict[str, Tensor]:
         """uint8 images [P, 3, H, W] of the held-out latents, sampled and real."""
-        decode, batch_size = self.sampler_with(vae).decode, self.config.data.cache.batch_size
+        decode, batch_size = self.sampler_with(vae).decode, self.config.eval.batch_size
 
         def images(kind: str) -> Tensor:
             latents, keep = self.heldout[kind], self.partial(f"{name}-{kind}")
@@ -298,7 +298,8 @@ class VaeBench(Bench):
             rows = compare_decoders(vaes, sizes, self.decoder.batches, config, self.device)
             return {"rows": rows, "protocol": asdict(config), "environment": environment()}
 
-        return self.run.json("vae_ms.json", lambda: make() if self.run.accelerator.is_main_process else None)
+        run = self.run
+        return run.json("vae_ms.json", lambda: run.agreed(make() if run.accelerator.is_main_process else None))
 
     def export(self, narrow: NarrowAutoencoderKL) -> None:
         """The teacher pipeline with the narrow decoder, as a diffusers folder."""

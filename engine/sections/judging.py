@@ -75,8 +75,8 @@ class EvaluationConfig:
     """What is measured beside CLIP score: with `distribution` the distance of the scorer's features to those of
     `real_images` held-out images; and of Inception features, FID and KID, where `inception` is a file of its weights;
     and `preferences`, {name: what makes it}, which +preference=NAME fills in. With `compile`, UNet and VAE decoder are
-    compiled graphs, kept in `artifacts` for the next evaluation and the other processes. The first `ranked_on` prompts
-    are left out: a model's blocks were chosen by them.
+    compiled graphs, kept in `artifacts` for the next evaluation and the other processes. Prompts that a
+    network's blocks were chosen by are left out where `ranked_on` is the prompts.json of the run that chose them.
     """
 
     distribution: bool = True
@@ -85,10 +85,9 @@ class EvaluationConfig:
     preferences: Any = None
     compile: bool = False
     artifacts: str = "runs/artifacts"
-    ranked_on: int = 0
+    ranked_on: str | None = None
 
     def __post_init__(self) -> None:
-        at_least("evaluation", self, 0, "ranked_on")
         at_least("evaluation", self, 2, "real_images")
         if self.inception is not None and not self.distribution:
             raise ValueError(f"evaluation.inception={self.inception} needs evaluation.distribution=true")

@@ -179,6 +179,14 @@ def test_ranking_and_judging_share_no_prompt_however_few_there_are():
         disjoint_prompts(PromptSet(("a", "a"), "one"), 1, 1)
 
 
+def test_what_is_left_out_is_not_judged_on_and_few_prompts_are_repeated():
+    letters = PromptSet(tuple("abcda"), "letters")
+    assert letters.without({"b", "z"}, 2).prompts == ("a", "c")
+    assert letters.without({"b"}, 5).prompts == ("a", "c", "d", "a", "c")
+    with pytest.raises(ValueError, match="'letters' has 1 prompts that blocks were not ranked on"):
+        letters.without(set("bcd"), 2)
+
+
 def test_a_repeated_text_counts_once_with_the_mean_of_its_noises():
     prompts = PromptSet(("a", "b", "a"), "repeated")
     assert prompts.distinct == ("a", "b")

@@ -1,11 +1,12 @@
-"""A training of a tiny network, alone or as one of several processes, plain or in FSDP2's shards on the CPU.
+"""A training of a tiny network, alone or as one of several processes, whole or in FSDP2's shards, on the CPU.
 
-    python -m tests.engine.sharded ROOT NETWORK plain|fsdp [precision=bf16] [kill_at=STEP] [TrainConfig's key=value …]
+    python -m tests.engine.sharded ROOT NETWORK plain|ddp|fsdp [precision=bf16] [kill_at=STEP] [KEY=VALUE …]
 
 accelerate shards on GPUs only: here its state is told to on the CPU, and all that follows is its own code.
 """
 
 import sys
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from accelerate.state import PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from omegaconf import OmegaConf
 from torch import nn
-from torch.utils.data import StackDataset
+from torch.utils.data import StackDataset, default_collate
 
 from distill.decoder import DecoderDistillation
 from distill.recovery import Recovery
@@ -46,8 +47,12 @@ def main(root: str, name: str, way: str, *overrides: str) -> None:
             raise KeyboardInterrupt
         return objective(model, batch, generator)
 
+    torch.compile = partial(torch.compile, backend="eager")  # inductor takes minutes
     trained = train(network, mortal, samples, config, Run(root, accelerator), "stage")
     assert trained is network and {type(p) for p in trained.parameters()} == {nn.Parameter}
+    batch = default_collate([samples[i] for i in range(2)])
+    with torch.no_grad(), accelerator.autocast():  # it can be called as before
+        objective(trained, {**batch, "progress": 1.0}, torch.Generator())
     accelerator.end_training()
 
 

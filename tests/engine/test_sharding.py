@@ -1,4 +1,4 @@
-"""FSDP2 on a CPU, in two processes: the finished weights are those of one process, in one piece."""
+"""FSDP2, DDP and compiling on a CPU, in two processes: finished weights are those of one process, in one piece."""
 
 import os
 import subprocess
@@ -19,7 +19,7 @@ TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
 def run(root, network, way, *overrides):
-    launcher = TORCHRUN if way == "fsdp" else []
+    launcher = [] if way == "plain" else TORCHRUN
     command = [sys.executable, *launcher, "-m", "tests.engine.sharded", str(root), network, way, *overrides]
     on_cpu = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, cwd=ROOT, env=on_cpu, capture_output=True, text=True)
@@ -54,6 +54,17 @@ def test_a_killed_training_in_shards_ends_with_the_bits_of_a_quiet_one(tmp_path)
     assert continued.returncode == 0, continued.stderr
     ours, theirs = weights(tmp_path / "quiet"), weights(tmp_path / "killed")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", ["plain", "ddp"])
+def test_a_compiled_training_in_half_precision_leaves_the_names_and_the_network_as_they_were(tmp_path, way):
+    eager = run(tmp_path / "eager", "sdxl", way, "steps=2", "precision=bf16")
+    compiled = run(tmp_path / "compiled", "sdxl", way, "steps=2", "precision=bf16", "compile=true")
+    assert eager.returncode == compiled.returncode == 0, eager.stderr + compiled.stderr
+    torch.testing.assert_close(weights(tmp_path / "compiled"), weights(tmp_path / "eager"), rtol=1e-3, atol=1e-5)
+    again = run(tmp_path / "compiled", "sdxl", way, "steps=2", "precision=bf16", "compile=true")
+    assert again.returncode == 0, again.stderr  # its finished weights are read
 
 
 CANNOT = [({"optimizer": "adafactor"}, "choose adamw8bit"), ({"compile": True}, "does not go with FSDP")]

@@ -126,6 +126,7 @@ def test_a_plan_draws_nothing(tmp_path, tiny_model, models):
         (["data.prompt_file=/nowhere.txt"], "/nowhere.txt does not exist"),
         (["eval.prompts=9999"], "9999"),
         (["curves.steps=[]"], r"curves.steps=\[\] must be a list"),
+        (["evaluation.ranked_on=/no.json"], "evaluation.ranked_on=/no.json does not exist; give prune_unet"),
         (["evaluation.inception=/no.pth"], "evaluation.inception=/no.pth does not exist; bring https"),
         (["evaluation.inception=x", "evaluation.distribution=false"], "needs evaluation.distribution=true"),
         (["evaluation.real_images=1"], "evaluation: real_images=1 must be at least 2"),
@@ -171,6 +172,13 @@ def test_prompts_come_from_files(results, tmp_path, kind):
     found = results(f"data.prompt_file={path}")
     assert found["prompts"] == "set[0:4]" and found["shown"] == ["a", "b"]
     assert found["prompts_hash"] == PromptSet(tuple("abcd"), "").hash
+
+
+def test_what_blocks_were_ranked_on_is_not_judged_on(results, tmp_path):
+    (tmp_path / "set.txt").write_text("\n".join("abcdefgh"))
+    (tmp_path / "prompts.json").write_text(json.dumps({"ranked_on": ["h", "b", "a"], "judged_on": ["c"]}))
+    found = results(f"data.prompt_file={tmp_path / 'set.txt'}", f"evaluation.ranked_on={tmp_path / 'prompts.json'}")
+    assert found["shown"] == ["c", "d"] and found["prompts_hash"] == PromptSet(tuple("cdef"), "").hash
 
 
 def scores(found):
