@@ -25,8 +25,12 @@ from engine.tracking import Tracker
 log = logging.getLogger("slimstep")
 PATIENCE = timedelta(hours=6)  # of ranks that wait while rank 0 compiles and times; torchrun ends them where it dies
 GROWING = ("ladder.steps", "curves.steps", "curves.guidance")
-# A run may be continued with other values of these: they change how it is watched, not what comes out.
-WATCHING = ("debug", "threads", "tracker", "run", "plan", "rates")
+# A run may be continued with other values of these: they change how it is watched, or where and whether a cache can be
+# made, not what comes out.
+WATCHING = (
+    "debug", "threads", "tracker", "run", "plan", "rates", "data.max_broken", "data.pairs.max_broken",
+    "data.prompts.pairs.max_broken", "data.cache.folder", "data.cache.verify", "data.cache.workers",
+)  # fmt: skip
 FINISHED = "report.html"  # what a job that has something to track writes last
 TRACEBACK = "traceback-rank-"
 NOT_MADE = ("config.yaml", "tracker.json", "wandb", "tensorboard", "metrics.jsonl", "partial", TRACEBACK)
@@ -92,7 +96,8 @@ class Run:
             there = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
             if not isinstance(there, dict) or not there:
                 raise ValueError("it is no configuration")
-        return {key: pair for key, pair in differences(there, config).items() if key.split(".")[0] not in ignoring}
+        ignored = tuple(f"{key}." for key in ignoring)
+        return {key: pair for key, pair in differences(there, config).items() if not f"{key}.".startswith(ignored)}
 
     def move_aside(self, why: str) -> None:
         names = (self.path.with_name(f"{self.path.name}.before-{n}") for n in itertools.count(1))

@@ -42,6 +42,7 @@ def test_a_directory_made_by_another_configuration_is_refused_by_name_and_values
     run.keep_config({"seed": 0, "train": {"steps": 10}, "debug": True}, ignoring=("debug",))
     with pytest.raises(ValueError, match=r"train.steps: 10 there, 20 now.*name="):
         run.keep_config({"seed": 0, "train": {"steps": 20}, "debug": False}, ignoring=("debug",))
+    run.keep_config({"seed": 0, "train": {"steps": 20}, "debug": False}, ignoring=("debug", "train.steps"))
 
 
 def test_a_directory_in_which_nothing_was_made_takes_another_configuration(run):
