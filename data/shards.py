@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.files import digest, write_json, write_tensors
+from data.files import digest, json_bytes, write_json, write_tensors
 
 OPEN_SHARDS = 128
 DTYPES = {"float32": torch.float32, "float16": torch.float16}
@@ -44,6 +44,7 @@ class CachedPairs(Dataset):
         index = json.loads((self.folder / "index.json").read_text())
         self.made_from: dict[str, str | int] = index["made_from"]
         self.truncated: int = sum(shard["truncated"] for shard in index["shards"])
+        self.torn: int = sum(shard.get("torn", 0) for shard in index["shards"])
         self.broken: list[str] = [name for shard in index["shards"] for name in shard["broken"]]
         self._files = [shard["file"] for shard in index["shards"]]
         self._ends = list(accumulate(shard["samples"] for shard in index["shards"]))
@@ -152,14 +153,14 @@ def is_intact(path: Path, verify: bool) -> bool:
     try:
         record = json.loads(path.with_suffix(".json").read_text())
         return path.stat().st_size == record["bytes"] and (not verify or digest(path) == record["sha256"])
-    except (FileNotFoundError, json.JSONDecodeError):
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # no shard, no record, or a damaged one
         return False
 
 
 def write_index(folder: Path, made_from: dict[str, str | int], shards: list[Path]) -> None:
     records = [json.loads(path.with_suffix(".json").read_text()) for path in shards]
     index, path = {"made_from": made_from, "shards": records}, folder / "index.json"
-    if not path.is_file() or json.loads(path.read_text()) != index:
+    if not path.is_file() or path.read_bytes() != json_bytes(index):
         write_json(path, index)
 
 

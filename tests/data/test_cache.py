@@ -93,7 +93,7 @@ def test_a_killed_caching_goes_on_at_its_shard_and_ends_the_same(pipeline, noise
     assert folder_bytes(resumed.folder) == folder_bytes(whole.folder)
 
 
-@pytest.mark.parametrize("damage", ["cut short", "one bit", "no record", "gone"])
+@pytest.mark.parametrize("damage", ["cut short", "one bit", "no record", "another record", "no text", "gone"])
 def test_a_damaged_shard_is_made_again_and_only_it(pipeline, noise_pairs, tmp_path, damage):
     cached = cache_pairs(noise_pairs(), pipeline, tmp_path, shard_size=4)
     before = folder_bytes(cached.folder)
@@ -104,12 +104,22 @@ def test_a_damaged_shard_is_made_again_and_only_it(pipeline, noise_pairs, tmp_pa
     elif damage == "one bit":
         content[-1] ^= 1
         shard.write_bytes(content)
+    elif damage in ("another record", "no text"):
+        shard.with_suffix(".json").write_bytes(b"{}" if damage == "another record" else b"\xff")
     else:
         (shard.with_suffix(".json") if damage == "no record" else shard).unlink()
     pairs = noise_pairs()
     again = cache_pairs(pairs, pipeline, tmp_path, shard_size=4)
     assert pairs.asked == [4, 5, 6, 7]
     assert folder_bytes(again.folder) == before
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"{}", b"\xff"])
+def test_a_damaged_index_is_written_again(pipeline, noise_pairs, tmp_path, content):
+    cached = cache_pairs(noise_pairs(), pipeline, tmp_path, shard_size=4)
+    before, pairs = folder_bytes(cached.folder), noise_pairs()
+    (cached.folder / "index.json").write_bytes(content)
+    assert folder_bytes(cache_pairs(pairs, pipeline, tmp_path, shard_size=4).folder) == before and not pairs.asked
 
 
 def test_two_processes_make_the_same_files_as_one(pipeline, noise_pairs, tmp_path, monkeypatch):
