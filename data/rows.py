@@ -12,13 +12,12 @@ from itertools import accumulate
 from pathlib import Path
 
 import fsspec
-import pyarrow
 
 from data.images import HubPairs, image_cell, loading
 from data.sources import expand, is_url, marks, opening
 from data.streams import Entry, Stream
+from data.tables import DAMAGE, caption_text, open_parquet
 from data.tables import caption_column as find_caption_column
-from data.tables import caption_text, open_parquet
 
 ROWS_AT_ONCE = 32
 
@@ -120,7 +119,7 @@ class ParquetPairs(RowStream):
                 for batch in file.iter_batches(ROWS_AT_ONCE, row_groups=groups, columns=columns):
                     yield from batch.slice(start - first).to_pylist() if first < start else batch.to_pylist()
                     first += len(batch)
-            except (pyarrow.ArrowException, KeyError) as error:
+            except (*DAMAGE, KeyError) as error:
                 raise ValueError(f"{self.parts[part]} is damaged: {str(error).splitlines()[0]}") from None
 
     def _opened(self, part: int):

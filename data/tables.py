@@ -4,6 +4,7 @@ COCO's captions come as one JSON document of their own kind: one caption per ima
 """
 
 import csv
+import io
 import json
 from collections.abc import Iterable, Iterator
 from itertools import groupby
@@ -14,6 +15,7 @@ import pyarrow
 from pyarrow import parquet
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
+DAMAGE = (pyarrow.ArrowException, OSError, UnicodeDecodeError)  # of parquet files, as pyarrow tells it
 
 
 def caption_column(columns: Iterable[str], column: str | None, source: str) -> str:
@@ -80,7 +82,7 @@ def coco_rows(path: Path) -> Iterator[tuple[str, str]]:
 
 def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """("line 2", {…}) of a .csv or .tsv file with a header; a quoted field may span lines, the last one is named."""
-    lines = read_text(path).splitlines(keepends=True)
+    lines = io.StringIO(read_text(path), newline="")  # splitlines would also cut at separators inside texts
     reader = csv.DictReader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
     try:
         for row in reader:
@@ -98,7 +100,7 @@ def parquet_rows(path: Path, columns: list[str] | None = None) -> Iterator[tuple
     try:
         for number, row in enumerate(rows, 1):
             yield f"row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
+    except DAMAGE as error:
         raise ValueError(f"{path} is damaged: {str(error).splitlines()[0]}") from None
 
 
@@ -110,7 +112,7 @@ def open_parquet(path: Path, file: BinaryIO | None = None) -> parquet.ParquetFil
     """The file at `path`, or `file`, which came from there."""
     try:
         return parquet.ParquetFile(file or path)
-    except pyarrow.ArrowInvalid as error:
+    except (pyarrow.ArrowInvalid, OSError) as error:
         raise ValueError(f"{path} is not a parquet file: {str(error).splitlines()[0]}") from None
 
 

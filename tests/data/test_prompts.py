@@ -141,6 +141,8 @@ def test_files_that_are_not_prompts_are_told(tmp_path):
     (tmp_path / "bad.parquet").write_text("no")
     with pytest.raises(ValueError, match="bad.parquet is not a parquet file"):
         read_prompts(tmp_path / "bad.parquet")
+    (tmp_path / "separators.csv").write_text("caption\na\u2028b\x0bc\n\"two\nlines\"\n")
+    assert read_prompts(tmp_path / "separators.csv").prompts == ("a\u2028b\x0bc", "two\nlines")
     (tmp_path / "commas.csv").write_text("caption\na, b\n")
     with pytest.raises(ValueError, match="line 2 has more fields than the header"):
         read_prompts(tmp_path / "commas.csv")
