@@ -146,5 +146,7 @@ def _tell_speed(encoded: int, seconds: float, world: int) -> None:
 def _tell(cached: CachedPairs) -> None:
     if cached.broken:
         log.warning("%d broken images are skipped: %s", len(cached.broken), few(cached.broken))
+    if cached.torn:
+        log.warning("%d of them are torn tars: what lies beyond the tear is not there", cached.torn)
     if cached.truncated:
         log.warning("%d of %d captions exceed the text encoder's length and are cut", cached.truncated, len(cached))

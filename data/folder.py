@@ -2,7 +2,7 @@
 
 Any folder under the root may hold a metadata.jsonl, .csv or .parquet with a column file_name, relative to that folder,
 and a caption column. Several rows may caption one image: each is a pair. An image that no row names takes the .txt file
-beside it.
+beside it. An image without a caption, or a caption without its image, is a flaw, which the caller may pass over.
 """
 
 import os
@@ -15,8 +15,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".t
 METADATA = {"metadata.jsonl": json_rows, "metadata.csv": csv_rows, "metadata.parquet": parquet_rows}
 
 
-def read_folder(root: Path, column: str | None) -> list[tuple[str, str]]:
-    """(path under `root`, caption) of every pair in a folder, ordered by path."""
+def read_folder(root: Path, column: str | None) -> tuple[list[tuple[str, str]], list[str]]:
+    """(path under `root`, caption) of every pair in a folder, ordered by path; and what is no pair, and why."""
     if not root.is_dir():
         raise FileNotFoundError(f"image folder {root} {'is no folder' if root.exists() else 'does not exist'}")
     files = sorted(walk(root))
@@ -26,18 +26,21 @@ def read_folder(root: Path, column: str | None) -> list[tuple[str, str]]:
         raise ValueError(f"image folder {root} holds no images ({', '.join(IMAGE_SUFFIXES)})")
     known = set(files)
     captions: dict[str, list[str]] = {}
+    flaws: list[str] = []
     for table in tables:
-        read_metadata(root, table, column, known, captions)
-    texts = {name: str(Path(name).with_suffix(".txt")) for name in images if name not in captions}
-    bare = [name for name, text in texts.items() if text not in known]
-    if bare:
-        raise ValueError(
-            f"{len(bare)} of {len(images)} images in {root} have no caption: {few(bare)}; give each a row in "
-            "metadata.jsonl or a .txt file beside it, or take it away"
-        )
-    for name, text in texts.items():
-        captions[name] = [caption_text(" ".join(read_text(root / text).split()), f"caption file {root / text}")]
-    return [(name, caption) for name in sorted(captions) for caption in captions[name]]
+        read_metadata(root, table, column, known, captions, flaws)
+    for name in images:
+        text = str(Path(name).with_suffix(".txt"))
+        if name in captions:
+            continue
+        if text not in known:
+            flaws.append(f"{name} has no caption, in no metadata file and no .txt beside it")
+            continue
+        try:
+            captions[name] = [caption_text(" ".join(read_text(root / text).split()), f"caption file {root / text}")]
+        except ValueError as error:
+            flaws.append(str(error))
+    return [(name, caption) for name in sorted(captions) for caption in captions[name]], flaws
 
 
 def walk(root: Path) -> Iterator[str]:
@@ -49,23 +52,26 @@ def walk(root: Path) -> Iterator[str]:
                 yield (Path(folder) / name).relative_to(root).as_posix()
 
 
-def read_metadata(root: Path, table: str, column: str | None, known: set[str], captions: dict[str, list[str]]) -> None:
-    """Adds the captions of one metadata file to `captions` {path under root: texts}."""
-    path, missing, rows = root / table, [], 0
+def read_metadata(
+    root: Path, table: str, column: str | None, known: set[str], captions: dict[str, list[str]], flaws: list[str]
+) -> None:
+    """Adds the captions of one metadata file to `captions` {path under root: texts}; rows that give none to `flaws`.
+
+    Raises ValueError for a row without the columns.
+    """
+    path = root / table
     for where, row in METADATA[Path(table).name](path):
-        rows += 1
         source = f"{path}, {where},"
-        file_name = caption_text(row[caption_column(row, "file_name", source)], f"{source} file_name")
-        text = row[caption_column(row, column, source)]
-        name = Path(os.path.normpath(Path(table).parent / file_name)).as_posix()
-        if name not in known:
-            missing.append(file_name)
-        captions.setdefault(name, []).append(caption_text(text, f"{source} the caption of {file_name}"))
-    if missing:
-        raise ValueError(
-            f"{len(missing)} of {rows} captions in {path} name images that are not there: {few(missing)}; "
-            f"add the images or delete the rows (file_name is relative to {path.parent})"
-        )
+        file_name, text = row[caption_column(row, "file_name", source)], row[caption_column(row, column, source)]
+        try:
+            file_name = caption_text(file_name, f"{source} file_name")
+            name = Path(os.path.normpath(Path(table).parent / file_name)).as_posix()
+            if name not in known:
+                raise ValueError(f"{source} names {file_name}, which is not in {path.parent}")
+            captions.setdefault(name, [])
+            captions[name].append(caption_text(text, f"{source} the caption of {file_name}"))
+        except ValueError as error:
+            flaws.append(str(error))
 
 
 def few(names: list[str]) -> str:

@@ -6,6 +6,7 @@ those and skips them, up to `allowed_broken`.
 
 import hashlib
 import json
+import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -13,7 +14,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data.folder import read_folder
+from data.folder import few, read_folder
 from data.pixels import BrokenImageError, check_framing, cut_square, decode_rgb
 from data.sources import is_url, read_whole
 from data.tables import caption_column as find_caption_column
@@ -22,6 +23,8 @@ from data.tables import caption_text
 __all__ = ["BrokenImageError", "HubPairs", "ImageFolderPairs"]
 
 SPLITS = ("train", "heldout", "all")
+log = logging.getLogger("slimstep")
+ALWAYS_SKIPPED = 10  # samples, where a share of them may be
 
 
 class CaptionedImages:
@@ -33,8 +36,8 @@ class CaptionedImages:
 
     @property
     def allowed_broken(self) -> int:
-        """How many images may turn out unreadable: `max_broken` itself, or that fraction if it is below 1."""
-        return int(self.max_broken * len(self)) if self.max_broken < 1 else int(self.max_broken)
+        """How many images may turn out unreadable."""
+        return allowed_of(len(self), self.max_broken)
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         source, name = self.source(index)
@@ -47,8 +50,9 @@ class ImageFolderPairs(CaptionedImages):
 
     `split` "heldout" holds the images whose path under `root` hashes into `heldout_fraction`, "train" the others, "all"
     both. `caption_column` may be left out where exactly one of text, caption, prompt is there.
-    Raises FileNotFoundError or ValueError, in one line, for a missing root, no images, captions of missing images,
-    images without captions, empty captions, an unknown column, an empty split.
+    Images without a caption, empty captions and captions of missing images are told and passed over, up to
+    `max_broken`. Raises FileNotFoundError or ValueError, in one line, for more of them, a missing root, no images, an
+    unknown column, an empty split.
     """
 
     def __init__(
@@ -63,9 +67,19 @@ class ImageFolderPairs(CaptionedImages):
     ) -> None:
         super().__init__(resolution, crop, max_broken)
         self.root = Path(root)
-        everything = read_folder(self.root, caption_column)
+        everything, flaws = read_folder(self.root, caption_column)
+        self._tell_flaws(flaws, len(everything) + len(flaws), told_before=split == "heldout")
         chosen = split_of([name for name, _ in everything], split, heldout_fraction, f"image folder {root}")
         self.pairs = [everything[i] for i in chosen]
+
+    def _tell_flaws(self, flaws: list[str], of: int, told_before: bool) -> None:
+        allowed = allowed_of(of, self.max_broken)
+        if len(flaws) > allowed:
+            told = f"{len(flaws)} of {of} images and captions in {self.root} are no pair"
+            way = "repair them, or raise data.max_broken"
+            raise ValueError(f"{told}, and at most {allowed} may be passed over: {few(flaws)}; {way}")
+        if flaws and not told_before:
+            log.warning("%d of %d images and captions in %s are passed over: %s", len(flaws), of, self.root, few(flaws))
 
     @cached_property
     def fingerprint(self) -> str:
@@ -140,7 +154,7 @@ class HubPairs(CaptionedImages):
         number = self.numbers[index]
         try:
             return image_cell(self._images[number][self.image_column]), f"row {number}"
-        except ValueError as error:
+        except (ValueError, OSError) as error:
             raise BrokenImageError(f"row {number} ({error})") from None
 
     def caption(self, index: int) -> str:
@@ -163,6 +177,16 @@ class HubPairs(CaptionedImages):
         return kept
 
 
+def allowed_of(samples: int, max_broken: float) -> int:
+    """How many of `samples` may be unusable: `max_broken`, or that share of them where it is below 1.
+
+    A share of a small set would be none: ten may be in any case, unless they are more than half.
+    """
+    if not 0 < max_broken < 1:
+        return int(max_broken)
+    return max(int(max_broken * samples), min(ALWAYS_SKIPPED, samples // 2))
+
+
 def split_of(names: Iterable[str], split: str, heldout_fraction: float, source: str) -> list[int]:
     """The indices of the names that belong to `split`; a name's place depends on the name and the fraction alone."""
     if split not in SPLITS:
@@ -180,7 +204,8 @@ def split_of(names: Iterable[str], split: str, heldout_fraction: float, source: 
 
 
 def is_held_out(name: str, fraction: float) -> bool:
-    return int.from_bytes(hashlib.sha256(name.encode()).digest()[:8]) < fraction * 2**64
+    told = hashlib.sha256(name.encode(errors="surrogateescape"))  # names of files may be bytes that are no UTF-8
+    return int.from_bytes(told.digest()[:8]) < fraction * 2**64
 
 
 def load_rows(name: str, config: str | None, subset: str):
@@ -217,7 +242,7 @@ def loading(name: str, subset: str) -> Iterator[None]:
 def image_cell(cell: dict | bytes | None) -> Path | bytes:
     """The encoded image in a cell of a table, or where it lies on disk; read, where that is a URL of fsspec's.
 
-    Raises ValueError where there is none.
+    Raises ValueError where there is none, OSError for a URL that cannot be read.
     """
     if isinstance(cell, dict):
         cell = cell["bytes"] or cell["path"]

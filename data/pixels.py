@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from data.seeding import generator
@@ -26,9 +26,15 @@ def decode_rgb(source: Path | bytes, name: str) -> Image.Image:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
             image.load()
             return to_rgb(ImageOps.exif_transpose(image))
+    except UnidentifiedImageError:  # its own message is an address in memory
+        raise BrokenImageError(f"{name} ({'no image of a known kind' if size_of(source) else 'it is empty'})") from None
     except Exception as error:  # decoders of damaged files raise whatever they stumble over
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise BrokenImageError(f"{name} ({reason})") from None
+
+
+def size_of(source: Path | bytes) -> int:
+    return len(source) if isinstance(source, bytes) else source.stat().st_size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

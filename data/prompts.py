@@ -132,6 +132,9 @@ def heldout_prompts(pairs, n: int | None = None, name: str = "heldout", enough: 
         told = f"{n} prompts were asked for, {held} {len(distinct)} distinct captions"
         raise ValueError(f"{told}: a lower latents.prompts, or latents.prompt_file=FILE")
     texts = list(distinct)
+    if not texts:
+        way = "a higher data.heldout_fraction, or data.prompt_file=FILE"
+        raise ValueError(f"prompts are held-out captions, and none is held out of these data: {way}")
     if isinstance(pairs, Stream):
         texts = [texts[i] for i in torch.randperm(len(texts), generator=generator("heldout_prompts")).tolist()]
     return PromptSet(tuple(texts), name)

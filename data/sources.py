@@ -31,15 +31,16 @@ def expand(source: str | Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
     patterns = [source] if isinstance(source, str) else source
     names = [name for pattern in patterns for plain in unbrace(pattern) for name in _found(plain, suffixes)]
     if not names:
-        raise ValueError("data.source=[] names no file")
-    return names
+        raise ValueError(f"data.source={source} names no file")
+    return list(dict.fromkeys(names))  # globs may overlap
 
 
 def _found(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     if is_url(pattern) or Path(pattern).is_file():
         return [pattern]
     found = Path(pattern).rglob("*") if Path(pattern).is_dir() else map(Path, glob.glob(pattern, recursive=True))
-    if names := sorted(str(path) for path in found if path.is_file() and path.name.endswith(suffixes)):
+    files = (path for path in found if path.is_file() and path.name[0] != ".")
+    if names := sorted(str(path) for path in files if path.name.endswith(suffixes)):
         return names
     raise ValueError(f"data.source: {pattern} names no file; a glob or a folder is searched for {', '.join(suffixes)}")
 
@@ -54,6 +55,8 @@ def unbrace(pattern: str) -> list[str]:
         first, last = ends.groups()
         width = len(first) if first.startswith("0") else 0
         words = [f"{number:0{width}d}" for number in range(int(first), int(last) + 1)]
+        if not words:
+            raise ValueError(f"data.source: {{{inside}}} counts to nothing; the first number is the lower one")
     else:
         words = inside.split(",")
     return [name for word in words for name in unbrace(f"{before}{word}{after}")]
@@ -99,12 +102,17 @@ def _told_by_server(url: str) -> list[str | None]:
             if error.code in UNTOLD:
                 return []
             reason = f"HTTP {error.code} {error.reason}"
-            if error.code < 500 and error.code != TOO_MANY:
+            if is_lasting(error):
                 break
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             reason = error
         time.sleep(2**tried / 2)
     raise ValueError(f"data.source: {unsigned(url)} cannot be had ({reason})")
+
+
+def is_lasting(error: Exception) -> bool:
+    """Whether a server's answer will be the same when it is asked again."""
+    return 400 <= getattr(error, "code", 500) < 500 and error.code != TOO_MANY
 
 
 @contextmanager
@@ -117,8 +125,8 @@ def opening(name: str) -> Iterator[None]:
 
 
 def read_whole(url: str) -> bytes:
-    """What lies behind a URL that fsspec opens. Raises OSError, ValueError."""
-    with opening(url), fsspec.open(url, "rb") as file:
+    """What lies behind a URL. Raises OSError, ValueError."""
+    with open_at(url, 0) as file:
         return file.read()
 
 
@@ -168,6 +176,8 @@ class HttpFile(io.RawIOBase):
             except (OSError, http.client.HTTPException) as error:
                 if getattr(error, "code", None) == NOTHING_LEFT:
                     return 0
+                if is_lasting(error):
+                    raise OSError(f"{unsigned(self.url)} cannot be read ({error})") from None
                 reason = error
             self._answer = None
             time.sleep(2**tried / 2)

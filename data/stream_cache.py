@@ -16,10 +16,11 @@ from data.making import ShardMaker, cut
 from data.pixels import BrokenImageError
 from data.progress import progress
 from data.shards import is_intact
-from data.streams import FEWEST_JUDGED, Entry, Stream
+from data.streams import Entry, Stream
 
 log = logging.getLogger("slimstep")
 INDEX_BITS = 40  # of a sample's index hold its position, the others the part
+TAKEN_BYTES = 1 << 30  # of encoded images are held at once, at most about as many
 
 
 class PartShards:
@@ -75,7 +76,7 @@ class PartShards:
 
     def _make_part(self, part: int, maker: ShardMaker, decoder: "Decoder", verify: bool, bar) -> None:
         def check(broken: list[str]) -> None:
-            self.stream.check_broken(broken, max(maker.encoded + len(broken), FEWEST_JUDGED))
+            self.stream.check_broken(broken, maker.encoded + len(broken), so_far=True)
 
         position, reading = 0, None
         for number in count():
@@ -87,7 +88,8 @@ class PartShards:
                 taken, position = take(self.stream, reading, self.size)
                 check(maker.broken + [entry.complaint for entry in taken if entry.flaw])
                 batches = decoder.batches(self.stream, part, taken, maker.batch_size)
-                maker.write(path, batches, bar, check, {"end": position})
+                torn = sum(entry.key is None for entry in taken)
+                maker.write(path, batches, bar, check, {"end": position, "torn": torn})
             if position is None:
                 return
 
@@ -98,12 +100,13 @@ def goes_on_at(shard: Path) -> int | None:
 
 
 def take(stream: Stream, reading: Iterator[Entry], size: int) -> tuple[list[Entry], int | None]:
-    """The next `size` entries of the split, and where the part goes on; None where it ends."""
-    taken = []
+    """The next `size` entries of the split, fewer of large ones, and where the part goes on; None where it ends."""
+    taken, held = [], 0
     for entry in reading:
         if stream.wants(entry):
             taken.append(entry)
-            if len(taken) == size:
+            held += len(entry.image) if isinstance(entry.image, bytes) else 0
+            if len(taken) == size or held >= TAKEN_BYTES:
                 return taken, entry.end
     return taken, None
 

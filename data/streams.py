@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from data.folder import few
-from data.images import SPLITS, is_held_out
+from data.images import SPLITS, allowed_of, is_held_out
 from data.pixels import BrokenImageError, check_framing, cut_square, decode_rgb
 from data.seeding import generator
 
-FEWEST_JUDGED = 1000  # a share of broken samples is not judged on fewer than these
+FEWEST_JUDGED, SLACK = 1000, 5  # before the end, a share of broken samples is that of as many, and may be so much more
 
 
 @dataclass(frozen=True)
@@ -84,18 +84,20 @@ class Stream(ABC):
                 seen += 1
                 if entry.flaw:
                     flaws.append(entry.complaint)
-                    self.check_broken(flaws, max(seen, FEWEST_JUDGED))
+                    self.check_broken(flaws, seen, so_far=True)
                 else:
                     yield entry
 
-    def check_broken(self, broken: list[str], seen: int) -> None:
-        """ValueError where more of `seen` samples are broken than `max_broken`, a number or, below 1, a share."""
-        allowed = int(self.max_broken * seen) if self.max_broken < 1 else int(self.max_broken)
-        if len(broken) > allowed:
-            raise ValueError(
-                f"{len(broken)} samples cannot be used and at most {allowed} of {seen} may be skipped: {few(broken)}; "
-                "repair them, or raise data.max_broken"
-            )
+    def check_broken(self, broken: list[str], seen: int, so_far: bool = False) -> None:
+        """ValueError where more of `seen` samples are broken than `max_broken` allows.
+
+        Broken samples come in runs, so a share is judged at the end; `so_far` only far above it.
+        """
+        judged = SLACK * max(seen, FEWEST_JUDGED) if so_far and self.max_broken < 1 else seen
+        if len(broken) > (allowed := allowed_of(judged, self.max_broken)):
+            of = f"{len(broken)} of {seen} samples{' so far' if so_far else ''} cannot be used"
+            told = f"data.max_broken={self.max_broken} skips {allowed}"
+            raise ValueError(f"{of}, and {told}: {few(broken)}; repair them, or raise data.max_broken")
 
 
 class FirstSamples:

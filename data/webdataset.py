@@ -14,12 +14,13 @@ import zlib
 from collections.abc import Iterator
 from functools import cached_property
 
-from data.folder import IMAGE_SUFFIXES
+from data.folder import IMAGE_SUFFIXES, few
 from data.sources import expand, marks, open_at, unsigned
 from data.streams import Entry, Stream
 from data.tables import caption_column, caption_text
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
+MOST_FILES = 100  # of one sample are read; more are many samples with a dot in what should be the key
 TORN = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
 
 
@@ -73,19 +74,20 @@ class WebDatasetPairs(Stream):
             return Entry(key, name, start, end, flaw=str(error))
 
     def _image_of(self, files: dict[str, bytes | None]) -> str:
-        wanted = self.image_column
+        wanted = self.image_column and self.image_column.lower()
         found = [suffix for suffix in files if suffix == wanted or (wanted is None and is_image(suffix))]
         if len(found) != 1:
             asked = f" of the kind {wanted}" if wanted else ""
-            raise ValueError(f"{'several images' if found else 'no image'}{asked} among {', '.join(files)}")
+            hint = " (a key ends at its first dot)" if any("." in suffix for suffix in files) else ""
+            raise ValueError(f"{'several images' if found else 'no image'}{asked} among {few(list(files))}{hint}")
         return found[0]
 
     def _caption_of(self, files: dict[str, bytes]) -> str:
-        suffix = self.caption_column or "txt"
+        suffix = (self.caption_column or "txt").lower()
         if suffix in files:
             return caption_text(files[suffix].decode("utf-8-sig"), f".{suffix}")
         if "json" not in files:
-            raise ValueError(f"no caption .{suffix} or .json among {', '.join(files)}")
+            raise ValueError(f"no caption .{suffix} or .json among {few(list(files))}")
         row = json.loads(files["json"])
         if not isinstance(row, dict):
             raise ValueError(".json is no object")
@@ -126,7 +128,8 @@ def samples(file, start: int, images: bool) -> Iterator[tuple[str, int, dict[str
             yield key, before + member.offset, files
             files = {}
         key = member_key
-        files[suffix] = tar.extractfile(member).read() if images or not is_image(suffix) else None
+        wanted = len(files) < MOST_FILES and (images or not is_image(suffix))
+        files[suffix] = tar.extractfile(member).read() if wanted else None
     if key is not None:
         yield key, before + tar.offset, files
     if not tar.whole:

@@ -132,6 +132,9 @@ def check_overrides(overrides: list[str]) -> None:
     overrides = [first_of_sweep(word) for word in overrides if word not in MULTIRUN]
     if any(word.startswith("-") for word in overrides):
         return  # --help, --cfg: Hydra's own commands
+    if len(sources := [word for word in overrides if word.startswith("data.source=")]) > 1:
+        told = f"data.source is given {len(sources)} times, {sources[0]} first"
+        fail(f"{told}: where a shell has written braces out, quote them, 'data.source=…{{000..127}}.tar'")
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             hydra.compose("train", overrides)

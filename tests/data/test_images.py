@@ -199,17 +199,29 @@ def test_a_folder_without_images_is_named(tmp_path):
 def test_captions_of_missing_images_are_counted_and_named(folder):
     for i in range(0, 10, 2):
         (folder / f"{i:02d}.png").unlink()
-    with pytest.raises(ValueError, match="5 of 20 captions in .*name images that are not there") as error:
-        ImageFolderPairs(folder, 8)
-    assert "00.png; 02.png; 04.png; …" in one_line(error)
+    with pytest.raises(ValueError, match="5 of 20 images and captions in .* no pair, and at most 4 may be") as error:
+        ImageFolderPairs(folder, 8, max_broken=4)
+    assert "metadata.jsonl, line 1, names 00.png, which is not in" in one_line(error)
 
 
 def test_images_without_captions_are_counted_and_named(folder):
     for name in ("x.png", "y.JPG"):
         picture().save(folder / name)
-    with pytest.raises(ValueError, match=r"2 of 22 images in .* have no caption: x.png; y.JPG; give each") as error:
-        ImageFolderPairs(folder, 8)
+    with pytest.raises(ValueError, match=r"2 of 22 images .*: x.png has no caption, .*; y.JPG has no") as error:
+        ImageFolderPairs(folder, 8, max_broken=0)
     one_line(error)
+
+
+def test_what_is_no_pair_is_told_once_and_passed_over_up_to_max_broken(folder, caplog):
+    (folder / "00.png").unlink()
+    picture().save(folder / "x.png")
+    with (folder / "metadata.jsonl").open("a") as file:
+        file.write(json.dumps({"file_name": "x.png", "text": ""}) + "\n")
+    pairs = ImageFolderPairs(folder, 8, split="all")
+    assert len(pairs) == 19 and not {"00.png", "x.png"} & {name for name, _ in pairs.pairs}
+    ImageFolderPairs(folder, 8, split="heldout")
+    assert [record.message.split(" in ")[0] for record in caplog.records] == ["2 of 21 images and captions"]
+    assert "line 1, names 00.png" in caplog.text and "line 21, the caption of x.png is empty" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["", "  ", None])
@@ -217,7 +229,7 @@ def test_an_empty_caption_is_named(folder, text):
     with (folder / "metadata.jsonl").open("a") as file:
         file.write(json.dumps({"file_name": "00.png", "text": text}) + "\n")
     with pytest.raises(ValueError, match="metadata.jsonl, line 21, the caption of 00.png is empty") as error:
-        ImageFolderPairs(folder, 8)
+        ImageFolderPairs(folder, 8, max_broken=0)
     one_line(error)
 
 
@@ -286,7 +298,7 @@ def test_the_cache_skips_torn_images_up_to_max_broken(folder, pipeline, tmp_path
         cached = cache_pairs(pairs, pipeline, cache)
         assert len(cached) == 18 and cached.broken[0].startswith("04.png (")
     with pytest.raises(ValueError, match=r"2 of 20 images cannot be read.*at most 0 .*04.png \(.*06.png") as error:
-        cache_pairs(ImageFolderPairs(folder, 8, split="all"), pipeline, cache)
+        cache_pairs(ImageFolderPairs(folder, 8, split="all", max_broken=0), pipeline, cache)
     one_line(error)
 
 

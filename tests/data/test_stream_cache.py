@@ -188,16 +188,37 @@ def test_broken_samples_are_skipped_counted_and_named_by_tar_and_key(pipeline, t
     cached = cache_pairs(pairs, pipeline, tmp_path, batch_size=4, shard_size=5)
     assert [name.split(" (")[0] for name in cached.broken] == ["a.tar: x", "a.tar: y", "a.tar: z", "b.tar"]
     assert len(cached) == 11 and "4 broken images are skipped: a.tar: x" in caplog.text
+    assert "1 of them are torn tars" in caplog.text
     pairs.max_broken = 3
-    with pytest.raises(
-        ValueError, match=r"4 samples cannot be used and at most 3 of 15.*: a.tar: x \(no "
-    ):
+    with pytest.raises(ValueError, match=r"4 of 15 samples cannot .*=3 skips 3: a.tar: x \(no "):
         cache_pairs(pairs, pipeline, tmp_path, batch_size=4, shard_size=5)
-    with pytest.raises(ValueError, match=r"4 samples cannot be used and at most 3 of"):
+    with pytest.raises(ValueError, match=r"4 of \d+ samples so far cannot .*=3 skips 3"):
         cache_pairs(pairs, pipeline, tmp_path / "new", batch_size=4, shard_size=5)
-    pairs.max_broken = 0.25
-    with pytest.raises(ValueError, match=r"4 samples cannot be used and at most 3 of 15"):
-        cache_pairs(pairs, pipeline, tmp_path, batch_size=4, shard_size=5)
+
+
+def test_large_images_are_held_few_at_a_time(pipeline, tmp_path, monkeypatch):
+    tar = write_tar(tmp_path / "a.tar", sound([f"{i:02d}" for i in range(10)]))
+    pairs = WebDatasetPairs(str(tar), 16, "all")
+    whole = cache_pairs(pairs, pipeline, tmp_path / "whole")
+    monkeypatch.setattr("data.stream_cache.TAKEN_BYTES", 3 * len(picture("00")))
+    few = cache_pairs(pairs, pipeline, tmp_path / "few")
+    assert len(list(few.folder.glob("part-*.safetensors"))) == 4
+    assert [few[i]["index"] for i in range(10)] == [whole[i]["index"] for i in range(10)]
+
+
+def test_a_share_of_broken_samples_is_judged_at_the_end_or_far_above_it(pipeline, tmp_path):
+    good = sound([f"{i:04d}" for i in range(300)])
+    bad = {f"bad{i:02d}.txt": b"alone" for i in range(60)}
+    tar = write_tar(tmp_path / "a.tar", {**{f"bad{i:02d}.txt": b"alone" for i in range(12)}, **good})
+    pairs = WebDatasetPairs(str(tar), 16, "all", max_broken=0.05)
+    assert len(cache_pairs(pairs, pipeline, tmp_path, shard_size=64)) == 300
+    pairs.max_broken = 0.01
+    with pytest.raises(ValueError, match=r"12 of 312 samples cannot .*=0.01 skips 10: "):
+        cache_pairs(pairs, pipeline, tmp_path, shard_size=64)
+    write_tar(tar, {**bad, **good})
+    pairs = WebDatasetPairs(str(tar), 16, "all", max_broken=0.01)
+    with pytest.raises(ValueError, match=r"60 of 60 samples so far cannot .*=0.01 skips 50: "):
+        cache_pairs(pairs, pipeline, tmp_path, shard_size=64)
 
 
 def test_a_stream_without_samples_is_told(pipeline, tmp_path):

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from data import sources
+from data.images import image_cell
 from data.prompts import heldout_prompts
 from data.sources import unbrace
 from data.streams import FirstSamples
@@ -49,6 +50,7 @@ def test_captions_are_a_txt_a_key_of_the_json_or_what_is_named(tmp_path):
     tar = write_tar(tmp_path / "a.tar", files | {"c.png": b"", "c.json": captioned("c"), "c.blip": b"three"})
     assert captions(read(tar)) == {"a": "one", "b": "two", "c": "c"}
     assert captions(read(tar, caption_column="blip")) == {"a": "blip one", "b": "blip no", "c": "three"}
+    assert captions(read(tar, caption_column="TXT", image_column="PNG")) == {"b": "two"}
 
 
 def test_folders_hidden_files_and_dots_in_folders_make_no_samples(tmp_path):
@@ -61,6 +63,10 @@ def test_sources_are_files_folders_globs_lists_and_braces(tmp_path):
     for source in (str(tmp_path), f"{tmp_path}/*.tar", f"{tmp_path}/part-{{000..002}}.tar", paths):
         assert WebDatasetPairs(source, 16).parts == paths
     assert unbrace("{a,b}-{9..10}") == ["a-9", "a-10", "b-9", "b-10"] and unbrace("{08..10}") == ["08", "09", "10"]
+    (tmp_path / "._part-000.tar").write_bytes(b"what a Mac leaves beside a file")
+    assert WebDatasetPairs([str(tmp_path), f"{tmp_path}/*0.tar"], 16).parts == paths
+    with pytest.raises(ValueError, match=r"data.source: \{3..1\} counts to nothing"):
+        WebDatasetPairs("part-{3..1}.tar", 16)
     for source in (f"{tmp_path}/none-*.tar", f"{tmp_path}/part-{{002..003}}.tar", []):
         with pytest.raises(ValueError, match=r"data.source.* names no file"):
             WebDatasetPairs(source, 16)
@@ -125,6 +131,12 @@ def test_long_names_do_not_break_the_positions(tmp_path):
     assert len(whole) == 3 and read(tar, start=whole[0].end) == whole[1:]
 
 
+def test_no_held_out_caption_is_told_with_the_way_out(tmp_path):
+    pairs = WebDatasetPairs(write_tars(tmp_path), 16, "heldout", heldout_fraction=0)
+    with pytest.raises(ValueError, match=r"none is held out of these data: .*heldout_fraction, or data.prompt_file"):
+        heldout_prompts(pairs, enough=[4])
+
+
 # Broken members.
 
 
@@ -140,12 +152,42 @@ def test_every_broken_sample_is_named_with_its_reason_and_the_others_are_read(tm
     expected = {
         "no-caption": "no caption .txt or .json among png", "no-image": "no image among txt",
         "empty": ".txt is empty", "no-key": "none of the caption columns", "torn": "Unterminated string",
-        "list": ".json is no object", "latin": "can't decode", "two": "several images among png, jpg, txt",
+        "list": ".json is no object", "latin": "can't decode", "two": "several images among png; jpg; txt",
     }  # fmt: skip
     found = flaws(entries)
     assert found.keys() == expected.keys()
     assert all(reason in found[key] for key, reason in expected.items()), found
     assert entries[1].complaint == "a.tar: no-caption (no caption .txt or .json among png)"
+
+
+def test_names_that_are_no_utf8_are_names(tmp_path):
+    files = {"caf\udce9.png": picture("a"), "caf\udce9.txt": b"a", "\udce9.png": b"", "\udce9.txt": b"b"}
+    tar = write_tar(tmp_path / "a.tar", files)
+    parts = [WebDatasetPairs(str(tar), 16, split, 0.5) for split in ("train", "heldout")]
+    assert sorted(entry.key for part in parts for entry in part.scan(True)) == ["caf\udce9", "\udce9"]
+    pairs = WebDatasetPairs(str(tar), 16, "all", crop="random")
+    sound_one, empty = pairs.read(0, 0)
+    assert pairs.sample(sound_one)["caption"] == "a"
+    with pytest.raises(ValueError, match="it is empty"):
+        pairs.sample(empty)
+
+
+def test_many_files_of_one_key_are_one_flaw_in_few_words(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", sound([f"laion.{i:04d}" for i in range(200)]) | sound(["z"]))
+    flawed, whole = read(tar)
+    assert flawed.flaw == "no image among 0000.png; 0000.txt; 0001.png; … (a key ends at its first dot)"
+    assert whole.key == "z"
+
+
+@pytest.mark.parametrize(("content", "told"), [(b"", "it is empty"), (b"text", "known kind")])
+def test_what_is_no_image_is_told_in_the_same_words_every_time(tmp_path, content, told):
+    pairs = WebDatasetPairs(str(write_tar(tmp_path / "a.tar", {"a.png": content, "a.txt": b"x"})), 16, "all")
+    complaints = []
+    for _ in range(2):
+        with pytest.raises(ValueError, match=told) as error:
+            pairs.sample(next(pairs.read(0, 0)))
+        complaints.append(str(error.value))
+    assert complaints[0] == complaints[1] and "0x" not in complaints[0]
 
 
 def test_a_torn_image_is_told_when_it_is_decoded(tmp_path):
@@ -179,11 +221,9 @@ def test_a_damaged_header_ends_the_tar_there_and_says_so(tmp_path):
 
 
 def test_a_scan_for_prompts_stops_where_no_sample_has_a_caption(tmp_path):
-    write_tars(tmp_path, tars=5, samples=10)
+    write_tars(tmp_path, tars=5, samples=20)
     pairs = WebDatasetPairs(str(tmp_path), 16, caption_column="nothing")
-    with pytest.raises(
-        ValueError, match=r"11 samples.*at most 10 of 1000.*: \d-00\d \(no caption .nothing"
-    ):
+    with pytest.raises(ValueError, match=r"51 of 51 samples so far .* skips 50: .*: \d-0\d\d \(no caption .noth"):
         heldout_prompts(pairs, enough=[4])
 
 
@@ -202,6 +242,9 @@ class Server(SimpleHTTPRequestHandler):
             super().do_HEAD()
 
     def do_GET(self):
+        if not Path(self.translate_path(self.path)).is_file():
+            self.asked.append(self.path)
+            return self.send_error(404)
         content = Path(self.translate_path(self.path)).read_bytes()
         asked = self.headers.get("Range") if self.ranges else None
         start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
@@ -247,6 +290,19 @@ def test_a_broken_connection_and_a_server_without_ranges_change_nothing(tmp_path
         return
     whole = read(path)
     assert read(url) == whole and read(url, start=whole[5].end) == whole[6:]
+
+
+def test_images_behind_urls_are_asked_for_again_where_a_connection_breaks_and_once_where_there_is_none(
+    tmp_path, served, monkeypatch
+):
+    monkeypatch.setattr(Server, "breaks", True)
+    (tmp_path / "a.png").write_bytes(picture("a", size=(64, 64)))
+    assert image_cell({"bytes": None, "path": f"{served}/a.png"}) == (tmp_path / "a.png").read_bytes()
+    assert len(Server.asked) > 1
+    Server.asked.clear()
+    with pytest.raises(OSError, match=r"gone.png cannot be read \(HTTP Error 404"):
+        image_cell(f"{served}/gone.png")
+    assert Server.asked == ["/gone.png"]
 
 
 def test_a_missing_url_is_told_before_anything_is_read(tmp_path, served):

@@ -67,6 +67,7 @@ def test_what_is_planned_is_made_once_and_found_by_the_next_run(cache, tars, tin
     assert made["cache"].endswith(planned["cache"]) and "broken and skipped 1; captions cut" in made["samples"]
     assert "images and captions encoded in" in caplog.text
     caplog.clear()
+    assert cache(*tars, *tiny_model, "data.max_broken=3", "data.cache.workers=1") == made  # no other configuration
     assert cache(*tars, *tiny_model) == made and "encoded" not in caplog.text
     assert cache(*tars, *tiny_model, "plan=true")["there"].split()[0] != "0"
 
