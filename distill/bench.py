@@ -17,12 +17,16 @@ from engine.loop import Objective
 from engine.sections.stepping import LadderConfig, RungConfig
 from engine.sections.training import StageConfig, TrainConfig
 from eval.bench import Bench
-from models.guidance import with_told_guidance
+from models.guidance import told_guidance_width, with_told_guidance
 from models.pipeline import export_pipeline, load_pipeline, one_line, with_unet
 from models.schedule import NoiseSchedule
 from models.unet import PrunableUNet2DConditionModel
 
 log = logging.getLogger("slimstep")
+SOLVERS_OWN = (
+    "_use_default_values", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "algorithm_type",
+    "final_sigmas_type",
+)  # fmt: skip
 SAME_IN_BOTH = ("in_channels", "out_channels", "cross_attention_dim")
 
 
@@ -73,8 +77,9 @@ class DistillBench(Bench):
 
     def on_the_grid(self, kind: type, scheduler, **changes):
         """A scheduler of this kind; x̂ is not clipped, for training does not clip it."""
-        # diffusers notes what a file left open, and from_config would take its own defaults for that, not ours.
-        told = {key: value for key, value in scheduler.config.items() if key != "_use_default_values"}
+        # diffusers notes what a file left open, and from_config would take its own defaults for that, not ours. It also
+        # keeps what only another class reads.
+        told = {key: value for key, value in scheduler.config.items() if key not in SOLVERS_OWN}
         grid = {"timestep_spacing": self.ladder.timestep_spacing, "set_alpha_to_one": True}
         return kind.from_config({**told, "clip_sample": False, "thresholding": False, **grid, **changes})
 
@@ -87,14 +92,19 @@ class DistillBench(Bench):
         folder = self.ladder.student
         if not folder:
             return self.teacher
-        student = load_pipeline(folder)
+        model = OmegaConf.to_container(self.config.model, resolve=True)
+        given = {key: value for key, value in model.items() if key not in ("_target_", "name_or_path")}
+        student = load_pipeline(folder, **given if folder == model["name_or_path"] else {})
         own, other = (
             {
                 "prediction_type": scheduler.config.prediction_type,
                 "noise schedule": scheduler.alphas_cumprod.tolist(),
                 **{key: unet.config[key] for key in SAME_IN_BOTH},
             }
-            for scheduler, unet in ((student.scheduler, student.unet), (self.pipeline.scheduler, self.teacher))
+            for scheduler, unet in (
+                (self.on_the_grid(diffusers.DDIMScheduler, student.scheduler), student.unet),  # as the teacher's is
+                (self.pipeline.scheduler, self.teacher),
+            )
         )
         if differing := [key for key in own if own[key] != other[key]]:
             told = {key: (own[key], other[key]) for key in differing if key != "noise schedule"}
@@ -129,6 +139,8 @@ class DistillBench(Bench):
             raise ValueError(f"objective {kind.__name__} distils no steps; choose objective=steps, guidance or lcm")
         if kind.sampler == "LCMScheduler" and len(self.climbs) > 1:
             raise ValueError(f"objective {kind.__name__} has one rung, as ladder.steps=[32,4]: its student serves all")
+        if told_guidance_width(self.teacher) and not kind.told:
+            raise ValueError(f"the teacher is told its guidance scale, and objective {kind.__name__} does not tell it")
         if kind.told != bool(self.ladder.guidance_width):
             way = "needs ladder.guidance_width, as 256" if kind.told else "needs ladder.guidance_width=0"
             raise ValueError(f"objective {kind.__name__} {way}")

@@ -45,10 +45,12 @@ class Recovery:
             taught_BCHW = self.teacher(*noisy.inputs_in(self.teacher.dtype), return_dict=False)[0].float()
         with features_of(unet) as own:
             pred_BCHW = unet(*noisy.inputs, return_dict=False)[0].float()
+        # Where a level is gone, the one above it no longer shrinks what it gives.
+        shared = [name for name in own if own[name].shape == taught[name].shape]
         metrics = {
             "denoising": nn.functional.mse_loss(pred_BCHW, noisy.target_BCHW),
             "output": nn.functional.mse_loss(pred_BCHW, taught_BCHW),
-            "features": torch.stack([relative_error(own[name], taught[name]) for name in own]).mean(),
+            "features": torch.stack([relative_error(own[name], taught[name]) for name in shared]).mean(),
         }
         weights = {"denoising": 1.0, "output": self.output_weight, "features": self.feature_weight}
         return sum(weights[name] * value for name, value in metrics.items()), metrics

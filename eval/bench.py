@@ -31,7 +31,7 @@ from eval.clip import ClipScorer
 from eval.sampling import Sampler
 from models.conditioning import text_encoders
 from models.cost import NUM_TOKENS
-from models.pipeline import networks
+from models.pipeline import networks, set_resolution
 from models.schedule import NoiseSchedule
 from models.unet import PrunableUNet2DConditionModel
 
@@ -57,8 +57,7 @@ class Bench:
         native = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         if self.config.data.resolution is None:
             self.config.data.resolution = native
-        # Sampling follows the data, also where the model was made for another size.
-        pipeline.unet.register_to_config(sample_size=self.config.data.resolution // pipeline.vae_scale_factor)
+        set_resolution(pipeline, self.config.data.resolution)
         for network in networks(pipeline):
             network.requires_grad_(False).eval()
         return pipeline

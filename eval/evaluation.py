@@ -22,16 +22,17 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.encoding import described
+from data.encoding import check_size, described
 from data.files import write_tensors
 from data.images import BrokenImageError
 from data.prompts import PromptSet, read_prompts
 from data.seeding import generator
 from data.streams import at_random_access
 from engine.components import check, component
+from engine.config import Config
 from engine.environment import environment
 from engine.parallel import map_batches
-from engine.run import damaged
+from engine.run import Run, damaged
 from eval.bench import Bench
 from eval.clip import psnr
 from eval.compare import mean_and_error, paired_difference
@@ -42,7 +43,7 @@ from eval.judge import clip_scores, draw_images, write_pictures
 from eval.sampling import Sampler
 from eval.setups import Setup, compile_networks
 from models.cost import count_parameters
-from models.pipeline import check_pipeline, load_pipeline, networks
+from models.pipeline import check_pipeline, load_pipeline, networks, set_resolution
 
 log = logging.getLogger("slimstep")
 FEATURES = "real-features.safetensors"
@@ -71,6 +72,10 @@ class GivenModel:
 
 class EvaluationBench(Bench):
     """The models by name, the settings they are sampled at, and what is measured there."""
+
+    def __init__(self, config: Config, run: Run):
+        super().__init__(config, run)
+        self.asked_resolution: int | None = config.data.resolution  # None is every model's own
 
     @cached_property
     def given(self) -> dict[str, GivenModel]:
@@ -145,8 +150,11 @@ class EvaluationBench(Bench):
         return {key: value for key, value in model.items() if key not in ("_target_", "name_or_path", *others)}
 
     def loaded(self, where: str) -> DiffusionPipeline:
-        """A pipeline as it was handed over, its own scheduler included."""
+        """A pipeline as it was handed over, its own scheduler included, at the resolution that is asked for."""
         pipeline = load_pipeline(where, **self.options_of(where))
+        if pixels := self.asked_resolution:
+            check_size(pipeline, pixels, pixels)
+            set_resolution(pipeline, pixels)
         for network in networks(pipeline):
             network.requires_grad_(False).eval()
         return pipeline
@@ -230,7 +238,7 @@ class EvaluationBench(Bench):
             "guidance": guidance,
             "protocol": sampler.protocol,
             "parameters": {"UNet": count_parameters(pipeline.unet), "decoder": count_parameters(pipeline.vae.decoder)},
-            "evaluations": steps * (2 if sampler.guides(pipeline.unet) else 1),
+            "evaluations": sampler.evaluations(pipeline.unet),
             "clip": clip,
             "preferences": {key: self.by_text(self.preferred(key, images)) for key in self.preferences},
             "to_reference": self.distances(images, features["scorer"], guidance),

@@ -17,11 +17,12 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from diffusers import DiffusionPipeline
 
 from data.files import write_bytes
 from eval.setups import Setup
 from eval.speed import Subject
-from models.pipeline import load_pipeline, with_unet
+from models.pipeline import load_pipeline, set_resolution, with_unet
 
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 STEADY_CALLS = 3
@@ -97,7 +98,13 @@ def main() -> None:
     device = torch.device(request["device"])
     if device.type == "cpu":
         torch.set_num_threads(1)  # as all is timed here
-    load = lambda where: load_pipeline(where, **request["options"][where])  # noqa: E731
+
+    def load(where: str) -> DiffusionPipeline:
+        loaded = load_pipeline(where, **request["options"][where])
+        if request["resolution"]:
+            set_resolution(loaded, request["resolution"])
+        return loaded
+
     pipeline = load(request["model"])
     parts = {name: getattr(load(request[name]), name) for name in ("unet", "vae") if request[name]}
     pipeline = with_unet(pipeline, **{"unet": pipeline.unet, **parts})

@@ -15,6 +15,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
+from data.encoding import finite
 from data.seeding import generator
 from models.conditioning import empty_text_state, text_states
 from models.guidance import guidance_embedding, told_guidance_width
@@ -66,6 +67,12 @@ class Sampler:
     def guides(self, unet: nn.Module) -> bool:
         """Whether each step runs the UNet with the empty prompt, too."""
         return self.guidance_scale > 1 and not told_guidance_width(unet)
+
+    def evaluations(self, unet: nn.Module) -> int:
+        """How often the UNet is asked for one image; some schedulers ask more than once a step."""
+        scheduler = copy.deepcopy(self.scheduler)
+        scheduler.set_timesteps(self.steps)
+        return len(scheduler.timesteps) * (2 if self.guides(unet) else 1)
 
     @property
     def protocol(self) -> dict:
@@ -161,10 +168,13 @@ class Sampler:
     @torch.inference_mode()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """uint8 images [B, 3, H, W], on the VAE's device, rounded as diffusers rounds on its way to PIL."""
+        return eight_bits(self.pixels(latents_BCHW))
+
+    def pixels(self, latents_BCHW: Tensor) -> Tensor:
+        """Images [B, 3, H, W] from -1 to 1, as the VAE gives them."""
         vae = self.pipeline.vae
-        z_BCHW = latents_BCHW.to(vae.device, vae.dtype) / vae.config.scaling_factor
-        image_BCHW = (vae.decode(z_BCHW, return_dict=False)[0] * 0.5 + 0.5).clamp(0, 1)
-        return (image_BCHW.float() * 255).round().to(torch.uint8)
+        z_BCHW = latents_BCHW.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        return vae.decode(z_BCHW, return_dict=False)[0]
 
     def images(
         self, unet: nn.Module, prompts: Sequence[str], indices: Sequence[int], gates: Tensor | None = None
@@ -172,11 +182,18 @@ class Sampler:
         """uint8 images [B, 3, H, W]: row b is prompt `indices[b]` of the whole set `prompts`, from that prompt's noise.
 
         An index may come several times, with different gates: every ablation of a prompt starts from the same noise.
+        Raises ValueError for images that are not finite: as bytes they would be black, and as good as each other.
         """
         noise_BCHW = torch.stack([self.noise(i) for i in indices])
         generators = self.generators(indices)
         texts = self.encode(prompts).rows(indices)
-        return self.decode(self.latents(unet, texts, noise_BCHW, gates, generators))
+        pixels_BCHW = self.pixels(self.latents(unet, texts, noise_BCHW, gates, generators))
+        return eight_bits(finite({"images": pixels_BCHW}, self.pipeline.vae)["images"])
+
+
+def eight_bits(pixels_BCHW: Tensor) -> Tensor:
+    """uint8, from -1 to 1."""
+    return ((pixels_BCHW * 0.5 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)
 
 
 def both_halves(rows: Tensor, guided: bool) -> Tensor:

@@ -77,6 +77,8 @@ class Subject:
             raise CannotRunError("this VAE overflows in float16, and the captured loop does not upcast it")
         with running(self.setup):
             self.pipeline = prepare(self.pipeline, self.setup, self.device)
+        if hasattr(self.pipeline, "safety_checker"):
+            self.pipeline.safety_checker = None  # it is another network's time, and its verdict a black image
         self.pipeline.set_progress_bar_config(disable=True)
 
     @cached_property
@@ -96,7 +98,8 @@ class Subject:
         with running(self.setup):
             if self.setup.capture:
                 return self.captured.draw(prompts, self.noise(indices))
-            given = self.given or {"latents": self.noise(indices).to(self.setup.torch_dtype)}
+            noise = {"latents": self.noise(indices).to(self.setup.torch_dtype)}
+            given = self.given or {**noise, "generator": self.sampler.generators(indices)}
             return self.pipeline(
                 prompt=prompts,
                 num_inference_steps=self.steps,

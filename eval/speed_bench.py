@@ -126,7 +126,8 @@ class SpeedBench(EvaluationBench):
         parts = (variant.model, variant.unet, variant.vae)
         request = {**asdict(variant), "batch": batch, "guidance_scale": config.guidance_scale, "seed": config.seed,
                    "prompts": list(self.prompt_set.prompts[:batch]), "device": str(self.device),
-                   "options": {where: self.options_of(where) for where in parts if where}}  # fmt: skip
+                   "options": {where: self.options_of(where) for where in parts if where},
+                   "resolution": self.asked_resolution}  # fmt: skip
         return self.run.json(name, lambda: compile_cost(request, self.run.path / f"artifacts/{file}.bin"))
 
     def unet_gflops(self, subject: Subject) -> float:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
@@ -68,11 +69,20 @@ def load_pipeline(
     fuse_loras(pipeline, loras)
     if scheduler:
         pipeline.register_modules(scheduler=swapped_scheduler(pipeline.scheduler, scheduler))
+    if hasattr(pipeline, "upcast_vae") and pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
+        pipeline.vae.float()  # it overflows, and SDXL's pipelines do the same
     for module in networks(pipeline):
         module.eval()
         own_memory(module)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def set_resolution(pipeline: DiffusionPipeline, pixels: int) -> None:
+    """Makes squares of so many pixels what the pipeline draws by itself, also where its model was made for others."""
+    # Without the version a pipeline around weights of before diffusers 0.9 would take their size for a mistake.
+    size, version = pixels // pipeline.vae_scale_factor, diffusers.__version__
+    pipeline.unet.register_to_config(sample_size=size, _diffusers_version=version)
 
 
 def read_pipeline(

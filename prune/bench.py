@@ -21,6 +21,7 @@ from eval.latency import compare_ms
 from eval.report import write_report
 from eval.runs import read_run
 from models.cost import count_gflops
+from models.guidance import told_guidance_width
 from models.pipeline import export_pipeline, with_unet
 from models.unet import PrunableUNet2DConditionModel
 from prune.latency import latency_table, predicted_ms, read_table, table_without
@@ -39,6 +40,8 @@ class PruneBench(Bench):
 
     def check(self) -> None:
         """ValueError, before anything is made, for a search, data, objectives or a scorer that will not do."""
+        if told_guidance_width(self.teacher):
+            raise ValueError(f"{self.config.model.name_or_path} is told its guidance scale: prune it before that")
         known = (*self.teacher.sites, *self.teacher.levels)
         if unknown := sorted(set(self.search.named_sites) - set(known)):
             raise ValueError(f"search.method names unknown sites {unknown}; this UNet has {known}")

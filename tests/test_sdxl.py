@@ -45,6 +45,11 @@ def drawn_by_stock(export, steps, **options):
     return pipeline
 
 
+def test_its_vae_stays_in_float32_beside_a_unet_in_float16(sdxl):
+    pipeline = load_pipeline(sdxl[1].partition("=")[2], dtype="float16")
+    assert (pipeline.unet.dtype, pipeline.vae.dtype) == (torch.float16, torch.float32)
+
+
 @pytest.mark.slow
 def test_it_is_pruned_at_another_resolution_and_keeps_its_own_scheduler(tmp_path, sdxl):
     search = ["search.rounds=1", "search.target_fraction=0.9", "scoring.prompts=4", "scoring.steps=2", "eval.steps=2",

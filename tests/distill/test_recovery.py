@@ -44,6 +44,14 @@ def test_a_pruned_student_learns_from_every_level(recovery, teacher):
     assert all(p.grad is None for p in teacher.parameters())
 
 
+@pytest.mark.parametrize("level", ["down_blocks.3", "down_blocks.2"])
+def test_a_student_without_a_level_learns_from_those_that_give_what_the_teachers_give(recovery, teacher, level):
+    student = teacher.with_depths({f"down_blocks.{k}": 0 for k in range(int(level[-1]), 4)}).requires_grad_()
+    loss, metrics = recovery(student, batch(), torch.Generator().manual_seed(0))
+    loss.backward()
+    assert 0 < metrics["features"] < torch.inf
+
+
 def test_features_are_the_outputs_of_all_levels_and_the_hooks_go_again(teacher):
     inputs = torch.randn(1, 4, 8, 8), torch.tensor([5]), torch.randn(1, 4, WIDTH)
     with features_of(teacher) as features:

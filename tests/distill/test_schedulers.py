@@ -4,10 +4,16 @@ import json
 from types import SimpleNamespace
 
 import pytest
-from diffusers import DDIMScheduler, EulerDiscreteScheduler, PNDMScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
+from omegaconf import OmegaConf
 
 from distill.bench import DistillBench
 from engine.sections.stepping import LadderConfig
+from models.guidance import with_told_guidance
+from models.pipeline import load_pipeline
+from models.unet import PrunableUNet2DConditionModel
+from prune.bench import PruneBench
+from tests.tiny import tiny_pipeline, tiny_unet
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
 SHIPPED = {  # what the files of Stable Diffusion 1.5 and XL say; the first names neither prediction type nor spacing
@@ -27,3 +33,49 @@ def test_what_a_file_leaves_open_is_the_ladders_to_say(kind, tmp_path):
     config = bench.scheduler.config
     assert (config.prediction_type, config.timestep_spacing) == ("v_prediction", "trailing")
     assert config.set_alpha_to_one and not config.clip_sample and config.beta_start == BETAS["beta_start"]
+
+
+def bench_of(folder, **model):
+    """The ladder's bench with the pipeline in a folder as teacher, and as student."""
+    bench = object.__new__(DistillBench)
+    bench.ladder, teacher = LadderConfig(student=str(folder)), load_pipeline(folder, **model)
+    teacher.scheduler = bench.on_the_grid(DDIMScheduler, teacher.scheduler)
+    bench.pipeline, bench.config = teacher, OmegaConf.create({"model": {"name_or_path": str(folder), **model}})
+    return bench
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, DDIMScheduler])
+def test_a_student_with_zero_terminal_snr_fits_its_own_teacher(kind, tmp_path):
+    pipeline = tiny_pipeline("v_prediction")
+    pipeline.scheduler = kind(**BETAS, prediction_type="v_prediction", rescale_betas_zero_snr=True)
+    pipeline.save_pretrained(tmp_path)
+    bench = bench_of(tmp_path)
+    assert bench.pipeline.scheduler.alphas_cumprod[-1] == 0
+    assert bench.given_student().config.sample_size == bench.teacher.config.sample_size
+
+
+def test_the_teacher_as_its_own_student_is_read_in_the_same_way(tmp_path):
+    tiny_pipeline().save_pretrained(tmp_path, variant="fp16")
+    assert bench_of(tmp_path, variant="fp16").given_student() is not None
+
+
+def test_what_only_another_solver_reads_is_not_handed_on():
+    bench = object.__new__(DistillBench)
+    bench.ladder = LadderConfig()
+    given = DPMSolverMultistepScheduler(**BETAS, use_karras_sigmas=True, algorithm_type="sde-dpmsolver++")
+    ddim = bench.on_the_grid(DDIMScheduler, given)
+    assert not bench.on_the_grid(EulerDiscreteScheduler, ddim).config.use_karras_sigmas
+    assert bench.on_the_grid(DPMSolverMultistepScheduler, ddim).config.algorithm_type == "dpmsolver++"
+
+
+def test_a_teacher_that_is_told_its_guidance_is_refused_where_nothing_tells_it():
+    told = with_told_guidance(PrunableUNet2DConditionModel.from_unet(tiny_unet()), 32)
+    ladder, pruning = object.__new__(DistillBench), object.__new__(PruneBench)
+    ladder.config = OmegaConf.create({"objective": {"_target_": "distill.steps.StepDistillation"}})
+    ladder.ladder, ladder.climbs = LadderConfig(), ()
+    pruning.config = OmegaConf.create({"model": {"name_or_path": "lcm"}})
+    ladder.pipeline = pruning.pipeline = SimpleNamespace(unet=told)
+    with pytest.raises(ValueError, match="is told its guidance scale, and objective StepDistillation does not"):
+        ladder.check_agreement()
+    with pytest.raises(ValueError, match="lcm is told its guidance scale: prune it before that"):
+        pruning.check()

@@ -7,6 +7,7 @@ import torch
 from accelerate.utils import DistributedType
 
 from eval.bench import Bench
+from models.pipeline import set_resolution, with_unet
 from models.unet import PrunableUNet2DConditionModel
 from tests.tiny import tiny_pipeline, tiny_unet
 
@@ -33,3 +34,11 @@ def test_full_weights_rest_where_a_copy_of_them_teaches():
     assert bench.teacher not in bench.idle  # nothing is copied yet
     assert bench.working_teacher is not bench.teacher and bench.teacher in bench.idle
     assert whole.working_teacher is whole.teacher and whole.teacher not in whole.idle
+
+
+def test_a_resolution_below_the_models_own_lasts_for_weights_of_old_diffusers():
+    pipeline = tiny_pipeline()
+    pipeline.unet.register_to_config(_diffusers_version="0.6.0")
+    set_resolution(pipeline, 8)
+    for remade in (pipeline, with_unet(pipeline, pipeline.unet)):
+        assert remade.unet.config.sample_size == 4

@@ -80,6 +80,15 @@ def test_a_model_may_have_its_own_numbers_of_steps(leave, tmp_path, tiny_model, 
     assert results["reference"] == {"model": "a", "steps": 3}
 
 
+def test_every_model_is_judged_at_the_resolution_that_is_asked_for(leave, tmp_path, tiny_model, models):
+    judged = ["evaluation.distribution=false", "curves.guidance=[3]", "curves.steps=[2]"]
+    code, stderr = leave(*tiny_model, *SMALL, models, *judged, "data.resolution=32")
+    assert code == 0, stderr
+    points = json.loads((tmp_path / "runs/evaluate/results.json").read_text())["points"]
+    assert [point["protocol"]["latents"] for point in points] == [[4, 16, 16]] * 2
+    assert "multiples of 16" in told(*leave(*tiny_model, *SMALL, models, *judged, "data.resolution=20", "name=other"))
+
+
 @pytest.mark.parametrize(
     "wrong", ["{path: DIR, stp: [1]}", "{steps: [1]}", "{path: DIR, steps: 4}", "{path: DIR, steps: [0]}"]
 )
@@ -249,7 +258,7 @@ def bench_of(models, **model) -> EvaluationBench:
     """As far as models are loaded."""
     model = {**OmegaConf.to_container(OmegaConf.load(ROOT / "configs/model/path.yaml")), **model}
     bench = EvaluationBench.__new__(EvaluationBench)
-    bench.config = OmegaConf.create({"models": models, "model": model})
+    bench.config, bench.asked_resolution = OmegaConf.create({"models": models, "model": model}), None
     return bench
 
 

@@ -5,7 +5,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from diffusers import DPMSolverMultistepScheduler, EulerDiscreteScheduler, LCMScheduler, PNDMScheduler
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerDiscreteScheduler,
+    HeunDiscreteScheduler,
+    LCMScheduler,
+    PNDMScheduler,
+)
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
@@ -181,3 +187,33 @@ def test_a_gpu_draws_what_the_cpu_draws():
     images = Sampler(pipeline, steps=4, guidance_scale=3.0).images(pipeline.unet, PROMPTS, [0, 1])
     assert images.device.type == "cuda"
     assert (images.cpu().int() - expected.int()).abs().max() <= 2
+
+
+def test_evaluations_of_the_unet_are_counted_as_the_scheduler_asks_for_them():
+    pipeline = tiny_pipeline()
+    asked = []
+    pipeline.unet.register_forward_pre_hook(lambda module, inputs: asked.append(len(inputs[0])))
+    for kind in (PNDMScheduler, HeunDiscreteScheduler, EulerDiscreteScheduler):
+        pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
+        for guidance in (1.0, 3.0):
+            asked.clear()
+            sampler = Sampler(pipeline, steps=5, guidance_scale=guidance)
+            sampler.images(pipeline.unet, PROMPTS, [0])
+            assert sum(asked) == sampler.evaluations(pipeline.unet)
+
+
+def test_images_that_are_not_finite_are_an_error_and_not_black():
+    pipeline = tiny_pipeline()
+    torch.nn.init.constant_(pipeline.vae.decoder.conv_out.bias, torch.nan)
+    with pytest.raises(ValueError, match="AutoencoderKL in float32 made images that are not finite"):
+        Sampler(pipeline, steps=1, guidance_scale=1.0).images(pipeline.unet, PROMPTS, [0])
+
+
+def test_a_vae_that_shifts_its_latents_is_undone():
+    pipeline = tiny_pipeline()
+    sampler, latents = Sampler(pipeline, steps=1, guidance_scale=1.0), torch.randn(1, 4, 8, 8)
+    pipeline.vae.register_to_config(shift_factor=0.3)
+    shifted = sampler.decode((latents - 0.3) * pipeline.vae.config.scaling_factor)
+    pipeline.vae.register_to_config(shift_factor=None)
+    difference = shifted.float() - sampler.decode(latents * pipeline.vae.config.scaling_factor).float()
+    assert difference.abs().max() <= 1

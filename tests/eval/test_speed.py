@@ -1,5 +1,6 @@
 """Timing: parts leave nothing out, ratios are of neighbours, and the jobs' rows say what ran and what could not."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import LCMScheduler
 
 from engine.sections.pruning import LatencyConfig
 from eval.setups import Setup
@@ -37,6 +39,16 @@ def test_the_parts_of_a_call_leave_nothing_of_it_out(tiny_pipeline_folder):
     marks = len(watch.marks)
     one.call()
     assert len(watch.marks) == marks  # nothing is left that marks
+
+
+def test_schedulers_that_draw_noise_draw_it_for_the_image_and_no_safety_checker_is_timed(tiny_pipeline_folder):
+    pipeline = load_pipeline(tiny_pipeline_folder)
+    pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
+    pipeline.safety_checker = copy.deepcopy(pipeline.vae)  # as a checker it would fail
+    one = subject(pipeline)
+    first, _ = one.images(2), torch.manual_seed(5)
+    assert torch.equal(one.images(2), first)
+    assert torch.equal(first, one.sampler.images(pipeline.unet, one.prompts, [0, 1]))
 
 
 def test_time_spent_in_a_network_is_its_own_part(tiny_pipeline_folder):
