@@ -1,13 +1,14 @@
 """LoRAs made for the stock UNet: fused into a teacher's weights, or loaded into a pruned UNet as far as they fit."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from diffusers.utils import is_peft_available
+from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft, is_peft_available
+from diffusers.utils.state_dict_utils import StateDictType
 from torch import Tensor, nn
 
 from models.quiet import one_line, quiet
@@ -36,7 +37,7 @@ def load_lora(pipeline: DiffusionPipeline, source: str | Path | dict[str, Tensor
     Raises ValueError where nothing of it fits the UNet, and it has nothing for the text encoders.
     """
     with quiet():
-        weights, alphas = pipeline.lora_state_dict(source, unet_config=pipeline.unet.config)[:2]
+        weights = read_lora(pipeline, source)
     present = {name for name, _ in pipeline.unet.named_modules()}
     unet_keys = {key: module_of(key) for key in weights if key.startswith("unet.")}
     applied = {path for path in unet_keys.values() if path in present}
@@ -46,16 +47,42 @@ def load_lora(pipeline: DiffusionPipeline, source: str | Path | dict[str, Tensor
         told = f"; it adapts {sorted(left_out)[:3]}…" if left_out else ""
         raise ValueError(f"LoRA {source!s:.80} has no weights for this UNet{told}")
     fitting = {key: value for key, value in weights.items() if unet_keys.get(key) not in left_out}
-    alphas = {k: v for k, v in (alphas or {}).items() if not k.startswith("unet.") or module_of(k) in applied}
+    options = {"network_alphas": None, "adapter_name": adapter, "_pipeline": pipeline}
     with quiet():
         if applied:
-            pipeline.load_lora_into_unet(fitting, alphas, pipeline.unet, adapter_name=adapter, _pipeline=pipeline)
+            pipeline.load_lora_into_unet(fitting, unet=pipeline.unet, **options)
         for part, encoder in encoders.items():
             pipeline.load_lora_into_text_encoder(
-                weights, alphas, encoder, prefix=part, lora_scale=pipeline.lora_scale, adapter_name=adapter,
-                _pipeline=pipeline,
+                weights, text_encoder=encoder, prefix=part, lora_scale=pipeline.lora_scale, **options,
             )  # fmt: skip
     return LoraFit(tuple(sorted(applied)), tuple(sorted(left_out)), sum(map(count_adapted, encoders.values())))
+
+
+def read_lora(pipeline: DiffusionPipeline, source: str | Path | dict[str, Tensor]) -> dict[str, Tensor]:
+    """Its weights, `unet.PATH.lora_A.weight` for the UNet and diffusers' names for text encoders.
+
+    Where kohya's or old names come with alphas, the weights contain them.
+    """
+    weights, alphas = pipeline.lora_state_dict(source, unet_config=pipeline.unet.config)
+    weights = with_alphas(weights, alphas or {})
+    unet = {key: value for key, value in weights.items() if key.startswith("unet.")}
+    texts = {key: value for key, value in weights.items() if key not in unet}
+    texts = convert_state_dict_to_diffusers(texts, StateDictType.DIFFUSERS_OLD)
+    return {**convert_unet_state_dict_to_peft(unet), **texts}
+
+
+def with_alphas(weights: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, Tensor]:
+    """The weights with every `up` times alpha / rank, so that none needs a factor.
+
+    Diffusers does not find the modules of alphas that differ from most of the others.
+    """
+    scaled = dict(weights)
+    for key, down in weights.items():
+        alpha = alphas.get(f"{key.split('.lora.')[0]}.alpha")  # as diffusers names it
+        if key.endswith(".down.weight") and alpha is not None:
+            up = key.replace(".down.weight", ".up.weight")
+            scaled[up] = weights[up].float() * (alpha / len(down))
+    return scaled
 
 
 def fuse_loras(pipeline: DiffusionPipeline, loras: Sequence[Mapping[str, Any]]) -> None:
@@ -108,13 +135,10 @@ def count_adapted(network: nn.Module) -> int:
     return sum(hasattr(module, "lora_A") for module in network.modules())
 
 
-def has_part(weights: Mapping[str, Tensor], part: str) -> bool:
-    return any(key.startswith(f"{part}.") for key in weights)
+def has_part(keys: Iterable[str], part: str) -> bool:
+    return any(key.startswith(f"{part}.") for key in keys)
 
 
 def module_of(key: str) -> str:
-    """The path of the module that a LoRA weight (`unet.PATH.lora_A.weight`, `unet.PATH.alpha`, …) adapts."""
-    path = key.removeprefix("unet.")
-    for end in (".lora", ".alpha", ".dora_scale"):
-        path = path.split(end)[0]
-    return path.removesuffix(".processor")
+    """The path of the module that a LoRA weight (`unet.PATH.lora_A.weight`, …) adapts."""
+    return key.removeprefix("unet.").split(".lora_")[0]

@@ -1,0 +1,125 @@
+"""LoRAs as other programs name them: the fused weights are W + scale · α/r · B A, computed by hand.
+
+Axes: O outputs of a module, I its inputs, times a convolution's kernel.
+"""
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from models.lora import fuse_loras, load_lora
+from models.original_layout import unet_name
+from models.pipeline import with_unet
+from models.unet import PrunableUNet2DConditionModel
+from tests.models.conftest import make_small_pipeline
+from tests.tiny import tiny_sdxl_pipeline
+
+RANKS, ALPHAS, SCALE = (1, 2, 3), (0.5, 1.0, 4.0, 6.0), 0.7
+PARTS = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
+
+
+def prunable(pipeline, depths=()):
+    return with_unet(pipeline, PrunableUNet2DConditionModel.from_unet(pipeline.unet, dict(depths)))
+
+
+def draw_pairs(network, seed):
+    """{path: (A, B, α)} for every linear layer and convolution, with ranks and alphas that differ between them."""
+    draw, pairs = torch.Generator().manual_seed(seed), {}
+    layers = [(path, m.weight) for path, m in network.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    for i, (path, weight) in enumerate(layers):
+        rank = RANKS[i % 3]
+        kernel = weight.shape[2:]
+        a = torch.randn(rank, weight.shape[1], *kernel, generator=draw)
+        b = torch.randn(weight.shape[0], rank, *(1 for _ in kernel), generator=draw)
+        pairs[path] = a, b, ALPHAS[i % 4]
+    return pairs
+
+
+def expected(network, pairs):
+    weights = {key: value.clone() for key, value in network.state_dict().items()}
+    for path, (a, b, alpha) in pairs.items():
+        delta = (b.flatten(1) @ a.flatten(1)).view_as(weights[f"{path}.weight"])
+        weights[f"{path}.weight"] += SCALE * alpha / len(a) * delta
+    return weights
+
+
+def kohya_name(part, path, pipeline):
+    """`lora_unet_…` with underscores; SDXL's UNet under its original names; `text_model` where transformers had it."""
+    if part == "unet" and "XL" in type(pipeline).__name__:
+        path = unet_name(f"{path}.weight", pipeline.unet.state_dict(), 2).removesuffix(".weight")
+    if part != "unet" and not path.startswith(("text_model.", "text_projection")):
+        path = f"text_model.{path}"
+    prefix = PARTS[part] if "XL" in type(pipeline).__name__ else PARTS[part].replace("te1", "te")
+    return f"{prefix}_{path.replace('.', '_')}"
+
+
+def kohya_file(pipeline, pairs, file):
+    weights = {}
+    for part, of_part in pairs.items():
+        for path, (a, b, alpha) in of_part.items():
+            name = kohya_name(part, path, pipeline)
+            weights |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b}
+            weights[f"{name}.alpha"] = torch.tensor(alpha)
+    save_file(weights, file)
+    return file
+
+
+def assert_fused(pipeline, file, wanted):
+    fuse_loras(pipeline, [{"path": str(file), "scale": SCALE}])
+    for part, weights in wanted.items():
+        fused = getattr(pipeline, part).state_dict()
+        assert fused.keys() == weights.keys()
+        for key in fused:
+            torch.testing.assert_close(fused[key], weights[key], rtol=1e-5, atol=1e-5, msg=f"{part}.{key}")
+
+
+@pytest.mark.parametrize("make", [make_small_pipeline, tiny_sdxl_pipeline])
+def test_kohyas_loras_reach_every_module_at_its_own_alpha(make, tmp_path):
+    pipeline = make()
+    parts = [part for part in PARTS if getattr(pipeline, part, None) is not None]
+    pairs = {part: draw_pairs(getattr(pipeline, part), seed) for seed, part in enumerate(parts)}
+    file = kohya_file(pipeline, pairs, tmp_path / "kohya.safetensors")
+    assert_fused(prunable(pipeline), file, {part: expected(getattr(pipeline, part), pairs[part]) for part in parts})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_alphas_of_half_precision_are_exact(dtype, tmp_path):
+    pipeline = make_small_pipeline()
+    pairs = {path: (a.to(dtype), b.to(dtype), 5.0) for path, (a, b, _) in draw_pairs(pipeline.unet, 0).items()}
+    file = kohya_file(pipeline, {"unet": pairs}, tmp_path / "half.safetensors")
+    exact = {path: (a.float(), b.float(), alpha) for path, (a, b, alpha) in pairs.items()}
+    assert_fused(prunable(pipeline), file, {"unet": expected(pipeline.unet, exact)})
+
+
+def test_of_kohyas_lora_what_was_pruned_is_left_out_and_the_rest_is_right(tmp_path):
+    pipeline, site = make_small_pipeline(), "down_blocks.1.attentions.0"
+    pairs = draw_pairs(pipeline.unet, 0)
+    file = kohya_file(pipeline, {"unet": pairs}, tmp_path / "kohya.safetensors")
+    pruned = prunable(pipeline, {site: 0})
+    kept = {path: pair for path, pair in pairs.items() if not path.startswith(f"{site}.")}
+    wanted = expected(pruned.unet, kept)
+    assert set(load_lora(prunable(pipeline, {site: 0}), file).left_out) == pairs.keys() - kept.keys()
+    assert_fused(pruned, file, {"unet": wanted})
+
+
+def test_a_lora_of_a_few_modules_of_the_text_encoder_is_read(tmp_path):
+    pipeline = make_small_pipeline()
+    for ends in (("q_proj", "v_proj"), ("fc1",), ("out_proj", "fc2")):
+        pairs = draw_pairs(pipeline.text_encoder, 0)
+        pairs = {path: pair for path, pair in pairs.items() if path.endswith(ends)}
+        wanted = {"text_encoder": expected(pipeline.text_encoder, pairs)}
+        file = kohya_file(pipeline, {"text_encoder": pairs}, tmp_path / "text.safetensors")
+        assert_fused(prunable(make_small_pipeline()), file, wanted)
+
+
+def test_old_names_of_attention_are_read(tmp_path):
+    pipeline = make_small_pipeline()
+    pairs = {path: (a, b, len(a)) for path, (a, b, _) in draw_pairs(pipeline.unet, 0).items() if ".to_" in path}
+    weights = {}
+    for path, (a, b, _) in pairs.items():
+        place, _, name = path.removesuffix(".0").rpartition(".")
+        key = f"unet.{place}.processor.{name}_lora"
+        weights |= {f"{key}.down.weight": a, f"{key}.up.weight": b}
+    save_file(weights, tmp_path / "old.safetensors")
+    assert_fused(prunable(pipeline), tmp_path / "old.safetensors", {"unet": expected(pipeline.unet, pairs)})
