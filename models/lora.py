@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
+from diffusers.loaders.lora_base import _fetch_state_dict
 from diffusers.utils import convert_state_dict_to_diffusers, convert_unet_state_dict_to_peft, is_peft_available
 from diffusers.utils.state_dict_utils import StateDictType
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from models.quiet import one_line, quiet
 
 log = logging.getLogger("slimstep")
 FILES = (".safetensors", ".bin", ".pt", ".ckpt")
+PLAIN = dict.fromkeys(("weight_name", "local_files_only", "cache_dir", "force_download", "proxies", "token", "revision",
+                       "subfolder", "user_agent"))  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -37,7 +40,7 @@ def load_lora(pipeline: DiffusionPipeline, source: str | Path | dict[str, Tensor
     Raises ValueError where nothing of it fits the UNet, and it has nothing for the text encoders.
     """
     with quiet():
-        weights = read_lora(pipeline, source)
+        weights, metadata = read_lora(pipeline, source)
     present = {name for name, _ in pipeline.unet.named_modules()}
     unet_keys = {key: module_of(key) for key in weights if key.startswith("unet.")}
     applied = {path for path in unet_keys.values() if path in present}
@@ -47,28 +50,33 @@ def load_lora(pipeline: DiffusionPipeline, source: str | Path | dict[str, Tensor
         told = f"; it adapts {sorted(left_out)[:3]}…" if left_out else ""
         raise ValueError(f"LoRA {source!s:.80} has no weights for this UNet{told}")
     fitting = {key: value for key, value in weights.items() if unet_keys.get(key) not in left_out}
+    scales = {part: metadata if has_part(metadata, part) else None for part in ("unet", *encoders)}
     options = {"network_alphas": None, "adapter_name": adapter, "_pipeline": pipeline}
     with quiet():
         if applied:
-            pipeline.load_lora_into_unet(fitting, unet=pipeline.unet, **options)
+            pipeline.load_lora_into_unet(fitting, unet=pipeline.unet, metadata=scales["unet"], **options)
         for part, encoder in encoders.items():
             pipeline.load_lora_into_text_encoder(
-                weights, text_encoder=encoder, prefix=part, lora_scale=pipeline.lora_scale, **options,
+                weights, text_encoder=encoder, prefix=part, lora_scale=pipeline.lora_scale, metadata=scales[part],
+                **options,
             )  # fmt: skip
     return LoraFit(tuple(sorted(applied)), tuple(sorted(left_out)), sum(map(count_adapted, encoders.values())))
 
 
-def read_lora(pipeline: DiffusionPipeline, source: str | Path | dict[str, Tensor]) -> dict[str, Tensor]:
-    """Its weights, `unet.PATH.lora_A.weight` for the UNet and diffusers' names for text encoders.
+def read_lora(
+    pipeline: DiffusionPipeline, source: str | Path | dict[str, Tensor]
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Its weights, `unet.PATH.lora_A.weight` for the UNet and diffusers' names for text encoders, and its metadata.
 
     Where kohya's or old names come with alphas, the weights contain them.
     """
-    weights, alphas = pipeline.lora_state_dict(source, unet_config=pipeline.unet.config)
+    stored, metadata = _fetch_state_dict(source, use_safetensors=True, allow_pickle=True, **PLAIN)
+    weights, alphas = pipeline.lora_state_dict(dict(stored), unet_config=pipeline.unet.config)
     weights = with_alphas(weights, alphas or {})
     unet = {key: value for key, value in weights.items() if key.startswith("unet.")}
     texts = {key: value for key, value in weights.items() if key not in unet}
     texts = convert_state_dict_to_diffusers(texts, StateDictType.DIFFUSERS_OLD)
-    return {**convert_unet_state_dict_to_peft(unet), **texts}
+    return {**convert_unet_state_dict_to_peft(unet), **texts}, metadata or {}
 
 
 def with_alphas(weights: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, Tensor]:

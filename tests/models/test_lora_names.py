@@ -3,9 +3,15 @@
 Axes: O outputs of a module, I its inputs, times a convolution's kernel.
 """
 
+import copy
+
 import pytest
 import torch
-from safetensors.torch import save_file
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from models.lora import fuse_loras, load_lora
@@ -123,3 +129,61 @@ def test_old_names_of_attention_are_read(tmp_path):
         weights |= {f"{key}.down.weight": a, f"{key}.up.weight": b}
     save_file(weights, tmp_path / "old.safetensors")
     assert_fused(prunable(pipeline), tmp_path / "old.safetensors", {"unet": expected(pipeline.unet, pairs)})
+
+
+# ---- what only the metadata tells
+
+
+def write_told(folder, parts, **fields):
+    """A LoRA of these parts whose alpha is in its metadata alone."""
+    pipeline, layers = make_small_pipeline(), {}
+    names = {"unet": ["to_q", "to_out.0", "conv1"], "text_encoder": ["q_proj", "fc1"]}
+    alphas = {"unet": {"to_q": 3}, "text_encoder": {"fc1": 2}}
+    for part in parts:
+        network = getattr(pipeline, part)
+        told = {"r": 4, "lora_alpha": 1, "alpha_pattern": alphas[part], "target_modules": names[part]}
+        network.add_adapter(LoraConfig(**told, **fields))
+        draw = torch.Generator().manual_seed(3)
+        for name, parameter in network.named_parameters():
+            if "lora_" in name:
+                parameter.data.normal_(generator=draw).abs_()
+        layers[f"{part}_lora_layers"] = get_peft_model_state_dict(network)
+        layers[f"{part}_lora_adapter_metadata"] = network.peft_config["default"].to_dict()
+    StableDiffusionPipeline.save_lora_weights(folder, **layers)
+    return folder / "pytorch_lora_weights.safetensors"
+
+
+@pytest.mark.parametrize("parts", [("unet",), ("text_encoder",), ("unet", "text_encoder")])
+def test_alphas_of_the_metadata_are_those_of_diffusers(parts, tmp_path):
+    file = write_told(tmp_path, parts)
+    stock = make_small_pipeline()
+    plain = {part: copy.deepcopy(getattr(stock, part).state_dict()) for part in parts}
+    stock.load_lora_weights(file)
+    stock.fuse_lora(components=list(parts), lora_scale=SCALE)
+    stock.unload_lora_weights()
+    wanted = {part: getattr(stock, part).state_dict() for part in parts}
+    assert all(any(not torch.equal(plain[part][key], wanted[part][key]) for key in plain[part]) for part in parts)
+    assert_fused(prunable(make_small_pipeline()), file, wanted)
+
+
+def test_metadata_of_one_part_says_nothing_of_the_other(tmp_path):
+    both, unet = write_told(tmp_path / "both", ("unet", "text_encoder")), write_told(tmp_path / "unet", ("unet",))
+    with safe_open(unet, "pt") as opened:
+        save_file(load_file(both), tmp_path / "told.safetensors", opened.metadata())
+    save_file(load_file(both), tmp_path / "untold.safetensors")
+    files = {"unet": both, "text_encoder": tmp_path / "untold.safetensors"}
+    for part, file in files.items():
+        alike = prunable(make_small_pipeline()), prunable(make_small_pipeline())
+        for pipeline, source in zip(alike, (file, tmp_path / "told.safetensors"), strict=True):
+            fuse_loras(pipeline, [{"path": str(source)}])
+        own, other = (getattr(pipeline, part).state_dict() for pipeline in alike)
+        assert all(torch.equal(own[key], other[key]) for key in own), part
+
+
+def test_told_alphas_hold_for_a_pruned_unet(tmp_path):
+    file, site = write_told(tmp_path, ("unet",)), "down_blocks.1.attentions.0"
+    whole, pruned = prunable(make_small_pipeline()), prunable(make_small_pipeline(), {site: 0})
+    for pipeline in (whole, pruned):
+        fuse_loras(pipeline, [{"path": str(file)}])
+    theirs = whole.unet.state_dict()
+    assert all(torch.equal(value, theirs[key]) for key, value in pruned.unet.state_dict().items())
