@@ -37,7 +37,7 @@ def load_lora(pipeline: DiffusionPipeline, source: str | Path | dict[str, Tensor
 
     Its parts for the text encoders, if it has some, are loaded whole.
 
-    Raises ValueError where nothing of it fits the UNet, and it has nothing for the text encoders.
+    Raises ValueError where nothing of it fits the UNet, and it has nothing for the text encoders; and for a DoRA.
     """
     with quiet():
         weights, metadata = read_lora(pipeline, source)
@@ -68,9 +68,12 @@ def read_lora(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Its weights, `unet.PATH.lora_A.weight` for the UNet and diffusers' names for text encoders, and its metadata.
 
-    Where kohya's or old names come with alphas, the weights contain them.
+    Where kohya's or old names come with alphas, the weights contain them. Raises ValueError for a DoRA that diffusers
+    would read as a LoRA.
     """
     stored, metadata = _fetch_state_dict(source, use_safetensors=True, allow_pickle=True, **PLAIN)
+    if any("dora_scale" in key for key in stored):
+        raise ValueError("it is a DoRA, whose magnitudes (dora_scale) diffusers leaves out: fuse a LoRA without them")
     weights, alphas = pipeline.lora_state_dict(dict(stored), unet_config=pipeline.unet.config)
     weights = with_alphas(weights, alphas or {})
     unet = {key: value for key, value in weights.items() if key.startswith("unet.")}

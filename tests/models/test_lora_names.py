@@ -187,3 +187,33 @@ def test_told_alphas_hold_for_a_pruned_unet(tmp_path):
         fuse_loras(pipeline, [{"path": str(file)}])
     theirs = whole.unet.state_dict()
     assert all(torch.equal(value, theirs[key]) for key, value in pruned.unet.state_dict().items())
+
+
+# ---- DoRAs
+
+
+def test_a_dora_whose_magnitudes_would_be_lost_is_refused(tmp_path):
+    pipeline = make_small_pipeline()
+    file = kohya_file(pipeline, {"unet": draw_pairs(pipeline.unet, 0)}, tmp_path / "dora.safetensors")
+    weights = load_file(file)
+    ups = {key: value for key, value in weights.items() if key.endswith(".lora_up.weight")}
+    scales = {key.replace("lora_up.weight", "dora_scale"): torch.ones(1, len(value)) for key, value in ups.items()}
+    save_file(weights | scales, file)
+    with pytest.raises(ValueError, match="model.loras: .*dora.safetensors cannot be fused: it is a DoRA.*dora_scale"):
+        fuse_loras(prunable(pipeline), [{"path": str(file)}])
+
+
+def test_pefts_own_doras_are_fused_with_their_magnitudes(tmp_path):
+    """W' = m (W + α/r · B A) / ‖W + α/r · B A‖, with norms over all but the outputs (Liu et al. 2024, equation 5)."""
+    weights = load_file(write_told(tmp_path, ("unet",), use_dora=True))
+    pipeline = prunable(make_small_pipeline())
+    wanted = {key: value.clone() for key, value in pipeline.unet.state_dict().items()}
+    for key in [key for key in weights if key.endswith(".lora_magnitude_vector")]:
+        path = key.removeprefix("unet.").removesuffix(".lora_magnitude_vector")
+        a, b = (weights[f"unet.{path}.lora_{name}.weight"] for name in "AB")
+        alpha, weight = 3 if path.endswith("to_q") else 1, wanted[f"{path}.weight"]
+        sum_OI = weight.flatten(1) + alpha / len(a) * b.flatten(1) @ a.flatten(1)
+        weight.copy_((weights[key].view(-1, 1) * sum_OI / sum_OI.norm(dim=1, keepdim=True)).view_as(weight))
+    fuse_loras(pipeline, [{"path": str(tmp_path / "pytorch_lora_weights.safetensors")}])
+    for key, value in pipeline.unet.state_dict().items():
+        torch.testing.assert_close(value, wanted[key], rtol=1e-5, atol=1e-5, msg=key)
