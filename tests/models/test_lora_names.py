@@ -131,6 +131,18 @@ def test_old_names_of_attention_are_read(tmp_path):
     assert_fused(prunable(pipeline), tmp_path / "old.safetensors", {"unet": expected(pipeline.unet, pairs)})
 
 
+def test_names_of_several_kinds_in_one_file_are_read(tmp_path):
+    """As diffusers' own scripts have written them, where diffusers goes by the first name alone."""
+    pipeline = make_small_pipeline()
+    pairs = {path: (a, b, len(a)) for path, (a, b, _) in draw_pairs(pipeline.unet, 0).items()}
+    weights = {}
+    for path, (a, b, _) in pairs.items():
+        names = ("lora.down", "lora.up") if ".to_" in path else ("lora_A", "lora_B")
+        weights |= {f"unet.{path}.{name}.weight": value for name, value in zip(names, (a, b), strict=True)}
+    save_file(weights, tmp_path / "mixed.safetensors")
+    assert_fused(prunable(pipeline), tmp_path / "mixed.safetensors", {"unet": expected(pipeline.unet, pairs)})
+
+
 # ---- what only the metadata tells
 
 

@@ -39,7 +39,9 @@ def write_lora(pipeline, folder, seed=0):
         for name, parameter in network.named_parameters():
             if "lora_" in name:
                 parameter.data.normal_(generator=draw)
-        layers[f"{part}_lora_layers"] = convert_state_dict_to_diffusers(get_peft_model_state_dict(network))
+        weights = get_peft_model_state_dict(network)
+        # Diffusers reads a UNet's names by the first of them: of several kinds it would lose one.
+        layers[f"{part}_lora_layers"] = weights if part == "unet" else convert_state_dict_to_diffusers(weights)
     type(pipeline).save_lora_weights(folder, **layers)
     return str(folder / "pytorch_lora_weights.safetensors")
 
