@@ -1,6 +1,7 @@
 """Single files of weights: what is looked at before one is read, and its tensors under Stable Diffusion's first names.
 
-Web UIs have saved files in which the VAE's attention has diffusers' names amid the original ones: they are read, too.
+Web UIs have saved files in which the VAE's attention has diffusers' names amid the original ones, and others without
+the `text_model.` in the text encoder's, which transformers has given up: they are read, too.
 """
 
 import re
@@ -17,6 +18,9 @@ SAFE, PICKLED = ".safetensors", (".ckpt", ".pt", ".pth")
 VAE_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "query": "q", "key": "k", "value": "v",
                  "proj_attn": "proj_out", "group_norm": "norm"}  # fmt: skip
 MIXED = re.compile(rf"(.*\bmid\.attn_1)\.({'|'.join(map(re.escape, VAE_ATTENTION))})\.(weight|bias)")
+BARE_TEXT = re.compile(
+    r"^((cond_stage_model|conditioner\.embedders\.0)\.transformer\.)(?=embeddings|encoder|final_layer_norm)"
+)
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}  # what ModelSpec and diffusers call them
 PREDICTION = "modelspec.prediction_type"
 
@@ -44,7 +48,9 @@ def read_weights(file: str | Path) -> dict[str, Tensor]:
 
 
 def original_name(key: str) -> str:
-    """`first_stage_model.decoder.mid.attn_1.q.weight` for the same with `to_q` or `query`; others as they are."""
+    """`first_stage_model.decoder.mid.attn_1.q.weight` for the same with `to_q` or `query`, and a text encoder's
+    `transformer.text_model.` for a bare `transformer.`; others as they are."""
+    key = BARE_TEXT.sub(r"\1text_model.", key)
     found = MIXED.fullmatch(key)
     return f"{found[1]}.{VAE_ATTENTION[found[2]]}.{found[3]}" if found else key
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 import models.folder
 from models.known import write_configuration
-from models.original_layout import original_weights, write_original
+from models.original_layout import clip_weights, original_weights, write_original
 from models.pickles import load_pickled
 from models.pipeline import export_pipeline, load_pipeline
 from models.unet import PrunableUNet2DConditionModel
@@ -59,6 +59,28 @@ def test_a_web_uis_names_of_the_vaes_attention_are_read(file, tiny_pipeline_fold
     save_file(mixed, web_ui) if kind == "safetensors" else torch.save({"state_dict": mixed, "global_step": 7}, web_ui)
     loaded = load_pipeline(web_ui, allow_pickle=True, single_file_config=str(tiny_pipeline_folder))
     assert torch.equal(paint(loaded), paint(load_pipeline(tiny_pipeline_folder)))
+
+
+def bare_text(weights):
+    """With the text encoder named as transformers names it since it has given up the wrapper `text_model`."""
+    return {key.replace(".transformer.text_model.", ".transformer."): weights[key].contiguous() for key in weights}
+
+
+@pytest.mark.parametrize("kind", ["sd15", "sdxl"])
+def test_a_text_encoder_without_text_model_in_its_names_is_read(small_kinds, tmp_path, kind):
+    pipeline, file = small_kind(kind), tmp_path / "bare.safetensors"
+    save_file(bare_text(original_weights(pipeline)), file)
+    assert not any(".text_model." in key for key in load_file(file))
+    assert_equal_weights(load_pipeline(file), pipeline)
+
+
+@pytest.mark.parametrize("prefix", ["cond_stage_model.transformer", "cond_stage_model.transformer.text_model"])
+def test_sd2_with_a_text_encoder_under_transformers_names_is_read(small_kinds, tmp_path, prefix):
+    pipeline, file = small_kind("sd21"), tmp_path / "two.safetensors"
+    weights = {key: value for key, value in original_weights(pipeline).items() if "cond_stage_model." not in key}
+    weights |= clip_weights(pipeline.text_encoder, prefix)
+    save_file({key: value.contiguous() for key, value in weights.items()}, file)
+    assert_equal_weights(load_pipeline(file), pipeline)
 
 
 def test_a_checkpoint_of_pickles_is_read_only_where_that_is_allowed(file, tiny_pipeline_folder, tmp_path):
