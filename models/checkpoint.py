@@ -23,6 +23,7 @@ BARE_TEXT = re.compile(
 )
 PREDICTIONS = {"epsilon": "epsilon", "v": "v_prediction", "sample": "sample"}  # what ModelSpec and diffusers call them
 PREDICTION = "modelspec.prediction_type"
+PREDICTION_KEYS = (PREDICTION, "modelspec.predict_key")  # the latter is what ComfyUI writes
 
 
 def is_single_file(name_or_path: str | Path) -> bool:
@@ -62,8 +63,8 @@ def told_scheduling(file: str | Path, weights: dict[str, Tensor]) -> dict[str, o
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
     told = {}
-    if (said := metadata.get(PREDICTION)) in PREDICTIONS:
-        told["prediction_type"] = PREDICTIONS[said]
+    if known := [PREDICTIONS[metadata[key]] for key in PREDICTION_KEYS if metadata.get(key) in PREDICTIONS]:
+        told["prediction_type"] = known[0]
     elif "v_pred" in weights:
         told["prediction_type"] = "v_prediction"
     return told | ({"rescale_betas_zero_snr": True} if "ztsnr" in weights else {})

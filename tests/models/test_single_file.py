@@ -83,6 +83,15 @@ def test_sd2_with_a_text_encoder_under_transformers_names_is_read(small_kinds, t
     assert_equal_weights(load_pipeline(file), pipeline)
 
 
+@pytest.mark.parametrize(("said", "prediction_type"), [("epsilon", "epsilon"), ("v", "v_prediction")])
+@pytest.mark.parametrize("key", ["modelspec.prediction_type", "modelspec.predict_key"])
+def test_the_metadata_tells_what_is_predicted(small_kinds, tmp_path, key, said, prediction_type):
+    pipeline, file = small_kind("sd21"), tmp_path / "two.safetensors"
+    write_original(pipeline, file)
+    save_file(load_file(file), file, {key: said})
+    assert load_pipeline(file).scheduler.config.prediction_type == prediction_type
+
+
 def test_a_checkpoint_of_pickles_is_read_only_where_that_is_allowed(file, tiny_pipeline_folder, tmp_path):
     config, pickled = str(tiny_pipeline_folder), tmp_path / "tiny.ckpt"
     torch.save({"state_dict": load_file(file)}, pickled)
