@@ -32,6 +32,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=get_args(DType), help="default: that of the source's UNet")
     parser.add_argument("--variant", help="infix of the folder's weight files, as fp16: those read, or those written")
     parser.add_argument("--config", help="for a file: what model.single_file_config is for a model")
+    parser.add_argument("--vae", help="another autoencoder: what model.vae is for a model")
     parser.add_argument("--allow-pickle", action="store_true", help="read .bin, .ckpt and .pt files too")
     parser.add_argument("--force", action="store_true", help="replace a target that exists")
     options = parser.parse_args()
@@ -48,6 +49,7 @@ def convert(
     dtype: str | None = None,
     variant: str | None = None,
     config: str | None = None,
+    vae: str | None = None,
     allow_pickle: bool = False,
     force: bool = False,
 ) -> None:
@@ -60,7 +62,7 @@ def convert(
     log.info(f"reading {source}")
     options = {"allow_pickle": allow_pickle, **({"single_file_config": config} if from_file else {"variant": variant})}
     check_pipeline(source, **options)
-    pipeline = read_pipeline(source, dtype, **options)
+    pipeline = read_pipeline(source, dtype, vae=vae, **options)
     if not from_file:
         check_layout(pipeline)
     log.info(f"writing {size_gb(pipeline):.2f} GB of weights to {target}")

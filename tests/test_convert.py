@@ -55,6 +55,16 @@ def test_a_web_uis_file_becomes_the_usual_one(convert, tiny_pipeline_folder, tmp
     assert again.keys() == usual.keys() and all(torch.equal(again[key], usual[key]) for key in usual)
 
 
+def test_a_file_without_a_vae_is_given_one(convert, tiny_pipeline_folder, tmp_path):
+    whole, part = tmp_path / "whole.safetensors", tmp_path / "part.safetensors"
+    convert(tiny_pipeline_folder, whole)
+    save_file({key: value for key, value in load_file(whole).items() if "first_stage" not in key}, part)
+    words = (part, tmp_path / "folder", "--config", tiny_pipeline_folder)
+    assert "it holds no VAE" in told(*convert(*words))
+    assert convert(*words, "--vae", tiny_pipeline_folder / "vae")[0] == 0
+    assert_equal_weights(load_pipeline(tmp_path / "folder"), load_pipeline(tiny_pipeline_folder))
+
+
 def test_dtypes_are_kept_or_chosen(convert, tiny_pipeline_folder, tmp_path):
     half, folder = tmp_path / "half.safetensors", tmp_path / "half"
     convert(tiny_pipeline_folder, half, "--dtype", "float16")
