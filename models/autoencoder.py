@@ -1,5 +1,6 @@
 """Another autoencoder for a pipeline, `model.vae`: for SDXL one whose activations stay within float16, say."""
 
+import re
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +14,8 @@ from models.quiet import one_line
 from models.vae import NarrowAutoencoderKL
 
 PREFIX, ORIGINAL = "first_stage_model.", "decoder.mid.block_1.conv1.weight"
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+OLD = re.compile(rf"(.*\bmid_block\.attentions\.0)\.({'|'.join(OLD_ATTENTION)})\.(weight|bias)")
 
 
 def load_vae(source: str, config: Mapping[str, Any], dtype: torch.dtype, allow_pickle: bool) -> AutoencoderKL:
@@ -40,12 +43,18 @@ def load_vae(source: str, config: Mapping[str, Any], dtype: torch.dtype, allow_p
 
 def vae_of_file(file: str, own: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:
     """ValueError for a file without all the weights of an autoencoder."""
-    weights = {key.removeprefix(PREFIX): value for key, value in read_weights(file).items()}
+    weights = {own_name(key.removeprefix(PREFIX)): value for key, value in read_weights(file).items()}
     if ORIGINAL not in weights and (absent := own.state_dict().keys() - weights.keys()):
         raise ValueError(f"it is no autoencoder: it lacks {min(absent)} and {len(absent) - 1} more")
     with tempfile.TemporaryDirectory() as folder:
         own.save_config(folder)
         return AutoencoderKL.from_single_file(weights, config=folder, dtype=dtype)
+
+
+def own_name(key: str) -> str:
+    """`decoder.mid_block.attentions.0.to_q.weight` for the same with `query`, its old name; others as they are."""
+    found = OLD.fullmatch(key)
+    return f"{found[1]}.{OLD_ATTENTION[found[2]]}.{found[3]}" if found else key
 
 
 def vae_of_folder(source: str, dtype: torch.dtype, allow_pickle: bool) -> AutoencoderKL:

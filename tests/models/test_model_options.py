@@ -175,6 +175,13 @@ def other_vae(pipeline):
     return AutoencoderKL.from_config(pipeline.vae.config).eval()
 
 
+def with_old_names(weights):
+    """The VAE's attention as diffusers named it first, and as published files have it."""
+    for name, old in {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}.items():
+        weights = {key.replace(f"attentions.0.{name}.", f"attentions.0.{old}."): weights[key] for key in weights}
+    return weights
+
+
 def test_another_vae_comes_from_a_folder_a_pipeline_or_a_file(folder, other_vae, tmp_path):
     other_vae.save_pretrained(tmp_path / "vae")
     shutil.copytree(folder, tmp_path / "whole")
@@ -183,10 +190,11 @@ def test_another_vae_comes_from_a_folder_a_pipeline_or_a_file(folder, other_vae,
     own = dict(vae_weights(other_vae))
     bare = {key.removeprefix("first_stage_model."): value.contiguous() for key, value in own.items()}
     mixed = {key.replace("mid.attn_1.q.", "mid.attn_1.to_q."): value for key, value in bare.items()}
-    for name, weights in (("original", own), ("bare", bare), ("mixed", mixed), ("diffusers", other_vae.state_dict())):
+    layouts = {"original": own, "bare": bare, "mixed": mixed, "diffusers": other_vae.state_dict()}
+    for name, weights in {**layouts, "old": with_old_names(other_vae.state_dict())}.items():
         save_file({key: value.contiguous() for key, value in weights.items()}, tmp_path / f"{name}.safetensors")
     torch.save({"state_dict": bare}, tmp_path / "pickled.vae.pt")
-    files = [f"{name}.safetensors" for name in ("original", "bare", "mixed", "diffusers")]
+    files = [f"{name}.safetensors" for name in (*layouts, "old")]
     for name in ("vae", "whole", *files, "pickled.vae.pt"):
         loaded = load_pipeline(folder, vae=str(tmp_path / name), allow_pickle=True)
         ours, theirs = loaded.vae.state_dict(), other_vae.state_dict()
