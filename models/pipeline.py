@@ -16,6 +16,8 @@ import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
+from transformers import CLIPTextModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 import models.unet
 import models.vae
@@ -161,13 +163,24 @@ def export_pipeline(pipeline: DiffusionPipeline, folder: str | Path, variant: st
         obstacles += (f"vae.decoder: its widths {vae.decoder_widths} are not its encoder's",)
     flag = ", trust_remote_code=True" if travelling else ""
     export = ExportVerdict(not travelling, obstacles, f'DiffusionPipeline.from_pretrained("{folder}"{flag})')
+    made = in_one_dtype(with_unet(pipeline, unet, vae=vae))
+    keep_text_names(made)
     with whole_folder(folder) as aside, quiet():
-        in_one_dtype(with_unet(pipeline, unet, vae=vae)).save_pretrained(aside, variant=variant)
+        made.save_pretrained(aside, variant=variant)
         for part, module in travelling.items():
             add_class_file(aside, part, module)
         write_json(aside / "verdict.json", asdict(export))
         make_readable(aside)
     return export
+
+
+def keep_text_names(pipeline: DiffusionPipeline) -> None:
+    """Make the text encoder's names be saved as published folders have them, with `text_model.`, wherever it is from.
+
+    Transformers before 5.6 would find none of the others, and draw random weights; those since read both.
+    """
+    if type(encoder := pipeline.text_encoder) is CLIPTextModel:
+        encoder._weight_conversions = get_model_conversion_mapping(encoder, add_legacy=False)
 
 
 def add_class_file(folder: Path, part: str, module: ModuleType) -> None:

@@ -18,10 +18,12 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from PIL import Image
+from safetensors.torch import load_file
 
+from models.original_layout import write_original
 from models.pipeline import export_pipeline, load_pipeline, with_unet
 from models.unet import PrunableUNet2DConditionModel
-from tests.models.conftest import paint, small_stock_unet
+from tests.models.conftest import assert_equal_weights, paint, small_stock_unet
 
 ONE_ATTENTION = {"down_blocks.0.attentions.1": 0}  # no stock config says this
 NO_MID = dict.fromkeys(("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"), 0)
@@ -86,6 +88,21 @@ def test_an_export_carries_its_class_and_is_readable_by_others(pipeline, tmp_pat
     assert verdict.load.endswith(", trust_remote_code=True)")
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "export").rglob("*") if path.is_file()}
     assert modes == {0o644}
+
+
+def test_an_exported_text_encoder_has_the_names_of_published_ones(pipeline, tmp_path):
+    """Whether it was made here, read from a folder or from a single file."""
+    export_pipeline(with_depths(pipeline, {}), tmp_path / "made")
+    pipeline.save_pretrained(tmp_path / "bare")
+    write_original(pipeline, tmp_path / "one.safetensors")
+    config = {"single_file_config": str(tmp_path / "bare")}
+    export_pipeline(load_pipeline(tmp_path / "bare"), tmp_path / "read")
+    export_pipeline(load_pipeline(tmp_path / "one.safetensors", **config), tmp_path / "single")
+    export_pipeline(load_pipeline(tmp_path / "single"), tmp_path / "again")
+    for name in ("made", "read", "single", "again"):
+        keys = load_file(tmp_path / name / "text_encoder/model.safetensors").keys()
+        assert {key.split(".")[0] for key in keys} == {"text_model"}, name
+        assert_equal_weights(load_pipeline(tmp_path / name), pipeline)
 
 
 def test_an_export_replaces_nothing_but_a_pipeline(pipeline, tmp_path):
