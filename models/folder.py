@@ -32,6 +32,10 @@ def check_folder(name_or_path: str | Path) -> None:
     if fields.get("_class_name") not in LOADABLE_UNETS:
         found = fields.get("_class_name")
         raise ValueError(f"model {name!r} has the UNet class {found}; pruning needs one of {LOADABLE_UNETS}")
+    taken, given = fields.get("in_channels", 4), fields.get("out_channels", 4)
+    if taken != given:
+        told = f"in_channels={taken} and out_channels={given}, as those for inpainting, editing or depth"
+        raise ValueError(f"model {name!r} has a UNet with {told}; only one that takes nothing but latents is supported")
     # transformers makes up an empty tokenizer where the folder is missing.
     if Path(name).is_dir() and (absent := [part for part in parts_of(index) if not (Path(name) / part).is_dir()]):
         raise ValueError(f"model {name!r} is incomplete: its model_index.json names {absent}, which it lacks")

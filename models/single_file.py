@@ -111,6 +111,7 @@ def configuration(weights: dict[str, Tensor], config: str | None, told: dict) ->
     if config is None:
         hub_id = fetch_diffusers_config(weights)["pretrained_model_name_or_path"]
         if folder := cached_configuration(hub_id):
+            check_folder(folder)
             yield folder
             return
         kind = own_kind(hub_id, told)
