@@ -50,6 +50,22 @@ def check_variant(name_or_path: str | Path, variant: str | None) -> None:
         raise ValueError(f"model {str(name_or_path)!r} has no weights of variant={variant}: choose {choices}")
 
 
+def check_pickles(name_or_path: str | Path, variant: str | None, allow_pickle: bool) -> None:
+    """ValueError for parts whose weights are nothing but pickles, where these are not allowed."""
+    parts = parts_of(DiffusionPipeline.load_config(name_or_path))
+    if not allow_pickle and (pickled := [part for part in parts if is_pickled(name_or_path, part, variant)]):
+        told = f"holds only pickles in {pickled}, which may run code"
+        raise ValueError(f"model {str(name_or_path)!r} {told}: model.allow_pickle=true reads them")
+
+
+def is_pickled(name_or_path: str | Path, part: str, variant: str | None) -> bool:
+    """Whether a part's weights of this variant are .bin files alone, as far as they are on this machine."""
+    if (folder := folder_of(name_or_path)) is None:
+        return False
+    files = [path for path in (folder / part).glob("*") if path.suffix in WEIGHTS]
+    return {path.suffix for path in files if variant_of(path.name) == variant} == {".bin"}
+
+
 def variant_of(file_name: str) -> str | None:
     """'fp16' for diffusion_pytorch_model.fp16.safetensors and its shards, None for the plain one."""
     return file_name.split(".")[1].split("-")[0] if file_name.count(".") == 2 else None
@@ -73,6 +89,11 @@ def cached_configuration(hub_id: str) -> Path | None:
     return folder if all((folder / part).is_dir() for part in parts_of(index) if part != "safety_checker") else None
 
 
+def folder_of(name_or_path: str | Path) -> Path | None:
+    """The folder itself, or the one in which the hub cache has a hub id."""
+    return Path(name_or_path) if Path(name_or_path).is_dir() else cached_folder(str(name_or_path))
+
+
 def cached_folder(hub_id: str) -> Path | None:
     """Where the hub cache has a pipeline; snapshot_download would want its repository's every file, unused ones too."""
     index = huggingface_hub.try_to_load_from_cache(hub_id, DiffusionPipeline.config_name)
@@ -81,8 +102,7 @@ def cached_folder(hub_id: str) -> Path | None:
 
 def stored_dtype(name_or_path: str | Path, variant: str | None) -> torch.dtype:
     """What the UNet of a folder or hub id is stored in. ValueError where it has no safetensors file."""
-    folder = Path(name_or_path)
-    if not folder.is_dir() and (folder := cached_folder(str(name_or_path))) is None:
+    if (folder := folder_of(name_or_path)) is None:
         raise ValueError("it is not in the hub cache, so its dtype is not known: say which, as float16")
     files = [path for path in (folder / "unet").glob("*.safetensors") if variant_of(path.name) == variant]
     if not files:
@@ -94,6 +114,8 @@ def stored_dtype(name_or_path: str | Path, variant: str | None) -> torch.dtype:
 def load_unet(name_or_path: str | Path, **options) -> PrunableUNet2DConditionModel:
     """The `unet` of a diffusers folder or hub id; ValueError where config and weights do not belong together."""
     load = PrunableUNet2DConditionModel.from_pretrained
+    if options["use_safetensors"] is None and is_pickled(name_or_path, "unet", options["variant"]):
+        options["use_safetensors"] = False  # shards of pickles are not looked for otherwise
     misfit = f"model {str(name_or_path)!r}: unet/config.json does not belong to the weights"
     try:
         unet, info = load(name_or_path, subfolder="unet", output_loading_info=True, **options)

@@ -24,7 +24,14 @@ import models.vae
 from data.files import whole_folder, write_json
 from models.autoencoder import load_vae
 from models.checkpoint import is_single_file
-from models.folder import check_folder, check_variant, load_narrow_vae, load_unet, stored_dtype
+from models.folder import (
+    check_folder,
+    check_pickles,
+    check_variant,
+    load_narrow_vae,
+    load_unet,
+    stored_dtype,
+)
 from models.lora import check_loras, fuse_loras
 from models.quiet import one_line, quiet
 from models.schedulers import scheduler_class, swapped_scheduler
@@ -137,6 +144,7 @@ def check_pipeline(
         else:
             check_folder(name_or_path)
             check_variant(name_or_path, variant)
+            check_pickles(name_or_path, variant, allow_pickle)
     if scheduler:
         scheduler_class(scheduler)
     check_loras(loras)

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLP
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import models.lora
 from models.original_layout import vae_weights
@@ -164,6 +164,36 @@ def test_an_export_has_one_dtype(folder, tmp_path):
     assert {stock.unet.dtype, stock.vae.dtype, stock.text_encoder.dtype} == {torch.float32}
     assert mixed.vae.dtype == torch.float16, "exporting changed the pipeline"
     assert paint(stock).isfinite().all()
+
+
+# ---- pickles
+
+
+@pytest.fixture
+def pickled_folder(folder, pipeline):
+    """As old folders are: the UNet in shards of pickles, VAE and text encoder as one each."""
+    for part in ("unet", "vae", "text_encoder"):
+        for file in (folder / part).glob("*.safetensors"):
+            stem = "pytorch_model" if part == "text_encoder" else file.stem
+            torch.save(load_file(file), file.with_name(f"{stem}.bin"))
+            file.unlink()
+    (folder / "unet/diffusion_pytorch_model.bin").unlink()
+    pipeline.unet.save_pretrained(folder / "unet", safe_serialization=False, max_shard_size="100KB")
+    assert (folder / "unet/diffusion_pytorch_model.bin.index.json").is_file()
+    return folder
+
+
+def test_a_folder_of_pickles_is_read_only_where_that_is_allowed(pickled_folder, pipeline):
+    told = r"holds only pickles in \['.*'unet'.*'\], which may run code: model.allow_pickle=true reads them"
+    with pytest.raises(ValueError, match=told):
+        load_pipeline(pickled_folder)
+    assert_equal_weights(load_pipeline(pickled_folder, allow_pickle=True), pipeline)
+
+
+def test_pickles_beside_safetensors_are_not_read(folder, pipeline):
+    (folder / "unet/diffusion_pytorch_model.bin").write_text("wicked")
+    for allowed in (False, True):
+        assert_equal_weights(load_pipeline(folder, allow_pickle=allowed), pipeline)
 
 
 # ---- another VAE
