@@ -14,11 +14,12 @@ from models.vae import NarrowAutoencoderKL
 
 LOADABLE_UNETS = (UNet2DConditionModel.__name__, PrunableUNet2DConditionModel.__name__)
 WEIGHTS = (".safetensors", ".bin")
+CHECKER = ("safety_checker", "feature_extractor")  # nothing here asks for them
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def check_folder(name_or_path: str | Path) -> None:
-    """ValueError unless this is a pipeline with a UNet that can be pruned, and, if a folder, has all its parts."""
+    """ValueError unless this is a pipeline with a UNet that can be pruned, and, if a folder, has all parts in use."""
     name = str(name_or_path)
     try:
         index = DiffusionPipeline.load_config(name)
@@ -37,8 +38,26 @@ def check_folder(name_or_path: str | Path) -> None:
         told = f"in_channels={taken} and out_channels={given}, as those for inpainting, editing or depth"
         raise ValueError(f"model {name!r} has a UNet with {told}; only one that takes nothing but latents is supported")
     # transformers makes up an empty tokenizer where the folder is missing.
-    if Path(name).is_dir() and (absent := [part for part in parts_of(index) if not (Path(name) / part).is_dir()]):
+    if Path(name).is_dir() and (absent := [part for part in absent_parts(name, index) if part not in CHECKER]):
         raise ValueError(f"model {name!r} is incomplete: its model_index.json names {absent}, which it lacks")
+
+
+def absent_parts(folder: str | Path, index: dict[str, Any]) -> list[str]:
+    """The parts that a model_index.json names and that are not there."""
+    return [part for part in parts_of(index) if not (Path(folder) / part).is_dir()]
+
+
+def without_checker(index: dict[str, Any]) -> dict[str, Any]:
+    """What a pipeline is loaded with to have no safety checker, as far as its class knows one."""
+    absent = dict.fromkeys(part for part in CHECKER if part in index)
+    return absent | ({"requires_safety_checker": False} if "safety_checker" in index else {})
+
+
+def lacking_checker(name_or_path: str | Path) -> dict[str, Any]:
+    """The same for a folder that lacks parts it names; nothing for any other."""
+    index = DiffusionPipeline.load_config(name_or_path)
+    is_bare = Path(name_or_path).is_dir() and bool(absent_parts(name_or_path, index))
+    return without_checker(index) if is_bare else {}
 
 
 def check_variant(name_or_path: str | Path, variant: str | None) -> None:
@@ -86,7 +105,7 @@ def cached_configuration(hub_id: str) -> Path | None:
     if (folder := cached_folder(hub_id)) is None:
         return None
     index = DiffusionPipeline.load_config(folder)
-    return folder if all((folder / part).is_dir() for part in parts_of(index) if part != "safety_checker") else None
+    return folder if set(absent_parts(folder, index)) <= {*CHECKER} else None
 
 
 def folder_of(name_or_path: str | Path) -> Path | None:

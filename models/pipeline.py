@@ -28,6 +28,7 @@ from models.folder import (
     check_folder,
     check_pickles,
     check_variant,
+    lacking_checker,
     load_narrow_vae,
     load_unet,
     stored_dtype,
@@ -125,7 +126,8 @@ def load_folder(
     if vae:
         own["vae"] = load_vae(vae, AutoencoderKL.load_config(name_or_path, subfolder="vae"), dtype, allow_pickle)
     # Without these first: diffusers would look for the class files of an export of ours, and ask for trust.
-    rest = DiffusionPipeline.from_pretrained(name_or_path, **dict.fromkeys(own), **options)
+    without = {**dict.fromkeys(own), **lacking_checker(name_or_path)}
+    rest = DiffusionPipeline.from_pretrained(name_or_path, **without, **options)
     return with_unet(rest, **own)
 
 

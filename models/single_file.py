@@ -18,7 +18,7 @@ from torch import Tensor
 
 from models.autoencoder import load_vae
 from models.checkpoint import check_file, read_weights, told_scheduling
-from models.folder import cached_configuration, check_folder, hub_configuration
+from models.folder import cached_configuration, check_folder, hub_configuration, without_checker
 from models.known import KNOWN, known_by, write_configuration
 from models.quiet import one_line
 from models.unet import PrunableUNet2DConditionModel
@@ -76,8 +76,7 @@ def load_single_file(
             raise ValueError(f"{one_line(error).split(' If you want')[0]}; {way}") from error
         if any(weight.is_meta for network in networks.values() for weight in network.parameters()):
             raise ValueError(lacking(index, config))  # text encoders raise nothing
-        checker = {"safety_checker": None, "requires_safety_checker": False} if "safety_checker" in index else {}
-        pipeline = DiffusionPipeline.from_pretrained(folder, **networks, **checker)
+        pipeline = DiffusionPipeline.from_pretrained(folder, **networks, **without_checker(index))
     if told:
         pipeline.register_modules(scheduler=told_scheduler(pipeline.scheduler, told))
     return pipeline

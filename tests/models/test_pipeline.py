@@ -15,10 +15,13 @@ from diffusers import (
     StableDiffusionControlNetPipeline,
     StableDiffusionImg2ImgPipeline,
     StableDiffusionInpaintPipeline,
+    StableDiffusionPipeline,
     UNet2DConditionModel,
 )
+from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
 from PIL import Image
 from safetensors.torch import load_file
+from transformers import CLIPConfig, CLIPImageProcessor
 
 from models.original_layout import write_original
 from models.pipeline import export_pipeline, load_pipeline, with_unet
@@ -171,6 +174,24 @@ def test_a_unet_that_takes_more_than_latents_is_refused(folder, tmp_path, channe
     (tmp_path / "one.safetensors").write_text("")
     with pytest.raises(ValueError, match=f"model.single_file_config=.*{told}"):
         load_pipeline(tmp_path / "one.safetensors", single_file_config=str(folder))
+
+
+@pytest.mark.parametrize("absent", [["safety_checker", "feature_extractor"], ["safety_checker"], ["feature_extractor"]])
+def test_a_folder_without_its_safety_checker_is_read_and_handed_over_as_such(folder, pipeline, tmp_path, absent):
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
+    config = CLIPConfig(text_config=sizes, vision_config=sizes)
+    parts = {"safety_checker": StableDiffusionSafetyChecker(config), "feature_extractor": CLIPImageProcessor()}
+    StableDiffusionPipeline(**{**pipeline.components, **parts}).save_pretrained(folder)
+    assert load_pipeline(folder).safety_checker is not None
+    for part in absent:
+        shutil.rmtree(folder / part)
+    bare = load_pipeline(folder)
+    assert torch.equal(paint(bare), paint(pipeline))
+    export_pipeline(bare, tmp_path / "export")
+    index = json.loads((tmp_path / "export/model_index.json").read_text())
+    assert index["safety_checker"] == index["feature_extractor"] == [None, None]
+    assert index["requires_safety_checker"] is False
+    assert torch.equal(paint(DiffusionPipeline.from_pretrained(tmp_path / "export")), paint(pipeline))
 
 
 # ---- the other pipelines of diffusers
