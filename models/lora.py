@@ -68,8 +68,8 @@ def read_lora(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Its weights, `unet.PATH.lora_A.weight` for the UNet and diffusers' names for text encoders, and its metadata.
 
-    Where kohya's or old names come with alphas, the weights contain them. Raises ValueError for a DoRA that diffusers
-    would read as a LoRA.
+    Alphas that come as tensors, as kohya's do, are in the weights, and then there is no metadata. Raises ValueError for
+    a DoRA that diffusers would read as a LoRA.
     """
     stored, metadata = _fetch_state_dict(source, use_safetensors=True, allow_pickle=True, **PLAIN)
     if any("dora_scale" in key for key in stored):
@@ -79,7 +79,7 @@ def read_lora(
     unet = {key: value for key, value in weights.items() if key.startswith("unet.")}
     texts = {key: value for key, value in weights.items() if key not in unet}
     texts = convert_state_dict_to_diffusers(texts, StateDictType.DIFFUSERS_OLD)
-    return {**convert_unet_state_dict_to_peft(unet), **texts}, metadata or {}
+    return {**convert_unet_state_dict_to_peft(unet), **texts}, metadata if metadata and not alphas else {}
 
 
 def with_alphas(weights: Mapping[str, Tensor], alphas: Mapping[str, float]) -> dict[str, Tensor]:

@@ -4,6 +4,7 @@ Axes: O outputs of a module, I its inputs, times a convolution's kernel.
 """
 
 import copy
+import json
 
 import pytest
 import torch
@@ -199,6 +200,15 @@ def test_told_alphas_hold_for_a_pruned_unet(tmp_path):
         fuse_loras(pipeline, [{"path": str(file)}])
     theirs = whole.unet.state_dict()
     assert all(torch.equal(value, theirs[key]) for key, value in pruned.unet.state_dict().items())
+
+
+def test_alphas_are_counted_once(tmp_path):
+    """Where metadata tells them, too."""
+    pipeline = make_small_pipeline()
+    pairs = draw_pairs(pipeline.unet, 0)
+    file = kohya_file(pipeline, {"unet": pairs}, tmp_path / "kohya.safetensors")
+    save_file(load_file(file), file, {"lora_adapter_metadata": json.dumps({"unet.r": 1, "unet.lora_alpha": 8})})
+    assert_fused(prunable(pipeline), file, {"unet": expected(pipeline.unet, pairs)})
 
 
 # ---- DoRAs
