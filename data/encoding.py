@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from models.conditioning import empty_text_state, text_encoders, text_states
 
+PIXELS_AT_ONCE = 4 * 512**2  # of an autoencoder: some 3 GB in float32 at the 256 channels of Stable Diffusion's
 # Written by the libraries into every config; they do not change what a model computes.
 CONFIG_NOISE = ("transformers_version", "dtype", "torch_dtype", "architectures")
 
@@ -25,9 +26,16 @@ def encode_images(pipeline, images_BCHW: Tensor, device: torch.device) -> dict[s
     """
     vae = pipeline.vae
     check_size(pipeline, *images_BCHW.shape[-2:])
-    x_BCHW = images_BCHW.to(device, vae.dtype) / 127.5 - 1
-    mean_BChw = vae.encode(x_BCHW).latent_dist.mode()
+    factor = pipeline.vae_scale_factor
+    slices = images_BCHW.split(rows_at_once(pipeline, *(side // factor for side in images_BCHW.shape[-2:])))
+    means = [vae.encode(x_bCHW.to(device, vae.dtype) / 127.5 - 1).latent_dist.mode() for x_bCHW in slices]
+    mean_BChw = torch.cat(means)
     return finite({"latents": (mean_BChw - (vae.config.shift_factor or 0)) * vae.config.scaling_factor}, vae)
+
+
+def rows_at_once(pipeline, height: int, width: int) -> int:
+    """How many latents of this size an autoencoder takes at once: its first and last levels are as large as images."""
+    return max(1, PIXELS_AT_ONCE // (height * width * pipeline.vae_scale_factor**2))
 
 
 def encode_captions(pipeline, captions: Sequence[str], device: torch.device) -> dict[str, Tensor]:

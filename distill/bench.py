@@ -9,6 +9,7 @@ import torch
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import nn
 
 from distill.ladder import Climb, climbed_otherwise, climbs
 from distill.pairs import FixedDraws, taught_pairs
@@ -33,8 +34,11 @@ SAME_IN_BOTH = ("in_channels", "out_channels", "cross_attention_dim")
 class DistillBench(Bench):
     """The networks of the ladder by name: "teacher", "student", then every rung that has been climbed.
 
-    All but the teacher rest on the CPU: the device holds those that are at work.
+    All but the teacher rest on the CPU: the device holds those that are at work. `teaching` is the one that a stage is
+    given as its teacher.
     """
+
+    teaching: PrunableUNet2DConditionModel | None = None
 
     @cached_property
     def ladder(self) -> LadderConfig:
@@ -202,8 +206,17 @@ class DistillBench(Bench):
         self.networks[climb.name] = unet
         self.run.sealed_folder(f"{climb.name}/export", partial(self.write_export, unet))
 
+    @property
+    def idle(self) -> list[nn.Module]:
+        """The teacher, too, where a copy of it or another network teaches."""
+        rests = self.teaching is not None and self.teaching is not self.teacher
+        return [*super().idle, self.teacher] if rests else super().idle
+
     def taught(self, unet, objective, config: TrainConfig, stage: str, **given) -> PrunableUNet2DConditionModel:
         """A copy of the network in float32, trained with an objective of the loop, on the ladder's noise schedule."""
+        self.teaching = given.get("teacher")
+        if self.teaching is not None:
+            vars(self).pop("working_teacher", None)  # of an earlier stage
         copied = copy.deepcopy(unet).to(self.device, torch.float32).requires_grad_()
         trained = self.train(copied, objective, config, stage, schedule=self.schedule, **given)
         return trained.requires_grad_(False).to("cpu")

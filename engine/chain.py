@@ -145,7 +145,7 @@ class Chain:
     def check(self, stages: list[Stage], restarted: list[str]) -> None:
         """Everything that a stage asks for is looked at before the first begins: ValueError where it is not there."""
         log.info(f"checking {', '.join(stage.name for stage in stages)}")
-        unmeasured = dict.fromkeys(("forward", "training", "decoding"), 1.0)
+        unmeasured = dict.fromkeys(("forward", "sampling", "training", "decoding"), 1.0)
         for stage in stages:
             aside = {"run": {"overwrite": True}} if stage.name in restarted else {}
             with told_of(stage):

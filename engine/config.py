@@ -51,11 +51,12 @@ class RatesConfig:
     """Rows a second of one process, for the hours that plan=true tells; null is measured by it."""
 
     forward: float | None = None
+    sampling: float | None = None
     training: float | None = None
     decoding: float | None = None
 
     def __post_init__(self) -> None:
-        for name in ("forward", "training", "decoding"):
+        for name in ("forward", "sampling", "training", "decoding"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"rates.{name}={value} must be above 0")
 

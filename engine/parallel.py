@@ -6,12 +6,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
 from safetensors.torch import load_file
 from torch import Tensor
 
 from data.files import write_tensors
 from data.progress import progress
+from engine.run import sleeping_ranks
 
 
 def map_batches(
@@ -37,10 +37,19 @@ def map_batches(
         done.append((k, kept(file) if file and file.exists() else computed(fn(batch.tolist()).cpu(), file)))
         bar.update(min(len(batch) * accelerator.num_processes, bar.total - bar.n))
     bar.close()
-    values = torch.cat([values for _, values in sorted(gather_object(done), key=lambda pair: pair[0])])
+    values = torch.cat([values for _, values in sorted(gathered(done, accelerator), key=lambda pair: pair[0])])
     if keep and accelerator.is_main_process:
         shutil.rmtree(keep, ignore_errors=True)
     return values
+
+
+def gathered(mine: list, accelerator: Accelerator) -> list:
+    """The entries of all ranks' lists, in the order of the ranks; over gloo, for NCCL would take the GPUs' memory."""
+    if accelerator.num_processes == 1:
+        return mine
+    lists = [None] * accelerator.num_processes
+    torch.distributed.all_gather_object(lists, mine, group=sleeping_ranks())
+    return [entry for of_rank in lists for entry in of_rank]
 
 
 def kept(file: Path) -> Tensor:

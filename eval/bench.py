@@ -29,7 +29,6 @@ from engine.sections.training import CacheConfig, TrainConfig
 from engine.sharding import autocast_dtype, check_sharding
 from eval.clip import ClipScorer
 from eval.sampling import Sampler
-from models.conditioning import text_encoders
 from models.cost import NUM_TOKENS
 from models.pipeline import networks, set_resolution
 from models.schedule import NoiseSchedule
@@ -125,10 +124,13 @@ class Bench:
 
     @property
     def idle(self) -> list[nn.Module]:
-        """The pipeline's networks that no training asks."""
-        networks = [self.pipeline.vae, *text_encoders(self.pipeline)]
-        copied = vars(self).get("working_teacher", self.teacher) is not self.teacher
-        return [*networks, self.teacher] if copied else networks
+        """The networks that no training asks: the pipeline's but for the teacher that is at work, and the scorer's."""
+        idle = [network for network in networks(self.pipeline) if network is not self.teacher]
+        made = vars(self)
+        if "scorer" in made:
+            idle.append(self.scorer.model)
+        copied = made.get("working_teacher", self.teacher) is not self.teacher
+        return [*idle, self.teacher] if copied else idle
 
     def samples(self, objective: Objective, stage: str):
         """The data set that a stage learns from."""

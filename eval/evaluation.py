@@ -115,7 +115,7 @@ class EvaluationBench(Bench):
         self.check_models()
         self.settle_resolution()
         _ = self.prompt_set, self.scorer, self.inception, self.preferences
-        if self.config.evaluation.distribution and len(self.real_pairs) < 2:
+        if self.config.evaluation.distribution and not self.run.made(FEATURES) and len(self.real_pairs) < 2:
             raise ValueError(
                 f"{len(self.real_pairs)} held-out images are too few for FID: evaluation.distribution=false"
             )

@@ -47,7 +47,7 @@ def sampled_latents(
         missing = [k for k in range(rank, len(shards), world) if not is_intact(shards[k], verify=True)]
         for k in progress(missing, desc="sampling latents", unit="batch", disable=rank > 0 or not missing):
             indices = list(range(k * batch_size, (k + 1) * batch_size))
-            texts = sampler.encode(prompts.prompts).rows([i % len(prompts) for i in indices])
+            texts = sampler.encode_rows(prompts.prompts, [i % len(prompts) for i in indices])
             noise_BCHW = torch.stack([sampler.noise(i) for i in indices])
             latents_BCHW = sampler.latents(unet, texts, noise_BCHW, generators=sampler.generators(indices)).float()
             if not latents_BCHW.isfinite().all():

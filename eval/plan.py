@@ -101,8 +101,12 @@ def estimates(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainCo
 def time_line(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainConfig]) -> tuple[str, float]:
     """What is left to do in rows and hours, told, and the hours."""
     left = [stage for stage in stages if state(bench.run, stage) == "to do"]
-    rows = {"forward": sum(s.forwards for s in left), "training": sum(s.trained for s in left),
-            "decoding": sum(s.decoded for s in left)}  # fmt: skip
+    rows = {
+        "forward": sum(s.forwards for s in left if s.trained),  # of a teacher, in the precision that is trained in
+        "sampling": sum(s.forwards for s in left if not s.trained),
+        "training": sum(s.trained for s in left),
+        "decoding": sum(s.decoded for s in left),
+    }
     if not any(rows.values()):
         return "to do      nothing that takes long", 0.0
     time, rates = hours(bench, rows, max(trainings, key=lambda config: config.batch_size, default=bench.config.train))

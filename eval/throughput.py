@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -17,11 +18,14 @@ SECONDS, CALLS = 4.0, 3  # about as long a timed call may take, and how many the
 def hours(bench: Bench, rows: dict[str, int], training: TrainConfig) -> tuple[float, dict[str, float]]:
     """How long all processes take for rows of each kind, and the rates behind it, in rows a second of one process.
 
-    rows: {"forward": UNet evaluations, "training": those with a backward, "decoding": images of a decoder that learns}.
+    rows: {"forward": a teacher's UNet evaluations, "sampling": those that draw images, "training": those with a
+    backward, "decoding": images of a decoder that learns}.
     What `rates` gives is taken, the rest measured, in the job's batches where a call of them takes seconds and not
     minutes. Not counted is what loads, writes, times and compiles.
     """
-    measures = {"forward": forward_rate, "training": training_rate, "decoding": decoding_rate}
+    measures = {
+        "forward": forward_rate, "sampling": sampling_rate, "training": training_rate, "decoding": decoding_rate,
+    }  # fmt: skip
     given = bench.config.rates
     rates = {kind: given[kind] or measures[kind](bench, training) for kind, count in rows.items() if count}
     seconds = sum(rows[kind] / rate for kind, rate in rates.items()) / bench.run.accelerator.num_processes
@@ -29,16 +33,25 @@ def hours(bench: Bench, rows: dict[str, int], training: TrainConfig) -> tuple[fl
 
 
 def forward_rate(bench: Bench, training: TrainConfig) -> float:
+    return evaluation_rate(bench, bench.run.accelerator.autocast, training.batch_size)
+
+
+def sampling_rate(bench: Bench, training: TrainConfig) -> float:
+    """Images are drawn in the networks' own precision, two rows each where they are guided."""
+    return evaluation_rate(bench, nullcontext, 2 * bench.config.eval.batch_size)
+
+
+def evaluation_rate(bench: Bench, precision: Callable[[], AbstractContextManager], batch: int) -> float:
     def forward(rows: int) -> Callable[[], None]:
         inputs = random_inputs(bench, rows)
 
         def call() -> None:
-            with torch.inference_mode(), bench.run.accelerator.autocast():
+            with torch.inference_mode(), precision():
                 bench.unet(**inputs, return_dict=False)
 
         return call
 
-    return rate(forward, 2 * bench.config.eval.batch_size, bench.device)
+    return rate(forward, batch, bench.device)
 
 
 def training_rate(bench: Bench, training: TrainConfig) -> float:

@@ -48,10 +48,10 @@ def records(file):
 def whole(file, seconds=60):
     """The records up to the one that ends a run: W&B's own process may write them after `finish` has returned."""
     end = time.monotonic() + seconds
-    while (found := list(records(file)))[-1].WhichOneof("record_type") != "exit":
-        assert time.monotonic() < end, f"{file} ends with {found[-1].WhichOneof('record_type')}"
+    while (kinds := [record.WhichOneof("record_type") for record in records(file)])[-1:] != ["exit"]:
+        assert time.monotonic() < end, f"{file} ends with {kinds[-1:]}"
         time.sleep(0.2)
-    return found
+    return list(records(file))
 
 
 @pytest.fixture(autouse=True)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 
+from distill.bench import DistillBench
 from eval.bench import Bench
 from models.pipeline import set_resolution, with_unet
 from models.unet import PrunableUNet2DConditionModel
@@ -34,6 +35,22 @@ def test_full_weights_rest_where_a_copy_of_them_teaches():
     assert bench.teacher not in bench.idle  # nothing is copied yet
     assert bench.working_teacher is not bench.teacher and bench.teacher in bench.idle
     assert whole.working_teacher is whole.teacher and whole.teacher not in whole.idle
+
+
+def test_what_judges_rests_as_well():
+    bench = bench_in("no")
+    assert bench.pipeline.vae in bench.idle and bench.pipeline.text_encoder in bench.idle
+    bench.scorer = SimpleNamespace(model=torch.nn.Linear(1, 1))
+    assert bench.scorer.model in bench.idle and bench.teacher not in bench.idle
+
+
+def test_the_ladders_teacher_rests_where_another_network_teaches():
+    bench = bench_in("no")
+    ladder = object.__new__(DistillBench)
+    vars(ladder).update(vars(bench))
+    for teaching, rests in ((None, False), (bench.teacher, False), (tiny_unet(), True)):
+        ladder.teaching = teaching
+        assert (bench.teacher in ladder.idle) == rests
 
 
 def test_a_resolution_below_the_models_own_lasts_for_weights_of_old_diffusers():

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from eval.clip import CLOSEST_MSE, ClipScorer, psnr
+from eval.clip import CLOSEST_MSE, PSNR_ROWS, ClipScorer, psnr
 
 PROMPTS = ("a red circle", "a blue square above a green star", "two yellow triangles", "a small red star")
 
@@ -72,6 +72,11 @@ def test_the_protocol_names_what_makes_the_metric(scorer, tiny_clip_folder):
 def test_equal_images_are_as_close_as_eight_bits_tell():
     images = random_images(3, 24, 24)
     torch.testing.assert_close(psnr(images, images), (10 * torch.log10(torch.tensor(255**2 / CLOSEST_MSE))).expand(3))
+
+
+def test_psnr_of_many_images_is_that_of_each():
+    one, other = torch.randint(256, (2, 2 * PSNR_ROWS + 1, 3, 4, 4), dtype=torch.uint8)
+    assert torch.equal(psnr(one, other), torch.cat([psnr(a[None], b[None]) for a, b in zip(one, other, strict=True)]))
 
 
 def test_psnr_of_a_known_error():

@@ -15,6 +15,7 @@ from diffusers import (
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
+from data.encoding import encode_images
 from eval.sampling import Sampler
 from models.guidance import with_told_guidance
 from models.unet import PrunableUNet2DConditionModel
@@ -217,3 +218,24 @@ def test_a_vae_that_shifts_its_latents_is_undone():
     pipeline.vae.register_to_config(shift_factor=None)
     difference = shifted.float() - sampler.decode(latents * pipeline.vae.config.scaling_factor).float()
     assert difference.abs().max() <= 1
+
+
+def test_an_autoencoder_is_given_a_few_large_images_at_a_time(monkeypatch):
+    pipeline, given = tiny_pipeline(), []
+    sampler, latents = Sampler(pipeline, steps=1, guidance_scale=1.0), torch.randn(5, 4, 8, 8)
+    images = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8)
+    one_by_one = torch.cat([sampler.decode(row) for row in latents.split(1)])
+    together = encode_images(pipeline, images, torch.device("cpu"))["latents"]
+    for half in (pipeline.vae.encoder, pipeline.vae.decoder):
+        half.register_forward_pre_hook(lambda module, inputs: given.append(len(inputs[0])))
+    monkeypatch.setattr("data.encoding.PIXELS_AT_ONCE", 2 * 16 * 16)
+    assert (sampler.decode(latents).int() - one_by_one.int()).abs().max() <= 1 and given == [2, 2, 1]
+    torch.testing.assert_close(encode_images(pipeline, images, torch.device("cpu"))["latents"], together)
+    assert given == [2, 2, 1] * 2
+
+
+def test_rows_of_texts_are_those_of_all_bit_for_bit(monkeypatch):
+    monkeypatch.setattr("eval.sampling.TEXTS_PER_BATCH", 3)
+    sampler = Sampler(tiny_pipeline(), steps=1, guidance_scale=3.0)
+    whole, some = sampler.encode(PROMPTS).rows([3, 0, 3]), sampler.encode_rows(PROMPTS, [3, 0, 3])
+    assert torch.equal(whole.states_BLE, some.states_BLE) and torch.equal(whole.empty_1LE, some.empty_1LE)
