@@ -38,7 +38,8 @@ def check_folder(name_or_path: str | Path) -> None:
         told = f"in_channels={taken} and out_channels={given}, as those for inpainting, editing or depth"
         raise ValueError(f"model {name!r} has a UNet with {told}; only one that takes nothing but latents is supported")
     # transformers makes up an empty tokenizer where the folder is missing.
-    if Path(name).is_dir() and (absent := [part for part in absent_parts(name, index) if part not in CHECKER]):
+    folder = final_folder(name)
+    if folder and (absent := [part for part in absent_parts(folder, index) if part not in CHECKER]):
         raise ValueError(f"model {name!r} is incomplete: its model_index.json names {absent}, which it lacks")
 
 
@@ -54,10 +55,9 @@ def without_checker(index: dict[str, Any]) -> dict[str, Any]:
 
 
 def lacking_checker(name_or_path: str | Path) -> dict[str, Any]:
-    """The same for a folder that lacks parts it names; nothing for any other."""
-    index = DiffusionPipeline.load_config(name_or_path)
-    is_bare = Path(name_or_path).is_dir() and bool(absent_parts(name_or_path, index))
-    return without_checker(index) if is_bare else {}
+    """The same for a folder that lacks parts it names, nothing for any other."""
+    folder, index = final_folder(name_or_path), DiffusionPipeline.load_config(name_or_path)
+    return without_checker(index) if folder and absent_parts(folder, index) else {}
 
 
 def check_variant(name_or_path: str | Path, variant: str | None) -> None:
@@ -111,6 +111,12 @@ def cached_configuration(hub_id: str) -> Path | None:
 def folder_of(name_or_path: str | Path) -> Path | None:
     """The folder itself, or the one in which the hub cache has a hub id."""
     return Path(name_or_path) if Path(name_or_path).is_dir() else cached_folder(str(name_or_path))
+
+
+def final_folder(name_or_path: str | Path) -> Path | None:
+    """The same, where nothing can be added to it: a folder of one's own, or without a network the hub cache's."""
+    offline = huggingface_hub.constants.HF_HUB_OFFLINE
+    return folder_of(name_or_path) if offline or Path(name_or_path).is_dir() else None
 
 
 def cached_folder(hub_id: str) -> Path | None:

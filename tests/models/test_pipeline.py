@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import (
@@ -23,6 +24,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
+from data.files import write_text
 from models.original_layout import write_original
 from models.pipeline import export_pipeline, load_pipeline, with_unet
 from models.unet import PrunableUNet2DConditionModel
@@ -176,12 +178,16 @@ def test_a_unet_that_takes_more_than_latents_is_refused(folder, tmp_path, channe
         load_pipeline(tmp_path / "one.safetensors", single_file_config=str(folder))
 
 
-@pytest.mark.parametrize("absent", [["safety_checker", "feature_extractor"], ["safety_checker"], ["feature_extractor"]])
-def test_a_folder_without_its_safety_checker_is_read_and_handed_over_as_such(folder, pipeline, tmp_path, absent):
+def save_with_checker(pipeline: StableDiffusionPipeline, folder: Path) -> None:
     sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 1}
     config = CLIPConfig(text_config=sizes, vision_config=sizes)
     parts = {"safety_checker": StableDiffusionSafetyChecker(config), "feature_extractor": CLIPImageProcessor()}
     StableDiffusionPipeline(**{**pipeline.components, **parts}).save_pretrained(folder)
+
+
+@pytest.mark.parametrize("absent", [["safety_checker", "feature_extractor"], ["safety_checker"], ["feature_extractor"]])
+def test_a_folder_without_its_safety_checker_is_read_and_handed_over_as_such(folder, pipeline, tmp_path, absent):
+    save_with_checker(pipeline, folder)
     assert load_pipeline(folder).safety_checker is not None
     for part in absent:
         shutil.rmtree(folder / part)
@@ -192,6 +198,23 @@ def test_a_folder_without_its_safety_checker_is_read_and_handed_over_as_such(fol
     assert index["safety_checker"] == index["feature_extractor"] == [None, None]
     assert index["requires_safety_checker"] is False
     assert torch.equal(paint(DiffusionPipeline.from_pretrained(tmp_path / "export")), paint(pipeline))
+
+
+def test_a_hub_cache_may_lack_the_safety_checker_without_a_network_and_nothing_else(pipeline, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--some--model"
+    snapshot = cached / "snapshots" / ("0" * 40)
+    save_with_checker(pipeline, snapshot)
+    write_text(cached / "refs/main", snapshot.name)
+    assert load_pipeline("some/model").safety_checker is not None
+    shutil.rmtree(snapshot / "safety_checker")
+    bare = load_pipeline("some/model")
+    assert bare.safety_checker is None
+    assert torch.equal(paint(bare), paint(pipeline))
+    shutil.rmtree(snapshot / "tokenizer")  # transformers would make one up
+    with pytest.raises(ValueError, match="model 'some/model' is incomplete.*tokenizer"):
+        load_pipeline("some/model")
 
 
 # ---- the other pipelines of diffusers
