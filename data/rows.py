@@ -120,7 +120,8 @@ class ParquetPairs(RowStream):
                     yield from batch.slice(start - first).to_pylist() if first < start else batch.to_pylist()
                     first += len(batch)
             except (*DAMAGE, KeyError) as error:
-                raise ValueError(f"{self.parts[part]} is damaged: {str(error).splitlines()[0]}") from None
+                wrong = "cannot be read" if is_url(self._files[part]) else "is damaged"
+                raise ValueError(f"{self.parts[part]} {wrong}: {str(error).splitlines()[0]}") from None
 
     def _opened(self, part: int):
         file = self._files[part]

@@ -10,6 +10,7 @@ import io
 import re
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -20,6 +21,7 @@ from typing import BinaryIO
 import fsspec
 
 TIMEOUT_S, TRIES, BUFFER_BYTES, ASKED_AT_ONCE = 60, 4, 1 << 20, 16
+OF_A_URL = "%/:=&?~#+!$,;'@()*[]"  # what is not to be quoted in it
 NOTHING_LEFT = 416  # to a request for what begins at the end
 TOO_MANY = 429
 UNTOLD = (403, 405, 501)  # what servers say that hand files out and answer no HEAD, as behind signed URLs
@@ -95,8 +97,9 @@ def unsigned(url: str) -> str:
 
 def _told_by_server(url: str) -> list[str | None]:
     for tried in range(TRIES):
+        wait_before(tried)
         try:
-            with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_S) as answer:
+            with ask(url, method="HEAD") as answer:
                 return [answer.headers["ETag"], answer.headers["Last-Modified"], answer.headers["Content-Length"]]
         except urllib.error.HTTPError as error:
             if error.code in UNTOLD:
@@ -106,8 +109,19 @@ def _told_by_server(url: str) -> list[str | None]:
                 break
         except (OSError, http.client.HTTPException) as error:
             reason = error
-        time.sleep(2**tried / 2)
     raise ValueError(f"data.source: {unsigned(url)} cannot be had ({reason})")
+
+
+def ask(url: str, **request) -> http.client.HTTPResponse:
+    """A server's answer; letters that a URL should not have are quoted."""
+    quoted = urllib.parse.quote(url, safe=OF_A_URL)
+    return urllib.request.urlopen(urllib.request.Request(quoted, **request), timeout=TIMEOUT_S)
+
+
+def wait_before(tried: int) -> None:
+    """A while before another try, longer after each; none before the first."""
+    if tried:
+        time.sleep(2**tried / 4)
 
 
 def is_lasting(error: Exception) -> bool:
@@ -125,8 +139,8 @@ def opening(name: str) -> Iterator[None]:
 
 
 def read_whole(url: str) -> bytes:
-    """What lies behind a URL. Raises OSError, ValueError."""
-    with open_at(url, 0) as file:
+    """What lies behind the URL of one image among many. Raises OSError, ValueError."""
+    with io.BufferedReader(HttpImage(url, 0)) if is_http(url) else _opened(url, 0) as file:
         return file.read()
 
 
@@ -157,6 +171,8 @@ class HttpFile(io.RawIOBase):
     Raises OSError after a few tries in vain: what was cached stays, and the same command goes on.
     """
 
+    tries, way_out = TRIES, "; the same command goes on where it stopped"
+
     def __init__(self, url: str, start: int) -> None:
         self.url, self.position, self._answer, self._end = url, start, None, None
 
@@ -164,7 +180,8 @@ class HttpFile(io.RawIOBase):
         return True
 
     def readinto(self, buffer) -> int:
-        for tried in range(TRIES):
+        for tried in range(self.tries):
+            wait_before(tried)
             try:
                 if self._answer is None:
                     self._ask()
@@ -180,8 +197,7 @@ class HttpFile(io.RawIOBase):
                     raise OSError(f"{unsigned(self.url)} cannot be read ({error})") from None
                 reason = error
             self._answer = None
-            time.sleep(2**tried / 2)
-        raise OSError(f"{unsigned(self.url)} cannot be read ({reason}); the same command goes on where it stopped")
+        raise OSError(f"{unsigned(self.url)} cannot be read ({reason}){self.way_out}")
 
     def close(self) -> None:
         if self._answer is not None:
@@ -190,7 +206,7 @@ class HttpFile(io.RawIOBase):
 
     def _ask(self) -> None:
         rest = {"Range": f"bytes={self.position}-"} if self.position else {}
-        self._answer = urllib.request.urlopen(urllib.request.Request(self.url, headers=rest), timeout=TIMEOUT_S)
+        self._answer = ask(self.url, headers=rest)
         length = self._answer.headers["Content-Length"]
         if self._answer.status == 206 or not self.position:
             self._end = self.position + int(length) if length else None
@@ -199,3 +215,9 @@ class HttpFile(io.RawIOBase):
         left = self.position
         while left and (skipped := len(self._answer.read(min(left, BUFFER_BYTES)))):
             left -= skipped
+
+
+class HttpImage(HttpFile):
+    """Tables of many images name dead links among them, which are not worth a long wait."""
+
+    tries, way_out = 2, ""

@@ -87,6 +87,7 @@ class Stream(ABC):
                     self.check_broken(flaws, seen, so_far=True)
                 else:
                     yield entry
+        self.check_broken(flaws, seen)
 
     def check_broken(self, broken: list[str], seen: int, so_far: bool = False) -> None:
         """ValueError where more of `seen` samples are broken than `max_broken` allows.

@@ -113,7 +113,7 @@ def open_parquet(path: Path, file: BinaryIO | None = None) -> parquet.ParquetFil
     try:
         return parquet.ParquetFile(file or path)
     except (pyarrow.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{path} is not a parquet file: {str(error).splitlines()[0]}") from None
+        raise ValueError(f"{path} cannot be read as a parquet file: {str(error).splitlines()[0]}") from None
 
 
 def caption_text(value: object, source: str) -> str:

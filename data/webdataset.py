@@ -128,7 +128,7 @@ def samples(file, start: int, images: bool) -> Iterator[tuple[str, int, dict[str
             yield key, before + member.offset, files
             files = {}
         key = member_key
-        wanted = len(files) < MOST_FILES and (images or not is_image(suffix))
+        wanted = ("." not in suffix or len(files) < MOST_FILES) and (images or not is_image(suffix))
         files[suffix] = tar.extractfile(member).read() if wanted else None
     if key is not None:
         yield key, before + tar.offset, files

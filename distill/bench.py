@@ -19,7 +19,7 @@ from engine.sections.stepping import LadderConfig, RungConfig
 from engine.sections.training import StageConfig, TrainConfig
 from eval.bench import Bench
 from models.guidance import told_guidance_width, with_told_guidance
-from models.pipeline import export_pipeline, load_pipeline, one_line, with_unet
+from models.pipeline import export_pipeline, load_pipeline, one_line, set_resolution, with_unet
 from models.schedule import NoiseSchedule
 from models.unet import PrunableUNet2DConditionModel
 
@@ -115,7 +115,7 @@ class DistillBench(Bench):
             raise ValueError(
                 f"ladder.student={folder} does not fit the teacher: it differs in {', '.join(differing)} {told or ''}"
             )
-        student.unet.register_to_config(sample_size=self.teacher.config.sample_size)
+        set_resolution(student, self.teacher.config.sample_size * self.pipeline.vae_scale_factor)
         return student.unet.requires_grad_(False).eval()
 
     def check(self) -> None:
@@ -143,8 +143,15 @@ class DistillBench(Bench):
             raise ValueError(f"objective {kind.__name__} distils no steps; choose objective=steps, guidance or lcm")
         if kind.sampler == "LCMScheduler" and len(self.climbs) > 1:
             raise ValueError(f"objective {kind.__name__} has one rung, as ladder.steps=[32,4]: its student serves all")
-        if told_guidance_width(self.teacher) and not kind.told:
-            raise ValueError(f"the teacher is told its guidance scale, and objective {kind.__name__} does not tell it")
+        teaches = {
+            f"objective {kind.__name__}": not kind.told,
+            "learning to predict v": not self.predicts_velocity,
+            "ladder.repair": self.ladder.repair,
+        }
+        telling_none = [name for name, asked in teaches.items() if asked]
+        if telling_none and (told := [name for name, unet in self.networks.items() if told_guidance_width(unet)]):
+            who, what = " and ".join(told), " and ".join(telling_none)
+            raise ValueError(f"its guidance scale is told to the {who}, and {what} would not tell it")
         if kind.told != bool(self.ladder.guidance_width):
             way = "needs ladder.guidance_width, as 256" if kind.told else "needs ladder.guidance_width=0"
             raise ValueError(f"objective {kind.__name__} {way}")
@@ -218,7 +225,10 @@ class DistillBench(Bench):
         if self.teaching is not None:
             vars(self).pop("working_teacher", None)  # of an earlier stage
         copied = copy.deepcopy(unet).to(self.device, torch.float32).requires_grad_()
-        trained = self.train(copied, objective, config, stage, schedule=self.schedule, **given)
+        try:
+            trained = self.train(copied, objective, config, stage, schedule=self.schedule, **given)
+        finally:
+            self.teaching = None
         return trained.requires_grad_(False).to("cpu")
 
     def samples(self, objective: Objective, stage: str):

@@ -139,7 +139,7 @@ class Curves:
             "steps": steps,
             "guidance": guidance,
             "protocol": sampler.protocol,
-            "evaluations": steps * (2 if sampler.guides(model.unet) else 1),
+            "evaluations": sampler.evaluations(model.unet),
             "clip": {"mean": score.mean, "se": score.se, "per_prompt": clip.tolist()},
             "psnr_to_teacher": None if is_reference else decibels.mean().item(),
             "feature_cosine_to_teacher": near.mean().item(),

@@ -28,28 +28,35 @@ def map_batches(
     with does not depend on how many processes there are. Under `keep` every finished batch lies as a file until all
     are there: killed work goes on where it stopped, with any number of processes.
     """
+    rank, world = accelerator.process_index, accelerator.num_processes
     batches = list(torch.arange(num_items).split(batch_size))
-    mine = list(enumerate(batches))[accelerator.process_index :: accelerator.num_processes]
     bar = progress(total=num_items, desc=desc, disable=not accelerator.is_main_process)
     done = []
-    for k, batch in mine:
+    for k in range(rank, len(batches), world):
         file = keep / f"{k:06d}.safetensors" if keep else None
-        done.append((k, kept(file) if file and file.exists() else computed(fn(batch.tolist()).cpu(), file)))
-        bar.update(min(len(batch) * accelerator.num_processes, bar.total - bar.n))
+        done.append(kept(file) if file and file.exists() else computed(fn(batches[k].tolist()).cpu(), file))
+        bar.update(min(len(batches[k]) * world, bar.total - bar.n))
     bar.close()
-    values = torch.cat([values for _, values in sorted(gathered(done, accelerator), key=lambda pair: pair[0])])
+    values = gathered(done, batches, world) if world > 1 else torch.cat(done)
     if keep and accelerator.is_main_process:
         shutil.rmtree(keep, ignore_errors=True)
     return values
 
 
-def gathered(mine: list, accelerator: Accelerator) -> list:
-    """The entries of all ranks' lists, in the order of the ranks; over gloo, for NCCL would take the GPUs' memory."""
-    if accelerator.num_processes == 1:
-        return mine
-    lists = [None] * accelerator.num_processes
-    torch.distributed.all_gather_object(lists, mine, group=sleeping_ranks())
-    return [entry for of_rank in lists for entry in of_rank]
+def gathered(mine: list[Tensor], batches: list[Tensor], world: int) -> Tensor:
+    """The values of all batches, of which the k-th lies with rank k mod world. `mine` is used up.
+
+    Over gloo, for NCCL would take the GPUs' memory, and a batch of every rank at a time: all at once is many copies.
+    """
+    values, mine = None, mine[::-1]
+    for first in range(0, len(batches), world):
+        of_ranks: list[Tensor | None] = [None] * world
+        torch.distributed.all_gather_object(of_ranks, mine.pop() if mine else None, group=sleeping_ranks())
+        for indices, given in zip(batches[first : first + world], of_ranks, strict=False):
+            if values is None:
+                values = given.new_empty(sum(map(len, batches)), *given.shape[1:])
+            values[indices] = given
+    return values
 
 
 def kept(file: Path) -> Tensor:

@@ -30,7 +30,7 @@ from engine.sharding import autocast_dtype, check_sharding
 from eval.clip import ClipScorer
 from eval.sampling import Sampler
 from models.cost import NUM_TOKENS
-from models.pipeline import networks, set_resolution
+from models.pipeline import networks, set_resolution, upcast_vae
 from models.schedule import NoiseSchedule
 from models.unet import PrunableUNet2DConditionModel
 
@@ -57,6 +57,7 @@ class Bench:
         if self.config.data.resolution is None:
             self.config.data.resolution = native
         set_resolution(pipeline, self.config.data.resolution)
+        upcast_vae(pipeline)
         for network in networks(pipeline):
             network.requires_grad_(False).eval()
         return pipeline

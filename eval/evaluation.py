@@ -43,7 +43,7 @@ from eval.judge import clip_scores, draw_images, write_pictures
 from eval.sampling import Sampler
 from eval.setups import Setup, compile_networks
 from models.cost import count_parameters
-from models.pipeline import check_pipeline, load_pipeline, networks, set_resolution
+from models.pipeline import check_pipeline, load_pipeline, networks, set_resolution, upcast_vae
 
 log = logging.getLogger("slimstep")
 FEATURES = "real-features.safetensors"
@@ -155,6 +155,7 @@ class EvaluationBench(Bench):
         if pixels := self.asked_resolution:
             check_size(pipeline, pixels, pixels)
             set_resolution(pipeline, pixels)
+        upcast_vae(pipeline)
         for network in networks(pipeline):
             network.requires_grad_(False).eval()
         return pipeline

@@ -142,8 +142,12 @@ class Sampler:
             self._copies[key] = make()
         return self._copies[key]
 
+    def latents(self, unet: nn.Module, *given, **options) -> Tensor:
+        """What `denoise` gives; ValueError where it is not finite."""
+        return finite({"latents": self.denoise(unet, *given, **options)}, unet)["latents"]
+
     @torch.inference_mode()
-    def latents(
+    def denoise(
         self,
         unet: nn.Module,
         texts: Texts,
@@ -181,11 +185,14 @@ class Sampler:
             z_BCHW = scheduler.step(pred_BCHW, t, z_BCHW, return_dict=False, **step_options)[0]
         return z_BCHW
 
-    @torch.inference_mode()
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """uint8 images [B, 3, H, W], on the VAE's device, rounded as diffusers rounds on its way to PIL."""
-        return eight_bits(self.pixels(latents_BCHW))
+        """uint8 images [B, 3, H, W], on the VAE's device, rounded as diffusers rounds on its way to PIL.
 
+        Raises ValueError for images that are not finite: as bytes they would be black, and as good as each other.
+        """
+        return eight_bits(finite({"images": self.pixels(latents_BCHW)}, self.pipeline.vae)["images"])
+
+    @torch.inference_mode()
     def pixels(self, latents_BCHW: Tensor) -> Tensor:
         """Images [B, 3, H, W] from -1 to 1, as the VAE gives them."""
         vae = self.pipeline.vae
@@ -199,13 +206,11 @@ class Sampler:
         """uint8 images [B, 3, H, W]: row b is prompt `indices[b]` of the whole set `prompts`, from that prompt's noise.
 
         An index may come several times, with different gates: every ablation of a prompt starts from the same noise.
-        Raises ValueError for images that are not finite: as bytes they would be black, and as good as each other.
         """
         noise_BCHW = torch.stack([self.noise(i) for i in indices])
         generators = self.generators(indices)
         texts = self.encode(prompts).rows(indices)
-        pixels_BCHW = self.pixels(self.latents(unet, texts, noise_BCHW, gates, generators))
-        return eight_bits(finite({"images": pixels_BCHW}, self.pipeline.vae)["images"])
+        return self.decode(self.latents(unet, texts, noise_BCHW, gates, generators))
 
 
 def eight_bits(pixels_BCHW: Tensor) -> Tensor:

@@ -79,8 +79,6 @@ def load_pipeline(
     fuse_loras(pipeline, loras)
     if scheduler:
         pipeline.register_modules(scheduler=swapped_scheduler(pipeline.scheduler, scheduler))
-    if hasattr(pipeline, "upcast_vae") and pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
-        pipeline.vae.float()  # it overflows, and SDXL's pipelines do the same
     for module in networks(pipeline):
         module.eval()
         own_memory(module)
@@ -93,6 +91,13 @@ def set_resolution(pipeline: DiffusionPipeline, pixels: int) -> None:
     # Without the version a pipeline around weights of before diffusers 0.9 would take their size for a mistake.
     size, version = pixels // pipeline.vae_scale_factor, diffusers.__version__
     pipeline.unet.register_to_config(sample_size=size, _diffusers_version=version)
+
+
+def upcast_vae(pipeline: DiffusionPipeline) -> None:
+    """Puts a VAE that overflows in float16 into float32, for those who ask it themselves: SDXL's pipelines do when
+    they are called, and want it as it was."""
+    if hasattr(pipeline, "upcast_vae") and pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
+        pipeline.vae.float()
 
 
 def read_pipeline(

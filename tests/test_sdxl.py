@@ -11,7 +11,8 @@ import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, StableDiffusionXLPipeline
 
 from data.shards import CachedPairs
-from models.pipeline import export_pipeline, load_pipeline
+from eval.sampling import Sampler
+from models.pipeline import export_pipeline, load_pipeline, upcast_vae
 from models.unet import apart
 from tests.tiny import tiny_sdxl_pipeline
 
@@ -46,8 +47,13 @@ def drawn_by_stock(export, steps, **options):
 
 
 def test_its_vae_stays_in_float32_beside_a_unet_in_float16(sdxl):
+    """For those who ask it themselves; a pipeline that is called does it by itself, and wants it as it was."""
     pipeline = load_pipeline(sdxl[1].partition("=")[2], dtype="float16")
+    image = pipeline("a cat", num_inference_steps=1, output_type="pt").images
+    upcast_vae(pipeline)
     assert (pipeline.unet.dtype, pipeline.vae.dtype) == (torch.float16, torch.float32)
+    sampler = Sampler(pipeline, steps=1, guidance_scale=5.0)
+    assert sampler.images(pipeline.unet, ["a cat"], [0]).shape == image.shape
 
 
 @pytest.mark.slow

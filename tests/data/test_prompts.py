@@ -139,7 +139,7 @@ def test_files_that_are_not_prompts_are_told(tmp_path):
     with pytest.raises(ValueError, match="latin.txt is not UTF-8"):
         read_prompts(tmp_path / "latin.txt")
     (tmp_path / "bad.parquet").write_text("no")
-    with pytest.raises(ValueError, match="bad.parquet is not a parquet file"):
+    with pytest.raises(ValueError, match="bad.parquet cannot be read as a parquet file"):
         read_prompts(tmp_path / "bad.parquet")
     (tmp_path / "separators.csv").write_text("caption\na\u2028b\x0bc\n\"two\nlines\"\n")
     assert read_prompts(tmp_path / "separators.csv").prompts == ("a\u2028b\x0bc", "two\nlines")

@@ -282,7 +282,7 @@ def test_mistakes_about_a_table_are_one_line(tables, kind):
     with pytest.raises(ValueError, match=r"nowhere.*(names no file|cannot be loaded)"):
         kind(f"{tables}/nowhere", 16)
     (tables / "train-0.parquet").write_bytes(b"PAR1 no")
-    with pytest.raises(ValueError, match=r"train-0.parquet is not a parquet file|cannot be loaded"):
+    with pytest.raises(ValueError, match=r"train-0.parquet cannot be read as a parquet file|cannot be loaded"):
         kind(str(tables), 16)
 
 

@@ -137,6 +137,19 @@ def test_no_held_out_caption_is_told_with_the_way_out(tmp_path):
         heldout_prompts(pairs, enough=[4])
 
 
+def test_where_no_held_out_sample_can_be_used_the_reason_is_told(tmp_path):
+    files = {f"{i:03d}.{kind}": b"" for i in range(60) for kind in ("jpg", "caption")}
+    pairs = WebDatasetPairs(str(write_tar(tmp_path / "a.tar", files)), 16, "heldout", heldout_fraction=0.5)
+    with pytest.raises(ValueError, match=r"samples cannot be used.*no caption .txt or .json among jpg; caption"):
+        heldout_prompts(pairs, enough=[4])
+
+
+def test_a_sample_of_very_many_files_is_one(tmp_path):
+    frames = {f"clip.frame{k:03d}.png": b"" for k in range(150)}
+    tar = write_tar(tmp_path / "a.tar", frames | {"clip.jpg": b"image", "clip.txt": b"many"})
+    assert [(entry.image, entry.caption) for entry in read(tar)] == [(b"image", "many")]
+
+
 # Broken members.
 
 
@@ -303,6 +316,16 @@ def test_images_behind_urls_are_asked_for_again_where_a_connection_breaks_and_on
     with pytest.raises(OSError, match=r"gone.png cannot be read \(HTTP Error 404"):
         image_cell(f"{served}/gone.png")
     assert Server.asked == ["/gone.png"]
+
+
+def test_a_dead_link_is_asked_twice_and_letters_that_no_url_has_are_quoted(tmp_path, served, monkeypatch):
+    pauses = []
+    monkeypatch.setattr(sources.time, "sleep", pauses.append)
+    with pytest.raises(OSError, match=r"a.png cannot be read \(.*refused.*\)$"):
+        image_cell("http://127.0.0.1:9/a.png")
+    assert pauses == [0.5]
+    (tmp_path / "ä b%.png").write_bytes(b"image")
+    assert image_cell(f"{served}/ä b%25.png") == b"image"
 
 
 def test_a_missing_url_is_told_before_anything_is_read(tmp_path, served):

@@ -1,6 +1,7 @@
 """The ladder's schedulers, made from whatever a teacher ships with."""
 
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ from omegaconf import OmegaConf
 from distill.bench import DistillBench
 from engine.sections.stepping import LadderConfig
 from models.guidance import with_told_guidance
-from models.pipeline import load_pipeline
+from models.pipeline import load_pipeline, with_unet
 from models.unet import PrunableUNet2DConditionModel
 from prune.bench import PruneBench
 from tests.tiny import tiny_pipeline, tiny_unet
@@ -54,6 +55,17 @@ def test_a_student_with_zero_terminal_snr_fits_its_own_teacher(kind, tmp_path):
     assert bench.given_student().config.sample_size == bench.teacher.config.sample_size
 
 
+def test_a_student_is_asked_for_the_teachers_size_also_where_its_weights_are_of_old_diffusers(tmp_path):
+    pipeline = tiny_pipeline()
+    pipeline.unet.register_to_config(_diffusers_version="0.6.0")
+    pipeline.save_pretrained(tmp_path)
+    config = tmp_path / "unet/config.json"
+    config.write_text(re.sub(r'("_diffusers_version": )"[^"]*"', r'\1"0.6.0"', config.read_text()))
+    bench = bench_of(tmp_path)
+    bench.teacher.register_to_config(sample_size=4)
+    assert with_unet(bench.pipeline, bench.given_student()).unet.config.sample_size == 4
+
+
 def test_the_teacher_as_its_own_student_is_read_in_the_same_way(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path, variant="fp16")
     assert bench_of(tmp_path, variant="fp16").given_student() is not None
@@ -74,8 +86,18 @@ def test_a_teacher_that_is_told_its_guidance_is_refused_where_nothing_tells_it()
     ladder.config = OmegaConf.create({"objective": {"_target_": "distill.steps.StepDistillation"}})
     ladder.ladder, ladder.climbs = LadderConfig(), ()
     pruning.config = OmegaConf.create({"model": {"name_or_path": "lcm"}})
-    ladder.pipeline = pruning.pipeline = SimpleNamespace(unet=told)
-    with pytest.raises(ValueError, match="is told its guidance scale, and objective StepDistillation does not"):
+    scheduler = DDIMScheduler(**BETAS, prediction_type="v_prediction")
+    ladder.pipeline = pruning.pipeline = SimpleNamespace(unet=told, scheduler=scheduler)
+    ladder.networks = {"teacher": told, "student": told}
+    refused = "is told to the teacher and student, and {} would not tell it"
+    with pytest.raises(ValueError, match=refused.format("objective StepDistillation")):
+        ladder.check_agreement()
+    ladder.config.objective = {"_target_": "distill.guidance.GuidanceDistillation"}
+    ladder.ladder = LadderConfig(guidance_width=32)
+    ladder.check_agreement()
+    ladder.ladder = LadderConfig(student="cut", guidance_width=32, repair=True)
+    scheduler.register_to_config(prediction_type="epsilon")
+    with pytest.raises(ValueError, match=refused.format("learning to predict v and ladder.repair")):
         ladder.check_agreement()
     with pytest.raises(ValueError, match="lcm is told its guidance scale: prune it before that"):
         pruning.check()

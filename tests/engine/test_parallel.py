@@ -4,6 +4,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from engine import parallel
 from engine.parallel import map_batches
 
 
@@ -27,3 +28,20 @@ def test_killed_work_goes_on_where_it_stopped(tmp_path):
     assert computed == [[0, 1, 2], [3, 4, 5], [6, 7, 8], [9, 10]]
     assert torch.equal(values, torch.arange(11).double() ** 2)
     assert not keep.exists()
+
+
+@pytest.mark.parametrize("world", [2, 3, 5])
+def test_what_lies_with_many_ranks_is_gathered_in_index_order(world, monkeypatch):
+    batches = list(torch.arange(11).split(3))
+    values = torch.arange(11 * 2).view(11, 2)
+    of_ranks = [[values[indices] for indices in batches[rank::world]] for rank in range(world)]
+    rounds = iter(range(len(batches)))
+
+    def all_gather(into, mine, group):
+        number = next(rounds)
+        into[:] = [own[number] if number < len(own) else None for own in of_ranks]
+        assert mine is into[1]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", all_gather)
+    monkeypatch.setattr(parallel, "sleeping_ranks", lambda: None)
+    assert torch.equal(parallel.gathered(list(of_ranks[1]), batches, world), values)

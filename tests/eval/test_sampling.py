@@ -1,5 +1,6 @@
 """Sampling inside the framework and sampling by a user are the same thing."""
 
+from operator import attrgetter
 from types import SimpleNamespace
 
 import numpy as np
@@ -203,11 +204,24 @@ def test_evaluations_of_the_unet_are_counted_as_the_scheduler_asks_for_them():
             assert sum(asked) == sampler.evaluations(pipeline.unet)
 
 
-def test_images_that_are_not_finite_are_an_error_and_not_black():
+@pytest.mark.parametrize(
+    ("part", "told"),
+    [("vae.decoder", "AutoencoderKL in float32 made images"), ("unet", "UNet2DConditionModel in float32 made latents")],
+)
+def test_images_that_are_not_finite_are_an_error_and_not_black(part, told):
     pipeline = tiny_pipeline()
-    torch.nn.init.constant_(pipeline.vae.decoder.conv_out.bias, torch.nan)
-    with pytest.raises(ValueError, match="AutoencoderKL in float32 made images that are not finite"):
-        Sampler(pipeline, steps=1, guidance_scale=1.0).images(pipeline.unet, PROMPTS, [0])
+    torch.nn.init.constant_(attrgetter(part)(pipeline).conv_out.bias, torch.nan)
+    sampler = Sampler(pipeline, steps=1, guidance_scale=1.0)
+    with pytest.raises(ValueError, match=f"{told} that are not finite"):
+        sampler.images(pipeline.unet, PROMPTS, [0])
+    with pytest.raises(ValueError, match="made images that are not finite"):
+        sampler.decode(torch.full((1, 4, 8, 8), torch.nan))
+
+
+def test_decoding_keeps_nothing_for_gradients():
+    pipeline = tiny_pipeline()
+    assert pipeline.vae.decoder.conv_out.weight.requires_grad
+    assert not Sampler(pipeline, steps=1, guidance_scale=1.0).pixels(torch.randn(1, 4, 8, 8)).requires_grad
 
 
 def test_a_vae_that_shifts_its_latents_is_undone():
