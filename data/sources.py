@@ -218,6 +218,6 @@ class HttpFile(io.RawIOBase):
 
 
 class HttpImage(HttpFile):
-    """Tables of many images name dead links among them, which are not worth a long wait."""
+    """The same for one image of a table, whose links are dead here and there: asked twice, and then it is broken."""
 
     tries, way_out = 2, ""

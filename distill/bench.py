@@ -143,14 +143,15 @@ class DistillBench(Bench):
             raise ValueError(f"objective {kind.__name__} distils no steps; choose objective=steps, guidance or lcm")
         if kind.sampler == "LCMScheduler" and len(self.climbs) > 1:
             raise ValueError(f"objective {kind.__name__} has one rung, as ladder.steps=[32,4]: its student serves all")
-        teaches = {
+        silent_trainings = {
             f"objective {kind.__name__}": not kind.told,
             "learning to predict v": not self.predicts_velocity,
             "ladder.repair": self.ladder.repair,
         }
-        telling_none = [name for name, asked in teaches.items() if asked]
-        if telling_none and (told := [name for name, unet in self.networks.items() if told_guidance_width(unet)]):
-            who, what = " and ".join(told), " and ".join(telling_none)
+        silent = [name for name, is_asked in silent_trainings.items() if is_asked]
+        told = [name for name, unet in self.networks.items() if told_guidance_width(unet)]
+        if silent and told:
+            who, what = " and ".join(told), " and ".join(silent)
             raise ValueError(f"its guidance scale is told to the {who}, and {what} would not tell it")
         if kind.told != bool(self.ladder.guidance_width):
             way = "needs ladder.guidance_width, as 256" if kind.told else "needs ladder.guidance_width=0"
