@@ -4,26 +4,19 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 
 from models.lora import load_lora
 from models.pipeline import with_unet
 from models.unet import PrunableUNet2DConditionModel
+from tests.loras import draw_lora
 from tests.models.conftest import paint, small_stock_unet
 
 
 @pytest.fixture
 def lora_folder(tmp_path):
     """A LoRA of the stock UNet's attention projections and ResNet convolutions, with weights that show."""
-    unet = small_stock_unet()
-    unet.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=["to_q", "to_v", "to_out.0", "conv1"]))
-    with torch.no_grad():
-        for name, parameter in unet.named_parameters():
-            if "lora_" in name:
-                parameter.normal_(generator=torch.Generator().manual_seed(len(name)))
-    weights = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=weights)
+    weights = draw_lora(small_stock_unet(), ["to_q", "to_v", "to_out.0", "conv1"])
+    StableDiffusionPipeline.save_lora_weights(tmp_path, unet_lora_layers=convert_state_dict_to_diffusers(weights))
     return tmp_path
 
 

@@ -10,7 +10,6 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -19,6 +18,7 @@ from models.lora import fuse_loras, load_lora
 from models.original_layout import unet_name
 from models.pipeline import with_unet
 from models.unet import PrunableUNet2DConditionModel
+from tests.loras import draw_lora
 from tests.models.conftest import make_small_pipeline
 from tests.tiny import tiny_sdxl_pipeline
 
@@ -147,7 +147,7 @@ def test_names_of_several_kinds_in_one_file_are_read(tmp_path):
 # ---- what only the metadata tells
 
 
-def write_told(folder, parts, **fields):
+def write_told(folder, parts, dora=False):
     """A LoRA of these parts whose alpha is in its metadata alone."""
     pipeline, layers = make_small_pipeline(), {}
     names = {"unet": ["to_q", "to_out.0", "conv1"], "text_encoder": ["q_proj", "fc1"]}
@@ -155,13 +155,9 @@ def write_told(folder, parts, **fields):
     for part in parts:
         network = getattr(pipeline, part)
         told = {"r": 4, "lora_alpha": 1, "alpha_pattern": alphas[part], "target_modules": names[part]}
-        network.add_adapter(LoraConfig(**told, **fields))
-        draw = torch.Generator().manual_seed(3)
-        for name, parameter in network.named_parameters():
-            if "lora_" in name:
-                parameter.data.normal_(generator=draw).abs_()
-        layers[f"{part}_lora_layers"] = get_peft_model_state_dict(network)
-        layers[f"{part}_lora_adapter_metadata"] = network.peft_config["default"].to_dict()
+        weights = draw_lora(network, names[part], told["r"], seed=3, dora=dora)
+        layers[f"{part}_lora_layers"] = {key: value.abs() for key, value in weights.items()}
+        layers[f"{part}_lora_adapter_metadata"] = LoraConfig(**told, use_dora=dora).to_dict()
     StableDiffusionPipeline.save_lora_weights(folder, **layers)
     return folder / "pytorch_lora_weights.safetensors"
 
@@ -227,7 +223,7 @@ def test_a_dora_whose_magnitudes_would_be_lost_is_refused(tmp_path):
 
 def test_pefts_own_doras_are_fused_with_their_magnitudes(tmp_path):
     """W' = m (W + α/r · B A) / ‖W + α/r · B A‖, with norms over all but the outputs (Liu et al. 2024, equation 5)."""
-    weights = load_file(write_told(tmp_path, ("unet",), use_dora=True))
+    weights = load_file(write_told(tmp_path, ("unet",), dora=True))
     pipeline = prunable(make_small_pipeline())
     wanted = {key: value.clone() for key, value in pipeline.unet.state_dict().items()}
     for key in [key for key in weights if key.endswith(".lora_magnitude_vector")]:

@@ -7,8 +7,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import models.lora
@@ -16,6 +14,7 @@ from models.original_layout import vae_weights
 from models.pipeline import export_pipeline, load_pipeline
 from models.schedule import NoiseSchedule
 from models.schedulers import NO_SAMPLE, SHORT, scheduler_class, swapped_scheduler
+from tests.loras import draw_lora
 from tests.models.conftest import assert_equal_weights, paint
 from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
 
@@ -34,12 +33,7 @@ def write_lora(pipeline, folder, seed=0):
     for part, targets in TARGETS.items():
         if (network := getattr(pipeline, part, None)) is None:
             continue
-        network.add_adapter(LoraConfig(r=2, lora_alpha=4, target_modules=targets))
-        draw = torch.Generator().manual_seed(seed)
-        for name, parameter in network.named_parameters():
-            if "lora_" in name:
-                parameter.data.normal_(generator=draw)
-        weights = get_peft_model_state_dict(network)
+        weights = draw_lora(network, targets, seed=seed)
         # Diffusers reads a UNet's names by the first of them: of several kinds it would lose one.
         layers[f"{part}_lora_layers"] = weights if part == "unet" else convert_state_dict_to_diffusers(weights)
     type(pipeline).save_lora_weights(folder, **layers)
