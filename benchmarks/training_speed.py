@@ -29,9 +29,9 @@ from omegaconf import OmegaConf
 import engine.launch  # noqa: F401  registers the schema and the resolvers
 from data.files import write_json
 from distill.bench import DistillBench
+from engine.checked import CONFIGS, ROOT
 from engine.config import Config
 from engine.environment import environment
-from engine.launch import CONFIGS, ROOT
 from engine.run import Run
 from eval.decoders import decoder_gflops
 from eval.report import markdown_table

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from data.files import digest, json_bytes, write_json, write_tensors
+from engine.sections.training import STORAGE_DTYPES
 
 OPEN_SHARDS = 128
-DTYPES = {"float32": torch.float32, "float16": torch.float16}
+DTYPES = {name: getattr(torch, name) for name in STORAGE_DTYPES}
 
 
 class CachedPairs(Dataset):

@@ -6,8 +6,6 @@ so at once, for what is not whole yet is made again. The same command continues.
 
 import signal
 
-import torch
-
 CONTINUE_ME = 75  # EX_TEMPFAIL of sysexits.h: failed for now, the caller is invited to try again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # everybody's, and submitit's, which then puts the job back into the queue
 
@@ -26,6 +24,11 @@ def leave_on_sigterm() -> None:
         raise Preempted
 
     signal.signal(signal.SIGTERM, leave)
+
+
+def was_preempted(error: BaseException | None) -> bool:
+    """Whether SIGTERM is what ended the job, also where a library's own clean-up failed on the way out."""
+    return error is not None and (isinstance(error, Preempted) or was_preempted(error.__context__))
 
 
 class NotedSignals:
@@ -51,6 +54,8 @@ class NotedSignals:
 
     def on_any_rank(self, accelerator) -> list[int]:
         """The signals that came on this rank or another; all ranks ask together, so that all take the same way."""
+        import torch  # here, since whoever only leaves by signal does without it
+
         here = torch.tensor([float(wanted in self.came) for wanted in SIGNALS], device=accelerator.device)
         ranks = accelerator.reduce(here, "sum").tolist()
         return [wanted for wanted, count in zip(SIGNALS, ranks, strict=True) if count]

@@ -5,9 +5,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from logging import CRITICAL
 
-import diffusers
-import transformers
-
 
 def one_line(error: Exception) -> str:
     return " ".join(str(error).split())
@@ -16,6 +13,9 @@ def one_line(error: Exception) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """No progress bars and no warnings from diffusers and transformers."""
+    import diffusers  # here, since `one_line` serves those who do without these libraries
+    import transformers
+
     loggings = (diffusers.utils.logging, transformers.utils.logging)
     before = [(logging.get_verbosity(), logging.is_progress_bar_enabled()) for logging in loggings]
     for logging in loggings:

@@ -28,7 +28,8 @@ from torch.utils.data import Dataset
 from data.files import write_json, write_tensors
 from data.shapes import ShapesPairs, caption
 from data.shapes_tokenizer import build_tokenizer
-from engine.launch import MISTAKES, fail
+from engine.checked import MISTAKES
+from engine.launch import fail
 from engine.loop import train
 from engine.parallel import map_batches
 from engine.run import Run

@@ -10,7 +10,7 @@ from accelerate.commands.config.config_args import load_config_from_file
 from omegaconf import OmegaConf
 
 import engine.launch  # noqa: F401  registers the schema and the resolvers
-from engine.launch import CONFIGS
+from engine.checked import CONFIGS
 from tests.mistakes import told
 
 HARDWARE = sorted(path.stem for path in (CONFIGS / "hardware").glob("*.yaml"))

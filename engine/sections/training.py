@@ -4,9 +4,9 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from data.shards import DTYPES
 from engine.sections.checks import at_least
 
+STORAGE_DTYPES = ("float32", "float16")
 SCHEDULES = ("cosine", "constant")
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
 
@@ -78,8 +78,8 @@ class CacheConfig:
     def __post_init__(self) -> None:
         at_least("data.cache", self, 1, "batch_size", "shard_size")
         at_least("data.cache", self, 0, "workers")
-        if self.dtype not in DTYPES:
-            raise ValueError(f"data.cache.dtype={self.dtype!r} is unknown; choose from {', '.join(DTYPES)}")
+        if self.dtype not in STORAGE_DTYPES:
+            raise ValueError(f"data.cache.dtype={self.dtype!r} is unknown; choose from {', '.join(STORAGE_DTYPES)}")
 
 
 @dataclass

@@ -9,8 +9,10 @@ from accelerate import Accelerator
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-import engine.launch
-from engine.launch import main, make_accelerator, run_path
+import engine.execution
+from engine.checked import run_path
+from engine.execution import make_accelerator
+from engine.launch import main
 from engine.planning import Plan
 from engine.words import hydra_value
 from tests.mistakes import told
@@ -46,8 +48,8 @@ def chain(monkeypatch, capfd, tmp_path):
         return 3 if path.name == "prune_unet" else 0
 
     config_of = {}
-    monkeypatch.setattr(engine.launch, "run_job", job)
-    monkeypatch.setattr(engine.launch, "planned_job", lambda config: Plan(run_path(config).name, 1.0))
+    monkeypatch.setattr(engine.execution, "run_job", job)
+    monkeypatch.setattr(engine.execution, "planned_job", lambda config: Plan(run_path(config).name, 1.0))
 
     def run(*overrides):
         ran.clear()

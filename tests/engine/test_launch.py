@@ -1,9 +1,13 @@
 """The command line: what a sweep calls its jobs."""
 
+import subprocess
+import sys
+
 import pytest
 
-from engine.launch import check_overrides, named_by_what_is_swept, was_preempted
-from engine.preemption import Preempted
+from engine.checked import ROOT
+from engine.launch import check_overrides, named_by_what_is_swept
+from engine.preemption import Preempted, was_preempted
 
 
 @pytest.mark.parametrize(
@@ -53,3 +57,11 @@ def test_one_job_keeps_its_name():
     assert named_by_what_is_swept(["+experiment=prune_unet", "seed=0"]) == []
     assert named_by_what_is_swept(["+experiment=prune_unet", "--verbose"]) == []
     assert named_by_what_is_swept(["-m", "train={"]) == []  # Hydra says what is wrong with it
+
+
+def test_the_command_line_answers_without_torch():
+    """Listing experiments and naming a misspelt key import no library that takes seconds."""
+    heavy = "torch diffusers transformers accelerate numpy PIL matplotlib"
+    code = f"import sys, engine.launch; print([name for name in '{heavy}'.split() if name in sys.modules])"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert loaded.stdout.strip() == "[]"

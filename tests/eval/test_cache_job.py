@@ -11,8 +11,9 @@ from diffusers import AutoencoderKL
 from omegaconf import OmegaConf
 from transformers import CLIPTextModel
 
+from engine.checked import CONFIGS
 from engine.config import Config
-from engine.launch import CONFIGS, main
+from engine.launch import main
 from engine.run import Run
 from prune.bench import PruneBench
 from tests.data.tars import captioned, picture, sound, write_tar, write_tars

@@ -1,0 +1,87 @@
+"""The configuration of a run in its checked form, and the directory that belongs to it."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import is_dataclass
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, SCMode
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
+from yaml import YAMLError
+
+from engine.config import Config
+from engine.sections.checks import at_least
+from engine.sections.training import DataConfig
+
+ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = ROOT / "configs"
+MISTAKES = (ValueError, OSError, FloatingPointError, SafetensorError, YAMLError, HydraException, OmegaConfBaseException)
+PRECISIONS = ("no", "bf16", "fp16")
+
+
+def checked_config(config: DictConfig) -> DictConfig:
+    """The configuration in its typed form. ValueError for keys nobody reads, and values that cannot be."""
+    if unknown := list(unknown_keys(OmegaConf.structured(Config), config)):
+        raise ValueError(f"the configuration has no key {unknown[0]}, which +{unknown[0]}=… would add")
+    config = OmegaConf.merge(OmegaConf.structured(Config), config)
+    for section in config:
+        if OmegaConf.is_config(config[section]):
+            OmegaConf.to_container(config[section], structured_config_mode=SCMode.INSTANTIATE)  # the typed ones check
+    if config.job is not None:
+        config.stages = None  # a budget has values for chains, too
+    at_least("the configuration", config, 0, "threads")
+    if config.threads > (cores := os.cpu_count() or 1):
+        raise ValueError(f"threads={config.threads}, but there are {cores} cores; 0 leaves the choice to torch")
+    if config.mixed_precision not in PRECISIONS:
+        raise ValueError(f"mixed_precision={config.mixed_precision!r} is unknown; choose from {PRECISIONS}")
+    if config.mixed_precision == "fp16" and not has_gpu():
+        raise ValueError("mixed_precision=fp16 needs a GPU, and there is none; choose bf16, or no for float32")
+    check_data(config.data)
+    run_path(config)
+    return config
+
+
+def has_gpu() -> bool:
+    import torch  # here, since only this question needs it before the job is known
+
+    return torch.cuda.is_available()
+
+
+def check_data(data: DictConfig | None) -> None:
+    """ValueError, or Hydra's own, for keys that the group with these pairs has not, and values that cannot be."""
+    if data is None:
+        raise ValueError(f"data=null: choose one of {', '.join(path.stem for path in (CONFIGS / 'data').iterdir())}")
+    kind = "pairs._target_"
+    groups = [OmegaConf.load(path) for path in (CONFIGS / "data").glob("*.yaml")]
+    same = (group for group in groups if OmegaConf.select(group, kind) == OmegaConf.select(data, kind))
+    known = list(next(same, data))  # pairs of the user's own may have any keys
+    if unknown := [key for key in data if key not in known]:
+        raise ValueError(f"data has no key {unknown[0]}, which +data.{unknown[0]}=… would add; keys: {', '.join(data)}")
+    schema = OmegaConf.create({"data": OmegaConf.structured(DataConfig)})
+    given = {key: value for key, value in OmegaConf.to_container(data, resolve=True).items() if key in schema.data}
+    OmegaConf.to_object(OmegaConf.merge(schema, {"data": given}).data)
+
+
+def unknown_keys(schema: DictConfig, config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Keys that a `+` added to the typed part of the configuration, where nothing would read them."""
+    for key in config:
+        if key not in schema:
+            yield f"{prefix}{key}"
+        elif is_dataclass(OmegaConf.get_type(schema, key)):
+            yield from unknown_keys(schema[key], config[key], f"{prefix}{key}.")
+
+
+def run_path(config: DictConfig) -> Path:
+    """root/name; under a multirun root/name/<the swept overrides>. ValueError for a name that leaves root."""
+    parts = Path(config.name).parts
+    if not parts or Path(config.name).is_absolute() or ".." in parts:
+        raise ValueError(f"name={config.name!r} must name a folder under root")
+    path = Path(config.root) / config.name
+    swept = HydraConfig.get().job.override_dirname.replace("/", "_")
+    if HydraConfig.get().mode != RunMode.MULTIRUN or swept in Path(config.root).parts:  # as a chain's stage is already
+        return path
+    return path / swept

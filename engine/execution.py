@@ -1,0 +1,148 @@
+"""A checked configuration becomes a running job: libraries, accelerator, run directory, tracker.
+
+What is imported here takes seconds; engine/launch.py, which answers mistakes and lists experiments, does without it.
+"""
+
+import os
+import secrets
+import sys
+import traceback
+from pathlib import Path
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import InitProcessGroupKwargs
+from hydra.errors import InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from engine.chain import Chain
+from engine.checked import MISTAKES, ROOT, checked_config, run_path
+from engine.components import named_job
+from engine.config import Config
+from engine.planning import Plan
+from engine.preemption import Preempted, was_preempted
+from engine.run import FINISHED, PATIENCE, TRACEBACK, WATCHING, Run, damaged
+from engine.tracking import Tracker
+from models.quiet import one_line
+
+
+def quiet_libraries() -> None:
+    """Libraries speak only of errors."""
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+
+
+def execute(config: Config) -> int:
+    """Runs one job, or a chain of them, and returns its exit code, 1 after a mistake."""
+    quiet_libraries()
+    try:
+        return run_chain(config) if config.stages else run_job(config)
+    except (Preempted, Exception) as error:
+        if was_preempted(error):
+            if os.environ.get("RANK", "0") == "0":
+                print("stopped by SIGTERM, from a scheduler or a rank that failed; the same command continues",
+                      file=sys.stderr)  # fmt: skip
+            raise Preempted from error
+        if config.debug:
+            raise
+        rank = os.environ.get("RANK", "0")
+        where = "" if rank == "0" else f"rank {rank}: "
+        print(f"{where}{told(error, config)}", file=sys.stderr)
+        return 1
+    finally:
+        AcceleratorState._reset_state(True)  # the next job of a multirun may want another precision
+        GradientState._reset_state()
+
+
+def told(error: Exception, config: DictConfig) -> str:
+    """One line for what ended a job, and in which stage. The traceback of what nobody foresaw is kept in the run's
+    directory."""
+    stage = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, MISTAKES):
+        error = error.__cause__  # what the component says, without Hydra's frame around it
+    if isinstance(error, MISTAKES):
+        return f"error: {stage}{one_line(error)}  (debug=true shows where)"
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and is_lost_connection(error):
+        return "stopped: another rank is gone; what it said of itself tells why. The same command continues"
+    kept = run_path(config) / f"{TRACEBACK}{os.environ.get('RANK', '0')}.txt"
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    kept.write_text("".join(traceback.format_exception(error)))
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if Path(f.filename).is_relative_to(ROOT) and "site-packages" not in f.filename]
+    place = f"{Path(own[-1].filename).relative_to(ROOT)}, line {own[-1].lineno}"
+    what = f"{stage}{type(error).__name__} in {place}: {one_line(error)}"
+    return f"error: {what}  (not foreseen; its traceback is in {kept})"
+
+
+def is_lost_connection(error: Exception) -> bool:
+    """Whether a collective failed since a neighbour is gone: NCCL and the store have types for it, gloo has none."""
+    return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
+
+
+def run_chain(config: Config) -> int:
+    """Every stage in turn. A stage has its own configuration and its own tracker; the chain has neither."""
+    return Chain(config, run_path(config), make_accelerator(config), run_job, planned_job, checked_config).execute()
+
+
+def make_accelerator(config: Config, **options) -> Accelerator:
+    forget_accelerator()  # of the stage before, which may have had another precision
+    return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.mixed_precision,
+                       kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **options)  # fmt: skip
+
+
+def forget_accelerator() -> None:
+    """What Accelerate holds beside the process group."""
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+
+
+def make_run(config: Config) -> Run:
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    path = run_path(config)
+    accelerator = make_accelerator(config, log_with=config.tracker.log_with, project_dir=str(path))
+    return Run(path, accelerator, seed=config.seed)
+
+
+def planned_job(config: Config) -> Plan:
+    """What a job would do; nothing is written."""
+    run = make_run(config)
+    if not config.run.overwrite:
+        run.check_config(OmegaConf.to_container(config, resolve=True), ignoring=WATCHING)
+    return named_job(config.job)(config, run)
+
+
+def run_job(config: Config) -> int:
+    """Runs or continues a job and returns its exit code; under plan=true it tells what it would do."""
+    if config.plan:
+        plan = planned_job(config)
+        if int(os.environ.get("RANK", 0)) == 0:
+            print(plan.text)
+        return 0
+    run, job = make_run(config), named_job(config.job)
+    path, resolved = run.path, OmegaConf.to_container(config, resolve=True)
+    run.keep_config(resolved, ignoring=WATCHING, overwrite=config.run.overwrite)
+    if config.tracker.log_with and getattr(job, "is_tracked", True) and not run.made(FINISHED):
+        in_chain = (path.parent / "stages").is_dir()  # many runs cannot share one id
+        given = None if in_chain else os.environ.get("WANDB_RUN_ID")  # by a W&B sweep's agent
+        identity = run.json("tracker.json", lambda: {"id": given or secrets.token_hex(4)})  # a continued run keeps it
+        with damaged(path / "tracker.json"):
+            run_id = identity["id"]
+        run.tracker = Tracker(run.accelerator, config.tracker, path, resolved, run_id)
+    with logging_redirect_tqdm():
+        code = job(config, run)
+    if run.tracker:
+        run.tracker.finish()
+    return code
+
+
+def leave_processes() -> None:
+    """Ends the process group, where there is one."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
