@@ -1,13 +1,27 @@
 """How diffusers and transformers are kept from talking, and what they raise is told."""
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from logging import CRITICAL
 
+LINE, HEAD, SHOWN, NAME = 600, 420, 3, 100  # characters; characters; names; characters
 
 def one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+    """What an error says, in a line of at most 600 characters: of a longer one the beginning, and the end with the way
+    out. The whole text is in the exception."""
+    text = " ".join(str(error).split())
+    if len(text) <= LINE:
+        return text
+    cut = " […] "
+    return text[:HEAD] + cut + text[HEAD + len(cut) - LINE :]
+
+
+def preview(names: Iterable[str]) -> str:
+    """The first three of many names, long ones cut: `a, b, c and 7 more`."""
+    names = list(names)
+    shown = ", ".join(name if len(name) <= NAME else f"{name[:NAME]}…" for name in names[:SHOWN])
+    return shown if len(names) <= SHOWN else f"{shown} and {len(names) - SHOWN} more"
 
 
 @contextmanager

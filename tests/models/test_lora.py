@@ -5,7 +5,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 
-from models.lora import load_lora
+from models.lora import fuse_lora
 from models.pipeline import with_unet
 from models.unet import PrunableUNet2DConditionModel
 from tests.loras import draw_lora
@@ -27,22 +27,23 @@ def prunable(pipeline, depths, **options):
 def test_on_the_unpruned_unet_all_of_it_fits(pipeline, lora_folder):
     unadapted = paint(pipeline)
     unpruned = prunable(pipeline, {})
-    fit = load_lora(unpruned, lora_folder)
+    fit = fuse_lora(unpruned, lora_folder)
     assert len(fit.applied) == 16 * 6 + 22 and not fit.left_out
     pipeline.load_lora_weights(lora_folder)
-    assert torch.equal(paint(unpruned), paint(pipeline)) and not torch.equal(paint(unpruned), unadapted)
+    assert not torch.allclose(paint(unpruned), unadapted, rtol=0, atol=1e-2)
+    torch.testing.assert_close(paint(unpruned), paint(pipeline), rtol=0, atol=1e-4)
 
 
 def test_what_was_pruned_is_listed_and_the_rest_is_applied(pipeline, lora_folder):
     site = "mid_block.attentions.0"
     pruned = prunable(pipeline, {site: 0})
     before = paint(pruned)
-    fit = load_lora(pruned, lora_folder)
+    fit = fuse_lora(pruned, lora_folder)
     assert len(fit.left_out) == 6 and all(path.startswith(f"{site}.") for path in fit.left_out)
     adapted = paint(pruned)
     assert not torch.equal(adapted, before)
     whole = prunable(pipeline, {})
-    load_lora(whole, lora_folder)
+    fuse_lora(whole, lora_folder)
     gates = torch.tensor([[s != site for s in whole.unet.kept_sites]] * 2)
     plain = whole.unet.forward
     whole.unet.forward = lambda *args, **kwargs: plain(*args, gates=gates, **kwargs)
@@ -52,13 +53,14 @@ def test_what_was_pruned_is_listed_and_the_rest_is_applied(pipeline, lora_folder
 def test_copies_stay_as_they_are(pipeline, lora_folder):
     site = "mid_block.attentions.0"
     deeper = prunable(pipeline, {site: 2})
-    fit = load_lora(deeper, lora_folder)
+    before = {key: value.clone() for key, value in deeper.unet.state_dict().items()}
+    fit = fuse_lora(deeper, lora_folder)
     assert not fit.left_out and not [path for path in fit.applied if ".copies." in path]
-    adapted = {name for name, _ in deeper.unet.named_parameters() if "lora_" in name}
-    assert not [name for name in adapted if ".copies." in name]
+    copies = [key for key in before if ".copies." in key]
+    assert copies and all(torch.equal(before[key], deeper.unet.state_dict()[key]) for key in copies)
 
 
 def test_a_lora_of_which_nothing_fits_is_an_error(pipeline, lora_folder):
     unet = PrunableUNet2DConditionModel.from_unet(small_stock_unet())
     with pytest.raises(ValueError, match="has no weights for this UNet"):
-        load_lora(with_unet(pipeline, unet.with_depths(dict.fromkeys(unet.sites, 0))), lora_folder)
+        fuse_lora(with_unet(pipeline, unet.with_depths(dict.fromkeys(unet.sites, 0))), lora_folder)

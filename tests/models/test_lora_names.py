@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from models.lora import fuse_loras, load_lora
+from models.lora import fuse_lora, fuse_loras
 from models.original_layout import unet_name
 from models.pipeline import with_unet
 from models.unet import PrunableUNet2DConditionModel
@@ -106,7 +106,7 @@ def test_of_kohyas_lora_what_was_pruned_is_left_out_and_the_rest_is_right(tmp_pa
     pruned = prunable(pipeline, {site: 0})
     kept = {path: pair for path, pair in pairs.items() if not path.startswith(f"{site}.")}
     wanted = expected(pruned.unet, kept)
-    assert set(load_lora(prunable(pipeline, {site: 0}), file).left_out) == pairs.keys() - kept.keys()
+    assert set(fuse_lora(prunable(pipeline, {site: 0}), file).left_out) == pairs.keys() - kept.keys()
     assert_fused(pruned, file, {"unet": wanted})
 
 

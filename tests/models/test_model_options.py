@@ -9,7 +9,6 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLP
 from diffusers.utils import convert_state_dict_to_diffusers
 from safetensors.torch import load_file, save_file
 
-import models.lora
 from models.original_layout import vae_weights
 from models.pipeline import export_pipeline, load_pipeline
 from models.schedule import NoiseSchedule
@@ -75,13 +74,6 @@ def test_an_export_of_a_fused_teacher_holds_no_adapter(folder, tmp_path):
     fused = load_pipeline(folder, loras=[{"path": write_lora(tiny_pipeline(), tmp_path / "lora")}])
     export_pipeline(fused, tmp_path / "export")
     assert_equal_weights(load_pipeline(tmp_path / "export"), fused)
-
-
-def test_without_peft_loras_are_one_clear_line(folder, tmp_path, monkeypatch):
-    lora = write_lora(tiny_pipeline(), tmp_path / "lora")
-    monkeypatch.setattr(models.lora, "is_peft_available", lambda: False)
-    with pytest.raises(ValueError, match=r"model.loras needs peft: pip install -e '.\[lora\]'"):
-        load_pipeline(folder, loras=[{"path": lora}])
 
 
 # ---- schedulers
