@@ -8,9 +8,16 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from data.bare import bare
 from data.seeding import generator
 
 CROPS = ("center", "random")
+ORIENTATION = 0x0112  # the EXIF tag
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}  # fmt: skip
 
 
 class BrokenImageError(ValueError):
@@ -20,17 +27,44 @@ class BrokenImageError(ValueError):
 def decode_rgb(source: Path | bytes, name: str) -> Image.Image:
     """The image, turned as its EXIF orientation says, in RGB; transparency is laid over white. First frame of several.
 
-    Raises BrokenImageError for what cannot be read in full, and for float or 32-bit pixels, whose white is undefined.
+    Metadata that cannot be read (texts of megabytes, odd EXIF, profiles) is passed over: the pixels count.
+    Raises BrokenImageError for pixels that cannot be read in full or are too many for Pillow's `MAX_IMAGE_PIXELS`, and
+    for float or 32-bit ones, whose white is undefined.
     """
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
-            image.load()
-            return to_rgb(ImageOps.exif_transpose(image))
-    except UnidentifiedImageError:  # its own message is an address in memory
-        raise BrokenImageError(f"{name} ({'no image of a known kind' if size_of(source) else 'it is empty'})") from None
+        return opened_rgb(source)
     except Exception as error:  # decoders of damaged files raise whatever they stumble over
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise BrokenImageError(f"{name} ({reason})") from None
+        flaw = flaw_of(error, source)
+    try:
+        if (pixels := bare(source if isinstance(source, bytes) else source.read_bytes())) is not None:
+            return opened_rgb(pixels)
+    except Exception:  # the pixels themselves are damaged, and the first error says how
+        pass
+    raise BrokenImageError(f"{name} ({flaw})")
+
+
+def opened_rgb(source: Path | bytes) -> Image.Image:
+    """The image, upright and in RGB. Raises what decoders raise."""
+    with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        image.load()
+        return to_rgb(upright(image))
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """The image turned as its EXIF orientation says, and as it is where that cannot be read."""
+    # ImageOps.exif_transpose writes all tags anew, and fails for those that are odd.
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION))
+    except Exception:  # whatever the parser stumbles over
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def flaw_of(error: Exception, source: Path | bytes) -> str:
+    """Why an image cannot be decoded, in one line."""
+    if isinstance(error, UnidentifiedImageError):  # its own message is an address in memory
+        return "no image of a known kind" if size_of(source) else "it is empty"
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 def size_of(source: Path | bytes) -> int:
