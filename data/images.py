@@ -67,10 +67,13 @@ class ImageFolderPairs(CaptionedImages):
     ) -> None:
         super().__init__(resolution, crop, max_broken)
         self.root = Path(root)
-        everything, flaws = read_folder(self.root, caption_column)
+        contents = read_folder(self.root, caption_column)
+        everything, flaws = contents.pairs, contents.flaws
         self._tell_flaws(flaws, len(everything) + len(flaws), told_before=split == "heldout")
-        chosen = split_of([name for name, _ in everything], split, heldout_fraction, f"image folder {root}")
-        self.pairs = [everything[i] for i in chosen]
+        if contents.passed_over and split != "heldout":
+            log.warning("not read in %s: %s", self.root, few(contents.passed_over))
+        names = [contents.first_names[name] for name, _ in everything]
+        self.pairs = [everything[i] for i in split_of(names, split, heldout_fraction, f"image folder {root}")]
 
     def _tell_flaws(self, flaws: list[str], of: int, told_before: bool) -> None:
         allowed = allowed_of(of, self.max_broken)

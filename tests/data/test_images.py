@@ -119,6 +119,85 @@ def test_the_fingerprint_survives_a_move_of_the_folder(folder):
     assert ImageFolderPairs(folder.rename(folder.parent / "moved"), 8).fingerprint == before
 
 
+# Links, and several tables.
+
+
+def names_in_all(root, **options):
+    return names_of(ImageFolderPairs(root, 8, split="all", **options))
+
+
+@pytest.mark.parametrize("link", ["deep/up", "deep/er/here", "itself"])
+@pytest.mark.parametrize("target", [".", "..", "deep"])
+def test_a_link_to_a_folder_that_is_read_anyway_adds_nothing(folder, caplog, link, target):
+    before = names_in_all(folder)
+    (folder / link).symlink_to((folder / target).resolve())
+    assert names_in_all(folder) == before
+    assert f"not read in {folder}: {link}" in caplog.text and len(caplog.records) == 1
+    ImageFolderPairs(folder, 8, split="heldout")
+    assert len(caplog.records) == 1
+
+
+def test_links_in_a_ring_end_and_lead_to_every_image_once(tmp_path):
+    for name in "abc":
+        (tmp_path / name).mkdir()
+        picture().save(tmp_path / name / f"{name}.png")
+        (tmp_path / name / f"{name}.txt").write_text(name)
+    root = tmp_path / "root"
+    root.mkdir()
+    (root / "first").symlink_to(tmp_path / "a")
+    for name, following in zip("abc", "bca", strict=True):
+        (tmp_path / name / "next").symlink_to(tmp_path / following)
+        (tmp_path / name / "prior").symlink_to(tmp_path / "abc"["abc".index(name) - 1])
+    assert sorted(name[-5:] for name in names_in_all(root)) == ["a.png", "b.png", "c.png"]
+    assert names_in_all(root)[0] == "first/a.png"
+
+
+def test_linked_folders_keep_their_own_names_and_are_read_under_the_first(folder, tmp_path_factory):
+    root = tmp_path_factory.mktemp("root")
+    for name in ("one", "two"):
+        (root / name).symlink_to(folder)
+    assert names_in_all(root) == [f"one/{name}" for name in names_in_all(folder)]
+    (root / "alone").mkdir()
+    picture().save(root / "alone/a.png")
+    (root / "alone/a.txt").write_text("a")
+    (root / "Link").symlink_to(root / "alone")  # comes first by name; a folder's own place counts
+    assert names_in_all(root)[0] == "alone/a.png" and len(names_in_all(root)) == 21
+
+
+def test_links_to_nothing_are_told(folder, caplog):
+    (folder / "gone.png").symlink_to(folder / "nowhere.png")
+    (folder / "ring.jpg").symlink_to(folder / "ring.jpg")
+    (folder / "more").symlink_to(folder / "nowhere")
+    pairs = ImageFolderPairs(folder, 8, split="all")
+    assert len(pairs) == 20 and pairs.fingerprint
+    assert "gone.png is a link to nothing; ring.jpg is a link to nothing" in caplog.text
+    assert "more (a link to nothing)" in caplog.text
+
+
+def test_an_image_of_two_names_is_in_one_split(folder):
+    heldout = names_of(ImageFolderPairs(folder, 8, split="heldout", heldout_fraction=0.3))
+    for k in range(20):
+        (folder / f"{k:02d}-again.png").symlink_to(folder / f"{'deep/er/' * (k % 2)}{k:02d}.png")
+        (folder / f"{k:02d}-again.txt").write_text(f"again {k}")
+    both = names_of(ImageFolderPairs(folder, 8, split="heldout", heldout_fraction=0.3))
+    assert {name for name in both if "again" not in name} == set(heldout)
+    assert {name[:2] for name in both if "again" in name} == {name[-6:-4] for name in heldout}
+
+
+@pytest.mark.parametrize("other", ["metadata.csv", "metadata.parquet", "deep/metadata.jsonl"])
+def test_two_tables_that_caption_one_image_are_told(folder, other):
+    rows = [{"file_name": "er/01.png" if "deep" in other else "deep/er/01.png", "text": "another"}]
+    if other.endswith("csv"):
+        (folder / other).write_text(f"file_name,text\n{rows[0]['file_name']},another\n")
+    elif other.endswith("parquet"):
+        datasets.Dataset.from_list(rows).to_parquet(folder / other)
+    else:
+        write_rows(folder / other, rows)
+    with pytest.raises(ValueError, match=r"both caption deep/er/01.png: keep one of the two files") as error:
+        ImageFolderPairs(folder, 8)
+    assert other in one_line(error) and f"{folder}/metadata.jsonl" in one_line(error)
+
+
 # How pixels come out.
 
 
