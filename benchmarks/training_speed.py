@@ -6,14 +6,14 @@
 
 Weights are random (but the shipped model's), data are scenes of data=shapes. Operations are the networks' own: a
 backward is two forwards, what gradient checkpointing computes again is not counted. The peak is a matrix product's in
-this precision on this device. A CPU's memory is the whole process's, a GPU's what torch allocated.
+this precision on this device. A CPU's memory is the whole process's, a GPU's what torch
+allocated from the end of the first step on.
 """
 
 import argparse
 import json
 import resource
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -33,9 +33,10 @@ from engine.checked import CONFIGS, ROOT
 from engine.config import Config
 from engine.environment import environment
 from engine.run import Run
+from eval.child import child_result
 from eval.decoders import decoder_gflops
 from eval.report import markdown_table
-from eval.setups import Setup
+from eval.setups import CannotRunError, Setup
 from eval.speed import matmul_peak_tflops
 from models.cost import count_gflops
 from models.known import random_pipeline
@@ -51,13 +52,16 @@ TRAINING, GB = 3, 1e9  # forwards in a forward and its backward
 
 
 class Rates:
-    """Stands in a run for a tracker, and keeps the loop's own samples per second."""
+    """Stands in a run for a tracker, and keeps the loop's own samples per second; memory counts from the first step on,
+    which has made gradients and moments, and may have compiled."""
 
-    def __init__(self):
-        self.seen: list[float] = []
+    def __init__(self, device: torch.device):
+        self.device, self.seen = device, []
 
     def log(self, stage: str, step: int, metrics: dict[str, float]) -> None:
         self.seen.append(metrics["samples_per_second"])
+        if len(self.seen) == 1:
+            count_memory_from_here(self.device)
 
 
 def main() -> None:
@@ -92,12 +96,10 @@ def main() -> None:
 
 def in_a_process(part: str) -> dict:
     """The part's row, or the reason why there is none."""
-    done = subprocess.run([sys.executable, *sys.argv, "--alone", part], capture_output=True, text=True)
-    lines = done.stdout.splitlines()
-    if done.returncode == 0:
-        return json.loads(lines[-1])
-    why = (done.stderr.strip().splitlines() or ["it said nothing"])[-1]
-    return {"part": part, "cannot": f"exit code {done.returncode}: {why}"}
+    try:
+        return child_result([sys.executable, *sys.argv, "--alone", part])
+    except CannotRunError as error:
+        return {"part": part, "cannot": str(error)}
 
 
 def told(value: float | str | None) -> str:
@@ -108,19 +110,20 @@ def measure(options: argparse.Namespace) -> dict:
     """One part in this process."""
     with tempfile.TemporaryDirectory() as folder:
         accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=options.precision)
-        rates = Rates()
+        rates = Rates(accelerator.device)
         run = Run(Path(folder) / "run", accelerator, tracker=rates)
         bench = BENCHES[JOBS[options.alone]](configured(options, folder), run)
         bench.model = model(options)
         rows_per_step, gflops, seconds = globals()[f"measure_{options.alone}"](bench)
     if seconds is None:
         seconds = options.batch / statistics.median(rates.seen[1:])
+    memory = peak_memory(accelerator.device)  # of the training: the matrix products below take memory, too
     peak = matmul_peak_tflops(Setup(dtype=DTYPES[options.precision]), accelerator.device)
     tflops = gflops / 1e3 / seconds
     return {
         "part": options.alone,
         "batch": rows_per_step,
-        "peak_gb": peak_memory(accelerator.device) / GB,
+        **{name: size / GB for name, size in memory.items()},
         "seconds_per_step": seconds,
         "samples_per_second": rows_per_step / seconds,
         "gflops_per_step": gflops,
@@ -130,11 +133,19 @@ def measure(options: argparse.Namespace) -> dict:
     }
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: of the process on a CPU, allocated on a GPU."""
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Bytes: of the process on a CPU; on a GPU allocated, and reserved by torch, since the first step."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        reserved = torch.cuda.max_memory_reserved(device)
+        return {"peak_gb": torch.cuda.max_memory_allocated(device), "reserved_gb": reserved}
+    return {"peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def count_memory_from_here(device: torch.device) -> None:
+    """What made data and networks is not counted on a GPU; a CPU's process remembers its largest size."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def model(options: argparse.Namespace):
@@ -187,6 +198,7 @@ def measure_scoring(bench: PruneBench) -> tuple[int, float, float]:
     """Images of the block scores, not training: a step is one batch of them, its decoding and judging included."""
     unet, batch = bench.teacher, bench.config.scoring.batch_size
     _ = bench.prompts, bench.scorer
+    count_memory_from_here(bench.device)
     start = time.perf_counter()
     bench.score(unet, "round-00")
     images = (1 + len(unet.kept_sites)) * bench.config.scoring.prompts

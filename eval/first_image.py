@@ -5,9 +5,9 @@ a CPU they hold no C++ kernels, which are built again: there the kept cache dire
 """
 
 import json
+import logging
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
@@ -20,10 +20,12 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from data.files import write_bytes
-from eval.setups import Setup
+from eval.child import child_result
+from eval.setups import CannotRunError, Setup
 from eval.speed import Subject
 from models.pipeline import load_pipeline, set_resolution, with_unet
 
+log = logging.getLogger("slimstep")
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
 STEADY_CALLS = 3
 
@@ -59,37 +61,40 @@ def compile_cost(request: Mapping[str, Any], artifacts: Path) -> dict[str, Any]:
     """Seconds to the first image in new processes, and after how many calls compiling has paid for itself.
 
     `request` holds a variant's fields, what a Subject is made of, and load_pipeline's options for every model. The
-    artefacts stay at `artifacts`. `calls` is None where compiled calls are not faster than eager ones. Raises
-    ValueError where a process fails.
+    artefacts stay at `artifacts`. `calls` is None where compiled calls are not faster than eager ones, or eager ones
+    could not run. A way whose process failed is {"cannot": why}; None is one that was not tried for want of the first.
     """
+    plain = {**request, "setup": {**request["setup"], "compile": "eager"}}
     with tempfile.TemporaryDirectory() as kept, tempfile.TemporaryDirectory() as empty:
-        eager = new_process({**request, "setup": {**request["setup"], "compile": "eager"}}, Path(kept) / "eager")
-        cold = new_process({**request, "save": str(artifacts)}, Path(kept))
-        warm = new_process(request, Path(kept))
-        loaded = new_process({**request, "load": str(artifacts)}, Path(empty)) if artifacts.exists() else None
-    gained_s = 1e-3 * (eager["steady_ms"] - cold["steady_ms"])
+        eager = new_process(plain, Path(kept) / "eager")
+        cold, warm, loaded = new_process({**request, "save": str(artifacts)}, Path(kept)), None, None
+        if "cannot" not in cold:
+            warm = new_process(request, Path(kept))
+            loaded = new_process({**request, "load": str(artifacts)}, Path(empty)) if artifacts.exists() else None
     ways = {"cold": cold, "artifacts": loaded, "kept_cache": warm}
-    return {
-        "eager": eager,
-        **{
-            name: way and {**way, "calls": (way["first_s"] - eager["first_s"]) / gained_s if gained_s > 0 else None}
-            for name, way in ways.items()
-        },
-    }
+    return {"eager": eager, **{name: way and with_calls(way, eager, cold) for name, way in ways.items()}}
+
+
+def with_calls(way: Mapping[str, Any], eager: Mapping[str, Any], cold: Mapping[str, Any]) -> dict[str, Any]:
+    """`way`, with the number of calls after which it has paid for itself."""
+    if "cannot" in way:
+        return dict(way)
+    gained_s = 1e-3 * (eager["steady_ms"] - cold["steady_ms"]) if "cannot" not in eager else 0.0
+    return {**way, "calls": (way["first_s"] - eager["first_s"]) / gained_s if gained_s > 0 else None}
 
 
 def new_process(request: Mapping[str, Any], cache: Path) -> dict[str, Any]:
-    """One measurement with its compiler caches in this folder."""
+    """One measurement with its compiler caches in this folder; {"cannot": why} where it could not be made."""
     caches = {name: str(cache / name.lower()) for name in CACHES}
     root = str(Path(__file__).parent.parent)
-    done = subprocess.run(
-        [sys.executable, "-m", "eval.first_image"],
-        input=json.dumps(request), capture_output=True, text=True, cwd=root, env={**os.environ, **caches},
-    )  # fmt: skip
-    if done.returncode:
-        said = (done.stderr.strip() or "and said nothing").splitlines()[-1]
-        raise ValueError(f"the process that compiles failed (exit code {done.returncode}): {said}")
-    return json.loads(done.stdout.splitlines()[-1])
+    try:
+        return child_result(
+            [sys.executable, "-m", "eval.first_image"],
+            input=json.dumps(request), cwd=root, env={**os.environ, **caches},
+        )  # fmt: skip
+    except CannotRunError as error:
+        log.warning(f"compiling in a new process: {error}")
+        return {"cannot": str(error)}
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ import copy
 import statistics
 import textwrap
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -28,6 +28,7 @@ from engine.sections.pruning import LatencyConfig
 from eval.capture import CapturedSampler
 from eval.compare import bootstrap, interval
 from eval.latency import interleaved_times, one_thread
+from eval.memory import MemoryFrom
 from eval.sampling import Sampler
 from eval.setups import CannotRunError, Setup, prepare, running
 from eval.stopwatch import watched
@@ -134,10 +135,11 @@ def measure(subject: Subject, others: Mapping[str, Subject], config: LatencyConf
     with one_thread(device):
         for other in others.values():
             other.call()  # compiled ones may have to be made again
+        memory = MemoryFrom(device)
         graphs, start = Graphs(), time.perf_counter()
         subject.call()
         first_s, made = time.perf_counter() - start, graphs.since()
-        memory = peak_bytes(subject)
+        needed = memory.of(subject.call, held_tensors(subject))
 
         def watch_parts() -> None:
             with watched(subject.pipeline, device) as watch:
@@ -153,7 +155,7 @@ def measure(subject: Subject, others: Mapping[str, Subject], config: LatencyConf
         "unet_calls": unet_calls[-1] if unet_calls else subject.steps,
         "speedup": {name: speedup(times[name], whole) for name in others},
         "images_per_s": 1e3 * subject.batch / statistics.median(whole),
-        "memory": memory,
+        **needed,
         "graphs": made,
         "recompiled": graphs.since()["graphs"] - made["graphs"],
         "first_call_s": first_s,
@@ -197,16 +199,9 @@ class Graphs:
         return {key: value - self.before[key] for key, value in self.now().items()}
 
 
-def peak_bytes(subject: Subject) -> int | None:
-    """Weights, and what one more call allocates beside them at its peak; None on a CPU. Others' memory is not in it."""
-    device = subject.device
-    if device.type != "cuda":
-        return None
-    torch.cuda.reset_peak_memory_stats(device)
-    before = torch.cuda.memory_allocated(device)
-    subject.call()
-    tensors = (t for network in networks(subject.pipeline) for t in (*network.parameters(), *network.buffers()))
-    return sum(t.nbytes for t in tensors) + torch.cuda.max_memory_allocated(device) - before
+def held_tensors(subject: Subject) -> Iterator[Tensor]:
+    """Weights and buffers of all of a pipeline's networks."""
+    return (t for network in networks(subject.pipeline) for t in (*network.parameters(), *network.buffers()))
 
 
 def reason(error: Exception) -> str | None:

@@ -104,9 +104,13 @@ class SpeedBench(EvaluationBench):
             return self.run.json(f"rows/{file}.json", made)
         finally:
             torch.compiler.reset()
-            gc.collect()  # a compiled network is in a cycle
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
+            self.free_memory()
+
+    def free_memory(self) -> None:
+        """Gives back what no pipeline holds any more, to the next row or another process."""
+        gc.collect()  # a compiled network is in a cycle
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def measured(
         self, subject: Subject, others: Mapping[str, Subject], reference: Tensor | None = None
@@ -128,6 +132,7 @@ class SpeedBench(EvaluationBench):
                    "prompts": list(self.prompt_set.prompts[:batch]), "device": str(self.device),
                    "options": {where: self.options_of(where) for where in parts if where},
                    "resolution": self.asked_resolution}  # fmt: skip
+        self.free_memory()  # the processes want it
         return self.run.json(name, lambda: compile_cost(request, self.run.path / f"artifacts/{file}.bin"))
 
     def unet_gflops(self, subject: Subject) -> float:

@@ -90,15 +90,24 @@ def timed_beside(results: Results) -> list[str]:
 
 
 def first_image_rows(results: Results) -> list[list[str]]:
-    """A line for each compiled row: seconds to the first image of a new process, and images until it pays."""
+    """A line for each compiled row: seconds to the first image of a new process, and images until it pays.
+
+    A process that failed says why in the place of its seconds.
+    """
     lines = []
     for row in results["rows"]:
         if cost := row.get("first_image"):
             ways = [cost[way] for way in ("cold", "artifacts", "kept_cache")]
-            seconds = [f"{way['first_s']:.1f}" if way else "–" for way in (cost["eager"], *ways)]
-            pays = [f"{way['calls']:.0f}" if way and way["calls"] is not None else "–" for way in ways]
+            seconds = [first_seconds(way) for way in (cost["eager"], *ways)]
+            pays = [f"{way['calls']:.0f}" if way and way.get("calls") is not None else "–" for way in ways]
             lines.append([row["model"], str(row["steps"]), str(row["batch"]), row["name"], *seconds, *pays])
     return lines
+
+
+def first_seconds(way: Mapping[str, Any] | None) -> str:
+    if not way:
+        return "–"
+    return told_reason(way) if "cannot" in way else f"{way['first_s']:.1f}"
 
 
 def summary(results: Results) -> dict[str, Any]:
@@ -124,8 +133,11 @@ def told(row: Row, width: int) -> list[str]:
     names = [str(row[key]) for key in ("task", "model", "steps", "batch", "mode", "name") if key in row]
     if "changes" in row:
         names = [row["name"]]
-    reason = textwrap.shorten(row["cannot"], 100, placeholder=" …")
-    return [*names, f"cannot run: {reason}", *["–"] * (width - len(names) - 1)]
+    return [*names, told_reason(row), *["–"] * (width - len(names) - 1)]
+
+
+def told_reason(row: Row) -> str:
+    return f"cannot run: {textwrap.shorten(row['cannot'], 100, placeholder=' …')}"
 
 
 def benchmark_line(row: Row) -> list[str]:

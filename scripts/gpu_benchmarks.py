@@ -68,7 +68,10 @@ def main() -> int:
         if code:
             failed.append(f"{name} (exit code {code})")
             continue
-        written = json.loads(max(map(Path, glob.glob(made)), key=lambda path: path.stat().st_mtime).read_text())
+        if not (files := sorted(map(Path, glob.glob(made)), key=lambda path: path.stat().st_mtime)):
+            failed.append(f"{name} (it left no {made})")
+            continue
+        written = json.loads(files[-1].read_text())
         if all(row.get("cannot") for row in written.get("rows", [{}])):
             failed.append(f"{name} (no row could run)")
             continue

@@ -1,0 +1,88 @@
+"""A process that cannot costs its own row, which says why in a line; others go on."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+import eval.first_image as first_image
+from eval.child import child_result, reason_in
+from eval.first_image import compile_cost
+from eval.setups import CannotRunError
+from eval.speed_report import FIRST_IMAGE, first_image_rows
+
+CANNOT = [
+    ("raise MemoryError('no more')", ["exit code 1", "MemoryError: no more"]),
+    ("raise RuntimeError('first line\\n\\nSet X=1 for more\\n')", ["RuntimeError: first line"]),
+    ("try:\n    1 / 0\nexcept Exception as early:\n    raise ValueError('it is later') from early", ["is later"]),
+    ("import os; os.kill(os.getpid(), 9)", ["SIGKILL", "memory"]),
+    ("import os; os.kill(os.getpid(), 11)", ["SIGSEGV"]),
+    ("import os; os.kill(os.getpid(), 40)", ["signal 40"]),
+    ("import sys; print('only this', file=sys.stderr); sys.exit(7)", ["exit code 7", "only this"]),
+    ("import sys; sys.exit(7)", ["exit code 7", "said nothing"]),
+    ("pass", ["without a result"]),
+    ("print('{broken')", ["without a result"]),
+    ("print('[1]')", ["without a result"]),
+    ("import sys; sys.stderr.buffer.write(bytes([255, 254])); sys.exit(1)", ["exit code 1"]),
+    (f"raise RuntimeError('{'long ' * 1000}')", ["RuntimeError: long"]),
+]
+
+
+@pytest.mark.parametrize(("program", "reasons"), CANNOT)
+def test_a_process_that_cannot_says_why_in_one_line(program, reasons):
+    with pytest.raises(CannotRunError) as raised:
+        child_result([sys.executable, "-c", program])
+    line = str(raised.value)
+    assert all(reason in line for reason in reasons) and "\n" not in line and len(line) < 500
+
+
+def test_the_last_line_is_the_result():
+    assert child_result([sys.executable, "-c", "print('loading'); print('{\"ms\": 3}')"]) == {"ms": 3}
+
+
+def test_notes_after_an_exception_are_not_its_reason():
+    said = "Traceback (most recent call last):\n  File x\ntorch.OutOfMemoryError: CUDA out of memory.\n\nYou can\nhelp"
+    assert reason_in(said) == "torch.OutOfMemoryError: CUDA out of memory."
+
+
+GOOD = {"first_s": 2.0, "steady_ms": 10.0, "artifact_bytes": 5}
+FAILED = {"cannot": "its own process was killed by SIGKILL: it said nothing"}
+REQUEST = {"setup": {"compile": "default"}}
+
+
+def kind(request):
+    if request["setup"]["compile"] == "eager":
+        return "eager"
+    return "cold" if "save" in request else "artifacts" if "load" in request else "kept_cache"
+
+
+def cost_where(monkeypatch, tmp_path, failing):
+    """What compiling costs where the processes of these kinds fail, and the kinds that were started."""
+    started = []
+
+    def process(request, cache):
+        started.append(kind(request))
+        if "save" in request and "cold" not in failing:
+            Path(request["save"]).touch()
+        return FAILED if kind(request) in failing else {**GOOD, "steady_ms": 30.0 if kind(request) == "eager" else 10.0}
+
+    monkeypatch.setattr(first_image, "new_process", process)
+    return compile_cost(REQUEST, tmp_path / "artifacts.bin"), started
+
+
+@pytest.mark.parametrize("failing", [(), ("eager",), ("cold",), ("artifacts",), ("kept_cache",), ("eager", "cold")])
+def test_a_way_that_failed_says_so_and_the_page_is_drawn(monkeypatch, tmp_path, failing):
+    cost, started = cost_where(monkeypatch, tmp_path, failing)
+    assert {name for name, way in cost.items() if way == FAILED} == set(failing)
+    assert len(started) == (2 if "cold" in failing else 4)  # what has failed to compile is not compiled again
+    for name in {"cold", "artifacts", "kept_cache"} - set(failing):
+        assert cost[name] is None or cost[name]["calls"] == (None if "eager" in failing else 0)
+    row = {"model": "teacher", "steps": 8, "batch": 1, "name": "compile", "first_image": json.loads(json.dumps(cost))}
+    (line,) = first_image_rows({"rows": [row]})
+    assert len(line) == len(FIRST_IMAGE) and sum("SIGKILL" in cell for cell in line) == len(failing)
+
+
+def test_a_process_that_dies_is_the_row_of_its_own(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, "executable", "/bin/false")
+    assert "exit code 1" in first_image.new_process(REQUEST, tmp_path)["cannot"]
