@@ -14,7 +14,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.tables import caption_column, caption_text, csv_rows, json_rows, parquet_rows, read_text
+from data.tables import caption_column, caption_text, csv_rows, existing_column, json_rows, parquet_rows, read_text
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 METADATA = {"metadata.jsonl": json_rows, "metadata.csv": csv_rows, "metadata.parquet": parquet_rows}
@@ -131,7 +131,7 @@ def metadata_rows(
     path = root / table
     for where, row in METADATA[Path(table).name](path):
         source = f"{path}, {where},"
-        file_name, text = row[caption_column(row, "file_name", source)], row[caption_column(row, column, source)]
+        file_name, text = row[existing_column(row, "file_name", source)], row[caption_column(row, column, source)]
         name = None
         try:
             file_name = caption_text(file_name, f"{source} file_name")

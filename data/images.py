@@ -18,13 +18,14 @@ from data.folder import few, read_folder
 from data.pixels import BrokenImageError, check_framing, cut_square, decode_rgb
 from data.sources import is_url, read_whole
 from data.tables import caption_column as find_caption_column
-from data.tables import caption_text
+from data.tables import caption_text, existing_column
 
 __all__ = ["BrokenImageError", "HubPairs", "ImageFolderPairs"]
 
 SPLITS = ("train", "heldout", "all")
 log = logging.getLogger("slimstep")
 ALWAYS_SKIPPED = 10  # samples, where a share of them may be
+FEWEST_PROMPTS = 4  # two to rank blocks on, and two to evaluate on
 
 
 class CaptionedImages:
@@ -196,14 +197,24 @@ def split_of(names: Iterable[str], split: str, heldout_fraction: float, source: 
         raise ValueError(f"split={split!r} is unknown; choose from {', '.join(SPLITS)}")
     if not 0 <= heldout_fraction < 1:
         raise ValueError(f"heldout_fraction={heldout_fraction} must lie in [0, 1)")
+    names = list(names)
     held_out = [is_held_out(name, heldout_fraction) for name in names]
     chosen = [i for i, held in enumerate(held_out) if split == "all" or held == (split == "heldout")]
     if not chosen:
         raise ValueError(
             f"the {split} split of {source} is empty: none of its {len(held_out)} pairs falls into it at "
-            f"heldout_fraction={heldout_fraction}; choose another fraction"
+            f"heldout_fraction={heldout_fraction}; {way_to_split(names)}"
         )
     return chosen
+
+
+def way_to_split(names: list[str]) -> str:
+    """The lowest fraction, in hundredths, that holds out enough for prompts and leaves others, or what else to do."""
+    for percent in range(1, 100):
+        held = sum(is_held_out(name, percent / 100) for name in names)
+        if min(FEWEST_PROMPTS, len(names) // 2) <= held < len(names) and held:
+            return f"data.heldout_fraction={percent / 100} holds out {held}"
+    return "more images, or data.heldout_fraction=0 and data.prompt_file=FILE"
 
 
 def is_held_out(name: str, fraction: float) -> bool:
@@ -260,8 +271,7 @@ def as_encoded_images(rows, column: str, source: str):
     """The image column alone, as undecoded bytes or paths, so that a broken image is ours to name."""
     import datasets
 
-    if column not in rows.column_names:
-        raise ValueError(f"{source} has no column {column!r}; its columns are {', '.join(rows.column_names)}")
+    existing_column(rows.column_names, column, source, "data.image_column")
     feature = rows.features[column]
     if not isinstance(feature, datasets.Image) and getattr(feature, "dtype", None) not in ("binary", "string"):
         raise ValueError(f"column {column!r} of {source} holds no images but {feature}")

@@ -23,6 +23,7 @@ from data.tables import (
     parquet_columns,
     parquet_rows,
     read_text,
+    tsv_rows,
 )
 
 log = logging.getLogger("slimstep")
@@ -71,12 +72,15 @@ class PromptSet:
         sums = values_P.new_zeros(*values_P.shape[:-1], len(place)).index_add_(-1, place_P, values_P)
         return sums / torch.bincount(place_P)
 
-    def take(self, n: int, offset: int = 0) -> "PromptSet":
-        """Prompts offset … offset + n - 1; two takes that do not overlap are disjoint halves for a rank correlation."""
+    def take(self, n: int, offset: int = 0, way: str = "ask for fewer or give a longer set") -> "PromptSet":
+        """Prompts offset … offset + n - 1; two takes that do not overlap are disjoint halves for a rank correlation.
+
+        Raises ValueError, with the `way` out, where there are fewer.
+        """
         if n < 1 or offset < 0 or offset + n > len(self):
             raise ValueError(
                 f"prompts {offset} to {offset + n} of {self.name!r} were asked for (n={n}, offset={offset}), "
-                f"it holds {len(self)}; ask for fewer or give a longer set"
+                f"it holds {len(self)}: {way}"
             )
         return PromptSet(self.prompts[offset : offset + n], f"{self.name}[{offset}:{offset + n}]")
 
@@ -86,18 +90,20 @@ class PromptSet:
         """
         left = [prompt for prompt in self.distinct if prompt not in texts][:n]
         if len(left) < 2:
-            raise ValueError(f"{self.name!r} has {len(left)} prompts that blocks were not ranked on; give a longer set")
+            told = f"{self.name!r} has {len(left)} prompts that blocks were not ranked on, and two are needed"
+            raise ValueError(f"{told}: data.prompt_file=FILE gives others")
         if len(left) < n:
             log.warning("%d distinct prompts of %r are left to judge on, and repeated with other noise to make %d",
                         len(left), self.name, n)  # fmt: skip
         return PromptSet(tuple(islice(cycle(left), n)), f"{self.name}[{len(left)}]")
 
 
-def read_prompts(path: str | Path, column: str | None = None, name: str | None = None) -> PromptSet:
+def read_prompts(path: str | Path, column: str | None = None, key: str = "data.prompt_column") -> PromptSet:
     """The prompts of a file in their order: .txt (one per line), .jsonl, .csv, .tsv or .parquet (one per row), or
     .json as COCO's captions come (the first caption of every image, images by their id).
 
-    `column` names the caption column; without it the file must have exactly one of text, caption, prompt (any case).
+    `column` names the caption column, as the configuration's `key` does; without it the file must have exactly one of
+    text, caption, prompt (any case).
     Raises FileNotFoundError for a missing file; ValueError for an unknown kind, a missing column, an empty prompt (with
     its line), or a file that cannot be parsed.
     """
@@ -107,11 +113,11 @@ def read_prompts(path: str | Path, column: str | None = None, name: str | None =
     if not path.is_file():
         raise FileNotFoundError(f"prompt file {path} does not exist")
     prompts = []
-    for where, prompt in READERS[path.suffix.lower()](path, column):
+    for where, prompt in READERS[path.suffix.lower()](path, column, key):
         prompts.append(caption_text(prompt, f"prompt file {path}: {where}"))
     if not prompts:
         raise ValueError(f"prompt file {path} holds no prompts")
-    return PromptSet(tuple(prompts), name or path.stem)
+    return PromptSet(tuple(prompts), path.stem)
 
 
 def heldout_prompts(pairs, n: int | None = None, name: str = "heldout", enough: Sequence[int] = ()) -> PromptSet:
@@ -130,7 +136,8 @@ def heldout_prompts(pairs, n: int | None = None, name: str = "heldout", enough: 
     if n is not None and len(distinct) < n:
         held = "the stream has" if isinstance(pairs, Stream) else f"the {len(pairs)} pairs have"
         told = f"{n} prompts were asked for, {held} {len(distinct)} distinct captions"
-        raise ValueError(f"{told}: a lower latents.prompts, or latents.prompt_file=FILE")
+        fewer = f"latents.prompts={len(distinct)} or fewer, or " if len(distinct) > 1 else ""
+        raise ValueError(f"{told}: {fewer}latents.prompt_file=FILE with more")
     texts = list(distinct)
     if not texts:
         way = "a higher data.heldout_fraction, or data.prompt_file=FILE"
@@ -153,31 +160,31 @@ def _stream_captions(stream: Stream) -> Iterator[str]:
     return (entry.caption for entry in stream.scan(images=False))
 
 
-def _txt_prompts(path: Path, column: str | None) -> Iterator[tuple[str, str]]:
+def _txt_prompts(path: Path, column: str | None, key: str) -> Iterator[tuple[str, str]]:
     if column is not None:
-        raise ValueError(f"column {column!r} was named for {path}, and a text file has no columns")
+        raise ValueError(f"{key}={column}: {path} has no columns")
     lines = read_text(path).removesuffix("\n").split("\n")
     return ((f"line {number}", line) for number, line in enumerate(lines, 1))
 
 
-def _jsonl_prompts(path: Path, column: str | None) -> Iterator[tuple[str, str]]:
+def _jsonl_prompts(path: Path, column: str | None, key: str) -> Iterator[tuple[str, str]]:
     for where, row in json_rows(path):
-        yield where, row[caption_column(row, column, f"{path}, {where}")]
+        yield where, row[caption_column(row, column, f"{path}, {where}", key)]
 
 
-def _coco_prompts(path: Path, column: str | None) -> Iterator[tuple[str, str]]:
+def _coco_prompts(path: Path, column: str | None, key: str) -> Iterator[tuple[str, str]]:
     if column is not None:
-        raise ValueError(f"column {column!r} was named for {path}, and a COCO captions file has no columns")
+        raise ValueError(f"{key}={column}: {path} has no columns")
     return coco_rows(path)
 
 
-def _csv_prompts(path: Path, column: str | None) -> Iterator[tuple[str, str]]:
-    for where, row in csv_rows(path):
-        yield where, row[caption_column(row, column, str(path))]
+def _csv_prompts(path: Path, column: str | None, key: str) -> Iterator[tuple[str, str]]:
+    for where, row in (tsv_rows if path.suffix.lower() == ".tsv" else csv_rows)(path):
+        yield where, row[caption_column(row, column, str(path), key)]
 
 
-def _parquet_prompts(path: Path, column: str | None) -> Iterator[tuple[str, str]]:
-    column = caption_column(parquet_columns(path), column, str(path))
+def _parquet_prompts(path: Path, column: str | None, key: str) -> Iterator[tuple[str, str]]:
+    column = caption_column(parquet_columns(path), column, str(path), key)
     return ((where, row[column]) for where, row in parquet_rows(path, [column]))
 
 
@@ -200,7 +207,8 @@ def disjoint_prompts(prompts: PromptSet, first: int, second: int) -> tuple[Promp
     """
     texts = tuple(dict.fromkeys(prompts))
     if len(texts) < 4:
-        raise ValueError(f"{prompts.name!r} has {len(texts)} distinct prompts; ranking and judging need two each")
+        told = f"{prompts.name!r} has {len(texts)} distinct prompts, and calibration and evaluation need two each"
+        raise ValueError(f"{told}: data.prompt_file=FILE gives others, of which no image is needed")
     cut = first
     if len(texts) < first + second:
         cut = min(len(texts) - 2, max(2, round(len(texts) * first / (first + second))))

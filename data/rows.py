@@ -16,7 +16,7 @@ import fsspec
 from data.images import HubPairs, image_cell, loading
 from data.sources import expand, is_url, marks, opening
 from data.streams import Entry, Stream
-from data.tables import DAMAGE, caption_text, open_parquet
+from data.tables import DAMAGE, caption_text, existing_column, open_parquet
 from data.tables import caption_column as find_caption_column
 
 ROWS_AT_ONCE = 32
@@ -39,7 +39,7 @@ class RowStream(Stream):
         super().__init__(resolution, split, heldout_fraction, crop, max_broken)
         self.name, self.image_column = name, image_column
         self.caption_column = find_caption_column(self.columns, caption_column, name)
-        find_caption_column(self.columns, image_column, name)
+        existing_column(self.columns, image_column, name, "data.image_column")
 
     @property
     @abstractmethod
@@ -110,7 +110,7 @@ class ParquetPairs(RowStream):
         """Row groups before `start` are passed over unread."""
         with self._opened(part) as file:
             for column in columns:
-                find_caption_column(file.schema_arrow.names, column, self.parts[part])
+                existing_column(file.schema_arrow.names, column, self.parts[part])
             try:
                 sizes = [file.metadata.row_group(group).num_rows for group in range(file.num_row_groups)]
                 ends = list(accumulate(sizes))

@@ -1,13 +1,16 @@
 """Captions in tables: the rows of .jsonl, .csv, .tsv and .parquet files, and which of their columns is the caption.
 
-COCO's captions come as one JSON document of their own kind: one caption per image is read from it.
+COCO's captions come as one JSON document of their own kind: one caption per image is read from it. A row of a .tsv is
+one line, as the format has it, and a row of a .csv may span several, as quotes say.
 """
 
 import csv
 import io
 import json
-from collections.abc import Iterable, Iterator
-from itertools import groupby
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+from itertools import groupby, zip_longest
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,22 +19,33 @@ from pyarrow import parquet
 
 CAPTION_COLUMNS = ("text", "caption", "prompt")
 DAMAGE = (pyarrow.ArrowException, OSError, UnicodeDecodeError)  # of parquet files, as pyarrow tells it
+log = logging.getLogger("slimstep")
+warn_once = cache(log.warning)  # a file is read for each split
 
 
-def caption_column(columns: Iterable[str], column: str | None, source: str) -> str:
-    """The caption column among `columns`: the one asked for, or the only one named text, caption or prompt."""
+def caption_column(columns: Iterable[str], column: str | None, source: str, key: str = "data.caption_column") -> str:
+    """The caption column among `columns`: the one asked for, or the only one named text, caption or prompt.
+
+    `key` is the configuration's, which names the column.
+    """
     columns = list(columns)
     if column is not None:
-        if column not in columns:
-            raise ValueError(f"{source} has no column {column!r}; its columns are {', '.join(columns)}")
-        return column
+        return existing_column(columns, column, source, key)
     known = [c for c in columns if c.lower() in CAPTION_COLUMNS]
     if len(known) != 1:
         raise ValueError(
             f"{source} has {'several' if known else 'none'} of the caption columns {', '.join(CAPTION_COLUMNS)}; "
-            f"name the one to use, its columns are {', '.join(columns)}"
+            f"name the one to use, {key}=…, its columns are {', '.join(columns)}"
         )
     return known[0]
+
+
+def existing_column(columns: Iterable[str], column: str, source: str, key: str | None = None) -> str:
+    """`column`. ValueError where `columns` lack it; `key` is the configuration's that names another."""
+    if column not in columns:
+        way = f": {key}=… names another" if key else ""
+        raise ValueError(f"{source} has no column {column!r}; its columns are {', '.join(columns)}{way}")
+    return column
 
 
 def read_text(path: Path) -> str:
@@ -81,16 +95,75 @@ def coco_rows(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
-    """("line 2", {…}) of a .csv or .tsv file with a header; a quoted field may span lines, the last one is named."""
+    """("line 2", {…}) of a .csv file with a header; a quoted field may span lines, the last one is named.
+
+    Raises ValueError for a quote that is not closed, or closed within a text; rows that seem to lie inside a quoted
+    text are told in the log.
+    """
     lines = io.StringIO(read_text(path), newline="")  # splitlines would also cut at separators inside texts
-    reader = csv.DictReader(lines, delimiter="\t" if path.suffix.lower() == ".tsv" else ",")
+    reader, last = csv.reader(lines, strict=True), 0
+    header: list[str] = []
     try:
         for row in reader:
-            if None in row:
-                raise ValueError(f"{path}, line {reader.line_num} has more fields than the header; quote texts")
-            yield f"line {reader.line_num}", row
+            first, last = last + 1, reader.line_num
+            if not header:
+                header = checked_header(row, path)
+            elif row:
+                if last > first:
+                    tell_swallowed(row, header, path, first, last)
+                yield f"line {last}", as_row(row, header, path, last)
     except csv.Error as error:
-        raise ValueError(f"{path}, line {reader.line_num} is no line of a table: {error}") from None
+        way = "a quote inside a text is written twice, and the text stands in quotes"
+        where = f"line {last + 1}" if reader.line_num == last + 1 else f"the text from line {last + 1} on"
+        raise ValueError(f"{path}, {where} is no row of a table: {error}; {way}") from None
+
+
+def tsv_rows(path: Path) -> Iterator[tuple[str, dict]]:
+    """("line 2", {…}) of a .tsv file with a header: every line is a row (IANA, text/tab-separated-values).
+
+    A field in quotes is read as CSV writers mean it, where the line's fields are then as many as the header's; any
+    other quote is a letter.
+    """
+    lines = read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
+    header: list[str] = []
+    for number, line in enumerate(lines, 1):
+        if not header:
+            header = checked_header(unquoted(line, 0), path) if line else []
+        elif line:
+            yield f"line {number}", as_row(unquoted(line, len(header)), header, path, number)
+
+
+def unquoted(line: str, width: int) -> list[str]:
+    """The fields of a line of a .tsv; `width` is how many there should be."""
+    plain = line.split("\t")
+    if '"' not in line:
+        return plain
+    try:
+        (quoted,) = csv.reader([line], delimiter="\t", strict=True)
+    except csv.Error:
+        return plain
+    return plain if len(plain) == width != len(quoted) else quoted
+
+
+def checked_header(names: list[str], path: Path) -> list[str]:
+    """The names of the columns. ValueError for one that is there twice."""
+    if twice := [name for name in dict.fromkeys(names) if name and names.count(name) > 1]:
+        raise ValueError(f"{path} has several columns {twice[0]!r}; rename or delete all but one")
+    return names
+
+
+def as_row(fields: Sequence[str], header: Sequence[str], path: Path, number: int) -> dict:
+    """{column: field}; None where the line has fewer."""
+    if len(fields) > len(header):
+        raise ValueError(f"{path}, line {number} has more fields than the header; quote texts")
+    return dict(zip_longest(header, fields))
+
+
+def tell_swallowed(row: Sequence[str], header: Sequence[str], path: Path, first: int, last: int) -> None:
+    """A warning where a line inside a quoted text would be a whole row by itself."""
+    inner = [line for field in row for line in field.splitlines()[1:]]
+    if any(len(next(csv.reader([line]), ())) == len(header) for line in inner):
+        warn_once(f"{path}: lines {first} to {last} are one row, by its quotes; if they are several, a quote is open")
 
 
 def parquet_rows(path: Path, columns: list[str] | None = None) -> Iterator[tuple[str, dict]]:

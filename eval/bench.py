@@ -156,12 +156,18 @@ class Bench:
     @cached_property
     def prompts(self) -> tuple[PromptSet, PromptSet]:
         """The prompts blocks are ranked on, and others, that the outcome is judged on."""
-        _, data = self.pipeline, self.config.data
-        prompts = read_prompts(str(data.prompt_file)) if data.prompt_file else self.component("data.prompts")
+        _, prompts = self.pipeline, self.given_prompts()
         cut = sum(is_truncated(self.pipeline.tokenizer, prompt) for prompt in prompts.prompts)
         if cut:
             log.warning(f"{cut} of {len(prompts)} prompts are longer than the text encoder takes, and are cut")
         return disjoint_prompts(prompts, self.config.scoring.prompts, self.config.eval.prompts)
+
+    def given_prompts(self) -> PromptSet:
+        """The prompts of the file that the configuration names, else the data's held-out captions."""
+        file, column = (OmegaConf.select(self.config, f"data.{key}") for key in ("prompt_file", "prompt_column"))
+        if not file and column:
+            raise ValueError(f"data.prompt_column={column} is of data.prompt_file, and none is given")
+        return read_prompts(str(file), column) if file else self.component("data.prompts")
 
     @cached_property
     def scorer(self) -> ClipScorer:

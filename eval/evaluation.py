@@ -25,7 +25,7 @@ from torch import Tensor
 from data.encoding import check_size, described
 from data.files import write_tensors
 from data.images import BrokenImageError
-from data.prompts import PromptSet, read_prompts
+from data.prompts import PromptSet
 from data.seeding import generator
 from data.streams import at_random_access
 from engine.components import check, component
@@ -162,11 +162,11 @@ class EvaluationBench(Bench):
 
     @cached_property
     def prompt_set(self) -> PromptSet:
-        data, count = self.config.data, self.config.eval.prompts
-        prompts = read_prompts(str(data.prompt_file)) if data.prompt_file else self.component("data.prompts")
+        prompts, count = self.given_prompts(), self.config.eval.prompts
         if ranked_on := self.config.evaluation.ranked_on:
             return prompts.without(self.ranking_prompts(Path(ranked_on)), count)
-        return prompts.take(count)
+        fewer = f"eval.prompts={len(prompts)} or fewer, or " if len(prompts) > 1 else ""
+        return prompts.take(count, way=f"{fewer}data.prompt_file=FILE with more")
 
     def ranking_prompts(self, file: Path) -> frozenset[str]:
         """What prune_unet's prompts.json says that blocks were ranked on."""

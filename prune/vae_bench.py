@@ -108,7 +108,8 @@ class VaeBench(Bench):
         """The captions of training images, or those of a file."""
         asked = self.latents
         if asked.prompt_file:
-            return read_prompts(asked.prompt_file).take(asked.prompts)
+            prompts = read_prompts(asked.prompt_file, asked.prompt_column, "latents.prompt_column")
+            return prompts.take(asked.prompts, way=f"latents.prompts={len(prompts)} or fewer, or a longer file")
         return heldout_prompts(self.component("data.pairs"), asked.prompts, name="training captions")
 
     def parts(self, r: int) -> tuple[int, int]:

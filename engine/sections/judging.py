@@ -52,12 +52,13 @@ class EvalConfig(SamplingConfig):
 @dataclass
 class LatentsConfig(SamplingConfig):
     """What a decoder is trained on: `count` latents, sampled from `prompts` captions of the training images (or of
-    `prompt_file`), each from several noises. Of `rounds` trainings, each of `train.steps` with its own
-    optimiser and schedule, round r sees r/rounds of them; a share `real_share` is encoded images instead."""
+    `prompt_column` in `prompt_file`), each from several noises. Of `rounds` trainings, each of `train.steps` with its
+    own optimiser and schedule, round r sees r/rounds of them; a share `real_share` is encoded images instead."""
 
     prompts: int = 1024
     count: int = 4096
     prompt_file: str | None = None
+    prompt_column: str | None = None
     real_share: float = 0.0
     rounds: int = 1
 
@@ -66,6 +67,8 @@ class LatentsConfig(SamplingConfig):
         at_least("latents", self, 1, "count", "rounds")
         if not 0 <= self.real_share <= 1:
             raise ValueError(f"latents.real_share={self.real_share} must lie between 0 and 1")
+        if self.prompt_column and not self.prompt_file:
+            raise ValueError(f"latents.prompt_column={self.prompt_column} is of latents.prompt_file, and none is given")
         if self.rounds > self.count:
             raise ValueError(f"latents.rounds={self.rounds} is more than latents.count={self.count}")
 

@@ -88,6 +88,7 @@ class DataConfig:
 
     resolution: int | None = None
     prompt_file: str | None = None
+    prompt_column: str | None = None
     pairs: Any = None
     prompts: Any = None
     cache: CacheConfig = field(default_factory=CacheConfig)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import datasets
 import numpy as np
@@ -344,6 +345,11 @@ def test_metadata_that_is_not_json_is_told(folder):
 def test_an_empty_split_and_unknown_options_are_told(folder):
     with pytest.raises(ValueError, match="the heldout split of .* is empty.*heldout_fraction=0;"):
         ImageFolderPairs(folder, 8, split="heldout", heldout_fraction=0)
+    with pytest.raises(ValueError, match=r"the (train|heldout) split .* is empty.*; data.heldout_fraction=") as error:
+        for split in ("train", "heldout"):
+            ImageFolderPairs(folder, 8, split=split, heldout_fraction=1e-6 if split == "heldout" else 0)
+    fraction, held = re.search(r"data.heldout_fraction=(\S+) holds out (\d+)", one_line(error)).groups()
+    assert len(ImageFolderPairs(folder, 8, split="heldout", heldout_fraction=float(fraction))) == int(held) >= 4
     with pytest.raises(ValueError, match="split='test' is unknown; choose from train, heldout, all"):
         ImageFolderPairs(folder, 8, split="test")
     with pytest.raises(ValueError, match="crop='middle' is unknown; choose from center, random"):
@@ -427,9 +433,9 @@ def test_mistakes_about_a_data_set_are_one_line(saved):
     one_line(error)
     with pytest.raises(ValueError, match="has no split 'test'; its splits are train"):
         HubPairs(str(saved), 8, subset="test")
-    with pytest.raises(ValueError, match="has no column 'image'; its columns are picture, words"):
+    with pytest.raises(ValueError, match="has no column 'image'; its columns are picture, words: data.image_column=…"):
         HubPairs(str(saved), 8, caption_column="words")
-    with pytest.raises(ValueError, match="none of the caption columns text, caption, prompt.*picture, words"):
+    with pytest.raises(ValueError, match="columns text, caption, prompt; .*data.caption_column=….*picture, words"):
         HubPairs(str(saved), 8, image_column="picture")
     with pytest.raises(ValueError, match="column 'words' of .* holds no images"):
         HubPairs(str(saved), 8, image_column="words", caption_column="words")

@@ -9,6 +9,7 @@ import torch
 from datasets import Dataset
 
 from data.prompts import PromptSet, disjoint_prompts, heldout_prompts, read_prompts
+from data.tables import tsv_rows
 
 TEXTS = ("a cat", 'a "quoted", dog', "ein Bär", "two lines")
 
@@ -76,10 +77,80 @@ def test_an_empty_prompt_in_a_file_is_named_by_its_place(tmp_path, kind):
 def test_a_column_can_be_named_and_an_unknown_one_is_told_with_the_choices(tmp_path, kind):
     path = write(tmp_path / f"set{kind}", TEXTS, column="words")
     assert read_prompts(path, column="words").prompts == TEXTS
-    with pytest.raises(ValueError, match="none of the caption columns text, caption, prompt.*id, words"):
+    with pytest.raises(ValueError, match=r"columns text, caption, prompt; .*, data.prompt_column=….*id, words"):
         read_prompts(path)
+    with pytest.raises(ValueError, match=r"name the one to use, latents.prompt_column=…"):
+        read_prompts(path, key="latents.prompt_column")
     with pytest.raises(ValueError, match="no column 'nope'; its columns are id, words"):
         read_prompts(path, column="nope")
+
+
+@pytest.mark.parametrize("kind", [".txt", ".json"])
+def test_a_column_of_a_file_without_columns_is_told(tmp_path, kind):
+    (tmp_path / f"set{kind}").write_text("a")
+    with pytest.raises(ValueError, match=rf"^data.prompt_column=words: .*set{kind} has no columns"):
+        read_prompts(tmp_path / f"set{kind}", "words")
+
+
+ODD_QUOTES = (
+    '"a cat', 'a dog"', 'a 5" tv', '"Deep" on a sign', '"', '""', '"a" or "b"', 'a "b', "'c", '"d ""e"', '""f"', "g",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+@pytest.mark.parametrize("header", ["id\tcaption", "caption\tid"])
+def test_a_quote_in_a_tsv_swallows_nothing(tmp_path, header, end):
+    rows = [f"{k}\t{text}" if header[0] == "i" else f"{text}\t{k}" for k, text in enumerate(ODD_QUOTES)]
+    (tmp_path / "set.tsv").write_text(end.join([header, *rows, ""]), newline="")
+    read = [row["caption"] for _, row in tsv_rows(tmp_path / "set.tsv")]
+    means = {'""': "", '"d ""e"': 'd "e'}  # what is quoted as a whole is read as it was written
+    assert read == [means.get(text, text) for text in ODD_QUOTES]
+
+
+@pytest.mark.parametrize("text", [*ODD_QUOTES, "a\tb", 'a"\t"b', '"\t"'])
+def test_what_a_writer_of_tables_quotes_comes_back(tmp_path, text):
+    for kind in (".csv", ".tsv"):
+        path = write(tmp_path / f"set{kind}", ["first", text, "last"])
+        assert read_prompts(path).prompts == ("first", text, "last")
+
+
+def test_a_tsv_in_the_layout_of_published_prompt_sets_is_read(tmp_path):
+    rows = ["Prompt\tCategory\tNote", '"tall" letters\tText\t', "a \"bear\"\tAnimals\tsays \"hi", "x\tAbstract"]
+    (tmp_path / "parti.tsv").write_text("\n".join(rows) + "\n\n")
+    assert read_prompts(tmp_path / "parti.tsv").prompts == ('"tall" letters', 'a "bear"', "x")
+    (tmp_path / "tabs.tsv").write_text("caption\tid\na\tb\t1\n")
+    with pytest.raises(ValueError, match="tabs.tsv, line 2 has more fields than the header"):
+        read_prompts(tmp_path / "tabs.tsv")
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        (['1,"a cat', "2,a dog", "3,a bird"], "the text from line 2 on is no row of a table: unexpected end of data"),
+        (['1,"a cat', "2,a dog", '3,a 5" tv'], "the text from line 2 on is no row of a table: ',' expected after '\"'"),
+        (["1,a", '2,"Deep" on a sign', "3,b"], "line 3 is no row of a table: ',' expected after '\"'"),
+        (["1,a", '2,"say \\"hi\\""', "3,b"], "line 3 is no row of a table"),
+    ],
+)
+def test_an_open_quote_in_a_csv_is_told_with_the_line_it_opens_in(tmp_path, rows, told):
+    (tmp_path / "set.csv").write_text("\n".join(["id,caption", *rows, ""]))
+    with pytest.raises(ValueError, match=f"{told}.*; a quote inside a text is written twice"):
+        read_prompts(tmp_path / "set.csv")
+
+
+def test_rows_that_seem_to_lie_inside_a_quoted_text_are_told_once(tmp_path, caplog):
+    (tmp_path / "set.csv").write_text('id,caption\n1,"a cat\n2,a dog"\n3,"two\nlines"\n')
+    for _ in range(2):
+        assert read_prompts(tmp_path / "set.csv").prompts == ("a cat\n2,a dog", "two\nlines")
+    assert [record.message.split("set.csv")[1][:31] for record in caplog.records] == [": lines 2 to 3 are one row, by "]
+
+
+@pytest.mark.parametrize("kind", [".csv", ".tsv"])
+def test_a_column_of_two_names_is_told(tmp_path, kind):
+    separator = "," if kind == ".csv" else "\t"
+    (tmp_path / f"set{kind}").write_text(separator.join(["caption", "id", "caption"]) + "\n")
+    with pytest.raises(ValueError, match=rf"set{kind} has several columns 'caption'"):
+        read_prompts(tmp_path / f"set{kind}")
 
 
 def coco(path, images, annotations):
@@ -162,7 +233,7 @@ def test_held_out_prompts_are_distinct_captions_in_a_fixed_order():
     prompts = heldout_prompts(TextPairs())
     assert sorted(prompts) == ["a", "b", "c"]
     assert heldout_prompts(TextPairs(), 2).prompts == prompts.prompts[:2]
-    with pytest.raises(ValueError, match="4 prompts were asked for, the 5 pairs have 3 distinct captions"):
+    with pytest.raises(ValueError, match=r"4 prompts were asked for, the 5 pairs have 3 distinct captions: .*=3 or"):
         heldout_prompts(TextPairs(), 4)
 
 
@@ -177,7 +248,7 @@ def test_ranking_and_judging_share_no_prompt_however_few_there_are():
     first, second = disjoint_prompts(scarce, 4, 8)
     assert (len(first), len(second)) == (4, 8)
     assert not set(first) & set(second) and set(first) | set(second) == set("abcd")
-    with pytest.raises(ValueError, match="'one' has 1 distinct prompts"):
+    with pytest.raises(ValueError, match="'one' has 1 distinct prompts.*data.prompt_file=FILE"):
         disjoint_prompts(PromptSet(("a", "a"), "one"), 1, 1)
 
 
@@ -185,7 +256,7 @@ def test_what_is_left_out_is_not_judged_on_and_few_prompts_are_repeated():
     letters = PromptSet(tuple("abcda"), "letters")
     assert letters.without({"b", "z"}, 2).prompts == ("a", "c")
     assert letters.without({"b"}, 5).prompts == ("a", "c", "d", "a", "c")
-    with pytest.raises(ValueError, match="'letters' has 1 prompts that blocks were not ranked on"):
+    with pytest.raises(ValueError, match="'letters' has 1 prompts that blocks were not ranked on.*data.prompt_file"):
         letters.without(set("bcd"), 2)
 
 

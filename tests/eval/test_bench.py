@@ -1,10 +1,12 @@
 """What every job works with: where frozen networks lie, and in which precision, while something trains."""
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate.utils import DistributedType
+from omegaconf import OmegaConf
 
 from distill.bench import DistillBench
 from eval.bench import Bench
@@ -59,3 +61,22 @@ def test_a_resolution_below_the_models_own_lasts_for_weights_of_old_diffusers():
     set_resolution(pipeline, 8)
     for remade in (pipeline, with_unet(pipeline, pipeline.unet)):
         assert remade.unet.config.sample_size == 4
+
+
+def test_prompts_come_from_the_column_that_is_named(tmp_path):
+    (tmp_path / "drawbench.csv").write_text("Prompts,Category\na red car,Colors\ntwo dogs,Counting\n")
+    file = {"prompt_file": str(tmp_path / "drawbench.csv"), "prompt_column": None}
+    bench = Bench(OmegaConf.create({"data": file}), SimpleNamespace(accelerator=SimpleNamespace(device="cpu")))
+    with pytest.raises(ValueError, match="name the one to use, data.prompt_column=…, its columns are Prompts, Cat"):
+        bench.given_prompts()
+    bench.config.data.prompt_column = "Prompts"
+    assert bench.given_prompts().prompts == ("a red car", "two dogs")
+    bench.config.data.prompt_file = None
+    with pytest.raises(ValueError, match="data.prompt_column=Prompts is of data.prompt_file, and none is given"):
+        bench.given_prompts()
+
+
+@pytest.mark.parametrize("group", sorted(path.stem for path in Path("configs/data").glob("*.yaml")))
+def test_every_group_of_data_has_the_keys_that_jobs_read(group):
+    data = OmegaConf.load(f"configs/data/{group}.yaml")
+    assert {"prompt_file", "prompt_column", "resolution", "cache"} <= set(data)
