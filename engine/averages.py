@@ -22,14 +22,23 @@ class DeviceEMA(EMAModel):
         torch._foreach_lerp_([local(a) for a in self.shadow_params], [local(p) for p in parameters],
                              1 - self.cur_decay_value)  # fmt: skip
 
-    def state_dict(self) -> dict[str, Any]:
-        """All ranks have to ask together: shards are gathered."""
-        return {**super().state_dict(), "shadow_params": [whole(average) for average in self.shadow_params]}
+    def state_dict(self, keep: bool = True) -> dict[str, Any]:
+        """All ranks have to ask together: shards are gathered, tensor by tensor.
 
+        A rank that does not `keep` them has no tensor, so that one copy of the network lies in a machine's memory.
+        """
+        gathered = (whole(average, keep) for average in self.shadow_params)
+        return {**super().state_dict(), "shadow_params": [average for average in gathered if average is not None]}
+
+    @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        places = self.shadow_params
-        super().load_state_dict(state_dict)
-        self.shadow_params = [as_before(a, place) for a, place in zip(self.shadow_params, places, strict=True)]
+        """Copies the averages in place, tensor by tensor; they may lie in a file that is mapped into memory."""
+        averages, places = state_dict["shadow_params"], self.shadow_params
+        super().load_state_dict({**state_dict, "shadow_params": []})  # which would copy all of them
+        self.shadow_params = places
+        for average, place in zip(averages, places, strict=True):
+            assert average.shape == place.shape, f"an average of {tuple(average.shape)} for {tuple(place.shape)}"
+            local(place).copy_(local(as_before(average, place)))
 
 
 def local(tensor: Tensor) -> Tensor:
@@ -37,9 +46,10 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """The tensor, gathered from its shards, on the CPU."""
-    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+def whole(tensor: Tensor, keep: bool) -> Tensor | None:
+    """The tensor, gathered from its shards, on the CPU; None for a rank that only gives its shard."""
+    gathered = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return gathered.cpu() if keep else None
 
 
 def as_before(tensor: Tensor, place: Tensor) -> Tensor:

@@ -5,21 +5,30 @@ import logging
 import shutil
 from pathlib import Path
 
+import torch
+
 from data.files import digest, digests, unwritable, write_text
+from engine.averages import DeviceEMA
+from engine.sharding import is_deepspeed, is_sharded
 
 log = logging.getLogger("slimstep")
 MADE_BY = "made_by.json"
+AVERAGES = "averages.pt"
+FORMER_AVERAGES = "custom_checkpoint_0.pkl"  # accelerate's name, of checkpoints before there was one of ours
 
 
 class Checkpoints:
     """Accelerate states under `folder/step-00001000`, written aside and renamed; the newest `keep` are kept.
 
+    The averages of the weights, where there are any, lie beside them: rank 0 alone gathers and writes them. accelerate
+    would ask every rank for a whole copy.
+
     `made_by.json`, written last, holds the number of processes and the digest of every file: what a full disk or a
     power cut left of a checkpoint is told from a whole one.
     """
 
-    def __init__(self, folder: Path, keep: int, accelerator):
-        self.folder, self.keep, self.accelerator = folder, keep, accelerator
+    def __init__(self, folder: Path, keep: int, accelerator, averages: DeviceEMA | None = None):
+        self.folder, self.keep, self.accelerator, self.averages = folder, keep, accelerator, averages
 
     def steps(self) -> list[int]:
         names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
@@ -36,6 +45,7 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         with unwritable(aside):
             self.accelerator.save_state(str(aside))
+            self.save_averages(aside / AVERAGES)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             made_by = {"processes": self.accelerator.num_processes, "files": digests(aside)}
@@ -60,8 +70,30 @@ class Checkpoints:
                 f"{path} was made by {processes} process(es) and this is {self.accelerator.num_processes}; "
                 f"start with {processes}, or remove the folder to begin the stage again"
             )
-        self.accelerator.load_state(str(path))
+        self.load_state(path)
         return step
+
+    def save_averages(self, file: Path) -> None:
+        if self.averages:
+            writes = self.accelerator.is_main_process
+            state = self.averages.state_dict(keep=writes)  # all ranks together: it gathers shards
+            if writes:
+                torch.save(state, file)
+
+    def load_state(self, path: Path) -> None:
+        """Ranks of a machine that read whole states do so in turn: its memory holds one copy, and not one for each."""
+        accelerator, former = self.accelerator, self.averages and (path / FORMER_AVERAGES).exists()
+        if former:
+            accelerator.register_for_checkpointing(self.averages)
+        together = is_sharded(accelerator) or is_deepspeed(accelerator)  # these read a shard each, and wait for others
+        for turn in range(1 if together else accelerator.num_processes):
+            if together or accelerator.local_process_index == turn:
+                accelerator.load_state(str(path))
+            accelerator.wait_for_everyone()
+        accelerator._custom_objects.clear()
+        if self.averages and not former:
+            state = torch.load(path / AVERAGES, map_location="cpu", weights_only=True, mmap=True)
+            self.averages.load_state_dict(state)
 
     def newest_whole(self) -> int:
         """The newest step whose files are those that were written; torn checkpoints are named and removed."""

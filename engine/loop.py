@@ -27,7 +27,7 @@ from engine.optimizers import make_optimizer, set_learning_rate
 from engine.preemption import NotedSignals, leave_signals_to_the_parent
 from engine.run import Run, damaged
 from engine.sections.training import TrainConfig
-from engine.sharding import as_number, copy_to_shard, is_sharded, tell_deepspeed
+from engine.sharding import as_number, copy_to_shard, is_sharded, tell_deepspeed, whole_weights, with_room
 
 Batch = dict[str, Any]
 Metrics = dict[str, Tensor]
@@ -147,7 +147,7 @@ def train(
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
         run.accelerator.wait_for_everyone()
     if sharded:
-        load_trained(model.to(run.accelerator.device), run, stage)
+        load_trained(with_room(model, run.accelerator.device), run, stage)
     if config.compile:
         torch.compiler.reset()  # dynamo keeps eight graphs of a forward, whosever it is: the next stage wants its own
     if config.gradient_checkpointing:
@@ -192,10 +192,8 @@ def _run_steps(
     wrapped, optimizer = accelerator.prepare(wrapped, optimizer)
     parameters = [p for p in wrapped.parameters() if p.requires_grad]  # sharding makes new ones
     ema = DeviceEMA(parameters, decay=config.ema_decay) if config.ema_decay else None
-    if ema:
-        accelerator.register_for_checkpointing(ema)
     means = RunningMeans()
-    checkpoints = Checkpoints(run.path / stage / "checkpoints", config.keep_checkpoints, accelerator)
+    checkpoints = Checkpoints(run.path / stage / "checkpoints", config.keep_checkpoints, accelerator, ema)
     first_step = checkpoints.load_newest(run.agreed)
     run.rewind(stage, first_step)
     seed = seed_of(run.seed, stage)
@@ -246,9 +244,8 @@ def _run_steps(
     # Accelerate wraps the compiled one, which is let go: unwrapping DDP would leave it, and its names of weights.
     bare = model if config.compile else accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
     vars(model).pop("_original_forward", None)
-    weights = accelerator.get_state_dict(bare)
+    weights = whole_weights(bare, accelerator)
     accelerator.free_memory()
-    accelerator._custom_objects.clear()  # free_memory forgets models and optimisers, not what was registered
     return weights
 
 

@@ -1,6 +1,7 @@
 """Training whose weights, gradients or optimiser states are spread over processes, as accelerate's files ask.
 
-FSDP2 cuts weights, gradients and moments; the loop trains a copy, and reads its finished weights in one piece.
+FSDP2 cuts weights, gradients and moments; the loop trains a copy, and reads its finished weights in one piece. No rank
+but the first holds a whole network in main memory.
 DeepSpeed's ZeRO-2 cuts gradients and moments, and clips and steps inside `accelerator.backward`.
 """
 
@@ -59,10 +60,36 @@ def autocast_dtype(accelerator: Accelerator) -> torch.dtype:
 
 
 def copy_to_shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
-    """A copy that `accelerator.prepare` may cut into shards; `model`, whole, rests on the CPU."""
+    """A copy that `accelerator.prepare` may cut into shards. It takes the weights with it, and `model` has none until
+    `with_room`: every rank would hold a whole network beside its shard."""
     names = sorted({type(module).__name__ for module in model.modules() if isinstance(module, UNITS)})
     accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = names
-    return copy.deepcopy(model.to("cpu"))
+    model.to("cpu")
+    copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})
+    replace_weights(model, torch.device("meta"))
+    return copied
+
+
+def with_room(model: nn.Module, device: torch.device) -> nn.Module:
+    """`model` on the device, with memory for the weights that it gave away; their values are undefined."""
+    replace_weights(model, device)
+    return model.to(device)
+
+
+def replace_weights(model: nn.Module, device: torch.device) -> None:
+    """New parameters of the same kind, without values."""
+    for module in model.modules():
+        for name, old in module._parameters.items():
+            if old is not None:
+                new = torch.empty_like(old, device=device)
+                module._parameters[name] = nn.Parameter(new, requires_grad=old.requires_grad)
+
+
+def whole_weights(network: nn.Module, accelerator: Accelerator) -> dict[str, Tensor]:
+    """A trained network's state in one piece, on rank 0 at least; all ranks have to ask together."""
+    if is_deepspeed(accelerator) and not accelerator.is_main_process:
+        return {}  # accelerate would copy all of them into every rank's memory
+    return accelerator.get_state_dict(network)
 
 
 def as_number(norm: Tensor | float, accelerator: Accelerator) -> Tensor:

@@ -29,6 +29,7 @@ from data.files import write_json, write_tensors
 from data.shapes import ShapesPairs, caption
 from data.shapes_tokenizer import build_tokenizer
 from engine.checked import MISTAKES
+from engine.checkpoints import AVERAGES
 from engine.launch import fail
 from engine.loop import train
 from engine.parallel import map_batches
@@ -201,7 +202,7 @@ def load_newest(model: torch.nn.Module, folder: Path) -> None:
     if (folder / "weights.safetensors").exists():
         model.load_state_dict(load_file(folder / "weights.safetensors"))
     elif checkpoints := sorted((folder / "checkpoints").glob("step-*")):
-        state = torch.load(checkpoints[-1] / "custom_checkpoint_0.pkl", weights_only=False)
+        state = torch.load(checkpoints[-1] / AVERAGES, weights_only=True)
         model.load_state_dict(load_file(checkpoints[-1] / "model.safetensors"))
         for parameter, average in zip(model.parameters(), state["shadow_params"], strict=True):
             parameter.data.copy_(average)

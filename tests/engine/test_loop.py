@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,8 +11,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
+import engine.averages as averages
 from data.seeding import seed_of
 from engine.averages import DeviceEMA
+from engine.checkpoints import AVERAGES, FORMER_AVERAGES, Checkpoints
 from engine.loop import StepBatches, learning_rate_at, train
 from engine.preemption import CONTINUE_ME, Preempted, leave_on_sigterm
 from engine.run import Run
@@ -46,7 +49,6 @@ def run_once(path, config, objective=denoise, precision="no", width=8):
         return train(model, objective, Points(), config, Run(path, accelerator, seed=3), "stage")
     finally:
         accelerator.free_memory()
-        accelerator._custom_objects.clear()
 
 
 def killed_at(call):
@@ -104,6 +106,50 @@ def test_averages_are_those_of_their_definition():
     torch.testing.assert_close(ema.shadow_params, expected)
 
 
+def test_a_rank_that_writes_no_checkpoint_gathers_averages_and_keeps_none(monkeypatch):
+    weights = [nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2))]
+    ema, asked = DeviceEMA(weights, decay=0.9), []
+    monkeypatch.setattr(averages, "whole", lambda *args, real=averages.whole: asked.append(args) or real(*args))
+    assert ema.state_dict(keep=False)["shadow_params"] == [] and len(asked) == 2  # it gave its shard of each
+    kept = ema.state_dict(keep=True)
+    assert all(torch.equal(a, b) for a, b in zip(kept["shadow_params"], weights, strict=True))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_every_rank_is_asked_for_averages_and_one_keeps_and_writes_them(tmp_path, rank):
+    ema, asked = DeviceEMA([nn.Parameter(torch.randn(3))], decay=0.9), []
+    ema.state_dict = lambda keep, real=ema.state_dict: asked.append(keep) or real(keep)
+    Checkpoints(tmp_path, 1, SimpleNamespace(is_main_process=rank == 0), ema).save_averages(tmp_path / "averages.pt")
+    assert asked == [rank == 0] and (tmp_path / "averages.pt").exists() == (rank == 0)
+
+
+def test_averages_are_read_into_the_memory_that_they_had():
+    weights, others = ([nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5))] for _ in range(2))
+    ema, saved = DeviceEMA(weights, decay=0.9), DeviceEMA(others, decay=0.9)
+    saved.step(others)
+    places = [average.data_ptr() for average in ema.shadow_params]
+    ema.load_state_dict(saved.state_dict())
+    assert [average.data_ptr() for average in ema.shadow_params] == places and ema.optimization_step == 1
+    torch.testing.assert_close(ema.shadow_params, saved.shadow_params, rtol=0, atol=0)
+    with pytest.raises(AssertionError, match=r"an average of \(1,\) for \(5,\)"):  # which would spread over all five
+        ema.load_state_dict({**saved.state_dict(), "shadow_params": [torch.zeros(3, 4), torch.zeros(1)]})
+
+
+def test_a_checkpoint_with_averages_of_the_former_name_goes_on(tmp_path):
+    quiet = run_once(tmp_path / "quiet", CONFIG)
+    with pytest.raises(Killed):
+        run_once(tmp_path / "killed", CONFIG, killed_at(20))
+    newest = tmp_path / "killed/stage/checkpoints/step-00000014"
+    (newest / AVERAGES).rename(newest / FORMER_AVERAGES)
+    made_by = json.loads((newest / "made_by.json").read_text())
+    made_by["files"][FORMER_AVERAGES] = made_by["files"].pop(AVERAGES)
+    (newest / "made_by.json").write_text(json.dumps(made_by))
+    seen = []
+    continued = run_once(tmp_path / "killed", CONFIG, lambda *args: seen.append(args) or denoise(*args))
+    assert len(seen) == 30 - 14
+    assert all(torch.equal(a, b) for a, b in zip(quiet.parameters(), continued.parameters(), strict=True))
+
+
 def test_a_finished_stage_is_loaded_and_not_trained_again(tmp_path):
     first = run_once(tmp_path, CONFIG)
     second = run_once(tmp_path, CONFIG, killed_at(1))
@@ -154,7 +200,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     torch.testing.assert_close(kept["batches"][0]["x"][:, 0], torch.tensor(eleventh) / 37)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "custom_checkpoint_0.pkl", "made_by.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "averages.pt", "made_by.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone", "flipped"])
 def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caplog, name, damage):
     quiet = run_once(tmp_path / "quiet", CONFIG)

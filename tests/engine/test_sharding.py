@@ -10,9 +10,10 @@ import pytest
 import torch
 from accelerate.utils import DistributedType
 from safetensors.torch import load_file
+from torch import nn
 
 from engine.sections.training import TrainConfig
-from engine.sharding import check_sharding
+from engine.sharding import check_sharding, copy_to_shard, with_room
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -44,13 +45,15 @@ def test_shards_train_to_the_weights_of_one_process(tmp_path, network, more):
 
 
 @pytest.mark.slow
-def test_a_killed_training_in_shards_ends_with_the_bits_of_a_quiet_one(tmp_path):
-    """Weights, moments and averages come back from their shards."""
-    assert run(tmp_path / "quiet", "decoder", "fsdp").returncode == 0
-    assert run(tmp_path / "killed", "decoder", "fsdp", "kill_at=5").returncode != 0
+@pytest.mark.parametrize("way", ["fsdp", "ddp"])
+def test_a_killed_training_of_two_ranks_ends_with_the_bits_of_a_quiet_one(tmp_path, way):
+    """Weights, moments and averages come back, from their shards or rank after rank."""
+    assert run(tmp_path / "quiet", "decoder", way).returncode == 0
+    assert run(tmp_path / "killed", "decoder", way, "kill_at=5").returncode != 0
     (last, *_) = sorted((tmp_path / "killed/stage/checkpoints").iterdir(), reverse=True)
-    assert last.name == "step-00000004" and (last / "pytorch_model_fsdp_0").is_dir()
-    continued = run(tmp_path / "killed", "decoder", "fsdp")
+    assert last.name == "step-00000004" and (last / "averages.pt").is_file()
+    assert (last / "pytorch_model_fsdp_0").is_dir() == (way == "fsdp")
+    continued = run(tmp_path / "killed", "decoder", way)
     assert continued.returncode == 0, continued.stderr
     ours, theirs = weights(tmp_path / "quiet"), weights(tmp_path / "killed")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
@@ -65,6 +68,21 @@ def test_a_compiled_training_in_half_precision_leaves_the_names_and_the_network_
     torch.testing.assert_close(weights(tmp_path / "compiled"), weights(tmp_path / "eager"), rtol=1e-3, atol=1e-5)
     again = run(tmp_path / "compiled", "sdxl", way, "steps=2", "precision=bf16", "compile=true")
     assert again.returncode == 0, again.stderr  # its finished weights are read
+
+
+def test_a_network_that_is_sharded_gives_its_weights_away_and_gets_room_for_them():
+    model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4))
+    model[0].bias.requires_grad_(False)
+    before, names = dict(model.named_parameters()), list(model.state_dict())
+    plugin = SimpleNamespace(transformer_cls_names_to_wrap=None)
+    copied = copy_to_shard(model, SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    assert all(parameter is before[name] for name, parameter in copied.named_parameters())  # none lies there twice
+    assert {parameter.device.type for parameter in model.parameters()} == {"meta"}
+    assert copied[1].running_mean is not model[1].running_mean
+    with_room(model, torch.device("cpu")).load_state_dict(copied.state_dict())
+    assert list(model.state_dict()) == names and not model[0].bias.requires_grad and model[0].weight.requires_grad
+    x = torch.randn(5, 3)
+    assert torch.equal(model(x), copied(x)) and model[0].weight is not copied[0].weight
 
 
 CANNOT = [({"optimizer": "adafactor"}, "choose adamw8bit"), ({"compile": True}, "does not go with FSDP")]
