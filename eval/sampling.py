@@ -8,6 +8,7 @@ Axes: B batch, L text tokens, E text width, C channels, H and W height and width
 
 import copy
 import inspect
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from data.encoding import finite, rows_at_once
 from data.seeding import generator
+from eval.cpu_parts import can_be_parted, draw_in_parts
 from models.conditioning import empty_text_state, text_states
 from models.guidance import guidance_embedding, told_guidance_width
 
@@ -207,10 +209,16 @@ class Sampler:
 
         An index may come several times, with different gates: every ablation of a prompt starts from the same noise.
         """
-        noise_BCHW = torch.stack([self.noise(i) for i in indices])
-        generators = self.generators(indices)
         texts = self.encode(prompts).rows(indices)
-        return self.decode(self.latents(unet, texts, noise_BCHW, gates, generators))
+
+        def draw(network: nn.Module, rows: list[int], gates: Tensor | None) -> Tensor:
+            chosen = [indices[row] for row in rows]
+            noise_BCHW = torch.stack([self.noise(i) for i in chosen])
+            return self.decode(self.latents(network, texts.rows(rows), noise_BCHW, gates, self.generators(chosen)))
+
+        if can_be_parted(unet):
+            return draw_in_parts(draw, unet, len(indices), gates, math.prod(self.latent_shape[1:]))
+        return draw(unet, list(range(len(indices))), gates)
 
 
 def eight_bits(pixels_BCHW: Tensor) -> Tensor:

@@ -1,0 +1,85 @@
+"""Drawing part by part on a CPU: the same images, whatever the number of threads, and no block that is closed."""
+
+import pytest
+import torch
+
+import eval.cpu_parts
+from eval.cpu_parts import remove, twin
+from eval.sampling import Sampler
+from models.unet import PrunableUNet2DConditionModel
+from tests.models.conftest import small_inputs
+from tests.tiny import tiny_pipeline
+
+PROMPTS = [f"prompt {letter}" for letter in "abcdefghijkl"]
+
+
+@pytest.fixture(scope="module")
+def sampler():
+    pipeline = tiny_pipeline("v_prediction")
+    pipeline.unet = PrunableUNet2DConditionModel.from_unet(pipeline.unet)
+    return Sampler(pipeline, steps=2, guidance_scale=2.0)
+
+
+@pytest.fixture
+def parts_of_two(monkeypatch):
+    monkeypatch.setattr(eval.cpu_parts, "LATENT_PIXELS", 2 * 8 * 8)
+
+
+@pytest.fixture
+def threads():
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+def images(sampler, block_mask=None, indices=range(8)):
+    return sampler.images(sampler.pipeline.unet, PROMPTS, list(indices), block_mask)
+
+
+def test_images_do_not_depend_on_the_number_of_threads(sampler, parts_of_two, threads):
+    mask = torch.rand(8, 38, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask[2:4] = mask[2]
+    threads(1)
+    whole, masked = images(sampler), images(sampler, mask)
+    assert not torch.equal(whole, masked)
+    for count in (2, 4):
+        threads(count)
+        assert torch.equal(images(sampler), whole) and torch.equal(images(sampler, mask), masked)
+
+
+def test_rows_of_mixed_parts_do_not_see_each_other(sampler, parts_of_two, threads):
+    """Every part of two rows holds two different masks, and runs beside another."""
+    threads(2)
+    mask = torch.rand(8, 38, generator=torch.Generator().manual_seed(1)) < 0.7
+    together = images(sampler, mask)
+    threads(1)
+    for first in range(0, 8, 2):
+        pair = slice(first, first + 2)
+        assert torch.equal(together[pair], images(sampler, mask[pair], range(8)[pair]))
+
+
+@pytest.mark.parametrize("depths", [{}, {"mid_block.attentions.0": 3, "down_blocks.0.resnets.0": 2}])
+def test_a_network_without_closed_blocks_is_the_masked_one(sampler, depths):
+    unet = sampler.pipeline.unet.with_depths(depths, copy_init="same")
+    inputs = small_inputs(unet)
+    for n, site in enumerate(unet.kept_sites):
+        mask = torch.ones(len(inputs["sample"]), len(unet.kept_sites), dtype=torch.bool)
+        mask[:, n] = False
+        without = twin(unet)
+        remove(without, [site])
+        with torch.no_grad():
+            assert torch.equal(without(**inputs).sample, unet(**inputs, gates=mask).sample), site
+
+
+def test_a_twin_shares_every_weight(sampler):
+    unet = sampler.pipeline.unet
+    pairs = zip(twin(unet).state_dict().values(), unet.state_dict().values(), strict=True)
+    assert all(one.data_ptr() == other.data_ptr() for one, other in pairs)
+
+
+def test_what_a_part_raises_is_raised_and_ends_the_others(sampler, parts_of_two, threads, monkeypatch):
+    threads(2)
+    noise = sampler.noise
+    monkeypatch.setattr(sampler, "noise", lambda index: noise(index) * (torch.nan if index == 5 else 1))
+    with pytest.raises(ValueError, match="finite"):
+        images(sampler)
