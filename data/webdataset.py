@@ -4,24 +4,34 @@
 
 `datasets` reads such tars too, and ends at the first sample whose files are not those of the first five, or whose JSON
 is damaged; here a broken sample is one broken sample, and a torn tar gives what it holds before the tear.
+
+As with the package webdataset, a suffix that comes twice in a sample is a mistake (whose caption is whose?), and files
+without a suffix belong to no sample. Keys need to differ within a tar only: where several of the first tars begin with
+the same key, the tar's name goes before every key, so that a share of such samples can be held out.
 """
 
 import gzip
 import hashlib
 import json
+import logging
 import tarfile
 import zlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
+from pathlib import PurePosixPath
 
 from data.folder import IMAGE_SUFFIXES, few
-from data.sources import expand, marks, open_at, unsigned
+from data.sources import ASKED_AT_ONCE, expand, marks, open_at, unsigned
 from data.streams import Entry, Stream
 from data.tables import caption_column, caption_text
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MOST_FILES = 100  # of one sample are read; more are many samples with a dot in what should be the key
 TORN = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
+PEEKED = 8  # tars are asked for their first key
+log = logging.getLogger("slimstep")
 
 
 class WebDatasetPairs(Stream):
@@ -51,17 +61,46 @@ class WebDatasetPairs(Stream):
     def fingerprint(self) -> str:
         """Changes with any tar's name, size or time of change (what a server says of it), and with what is taken."""
         taken = [self.split, self.heldout_fraction, self.image_column, self.caption_column, self.resolution, self.crop]
-        return f"webdataset-1/{hashlib.sha256(json.dumps([marks(self.parts), taken]).encode()).hexdigest()[:16]}"
+        told = [marks(self.parts), taken, *(["tars' names in keys"] if self.prefixes[0] else [])]
+        return f"webdataset-1/{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}"
+
+    @cached_property
+    def prefixes(self) -> list[str]:
+        """What goes before the keys of every tar: nothing, or its name where several of the first begin with one key.
+
+        Tars of one name, in several folders, may hold the same images with other captions: they count as one.
+        """
+        names, first_tars = ends(self.parts), {}
+        with ThreadPoolExecutor(ASKED_AT_ONCE) as pool:
+            for name, key in zip(names, pool.map(first_key, self.parts[:PEEKED] if names[1:] else ()), strict=False):
+                if key is None or (other := first_tars.setdefault(key, name)) == name:
+                    continue
+                if self.split != "heldout":
+                    told = "tars' names count, too, in which samples are held out"
+                    log.info("%s and %s begin with the same key, %s: %s", other, name, key, told)
+                return [f"{name}/" for name in names]
+        return [""] * len(names)
 
     def read(self, part: int, start: int, images: bool = True) -> Iterator[Entry]:
-        """Positions are bytes of the tar. What a torn tar has lost is one entry without a key, at the end."""
-        tar_name = unsigned(self.parts[part]).rpartition("/")[2]
-        position = start
-        with open_at(self.parts[part], start) as file:
+        """Positions are bytes of the tar. What a torn tar has lost is one entry without a key, at the end.
+
+        Samples of one name are an entry each, at the bytes from their first header on, which is a block long.
+        """
+        tar_name, prefix = unsigned(self.parts[part]).rpartition("/")[2], self.prefixes[part]
+        passed = start % tarfile.BLOCKSIZE
+        position = start - passed
+        with open_at(self.parts[part], position) as file:
             try:
-                for key, end, files in samples(file, start, images):
-                    yield self._entry(key, f"{tar_name}: {key}", position, end, files)
-                    position = end
+                for key, end, files, counts in samples(file, position, images):
+                    name = f"{tar_name}: {key}"
+                    if flaw := repeated(counts):
+                        times = max((n for suffix, n in counts.items() if is_image(suffix)), default=1)
+                        steps = range(position + passed, position + min(times, tarfile.BLOCKSIZE))
+                        for at in steps:
+                            yield Entry(f"{prefix}{key}", name, at, end if at == steps[-1] else at + 1, flaw=flaw)
+                    else:
+                        yield self._entry(f"{prefix}{key}", name, position, end, files)
+                    position, passed = end, 0
             except TORN as error:
                 flaw = f"torn at byte {position}: {str(error).splitlines()[0] if str(error) else 'it ends early'}"
                 yield Entry(None, tar_name, position, position, flaw=flaw)
@@ -111,29 +150,67 @@ class Tar(tarfile.TarFile):
     tarinfo, whole = Header, False
 
 
-def samples(file, start: int, images: bool) -> Iterator[tuple[str, int, dict[str, bytes | None]]]:
-    """(key, position of what follows, {suffix: content}) of every sample in a tar that is read from `start` on.
+def samples(file, start: int, images: bool) -> Iterator[tuple[str, int, dict[str, bytes | None], Counter[str]]]:
+    """(key, position of what follows, {suffix: content}, how often each suffix came) of every sample in a tar that is
+    read from `start` on.
 
     The content of images is None where they are not asked for. Raises one of TORN where the tar ends too early.
     """
     tar = Tar.open(fileobj=file, mode="r:" if file.seekable() else "r|")
     before = 0 if file.seekable() else start  # a stream counts from where it was opened
-    key, files = None, {}
+    key, files, counts = None, {}, Counter()
     while member := tar.next():
         tar.members.clear()  # it would remember all
-        if not member.isfile() or member.name.rpartition("/")[2].startswith("."):
+        if not belongs(member):
             continue
         member_key, suffix = split_name(member.name)
         if key not in (None, member_key):
-            yield key, before + member.offset, files
-            files = {}
+            yield key, before + member.offset, files, counts
+            files, counts = {}, Counter()
         key = member_key
+        counts[suffix] += 1
         wanted = ("." not in suffix or len(files) < MOST_FILES) and (images or not is_image(suffix))
-        files[suffix] = tar.extractfile(member).read() if wanted else None
+        files[suffix] = tar.extractfile(member).read() if wanted and counts[suffix] == 1 else None
     if key is not None:
-        yield key, before + tar.offset, files
+        yield key, before + tar.offset, files, counts
     if not tar.whole:
         raise tarfile.ReadError("it has no end mark")
+
+
+def belongs(member: tarfile.TarInfo) -> bool:
+    """Whether a member is a file of a sample."""
+    own = member.name.rpartition("/")[2]
+    return member.isfile() and "." in own and not own.startswith(".")
+
+
+def repeated(counts: Counter[str]) -> str:
+    """What is wrong with a sample in which a suffix came twice; empty where none did."""
+    twice = {suffix: times for suffix, times in counts.items() if times > 1}
+    told = " and ".join(f"{suffix} {times} times" for suffix, times in list(twice.items())[:3])
+    return f"{told} under this one name: neighbouring samples need names that differ" if twice else ""
+
+
+def first_key(tar: str) -> str | None:
+    """The key of the first sample in a tar; None where there is none before the tar ends or is torn."""
+    with open_at(tar, 0) as file:
+        try:
+            reading = Tar.open(fileobj=file, mode="r:" if file.seekable() else "r|")
+            while member := reading.next():
+                if belongs(member):
+                    return split_name(member.name)[0]
+        except TORN:
+            pass
+    return None
+
+
+def ends(paths: Sequence[str]) -> list[str]:
+    """The paths' own names, with those of their folders before them where all names are alike."""
+    parts = [PurePosixPath(unsigned(path)).parts for path in paths]
+    for length in range(1, max(map(len, parts)) + 1):
+        names = ["/".join(own[-length:]) for own in parts]
+        if len(set(names)) > 1:
+            break
+    return names
 
 
 def split_name(name: str) -> tuple[str, str]:

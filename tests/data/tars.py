@@ -19,10 +19,10 @@ def picture(key: str, kind: str = "png", size: tuple[int, int] = (24, 16)) -> by
     return file.getvalue()
 
 
-def write_tar(path: Path, files: dict[str, bytes]) -> Path:
-    """A tar of these files; .gz in its name has it compressed."""
+def write_tar(path: Path, files: dict[str, bytes] | list[tuple[str, bytes]]) -> Path:
+    """A tar of these files, of pairs where names come twice; .gz in its name has it compressed."""
     with tarfile.open(path, "w:gz" if path.suffix == ".gz" else "w") as tar:
-        for name, content in files.items():
+        for name, content in files.items() if isinstance(files, dict) else files:
             member = tarfile.TarInfo(name)
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))

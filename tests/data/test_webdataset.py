@@ -1,5 +1,7 @@
 """Tars as streams: what is read, where reading goes on, and what becomes of broken members."""
 
+import hashlib
+import json
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -8,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from data import sources
-from data.images import image_cell
+from data.cache import cache_pairs
+from data.images import image_cell, is_held_out
 from data.prompts import heldout_prompts
 from data.sources import unbrace
 from data.streams import FirstSamples
@@ -148,6 +151,82 @@ def test_a_sample_of_very_many_files_is_one(tmp_path):
     frames = {f"clip.frame{k:03d}.png": b"" for k in range(150)}
     tar = write_tar(tmp_path / "a.tar", frames | {"clip.jpg": b"image", "clip.txt": b"many"})
     assert [(entry.image, entry.caption) for entry in read(tar)] == [(b"image", "many")]
+
+
+# Names that come twice.
+
+
+@pytest.mark.parametrize("suffix", [".tar", ".tar.gz"])
+@pytest.mark.parametrize("times", [2, 50, 700])
+def test_samples_of_one_name_are_as_many_flaws_and_their_neighbours_are_read(tmp_path, suffix, times):
+    many = [("b.png", b"image"), ("b.txt", b"caption")] * times
+    tar = write_tar(tmp_path / f"a{suffix}", [*sound(["a"]).items(), *many, *sound(["c"]).items()])
+    entries = read(tar)
+    assert captions(entries) == {"a": "caption of a", "c": "caption of c"} and len(entries) == 2 + min(times, 512)
+    assert f"png {times} times and txt {times} times under this one name" in entries[1].complaint
+    for k in (0, 1, 2, len(entries) - 2):  # reading goes on within them
+        assert read(tar, start=entries[k].end) == entries[k + 1 :]
+
+
+@pytest.mark.parametrize("names", ["b.png b.txt b.txt", "b.PNG b.png b.txt", "b.png b.txt b.png"])
+def test_an_image_never_meets_a_caption_of_another_sample(tmp_path, names):
+    tar = write_tar(tmp_path / "a.tar", [*sound(["a"]).items(), *((name, b"x") for name in names.split())])
+    entries = read(tar)
+    assert captions(entries) == {"a": "caption of a"} and "2 times under this one name" in entries[1].flaw
+
+
+def test_a_tar_of_one_name_is_refused_with_its_count(tmp_path, pipeline):
+    tar = write_tar(tmp_path / "a.tar", [("x.png", picture("x")), ("x.txt", b"x")] * 50)
+    with pytest.raises(ValueError, match=r"50 of 50 samples cannot be used.*a.tar: x \(png 50 times and txt 50 times"):
+        cache_pairs(WebDatasetPairs(str(tar), 16, "all"), pipeline, tmp_path)
+
+
+def test_files_without_a_suffix_belong_to_no_sample(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", [("README", b""), ("a.png", b""), ("LICENSE", b""), ("a.txt", b"one")])
+    assert captions(read(tar)) == {"a": "one"} and len(read(tar)) == 1
+
+
+def one_key_in_every_tar(folder, names=None, samples=("0000",)):
+    names = names or [f"part-{k:03d}" for k in range(20)]
+    for name in names:
+        (folder / name).parent.mkdir(exist_ok=True)
+        files = {f"{key}.png": picture(key) for key in samples} | {f"{k}.txt": f"{name} {k}".encode() for k in samples}
+        write_tar(folder / f"{name}.tar", dict(sorted(files.items())))
+    return str(folder / "**/*.tar")
+
+
+@pytest.mark.parametrize("names", [None, [f"{k}/data" for k in "abcdefghijklmnopqrst"]])
+def test_keys_that_every_tar_has_are_held_out_by_the_tars_names_too(tmp_path, caplog, names):
+    caplog.set_level("INFO")
+    source = one_key_in_every_tar(tmp_path, names)
+    train, heldout = (WebDatasetPairs(source, 16, split, 0.3) for split in ("train", "heldout"))
+    kept, other = ({entry.caption for entry in pairs.scan(images=False)} for pairs in (heldout, train))
+    assert kept and other and not kept & other and len(kept | other) == 20
+    assert len(heldout_prompts(heldout, enough=[100])) == len(kept)
+    assert "begin with the same key, 0000: tars' names count" in caplog.text
+    for tar in Path(tmp_path).rglob("*[12].tar"):  # a sample's place does not depend on the other tars
+        tar.unlink()
+    left = {entry.caption for entry in WebDatasetPairs(source, 16, "heldout", 0.3).scan(images=False)}
+    assert left == {caption for caption in kept if caption.split()[0][-1] not in "12"}
+
+
+def test_keys_that_differ_are_split_and_cached_as_ever(tmp_path):
+    pairs = WebDatasetPairs(write_tars(tmp_path), 16, "heldout", 0.3)
+    assert [entry.key for entry in pairs.scan(images=False)] == [
+        f"{t}-{i:03d}" for t in dict.fromkeys(int(e.key[0]) for e in pairs.scan(images=False)) for i in range(10)
+        if is_held_out(f"{t}-{i:03d}", 0.3)
+    ]  # fmt: skip
+    taken = ["heldout", 0.3, None, None, 16, "center"]
+    told = hashlib.sha256(json.dumps([sources.marks(pairs.parts), taken]).encode()).hexdigest()
+    assert pairs.fingerprint == f"webdataset-1/{told[:16]}"
+
+
+def test_the_same_images_with_other_captions_stay_in_one_split(tmp_path):
+    """Tars of one name and the same keys in two folders, as two languages of one data set have them."""
+    source = one_key_in_every_tar(tmp_path, ["de/0", "de/1", "en/0", "en/1"], samples=[f"{k:03d}" for k in range(9)])
+    heldout = [entry.caption for entry in WebDatasetPairs(source, 16, "heldout", 0.4).scan(images=False)]
+    german, english = ({c[3:] for c in heldout if c.startswith(language)} for language in ("de", "en"))
+    assert german == english and 0 < len(german) < 18
 
 
 # Broken members.
