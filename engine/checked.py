@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from yaml import YAMLError
 
 from engine.config import Config
+from engine.names import check_name, disk_name
 from engine.sections.checks import at_least
 from engine.sections.training import DataConfig
 
@@ -76,12 +77,16 @@ def unknown_keys(schema: DictConfig, config: DictConfig, prefix: str = "") -> It
 
 
 def run_path(config: DictConfig) -> Path:
-    """root/name; under a multirun root/name/<the swept overrides>. ValueError for a name that leaves root."""
+    """root/name; under a multirun root/name/<the swept overrides>, or their beginning and hash where they are long.
+
+    ValueError for a name that leaves root, and for one that no folder can have.
+    """
     parts = Path(config.name).parts
     if not parts or Path(config.name).is_absolute() or ".." in parts:
         raise ValueError(f"name={config.name!r} must name a folder under root")
+    check_name(config.name, "name")
     path = Path(config.root) / config.name
-    swept = HydraConfig.get().job.override_dirname.replace("/", "_")
+    swept = disk_name(HydraConfig.get().job.override_dirname)
     if HydraConfig.get().mode != RunMode.MULTIRUN or swept in Path(config.root).parts:  # as a chain's stage is already
         return path
     return path / swept

@@ -20,6 +20,7 @@ from safetensors import SafetensorError
 from yaml import YAMLError
 
 from data.files import digests, whole_folder, write_json, write_text
+from engine.names import disk_name
 from engine.tracking import Tracker
 
 log = logging.getLogger("slimstep")
@@ -100,7 +101,7 @@ class Run:
         return {key: pair for key, pair in differences(there, config).items() if not f"{key}.".startswith(ignored)}
 
     def move_aside(self, why: str) -> None:
-        names = (self.path.with_name(f"{self.path.name}.before-{n}") for n in itertools.count(1))
+        names = (self.path.with_name(disk_name(f"{self.path.name}.before-{n}")) for n in itertools.count(1))
         aside = next(name for name in names if not name.exists())
         self.path.rename(aside)
         log.warning(f"{self.path} begins anew, for {why}; what was there is now {aside}")

@@ -9,6 +9,9 @@ from accelerate import Accelerator
 from PIL import Image
 
 from engine.config import TrackerConfig
+from engine.names import disk_name
+
+LONGEST_OF_WANDB = 128  # letters of a run's name and group
 
 
 class Tracker:
@@ -23,8 +26,8 @@ class Tracker:
             raise ValueError(f"tracker={self.kind} is not installed; pip install {self.kind}, or choose tracker=none")
         mode = os.environ.get("WANDB_MODE", config.mode)
         hparams = run_config if self.kind == "wandb" else None  # TensorBoard takes flat scalars only
-        wandb = {"dir": str(run_path), "name": run_path.name, "group": run_path.parent.name, "id": run_id,
-                 "mode": mode, "resume": "allow"}  # fmt: skip
+        name, group = (disk_name(path.name, LONGEST_OF_WANDB) for path in (run_path, run_path.parent))
+        wandb = {"dir": str(run_path), "name": name, "group": group, "id": run_id, "mode": mode, "resume": "allow"}
         if self.kind == "wandb":
             import wandb as library
 

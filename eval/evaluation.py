@@ -31,6 +31,7 @@ from data.streams import at_random_access
 from engine.components import check, component
 from engine.config import Config
 from engine.environment import environment
+from engine.names import check_name, disk_name
 from engine.parallel import map_batches
 from engine.run import Run, damaged
 from eval.bench import Bench
@@ -46,6 +47,7 @@ from models.cost import count_parameters
 from models.pipeline import check_pipeline, load_pipeline, networks, set_resolution, upcast_vae
 
 log = logging.getLogger("slimstep")
+LONGEST_NAME = 200  # bytes of a model's: steps and guidance scale follow it in names of files
 FEATURES = "real-features.safetensors"
 ITS_OWN = ("variant", "scheduler", "loras", "vae")  # keys of `model` that are of this one model
 CHECKED = ("variant", "allow_pickle", "single_file_config", "scheduler", "loras")
@@ -60,6 +62,7 @@ class GivenModel:
 
     @classmethod
     def of(cls, name: str, value: Any) -> "GivenModel":
+        check_name(name, "models", LONGEST_NAME)
         if not isinstance(value, Mapping):
             return cls(str(value))
         steps = value.get("steps", [])
@@ -394,7 +397,7 @@ def name_models(paths: list[str]) -> dict[str, str]:
         raise ValueError(f"models={paths} names one of them twice")
     parts = {path: [p for p in Path(path).parts if p not in ("export", "/")] or [path] for path in paths}
     for length in range(1, 1 + max(map(len, parts.values()), default=0)):
-        names = {"-".join(own[-length:]): path for path, own in parts.items()}
+        names = {disk_name("-".join(own[-length:]), LONGEST_NAME): path for path, own in parts.items()}
         if len(names) == len(parts):
             return names
-    return {path: path for path in paths}
+    return {disk_name(path.replace("..", "_"), LONGEST_NAME): path for path in paths}

@@ -19,10 +19,11 @@ from torch import Tensor
 from data.files import write_tensors
 from engine.config import Config
 from engine.environment import environment
+from engine.names import disk_name
 from engine.run import Run, damaged
 from eval.clip import psnr
 from eval.compare import mean_and_error, paired_difference
-from eval.evaluation import EvaluationBench
+from eval.evaluation import LONGEST_NAME, EvaluationBench
 from eval.first_image import compile_cost
 from eval.plan import image_rows
 from eval.setups import Setup, all_setups
@@ -187,4 +188,4 @@ class SpeedBench(EvaluationBench):
 
 
 def file_name(words: str) -> str:
-    return re.sub(r"\W+", "-", words).strip("-").lower()
+    return disk_name(re.sub(r"\W+", "-", words).strip("-").lower(), LONGEST_NAME)

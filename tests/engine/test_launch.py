@@ -2,11 +2,15 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
+from hydra.types import RunMode
+from omegaconf import OmegaConf
 
-from engine.checked import ROOT
+from engine.checked import ROOT, run_path
 from engine.launch import check_overrides, named_by_what_is_swept
+from engine.names import disk_name
 from engine.preemption import Preempted, was_preempted
 
 
@@ -51,6 +55,38 @@ def test_a_clean_up_that_fails_after_sigterm_is_no_mistake():
 def test_a_sweep_on_slurm_passes_the_check():
     launcher = ["hydra/launcher=submitit_slurm", "hydra.launcher.partition=gpu", "hydra.launcher.timeout_min=1440"]
     check_overrides(["-m", *launcher, "+experiment=prune_unet", "search.target_fraction=0.6,0.75"])
+
+
+def swept_path(monkeypatch, root, what, name="prune_unet"):
+    job = SimpleNamespace(job=SimpleNamespace(override_dirname=what), mode=RunMode.MULTIRUN)
+    monkeypatch.setattr("engine.checked.HydraConfig", SimpleNamespace(get=lambda: job))
+    return run_path(OmegaConf.create({"root": str(root), "name": name}))
+
+
+def test_a_job_of_a_sweep_over_long_values_has_a_folder_of_its_own(tmp_path, monkeypatch):
+    short = swept_path(monkeypatch, tmp_path, "data.source=a/b,seed=1")
+    assert short == tmp_path / "prune_unet/data.source=a_b,seed=1"
+    values = [f"search.method.remove=[{','.join(['down_blocks.ä.attentions.0'] * 40)}],seed={k}" for k in range(3)]
+    paths = [swept_path(monkeypatch, tmp_path, value) for value in values]
+    assert len(set(paths)) == 3 and paths == [swept_path(monkeypatch, tmp_path, value) for value in values]
+    for path in paths:
+        path.mkdir(parents=True)
+        (path.parent / f"{path.name}.before-10").mkdir()
+        assert path.name.startswith("search.method.remove=[down_blocks.ä")
+    inside = swept_path(monkeypatch, paths[0], values[0], name="distill_steps")  # a stage of this job's chain
+    assert inside == paths[0] / "distill_steps"
+
+
+def test_a_name_that_no_folder_can_have_is_told(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"^name=x+… is a name of 256 bytes, and at most 255 can be") as error:
+        swept_path(monkeypatch, tmp_path, "", name="x" * 256)
+    assert len(str(error.value)) < 200
+
+
+def test_what_is_too_long_for_a_disk_keeps_its_beginning_and_differs_by_its_end():
+    assert disk_name("a" * 255) == "a" * 255
+    names = {disk_name("ß" * n, longest) for n in (128, 129, 5000) for longest in (40, 128, 255)}
+    assert len(names) == 9 and all(len(name.encode()) <= 200 and name.startswith("ßß") for name in names)
 
 
 def test_one_job_keeps_its_name():

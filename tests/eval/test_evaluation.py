@@ -23,7 +23,7 @@ from data.files import digest
 from data.prompts import PromptSet
 from eval.compare import paired_difference
 from eval.distribution import frechet_distance
-from eval.evaluation import EvaluationBench, name_models
+from eval.evaluation import EvaluationBench, GivenModel, name_models
 from eval.inception import Inception
 from models.original_layout import original_weights
 from models.pipeline import export_pipeline, load_pipeline, with_unet
@@ -313,6 +313,18 @@ def test_an_offline_wandb_run_leaves_the_last_line_to_json(tmp_path, tiny_model,
 def test_names_are_the_shortest_that_tell_models_apart():
     assert name_models(["runs/a/export", "runs/b/export"]) == {"a": "runs/a/export", "b": "runs/b/export"}
     assert list(name_models(["x/steps-8/export", "y/steps-8/export"])) == ["x-steps-8", "y-steps-8"]
+
+
+def test_names_of_models_fit_on_a_disk(tmp_path):
+    deep = "/".join(["very-long-name" * 10] * 3)
+    names = list(name_models([f"x/{deep}/export", f"y/{deep}/export", "z/export"]))
+    assert len(set(names)) == 3 and names[2].endswith("z")
+    for name in names:
+        (tmp_path / f"{name}-guidance-7.5-steps-100.safetensors").touch()
+    with pytest.raises(ValueError, match=r"^models='../a' must name a folder, and none outside the run"):
+        GivenModel.of("../a", "DIR")
+    with pytest.raises(ValueError, match="a name of 300 bytes, and at most 200 can be a folder's: shorten it"):
+        GivenModel.of("ä" * 150, {"path": "DIR"})
 
 
 @pytest.mark.slow
