@@ -5,20 +5,27 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= offline
 
-$(VENV)/ready: pyproject.toml
+# What is installed: the releases of constraints.txt, with TORCH=2.11.0 another torch of its range, or with LATEST=1 the
+# newest releases that pyproject.toml allows.
+OLDEST_TORCH := 2.11.0
+READY := $(VENV)/ready$(if $(LATEST),-latest)$(TORCH:%=-torch-%)
+RELEASES := $(if $(LATEST),--upgrade --upgrade-strategy eager,-c constraints.txt) $(TORCH:%=torch==%)
+
+$(READY): pyproject.toml constraints.txt
 	@echo "setting up $(VENV) (torch and friends, some minutes, about 6 GB)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "slimstep needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --progress-bar on -e '.[dev]'
+	$(BIN)/python -m pip install --progress-bar on $(RELEASES) -e '.[dev]'
+	rm -f $(VENV)/ready*
 	touch $@
 
-.PHONY: help setup demo test slow huge lint clean
+.PHONY: help setup demo test slow huge lint tested clean
 
 help:  ## explain the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
-setup: $(VENV)/ready  ## create the environment and install
+setup: $(READY)  ## create the environment and install the tested releases (LATEST=1: the newest)
 
 demo: setup  ## the whole method on the shipped model, in ten minutes on two cores; prints tables and the report
 	$(BIN)/python train.py +experiment=snapfusion budget=demo
@@ -35,5 +42,11 @@ huge: setup  ## ten minutes and 15 GB of memory: steps of every training of a ra
 lint: setup  ## ruff
 	$(BIN)/ruff check .
 
+tested:  ## raise constraints.txt: every test with the newest releases, the file and README's line, the fast ones with the oldest torch
+	rm -rf .venv-latest .venv-oldest
+	$(MAKE) lint test slow VENV=.venv-latest LATEST=1
+	.venv-latest/bin/python scripts/tested_set.py
+	$(MAKE) test VENV=.venv-oldest TORCH=$(OLDEST_TORCH)
+
 clean:  ## remove runs, caches and the environment
-	rm -rf $(VENV) runs outputs .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-latest .venv-oldest runs outputs .pytest_cache .ruff_cache

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from engine.checked import CONFIGS, MISTAKES, ROOT, checked_config, run_path
 from engine.preemption import CONTINUE_ME, leave_on_sigterm, was_preempted
+from engine.tested import outside_the_tested_set
 from models.quiet import one_line
 
 MULTIRUN = {"-m", "--multirun"}
@@ -173,6 +174,8 @@ def start(config: DictConfig) -> int:
             print(f"error: {one_line(error)}  (debug=true shows where)", file=sys.stderr)
         return 1
     log.info(f"{run_path(checked)}: loading the libraries")
+    if others := outside_the_tested_set():
+        log.warning(others)
     from engine.execution import execute  # torch and diffusers take seconds, which a mistake need not wait for
 
     if "SUBMITIT_EXECUTOR" not in os.environ:
