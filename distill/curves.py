@@ -81,7 +81,8 @@ class Curves:
         return self.bench.scorer.text(self.prompts.prompts)
 
     def sampler(self, model: Judged, steps: int, guidance: float) -> Sampler:
-        return Sampler(self.bench.pipeline, steps, guidance, self.config.seed, model.scheduler)
+        bench = self.bench
+        return Sampler(bench.pipeline, steps, guidance, self.config.seed, model.scheduler, bench.precision)
 
     def latents(self, model: Judged, steps: int, guidance: float) -> Tensor:
         """float32 [P, C, H, W] on the CPU, shared among the processes."""

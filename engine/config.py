@@ -9,6 +9,7 @@ from hydra.core.config_store import ConfigStore
 from engine.sections.judging import (
     BenchmarkConfig,
     CurvesConfig,
+    DrawingConfig,
     EvalConfig,
     EvaluationConfig,
     LatentsConfig,
@@ -96,6 +97,7 @@ class Config:
     velocity: StageConfig = field(default_factory=StageConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
     latency: LatencyConfig = field(default_factory=LatencyConfig)
+    sampling: DrawingConfig = field(default_factory=DrawingConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     scorer: Any = None

@@ -209,9 +209,10 @@ def has_grown(key: str, old: Any, new: Any) -> bool:
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """{dotted key: (old, new)} of all leaves in which two nested dicts differ; None stands for a missing one."""
-    if not (isinstance(old, dict) and isinstance(new, dict)):
+    tables = [value for value in (old, new) if isinstance(value, dict)]
+    if not tables or not all(value is None or isinstance(value, dict) for value in (old, new)):
         return {} if old == new else {prefix: (old, new)}
-    found = {}
+    old, new, found = old or {}, new or {}, {}
     for key in {**old, **new}:
         found |= differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
     return found

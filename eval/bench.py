@@ -28,6 +28,7 @@ from engine.sections.pruning import LatencyConfig
 from engine.sections.training import CacheConfig, TrainConfig
 from engine.sharding import autocast_dtype, check_sharding
 from eval.clip import ClipScorer
+from eval.precision import settled
 from eval.sampling import Sampler
 from models.cost import NUM_TOKENS
 from models.pipeline import networks, set_resolution, upcast_vae
@@ -42,6 +43,7 @@ class Bench:
 
     def __init__(self, config: Config, run: Run):
         self.config, self.run, self.device = config, run, run.accelerator.device
+        self.precision = settled(config.sampling.precision, self.device)  # of all images that are drawn
 
     @cached_property
     def pipeline(self):
@@ -177,7 +179,9 @@ class Bench:
         return component(self.config, key, **given)
 
     def sampler(self, protocol) -> Sampler:
-        return Sampler(self.pipeline, protocol.steps, protocol.guidance_scale, protocol.seed)
+        """What draws images as a section of the configuration says."""
+        settings = protocol.steps, protocol.guidance_scale, protocol.seed
+        return Sampler(self.pipeline, *settings, precision=self.precision)
 
     def objective(self, config, **given) -> Objective:
         """An objective of the loop from its `_target_`; each takes the schedule, the empty text and a teacher.

@@ -13,6 +13,7 @@ from eval.figures import SERIES, TEACHER, Point, digits, pareto_figure, save_png
 from eval.report import count, display_name, facts, markdown_table, percent, render
 from eval.runs import RunRecord, read_run
 
+BEFORE_A_CHOICE = {"precision": "float32"}  # of protocols that do not say theirs
 COLUMNS = ["parameters", "GFLOPs", "UNet ms", "of teacher", "CLIP ± se", "against teacher"]
 
 
@@ -75,7 +76,7 @@ def run_names(paths: Sequence[Path]) -> list[str]:
 
 def metric(run: RunRecord) -> tuple[str, dict[str, Any]]:
     """What makes the scores of two runs comparable: the prompts, and the protocol."""
-    return run.evaluation["prompts_hash"], run.evaluation["protocol"]
+    return run.evaluation["prompts_hash"], {**BEFORE_A_CHOICE, **run.evaluation["protocol"]}
 
 
 def protocol_differences(metrics: Mapping[str, tuple[str, Mapping[str, Any]]]) -> list[str]:

@@ -179,7 +179,7 @@ class EvaluationBench(Bench):
             return frozenset(json.loads(file.read_text())["ranked_on"])
 
     def sampler_of(self, pipeline: DiffusionPipeline, guidance: float, steps: int) -> Sampler:
-        return Sampler(pipeline, steps, guidance, self.config.eval.seed)
+        return Sampler(pipeline, steps, guidance, self.config.eval.seed, precision=self.precision)
 
     @cached_property
     def pipeline(self) -> DiffusionPipeline:

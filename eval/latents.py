@@ -29,12 +29,15 @@ def sampled_latents(
     Shard k holds batch k, sampled by process k mod n: the same bits for any number of processes. What lies intact under
     `folder`/<key> is not made again, and a larger count adds to it. Raises ValueError for latents that are not finite.
     """
+    settings = {name: str(value) for name, value in sampler.protocol.items()}
+    if settings["precision"] == "float32":
+        del settings["precision"]  # as of caches that were made before there was a choice
     made_from = {
         "format": FORMAT,
         "unet": module_hash(unet),
         **text_hashes(sampler.pipeline),
         "scheduler": cache_key({k: v for k, v in sampler.scheduler.config.items() if not k.startswith("_")}),
-        **{name: str(value) for name, value in sampler.protocol.items()},
+        **settings,
         "prompts": prompts.hash,
         "batch_size": batch_size,
     }

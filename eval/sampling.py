@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from data.encoding import finite, rows_at_once
 from data.seeding import generator
 from eval.cpu_parts import can_be_parted, draw_in_parts
+from eval.precision import computing, products, uses_tf32
 from models.conditioning import empty_text_state, text_states
 from models.guidance import guidance_embedding, told_guidance_width
 
@@ -51,10 +52,18 @@ class Sampler:
     `guidance_scale` 1 runs the UNet once per image and step; above 1 each step is one UNet batch of 2B. A UNet with
     `time_cond_proj_dim` is told the scale instead, and runs once. `scheduler` takes the place of the pipeline's own.
     Stochastic schedulers draw from one generator per image, so they are as reproducible as the others (η is 0).
+    `precision` is that of networks whose weights are float32: float32 strictly, tf32, or the UNet in bfloat16 by
+    autocast and the decoder in TF32 where the device has it.
     """
 
     def __init__(
-        self, pipeline: DiffusionPipeline, steps: int, guidance_scale: float, seed: int = 0, scheduler=None
+        self,
+        pipeline: DiffusionPipeline,
+        steps: int,
+        guidance_scale: float,
+        seed: int = 0,
+        scheduler=None,
+        precision: str = "float32",
     ) -> None:
         """Raises ValueError for fewer than 1 step."""
         if steps < 1:
@@ -63,6 +72,7 @@ class Sampler:
         self.steps = steps
         self.guidance_scale = guidance_scale
         self.seed = seed
+        self.precision = precision
         self.scheduler = scheduler or pipeline.scheduler
         self._texts: dict[tuple[str, ...], Texts] = {}
         self._copies: dict[tuple, Tensor] = {}
@@ -89,7 +99,14 @@ class Sampler:
             "timestep_spacing": scheduler.config.get("timestep_spacing"),
             "prediction_type": scheduler.config.get("prediction_type"),
             "latents": list(self.latent_shape),
+            "precision": self.weights_precision,
         }
+
+    @property
+    def weights_precision(self) -> str:
+        """What the networks compute in: `precision` is a choice where their weights are float32."""
+        dtype = self.pipeline.unet.dtype
+        return self.precision if dtype == torch.float32 else str(dtype).removeprefix("torch.")
 
     @property
     def latent_shape(self) -> tuple[int, int, int]:
@@ -180,7 +197,9 @@ class Sampler:
         z_BCHW = noise_BCHW.to(**place) * scheduler.init_noise_sigma
         for t, t_unet in zip(scheduler.timesteps, timesteps_S, strict=True):
             input_BCHW = scheduler.scale_model_input(both_halves(z_BCHW, guided), t)
-            pred_BCHW = unet(input_BCHW, t_unet, encoder_hidden_states=text_BLE, return_dict=False, **options)[0]
+            with computing(self.precision, parameter):
+                pred_BCHW = unet(input_BCHW, t_unet, encoder_hidden_states=text_BLE, return_dict=False, **options)[0]
+            pred_BCHW = pred_BCHW.to(z_BCHW.dtype)
             if guided:
                 empty_BCHW, told_BCHW = pred_BCHW.chunk(2)
                 pred_BCHW = empty_BCHW + self.guidance_scale * (told_BCHW - empty_BCHW)
@@ -200,7 +219,8 @@ class Sampler:
         vae = self.pipeline.vae
         z_BCHW = latents_BCHW.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
         slices = z_BCHW.split(rows_at_once(self.pipeline, *z_BCHW.shape[-2:]))
-        return torch.cat([vae.decode(z_bCHW, return_dict=False)[0] for z_bCHW in slices])
+        with products(uses_tf32(self.precision, vae.device)):
+            return torch.cat([vae.decode(z_bCHW, return_dict=False)[0] for z_bCHW in slices])
 
     def images(
         self, unet: nn.Module, prompts: Sequence[str], indices: Sequence[int], gates: Tensor | None = None

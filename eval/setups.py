@@ -19,6 +19,7 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from eval.precision import has_tf32, products
 from models.pipeline import quiet
 
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
@@ -98,7 +99,7 @@ def check_runs(setup: Setup, device: torch.device) -> None:
         raise CannotRunError(f"the captured loop is one CUDA graph, and {setup.compile} would nest another in it")
     if setup.dtype == "tf32" and not on_gpu:
         raise CannotRunError("TF32 is a format of CUDA devices")
-    if setup.dtype == "tf32" and torch.cuda.get_device_capability(device) < (8, 0):
+    if setup.dtype == "tf32" and not has_tf32(device):
         raise CannotRunError("TF32 needs compute capability 8.0")
     if (setup.capture or setup.compile in GRAPHS) and not on_gpu:
         raise CannotRunError("CUDA graphs need a CUDA device")
@@ -194,11 +195,5 @@ def compile_networks(pipeline: DiffusionPipeline, setup: Setup) -> None:
 @contextmanager
 def running(setup: Setup) -> Iterator[None]:
     """What is global while a setup runs: the precision of float32 products and convolutions."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if setup.dtype == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = setup.dtype == "tf32"
-    try:
+    with products(tf32=setup.dtype == "tf32"):
         yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]

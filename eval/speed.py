@@ -84,7 +84,8 @@ class Subject:
 
     @cached_property
     def sampler(self) -> Sampler:
-        return Sampler(self.pipeline, self.steps, self.guidance_scale, self.seed)
+        precision = "tf32" if self.setup.dtype == "tf32" else "float32"
+        return Sampler(self.pipeline, self.steps, self.guidance_scale, self.seed, precision=precision)
 
     @cached_property
     def captured(self) -> CapturedSampler:

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_map
 
 from engine.sections.training import TrainConfig
 from eval.bench import Bench
+from eval.precision import computing
 from models.cost import unet_inputs
 
 SECONDS, CALLS = 4.0, 3  # about as long a timed call may take, and how many there are
@@ -37,8 +38,9 @@ def forward_rate(bench: Bench, training: TrainConfig) -> float:
 
 
 def sampling_rate(bench: Bench, training: TrainConfig) -> float:
-    """Images are drawn in the networks' own precision, two rows each where they are guided."""
-    return evaluation_rate(bench, nullcontext, 2 * bench.config.eval.batch_size)
+    """Images are drawn in the precision of `sampling`, two rows each where they are guided."""
+    weights = next(bench.unet.parameters())
+    return evaluation_rate(bench, lambda: computing(bench.precision, weights), 2 * bench.config.eval.batch_size)
 
 
 def evaluation_rate(bench: Bench, precision: Callable[[], AbstractContextManager], batch: int) -> float:

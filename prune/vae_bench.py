@@ -234,7 +234,8 @@ class VaeBench(Bench):
         """The pipeline's sampler around another VAE."""
         config = self.config.eval
         pipeline = with_unet(self.pipeline, self.teacher, vae=vae)
-        return Sampler(pipeline, config.steps, config.guidance_scale, config.seed)
+        settings = config.steps, config.guidance_scale, config.seed
+        return Sampler(pipeline, *settings, precision=self.precision)
 
     def decoded(self, name: str, vae: AutoencoderKL) -> dict[str, Tensor]:
         """uint8 images [P, 3, H, W] of the held-out latents, sampled and real."""

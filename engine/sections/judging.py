@@ -8,6 +8,21 @@ from omegaconf import OmegaConf
 
 from engine.sections.checks import as_table, at_least
 
+PRECISIONS = ("float32", "tf32", "bfloat16")
+
+
+@dataclass
+class DrawingConfig:
+    """How all images are drawn, by networks whose weights are float32: in `precision` float32, strictly; tf32; or
+    bfloat16, the UNet by autocast. null is tf32 on a GPU that has it and float32 elsewhere. Every protocol says which.
+    """
+
+    precision: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.precision is not None and self.precision not in PRECISIONS:
+            raise ValueError(f"sampling.precision={self.precision!r} is unknown; choose from {PRECISIONS}")
+
 
 @dataclass
 class SamplingConfig:
