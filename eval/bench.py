@@ -43,7 +43,6 @@ class Bench:
 
     def __init__(self, config: Config, run: Run):
         self.config, self.run, self.device = config, run, run.accelerator.device
-        self.precision = settled(config.sampling.precision, self.device)  # of all images that are drawn
 
     @cached_property
     def pipeline(self):
@@ -171,6 +170,11 @@ class Bench:
             raise ValueError(f"data.prompt_column={column} is of data.prompt_file, and none is given")
         return read_prompts(str(file), column) if file else self.component("data.prompts")
 
+    @property
+    def precision(self) -> str:
+        """What all images are drawn in. ValueError where the device has no such thing."""
+        return settled(self.config.sampling.precision, self.device)
+
     @cached_property
     def scorer(self) -> ClipScorer:
         return self.component("scorer", device=self.device)
@@ -217,8 +221,9 @@ class Bench:
         check_sharding(training, self.run.accelerator)
 
     def check_inputs(self) -> None:
-        """ValueError, before anything is made, for data, prompts or a scorer that cannot be had."""
+        """ValueError, before anything is made, for a precision, data, prompts or a scorer that cannot be had."""
         at_least("eval", self.config.eval, 1, "pictures")  # the job's report shows some
+        _ = self.precision
         self.check_data()
         _ = self.prompts, self.scorer
 

@@ -117,7 +117,7 @@ class EvaluationBench(Bench):
             raise ValueError("models names nothing to evaluate: models=[FOLDER,…] or models={teacher: FOLDER, …}")
         self.check_models()
         self.settle_resolution()
-        _ = self.prompt_set, self.scorer, self.inception, self.preferences
+        _ = self.precision, self.prompt_set, self.scorer, self.inception, self.preferences
         if self.config.evaluation.distribution and not self.run.made(FEATURES) and len(self.real_pairs) < 2:
             raise ValueError(
                 f"{len(self.real_pairs)} held-out images are too few for FID: evaluation.distribution=false"

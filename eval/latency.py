@@ -1,9 +1,15 @@
-"""Timing whole UNets: interleaved medians, CUDA events on a GPU, the calling thread's CPU time elsewhere."""
+"""Timing whole UNets: interleaved medians, CUDA events on a GPU, the calling thread's CPU time elsewhere.
 
+On a GPU a network is a CUDA graph where it can be captured. Launched kernel by kernel, small ones end before the host
+has launched the next: what is timed is then their number.
+"""
+
+import logging
 import statistics
 import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch.utils._pytree import tree_map
@@ -11,15 +17,20 @@ from torch.utils._pytree import tree_map
 from data.progress import progress
 from data.seeding import generator
 from engine.sections.pruning import LatencyConfig
+from eval.graphs import CannotCaptureError, CapturedCall
 from models.cost import NUM_TOKENS, unet_inputs
 from models.unet import PrunableUNet2DConditionModel
+
+log = logging.getLogger("slimstep")
 
 
 def compare_ms(
     unets: Mapping[str, PrunableUNet2DConditionModel], config: LatencyConfig, device: torch.device
 ) -> dict[str, float]:
     """Median milliseconds of whole UNets, interleaved call by call so that drift hits all alike."""
-    calls = {name: forward_call(timed_copy(unet, config, device), config) for name, unet in unets.items()}
+    copies = {name: timed_copy(unet, config, device) for name, unet in unets.items()}
+    config = settled_launch(next(iter(copies.values())), config, device)  # all alike
+    calls = {name: forward_call(unet, config) for name, unet in copies.items()}
     with one_thread(device):
         return interleaved_ms(calls, config, device)
 
@@ -30,8 +41,30 @@ def timed_copy(unet: PrunableUNet2DConditionModel, config: LatencyConfig, device
     return unet.with_depths({}).to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
+def settled_launch(unet: PrunableUNet2DConditionModel, config: LatencyConfig, device: torch.device) -> LatencyConfig:
+    """The configuration with `cuda_graph` true or false: the former by default where the network can be captured.
+
+    Raises ValueError where it is true already and cannot be.
+    """
+    if config.cuda_graph and device.type != "cuda":
+        raise ValueError(f"latency.cuda_graph=true needs a CUDA device, and this is {device}; leave it out")
+    if config.cuda_graph is False or device.type != "cuda":
+        return replace(config, cuda_graph=False)
+    try:
+        forward_call(unet, replace(config, cuda_graph=True))
+    except CannotCaptureError as error:
+        if config.cuda_graph:
+            raise ValueError(f"latency.cuda_graph=true: the network cannot be captured: {error}") from error
+        log.warning(f"the network cannot be captured as a CUDA graph, and is timed kernel by kernel: {error}")
+        return replace(config, cuda_graph=False)
+    return replace(config, cuda_graph=True)
+
+
 def forward_call(unet: PrunableUNet2DConditionModel, config: LatencyConfig) -> Callable[[], None]:
-    """A call of the UNet on random inputs of the configured shape."""
+    """A call of the UNet on random inputs of the configured shape.
+
+    Raises CannotCaptureError where it is to be a CUDA graph and cannot.
+    """
     size, draw = config.latent_size or unet.config.sample_size, generator("latency", config.seed)
     inputs = unet_inputs(unet, size, config.batch, config.text_length or NUM_TOKENS)
     inputs = tree_map(lambda x: torch.randn(x.shape, generator=draw).to(unet.device, unet.dtype), inputs)
@@ -44,7 +77,7 @@ def forward_call(unet: PrunableUNet2DConditionModel, config: LatencyConfig) -> C
         with torch.inference_mode():
             run(**inputs, return_dict=False)
 
-    return call
+    return CapturedCall(call) if config.cuda_graph else call
 
 
 def interleaved_ms(

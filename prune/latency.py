@@ -1,8 +1,9 @@
 """The latency table: milliseconds each block costs inside the running network, and how far the entries add up.
 
-On a GPU an entry is the whole UNet minus the UNet without the block (CUDA events, interleaved, medians). On a CPU such
-differences drown in noise: there an entry is the thread's CPU time spent inside the block of the running network, less
-what its bypass still costs. Blocks run alone are never timed: launch gaps, fusion and concatenations do not add up.
+On a GPU an entry is the whole UNet minus the UNet without the block, each a CUDA graph (CUDA events, interleaved,
+medians): launched kernel by kernel, two blocks of as many kernels cost alike. On a CPU such differences drown in noise:
+there an entry is the thread's CPU time spent inside the block of the running network, less what its bypass still costs.
+Blocks run alone are never timed: launch gaps, fusion and concatenations do not add up.
 """
 
 import json
@@ -20,7 +21,16 @@ from data.progress import progress
 from data.seeding import generator
 from engine.environment import cpu_name
 from engine.sections.pruning import LatencyConfig
-from eval.latency import affordable, forward_call, interleaved_ms, one_thread, thread_ms, timed_copy, warm_up_ms
+from eval.latency import (
+    affordable,
+    forward_call,
+    interleaved_ms,
+    one_thread,
+    settled_launch,
+    thread_ms,
+    timed_copy,
+    warm_up_ms,
+)
 from models.unet import PrunableUNet2DConditionModel
 
 
@@ -58,11 +68,11 @@ def predicted_ms(table: dict, unet: PrunableUNet2DConditionModel) -> float:
 def latency_table(unet: PrunableUNet2DConditionModel, config: LatencyConfig, device: torch.device) -> dict:
     """A JSON-ready table of the kept sites, in milliseconds; `additive_error` is relative to the measured time."""
     unet = timed_copy(unet, config, device)
+    config = settled_launch(unet, config, device)
+    method = method_of(config, device)
     with one_thread(device):
-        if device.type == "cuda" or config.compile:  # a hook inside a compiled graph would break it
-            method, (full_ms, site_ms) = "difference", difference_times(unet, config)
-        else:
-            method, (full_ms, site_ms) = "in_place_hooks", in_place_times(unet, config)
+        timed = in_place_times if method == "in_place_hooks" else difference_times
+        full_ms, site_ms = timed(unet, config)
         samples = random_removals(unet, full_ms, site_ms, config)
     errors = sorted(abs(s["predicted_ms"] - s["measured_ms"]) / s["measured_ms"] for s in samples)
     return {
@@ -83,6 +93,13 @@ def latency_table(unet: PrunableUNet2DConditionModel, config: LatencyConfig, dev
         },
         "samples": samples,
     }
+
+
+def method_of(config: LatencyConfig, device: torch.device) -> str:
+    """What is timed: whole networks, as CUDA graphs or launched kernel by kernel, or blocks of a running one."""
+    if device.type == "cuda":
+        return "difference_of_cuda_graphs" if config.cuda_graph else "difference_of_launches"
+    return "difference" if config.compile else "in_place_hooks"  # a hook inside a compiled graph would break it
 
 
 def difference_times(unet: PrunableUNet2DConditionModel, config: LatencyConfig) -> tuple[float, dict[str, float]]:

@@ -41,7 +41,8 @@ class LatencyConfig:
 
     `batch` counts UNet rows: 2 is one guided image. `latent_size` and `text_length` 0 are the model's own. A median
     takes `iterations` calls, fewer (but three) where they would last longer than `seconds`. `table`, a latency.json
-    made elsewhere, takes the place of all measuring.
+    made elsewhere, takes the place of all measuring. `cuda_graph`: whole UNets are timed as CUDA graphs (null: on a
+    GPU, where they can be captured; false: launched kernel by kernel, as an eager pipeline does).
     """
 
     table: str = ""
@@ -49,6 +50,7 @@ class LatencyConfig:
     latent_size: int = 0
     text_length: int = 0
     compile: bool = False
+    cuda_graph: bool | None = None
     dtype: str = "float32"
     warmup: int = 5
     iterations: int = 40

@@ -47,7 +47,7 @@ def test_tf32_is_refused_where_it_is_not(capability, leave, tiny_model):
             ValueError, match="tf32 needs a CUDA device of compute capability 8.0, and this is cuda:0|cpu"
         ):
             settled("tf32", device)
-    for experiment in ("prune_unet", "evaluate"):
+    for experiment in ("prune_unet", "prune_vae", "distill_steps", "evaluate"):
         message = told(*leave(f"+experiment={experiment}", *tiny_model, "sampling.precision=tf32"))
         assert "sampling.precision=tf32 needs a CUDA device" in message
 
