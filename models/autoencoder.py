@@ -10,6 +10,8 @@ import torch
 from diffusers import AutoencoderKL
 
 from models.checkpoint import check_file, is_single_file, read_weights
+from models.conversion import converted
+from models.networks import load_network
 from models.quiet import one_line
 from models.vae import NarrowAutoencoderKL
 
@@ -32,7 +34,7 @@ def load_vae(source: str, config: Mapping[str, Any], dtype: torch.dtype, allow_p
             vae = vae_of_file(source, own, dtype)
         else:
             vae = vae_of_folder(source, dtype, allow_pickle)
-    except (ValueError, OSError, NotImplementedError) as error:  # the last is torch's, for weights that are absent
+    except (ValueError, OSError) as error:
         raise ValueError(f"model.vae={source} cannot be loaded: {one_line(error)}") from error
     for field in ("latent_channels", "scaling_factor", "shift_factor"):
         if vae.config[field] != own.config[field]:
@@ -48,7 +50,7 @@ def vae_of_file(file: str, own: AutoencoderKL, dtype: torch.dtype) -> Autoencode
         raise ValueError(f"it is no autoencoder: it lacks {min(absent)} and {len(absent) - 1} more")
     with tempfile.TemporaryDirectory() as folder:
         own.save_config(folder)
-        return AutoencoderKL.from_single_file(weights, config=folder, dtype=dtype)
+        return converted(weights, AutoencoderKL, "vae", folder, dtype)
 
 
 def own_name(key: str) -> str:
@@ -58,9 +60,11 @@ def own_name(key: str) -> str:
 
 
 def vae_of_folder(source: str, dtype: torch.dtype, allow_pickle: bool) -> AutoencoderKL:
-    where = {"subfolder": "vae"} if (Path(source) / "model_index.json").is_file() else {}
+    where = "vae" if (Path(source) / "model_index.json").is_file() else None
     kinds = {kind.__name__: kind for kind in (AutoencoderKL, NarrowAutoencoderKL)}
-    found = AutoencoderKL.load_config(source, **where).get("_class_name")
-    if found not in kinds:
+    fields = AutoencoderKL.load_config(source, subfolder=where)
+    if not isinstance(fields, dict):
+        raise ValueError(f"{Path(where or '.') / 'config.json'} must hold a table, and holds {fields!r:.40}")
+    if (found := fields.get("_class_name")) not in kinds:
         raise ValueError(f"its class is {found}, not one of {list(kinds)}")
-    return kinds[found].from_pretrained(source, dtype=dtype, use_safetensors=None if allow_pickle else True, **where)
+    return load_network(source, where, kinds[found], dtype, use_safetensors=None if allow_pickle else True)

@@ -1,19 +1,25 @@
-"""Pipelines as diffusers folders or hub ids: what is looked at before anything is loaded, and the parts of ours."""
+"""Pipelines as diffusers folders or hub ids: what is looked at before anything is loaded."""
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import huggingface_hub
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
-from safetensors import safe_open
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from huggingface_hub.errors import HFValidationError
+from safetensors import SafetensorError, safe_open
 
-from models.quiet import one_line
+from models.quiet import one_line, preview
 from models.unet import PrunableUNet2DConditionModel
-from models.vae import NarrowAutoencoderKL
 
 LOADABLE_UNETS = (UNet2DConditionModel.__name__, PrunableUNet2DConditionModel.__name__)
-WEIGHTS = (".safetensors", ".bin")
+WEIGHTS = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)[.-].*(safetensors|bin)")
+SHARD = re.compile(r"(.+)-\d{5}-of-\d{5}(\.\w+)?\.safetensors")
+TABLES = ("config.json", "scheduler_config.json", "tokenizer_config.json", "tokenizer.json", "preprocessor_config.json")
+REQUIRED = ("unet", "vae", "scheduler")
 CHECKER = ("safety_checker", "feature_extractor")  # nothing here asks for them
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
@@ -21,6 +27,7 @@ DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 def check_folder(name_or_path: str | Path) -> None:
     """ValueError unless this is a pipeline with a UNet that can be pruned, and, if a folder, has all parts in use."""
     name = str(name_or_path)
+    check_tables(name)
     try:
         index = DiffusionPipeline.load_config(name)
         fields = UNet2DConditionModel.load_config(name, subfolder="unet")
@@ -37,10 +44,89 @@ def check_folder(name_or_path: str | Path) -> None:
     if taken != given:
         told = f"in_channels={taken} and out_channels={given}, as those for inpainting, editing or depth"
         raise ValueError(f"model {name!r} has a UNet with {told}; only one that takes nothing but latents is supported")
+    check_index(name, index)
     # transformers makes up an empty tokenizer where the folder is missing.
     folder = final_folder(name)
     if folder and (absent := [part for part in absent_parts(folder, index) if part not in CHECKER]):
         raise ValueError(f"model {name!r} is incomplete: its model_index.json names {absent}, which it lacks")
+
+
+def check_tables(name: str) -> None:
+    """ValueError for a file of a folder that is no JSON, or holds something else than a table."""
+    if (folder := folder_of(name)) is None or not (index := folder / DiffusionPipeline.config_name).is_file():
+        return
+    parts = parts_of(read_table(name, folder, index))
+    for file in (folder / part / table for part in parts for table in TABLES):
+        if file.is_file():
+            read_table(name, folder, file)
+
+
+def read_table(name: str, folder: Path, file: Path) -> dict[str, Any]:
+    """What a JSON file of a model holds. ValueError, which names the file, where that is no table."""
+    place = f"model {name!r} is damaged: {file.relative_to(folder)}"
+    try:
+        table = json.loads(file.read_text())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{place} is no JSON file ({one_line(error)})") from error
+    if not isinstance(table, dict):
+        raise ValueError(f"{place} must hold a table, and holds {json.dumps(table):.40}")
+    return table
+
+
+def check_index(name: str, index: dict[str, Any]) -> None:
+    """ValueError for a model_index.json that names no pipeline of diffusers, or a part otherwise than by its class."""
+    place = f"model {name!r}: its {DiffusionPipeline.config_name}"
+    kind = index.get("_class_name")
+    if not isinstance(kind, str) or not hasattr(diffusers, kind):
+        raise ValueError(f"{place} names the pipeline class {kind!r}, which diffusers does not have")
+    for part, value in index.items():
+        pair = value if isinstance(value, (list, tuple)) and not part.startswith("_") else [None, None]
+        if len(pair) != 2 or len({type(word) for word in pair}) != 1 or not isinstance(pair[0], (str, type(None))):
+            raise ValueError(f"{place} has {part}={value}, which must be [library, class]")
+    if lacking := [part for part in REQUIRED if part not in parts_of(index)]:
+        raise ValueError(f"{place} names no {' and no '.join(lacking)}")
+
+
+def check_weights(name_or_path: str | Path, variant: str | None) -> None:
+    """ValueError, which names the file, for .safetensors that are torn, or parts of a network that are not all there.
+
+    Headers alone are read.
+    """
+    if (folder := final_folder(name_or_path)) is None:
+        return
+    for part in parts_of(DiffusionPipeline.load_config(folder)):
+        files = [file for file in weight_files(folder / part) if file.suffix == ".safetensors"]
+        own = [file for file in files if variant_of(file.name) == variant]
+        try:
+            keys = {file.name: stored_keys(file) for file in own or files}
+            if own and all(map(SHARD.fullmatch, keys)):
+                check_shards(folder / part, keys)
+        except ValueError as error:
+            raise ValueError(f"model {str(name_or_path)!r} is incomplete or damaged: {part}/{error}") from error
+
+
+def stored_keys(file: Path) -> set[str]:
+    """The names in a .safetensors file. ValueError where it is torn."""
+    try:
+        with safe_open(file, "pt") as opened:
+            return set(opened.keys())
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file.name} is torn, or no safetensors file ({one_line(error)})") from error
+
+
+def check_shards(folder: Path, keys: dict[str, set[str]]) -> None:
+    """ValueError for shards, {file name: its keys}, that are not what their index says, or have none."""
+    stem, infix = SHARD.fullmatch(next(iter(keys))).groups()
+    name, _, variant = stem.partition(".")
+    file = folder / f"{name}.safetensors.index{infix or (variant and f'.{variant}')}.json"
+    try:
+        places = json.loads(file.read_text())["weight_map"].items()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file.name}, the index of {preview(keys)}, cannot be read: {one_line(error)}") from error
+    if absent := sorted({shard for _, shard in places} - keys.keys()):
+        raise ValueError(f"{file.name} names shards that are not there: {preview(absent)}")
+    if lost := sorted(f"{key} of {shard}" for key, shard in places if key not in keys[shard]):
+        raise ValueError(f"{file.name} names weights that their shards lack: {preview(lost)}")
 
 
 def absent_parts(folder: str | Path, index: dict[str, Any]) -> list[str]:
@@ -62,8 +148,7 @@ def lacking_checker(name_or_path: str | Path) -> dict[str, Any]:
 
 def check_variant(name_or_path: str | Path, variant: str | None) -> None:
     """ValueError for a variant of the weights that a folder's UNet does not have; None is the plain one."""
-    files = [path.name for path in (Path(name_or_path) / "unet").glob("*") if path.suffix in WEIGHTS]
-    there = {variant_of(name) for name in files}
+    there = {variant_of(file.name) for file in weight_files(Path(name_or_path) / "unet")}
     if there and variant not in there:
         choices = " or ".join(sorted(name or "null" for name in there))
         raise ValueError(f"model {str(name_or_path)!r} has no weights of variant={variant}: choose {choices}")
@@ -81,8 +166,13 @@ def is_pickled(name_or_path: str | Path, part: str, variant: str | None) -> bool
     """Whether a part's weights of this variant are .bin files alone, as far as they are on this machine."""
     if (folder := folder_of(name_or_path)) is None:
         return False
-    files = [path for path in (folder / part).glob("*") if path.suffix in WEIGHTS]
+    files = weight_files(folder / part)
     return {path.suffix for path in files if variant_of(path.name) == variant} == {".bin"}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The files of weights of one network, of every variant."""
+    return sorted(path for path in folder.glob("*") if WEIGHTS.fullmatch(path.name))
 
 
 def variant_of(file_name: str) -> str | None:
@@ -92,7 +182,8 @@ def variant_of(file_name: str) -> str | None:
 
 def parts_of(index: dict[str, Any]) -> list[str]:
     """The parts that a model_index.json names."""
-    return [part for part, value in index.items() if isinstance(value, (list, tuple)) and value[0] is not None]
+    pairs = ((part, value) for part, value in index.items() if not part.startswith("_"))
+    return [part for part, value in pairs if isinstance(value, (list, tuple)) and value and value[0] is not None]
 
 
 def hub_configuration(hub_id: str) -> Path:
@@ -121,7 +212,10 @@ def final_folder(name_or_path: str | Path) -> Path | None:
 
 def cached_folder(hub_id: str) -> Path | None:
     """Where the hub cache has a pipeline; snapshot_download would want its repository's every file, unused ones too."""
-    index = huggingface_hub.try_to_load_from_cache(hub_id, DiffusionPipeline.config_name)
+    try:
+        index = huggingface_hub.try_to_load_from_cache(hub_id, DiffusionPipeline.config_name)
+    except HFValidationError:  # no name of a repository
+        return None
     return Path(index).parent if isinstance(index, str) else None
 
 
@@ -133,30 +227,6 @@ def stored_dtype(name_or_path: str | Path, variant: str | None) -> torch.dtype:
     if not files:
         raise ValueError("it has no unet/*.safetensors, which would tell its dtype: give one")
     with safe_open(files[0], "pt") as opened:
-        return DTYPES[opened.get_slice(next(iter(opened.keys()))).get_dtype()]
-
-
-def load_unet(name_or_path: str | Path, **options) -> PrunableUNet2DConditionModel:
-    """The `unet` of a diffusers folder or hub id; ValueError where config and weights do not belong together."""
-    load = PrunableUNet2DConditionModel.from_pretrained
-    if options["use_safetensors"] is None and is_pickled(name_or_path, "unet", options["variant"]):
-        options["use_safetensors"] = False  # shards of pickles are not looked for otherwise
-    misfit = f"model {str(name_or_path)!r}: unet/config.json does not belong to the weights"
-    try:
-        unet, info = load(name_or_path, subfolder="unet", output_loading_info=True, **options)
-    except ValueError as error:
-        raise ValueError(f"{misfit}: {one_line(error).split(' If you want')[0]}") from error
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"{misfit}: {len(missing)} that it asks for are absent ({', '.join(missing[:3])} …)")
-    return unet
-
-
-def load_narrow_vae(name_or_path: str | Path, **options) -> dict[str, NarrowAutoencoderKL]:
-    """{"vae": …} where a pipeline's decoder is a narrow one; nothing where the VAE is diffusers' own."""
-    fields = AutoencoderKL.load_config(name_or_path, subfolder="vae")
-    if fields.get("_class_name") != NarrowAutoencoderKL.__name__:
-        return {}
-    vae, info = NarrowAutoencoderKL.from_pretrained(name_or_path, subfolder="vae", output_loading_info=True, **options)
-    if missing := sorted(info["missing_keys"]):
-        raise ValueError(f"vae/config.json does not belong to the weights: {missing[0]} … are absent")
-    return {"vae": vae}
+        if not (keys := list(opened.keys())):
+            raise ValueError(f"unet/{files[0].name} holds no weights")
+        return DTYPES[opened.get_slice(keys[0]).get_dtype()]

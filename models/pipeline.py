@@ -28,13 +28,13 @@ from models.folder import (
     check_folder,
     check_pickles,
     check_variant,
+    check_weights,
     lacking_checker,
-    load_narrow_vae,
-    load_unet,
     stored_dtype,
 )
 from models.lora import check_loras, fuse_loras
-from models.quiet import one_line, quiet
+from models.networks import check_tokenizers, load_networks, without_memory
+from models.quiet import one_line, preview, quiet
 from models.schedulers import scheduler_class, swapped_scheduler
 from models.single_file import check_single_file, load_single_file
 from models.stock import stock_config, to_stock
@@ -113,8 +113,13 @@ def read_pipeline(
     try:
         with quiet():
             if is_single_file(name_or_path):
-                return load_single_file(name_or_path, single_file_config, exact, vae, allow_pickle)
-            return load_folder(name_or_path, exact or stored_dtype(name_or_path, variant), variant, allow_pickle, vae)
+                pipeline = load_single_file(name_or_path, single_file_config, exact, vae, allow_pickle)
+            else:
+                dtype = exact or stored_dtype(name_or_path, variant)
+                pipeline = load_folder(name_or_path, dtype, variant, allow_pickle, vae)
+            check_filled(pipeline)
+            check_tokenizers(pipeline)
+            return pipeline
     except Exception as error:  # tokenizers raises nothing more special for a damaged file
         told = one_line(error)
         if told.startswith("model.vae="):
@@ -122,17 +127,24 @@ def read_pipeline(
         raise ValueError(f"model {str(name_or_path)!r} is incomplete or damaged: {told}") from error
 
 
+def check_filled(pipeline: DiffusionPipeline) -> None:
+    """ValueError for a network of which weights were in no file."""
+    for part, network in pipeline.components.items():
+        if isinstance(network, nn.Module) and (missing := without_memory(network)):
+            raise ValueError(f"the {part} lacks {len(missing)} of its weights, {preview(missing)}")
+
+
 def load_folder(
     name_or_path: str | Path, dtype: torch.dtype, variant: str | None, allow_pickle: bool, vae: str | None
 ) -> DiffusionPipeline:
     """The pipeline of a folder or hub id, with another VAE where one is named."""
     options = {"variant": variant, "dtype": dtype, "use_safetensors": None if allow_pickle else True}
-    own = {"unet": load_unet(name_or_path, **options), **load_narrow_vae(name_or_path, **options)}
+    absent, index = lacking_checker(name_or_path), DiffusionPipeline.load_config(name_or_path)
+    own = load_networks(name_or_path, index, {*absent, *(["vae"] if vae else [])}, **options)
     if vae:
         own["vae"] = load_vae(vae, AutoencoderKL.load_config(name_or_path, subfolder="vae"), dtype, allow_pickle)
     # Without these first: diffusers would look for the class files of an export of ours, and ask for trust.
-    without = {**dict.fromkeys(own), **lacking_checker(name_or_path)}
-    rest = DiffusionPipeline.from_pretrained(name_or_path, **without, **options)
+    rest = DiffusionPipeline.from_pretrained(name_or_path, **{**dict.fromkeys(own), **absent}, **options)
     return with_unet(rest, **own)
 
 
@@ -152,6 +164,7 @@ def check_pipeline(
             check_folder(name_or_path)
             check_variant(name_or_path, variant)
             check_pickles(name_or_path, variant, allow_pickle)
+            check_weights(name_or_path, variant)
     if scheduler:
         scheduler_class(scheduler)
     check_loras(loras)

@@ -13,11 +13,12 @@ from pathlib import Path
 import torch
 import transformers
 from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
-from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from_ldm, fetch_diffusers_config
+from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from torch import Tensor
 
 from models.autoencoder import load_vae
 from models.checkpoint import check_file, read_weights, told_scheduling
+from models.conversion import LackingError, converted, text_encoder
 from models.folder import cached_configuration, check_folder, hub_configuration, without_checker
 from models.known import KNOWN, known_by, write_configuration
 from models.quiet import one_line
@@ -58,24 +59,22 @@ def load_single_file(
     dtype = dtype or next(value.dtype for key, value in weights.items() if key.startswith(PARTS["UNet"]))
     told = {} if config else told_scheduling(file, weights)
     with configuration(weights, config, told) as folder:
-        index, options = DiffusionPipeline.load_config(folder), {"config": str(folder), "dtype": dtype}
+        index = DiffusionPipeline.load_config(folder)
         own_vae = AutoencoderKL.load_config(folder, subfolder="vae")
         networks = {"vae": load_vae(vae, own_vae, dtype, allow_pickle)} if vae else {}
         try:
-            networks["unet"] = PrunableUNet2DConditionModel.from_single_file(weights, subfolder="unet", **options)
-            if not vae:
-                networks["vae"] = AutoencoderKL.from_single_file(weights, subfolder="vae", **options)
+            for part, kind in {"unet": PrunableUNet2DConditionModel, "vae": AutoencoderKL}.items():
+                if part not in networks:
+                    networks[part] = converted(weights, kind, part, str(folder), dtype, subfolder=part)
             for part in ("text_encoder", "text_encoder_2"):
                 if part in index:
-                    kind = getattr(transformers, index[part][1])
-                    networks[part] = create_diffusers_clip_model_from_ldm(kind, weights, part, str(folder), dtype)
-        except NotImplementedError as error:  # torch's, for weights that stayed without memory
-            raise ValueError(lacking(index, config)) from error
+                    networks[part] = text_encoder(weights, getattr(transformers, index[part][1]), part, folder, dtype)
+        except LackingError as error:
+            kind = f"the configuration in {config}" if config else f"a {index['_class_name']} of its kind"
+            raise ValueError(f"it lacks weights that {kind} asks for: {error}") from error
         except ValueError as error:
             way = "model.single_file_config=FOLDER gives it another configuration"
             raise ValueError(f"{one_line(error).split(' If you want')[0]}; {way}") from error
-        if any(weight.is_meta for network in networks.values() for weight in network.parameters()):
-            raise ValueError(lacking(index, config))  # text encoders raise nothing
         pipeline = DiffusionPipeline.from_pretrained(folder, **networks, **without_checker(index))
     if told:
         pipeline.register_modules(scheduler=told_scheduler(pipeline.scheduler, told))
@@ -86,11 +85,6 @@ def told_scheduler(scheduler, told: dict):
     """The scheduler with what the file says of it; DDIM where its own class cannot do that."""
     takes_all = set(told) <= set(scheduler.config)
     return (type(scheduler) if takes_all else DDIMScheduler).from_config({**scheduler.config, **told})
-
-
-def lacking(index: dict, config: str | None) -> str:
-    kind = f"the configuration in {config}" if config else f"a {index['_class_name']} of its kind"
-    return f"it lacks weights that {kind} asks for"
 
 
 def check_parts(weights: dict[str, Tensor], spared: str | None) -> None:

@@ -144,7 +144,7 @@ def test_an_export_loads_where_this_project_is_unknown(pipeline, tmp_path):
         ("{other}", "has the UNet class UNet2DModel; pruning needs"),
         ("{torn}", "is incomplete or damaged: .*diffusion_pytorch_model"),
         ("{mute}", r"model_index.json names \['tokenizer'\], which it lacks"),
-        ("{stale}", r"config.json does not belong to the weights: \d+ .* are absent \(mid_block"),
+        ("{stale}", r"unet/diffusion_pytorch_model.safetensors lacks \d+ of the weights .*, mid_block"),
     ],
 )
 def test_what_cannot_be_loaded_is_said_in_one_line(name, message, folder, tmp_path):

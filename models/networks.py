@@ -1,0 +1,124 @@
+"""The networks of a diffusers folder, each with all of its weights: what lacks some is an error, not a random start."""
+
+import logging
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
+from torch import nn
+from transformers import PreTrainedModel
+
+from models.folder import final_folder, folder_of, is_pickled, parts_of, variant_of, weight_files
+from models.quiet import one_line, preview
+from models.unet import PrunableUNet2DConditionModel
+from models.vae import NarrowAutoencoderKL
+
+log = logging.getLogger("slimstep")
+EMBEDDED = ".base_layer."  # PEFT's name for what an adapter wraps
+
+
+def load_networks(name_or_path: str | Path, index: Mapping[str, Any], skipped: Iterable[str], **options) -> dict:
+    """{part: network} of a folder or hub id: the UNet prunable, others of the classes that its index names.
+
+    index: its model_index.json. skipped: parts to leave out. options: variant, dtype, use_safetensors.
+    Raises ValueError as `load_network` does.
+    """
+    kinds = {part: network_class(*index[part]) for part in parts_of(index) if part not in skipped}
+    kinds["unet"] = PrunableUNet2DConditionModel
+    networks = [part for part, kind in kinds.items() if kind or part == "vae"]  # which may be an export's own
+    folder = final_folder(name_or_path)
+    if folder and (lacking := [part for part in networks if not (folder / part / "config.json").is_file()]):
+        raise ValueError(f"it lacks {lacking[0]}/config.json")  # transformers would take a configuration's defaults
+    if "vae" in networks:
+        fields = AutoencoderKL.load_config(name_or_path, subfolder="vae")
+        if fields.get("_class_name") == NarrowAutoencoderKL.__name__:
+            kinds["vae"] = NarrowAutoencoderKL
+    return {part: load_network(name_or_path, part, kinds[part], **options) for part in networks if kinds[part]}
+
+
+def network_class(library: str, name: str) -> type[nn.Module] | None:
+    """The class that an index means by [library, name], where it is a network of diffusers or transformers."""
+    modules = {"diffusers": diffusers, "transformers": transformers}
+    kind = getattr(modules.get(library) or getattr(diffusers.pipelines, library, None), name, None)
+    is_network = isinstance(kind, type) and issubclass(kind, (ModelMixin, PreTrainedModel))
+    return kind if is_network and kind is not MultiControlNetModel else None  # several in folders of their own
+
+
+def load_network(
+    name_or_path: str | Path, part: str | None, kind: type[nn.Module], dtype: torch.dtype,
+    use_safetensors: bool | None = True, variant: str | None = None,
+) -> nn.Module:  # fmt: skip
+    """One network of a folder or hub id; part: its folder therein, None for the folder itself.
+
+    Raises ValueError, naming the file, where it cannot be read, or lacks weights that its config.json asks for. Weights
+    that this does not ask for are left out with a line of the log.
+    """
+    folder = folder_of(name_or_path)
+    where = Path(part or ".")
+    here = folder / where if folder else None
+    there = {variant_of(path.name) for path in weight_files(here)} if here else set()
+    if there and variant not in there:
+        variant = None  # as diffusers takes it for networks that have no files of a variant
+    if use_safetensors is None and is_pickled(name_or_path, part or ".", variant):
+        use_safetensors = False  # shards of pickles are not looked for otherwise
+    names = [path.name for path in weight_files(here) if variant_of(path.name) == variant] if here else []
+    file = where / names[0] if len(names) == 1 else where
+    options = {"dtype": dtype, "variant": variant, "use_safetensors": use_safetensors, "output_loading_info": True}
+    if part:
+        options["subfolder"] = part
+    if issubclass(kind, PreTrainedModel):
+        options["ignore_mismatched_sizes"] = True  # they are told below; transformers tells them to its log alone
+    try:
+        network, info = kind.from_pretrained(name_or_path, **options)
+    except Exception as error:  # torch, pickle and JSON raise whatever a damaged file makes them stumble over
+        reason = one_line(error).split(" If you want")[0]
+        raise ValueError(f"{file} cannot be read as {where / 'config.json'} describes it: {reason}") from error
+    check_complete(network, info, file)
+    return network
+
+
+def check_complete(network: nn.Module, info: Mapping[str, Any], file: Path) -> None:
+    """ValueError for a network that is not all in its file. info: what `from_pretrained` says of the loading."""
+    # A file may lack what its index promises: then nothing is said to be missing, and stays without memory.
+    missing = sorted({*info["missing_keys"], *without_memory(network)})
+    unexpected = sorted(info["unexpected_keys"])
+    if missing:
+        others = f"; it holds {preview(unexpected)} instead" if unexpected else ""
+        hint = ", as one that was saved with a LoRA attached: fuse or unload it first" if any(
+            EMBEDDED in key for key in unexpected) else ""  # fmt: skip
+        raise ValueError(f"{file} lacks {len(missing)} of the weights that config.json asks for, {preview(missing)}"
+                         f"{others}{hint}")  # fmt: skip
+    if mismatched := sorted(info.get("mismatched_keys") or ()):
+        key, stored, expected = mismatched[0]
+        raise ValueError(f"{file} does not belong to config.json: {key} is {tuple(stored)}, not {tuple(expected)}, "
+                         f"and {len(mismatched) - 1} more")  # fmt: skip
+    if unexpected:
+        log.warning(f"{file} holds more weights than config.json asks for, {preview(unexpected)}: they are left out")
+
+
+def without_memory(network: nn.Module) -> list[str]:
+    """The weights that no file filled."""
+    return [name for name, weight in network.state_dict().items() if weight.is_meta]
+
+
+def check_tokenizers(pipeline: DiffusionPipeline) -> None:
+    """ValueError where a tokenizer gives tokens, or as many of them, as its text encoder has no place for."""
+    for part in ("", "_2"):
+        tokenizer, encoder = (getattr(pipeline, f"{name}{part}", None) for name in ("tokenizer", "text_encoder"))
+        if tokenizer is None or encoder is None:
+            continue
+        files = f"tokenizer{part}", f"text_encoder{part}/config.json"
+        highest, rows = max(tokenizer.get_vocab().values(), default=-1), encoder.get_input_embeddings().num_embeddings
+        if highest >= rows:
+            word = tokenizer.convert_ids_to_tokens(highest)
+            raise ValueError(f"{files[0]}/ gives the token {word!r} the number {highest}, and {files[1]} has "
+                             f"vocab_size={rows}: they do not belong together")  # fmt: skip
+        places = getattr(encoder.config, "max_position_embeddings", None)
+        if places is not None and tokenizer.model_max_length > places:
+            longest = f"{files[0]}/tokenizer_config.json has model_max_length={tokenizer.model_max_length}"
+            raise ValueError(f"{longest}, and {files[1]} max_position_embeddings={places}: lower the former to that")
