@@ -22,11 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-
 from data.files import write_json
-from engine.environment import environment
-from scripts.random_pipeline import make_family
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE_S = 20  # for a stopped part to leave
@@ -48,6 +44,9 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/gpu"), help="models and unfinished work")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/gpu"), help="results")
     options = parser.parse_args()
+    from engine.environment import environment  # here, since --help needs none of this
+    from prune.family import make_family
+
     end = time.monotonic() + 60 * options.minutes
     known = [name for name, _, _ in parts(options, {"teacher": "", "pruned": "", "narrow": ""})]
     if unknown := set(options.parts or ()) - set(known):
@@ -100,6 +99,8 @@ def run(command: list[str], end: float) -> int | None:
 
 def parts(options: argparse.Namespace, models: dict[str, str]) -> Iterator[Part]:
     """What is measured, the most wanted first."""
+    import torch
+
     runs, on_gpu = options.runs, torch.cuda.is_available()
     teacher, half = models["teacher"], "bfloat16" if on_gpu else "float32"
     calls, small = ["latency.iterations=20"], ["eval.steps=20", "benchmark.images=8"]

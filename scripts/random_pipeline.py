@@ -12,44 +12,23 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-from omegaconf import OmegaConf
-
-from models.known import KNOWN, random_pipeline
-from models.pipeline import export_pipeline, load_pipeline, quiet, with_unet
-from prune.decoder import choose_channels, narrow_widths, narrowed
-
-ROOT = Path(__file__).resolve().parents[1]
-LAST = "mid_block.resnets.1"  # BK-SDM small ends with the mid block
+from engine.launch import fail
+from models.quiet import one_line
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("size", choices=(*KNOWN, "shapes"), help="shapes is the shipped model, which is not random")
+    parser.add_argument("size", help="sd15, sd21, sd21_base, sdxl, or shapes: the bundled model, which is not random")
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
-    for name, folder in make_family(options.size, options.folder).items():
+    from prune.family import make_family  # here, since --help needs none of it
+
+    try:
+        family = make_family(options.size, options.folder)
+    except (ValueError, OSError) as error:
+        fail(one_line(error))
+    for name, folder in family.items():
         print(name, folder)
-
-
-def make_family(size: str, folder: Path) -> dict[str, str]:
-    """{teacher, pruned, narrow: folder}, made where it is not there yet."""
-    folders = {name: folder / name for name in ("teacher", "pruned", "narrow")}
-    if all((place / "verdict.json").exists() for place in folders.values()):
-        return {name: str(place) for name, place in folders.items()}
-    pipeline = load_pipeline(ROOT / "assets/shapes") if size == "shapes" else random_pipeline(size, torch.float16)
-    unet = pipeline.unet
-    order = list(OmegaConf.load(ROOT / "configs/search/bk_sdm.yaml").method.sites)
-    sites = [site for site in order[: order.index(LAST) + 1] if site in unet.kept_sites]
-    pruned = unet.with_depths(dict.fromkeys(sites, 0))
-    widths = narrow_widths(pipeline.vae, 0.5)
-    narrow = narrowed(pipeline.vae, choose_channels(pipeline.vae, widths, "first"), widths)
-    narrow_pipeline = with_unet(pipeline, unet, vae=narrow)
-    family = {"teacher": pipeline, "pruned": with_unet(pipeline, pruned), "narrow": narrow_pipeline}
-    with quiet():
-        for name, member in family.items():
-            export_pipeline(member.to(dtype=torch.float16), folders[name])
-    return {name: str(place) for name, place in folders.items()}
 
 
 if __name__ == "__main__":

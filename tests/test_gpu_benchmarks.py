@@ -11,7 +11,7 @@ import pytest
 import models.known as known
 import models.reference as reference
 from models.pipeline import load_pipeline
-from scripts.random_pipeline import make_family
+from prune.family import make_family
 from tests.tiny import WIDTH, tiny_sdxl_pipeline, tiny_unet
 
 ROOT = Path(__file__).resolve().parents[1]

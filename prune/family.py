@@ -1,0 +1,36 @@
+"""A pipeline of a known size with random weights, and its pruned and narrow kin."""
+
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+
+from models.known import random_pipeline
+from models.pipeline import export_pipeline, load_pipeline, quiet, with_unet
+from prune.decoder import choose_channels, narrow_widths, narrowed
+
+ROOT = Path(__file__).resolve().parents[1]
+LAST = "mid_block.resnets.1"  # BK-SDM small ends with the mid block
+
+
+def make_family(size: str, folder: Path) -> dict[str, str]:
+    """{teacher, pruned, narrow: folder}, made where it is not there yet; size shapes is the bundled model, not random.
+
+    Raises ValueError for an unknown size.
+    """
+    folders = {name: folder / name for name in ("teacher", "pruned", "narrow")}
+    if all((place / "verdict.json").exists() for place in folders.values()):
+        return {name: str(place) for name, place in folders.items()}
+    pipeline = load_pipeline(ROOT / "assets/shapes") if size == "shapes" else random_pipeline(size, torch.float16)
+    unet = pipeline.unet
+    order = list(OmegaConf.load(ROOT / "configs/search/bk_sdm.yaml").method.sites)
+    sites = [site for site in order[: order.index(LAST) + 1] if site in unet.kept_sites]
+    pruned = unet.with_depths(dict.fromkeys(sites, 0))
+    widths = narrow_widths(pipeline.vae, 0.5)
+    narrow = narrowed(pipeline.vae, choose_channels(pipeline.vae, widths, "first"), widths)
+    narrow_pipeline = with_unet(pipeline, unet, vae=narrow)
+    family = {"teacher": pipeline, "pruned": with_unet(pipeline, pruned), "narrow": narrow_pipeline}
+    with quiet():
+        for name, member in family.items():
+            export_pipeline(member.to(dtype=torch.float16), folders[name])
+    return {name: str(place) for name, place in folders.items()}
