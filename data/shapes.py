@@ -244,6 +244,10 @@ class ShapesPairs:
         scene, wording = self.scene(index)
         return {"image": self.images([index])[0], "caption": caption(scene, wording)}
 
+    def caption(self, index: int) -> str:
+        """The caption alone, without drawing the image."""
+        return caption(*self.scene(index))
+
     def scene(self, index: int) -> tuple[Scene, Wording]:
         """What item `index` shows and how its caption words it."""
         if not 0 <= index < self.size:

@@ -12,7 +12,7 @@ import bisect
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -58,6 +58,11 @@ class CachedPairs(Dataset):
     @property
     def captions(self) -> "Captions":
         return Captions(self)
+
+    def distinct_captions(self) -> Iterator[str]:
+        """The captions, each once per shard, without the samples."""
+        for name in self._files:
+            yield from _Shard(self.folder / name).captions
 
     @property
     def empty_text(self) -> Tensor:

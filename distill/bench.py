@@ -1,8 +1,10 @@
 """What the distilling job works with beside what every job does: the ladder's networks and their hand-over."""
 
 import copy
+import json
 import logging
 from functools import cached_property, partial
+from pathlib import Path
 
 import diffusers
 import torch
@@ -11,13 +13,16 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
+from data.folder import few
 from distill.ladder import Climb, climbed_otherwise, climbs
 from distill.pairs import FixedDraws, taught_pairs
 from distill.teaching import Rung
 from engine.loop import Objective
+from engine.run import damaged
 from engine.sections.stepping import LadderConfig, RungConfig
 from engine.sections.training import StageConfig, TrainConfig
 from eval.bench import Bench
+from eval.overlap import among
 from models.guidance import told_guidance_width, with_told_guidance
 from models.pipeline import export_pipeline, load_pipeline, one_line, set_resolution, with_unet
 from models.schedule import NoiseSchedule
@@ -123,6 +128,9 @@ class DistillBench(Bench):
         networks = self.networks
         self.check_agreement()
         self.check_inputs()
+        if both := self.calibration_prompts:
+            told = f"{len(both)} of {len(self.prompts[1].distinct)} prompts of the evaluation"
+            log.warning(f"{told} are among those that the student's blocks were ranked on: {few(both)}")
         for key in ("velocity", "recovery"):
             self.check_objective(f"{key}.objective", self.config[key].objective, self.config[key].train)
         for climb in self.climbs:
@@ -160,6 +168,23 @@ class DistillBench(Bench):
             self.ladder.sampler == "LCMScheduler" and kind.sampler is None
         ):
             raise ValueError(f"objective {kind.__name__} and ladder.sampler={self.ladder.sampler} do not go together")
+
+    @cached_property
+    def calibration_prompts(self) -> list[str] | None:
+        """The prompts of the evaluation that the student's blocks were ranked on, as the run that pruned it tells.
+
+        None where the student is no export of prune_unet's.
+        """
+        file = Path(self.ladder.student or "").parent / "prompts.json"
+        if not self.ladder.student or not file.is_file():
+            return None
+        with damaged(file):
+            return among(self.prompts[1], json.loads(file.read_text())["ranked_on"])
+
+    @property
+    def seen_prompts(self) -> dict[str, int]:
+        both = self.calibration_prompts
+        return super().seen_prompts | ({} if both is None else {"prompts_in_calibration": len(both)})
 
     def training(self, name: str) -> TrainConfig:
         """`train` with what `ladder.rungs` says of this rung. ValueError for unknown keys and wrong types."""

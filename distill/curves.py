@@ -195,6 +195,7 @@ class Curves:
                 "prompts": self.prompts.name,
                 "prompts_hash": self.prompts.hash,
                 "n": len(self.prompts.distinct),
+                **bench.seen_prompts,
                 "protocol": {**bench.scorer.protocol, "seed": self.config.seed},
                 "points": [
                     {

@@ -3,7 +3,7 @@
 import copy
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -17,6 +17,7 @@ from torch import nn
 
 from data.cache import CachedPairs, cache_pairs
 from data.encoding import is_truncated
+from data.folder import few
 from data.prompts import PromptSet, disjoint_prompts, read_prompts
 from engine.components import check, component
 from engine.config import Config
@@ -28,6 +29,7 @@ from engine.sections.pruning import LatencyConfig
 from engine.sections.training import CacheConfig, TrainConfig
 from engine.sharding import autocast_dtype, check_sharding
 from eval.clip import ClipScorer
+from eval.overlap import among
 from eval.precision import settled
 from eval.sampling import Sampler
 from models.cost import NUM_TOKENS
@@ -36,6 +38,7 @@ from models.schedule import NoiseSchedule
 from models.unet import PrunableUNet2DConditionModel
 
 log = logging.getLogger("slimstep")
+TRAINED_ON = "trained_on.json"
 
 
 class Bench:
@@ -98,6 +101,7 @@ class Bench:
             return load_trained(unet, self.run, stage)
         objective = self.objective(objective, **given)
         samples = self.samples(objective, stage)
+        self.note_trained_on()
         with self.resting():
             return train(unet, objective, samples, config, self.run, stage)
 
@@ -144,6 +148,28 @@ class Bench:
         _ = self.pipeline  # says the resolution where the data leave it open
         pairs, accelerator = self.component("data.pairs"), self.run.accelerator
         return cache_pairs(pairs, self.pipeline, **vars(self.storage), accelerator=accelerator)
+
+    def training_captions(self) -> Iterable[str]:
+        """The texts that this job trains on."""
+        return self.pairs.distinct_captions()
+
+    def note_trained_on(self) -> None:
+        """trained_on.json: the prompts of the evaluation that are trained on as captions, told before the first
+        training."""
+        run, prompts, new = self.run, self.prompts[1], not self.run.made(TRAINED_ON)
+        seen = run.json(TRAINED_ON, lambda: {"prompts": among(prompts, self.training_captions())})["prompts"]
+        if new and seen:
+            told = f"{len(seen)} of {len(prompts.distinct)} prompts of the evaluation are trained on as captions, too"
+            log.warning(f"{told} ({few(seen)}): the scores say less of new ones; data.prompt_file=FILE gives others")
+        elif new:
+            log.info(f"none of the {len(prompts.distinct)} prompts of the evaluation is trained on as a caption")
+
+    @property
+    def seen_prompts(self) -> dict[str, int]:
+        """What evaluation.json says of its prompts; nothing where the trainings were finished before it was counted."""
+        if not self.run.made(TRAINED_ON):
+            return {}
+        return {"prompts_in_training": len(self.run.load(TRAINED_ON)["prompts"])}
 
     @property
     def storage(self) -> CacheConfig:

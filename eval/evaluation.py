@@ -41,6 +41,7 @@ from eval.distribution import frechet_distance, kernel_distance
 from eval.first_image import compile_first
 from eval.inception import Inception
 from eval.judge import clip_scores, draw_images, write_pictures
+from eval.overlap import among, known_captions
 from eval.sampling import Sampler
 from eval.setups import Setup, compile_networks
 from models.cost import count_parameters
@@ -177,6 +178,16 @@ class EvaluationBench(Bench):
             raise FileNotFoundError(f"evaluation.ranked_on={file} does not exist; give prune_unet's prompts.json")
         with damaged(file):
             return frozenset(json.loads(file.read_text())["ranked_on"])
+
+    def seen_prompts(self) -> dict[str, int]:
+        """How many prompts the training images of the data have as captions; nothing where that is not known."""
+        if self.config.data.prompt_file and not self.config.evaluation.distribution:
+            return {}  # the data are not needed, and may not be there
+        try:
+            captions = known_captions(self.component("data.pairs"), self.cache_folder)
+        except ValueError:
+            return {}  # all images are held out, or the data have no other split
+        return {} if captions is None else {"prompts_in_training_split": len(among(self.prompt_set, captions))}
 
     def sampler_of(self, pipeline: DiffusionPipeline, guidance: float, steps: int) -> Sampler:
         return Sampler(pipeline, steps, guidance, self.config.eval.seed, precision=self.precision)
@@ -368,6 +379,7 @@ class EvaluationBench(Bench):
             "prompts_hash": prompts.hash,
             "shown": list(prompts.prompts[: self.config.eval.pictures]),
             "n": len(prompts.distinct),
+            **self.seen_prompts(),
             "protocol": {**self.scorer.protocol, "seed": self.config.eval.seed,
                          "inception": self.inception and self.inception.weights,
                          "preferences": OmegaConf.to_container(self.config.evaluation)["preferences"]},

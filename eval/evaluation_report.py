@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from data.files import whole_folder, write_text
 from eval.figures import MUTED, SERIES, canvas, grid_figure, save_png, styled, themed
+from eval.overlap import overlap_sentence
 from eval.report import count, csv_table, flatten, markdown_table, render
 from eval.runs import read_json
 
@@ -34,6 +35,7 @@ def write_evaluation_report(folder: str | Path, track: Callable[[], None] = lamb
         "evaluation.html.j2",
         name=folder.name,
         reference=results["reference"],
+        seen=overlap_sentence(results),
         header=header(results),
         rows=rows(results),
         figures={name: Markup(themed(figure, name)) for name, figure in figures.items()},

@@ -14,6 +14,7 @@ from engine.planning import Plan
 from engine.run import Run
 from eval.figures import save_png, themed
 from eval.outcome import AGAINST, Outcome
+from eval.overlap import overlap_sentence
 from eval.report import flatten, render
 
 log = logging.getLogger("slimstep")
@@ -53,6 +54,7 @@ def write_page(outcome: Outcome, run: Run, stages: Sequence[str]) -> None:
         "final.html.j2",
         name=folder.parent.name,
         outcome=outcome,
+        seen=overlap_sentence(evaluation),
         against_header=AGAINST,
         figures={name: Markup(themed(figure, name)) for name, figure in figures.items()},
         clock=outcome.benchmark["protocol"]["clock"],

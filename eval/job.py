@@ -10,6 +10,7 @@ from engine.planning import Plan
 from engine.run import Run
 from eval.evaluation import EvaluationBench
 from eval.evaluation_report import header, points_table, rows, summary, write_evaluation_report
+from eval.overlap import overlap_sentence
 from eval.plan import Stage, image_rows, stages_table, time_line
 
 log = logging.getLogger("slimstep")
@@ -27,6 +28,8 @@ def evaluate(config: Config, run: Run) -> int | Plan:
     new = not run.made(page.name)
     if run.accelerator.is_main_process:
         if new:
+            if seen := overlap_sentence(results):
+                log.info(seen)
             write_evaluation_report(run.path, lambda: track(run))
         print(points_table(results))
         log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")

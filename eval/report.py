@@ -31,6 +31,7 @@ from eval.figures import (
     signed,
     themed,
 )
+from eval.overlap import SEEN, overlap_sentence
 from eval.runs import RunRecord, depth_of, finite, read_run
 from eval.unet_figure import unet_figure
 
@@ -52,6 +53,7 @@ def write_report(folder: str | Path) -> Path:
         "run.html.j2",
         run=run,
         headline=headline(run),
+        seen=overlap_sentence(run.evaluation) if run.evaluation else "",
         tiles=tiles(run),
         rows=[model_row(model, run.models[0]) for model in run.models],
         figures={name: Markup(themed(figure, name)) for name, figure in figures.items() if name != "images"},
@@ -158,7 +160,7 @@ def facts(run: RunRecord) -> dict[str, dict[str, Any]]:
     result = run.evaluation or {}
     left_out = ("sites", "samples")
     tables = {
-        "Evaluation": {**result.get("protocol", {}), "prompts_hash": result.get("prompts_hash"), "n": result.get("n")},
+        "Evaluation": {**result.get("protocol", {}), **{key: result.get(key) for key in ("prompts_hash", "n", *SEEN)}},
         "Block scores": ranking,
         "Latency": {k: v for k, v in (first_latency(run) or {}).items() if k not in left_out},
         "Environment": result.get("environment", {}),

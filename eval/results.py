@@ -12,6 +12,7 @@ from typing import Any
 
 from engine.run import damaged
 from eval.compare import PairedDifference, paired_difference
+from eval.overlap import SEEN
 from eval.report import flatten
 from eval.runs import read_json
 
@@ -33,7 +34,7 @@ class ResultRun:
     @property
     def facts(self) -> dict[str, dict[str, Any]]:
         """How it was measured: title -> {name: value}."""
-        names = ("models", "prompts", "prompts_hash", "n", "protocol")
+        names = ("models", "prompts", "prompts_hash", "n", *SEEN, "protocol")
         told = flatten({name: self.results[name] for name in names if name in self.results})
         for point in self.results.get("points", ()):
             told[f"sampler.{point['model']}"] = sampler(point)

@@ -11,6 +11,7 @@ from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 from data.files import whole_folder, write_text
 from eval.figures import MUTED, SERIES, grid_figure, save_png, styled, themed
+from eval.overlap import overlap_sentence
 from eval.report import flatten, markdown_table, render
 from eval.runs import read_json
 
@@ -40,6 +41,7 @@ def write_steps_report(folder: str | Path, track: Callable[[], None] = lambda: N
         name=folder.name,
         figures={name: Markup(themed(figure, name)) for name, figure in figures.items()},
         pictures={name: Markup(themed(figure, name)) for name, figure in pictures.items()},
+        seen=overlap_sentence(evaluation),
         header=HEADER,
         rows=point_rows(points),
         facts=flatten({"n": evaluation["n"], **evaluation["protocol"], **evaluation["environment"]}),

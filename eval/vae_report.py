@@ -11,6 +11,7 @@ from PIL import Image
 
 from data.files import whole_folder, write_text
 from eval.figures import MUTED, STUDENT, canvas, digits, save_png, styled, themed
+from eval.overlap import overlap_sentence
 from eval.report import count, flatten, markdown_table, render
 from eval.runs import read_json
 
@@ -39,6 +40,7 @@ def write_vae_report(folder: str | Path, track: Callable[[], None] = lambda: Non
         "vae.html.j2",
         name=folder.name,
         widths=evaluation["widths"],
+        seen=overlap_sentence(evaluation),
         header=HEADER,
         rows=quality_rows(evaluation),
         time_header=TIME_HEADER,

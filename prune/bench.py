@@ -170,6 +170,7 @@ class PruneBench(Bench):
                 "prompts": prompts.name,
                 "prompts_hash": prompts.hash,
                 "n": len(prompts.distinct),
+                **self.seen_prompts,
                 "protocol": {**self.scorer.protocol, **self.sampler(self.config.eval).protocol},
                 "models": models,
                 "environment": environment(),

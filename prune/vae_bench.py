@@ -96,10 +96,8 @@ class VaeBench(Bench):
             raise ValueError(
                 f"the data hold {len(self.heldout_pairs)} held-out images; a decoder is judged on 2 and more"
             )
-        if self.parts(self.latents.rounds - 1)[0]:
-            trained_on, judged_on = set(self.training_prompts), set(self.prompts[1])
-            if both := trained_on & judged_on:
-                log.warning(f"{len(both)} of {len(judged_on)} prompts that decoders are judged on are trained on, too")
+        if self.trains_on_prompts:
+            _ = self.training_prompts
 
     # ---- latents ----
 
@@ -111,6 +109,14 @@ class VaeBench(Bench):
             prompts = read_prompts(asked.prompt_file, asked.prompt_column, "latents.prompt_column")
             return prompts.take(asked.prompts, way=f"latents.prompts={len(prompts)} or fewer, or a longer file")
         return heldout_prompts(self.component("data.pairs"), asked.prompts, name="training captions")
+
+    @property
+    def trains_on_prompts(self) -> bool:
+        """Whether any latents are sampled; else all are those of images."""
+        return self.parts(self.latents.rounds - 1)[0] > 0
+
+    def training_captions(self) -> Iterable[str]:
+        return self.training_prompts if self.trains_on_prompts else ()
 
     def parts(self, r: int) -> tuple[int, int]:
         """How many sampled latents and how many encoded images round r learns from."""
@@ -146,7 +152,7 @@ class VaeBench(Bench):
 
     @cached_property
     def heldout(self) -> dict[str, Tensor]:
-        """What decoders are judged on: `sampled` latents of prompts that nothing was trained on, `real` ones of
+        """What decoders are judged on: `sampled` latents of the evaluation's prompts, `real` ones of
         held-out images, and those images, uint8 [P, 3, H, W]."""
         run, config, prompts = self.run, self.config.eval, self.prompts[1]
         if not run.made(HELDOUT):
@@ -326,6 +332,7 @@ class VaeBench(Bench):
                 "prompts": prompts.name,
                 "prompts_hash": prompts.hash,
                 "n": len(prompts.distinct),
+                **self.seen_prompts,
                 "n_real": len(held["real"]),
                 "widths": {"wide": list(self.wide.config.block_out_channels), "narrow": list(self.widths)},
                 "protocol": {**self.scorer.protocol, **self.sampler(self.config.eval).protocol},

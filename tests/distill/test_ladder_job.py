@@ -91,6 +91,8 @@ def test_the_judgement_holds_every_point_paired_with_the_teacher(finished):
     assert reference["latent_error_over"] == {"teacher": None, "teacher-dpm": None}
     assert "| steps-1 " in done.stdout
     page = (path / "report.html").read_text()
+    assert "None of the 4 prompts is among the captions that were trained on." in page
+    assert "none of the 4 prompts of the evaluation is trained on" in done.stderr
     assert page.count("<svg") == 4 and "teacher, DPM++ 2M" in page and "steps-1" in page
     assert {file.stem for file in (path / "report").iterdir()} == {
         "clip-against-steps", "clip-against-time", "distance-against-steps", "images-guidance-2.5"

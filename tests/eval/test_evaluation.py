@@ -69,6 +69,8 @@ def test_it_leaves_results_tables_pictures_and_a_last_line_for_programs(finished
     for name in ("table.md", "report.html", "report/images.png", "report/clip-against-steps.png",
                  "report/clip-against-guidance.png"):  # fmt: skip
         assert (path / name).is_file(), name
+    sentence = "prompts is among the captions of the data's training images."
+    assert sentence in done.stderr and sentence.partition("'")[0] in (path / "report.html").read_text()
 
 
 def test_a_model_may_have_its_own_numbers_of_steps(leave, tmp_path, tiny_model, tiny_pipeline_folder):

@@ -39,6 +39,7 @@ def test_the_run_holds_what_the_design_says(finished):
     products = [f"{s}/{name}.json" for s in stages for name in ("latency", "scores", "decision")]
     for name in ("config.yaml", "metrics.jsonl", *products, "evaluation.json", "report.html", "export/verdict.json"):
         assert (path / name).is_file(), name
+    assert "None of the 4 prompts is among the captions that were trained on." in (path / "report.html").read_text()
 
 
 def test_a_finished_run_makes_nothing_anew(finished, tiny_model):

@@ -52,6 +52,7 @@ def test_the_run_holds_what_it_promises(finished):
                  "export/verdict.json", "report/crops-real.png", "report/crops-sampled.png"):  # fmt: skip
         assert (path / name).is_file(), name
     assert "| narrow" in done.stdout and "FLOP ratio" in done.stdout
+    assert "None of the 4 prompts is among the captions that were trained on." in (path / "report.html").read_text()
     evaluation = json.loads((path / "evaluation.json").read_text())
     wide, sliced, narrow = evaluation["decoders"]
     assert evaluation["widths"] == {"wide": [8, 8], "narrow": [4, 4]}

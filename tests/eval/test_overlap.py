@@ -1,0 +1,130 @@
+"""Prompts that were seen before: they are counted, and the log and the page say so, or that there are none."""
+
+import json
+import re
+from types import SimpleNamespace
+
+import pytest
+from accelerate import Accelerator
+from omegaconf import OmegaConf
+
+from data.cache import cache_pairs
+from data.prompts import PromptSet
+from data.shapes import ShapesPairs
+from data.webdataset import WebDatasetPairs
+from distill.bench import DistillBench
+from engine.run import Run
+from eval.bench import Bench
+from eval.evaluation import EvaluationBench
+from eval.overlap import among, known_captions, overlap_sentence
+from eval.report import write_report
+from prune.vae_bench import VaeBench
+from tests.data.tars import picture, write_tar
+from tests.eval.run_stub import write_run
+from tests.tiny import tiny_pipeline
+
+PROMPTS = PromptSet(("a cat", "A red  Dog", "a bird", "a cat", "a fish"), "prompts")
+
+
+def test_a_prompt_is_the_caption_that_a_tokenizer_takes_it_for():
+    assert among(PROMPTS, ["a red dog", "two cats", "A CAT\n", "a cat"]) == ["a cat", "A red  Dog"]
+    assert among(PROMPTS, []) == [] and among(PROMPTS, iter(PROMPTS)) == list(PROMPTS.distinct)
+
+
+def bench_of(kind, run_path, **given):
+    bench = object.__new__(kind)
+    vars(bench).update(run=Run(run_path, Accelerator(cpu=True)), prompts=(PROMPTS, PROMPTS), **given)
+    return bench
+
+
+@pytest.mark.parametrize("captions", [["a dog"], ["a bird", "a cat"], list(PROMPTS)])
+def test_what_is_trained_on_is_told_before_the_first_training_and_kept(tmp_path, caplog, captions):
+    caplog.set_level("INFO")
+    bench = bench_of(Bench, tmp_path, pairs=SimpleNamespace(distinct_captions=lambda: captions))
+    assert bench.seen_prompts == {}  # of a run from before this was counted nothing is said
+    for _ in range(2):
+        bench.note_trained_on()
+    expected = {1: 0, 2: 2, 5: 4}[len(captions)]
+    assert bench.seen_prompts == {"prompts_in_training": expected}
+    (record,) = caplog.records
+    assert record.levelname == ("WARNING" if expected else "INFO")
+    assert record.message.startswith(f"{expected or 'none'} of ")
+    assert ("data.prompt_file=FILE" in record.message) == bool(expected)
+
+
+def test_a_decoder_trains_on_the_captions_its_latents_are_sampled_from(tmp_path):
+    parts = SimpleNamespace(count=8, rounds=1, real_share=0.0)
+    bench = bench_of(VaeBench, tmp_path, latents=parts, training_prompts=PromptSet(("a fish", "x"), "training"))
+    assert among(PROMPTS, bench.training_captions()) == ["a fish"]
+    parts.real_share = 1.0
+    assert among(PROMPTS, bench.training_captions()) == []
+
+
+def test_a_pruned_students_calibration_prompts_are_looked_up(tmp_path):
+    (tmp_path / "prune/export").mkdir(parents=True)
+    bench = bench_of(DistillBench, tmp_path, ladder=SimpleNamespace(student=str(tmp_path / "prune/export")))
+    assert bench.seen_prompts == {}
+    (tmp_path / "prune/prompts.json").write_text(json.dumps({"ranked_on": ["a cat", "x"]}))
+    vars(bench).pop("calibration_prompts")
+    assert bench.seen_prompts == {"prompts_in_calibration": 1}
+
+
+def test_an_evaluation_counts_held_out_captions_that_training_images_have(tmp_path):
+    class Pairs(list):
+        caption = list.__getitem__
+
+    def seen(pairs, prompt_file=None, distribution=True):
+        data = {"prompt_file": prompt_file, "cache": {"folder": str(tmp_path / "cache")}}
+        config = OmegaConf.create({"data": data, "evaluation": {"distribution": distribution}})
+        given = {"config": config, "prompt_set": PROMPTS, "component": lambda key: pairs}
+        return bench_of(EvaluationBench, tmp_path, **given).seen_prompts()
+
+    assert seen(Pairs(["a cat", "a fish"])) == {"prompts_in_training_split": 2}
+    assert seen(Pairs(["a cat"]), "file.txt") == {"prompts_in_training_split": 1}
+    assert seen(Pairs(["a cat"]), "file.txt", distribution=False) == {}  # the data may not be there
+
+
+def test_of_a_stream_the_cache_is_looked_up(tmp_path):
+    files = {
+        name: content for k in "ab" for name, content in ((f"{k}.png", picture(k)), (f"{k}.txt", f"a {k}".encode()))
+    }
+    pairs = WebDatasetPairs(str(write_tar(tmp_path / "a.tar", files)), 16, "all")
+    assert known_captions(pairs, tmp_path / "cache") is None
+    cache_pairs(pairs, tiny_pipeline(), tmp_path / "cache")
+    assert sorted(known_captions(pairs, tmp_path / "cache")) == ["a a", "a b"]
+    other = WebDatasetPairs(str(tmp_path / "a.tar"), 8, "all")
+    assert known_captions(other, tmp_path / "cache") is None
+
+
+def test_a_caption_is_read_without_drawing_or_encoding_an_image(tmp_path):
+    pairs = ShapesPairs("train", 12, resolution=16)
+    captions = [pairs[k]["caption"] for k in range(12)]
+    assert [pairs.caption(k) for k in range(12)] == captions
+    cached = cache_pairs(pairs, tiny_pipeline(), tmp_path, shard_size=5)
+    assert set(cached.distinct_captions()) == set(captions)
+
+
+@pytest.mark.parametrize(
+    ("seen", "said"),
+    [
+        ({}, ""),
+        ({"prompts_in_training": 0}, "None of the 8 prompts is among the captions that were trained on."),
+        ({"prompts_in_training": 3}, "3 of the 8 prompts are among the captions that were trained on: the scores"),
+        ({"prompts_in_training": 0, "prompts_in_calibration": 2}, "0 of the 8 .* trained on; 2 of the 8 prompts are"),
+        (
+            {"prompts_in_training": 0, "prompts_in_calibration": 0},
+            "None of the 8 .* trained on or the prompts that blocks",
+        ),
+    ],
+)
+def test_the_sentence_says_what_the_evaluation_knows_and_nothing_else(seen, said):
+    sentence = overlap_sentence({"n": 8, **seen})
+    assert re.match(said, sentence) and bool(sentence) == bool(said)
+
+
+def test_the_page_carries_the_sentence_and_claims_nothing_of_older_runs(tmp_path):
+    folder = write_run(tmp_path / "run", n=8)
+    assert "trained on" not in write_report(folder).read_text()
+    evaluation = json.loads((folder / "evaluation.json").read_text()) | {"prompts_in_training": 3}
+    (folder / "evaluation.json").write_text(json.dumps(evaluation))
+    assert overlap_sentence(evaluation) in write_report(folder).read_text()
