@@ -35,7 +35,10 @@ from eval.stopwatch import watched
 from models.pipeline import networks
 
 # What torch says where a device has no kernel for a dtype, a size or an operation.
-REFUSALS = ("No available kernel", "not implemented for", "not supported", "is unsupported", "not available")
+# Memory runs out in CUDA's libraries, too, and for the driver: those errors are no OutOfMemoryError.
+REFUSALS = ("No available kernel", "not implemented for", "not supported", "is unsupported", "not available",
+            "out of memory", "unable to find an engine", "STATUS_ALLOC_FAILED", "STATUS_NOT_SUPPORTED",
+            "CUBLAS_STATUS_NOT_INITIALIZED", "STATUS_ARCH_MISMATCH")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -209,8 +212,11 @@ def reason(error: Exception) -> str | None:
     """Why a device or an installation cannot run something; None for an error that is no such thing."""
     # NotImplementedError is torch's for an operation that a backend lacks, ImportError a torchao of another torch's.
     kinds = (CannotRunError, torch.OutOfMemoryError, NotImplementedError, ImportError, TorchDynamoException)
-    known = isinstance(error, kinds) or (
-        isinstance(error, RuntimeError) and any(words in str(error) for words in REFUSALS)
+    said = str(error).lower()
+    known = (
+        isinstance(error, kinds)
+        or type(error).__module__.split(".")[0] == "triton"  # a kernel that does not fit on the device
+        or (isinstance(error, RuntimeError) and any(words.lower() in said for words in REFUSALS))
     )
     return textwrap.shorten(str(error), 400, placeholder=" …") or type(error).__name__ if known else None
 

@@ -5,11 +5,14 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from torch._inductor.exc import InductorError
 
 import eval.first_image as first_image
 from eval.child import child_result, reason_in
 from eval.first_image import compile_cost
 from eval.setups import CannotRunError
+from eval.speed import reason
 from eval.speed_report import FIRST_IMAGE, first_image_rows
 
 CANNOT = [
@@ -44,6 +47,29 @@ def test_the_last_line_is_the_result():
 def test_notes_after_an_exception_are_not_its_reason():
     said = "Traceback (most recent call last):\n  File x\ntorch.OutOfMemoryError: CUDA out of memory.\n\nYou can\nhelp"
     assert reason_in(said) == "torch.OutOfMemoryError: CUDA out of memory."
+
+
+OutOfResources = type("OutOfResources", (Exception,), {"__module__": "triton.runtime.errors"})
+REFUSED = [
+    CannotRunError("why"), torch.OutOfMemoryError("CUDA out of memory.\nTried"), NotImplementedError("no kernel"),
+    RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED"), RuntimeError("GET was unable to find an engine to run"),
+    OutOfResources("out of resource: shared memory, Required: 200000"), InductorError(ValueError("a"), "b"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("error", REFUSED, ids=lambda error: type(error).__name__)
+def test_what_a_device_cannot_do_is_the_rows_reason_in_one_line(error):
+    assert reason(error) and "\n" not in reason(error)
+
+
+@pytest.mark.parametrize("error", [
+    ValueError("latency.x=3 is not supported"), RuntimeError("The size of tensor a must match"), KeyError("unet"),
+    RuntimeError("CUDA error: an illegal memory access was encountered"),
+])  # fmt: skip
+def test_a_fault_of_ours_is_not_a_reason(error):
+    assert reason(error) is None
 
 
 GOOD = {"first_s": 2.0, "steady_ms": 10.0, "artifact_bytes": 5}
