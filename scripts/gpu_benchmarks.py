@@ -106,7 +106,7 @@ def parts(options: argparse.Namespace, models: dict[str, str]) -> Iterator[Part]
     calls, small = ["latency.iterations=20"], ["eval.steps=20", "benchmark.images=8"]
     if options.quick:
         calls = ["latency.iterations=3", "latency.warmup=1"]
-        small = ["eval.prompts=4", "benchmark.images=4", "eval.steps=4"]
+        small = ["eval.prompts=2", "benchmark.images=2", "eval.steps=3"]
     base = f"benchmark.base={{dtype: {half}}}"
 
     def job(name: str, experiment: str, named: dict[str, str], *overrides: str) -> Part:
@@ -118,22 +118,24 @@ def parts(options: argparse.Namespace, models: dict[str, str]) -> Iterator[Part]
         return job(name, "benchmark", {"teacher": teacher}, *overrides)
 
     yield job("ladder", "ladder", {**models, "few_steps": teacher}, *(QUICK_ROWS if options.quick else ()))
-    kernels = "benchmark.attention=[sdpa,vanilla,math,flash,efficient,cudnn]"
+    kernels = f"benchmark.attention=[{'vanilla,cudnn' if options.quick else 'sdpa,vanilla,math,flash,efficient,cudnn'}]"
     plain = ["benchmark.compile=[eager]", "benchmark.batches=[1]"]
     yield benchmark("kernels", f"benchmark.dtype=[{half}]", kernels, base, *plain)
     formats = "benchmark.memory_format=[contiguous,channels_last]"
-    dtypes = "benchmark.dtype=[float32,tf32,float16,bfloat16]"
+    dtypes = f"benchmark.dtype=[{'tf32,bfloat16' if options.quick else 'float32,tf32,float16,bfloat16'}]"
     yield benchmark("formats", dtypes, formats, *plain)
     ways = "eager,default,regional,reduce-overhead,max-autotune,cudagraphs" if on_gpu else "eager,cudagraphs"
     yield benchmark("compile", f"benchmark.compile=[{ways}]", f"benchmark.dtype=[{half}]", base,
                     "benchmark.batches=[1]", "benchmark.first_image=true")  # fmt: skip
     yield job("pipelines", "pipelines", {"teacher": teacher, "pruned": models["pruned"]}, base,
-              "benchmark.batches=[1]" if options.quick else "benchmark.batches=[1,4,16]",
+              *(["benchmark.batches=[1]", "benchmark.tasks=[txt2img,two_controlnets]"] if options.quick
+                else ["benchmark.batches=[1,4,16]"]),
               "benchmark.compile=[default]" if on_gpu else "benchmark.compile=[eager]")  # fmt: skip
 
     python, dtype = sys.executable, "float16" if on_gpu else "float32"
     blocks = [python, "train.py", "+experiment=latency_table", "name=blocks", f"root={runs}", "model=path",
               f"model.name_or_path={teacher}", f"latency.dtype={dtype}", *calls, "latency.seconds=3"]  # fmt: skip
+    blocks += ["latency.additive_samples=2"] if options.quick else []
     yield "blocks", blocks, f"{runs}/blocks/latency.json"
     yield training(options, on_gpu)
     if options.size == "sd15":
