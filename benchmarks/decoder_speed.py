@@ -17,6 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import write_json
+from engine.console import open_console
 from engine.environment import environment
 from engine.sections.pruning import LatencyConfig
 from eval.decoders import compare_decoders
@@ -54,4 +55,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    open_console()
     main()

@@ -17,6 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import write_json, write_text
+from engine.console import open_console
 from eval.report import markdown_table
 from eval.runs import read_json
 from eval.vae_report import measures
@@ -85,4 +86,5 @@ def rounded(decoder: dict) -> dict:
 
 
 if __name__ == "__main__":
+    open_console()
     main()

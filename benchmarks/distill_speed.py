@@ -29,6 +29,7 @@ from data.files import write_json
 from data.shapes import ShapesPairs
 from distill.steps import StepDistillation
 from distill.teaching import Rung
+from engine.console import open_console
 from engine.environment import environment
 from eval.report import markdown_table
 from models.pipeline import load_pipeline
@@ -179,4 +180,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    open_console()
     main()

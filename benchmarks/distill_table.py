@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import whole_folder, write_json, write_text
 from distill.curves import SAMPLERS
+from engine.console import open_console
 from engine.loop import WEIGHTS
 from eval.compare import paired_difference, paired_ratio
 from eval.figures import save_png
@@ -216,4 +217,5 @@ def rounded(point: Mapping[str, Any]) -> dict:
 
 
 if __name__ == "__main__":
+    open_console()
     main()

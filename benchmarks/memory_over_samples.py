@@ -34,6 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from data.cache import cache_pairs
 from data.files import write_json, write_text
 from data.webdataset import WebDatasetPairs
+from engine.console import open_console
 from engine.environment import environment
 from engine.loop import train
 from engine.run import Run
@@ -181,4 +182,5 @@ def plot(rows: list[dict], path: Path) -> None:
 
 
 if __name__ == "__main__":
+    open_console()
     main()

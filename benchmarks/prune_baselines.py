@@ -19,6 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import whole_folder
+from engine.console import open_console
 from eval.comparison import compare_runs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
@@ -73,4 +74,5 @@ def run_rule(rule: str, overrides: list[str], options: argparse.Namespace) -> No
 
 
 if __name__ == "__main__":
+    open_console()
     main()

@@ -31,6 +31,7 @@ from data.files import write_json
 from distill.bench import DistillBench
 from engine.checked import CONFIGS, ROOT
 from engine.config import Config
+from engine.console import open_console
 from engine.environment import environment
 from engine.run import Run
 from eval.child import child_result
@@ -226,4 +227,5 @@ def forward(bench, unet) -> float:
 
 
 if __name__ == "__main__":
+    open_console()
     main()

@@ -25,6 +25,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import digest
+from engine.console import open_console
 from engine.preemption import CONTINUE_ME
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -179,4 +180,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    open_console()
     main()

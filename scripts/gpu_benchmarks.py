@@ -23,6 +23,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import write_json
+from engine.console import open_console
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE_S = 20  # for a stopped part to leave
@@ -157,4 +158,5 @@ def training(options: argparse.Namespace, on_gpu: bool) -> Part:
 
 
 if __name__ == "__main__":
+    open_console()
     sys.exit(main())

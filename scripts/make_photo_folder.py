@@ -14,11 +14,16 @@ import importlib.util
 import json
 import random
 import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from engine.console import open_console
 
 
 @dataclass(frozen=True)
@@ -170,4 +175,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    open_console()
     main()

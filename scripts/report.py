@@ -6,6 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from engine.console import open_console
+
 
 def main() -> int:
     """Prints the tables; returns the exit code, 1 where a run is missing or unfinished."""
@@ -30,4 +32,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    open_console()
     sys.exit(main())

@@ -20,6 +20,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
+from engine.console import open_console
 from engine.tested import CONSTRAINTS, ROOT, direct_requirements
 
 OF_TORCH = re.compile(r"torch|torchvision|triton|nvidia-.*|cuda-.*")  # torch itself says which of these it wants
@@ -61,4 +62,5 @@ def range_of(requirement: Requirement, installed: dict[str, str]) -> str:
 
 
 if __name__ == "__main__":
+    open_console()
     main()

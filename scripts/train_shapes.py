@@ -16,6 +16,7 @@ import hydra
 from omegaconf import DictConfig
 
 from engine.checked import MISTAKES
+from engine.console import open_console
 from engine.launch import fail
 from models.quiet import one_line
 
@@ -40,4 +41,5 @@ def main(config: DictConfig) -> None:
 
 
 if __name__ == "__main__":
+    open_console()
     main()
