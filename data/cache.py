@@ -21,6 +21,7 @@ from data.shards import DTYPES, CachedPairs, cache_key, is_intact, write_index
 from data.stream_cache import PartShards
 from data.streams import Stream
 from models.conditioning import text_encoders
+from models.decoding import STATISTICS, has_statistics
 
 __all__ = ["CachedPairs", "cache_pairs"]
 
@@ -95,6 +96,7 @@ def described_cache(pairs, pipeline, dtype: str, shard_size: int) -> dict[str, s
     told = {"told_size": pipeline.unet.config.sample_size} if len(text_encoders(pipeline)) > 1 else {}
     return {
         **told,
+        **scale_of_latents(pipeline),
         "format": FORMAT,
         "pairs": pairs.fingerprint,
         **counted,
@@ -103,6 +105,13 @@ def described_cache(pairs, pipeline, dtype: str, shard_size: int) -> dict[str, s
         "dtype": dtype,
         "shard_size": shard_size,
     }
+
+
+def scale_of_latents(pipeline) -> dict[str, str]:
+    """What latents are scaled by, where that is more than `scaling_factor`, or once was."""
+    config = pipeline.vae.config
+    used = {"statistics": str([list(config[name]) for name in STATISTICS])} if has_statistics(pipeline) else {}
+    return used | ({"shift_factor": "unused"} if config.get("shift_factor") else {})
 
 
 def text_hashes(pipeline) -> dict[str, str]:

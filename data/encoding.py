@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from models.conditioning import empty_text_state, text_encoders, text_states
+from models.decoding import has_statistics, scaled, statistics
 
 PIXELS_AT_ONCE = 4 * 512**2  # of an autoencoder: some 3 GB in float32 at the 256 channels of Stable Diffusion's
 # Written by the libraries into every config; they do not change what a model computes.
@@ -20,7 +21,8 @@ CONFIG_NOISE = ("transformers_version", "dtype", "torch_dtype", "architectures")
 
 
 def encode_images(pipeline, images_BCHW: Tensor, device: torch.device) -> dict[str, Tensor]:
-    """What is kept of images uint8 [B, 3, H, W]: latents [B, C, h, w] = (posterior mean - shift) · scaling.
+    """What is kept of images uint8 [B, 3, H, W]: latents [B, C, h, w], the posterior's mean, scaled as the stock
+    pipeline of this class unscales latents (models/decoding.py).
 
     Raises ValueError where VAE and UNet cannot take the size, or the latents are not finite.
     """
@@ -30,7 +32,8 @@ def encode_images(pipeline, images_BCHW: Tensor, device: torch.device) -> dict[s
     slices = images_BCHW.split(rows_at_once(pipeline, *(side // factor for side in images_BCHW.shape[-2:])))
     means = [vae.encode(x_bCHW.to(device, vae.dtype) / 127.5 - 1).latent_dist.mode() for x_bCHW in slices]
     mean_BChw = torch.cat(means)
-    return finite({"latents": (mean_BChw - (vae.config.shift_factor or 0)) * vae.config.scaling_factor}, vae)
+    mean_std = [x.to(mean_BChw) for x in statistics(vae.config)] if has_statistics(pipeline) else None
+    return finite({"latents": scaled(mean_BChw, vae.config.scaling_factor, mean_std)}, vae)
 
 
 def rows_at_once(pipeline, height: int, width: int) -> int:

@@ -10,10 +10,10 @@ from diffusers import DiffusionPipeline
 from engine.config import Config
 from engine.planning import Plan
 from engine.run import Run
+from models.autoencoder import latents_meaning
 from models.pipeline import export_pipeline, load_pipeline, with_unet
 
 log = logging.getLogger("slimstep")
-SAME_IN_BOTH = ("latent_channels", "scaling_factor", "shift_factor")
 
 
 def hand_over(config: Config, run: Run) -> int | Plan:
@@ -42,9 +42,10 @@ def write(model: str, vae: str, folder: Path) -> None:
 
 def joined(pipeline: DiffusionPipeline, of_vae: DiffusionPipeline, name: str) -> DiffusionPipeline:
     """The pipeline with the other's VAE. ValueError where that means another thing by its latents."""
-    own, other = ({key: part.vae.config[key] for key in SAME_IN_BOTH} for part in (pipeline, of_vae))
-    if own != other:
-        raise ValueError(f"{name} reads other latents than the model's: {other} there, {own} here")
+    own, other = (latents_meaning(part.vae) for part in (pipeline, of_vae))
+    if differing := [key for key in own if own[key] != other[key]]:
+        there, here = ({key: part[key] for key in differing} for part in (other, own))
+        raise ValueError(f"{name} reads other latents than the model's: {there} there, {here} here")
     encoder, weights = pipeline.vae.encoder.state_dict(), of_vae.vae.encoder.state_dict()
     if encoder.keys() != weights.keys() or not all(torch.equal(encoder[key], weights[key]) for key in encoder):
         raise ValueError(f"{name} has another encoder than the model's VAE: its latents are others")

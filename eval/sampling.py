@@ -22,6 +22,7 @@ from data.seeding import generator
 from eval.cpu_parts import can_be_parted, draw_in_parts
 from eval.precision import computing, products, uses_tf32
 from models.conditioning import empty_text_state, text_states
+from models.decoding import has_statistics, statistics, unscaled
 from models.guidance import guidance_embedding, told_guidance_width
 
 TEXTS_PER_BATCH = 64  # cut by index, so that a prompt's state does not depend on who asks for it
@@ -161,6 +162,11 @@ class Sampler:
             self._copies[key] = make()
         return self._copies[key]
 
+    def statistic(self, k: int, like: Tensor) -> Tensor:
+        """[1, C, 1, 1]: the mean (k = 0) or standard deviation (1) of the VAE's latents."""
+        key = ("statistics", k, like.device, like.dtype)
+        return self.copied_once(key, lambda: statistics(self.pipeline.vae.config)[k].to(like))
+
     def latents(self, unet: nn.Module, *given, **options) -> Tensor:
         """What `denoise` gives; ValueError where it is not finite."""
         return finite({"latents": self.denoise(unet, *given, **options)}, unet)["latents"]
@@ -217,7 +223,9 @@ class Sampler:
     def pixels(self, latents_BCHW: Tensor) -> Tensor:
         """Images [B, 3, H, W] from -1 to 1, as the VAE gives them."""
         vae = self.pipeline.vae
-        z_BCHW = latents_BCHW.to(vae.device, vae.dtype) / vae.config.scaling_factor + (vae.config.shift_factor or 0)
+        z_BCHW = latents_BCHW.to(vae.device, vae.dtype)
+        mean_std = [self.statistic(k, z_BCHW) for k in range(2)] if has_statistics(self.pipeline) else None
+        z_BCHW = unscaled(z_BCHW, vae.config.scaling_factor, mean_std)
         slices = z_BCHW.split(rows_at_once(self.pipeline, *z_BCHW.shape[-2:]))
         with products(uses_tf32(self.precision, vae.device)):
             return torch.cat([vae.decode(z_bCHW, return_dict=False)[0] for z_bCHW in slices])

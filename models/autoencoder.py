@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 
 from models.checkpoint import check_file, is_single_file, read_weights
 from models.conversion import converted
+from models.decoding import STATISTICS
 from models.networks import load_network
 from models.quiet import one_line
 from models.vae import NarrowAutoencoderKL
@@ -36,11 +37,21 @@ def load_vae(source: str, config: Mapping[str, Any], dtype: torch.dtype, allow_p
             vae = vae_of_folder(source, dtype, allow_pickle)
     except (ValueError, OSError) as error:
         raise ValueError(f"model.vae={source} cannot be loaded: {one_line(error)}") from error
-    for field in ("latent_channels", "scaling_factor", "shift_factor"):
-        if vae.config[field] != own.config[field]:
-            told = f"{field} is {vae.config[field]}, the model's {own.config[field]}"
+    own_meaning = latents_meaning(own)
+    for field, value in latents_meaning(vae).items():
+        if value != own_meaning[field]:
+            told = f"{field} is {value}, the model's {own_meaning[field]}"
             raise ValueError(f"model.vae={source} belongs to another kind of model: its {told}")
     return vae
+
+
+def latents_meaning(vae: AutoencoderKL) -> dict[str, Any]:
+    """What two autoencoders must agree in for the latents of one to be latents of the other."""
+    fields = {field: vae.config.get(field) for field in ("latent_channels", "scaling_factor", "shift_factor")}
+    lists = {field: vae.config.get(field) for field in STATISTICS}
+    lists = {field: values and list(values) for field, values in lists.items()}
+    shapes = {"shrinking factor": 2 ** (len(vae.config.block_out_channels) - 1), "in_channels": vae.config.in_channels}
+    return {**fields, **lists, **shapes, "out_channels": vae.config.out_channels}
 
 
 def vae_of_file(file: str, own: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:

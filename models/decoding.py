@@ -1,26 +1,83 @@
-"""The decoding half of a VAE as one network: latents as a pipeline samples them in, images out.
+"""From a pipeline's latents to images: what they are scaled by, and the decoding half of a VAE as one network.
 
 Axes: B batch, C channels, H and W height and width in latents.
 """
 
+import inspect
+import math
+from collections.abc import Mapping
 from functools import partial
+from typing import Any
 
+import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+STATISTICS = ("latents_mean", "latents_std")
+
+
+def has_statistics(pipeline) -> bool:
+    """Whether the VAE's `latents_mean` and `latents_std` count.
+
+    They do where both are there and the stock pipeline of this class reads them: SDXL's do, Stable Diffusion's do not.
+    None of those around a UNet reads `shift_factor`. Raises ValueError for values that are no statistics.
+    """
+    calls = [vars(kind)["__call__"] for kind in type(pipeline).__mro__ if "__call__" in vars(kind)]
+    if not any("latents_std" in inspect.unwrap(call).__code__.co_names for call in calls):
+        return False
+    config = pipeline.vae.config
+    return all(config.get(name) is not None for name in STATISTICS) and len(statistics(config)) == 2
+
+
+def statistics(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation [1, C, 1, 1] of a VAE's latents. ValueError for what is neither."""
+    for name in STATISTICS:
+        values, count = config[name], config["latent_channels"]
+        is_list = isinstance(values, (list, tuple)) and all(type(value) in (int, float) for value in values)
+        if not is_list or len(values) != count or not all(map(math.isfinite, values)):
+            raise ValueError(f"the VAE's {name}={values} must be {count} numbers, one per latent channel")
+    if not all(std > 0 for std in config["latents_std"]):
+        raise ValueError(f"the VAE's latents_std={config['latents_std']} must be above 0")
+    mean, std = (torch.tensor(config[name], dtype=torch.float32).view(1, -1, 1, 1) for name in STATISTICS)
+    return mean, std
+
+
+def unscaled(z_BCHW: Tensor, scaling: float, mean_std: tuple[Tensor, Tensor] | None) -> Tensor:
+    """What a VAE decodes, from a pipeline's latents: z / scaling, or z · std / scaling + mean."""
+    if mean_std is None:
+        return z_BCHW / scaling
+    mean, std = mean_std
+    return z_BCHW * std / scaling + mean
+
+
+def scaled(x_BCHW: Tensor, scaling: float, mean_std: tuple[Tensor, Tensor] | None) -> Tensor:
+    """A pipeline's latents, from what a VAE encodes: the inverse of `unscaled`."""
+    if mean_std is None:
+        return x_BCHW * scaling
+    mean, std = mean_std
+    return (x_BCHW - mean) * scaling / std
+
 
 class ImageDecoder(nn.Module):
-    """Everything between sampled latents and the image in [−1, 1]; its modules are the VAE's own, not copies."""
+    """Everything between sampled latents and the image in [−1, 1]; its modules are the VAE's own, not copies.
 
-    def __init__(self, vae: AutoencoderKL):
+    normalised: whether the VAE's statistics count, `has_statistics` of the pipeline.
+    """
+
+    def __init__(self, vae: AutoencoderKL, normalised: bool = False):
         super().__init__()
         self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
-        self.scaling, self.shift = vae.config.scaling_factor, vae.config.shift_factor or 0.0
+        self.scaling = vae.config.scaling_factor
+        mean, std = statistics(vae.config) if normalised else (None, None)
+        place = vae.decoder.conv_in.weight.device
+        self.register_buffer("latents_mean", mean if mean is None else mean.to(place), persistent=False)
+        self.register_buffer("latents_std", std if std is None else std.to(place), persistent=False)
 
     def inputs(self, latents_BCHW: Tensor) -> Tensor:
         """What the decoder itself sees of them, in its dtype."""
-        z_BCHW = (latents_BCHW / self.scaling + self.shift).to(self.decoder.conv_in.weight.dtype)
+        mean_std = None if self.latents_std is None else (self.latents_mean, self.latents_std)
+        z_BCHW = unscaled(latents_BCHW, self.scaling, mean_std).to(self.decoder.conv_in.weight.dtype)
         return self.post_quant_conv(z_BCHW) if self.post_quant_conv is not None else z_BCHW
 
     def forward(self, latents_BCHW: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ import models.vae
 from data.files import whole_folder, write_json
 from models.autoencoder import load_vae
 from models.checkpoint import is_single_file
+from models.decoding import has_statistics
 from models.folder import (
     check_folder,
     check_pickles,
@@ -76,6 +77,7 @@ def load_pipeline(
     """
     check_pipeline(name_or_path, variant, allow_pickle, single_file_config, scheduler, loras)
     pipeline = read_pipeline(name_or_path, dtype, variant, allow_pickle, single_file_config, vae)
+    has_statistics(pipeline)  # ValueError for damaged ones
     fuse_loras(pipeline, loras)
     if scheduler:
         pipeline.register_modules(scheduler=swapped_scheduler(pipeline.scheduler, scheduler))

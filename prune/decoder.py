@@ -65,20 +65,21 @@ def choose_channels(
     latents_BCHW: Tensor | None = None,
     seed: int = 0,
     norm_groups: str = "whole",
+    normalised: bool = False,
 ) -> Channels:
     """{group: the channels that stay, ascending} for a decoder of these widths.
 
     choice: 'magnitude' (torch-pruning's group L2 norm of all weights that go with a channel), 'taylor' (how much the
     image changes to first order without the channel, by gradients of random projections of it), 'energy' (the mean
     square of what is written to the channel), 'random', or 'first'. 'taylor' and 'energy' look at `latents_BCHW`, as
-    the pipeline samples them.
+    the pipeline samples them; `normalised` is ImageDecoder's.
     """
     if choice not in CHOICES:
         raise ValueError(f"decoder.choice={choice!r} is unknown; choose from {CHOICES}")
     decoder, graph = traced(vae)
     groups = {name_of(decoder, group): group for group in all_groups(graph, decoder)}
     if choice in ("taylor", "energy"):
-        values = activation_values(vae, decoder, groups, choice, latents_BCHW, seed)
+        values = activation_values(vae, decoder, groups, choice, latents_BCHW, seed, normalised)
     elif choice == "magnitude":
         score = tp.importance.GroupMagnitudeImportance(p=2)
         values = {name: score(group) for name, group in groups.items()}
@@ -209,7 +210,13 @@ def processor(decoder: nn.Module, kind) -> Iterator[None]:
 
 
 def activation_values(
-    vae: AutoencoderKL, decoder: nn.Module, groups: Mapping[str, tp.Group], kind: str, latents_BCHW: Tensor, seed: int
+    vae: AutoencoderKL,
+    decoder: nn.Module,
+    groups: Mapping[str, tp.Group],
+    kind: str,
+    latents_BCHW: Tensor,
+    seed: int,
+    normalised: bool,
 ) -> dict[str, Tensor]:
     """'energy' or 'taylor' of every channel, summed over latents.
 
@@ -226,7 +233,8 @@ def activation_values(
         seen[layer] = output
 
     handles = [layer.register_forward_hook(keep) for layer in layers]
-    draw, image_decoder, decoder = torch.Generator().manual_seed(seed), ImageDecoder(vae), decoder.to(vae.device)
+    draw, decoder = torch.Generator().manual_seed(seed), decoder.to(vae.device)
+    image_decoder = ImageDecoder(vae, normalised)
     with torch.set_grad_enabled(kind == "taylor"):
         for z_CHW in latents_BCHW:
             image = decoder(image_decoder.inputs(z_CHW[None].to(vae.device)).float())

@@ -41,7 +41,7 @@ from eval.latents import sampled_latents
 from eval.sampling import Sampler
 from eval.vae_report import HEADER, quality_rows, vae_table, write_vae_report
 from models.cost import count_parameters
-from models.decoding import ImageDecoder
+from models.decoding import ImageDecoder, has_statistics
 from models.pipeline import export_pipeline, with_unet
 from models.vae import NarrowAutoencoderKL
 from prune.decoder import CHOICES, NORM_GROUPS, choose_channels, narrow_widths, narrowed
@@ -202,7 +202,9 @@ class VaeBench(Bench):
             latents = self.first_latents() if asked.choice in ("taylor", "energy") else None
 
         def choose() -> dict:
-            return choose_channels(self.wide, widths, asked.choice, latents, run.seed, asked.norm_groups)
+            return choose_channels(
+                self.wide, widths, asked.choice, latents, run.seed, asked.norm_groups, has_statistics(self.pipeline)
+            )
 
         channels = run.json("channels.json", lambda: choose() if run.accelerator.is_main_process else None)
         log.info(f"decoder: {tuple(self.wide.config.block_out_channels)} → {widths} channels, by {asked.choice}")
@@ -217,7 +219,7 @@ class VaeBench(Bench):
     def distil(self, sliced: NarrowAutoencoderKL) -> NarrowAutoencoderKL:
         """Trained round by round, each a training of its own on more latents; a finished round is loaded."""
         narrow = copy.deepcopy(sliced).requires_grad_(False)
-        student = ImageDecoder(narrow)
+        student = ImageDecoder(narrow, has_statistics(self.pipeline))
         student.decoder.requires_grad_(True)
         for r in range(self.latents.rounds):
             self.train(student, self.config.objective, self.config.train, f"round-{r:02d}")
@@ -227,7 +229,7 @@ class VaeBench(Bench):
         """The loss, with the wide decoder as training runs it. ValueError where its arguments will not do."""
         # Autoencoders are known to overflow in float16: there the wide one stays in float32.
         dtype = torch.bfloat16 if self.compute_dtype == torch.bfloat16 else torch.float32
-        wide = ImageDecoder(copy.deepcopy(self.wide)).to(self.device, dtype)
+        wide = ImageDecoder(copy.deepcopy(self.wide), has_statistics(self.pipeline)).to(self.device, dtype)
         if self.config.train.channels_last:
             wide.to(memory_format=torch.channels_last)
         if self.config.train.compile:

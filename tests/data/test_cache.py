@@ -31,15 +31,6 @@ def test_latents_are_the_scaled_posterior_mean(pipeline, noise_pairs, tmp_path):
     assert torch.equal(torch.stack([cached[i]["latents"] for i in range(4)]), expected)
 
 
-def test_a_vae_with_a_shift_has_it_taken_off_before_scaling(pipeline, noise_pairs, tmp_path):
-    plain = cache_pairs(noise_pairs(1), pipeline, tmp_path)
-    pipeline.vae.register_to_config(shift_factor=0.5)
-    shifted = cache_pairs(noise_pairs(1), pipeline, tmp_path)
-    torch.testing.assert_close(
-        shifted[0]["latents"], plain[0]["latents"] - 0.5 * pipeline.vae.config.scaling_factor, atol=1e-6, rtol=0
-    )
-
-
 def test_text_states_are_those_of_the_pipelines_encode_prompt(pipeline, noise_pairs, tmp_path):
     cached = cache_pairs(noise_pairs(), pipeline, tmp_path)
     captions = [cached.captions[i] for i in range(len(cached))]
