@@ -221,6 +221,7 @@ class EvaluationBench(Bench):
         guided = [guidance > 1 for guidance in self.config.curves.guidance]
         networks_text = [described(pipeline.unet), described(pipeline.vae)]
         key = [*networks_text, size, guided, torch.__version__, self.device.type]
+        key += [] if self.precision == "float32" else [self.precision]
         file = Path(self.config.evaluation.artifacts) / f"{hashlib.sha256(str(key).encode()).hexdigest()[:16]}.bin"
         compile_networks(pipeline, Setup(compile="default"))
         kept, start = self.run.agreed(file.exists()), time.perf_counter()
