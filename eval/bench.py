@@ -33,7 +33,7 @@ from eval.overlap import among
 from eval.precision import settled
 from eval.sampling import Sampler
 from models.cost import NUM_TOKENS
-from models.pipeline import networks, set_resolution, upcast_vae
+from models.pipeline import native_pixels, networks, set_resolution, upcast_vae
 from models.schedule import NoiseSchedule
 from models.unet import PrunableUNet2DConditionModel
 
@@ -57,9 +57,8 @@ class Bench:
         if not isinstance(pipeline, DiffusionPipeline):
             raise ValueError(f"{self.config.model} is a UNet alone; it serves +experiment=latency_table only")
         pipeline.to(self.device)
-        native = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
         if self.config.data.resolution is None:
-            self.config.data.resolution = native
+            self.config.data.resolution = native_pixels(pipeline)
         set_resolution(pipeline, self.config.data.resolution)
         upcast_vae(pipeline)
         for network in networks(pipeline):

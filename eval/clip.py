@@ -9,8 +9,9 @@ Axes: B images, N prompts, D feature width, H and W pixels.
 
 import difflib
 import hashlib
+import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +21,10 @@ import torch
 import torch.nn.functional as F
 from open_clip.transform import PreprocessCfg, image_transform_v2
 from open_clip.utils import to_2tuple
-from torch import Tensor
+from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
+
+from models.quiet import one_line
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
 CONFIG_FILE = "open_clip_config.json"
@@ -68,8 +71,9 @@ class ClipScorer:
             try:
                 self.model = open_clip.create_model(model, pretrained, device=self.device, require_pretrained=True)
                 self.tokenizer = open_clip.get_tokenizer(model)
-            except (RuntimeError, OSError) as error:
+            except Exception as error:  # readers of damaged files raise whatever they stumble over
                 raise ValueError(explain(model, pretrained, error)) from error
+        check_tokens(self.model, self.tokenizer, model)
         self.model.eval().requires_grad_(False)
         self.preprocessing = PreprocessCfg(**self.model.visual.preprocess_cfg)
         self.transform = image_transform_v2(self.preprocessing, is_train=False)
@@ -148,6 +152,7 @@ def check_names(model: str, pretrained: str | None) -> None:
         folder = Path(model.removeprefix(LOCAL))
         if not (folder / CONFIG_FILE).is_file():
             raise ValueError(f"no open_clip model in {folder}: {CONFIG_FILE} is missing; give its folder after {LOCAL}")
+        check_config(folder / CONFIG_FILE)
     if model.startswith((LOCAL, HUB)):
         if pretrained:
             raise ValueError(f"scorer.pretrained={pretrained}, but {model} brings its weights: scorer.pretrained=null")
@@ -162,6 +167,26 @@ def check_names(model: str, pretrained: str | None) -> None:
         raise ValueError(f"open_clip's {model} has no weights {pretrained!r}; give a checkpoint file or one of {known}")
 
 
+def check_config(file: Path) -> None:
+    """Raises ValueError for a file that does not describe a model; open_clip raises whatever it stumbles over."""
+    try:
+        model_cfg = json.loads(file.read_text())["model_cfg"]
+        absent = {"embed_dim", "vision_cfg", "text_cfg"} - model_cfg.keys()
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"{file} describes no model: {type(error).__name__} {one_line(error)}") from error
+    if absent:
+        raise ValueError(f"{file} describes no model: its model_cfg lacks {', '.join(sorted(absent))}")
+
+
+def check_tokens(model: nn.Module, tokenizer: Callable, name: str) -> None:
+    """Raises ValueError for a tokenizer of a folder whose tokens the model has no embeddings for."""
+    table = getattr(model, "token_embedding", None) or getattr(getattr(model, "text", None), "token_embedding", None)
+    words = tokenizer.tokenizer.get_vocab() if isinstance(tokenizer, open_clip.tokenizer.HFTokenizer) else {}
+    if table is not None and words and (highest := max(words.values())) >= table.num_embeddings:
+        rows = f"its {CONFIG_FILE} has a vocab_size of {table.num_embeddings}"
+        raise ValueError(f"the tokenizer of {name} gives tokens up to {highest}, and {rows}: they do not match")
+
+
 def check_safe(model: str, pretrained: str | None) -> None:
     """Raises ValueError for local weights in pickle form."""
     files = local_weights(model, pretrained)
@@ -172,9 +197,10 @@ def check_safe(model: str, pretrained: str | None) -> None:
 
 def explain(model: str, pretrained: str | None, error: Exception) -> str:
     """One line for weights that could not be had."""
-    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     if model.startswith(LOCAL) or (pretrained and Path(pretrained).is_file()):
-        return f"open_clip could not load {pretrained or model}: {reason}"
+        files = local_weights(model, pretrained)
+        reason = "it holds no weights" if isinstance(error, StopIteration) else one_line(error) or type(error).__name__
+        return f"open_clip could not load {files[0] if len(files) == 1 else model}: {reason}"
     arguments = ", ".join(repr(name) for name in (model, pretrained) if name)
     return (
         f"the weights of open_clip's {arguments} are not in the cache and could not be fetched; with a network, run "

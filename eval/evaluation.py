@@ -45,7 +45,7 @@ from eval.overlap import among, known_captions
 from eval.sampling import Sampler
 from eval.setups import Setup, compile_networks
 from models.cost import count_parameters
-from models.pipeline import check_pipeline, load_pipeline, networks, set_resolution, upcast_vae
+from models.pipeline import check_pipeline, load_pipeline, native_pixels, networks, set_resolution, upcast_vae
 
 log = logging.getLogger("slimstep")
 LONGEST_NAME = 200  # bytes of a model's: steps and guidance scale follow it in names of files
@@ -142,7 +142,7 @@ class EvaluationBench(Bench):
         """The first model's own, where the data leave it open."""
         if self.config.data.resolution is None:
             first = self.loaded(self.models[self.reference])
-            self.config.data.resolution = first.unet.config.sample_size * first.vae_scale_factor
+            self.config.data.resolution = native_pixels(first)
 
     def options_of(self, where: str) -> dict[str, Any]:
         """How a model is loaded: as `model` says, where it is that one; other models share but the way of reading.
@@ -156,7 +156,8 @@ class EvaluationBench(Bench):
     def loaded(self, where: str) -> DiffusionPipeline:
         """A pipeline as it was handed over, its own scheduler included, at the resolution that is asked for."""
         pipeline = load_pipeline(where, **self.options_of(where))
-        if pixels := self.asked_resolution:
+        pixels = self.asked_resolution or native_pixels(pipeline)
+        if self.asked_resolution:
             check_size(pipeline, pixels, pixels)
             set_resolution(pipeline, pixels)
         upcast_vae(pipeline)

@@ -18,9 +18,10 @@ from data.progress import progress
 from data.seeding import generator
 from engine.sections.pruning import LatencyConfig
 from eval.graphs import CannotCaptureError, CapturedCall
-from models.cost import NUM_TOKENS, unet_inputs
+from models.cost import NUM_TOKENS, latent_side, unet_inputs
 from models.unet import PrunableUNet2DConditionModel
 
+WAY = "latency.latent_size=N"
 log = logging.getLogger("slimstep")
 
 
@@ -65,7 +66,7 @@ def forward_call(unet: PrunableUNet2DConditionModel, config: LatencyConfig) -> C
 
     Raises CannotCaptureError where it is to be a CUDA graph and cannot.
     """
-    size, draw = config.latent_size or unet.config.sample_size, generator("latency", config.seed)
+    size, draw = config.latent_size or latent_side(unet, WAY), generator("latency", config.seed)
     inputs = unet_inputs(unet, size, config.batch, config.text_length or NUM_TOKENS)
     inputs = tree_map(lambda x: torch.randn(x.shape, generator=draw).to(unet.device, unet.dtype), inputs)
     inputs["timestep"] = torch.full((config.batch,), 500, device=unet.device)

@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from contextlib import redirect_stdout
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +34,11 @@ class PickScore:
         try:
             self.model, told = CLIPModel.from_pretrained(model, output_loading_info=True)
             self.processor = AutoProcessor.from_pretrained(processor)
-        except (OSError, ValueError) as error:
-            way = "download both once without HF_HUB_OFFLINE=1, or give folders"
+        except Exception as error:  # readers of damaged files raise whatever they stumble over
             said = one_line(error)[:160]
+            if Path(model).is_dir():
+                raise ValueError(f"PickScore: {model} or {processor} cannot be read: {said}") from error
+            way = "download both once without HF_HUB_OFFLINE=1, or give folders"
             raise ValueError(f"PickScore: {model} or {processor} is not in the hub cache: {way} ({said})") from error
         if absent := sorted(told["missing_keys"]):
             raise ValueError(f"PickScore: {model} is no CLIP model with its weights: {absent[0]} … are absent")
@@ -73,7 +76,7 @@ class ImageReward:
         try:
             with redirect_stdout(sys.stderr):  # it prints; our last line on stdout is JSON
                 self.model = library.load(model, device=str(device), med_config=med_config)
-        except (OSError, RuntimeError, ValueError) as error:
+        except Exception as error:  # as above
             way = "give the files ImageReward.pt and med_config.json of huggingface.co/THUDM/ImageReward"
             raise ValueError(f"ImageReward: {model} cannot be loaded ({one_line(error)[:160]}): {way}") from error
 

@@ -15,7 +15,7 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from PIL import Image
 
 from data.seeding import generator, seed_of
-from models.pipeline import quiet
+from models.pipeline import native_pixels, quiet
 
 TASKS = ("txt2img", "img2img", "inpaint", "controlnet", "two_controlnets")
 STRENGTH = 0.75  # of img2img and inpaint: the share of the steps that are taken
@@ -30,7 +30,7 @@ def task_pipeline(pipeline: DiffusionPipeline, task: str, batch: int) -> tuple[D
     """
     if task not in TASKS:
         raise ValueError(f"task {task!r} is unknown; choose from {TASKS}")
-    size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
+    size = native_pixels(pipeline)
     pictures = [random_picture(size, index) for index in range(batch)]
     with quiet():
         if task == "txt2img":

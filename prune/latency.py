@@ -22,6 +22,7 @@ from data.seeding import generator
 from engine.environment import cpu_name
 from engine.sections.pruning import LatencyConfig
 from eval.latency import (
+    WAY,
     affordable,
     forward_call,
     interleaved_ms,
@@ -31,6 +32,7 @@ from eval.latency import (
     timed_copy,
     warm_up_ms,
 )
+from models.cost import latent_side
 from models.unet import PrunableUNet2DConditionModel
 
 
@@ -80,7 +82,7 @@ def latency_table(unet: PrunableUNet2DConditionModel, config: LatencyConfig, dev
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "dtype": config.dtype,
         "batch": config.batch,
-        "latent_size": config.latent_size or unet.config.sample_size,
+        "latent_size": config.latent_size or latent_side(unet, WAY),
         "mode": "compiled" if config.compile else "eager",
         "threads": 1 if device.type == "cpu" else None,
         "torch": torch.__version__,

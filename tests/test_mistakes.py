@@ -13,10 +13,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from tests.mistakes import told
-from tests.tiny import tiny_pipeline
+from tests.tiny import tiny_pipeline, tiny_tokenizer
 
 JOB = [
     "+experiment=prune_unet", "search.rounds=1", "train.steps=3", "train.batch_size=4", "recovery.train.steps=3",
@@ -109,6 +109,12 @@ PRUNING = {
     "encoding nothing at a time": (["data.cache.batch_size=0"], r"data.cache: batch_size=0 must be at least 1"),
     "more threads than cores": (["threads=100000"], r"threads=100000, but there are \d+ cores"),
     "a damaged tokenizer": (["model=path", "model.name_or_path={untold}"], r"untold.*damaged"),
+    "an index that is a list": (["model.name_or_path={listed}"], "model_index.json must hold a table, and holds"),
+    "a text encoder of other names": (["model.name_or_path={renamed}"], "text_encoder/model.safetensors lacks"),
+    "more tokens than embeddings": (["model.name_or_path={wordy}"], "tokenizer/ gives .*text_encoder/config.json has"),
+    "a torn scorer": (["scorer.model=local-dir:{torn_clip}"], "torn_clip/open_clip_model.safetensors: .*header"),
+    "a LoHa": (["model.loras=[{path: '{loha}'}]"], "loha.safetensors cannot be fused: it is a LoHa"),
+    "a rectangle": (["model.name_or_path={wide}", "data.resolution=null"], r"sample_size=\[8, 16\].*resolution=P"),
     "a dtype of eight bits": (["model.dtype=float8"], r"model.dtype='float8': .*'float16' or 'bfloat16'"),
     "an unknown scheduler": (["model.scheduler=dpm++"], r"scheduler='dpm\+\+' is unknown; .* dpmsolver\+\+,.*unipc"),
     "a variant that is not there": (["model.variant=fp16"], r"has no weights of variant=fp16: choose null"),
@@ -190,7 +196,7 @@ def places(tmp_path_factory, tiny_pipeline_folder, tiny_clip_folder):
     (root / "missing/00.png").unlink()
     for i in range(5):  # some of them fall into the training split
         (root / f"corrupt/{i:02d}.png").write_bytes((root / f"corrupt/{i:02d}.png").read_bytes()[:40])
-    for name in ("pickles", "incomplete", "torn", "garbled", "untold"):
+    for name in ("pickles", "incomplete", "torn", "garbled", "untold", "listed", "renamed", "wordy", "wide"):
         shutil.copytree(tiny_pipeline_folder, root / name)
     weights = root / "pickles/unet/diffusion_pytorch_model.safetensors"
     weights.unlink()
@@ -200,6 +206,18 @@ def places(tmp_path_factory, tiny_pipeline_folder, tiny_clip_folder):
     torn.write_bytes(torn.read_bytes()[:1000])
     (root / "garbled/unet/config.json").write_text("{")
     (root / "untold/tokenizer/tokenizer.json").write_text("{")
+    (root / "listed/model_index.json").write_text("[]")
+    texts = root / "renamed/text_encoder/model.safetensors"
+    save_file({f"my.{key}": value for key, value in load_file(texts).items()}, texts, {"format": "pt"})
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens(["photograph"])
+    tokenizer.save_pretrained(root / "wordy/tokenizer")
+    config = json.loads((root / "wide/unet/config.json").read_text())
+    (root / "wide/unet/config.json").write_text(json.dumps(config | {"sample_size": [8, 16]}))
+    shutil.copytree(tiny_clip_folder, root / "torn_clip")
+    torn_clip = root / "torn_clip/open_clip_model.safetensors"
+    torn_clip.write_bytes(torn_clip.read_bytes()[:-20])
+    save_file({"lora_unet_mid_block_resnets_0_conv1.hada_w1_a": torch.zeros(1)}, root / "loha.safetensors")
     shutil.copytree(tiny_clip_folder, root / "pickled")
     save_file({"weight": torch.zeros(1)}, root / "weights.safetensors")
     wide = tiny_pipeline().vae.config

@@ -1,13 +1,17 @@
 """The CLIP score is open_clip's, and says which one."""
 
+import json
 import logging
+import shutil
 
 import open_clip
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from eval.clip import CLOSEST_MSE, PSNR_ROWS, ClipScorer, psnr
+from tests.tiny import tiny_tokenizer
 
 PROMPTS = ("a red circle", "a blue square above a green star", "two yellow triangles", "a small red star")
 
@@ -109,6 +113,51 @@ def test_a_folder_without_weights_is_not_scored_with_random_ones(tiny_clip_folde
     (tmp_path / "open_clip_config.json").write_text((tiny_clip_folder / "open_clip_config.json").read_text())
     with pytest.raises(ValueError, match=f"could not load local-dir:{tmp_path}"):
         ClipScorer(f"local-dir:{tmp_path}")
+
+
+DAMAGES = {
+    "torn": (lambda file: file.write_bytes(file.read_bytes()[:-20]), "Error while deserializing header"),
+    "empty": (lambda file: file.write_bytes(b""), "Error while deserializing header"),
+    "without weights": (lambda file: save_file({}, file), "it holds no weights"),
+    "renamed": (lambda file: save_file({f"my.{key}": value for key, value in load_file(file).items()}, file),
+                'Missing key.*"positional_embedding"'),
+    "half": (lambda file: save_file(dict(list(load_file(file).items())[1:]), file), 'Missing key.*"ln_final.bias"'),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", DAMAGES)
+def test_a_damaged_scorer_is_one_short_line_that_names_file_and_key(tiny_clip_folder, tmp_path, case):
+    damage, message = DAMAGES[case]
+    folder = shutil.copytree(tiny_clip_folder, tmp_path / "clip")
+    damage(folder / "open_clip_model.safetensors")
+    with pytest.raises(ValueError, match=f"could not load .*open_clip_model.safetensors: .*{message}") as error:
+        ClipScorer(f"local-dir:{folder}")
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700 + len(str(folder))
+
+
+@pytest.mark.parametrize("text", ["[]", "null", "{", "{}", '{"model_cfg": []}', '{"model_cfg": {"embed_dim": 16}}', ""])
+def test_a_scorers_configuration_that_is_none_is_named(tiny_clip_folder, tmp_path, text):
+    folder = shutil.copytree(tiny_clip_folder, tmp_path / "clip")
+    (folder / "open_clip_config.json").write_text(text)
+    with pytest.raises(ValueError, match="clip/open_clip_config.json describes no model"):
+        ClipScorer(f"local-dir:{folder}")
+
+
+def test_a_scorers_tokenizer_of_more_words_than_it_knows_is_refused(tiny_clip_folder, tmp_path):
+    folder = shutil.copytree(tiny_clip_folder, tmp_path / "clip")
+    tokenizer = tiny_tokenizer()
+    tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["model_cfg"]["text_cfg"] |= {"vocab_size": len(tokenizer), "hf_tokenizer_name": str(folder)}
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    weights = load_file(folder / "open_clip_model.safetensors")
+    weights["token_embedding.weight"] = weights["token_embedding.weight"][: len(tokenizer)].clone()
+    save_file(weights, folder / "open_clip_model.safetensors")
+    ClipScorer(f"local-dir:{folder}")
+    tokenizer.add_tokens(["photograph"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ValueError, match="gives tokens up to 55, and its open_clip_config.json has a vocab_size of 55"):
+        ClipScorer(f"local-dir:{folder}")
 
 
 def test_open_clip_says_nothing_on_the_root_logger(tiny_clip_folder, caplog):

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -130,6 +131,13 @@ def test_a_package_that_does_not_import_is_one_line(monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(ValueError, match="image-reward cannot be imported .*no_longer_there.*leave this"):
         ImageReward()
+
+
+def test_a_torn_folder_is_one_line_that_says_it_cannot_be_read(pick_folder, tmp_path):
+    folder = shutil.copytree(pick_folder, tmp_path / "pick")
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-20])
+    with pytest.raises(ValueError, match="PickScore: .*pick or .* cannot be read: .*header"):
+        PickScore(str(folder), str(folder))
 
 
 def test_a_folder_that_is_no_clip_is_not_scored_with_random_weights(tiny_pipeline_folder, pick_folder):

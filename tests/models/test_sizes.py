@@ -1,0 +1,86 @@
+"""Sizes that configurations say in other ways: a list, or nothing."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from models.pipeline import load_pipeline, native_pixels, set_resolution
+from models.quiet import quiet
+from tests.models.conftest import paint
+from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
+
+MAKERS = {"sd": tiny_pipeline, "sdxl": tiny_sdxl_pipeline}
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("sizes")
+    with quiet():
+        for name, make in MAKERS.items():
+            make().save_pretrained(root / name)
+    return root
+
+
+@pytest.fixture
+def sized(folders, tmp_path):
+    """A copy of a model with another sample_size in UNet or VAE."""
+
+    def make(name, **sizes):
+        folder = shutil.copytree(folders / name, tmp_path / name, dirs_exist_ok=True)
+        for part, size in sizes.items():
+            config = folder / part / "config.json"
+            config.write_text(json.dumps(json.loads(config.read_text()) | {"sample_size": size}))
+        return folder
+
+    return make
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("sizes", [{"unet": [8, 8]}, {"vae": [16, 16]}, {"unet": None, "vae": [16, 16]}])
+def test_a_square_said_otherwise_is_the_same_model(sized, folders, name, sizes):
+    loaded, plain = load_pipeline(sized(name, **sizes)), load_pipeline(folders / name)
+    assert native_pixels(loaded) == native_pixels(plain) == 16
+    assert loaded.unet.config.sample_size == 8 and loaded.vae.config.sample_size == 16
+    assert torch.equal(paint(loaded, height=None, width=None), paint(plain, height=None, width=None))
+
+
+@pytest.mark.parametrize("name", MAKERS)
+@pytest.mark.parametrize("sizes", [{"unet": [8, 16]}, {"unet": None, "vae": [16, 32]}, {"vae": [16, 32]}])
+def test_a_rectangle_is_asked_for_a_square_and_draws_that(sized, folders, name, sizes):
+    loaded = load_pipeline(sized(name, **sizes))
+    if "unet" in sizes:
+        with pytest.raises(ValueError, match=r"unet/config.json has .*sample_size.*data.resolution=PIXELS says which"):
+            native_pixels(loaded)
+    plain = load_pipeline(folders / name)
+    for pipeline in (loaded, plain):
+        set_resolution(pipeline, 32)
+    images = paint(loaded, height=None, width=None)
+    assert images.shape[-2:] == (32, 32) and torch.equal(images, paint(plain, height=None, width=None))
+
+
+@pytest.mark.parametrize("size", ["8", 0, -8, 8.5, True, [8], [8, 8, 8], ["8", "8"], {}])
+def test_what_is_no_size_is_told_by_its_file(sized, size):
+    with pytest.raises(ValueError, match=r"unet/config.json has sample_size=.*a number or \[height, width\]"):
+        load_pipeline(sized("sd", unet=size))
+
+
+JOBS = {
+    "latency_table": ["latency.iterations=2", "latency.additive_samples=1"],
+    "evaluate": ["eval.prompts=2", "eval.steps=1", "eval.pictures=1"],
+}
+
+
+@pytest.mark.parametrize("job", JOBS)
+def test_jobs_run_at_a_listed_size_and_ask_for_a_square(sized, tiny_clip_folder, tmp_path, leave, job):
+    def run(**sizes):
+        model = [f"model.name_or_path={sized('sd', **sizes)}", f"scorer.model=local-dir:{tiny_clip_folder}"]
+        words = [*JOBS[job], "data.pairs.size=4"]
+        return leave(f"+experiment={job}", "model=path", *model, *words, f"name={job}{len(str(sizes))}")
+
+    code, said = run(unet=[8, 16])
+    assert code == 1 and "error: " in said and "has sample_size=[8, 16], and only squares" in said
+    assert "says which" in said
+    for sizes in ({"unet": [8, 8]}, {"unet": None}):
+        assert run(**sizes)[0] == 0
