@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GRACE_S = 20  # for a stopped part to leave
 Part = tuple[str, list[str], str]  # name, command, a pattern of where its JSON is afterwards
 QUICK_ROWS = [
-    "benchmark.rows=[{name: vanilla, attention: vanilla}, {name: TF32, dtype: tf32}, {name: SDPA, attention: sdpa}, "
+    "benchmark.rows=[{name: vanilla, attention: vanilla}, {name: TF32, dtype: tf32}, "
     "{name: 2 steps, model: few_steps, steps: 2}, {name: pruned UNet, model: pruned}, "
     "{name: narrow decoder, vae: narrow}, {name: captured, capture: true}]"
 ]
