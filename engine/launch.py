@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from engine.checked import CONFIGS, MISTAKES, ROOT, checked_config, run_path
 from engine.preemption import CONTINUE_ME, leave_on_sigterm, was_preempted
 from engine.tested import outside_the_tested_set
-from models.quiet import one_line
+from models.quiet import bounded, one_line
 
 MULTIRUN = {"-m", "--multirun"}
 log = logging.getLogger("slimstep")
@@ -153,7 +153,7 @@ def explain(error: Exception, overrides: list[str]) -> str:
 def fail(message: str) -> None:
     """Leaves with exit code 1; an empty message is for the ranks whose neighbour says the same."""
     if message:
-        print(f"error: {message}", file=sys.stderr)
+        print(f"error: {bounded(message)}", file=sys.stderr)
     sys.exit(1)
 
 
@@ -163,7 +163,7 @@ def start(config: DictConfig) -> int:
         list_experiments()
         given = HydraConfig.get().overrides.task
         if given:
-            print(f"error: {' '.join(given)} names no experiment; add +experiment=NAME", file=sys.stderr)
+            print(f"error: {bounded(' '.join(given))} names no experiment; add +experiment=NAME", file=sys.stderr)
         return int(bool(given))
     try:
         checked = checked_config(config)

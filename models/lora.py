@@ -31,8 +31,8 @@ class LoraFit:
 def fuse_lora(pipeline: DiffusionPipeline, source: str | Path | dict[str, Tensor], scale: float = 1.0) -> LoraFit:
     """Add a LoRA (a file, a folder, a hub id or a state dict) to the pipeline's weights, without what was pruned away.
 
-    Raises ValueError where nothing of it fits the UNet, and it has nothing for the text encoders; for modules of other
-    shapes; and for what read_lora cannot read.
+    Raises ValueError where it is for a network and nothing of that fits; for modules of other shapes; and for what
+    read_lora cannot read.
     """
     with quiet():
         updates = read_lora(pipeline, source)
@@ -49,11 +49,12 @@ def fuse_lora(pipeline: DiffusionPipeline, source: str | Path | dict[str, Tensor
             except ValueError as error:
                 raise ValueError(f"{part}.{own}: {error}") from error
             applied[part].append(own)
-    unet, texts = applied.pop("unet", None), sum(map(len, applied.values()))
-    if unet == [] or not (unet or texts):
-        network = "UNet" if unet == [] else "model"
+    unfit = [part for part, paths in applied.items() if not paths and getattr(pipeline, part, None) is not None]
+    if unfit or not any(applied.values()):
+        network = unfit[0].replace("unet", "UNet") if unfit else "model"
         raise ValueError(f"it has no weights for this {network}; it adapts {preview(left_out)}")
-    return LoraFit(tuple(sorted(unet or ())), tuple(sorted(left_out)), texts)
+    texts = sum(len(paths) for part, paths in applied.items() if part != "unet")
+    return LoraFit(tuple(sorted(applied.get("unet", ()))), tuple(sorted(left_out)), texts)
 
 
 def fuse_loras(pipeline: DiffusionPipeline, loras: Sequence[Mapping[str, Any]]) -> None:

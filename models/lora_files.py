@@ -26,6 +26,7 @@ log = logging.getLogger("slimstep")
 PARTS = ("unet", "text_encoder", "text_encoder_2")
 KOHYA = ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_")
 PEFT_PREFIX, PEFT_CONFIG, EMBEDDING = "base_model.model.", "adapter_config.json", "bundle_emb."
+USUAL = [f"{name}.{ending}" for ending in ("safetensors", "bin") for name in ("pytorch_lora_weights", "adapter_model")]
 PLAIN = dict.fromkeys(("weight_name", "local_files_only", "cache_dir", "force_download", "proxies", "token", "revision",
                        "subfolder", "user_agent"))  # fmt: skip
 KINDS = {
@@ -53,13 +54,15 @@ class LowRank:
     magnitude: Tensor | None = None
 
     def added_to(self, weight: Tensor, scale: float) -> Tensor:
-        """The new weight, computed in float32, in the weight's dtype. Raises ValueError for one of another shape."""
+        """The new weight, computed in float32, in the weight's dtype. ValueError for another shape, and for NaNs."""
         if not self.fits(weight):
             shapes = f"{tuple(self.up.shape)} times {tuple(self.down.shape)}"
             raise ValueError(f"its weights are {tuple(weight.shape)}, the LoRA's {shapes}: it is for another model")
         sum_OI = weight.float().flatten(1) + scale * self.up.float().flatten(1) @ self.down.float().flatten(1)
         if self.magnitude is not None:
             sum_OI *= self.magnitude.float().view(-1, 1) / sum_OI.norm(dim=1, keepdim=True)
+        if not sum_OI.isfinite().all():
+            raise ValueError("the sum of its weights and the LoRA's is not finite")
         return sum_OI.view_as(weight).to(weight.dtype)
 
     def fits(self, weight: Tensor) -> bool:
@@ -96,15 +99,25 @@ def part_folders(source: str | Path | dict[str, Tensor]) -> dict[str, Path]:
 
 def stored_in(source: str | Path | dict[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Its tensors, and what is said of them: by the file's metadata, or by PEFT's configuration in the same folder."""
+    if not isinstance(source, dict) and Path(source).is_dir():
+        source = file_in(Path(source))
     stored, metadata = _fetch_state_dict(source, use_safetensors=True, allow_pickle=True, **PLAIN)
     if not isinstance(source, dict) and any(key.startswith(PEFT_PREFIX) for key in stored):
-        metadata = peft_config(Path(source))
+        metadata = peft_config(Path(source).with_name(PEFT_CONFIG))
     return dict(stored), metadata or {}
 
 
-def peft_config(source: Path) -> dict[str, Any]:
+def file_in(folder: Path) -> Path:
+    """The file of weights in a folder. ValueError where there is none, or several without a usual name."""
+    files = sorted(path for path in folder.iterdir() if path.suffix in (".safetensors", ".bin", ".pt"))
+    usual = [path for name in USUAL for path in files if path.name == name]
+    if not usual and len(files) != 1:
+        raise ValueError(f"it holds {preview(path.name for path in files) or 'no file of weights'}: name the one file")
+    return (usual or files)[0]
+
+
+def peft_config(file: Path) -> dict[str, Any]:
     """Raises ValueError where it is not there: nothing else tells alpha."""
-    file = (source if source.is_dir() else source.parent) / PEFT_CONFIG
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
@@ -138,7 +151,10 @@ def is_kohya(stored: Mapping[str, Tensor]) -> bool:
 def kohya_named(pipeline: DiffusionPipeline, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Kohya's weights in the names of WEIGHT, α/r in B: diffusers does not find modules of alphas unlike the most."""
     bare = {key.replace("_base_model_model_", "_"): value for key, value in stored.items()}
-    weights, alphas = pipeline.lora_state_dict(bare, unet_config=pipeline.unet.config)
+    try:
+        weights, alphas = pipeline.lora_state_dict(bare, unet_config=pipeline.unet.config)
+    except KeyError as error:
+        raise ValueError(f"it lacks {error.args[0]}, the other half of a pair") from error
     for key in [key for key in weights if key.endswith(".down.weight")]:
         alpha = (alphas or {}).get(f"{key.split('.lora.')[0]}.alpha")  # as diffusers names it
         if alpha is not None:
@@ -175,6 +191,8 @@ def part_of(pipeline: DiffusionPipeline, weights: Mapping[str, Tensor]) -> str:
     """The network for which weights without its name are, by their paths and, of two text encoders, by their shapes."""
     if any(OF_UNET.match(key) for key in weights):
         return "unet"
+    if not any("lora" in key for key in weights):
+        raise ValueError(f"it is no LoRA that can be read: it holds {preview(weights)}")
     fitting = []
     for part in PARTS[1:]:
         if (network := getattr(pipeline, part, None)) is not None:

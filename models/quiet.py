@@ -7,10 +7,15 @@ from logging import CRITICAL
 
 LINE, HEAD, SHOWN, NAME = 600, 420, 3, 100  # characters; characters; names; characters
 
+
 def one_line(error: Exception) -> str:
-    """What an error says, in a line of at most 600 characters: of a longer one the beginning, and the end with the way
-    out. The whole text is in the exception."""
-    text = " ".join(str(error).split())
+    """What an error says, in a bounded line. The whole text is in the exception."""
+    return bounded(str(error))
+
+
+def bounded(text: str) -> str:
+    """A line of at most 600 characters: of a longer one the beginning, and the end with the way out."""
+    text = " ".join(text.split())
     if len(text) <= LINE:
         return text
     cut = " […] "

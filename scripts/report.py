@@ -7,6 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.console import open_console
+from models.quiet import one_line
 
 
 def main() -> int:
@@ -25,7 +26,7 @@ def main() -> int:
     try:
         print(report(options.runs, options.out, options.pages))
     except (OSError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     print(Path(options.out).resolve() / "report.html")
     return 0

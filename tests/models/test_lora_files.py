@@ -193,6 +193,9 @@ def test_pefts_other_kinds_and_beginnings_are_named(pipeline, tmp_path):
     (lambda w: {f"model.diffusion_model.{key}": v for key, v in w.items()}, "does not say for which network|no LoRA"),
     (lambda w: {"bundle_emb.x.clip_l": torch.ones(1)}, "it is empty"),
     (lambda w: {key: v[:, :1].clone() for key, v in w.items()}, r"unet\..*its weights are .*: it is for another model"),
+    (lambda w: {key: v * float("nan") for key, v in w.items()}, "the sum of its weights and the LoRA's is not finite"),
+    (lambda w: w | {f"text_encoder.encoder.layers.9.mlp.fc1.lora_{n}.weight": torch.ones(2, 2) for n in "AB"},
+     "no weights for this text_encoder; it adapts text_encoder.encoder.layers.9.mlp.fc1"),
     (lambda w: {f"unet.there_is.none.{key}": v for key, v in w.items()}, "no weights for this UNet; it adapts .* more"),
 ])  # fmt: skip
 def test_what_is_no_lora_for_this_model_is_one_bounded_line(pipeline, tmp_path, damage, message):
@@ -200,6 +203,16 @@ def test_what_is_no_lora_for_this_model_is_one_bounded_line(pipeline, tmp_path, 
     with pytest.raises(ValueError, match=message) as caught:
         fuse_loras(pipeline, [{"path": str(tmp_path / "bad.safetensors")}])
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 700 + len(str(tmp_path))
+
+
+def test_of_a_folder_with_several_files_none_is_taken_by_chance(pipeline, tmp_path):
+    loras = of_parts(pipeline, ["unet"])
+    for name in ("one", "two"):
+        save_file({f"unet.{key}": value for key, value in loras["unet"].items()}, tmp_path / f"{name}.safetensors")
+    with pytest.raises(ValueError, match="it holds one.safetensors, two.safetensors: name the one file"):
+        fuse_loras(pipeline, [{"path": str(tmp_path)}])
+    (tmp_path / "two.safetensors").rename(tmp_path / "pytorch_lora_weights.safetensors")
+    assert_fused(pipeline, tmp_path, loras, {"lora_alpha": 2})
 
 
 def test_a_lora_is_fused_without_peft(pipeline, tmp_path, monkeypatch):
