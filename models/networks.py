@@ -36,6 +36,8 @@ def load_networks(name_or_path: str | Path, index: Mapping[str, Any], skipped: I
         raise ValueError(f"it lacks {lacking[0]}/config.json")  # transformers would take a configuration's defaults
     if "vae" in networks:
         fields = AutoencoderKL.load_config(name_or_path, subfolder="vae")
+        if "sample_size" in fields and fields["sample_size"] is None:
+            raise ValueError("vae/config.json has sample_size=null, with which diffusers makes none: write its pixels")
         if fields.get("_class_name") == NarrowAutoencoderKL.__name__:
             kinds["vae"] = NarrowAutoencoderKL
     return {part: load_network(name_or_path, part, kinds[part], **options) for part in networks if kinds[part]}

@@ -84,3 +84,9 @@ def test_jobs_run_at_a_listed_size_and_ask_for_a_square(sized, tiny_clip_folder,
     assert "says which" in said
     for sizes in ({"unet": [8, 8]}, {"unet": None}):
         assert run(**sizes)[0] == 0
+
+
+def test_a_vae_of_no_size_is_told_what_to_write(sized):
+    """Stock diffusers ends in a TypeError there."""
+    with pytest.raises(ValueError, match="vae/config.json has sample_size=null, .*write its pixels"):
+        load_pipeline(sized("sd", vae=None))
