@@ -93,9 +93,8 @@ class VaeBench(Bench):
             raise ValueError("latency.iterations=1: a ratio is told with its quartiles, of 2 timings and more")
         self.check_inputs()
         if len(self.heldout_pairs) < 2:
-            raise ValueError(
-                f"the data hold {len(self.heldout_pairs)} held-out images; a decoder is judged on 2 and more"
-            )
+            told = f"the data hold {len(self.heldout_pairs)} held-out images; a decoder is judged on 2 and more"
+            raise ValueError(f"{told}: a higher data.heldout_fraction")
         if self.trains_on_prompts:
             _ = self.training_prompts
 
@@ -185,7 +184,8 @@ class VaeBench(Bench):
             if len(images) == count:
                 break
         if len(images) < 2:
-            raise ValueError(f"{len(images)} held-out images can be read; a decoder is judged on 2 and more")
+            told = f"{len(images)} held-out images can be read; a decoder is judged on 2 and more"
+            raise ValueError(f"{told}: repair them, or a higher data.heldout_fraction")
         images_P3HW = torch.stack(images)
         latents = [
             encode_images(self.pipeline, batch, self.device)["latents"].float().cpu()
