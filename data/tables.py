@@ -122,15 +122,30 @@ def tsv_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """("line 2", {…}) of a .tsv file with a header: every line is a row (IANA, text/tab-separated-values).
 
     A field in quotes is read as CSV writers mean it, where the line's fields are then as many as the header's; any
-    other quote is a letter.
+    other quote is a letter. Raises ValueError where a line lacks fields and it, or the one before, opens a quote: a
+    text of several lines, as a .csv may have.
     """
     lines = read_text(path).replace("\r\n", "\n").replace("\r", "\n").split("\n")
-    header: list[str] = []
+    header, before = [], ""
     for number, line in enumerate(lines, 1):
         if not header:
             header = checked_header(unquoted(line, 0), path) if line else []
         elif line:
-            yield f"line {number}", as_row(unquoted(line, len(header)), header, path, number)
+            fields = unquoted(line, len(header))
+            if len(fields) < len(header) and (opens_quote(line) or opens_quote(before)):
+                told = f"{path}, line {number} has fewer fields than the header, and a quote is open"
+                raise ValueError(f"{told}: a row of a .tsv is one line; texts of several lines need a .csv")
+            yield f"line {number}", as_row(fields, header, path, number)
+        before = line
+
+
+def opens_quote(line: str) -> bool:
+    """Whether a field of a line begins with a quote that is not closed in the line."""
+    try:
+        list(csv.reader([line], delimiter="\t", strict=True))
+    except csv.Error as error:
+        return "end of data" in str(error)
+    return False
 
 
 def unquoted(line: str, width: int) -> list[str]:

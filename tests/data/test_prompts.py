@@ -118,6 +118,10 @@ def test_a_tsv_in_the_layout_of_published_prompt_sets_is_read(tmp_path):
     rows = ["Prompt\tCategory\tNote", '"tall" letters\tText\t', "a \"bear\"\tAnimals\tsays \"hi", "x\tAbstract"]
     (tmp_path / "parti.tsv").write_text("\n".join(rows) + "\n\n")
     assert read_prompts(tmp_path / "parti.tsv").prompts == ('"tall" letters', 'a "bear"', "x")
+    for line, content in ((2, 'caption\tid\n"two\nlines"\t1\n'), (3, 'id\tcaption\n1\t"two\nlines"\n')):
+        (tmp_path / "lines.tsv").write_text(content)
+        with pytest.raises(ValueError, match=f"line {line} has fewer fields .* a row of a .tsv is one line"):
+            read_prompts(tmp_path / "lines.tsv")
     (tmp_path / "tabs.tsv").write_text("caption\tid\na\tb\t1\n")
     with pytest.raises(ValueError, match="tabs.tsv, line 2 has more fields than the header"):
         read_prompts(tmp_path / "tabs.tsv")
