@@ -13,6 +13,8 @@ from engine.launch import check_overrides, named_by_what_is_swept
 from engine.names import disk_name
 from engine.preemption import Preempted, was_preempted
 
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
+
 
 @pytest.mark.parametrize(
     ("words", "left_out"),
@@ -25,6 +27,9 @@ from engine.preemption import Preempted, was_preempted
 )
 def test_jobs_of_a_sweep_are_named_by_what_is_swept(words, left_out):
     assert named_by_what_is_swept(words) == [f"hydra.job.config.override_dirname.exclude_keys=[{left_out}]"]
+
+
+SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 
 
 @pytest.mark.parametrize(
@@ -101,3 +106,13 @@ def test_the_command_line_answers_without_torch():
     code = f"import sys, engine.launch; print([name for name in '{heavy}'.split() if name in sys.modules])"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert loaded.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("script", [path.name for path in SCRIPTS if "__main__" in path.read_text()])
+def test_scripts_tell_their_options_without_torch(script):
+    code = (f"import sys, runpy; sys.argv = [{script!r}, '--help']\n"
+            f"try: runpy.run_path('scripts/{script}', run_name='__main__')\n"
+            "except SystemExit: pass\n"
+            "print('torch' in sys.modules)")  # fmt: skip
+    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert len(told) > 200 and told.splitlines()[-1] == "False"
