@@ -1,7 +1,7 @@
 """In which precision images are sampled and decoded, by networks whose weights are float32."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -40,15 +40,18 @@ def products(tf32: bool) -> Iterator[None]:
         torch.backends.cudnn.allow_tf32 = before[1]
 
 
+def products_on(device: torch.device, precision: str) -> AbstractContextManager[None]:
+    """What a precision makes of products on a device; beside bfloat16, what stays float32 is TF32.
+
+    Where there is no TF32 nothing is switched: the switch is the process's, and a CPU's threads draw side by side.
+    """
+    return products(precision != "float32") if has_tf32(device) else nullcontext()
+
+
 @contextmanager
 def computing(precision: str, weights: Tensor) -> Iterator[None]:
     """What a UNet is called in, whose weights are such: half precision weights leave nothing to choose."""
     autocast = precision == "bfloat16" and weights.dtype == torch.float32
     half = torch.autocast(weights.device.type, torch.bfloat16) if autocast else nullcontext()
-    with products(uses_tf32(precision, weights.device)), half:
+    with products_on(weights.device, precision), half:
         yield
-
-
-def uses_tf32(precision: str, device: torch.device) -> bool:
-    """Beside bfloat16, what stays float32 is TF32 where the device has it."""
-    return precision != "float32" and has_tf32(device)

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from data.encoding import finite, rows_at_once
 from data.seeding import generator
 from eval.cpu_parts import can_be_parted, draw_in_parts
-from eval.precision import computing, products, uses_tf32
+from eval.precision import computing, products_on
 from models.conditioning import empty_text_state, text_states
 from models.decoding import has_statistics, statistics, unscaled
 from models.guidance import guidance_embedding, told_guidance_width
@@ -227,7 +227,7 @@ class Sampler:
         mean_std = [self.statistic(k, z_BCHW) for k in range(2)] if has_statistics(self.pipeline) else None
         z_BCHW = unscaled(z_BCHW, vae.config.scaling_factor, mean_std)
         slices = z_BCHW.split(rows_at_once(self.pipeline, *z_BCHW.shape[-2:]))
-        with products(uses_tf32(self.precision, vae.device)):
+        with products_on(vae.device, self.precision):
             return torch.cat([vae.decode(z_bCHW, return_dict=False)[0] for z_bCHW in slices])
 
     def images(
