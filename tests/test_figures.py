@@ -148,6 +148,10 @@ def megabytes(work: str) -> float:
     return rows[-1] - rows[0]
 
 
+def shapes(kind: str, wrong: str) -> float:
+    return load("shapes-model/report.json")["told_apart"][kind][wrong]["accuracy"]
+
+
 CLAIMS = {  # a text of README or of a page of docs: the values in it
     "evolved by slimstep | {:.0f} %": lambda: [share("snapfusion")],
     "cut to the same time | {:.0f} %": lambda: [share("bk_sdm")],
@@ -162,6 +166,14 @@ CLAIMS = {  # a text of README or of a page of docs: the values in it
     "{:.1f} to {:.1f} GB with adafactor": lambda: [
         f(row["peak_gb"] for row in load("full-size-cpu/results.json")["rows"] if row["part"] != "scoring")
         for f in (min, max)],
+    "(n = 1000, seed 1) | {:.3f} |": lambda: [load("shapes-model/report.json")["top1_of_100"]],
+    "| VAE | PSNR of its reconstructions (n = 1000, seed 1) | {:.1f} dB": lambda: [
+        load("shapes-model/report.json")["vae_psnr_db"]],
+    "(n = 118 / 200 / 118, seed 1) | {:.3f} / {:.3f} / {:.3f} |": lambda: [
+        shapes("real", wrong) for wrong in ("swapped colours", "wrong shape", "reversed relation")],
+    "(n = 200 / 118 / 118 / 23) | {:.2f} / {:.2f} / {:.2f} / {:.2f}": lambda: [
+        shapes("guidance 3", wrong)
+        for wrong in ("wrong shape", "swapped colours", "reversed relation", "wrong count")],
     "100,000 samples caching takes {:.0f} MiB more, training {:.0f}": lambda: [megabytes("cache"), megabytes("train")],
 }  # fmt: skip
 
