@@ -24,8 +24,9 @@ from engine.sections.training import StageConfig, TrainConfig
 from eval.bench import Bench
 from eval.overlap import among
 from models.guidance import told_guidance_width, with_told_guidance
-from models.pipeline import export_pipeline, load_pipeline, one_line, set_resolution, with_unet
+from models.pipeline import export_pipeline, load_pipeline, one_line, with_unet
 from models.schedule import NoiseSchedule
+from models.sizes import set_resolution
 from models.unet import PrunableUNet2DConditionModel
 
 log = logging.getLogger("slimstep")

@@ -33,8 +33,9 @@ from eval.overlap import among
 from eval.precision import settled
 from eval.sampling import Sampler
 from models.cost import NUM_TOKENS
-from models.pipeline import native_pixels, networks, set_resolution, upcast_vae
+from models.pipeline import networks, upcast_vae
 from models.schedule import NoiseSchedule
+from models.sizes import native_pixels, set_resolution
 from models.unet import PrunableUNet2DConditionModel
 
 log = logging.getLogger("slimstep")

@@ -45,7 +45,8 @@ from eval.overlap import among, known_captions
 from eval.sampling import Sampler
 from eval.setups import Setup, compile_networks
 from models.cost import count_parameters
-from models.pipeline import check_pipeline, load_pipeline, native_pixels, networks, set_resolution, upcast_vae
+from models.pipeline import check_pipeline, load_pipeline, networks, upcast_vae
+from models.sizes import native_pixels, set_resolution
 
 log = logging.getLogger("slimstep")
 LONGEST_NAME = 200  # bytes of a model's: steps and guidance scale follow it in names of files

@@ -23,7 +23,8 @@ from data.files import write_bytes
 from eval.child import child_result
 from eval.setups import CannotRunError, Setup
 from eval.speed import Subject
-from models.pipeline import load_pipeline, set_resolution, with_unet
+from models.pipeline import load_pipeline, with_unet
+from models.sizes import set_resolution
 
 log = logging.getLogger("slimstep")
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")

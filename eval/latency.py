@@ -18,7 +18,8 @@ from data.progress import progress
 from data.seeding import generator
 from engine.sections.pruning import LatencyConfig
 from eval.graphs import CannotCaptureError, CapturedCall
-from models.cost import NUM_TOKENS, latent_side, unet_inputs
+from models.cost import NUM_TOKENS, unet_inputs
+from models.sizes import latent_side
 from models.unet import PrunableUNet2DConditionModel
 
 WAY = "latency.latent_size=N"

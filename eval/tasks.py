@@ -15,7 +15,8 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from PIL import Image
 
 from data.seeding import generator, seed_of
-from models.pipeline import native_pixels, quiet
+from models.pipeline import quiet
+from models.sizes import native_pixels
 
 TASKS = ("txt2img", "img2img", "inpaint", "controlnet", "two_controlnets")
 STRENGTH = 0.75  # of img2img and inpaint: the share of the steps that are taken

@@ -16,14 +16,6 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def latent_side(unet: UNet2DConditionModel, way: str) -> int:
-    """The side of the square of latents that a UNet makes by itself. ValueError, with a way out, where it has none."""
-    if isinstance(size := unet.config.sample_size, int):
-        return size
-    reason = "has no sample_size" if size is None else f"has sample_size={list(size)}, and only squares can be drawn"
-    raise ValueError(f"unet/config.json {reason}: {way} says which size to take")
-
-
 def count_gflops(unet: UNet2DConditionModel, latent_size: int | None = None, batch: int = 1, tokens: int = NUM_TOKENS):
     """10⁹ floating point operations of one forward; a multiply and an add are two, attention's matmuls included.
 

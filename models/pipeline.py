@@ -4,7 +4,6 @@ import copy
 import functools
 import hashlib
 import json
-import logging
 import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,7 +12,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal
 
-import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
@@ -25,7 +23,6 @@ import models.vae
 from data.files import whole_folder, write_json
 from models.autoencoder import load_vae
 from models.checkpoint import is_single_file
-from models.cost import latent_side
 from models.decoding import has_statistics
 from models.folder import (
     check_folder,
@@ -40,10 +37,10 @@ from models.networks import check_tokenizers, load_networks, without_memory
 from models.quiet import one_line, preview, quiet
 from models.schedulers import scheduler_class, swapped_scheduler
 from models.single_file import check_single_file, load_single_file
+from models.sizes import settle_sizes
 from models.stock import stock_config, to_stock
 from models.vae import NarrowAutoencoderKL
 
-log = logging.getLogger("slimstep")
 DType = Literal["float32", "float16", "bfloat16"]
 
 
@@ -89,47 +86,6 @@ def load_pipeline(
         own_memory(module)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
-
-
-def settle_sizes(pipeline: DiffusionPipeline) -> None:
-    """Makes one number of sizes that UNet and VAE have as [height, width] of a square, and gives a UNet without any its
-    VAE's, with a line of the log.
-
-    Raises ValueError, which names the file, for what is no size. Sizes of rectangles stay: `native_pixels` tells.
-    """
-    for part in ("unet", "vae"):
-        network = getattr(pipeline, part)
-        size = network.config.get("sample_size")
-        sides = size if isinstance(size, (list, tuple)) else [size] * 2
-        if size is not None and (len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides)):
-            raise ValueError(f"{part}/config.json has sample_size={size}, which must be a number or [height, width]")
-        if sides[0] == sides[1]:
-            network.register_to_config(sample_size=sides[0])
-    if pipeline.unet.config.sample_size is None and isinstance(pixels := pipeline.vae.config.get("sample_size"), int):
-        pipeline.unet.register_to_config(sample_size=pixels // pipeline.vae_scale_factor)
-        log.info(f"unet/config.json has no sample_size: the model draws {pixels} px, as its VAE's tells")
-    remember_size(pipeline)
-
-
-def native_pixels(pipeline: DiffusionPipeline) -> int:
-    """The side of the images that a pipeline draws by itself. ValueError where these are no squares."""
-    return latent_side(pipeline.unet, "data.resolution=PIXELS") * pipeline.vae_scale_factor
-
-
-def set_resolution(pipeline: DiffusionPipeline, pixels: int) -> None:
-    """Makes squares of so many pixels what the pipeline draws by itself, also where its model was made for others."""
-    # Without the version a pipeline around weights of before diffusers 0.9 would take their size for a mistake.
-    size, version = pixels // pipeline.vae_scale_factor, diffusers.__version__
-    pipeline.unet.register_to_config(sample_size=size, _diffusers_version=version)
-    remember_size(pipeline)
-
-
-def remember_size(pipeline: DiffusionPipeline) -> None:
-    """Tells a pipeline the size in its UNet's config, as far as its class took it down when it was made."""
-    size = pipeline.unet.config.sample_size
-    for name, value in {"default_sample_size": size, "_is_unet_config_sample_size_int": isinstance(size, int)}.items():
-        if hasattr(pipeline, name):
-            setattr(pipeline, name, value)
 
 
 def upcast_vae(pipeline: DiffusionPipeline) -> None:

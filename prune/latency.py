@@ -32,7 +32,7 @@ from eval.latency import (
     timed_copy,
     warm_up_ms,
 )
-from models.cost import latent_side
+from models.sizes import latent_side
 from models.unet import PrunableUNet2DConditionModel
 
 

@@ -10,7 +10,8 @@ from omegaconf import OmegaConf
 
 from distill.bench import DistillBench
 from eval.bench import Bench
-from models.pipeline import set_resolution, with_unet
+from models.pipeline import with_unet
+from models.sizes import set_resolution
 from models.unet import PrunableUNet2DConditionModel
 from tests.tiny import tiny_pipeline, tiny_unet
 

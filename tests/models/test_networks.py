@@ -71,6 +71,13 @@ def test_a_network_without_all_its_weights_is_refused_by_file_and_key(copied, pa
     assert ("it holds module." in message) == (damage == "renamed")
 
 
+def test_a_unet_that_was_saved_with_a_lora_attached_is_told_so(copied):
+    """PEFT calls what an adapter wraps `base_layer`."""
+    file = copied / "unet/diffusion_pytorch_model.safetensors"
+    rewrite(file, lambda w: {key.replace(".to_q.weight", ".to_q.base_layer.weight"): v for key, v in w.items()})
+    refusal(copied, "unet/.*safetensors lacks .*to_q.weight.*, as one that was saved with a LoRA attached")
+
+
 @pytest.mark.parametrize("part", ["safety_checker", "controlnet"])
 def test_a_network_beside_the_usual_ones_is_looked_at_too(tmp_path, part):
     pipeline = tiny_pipeline()

@@ -1,0 +1,57 @@
+"""The size that a pipeline draws by itself, however its configurations say it: elsewhere one number, of squares."""
+
+import logging
+
+import diffusers
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+
+log = logging.getLogger("slimstep")
+
+
+def latent_side(unet: UNet2DConditionModel, way: str) -> int:
+    """The side of the square of latents that a UNet makes by itself. ValueError, with a way out, where it has none."""
+    if isinstance(size := unet.config.sample_size, int):
+        return size
+    reason = "has no sample_size" if size is None else f"has sample_size={list(size)}, and only squares can be drawn"
+    raise ValueError(f"unet/config.json {reason}: {way} says which size to take")
+
+
+def settle_sizes(pipeline: DiffusionPipeline) -> None:
+    """Makes one number of sizes that UNet and VAE have as [height, width] of a square, and gives a UNet without any its
+    VAE's, with a line of the log.
+
+    Raises ValueError, which names the file, for what is no size. Sizes of rectangles stay: `native_pixels` tells.
+    """
+    for part in ("unet", "vae"):
+        network = getattr(pipeline, part)
+        size = network.config.get("sample_size")
+        sides = size if isinstance(size, (list, tuple)) else [size] * 2
+        if size is not None and (len(sides) != 2 or not all(type(side) is int and side > 0 for side in sides)):
+            raise ValueError(f"{part}/config.json has sample_size={size}, which must be a number or [height, width]")
+        if size is not None and sides[0] == sides[1]:
+            network.register_to_config(sample_size=sides[0])
+    if pipeline.unet.config.sample_size is None and isinstance(pixels := pipeline.vae.config.get("sample_size"), int):
+        pipeline.unet.register_to_config(sample_size=pixels // pipeline.vae_scale_factor)
+        log.info(f"unet/config.json has no sample_size: the model draws {pixels} px, as its VAE's tells")
+    remember_size(pipeline)
+
+
+def native_pixels(pipeline: DiffusionPipeline) -> int:
+    """The side of the images that a pipeline draws by itself. ValueError where these are no squares."""
+    return latent_side(pipeline.unet, "data.resolution=PIXELS") * pipeline.vae_scale_factor
+
+
+def set_resolution(pipeline: DiffusionPipeline, pixels: int) -> None:
+    """Makes squares of so many pixels what the pipeline draws by itself, also where its model was made for others."""
+    # Without the version a pipeline around weights of before diffusers 0.9 would take their size for a mistake.
+    size, version = pixels // pipeline.vae_scale_factor, diffusers.__version__
+    pipeline.unet.register_to_config(sample_size=size, _diffusers_version=version)
+    remember_size(pipeline)
+
+
+def remember_size(pipeline: DiffusionPipeline) -> None:
+    """Tells a pipeline the size in its UNet's config, as far as its class took it down when it was made."""
+    size = pipeline.unet.config.sample_size
+    for name, value in {"default_sample_size": size, "_is_unet_config_sample_size_int": isinstance(size, int)}.items():
+        if hasattr(pipeline, name):
+            setattr(pipeline, name, value)
