@@ -17,7 +17,7 @@ from models.decoding import has_statistics, scaled, statistics
 
 PIXELS_AT_ONCE = 4 * 512**2  # of an autoencoder: some 3 GB in float32 at the 256 channels of Stable Diffusion's
 # Written by the libraries into every config; they do not change what a model computes.
-CONFIG_NOISE = ("transformers_version", "dtype", "torch_dtype", "architectures")
+CONFIG_NOISE = ("transformers_version", "dtype", "torch_dtype", "architectures", "auto_map")
 
 
 def encode_images(pipeline, images_BCHW: Tensor, device: torch.device) -> dict[str, Tensor]:

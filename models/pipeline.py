@@ -2,14 +2,10 @@
 
 import copy
 import functools
-import hashlib
-import json
-import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Literal
 
 import torch
@@ -18,8 +14,6 @@ from torch import nn
 from transformers import CLIPTextModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-import models.unet
-import models.vae
 from data.files import whole_folder, write_json
 from models.autoencoder import load_vae
 from models.checkpoint import is_single_file
@@ -170,9 +164,9 @@ def export_pipeline(pipeline: DiffusionPipeline, folder: str | Path, variant: st
     """Write a diffusers folder, aside and then renamed; an old one in its place is replaced.
 
     Where the architectures are ones that diffusers' own classes can express, the folder holds those and loads
-    everywhere. Otherwise the class file of the UNet or VAE travels in it, under a name that is a hash of its content
-    (diffusers keys imported files by name alone). verdict.json holds what is returned. All networks are written in the
-    widest of their dtypes: pipelines of several do not run. variant: the weight files' infix. ValueError where the
+    everywhere. Otherwise the class file of the UNet or VAE travels in it, and in every copy that is saved of it.
+    verdict.json holds what is returned. All networks are written in the widest of their dtypes: pipelines of several do
+    not run. variant: the weight files' infix. ValueError where the
     folder holds anything but a pipeline.
     """
     folder = Path(folder)
@@ -180,19 +174,16 @@ def export_pipeline(pipeline: DiffusionPipeline, folder: str | Path, variant: st
         raise ValueError(f"export folder {str(folder)!r} holds something else than a pipeline; name a new one")
     verdict, vae = stock_config(pipeline.unet), stock_vae(pipeline.vae)
     unet = pipeline.unet if verdict.config is None else to_stock(pipeline.unet)
-    travelling = {"unet": models.unet} if verdict.config is None else {}
     obstacles = verdict.obstacles
     if isinstance(vae, NarrowAutoencoderKL):
-        travelling["vae"] = models.vae
         obstacles += (f"vae.decoder: its widths {vae.decoder_widths} are not its encoder's",)
-    flag = ", trust_remote_code=True" if travelling else ""
-    export = ExportVerdict(not travelling, obstacles, f'DiffusionPipeline.from_pretrained("{folder}"{flag})')
+    is_stock = verdict.config is not None and not isinstance(vae, NarrowAutoencoderKL)
+    flag = "" if is_stock else ", trust_remote_code=True"
+    export = ExportVerdict(is_stock, obstacles, f'DiffusionPipeline.from_pretrained("{folder}"{flag})')
     made = in_one_dtype(with_unet(pipeline, unet, vae=vae))
     keep_text_names(made)
     with whole_folder(folder) as aside, quiet():
         made.save_pretrained(aside, variant=variant)
-        for part, module in travelling.items():
-            add_class_file(aside, part, module)
         write_json(aside / "verdict.json", asdict(export))
         make_readable(aside)
     return export
@@ -205,20 +196,6 @@ def keep_text_names(pipeline: DiffusionPipeline) -> None:
     """
     if type(encoder := pipeline.text_encoder) is CLIPTextModel:
         encoder._weight_conversions = get_model_conversion_mapping(encoder, add_legacy=False)
-
-
-def add_class_file(folder: Path, part: str, module: ModuleType) -> None:
-    """Make a saved pipeline carry the class of its `part`, so that diffusers loads it without this project."""
-    source, index = Path(module.__file__), folder / "model_index.json"
-    name = f"slimstep_{part}_{hashlib.sha256(source.read_bytes()).hexdigest()[:10]}"
-    shutil.copyfile(source, folder / part / f"{name}.py")
-    fields = json.loads(index.read_text())
-    class_name = fields[part][1]
-    index.write_text(json.dumps({**fields, part: [name, class_name]}, indent=2) + "\n")
-    if part == "vae":  # AutoModel loads the part alone; the UNet's class would not know the field
-        config = folder / part / "config.json"
-        fields = json.loads(config.read_text()) | {"auto_map": {"AutoModel": f"{name}.{class_name}"}}
-        config.write_text(json.dumps(fields, indent=2) + "\n")
 
 
 def stock_vae(vae: nn.Module) -> nn.Module:

@@ -48,7 +48,8 @@ def to_stock(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 
 def public_fields(unet: UNet2DConditionModel) -> dict:
     """The stock fields of a UNet's config."""
-    return {k: v for k, v in unet.config.items() if not k.startswith("_") and k not in ("depths", "bypass")}
+    own = ("depths", "bypass", "auto_map")
+    return {k: v for k, v in unet.config.items() if not k.startswith("_") and k not in own}
 
 
 class StockPlan:

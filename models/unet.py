@@ -11,9 +11,12 @@ text width, P pooled width. Some features are [B, C, H, W], some tokens.
 """
 
 import copy
+import hashlib
 import inspect
 import re
+import shutil
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 import torch
 from diffusers import ModelMixin, UNet2DConditionModel  # noqa: F401  (diffusers looks for ModelMixin in this namespace)
@@ -24,6 +27,9 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+# The name under which this file travels: diffusers keys imported files by their names alone.
+FILE = f"slimstep_unet_{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:10]}"
+
 
 class PrunableUNet2DConditionModel(UNet2DConditionModel):
     """A UNet2DConditionModel with an architecture table and gates.
@@ -33,6 +39,7 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
     bypass: what is left of a removed ResNet whose channels change: 'shortcut' keeps its 1×1 convolution; 'drop_skip'
         (up path, where the incoming features have the output's width) passes them on and drops the skip connection.
         One rule for all sites ('drop_skip' then means: wherever it is possible), or {site: rule} for some.
+    auto_map: written by save_config, so that diffusers' AutoModel finds this file beside the weights.
     Every other removed site is the identity. All other arguments are UNet2DConditionModel's.
     Raises ValueError for unknown sites, for copies of a ResNet that changes channels, and for an impossible bypass.
 
@@ -46,8 +53,15 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
     _repeated_blocks = ["BasicTransformerBlock", "SiteLayer"]
 
     @register_to_config
-    def __init__(self, depths: Mapping[str, int] | None = None, bypass: str | Mapping[str, str] = "shortcut", **kwargs):
+    def __init__(
+        self,
+        depths: Mapping[str, int] | None = None,
+        bypass: str | Mapping[str, str] = "shortcut",
+        auto_map: Mapping[str, str] | None = None,
+        **kwargs,
+    ):
         super().__init__(**kwargs)
+        self.__module__ = FILE  # a pipeline writes it into model_index.json, and finds the class by it
         modules = find_sites(self)
         self.sites = tuple(modules)
         self.kinds = {s: "resnet" if isinstance(m, ResnetBlock2D) else "attention" for s, m in modules.items()}
@@ -112,6 +126,15 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
                 able = tuple(s for s, rules in self.bypass_choices.items() if rule in rules)
                 raise ValueError(f"bypass {rule!r} is impossible at {site}, which allows {choices}; possible at {able}")
         return {site: bypass.get(site, "shortcut") for site in self.bypass_choices}
+
+    # ---- travelling ----
+
+    def save_config(self, save_directory: str | Path, *args, **kwargs) -> None:
+        """As in diffusers; this file goes along, so that whoever saves the network has its class in the folder, too."""
+        self.register_to_config(auto_map={"AutoModel": f"{FILE}.{type(self).__name__}"})
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(__file__, Path(save_directory) / f"{FILE}.py")
+        super().save_config(save_directory, *args, **kwargs)
 
     # ---- building ----
 

@@ -3,13 +3,19 @@
 This one file travels with exports, so it holds all that the class needs and imports nothing but torch and diffusers.
 """
 
+import hashlib
 import inspect
+import shutil
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from diffusers import AutoencoderKL, ModelMixin  # noqa: F401  (diffusers looks for ModelMixin in this namespace)
 from diffusers.configuration_utils import register_to_config
 from diffusers.models.autoencoders.vae import Decoder
 from torch import nn
+
+# The name under which this file travels: diffusers keys imported files by their names alone.
+FILE = f"slimstep_vae_{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:10]}"
 
 
 class NarrowAutoencoderKL(AutoencoderKL):
@@ -17,7 +23,7 @@ class NarrowAutoencoderKL(AutoencoderKL):
 
     decoder_norm_groups: 'whole' normalises as many channels together as the wide decoder does, in fewer groups;
         'thinned' has `norm_num_groups` groups of fewer channels.
-    auto_map: written by an export, so that diffusers' AutoModel finds this file beside the weights.
+    auto_map: written by save_config, so that diffusers' AutoModel finds this file beside the weights.
     All other arguments are AutoencoderKL's. Module paths are the stock ones. Where the wide decoder has a 1×1 shortcut
     between two levels the narrow one has it, too, also if its own widths happen to agree there.
 
@@ -33,6 +39,7 @@ class NarrowAutoencoderKL(AutoencoderKL):
         **kwargs,
     ):
         super().__init__(**kwargs)
+        self.__module__ = FILE  # a pipeline writes it into model_index.json, and finds the class by it
         wide = tuple(self.config.block_out_channels)
         narrow = tuple(decoder_block_out_channels or wide)
         self.decoder_widths, self.is_narrow = narrow, narrow != wide
@@ -52,6 +59,13 @@ class NarrowAutoencoderKL(AutoencoderKL):
             if is_whole:
                 keep_group_sizes(self.decoder, stock)
         self.register_to_config(decoder_block_out_channels=list(narrow))
+
+    def save_config(self, save_directory: str | Path, *args, **kwargs) -> None:
+        """As in diffusers; this file goes along, so that whoever saves the network has its class in the folder, too."""
+        self.register_to_config(auto_map={"AutoModel": f"{FILE}.{type(self).__name__}"})
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(__file__, Path(save_directory) / f"{FILE}.py")
+        super().save_config(save_directory, *args, **kwargs)
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:

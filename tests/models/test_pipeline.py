@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
@@ -20,8 +21,9 @@ from diffusers import (
     UNet2DConditionModel,
 )
 from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
+from huggingface_hub import ModelCard
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from data.files import write_text
@@ -259,3 +261,60 @@ def test_a_controlnet_made_for_the_stock_unet_steers_the_pruned_one(student, pip
     made = around(student, StableDiffusionControlNetPipeline, controlnet=controlnet)
     images = paint(made, image=photo)
     assert images.shape == (1, 3, 16, 16) and not torch.equal(images, paint(student))
+
+
+SAVED_ELSEWHERE = """
+import sys, torch
+from diffusers import AutoModel, DiffusionPipeline
+sys.modules['models'] = None  # as good as not installed
+source, target = sys.argv[1:3]
+pipe = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)
+pipe.set_progress_bar_config(disable=True)
+alone = AutoModel.from_pretrained(f'{source}/unet', trust_remote_code=True)
+assert all(torch.equal(a, b) for a, b in zip(alone.parameters(), pipe.unet.parameters(), strict=True))
+if target.endswith('lora'):
+    pipe.load_lora_weights('lora.safetensors')
+    pipe.fuse_lora()
+    pipe.unload_lora_weights()
+torch.save(pipe('a b', num_inference_steps=2, height=16, width=16, output_type='np',
+                generator=torch.Generator().manual_seed(0)).images, f'{target}.pt', pickle_protocol=4)
+pipe.save_pretrained(target, max_shard_size='20KB')
+"""
+
+
+def test_a_copy_saved_elsewhere_loads_in_a_new_process_and_so_do_copies_of_it(pipeline, tmp_path):
+    """Saved, saved with a LoRA fused, and saved again, each by a process that reads the one before."""
+    export_pipeline(with_depths(pipeline, ONE_ATTENTION), tmp_path / "export")
+    generator = torch.Generator().manual_seed(0)
+    path = "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    out, inner = pipeline.unet.get_submodule(path).weight.shape
+    lora = {"lora_A": torch.randn(2, inner, generator=generator), "lora_B": torch.randn(out, 2, generator=generator)}
+    save_file({f"unet.{path}.{key}.weight": value for key, value in lora.items()}, tmp_path / "lora.safetensors")
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+    images = []
+    for k, (source, target) in enumerate([("export", "copy"), ("copy", "lora"), ("lora", "again")]):
+        environment |= {"HF_MODULES_CACHE": str(tmp_path / f"modules-{k}"), "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-c", SAVED_ELSEWHERE, source, target]
+        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
+        assert done.returncode == 0, done.stderr.decode()
+        images.append(torch.from_numpy(torch.load(tmp_path / f"{target}.pt", weights_only=False)))
+    copy, fused, again = images
+    assert torch.equal(fused, again) and not torch.equal(copy, fused)
+    assert torch.equal(paint(load_pipeline(tmp_path / "copy")), paint(load_pipeline(tmp_path / "export")))
+
+
+def test_what_goes_to_the_hub_has_the_class_in_it(pipeline, tmp_path, monkeypatch):
+    """Uploads are of a folder that save_pretrained has filled."""
+    export_pipeline(with_depths(pipeline, ONE_ATTENTION), tmp_path / "export")
+    loaded, sent = load_pipeline(tmp_path / "export"), {}
+
+    def upload(self, folder, *args, **kwargs):
+        sent[type(self).__name__] = {str(path.relative_to(folder)) for path in Path(folder).rglob("*.py")}
+
+    monkeypatch.setattr("diffusers.utils.hub_utils.create_repo", lambda *a, **k: SimpleNamespace(repo_id="a/b"))
+    monkeypatch.setattr("diffusers.utils.hub_utils.PushToHubMixin._upload_folder", upload)
+    monkeypatch.setattr("diffusers.utils.hub_utils.load_or_create_model_card", lambda *a, **k: ModelCard("---\n---\n"))
+    loaded.push_to_hub("a/b")
+    loaded.unet.push_to_hub("a/b")
+    (file,) = (path.name for path in (tmp_path / "export/unet").glob("*.py"))
+    assert sent == {"StableDiffusionPipeline": {f"unet/{file}"}, "PrunableUNet2DConditionModel": {file}}
