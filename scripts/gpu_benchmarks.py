@@ -1,6 +1,7 @@
 """All measurements that want a GPU, in one command that can be stopped and started again.
 
     python scripts/gpu_benchmarks.py                                # SD-1.5's networks, random weights
+    python scripts/gpu_benchmarks.py --minutes 600                  # in one go
     python scripts/gpu_benchmarks.py --size sdxl --parts ladder pipelines
     python scripts/gpu_benchmarks.py --size shapes --quick          # the shipped model: a CPU can try the script
 
