@@ -29,9 +29,10 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.files import write_json
 from engine.components import named_job
+from engine.identity import WATCHING
 from engine.planning import Plan, duration
 from engine.products import changed, files_of, seen
-from engine.run import WATCHING, Run
+from engine.run import Run
 from engine.words import compose, hydra_value, stage_words, strings, with_texts
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -58,8 +59,8 @@ class Stage:
 class Chain:
     """The stages of one configuration, in their order, under `path`.
 
-    run_job runs one checked configuration and returns its exit code, planned_job tells what it would do; checked makes
-    a checked configuration from a composed one.
+    run_job runs one checked configuration and returns its exit code, planned_job tells what it would do, or with strict
+    refuses a directory of another configuration; checked makes a checked configuration from a composed one.
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class Chain:
         path: Path,
         accelerator: Accelerator,
         run_job: Callable[[DictConfig], int],
-        planned_job: Callable[[DictConfig], Plan],
+        planned_job: Callable[..., Plan],
         checked: Callable[[DictConfig], DictConfig],
     ):
         self.config, self.path, self.accelerator = config, path, accelerator
@@ -109,11 +110,11 @@ class Chain:
         """Makes what is not made; returns the exit code: the highest of the stages'."""
         if self.config.restart is not None and self.config.restart not in [stage.name for stage in self.stages]:
             raise ValueError(f"restart={self.config.restart} is no stage; there are {', '.join(self.config.stages)}")
-        if (self.path / "export").is_dir() and not (self.path / "export").is_symlink():
-            raise ValueError(f"{self.path / 'export'} is a folder, where a link to the student belongs: rename it")
         self.configs = {stage.name: self.composed(stage) for stage in self.stages}
         if self.config.plan:
             return self.plan()
+        if (self.path / "export").is_dir() and not (self.path / "export").is_symlink():
+            raise ValueError(f"{self.path / 'export'} is a folder, where a link to the student belongs: rename it")
         restarted = self.restarted()
         if left := [stage for stage in self.stages if stage.name in restarted or not self.is_done(stage)]:
             self.check(left, restarted)
@@ -149,7 +150,7 @@ class Chain:
         for stage in stages:
             aside = {"run": {"overwrite": True}} if stage.name in restarted else {}
             with told_of(stage):
-                self.planned_job(self.planned(stage, rates=unmeasured, **aside))
+                self.planned_job(self.planned(stage, rates=unmeasured, **aside), strict=True)
             free_memory()
 
     def plan(self) -> int:

@@ -1,9 +1,11 @@
 """The configuration of a run in its checked form, and the directory that belongs to it."""
 
 import os
+import re
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
+from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -29,6 +31,7 @@ def checked_config(config: DictConfig) -> DictConfig:
     if unknown := list(unknown_keys(OmegaConf.structured(Config), config)):
         raise ValueError(f"the configuration has no key {unknown[0]}, which +{unknown[0]}=… would add")
     config = OmegaConf.merge(OmegaConf.structured(Config), config)
+    check_given(config)
     for section in config:
         if OmegaConf.is_config(config[section]):
             OmegaConf.to_container(config[section], structured_config_mode=SCMode.INSTANTIATE)  # the typed ones check
@@ -38,12 +41,43 @@ def checked_config(config: DictConfig) -> DictConfig:
     if config.threads > (cores := os.cpu_count() or 1):
         raise ValueError(f"threads={config.threads}, but there are {cores} cores; 0 leaves the choice to torch")
     if config.mixed_precision not in PRECISIONS:
-        raise ValueError(f"mixed_precision={config.mixed_precision!r} is unknown; choose from {PRECISIONS}")
+        given = " (accelerate's launcher gives it)" if OmegaConf.is_interpolation(config, "mixed_precision") else ""
+        raise ValueError(f"mixed_precision={config.mixed_precision!r} is unknown{given}; choose from {PRECISIONS}")
     if config.mixed_precision == "fp16" and not has_gpu():
         raise ValueError("mixed_precision=fp16 needs a GPU, and there is none; choose bf16, or no for float32")
     check_data(config.data)
     run_path(config)
     return config
+
+
+def check_given(config: DictConfig) -> None:
+    """ValueError for a key without a value that has to have one, with what its file says of it."""
+    for key in missing(OmegaConf.to_container(config, resolve=False, structured_config_mode=SCMode.DICT)):
+        leaf = key.rpartition(".")[2]
+        for file in sorted(CONFIGS.glob(f"{key.split('.')[0]}/*.yaml")) + sorted(CONFIGS.glob("preference/*.yaml")):
+            line = re.search(rf"^{leaf}: \?\?\?[ \t]*(# (.*))?$", file.read_text(), re.MULTILINE)
+            if line and describes(file, config, key):
+                way = line[2] or file.read_text().partition("\n")[0].removeprefix("# ")
+                raise ValueError(f"{key} is not given: {key}=… ({way})")
+        raise ValueError(f"{key} is not given: {key}=…")
+
+
+def describes(file: Path, config: DictConfig, key: str) -> bool:
+    """Whether a group's file is the one that the section of `key` is made by."""
+    section, content = OmegaConf.select(config, key.rpartition(".")[0]), OmegaConf.load(file)
+    for kind in ("_target_", "pairs._target_"):
+        if target := OmegaConf.select(content, kind):
+            return target == OmegaConf.select(section, kind)
+    return False
+
+
+def missing(value: Any, prefix: str = "") -> Iterator[str]:
+    """The dotted keys of all values that are still to be given."""
+    if value == "???":
+        yield prefix
+    elif isinstance(value, dict):
+        for key, inner in value.items():
+            yield from missing(inner, f"{prefix}.{key}" if prefix else str(key))
 
 
 def has_gpu() -> bool:

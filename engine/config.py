@@ -1,11 +1,14 @@
 """The configuration of a run, typed: a misspelt key is an error before anything runs. Its sections: engine/sections."""
 
 import math
+import os
 from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
 
+from engine.launcher import precision_of
 from engine.sections.judging import (
     BenchmarkConfig,
     CurvesConfig,
@@ -18,6 +21,8 @@ from engine.sections.judging import (
 from engine.sections.pruning import DecoderConfig, LatencyConfig, SearchConfig
 from engine.sections.stepping import LadderConfig
 from engine.sections.training import StageConfig, TrainConfig
+
+OmegaConf.register_new_resolver("launcher_precision", lambda: precision_of(os.environ), replace=True)
 
 
 @dataclass
@@ -73,6 +78,7 @@ class RunConfig:
 class Config:
     """The resolved configuration of one run; the untyped fields hold `_target_`s or a job's own section.
 
+    `mixed_precision` is no, bf16 or fp16; where it is not given, what accelerate's launcher was told, else no.
     A run has a job, or `stages`: {experiment: what changes in it}, which it runs in turn (engine/chain.py); with
     `restart`, from that stage on anew.
     """
@@ -83,7 +89,7 @@ class Config:
     run: RunConfig = field(default_factory=RunConfig)
     plan: bool = False
     debug: bool = False
-    mixed_precision: str = "no"
+    mixed_precision: str = "${launcher_precision:}"
     threads: int = 0
     job: Any = None
     stages: Any = None

@@ -3,11 +3,15 @@
 What is imported here takes seconds; engine/launch.py, which answers mistakes and lists experiments, does without it.
 """
 
+import logging
 import os
 import secrets
 import sys
 import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import torch
@@ -23,11 +27,14 @@ from engine.chain import Chain
 from engine.checked import MISTAKES, ROOT, checked_config, run_path
 from engine.components import named_job
 from engine.config import Config
+from engine.identity import WATCHING
 from engine.planning import Plan
 from engine.preemption import Preempted, was_preempted
-from engine.run import FINISHED, PATIENCE, TRACEBACK, WATCHING, Run, damaged
+from engine.run import FINISHED, PATIENCE, TRACEBACK, Run, damaged
 from engine.tracking import Tracker
 from models.quiet import one_line
+
+log = logging.getLogger("slimstep")
 
 
 def quiet_libraries() -> None:
@@ -110,11 +117,18 @@ def make_run(config: Config) -> Run:
     return Run(path, accelerator, seed=config.seed)
 
 
-def planned_job(config: Config) -> Plan:
-    """What a job would do; nothing is written."""
+def planned_job(config: Config, strict: bool = False) -> Plan:
+    """What a job would do; nothing is written. Where its directory is another configuration's a plan is that of a new
+    run, and says so; ValueError there if it is `strict`."""
     run = make_run(config)
-    if not config.run.overwrite:
-        run.check_config(OmegaConf.to_container(config, resolve=True), ignoring=WATCHING)
+    try:
+        if not config.run.overwrite:
+            run.check_config(OmegaConf.to_container(config, resolve=True), ignoring=WATCHING)
+    except ValueError as error:
+        if strict:
+            raise
+        log.warning(f"{one_line(error)}. This is the plan of a new run")
+        run.path = run.path.with_name(f"{run.path.name}.new")
     return named_job(config.job)(config, run)
 
 
@@ -126,7 +140,29 @@ def run_job(config: Config) -> int:
             print(plan.text)
         return 0
     run, job = make_run(config), named_job(config.job)
-    path, resolved = run.path, OmegaConf.to_container(config, resolve=True)
+    resolved = OmegaConf.to_container(config, resolve=True)
+    with leaving_nothing(run):
+        return run_kept(config, run, job, resolved)
+
+
+@contextmanager
+def leaving_nothing(run: Run) -> Iterator[None]:
+    """A start that fails before anything is made leaves no directory where there was none."""
+    new = not run.path.exists()
+    try:
+        yield
+    except Exception:
+        if new and run.accelerator.is_main_process and not run.begun:
+            for name in ("config.yaml", "tracker.json"):
+                (run.path / name).unlink(missing_ok=True)
+            with suppress(OSError):  # a tracker may have left something
+                run.path.rmdir()
+        raise
+
+
+def run_kept(config: Config, run: Run, job: Callable[..., int], resolved: dict[str, Any]) -> int:
+    """Runs or continues a job in its directory, which keeps its configuration; returns the job's exit code."""
+    path = run.path
     run.keep_config(resolved, ignoring=WATCHING, overwrite=config.run.overwrite)
     if config.tracker.log_with and getattr(job, "is_tracked", True) and not run.made(FINISHED):
         in_chain = (path.parent / "stages").is_dir()  # many runs cannot share one id

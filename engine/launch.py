@@ -7,19 +7,29 @@ import difflib
 import logging
 import os
 import sys
+from pathlib import Path
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from engine.checked import CONFIGS, MISTAKES, ROOT, checked_config, run_path
+from engine.identity import existing_run, run_name
+from engine.launcher import check_launcher, is_on
 from engine.preemption import CONTINUE_ME, leave_on_sigterm, was_preempted
 from engine.tested import outside_the_tested_set
+from engine.words import is_readable, parsed, quoted
 from models.quiet import bounded, one_line
 
 MULTIRUN = {"-m", "--multirun"}
+ASKING = {  # what a job makes of own images: a chain, which has no job, both
+    "eval.cache_job.cache_latents": ("model",),
+    **dict.fromkeys(("prune.job.prune_unet", "prune.vae_job.prune_vae", "distill.job.distill_steps",
+                     "eval.job.evaluate", "eval.speed_job.ladder"), ("model", "scorer")),
+}  # fmt: skip
 log = logging.getLogger("slimstep")
 
 OmegaConf.register_new_resolver("here", lambda path: str(ROOT / path), replace=True)
@@ -35,6 +45,7 @@ def main() -> None:
             fail(f"the environment's {name}={os.environ[name]} is no number; launchers set it, unset it otherwise")
     set_up()
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in MULTIRUN)  # argparse wants it before the overrides
+    sys.argv[1:] = [quoted(word, sweeps=bool(MULTIRUN & set(sys.argv))) for word in sys.argv[1:]]
     # A stage's table names some of its keys; the others are added.
     sys.argv[1:] = [f"++{word}" if word.startswith("stages.") else word for word in sys.argv[1:]]
     check_overrides(sys.argv[1:])
@@ -128,7 +139,9 @@ def first_of_sweep(word: str) -> str:
 
 def explain(error: Exception, overrides: list[str]) -> str:
     """Hydra's message in one line; where an override names a key that is not there, the keys that are."""
-    ordered = sorted(overrides, key=lambda override: not override.startswith("+"))  # the experiment brings its keys
+    if unreadable := [word for word in overrides if not is_readable(word)]:
+        return told_of_grammar(unreadable[0])
+    ordered = sorted(overrides, key=in_order)  # the experiment and the groups bring their keys
     for k, override in enumerate(ordered):
         try:
             hydra.compose("train", ordered[: k + 1])
@@ -137,7 +150,7 @@ def explain(error: Exception, overrides: list[str]) -> str:
             before = hydra.compose("train", ordered[:k])
             section = OmegaConf.select(before, parent) if parent else before
             changes = override[:1] not in ("+", "~") and "/" not in leaf
-            if changes and OmegaConf.is_dict(section) and leaf not in section:
+            if changes and OmegaConf.is_dict(section) and leaf not in list(section):  # `in` passes over missing values
                 if leaf == "experiment":
                     return f"{override}: an experiment is added, +{override}"
                 close = difflib.get_close_matches(leaf, map(str, section), n=1)
@@ -148,6 +161,28 @@ def explain(error: Exception, overrides: list[str]) -> str:
             told = f" (there are {', '.join(choices)})" if choices and "group" in str(culprit) else ""
             return f"{override}: {one_line(culprit.__cause__ or culprit)}{told}"
     return one_line(error)
+
+
+def in_order(override: str) -> tuple[bool, bool]:
+    """Sorts what is added before what is changed, and groups before keys."""
+    return not override.startswith("+"), not (CONFIGS / override.partition("=")[0].lstrip("+~")).is_dir()
+
+
+def told_of_grammar(word: str) -> str:
+    """What is wrong with an override that Hydra's grammar has no place for, and how it is written."""
+    key, equals, value = word.partition("=")
+    if not word:
+        return "an override is empty: write KEY=VALUE"
+    if not equals:
+        return f"{word} has no value: write {word}=VALUE"
+    try:
+        parsed(word)
+    except HydraException as error:
+        reason = one_line(error).partition(" See https")[0]
+    if value[:1] in "'\"":
+        return f"{word}: {reason}; quotes around a value are closed, and those within it have a \\ before them"
+    way = "a text with one of = ( ) [ ] { } , : ; # ' \" in it has quotes of its own there"
+    return f"{word}: {reason}; {way}: '{key.lstrip('+')}={{name: \"DIR=1\"}}', '{key.lstrip('+')}=[\"DIR (2)\"]'"
 
 
 def fail(message: str) -> None:
@@ -166,13 +201,17 @@ def start(config: DictConfig) -> int:
             print(f"error: {bounded(' '.join(given))} names no experiment; add +experiment=NAME", file=sys.stderr)
         return int(bool(given))
     try:
-        checked = checked_config(config)
+        checked = named(checked_config(config))
+        check_chosen(checked)
+        check_launcher(os.environ, checked)
     except MISTAKES as error:  # the same on every rank, and told by one
         if config.debug:
             raise
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {one_line(error)}  (debug=true shows where)", file=sys.stderr)
         return 1
+    if is_on(os.environ, "ACCELERATE_USE_CPU"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # else only what goes through accelerate would keep off the GPU
     log.info(f"{run_path(checked)}: loading the libraries")
     if others := outside_the_tested_set():
         log.warning(others)
@@ -181,6 +220,44 @@ def start(config: DictConfig) -> int:
     if "SUBMITIT_EXECUTOR" not in os.environ:
         leave_on_sigterm()  # not before: a library that is being imported may swallow what the handler raises
     return execute(checked)
+
+
+def named(config: DictConfig) -> DictConfig:
+    """The configuration with the name of its run, where the command line gives none: that of the run which it began, or
+    one that says what the command changes (engine/identity.py)."""
+    words = [parsed(word) for word in HydraConfig.get().overrides.task]
+    keys = {word.key_or_group for word in words}
+    if config.stages or "name" in keys or "experiment" not in keys:
+        return config
+    below = ""
+    if HydraConfig.get().mode == RunMode.MULTIRUN:
+        same = HydraConfig.get().job.config.override_dirname.exclude_keys
+        words, below = [word for word in words if word.key_or_group in same], run_path(config).name
+    content = OmegaConf.to_container(config, resolve=True)
+    config.name = existing_run(Path(config.root), config.name, below, content) or run_name(config.name, words)
+    return config
+
+
+def check_chosen(config: DictConfig) -> None:
+    """ValueError for own images or prompts without a word of the model and the scorer: those that stand where none is
+    named know drawn shapes alone, and what they make and say of photographs is noise."""
+    keys = {parsed(word).key_or_group for word in HydraConfig.get().overrides.task}
+    asks = ASKING.get(str(config.job), () if config.job else ("model", "scorer"))
+    if OmegaConf.select(config.data, "pairs._target_") != "data.shapes.ShapesPairs":
+        own = f"data={HydraConfig.get().runtime.choices.get('data')}"
+    else:
+        own, asks = f"data.prompt_file={config.data.prompt_file}", [part for part in asks if part == "scorer"]
+        if config.data.prompt_file is None:
+            return
+    chosen = {"model": {"model", "model.name_or_path", "model._target_"} | ({"models"} if config.models else set()),
+              "scorer": {"scorer", "scorer.model", "scorer._target_"}}  # fmt: skip
+    if absent := [part for part in asks if not keys & chosen[part]]:
+        ways = {"model": "model=sd15", "scorer": "scorer=openclip"}
+        raise ValueError(
+            f"{own} wants {' and '.join(f'{part}=' for part in absent)} beside it, as "
+            f"{' '.join(ways[part] for part in absent)}: what is taken where none is named knows drawn shapes alone "
+            f"({' '.join(f'{part}=shapes' for part in absent)} takes it nevertheless)"
+        )
 
 
 def list_experiments() -> None:

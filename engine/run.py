@@ -20,21 +20,14 @@ from safetensors import SafetensorError
 from yaml import YAMLError
 
 from data.files import digests, whole_folder, write_json, write_text
+from engine.identity import differences, has_begun, has_grown
 from engine.names import disk_name
 from engine.tracking import Tracker
 
 log = logging.getLogger("slimstep")
 PATIENCE = timedelta(hours=6)  # of ranks that wait while rank 0 compiles and times; torchrun ends them where it dies
-GROWING = ("ladder.steps", "curves.steps", "curves.guidance")
-# A run may be continued with other values of these: they change how it is watched, or where and whether a cache can be
-# made, not what comes out.
-WATCHING = (
-    "debug", "threads", "tracker", "run", "plan", "rates", "data.max_broken", "data.pairs.max_broken",
-    "data.prompts.pairs.max_broken", "data.cache.folder", "data.cache.verify", "data.cache.workers",
-)  # fmt: skip
 FINISHED = "report.html"  # what a job that has something to track writes last
 TRACEBACK = "traceback-rank-"
-NOT_MADE = ("config.yaml", "tracker.json", "wandb", "tensorboard", "metrics.jsonl", "partial", TRACEBACK)
 
 
 class Run:
@@ -82,8 +75,7 @@ class Run:
     @property
     def begun(self) -> bool:
         """Whether something was made here that belongs to a configuration."""
-        path = self.path / "config.yaml"
-        return path.exists() and any(not p.name.startswith(NOT_MADE) for p in self.path.iterdir())
+        return has_begun(self.path)
 
     def differing(self, config: dict[str, Any], ignoring: Sequence[str]) -> dict[str, tuple[Any, Any]]:
         """{dotted key: (there, now)} where what is here was made by another configuration."""
@@ -200,19 +192,3 @@ def damaged(path: Path) -> Iterator[None]:
         yield
     except (ValueError, LookupError, TypeError, AttributeError, YAMLError, SafetensorError) as error:
         raise ValueError(f"{path} is damaged ({error}); remove it, and the same command makes it again") from error
-
-
-def has_grown(key: str, old: Any, new: Any) -> bool:
-    """Whether a value is a list that may be continued, and was."""
-    return key in GROWING and isinstance(old, list) and isinstance(new, list) and new[: len(old)] == old
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
-    """{dotted key: (old, new)} of all leaves in which two nested dicts differ; None stands for a missing one."""
-    tables = [value for value in (old, new) if isinstance(value, dict)]
-    if not tables or not all(value is None or isinstance(value, dict) for value in (old, new)):
-        return {} if old == new else {prefix: (old, new)}
-    old, new, found = old or {}, new or {}, {}
-    for key in {**old, **new}:
-        found |= differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
-    return found

@@ -11,12 +11,17 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 CONFIGS = Path(__file__).resolve().parent.parent / "configs"
 OF_THE_CHAIN = ("name", "root", "experiment", "restart", "stages", "plan")
 PLAIN = re.compile(r"[A-Za-z_/.][\w./-]*", re.ASCII)
 SPECIAL = ("true", "false", "null", "nan", "inf")
+WORD = re.compile(r"(?P<key>[+~]*[A-Za-z_][\w./@:$-]*)=(?P<value>.*)", re.DOTALL | re.ASCII)
+# Tables, lists, quoted texts and Hydra's own functions: what cannot be read of these was not meant as plain text.
+FUNCTIONS = "bool choice extend_list float glob int interval json_str range shuffle sort str tag".replace(" ", "|")
+STRUCTURED = re.compile(rf"\s*([{{'\"]|\[(?!\w*\][^,\[\]]+$)|({FUNCTIONS})\()")
 
 
 def compose(words: tuple[str, ...], **options) -> DictConfig:
@@ -83,6 +88,24 @@ def hydra_value(value: Any) -> str:
         return str(value)
     # A backslash is itself, but before a quote.
     return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value) + "'"
+
+
+def quoted(word: str, sweeps: bool = False) -> str:
+    """The override with quotes around its value where that is plain text which Hydra's grammar has no place for, as in
+    data.root=/photos/a=b (1); as it is where Hydra reads it, or where a table or a sweep may be meant."""
+    match = WORD.fullmatch(word)
+    if match is None or is_readable(word) or STRUCTURED.match(match["value"]) or (sweeps and "," in match["value"]):
+        return word
+    return f"{match['key']}={hydra_value(match['value'])}"
+
+
+def is_readable(word: str) -> bool:
+    """Whether Hydra's grammar has a place for this."""
+    try:
+        parsed(word)
+    except HydraException:
+        return False
+    return True
 
 
 def parsed(word: str) -> Override:

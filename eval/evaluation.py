@@ -85,7 +85,7 @@ class EvaluationBench(Bench):
     @cached_property
     def given(self) -> dict[str, GivenModel]:
         """The models by name, the reference first; null leaves one out. A missing name is told from the path."""
-        given = self.config.models or self.config.model.get("name_or_path")
+        given = self.config.model.get("name_or_path") if self.config.models is None else self.config.models
         given = OmegaConf.to_container(given) if OmegaConf.is_config(given) else [given] if given else []
         if not isinstance(given, Mapping):
             given = name_models([str(where) for where in given])

@@ -2,16 +2,13 @@
 
 A preference is any callable `(images_B3HW, prompts) -> scores_B`: uint8 images, as many prompts, float32 on the CPU.
 `evaluation.preferences.NAME._target_` makes it, is given the device, and raises ValueError for what cannot be had.
-HPSv2 needs no code of its own: it is `ClipScorer` with other weights.
+HPSv2 needs no code of its own: it is `ClipScorer` with other weights. ImageReward is not offered: its package
+(image-reward 1.5) does not import beside transformers 5, which this project wants.
 
 Axes: B images, H and W pixels, D feature width.
 """
 
-import importlib
-import sys
 from collections.abc import Sequence
-from contextlib import redirect_stdout
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -54,33 +51,3 @@ class PickScore:
         image_BD = F.normalize(self.model.get_image_features(**pixels).pooler_output, dim=-1)
         text_BD = F.normalize(self.model.get_text_features(**tokens).pooler_output, dim=-1)
         return (self.model.logit_scale.exp() * (image_BD * text_BD).sum(1)).float().cpu()
-
-
-class ImageReward:
-    """ImageReward (Xu et al. 2023) through the package image-reward: a BLIP with a reward head, in standard deviations.
-
-    `model` is the package's name for its weights or a checkpoint file, `med_config` BLIP's med_config.json; the package
-    fetches what is not given.
-    """
-
-    def __init__(
-        self, model: str = "ImageReward-v1.0", med_config: str | None = None, device: str | torch.device = "cpu"
-    ) -> None:
-        if find_spec("ImageReward") is None:
-            raise ValueError("ImageReward is not installed: pip install image-reward, or leave this preference out")
-        try:
-            library = importlib.import_module("ImageReward")
-        except ImportError as error:
-            way = "install versions that fit each other, or leave this preference out"
-            raise ValueError(f"image-reward cannot be imported ({one_line(error)}): {way}") from error
-        try:
-            with redirect_stdout(sys.stderr):  # it prints; our last line on stdout is JSON
-                self.model = library.load(model, device=str(device), med_config=med_config)
-        except Exception as error:  # as above
-            way = "give the files ImageReward.pt and med_config.json of huggingface.co/THUDM/ImageReward"
-            raise ValueError(f"ImageReward: {model} cannot be loaded ({one_line(error)[:160]}): {way}") from error
-
-    @torch.inference_mode()
-    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
-        pictures = [to_pil_image(image) for image in images_B3HW.cpu()]
-        return torch.tensor([self.model.score(text, image) for text, image in zip(prompts, pictures, strict=True)])

@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 
 # The name under which this file travels: diffusers keys imported files by their names alone.
 FILE = f"slimstep_unet_{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:10]}"
+DEEPEST = 256  # of a site: thousands of copies would be built for hours before anything is said of them
 
 
 class PrunableUNet2DConditionModel(UNet2DConditionModel):
@@ -102,8 +103,7 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
         if unknown := sorted(set(depths) - set(names)):
             raise ValueError(f"depths names unknown sites {unknown}; this UNet has {names}")
         for name, depth in depths.items():
-            if type(depth) is not int or depth < 0 or (depth > 1 and name in self.levels):
-                raise ValueError(f"depths gives {name} the depth {depth!r}; 0 removes, 1 keeps, 2 and more copy a site")
+            check_depth(name, depth, 1 if name in self.levels else DEEPEST)
             if depth > 1 and name not in self.copyable_sites:
                 ways = self.copyable_sites
                 raise ValueError(f"depths copies {name}, a ResNet whose channels change; these can be copied: {ways}")
@@ -376,6 +376,13 @@ def bypass_choices(unet: UNet2DConditionModel, site: str) -> tuple[str, ...]:
 
 
 # ---- carrying weights over ----
+
+
+def check_depth(site: str, depth: object, most: int = DEEPEST) -> None:
+    """ValueError for a depth that no network is built with: a table of depths, or a config.json, may hold any."""
+    if type(depth) is not int or not 0 <= depth <= most:
+        repeats = f", 2 to {most} repeat a site" if most > 1 else ", and a level is not repeated"
+        raise ValueError(f"depths gives {site} the depth {depth!r}; 0 removes, 1 keeps{repeats}")
 
 
 def build_from(

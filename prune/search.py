@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from data.seeding import generator
+from models.unet import check_depth
 from prune.evolve import (
     Action,
     BlockValue,
@@ -118,8 +119,11 @@ class Manual:
             depths, self.bypass = read_depths(Path(depths))
         remove = [remove] if isinstance(remove, str) else remove
         self.depths = {**dict(depths or {}), **dict.fromkeys(remove, 0)}
-        if wrong := {site: depth for site, depth in self.depths.items() if type(depth) is not int or depth < 0}:
-            raise ValueError(f"search.method.depths gives {wrong}; 0 removes, 1 keeps, 2 and more copy a site")
+        for site, depth in self.depths.items():
+            try:
+                check_depth(site, depth)
+            except ValueError as error:
+                raise ValueError(f"search.method.{error}") from error
         self.named_sites = tuple(self.depths)
 
     def __call__(self, situation: Situation) -> list[Action]:

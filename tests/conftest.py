@@ -52,10 +52,12 @@ def tiny_model(tiny_pipeline_folder, tiny_clip_folder):
 
 @pytest.fixture
 def leave(monkeypatch, capfd, tmp_path):
-    """Runs the command line; its exit code and what it wrote to stderr."""
+    """Runs the command line, named like the experiment where it names nothing; its exit code and its stderr."""
 
     def run(*overrides):
-        monkeypatch.setattr(sys, "argv", ["train.py", f"root={tmp_path / 'runs'}", *overrides])
+        named = [word for word in overrides if word.startswith("+experiment=") and "-m" not in overrides]
+        name = [f"name={named[0].partition('=')[2]}"] if named and named[0] != "+experiment=snapfusion" else []
+        monkeypatch.setattr(sys, "argv", ["train.py", f"root={tmp_path / 'runs'}", *name, *overrides])
         with pytest.raises(SystemExit) as leaving:
             main()
         return leaving.value.code, capfd.readouterr().err

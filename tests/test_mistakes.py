@@ -68,7 +68,7 @@ PRUNING = {
     "no latency table": (["latency.table=/nowhere.json"], r"latency.table=/nowhere.json cannot be read: No such file"),
     "no model": (["model=path", "model.name_or_path=/nowhere"], r"/nowhere.*folder"),
     "no images": (["data=imagefolder", "data.root=/nowhere"], r"/nowhere does not exist"),
-    "no data root": (["data=imagefolder"], r"data.root"),
+    "no data root": (["data=imagefolder"], r"data.root is not given: .*data=imagefolder data.root=DIR"),
     "braces that the shell wrote out": (["data.source=/t/0.tar", "data.source=/t/1.tar"], r"given 2 times.*quote"),
     "no data set": (["data=hub", "data.source=/nowhere"], r"/nowhere"),
     "no prompt file": (["data.prompt_file=/nowhere.txt"], r"/nowhere.txt does not exist"),
@@ -149,6 +149,18 @@ PRUNING = {
     "rounds without end": (["search.rounds=1000000"], r"search.rounds=1000000 is more than"),
     "seconds that are no number": (["latency.seconds=nan"], r"seconds=nan must be at least 0"),
     "half a letter": (["data.prompt_file={surrogate}"], r"surrogate.jsonl: line 1 holds half a surrogate pair"),
+    "a table with a path that wants quotes": (["models={a: /x=y}"], r"models=\{a: /x=y\}: .*quotes of its own"),
+    "a quote that is open": (["data.prompt_file='x"], r"data.prompt_file='x: .*quotes around a value are closed"),
+    "a folder that Hydra has no place for": (["data=imagefolder", "data.root=/photos/a=b (1)[2];#it's"],
+                                             r"/photos/a=b \(1\)\[2\];#it's does not exist"),
+    "a misspelt key beside such a folder": (["data=imagefolder", "data.rot=/a=b"], r"no key 'rot'; did you mean root"),
+    "a key of a group that comes later": (["data.root=/x", "data=imagefolder", "train.stps=3"], r"no key 'stps'"),
+    "no data source": (["data=webdataset"], r"data.source is not given: .*Tars of samples"),
+    "a hub data set without its name": (["data=hub"], r"data.source is not given: .*data=hub data.source=NAME_OR_DIR"),
+    "a model without a place": (["model=path", "model.name_or_path=???"], r"model.name_or_path is not given: .*WHERE"),
+    "copies without end": (["search=manual", "search.method.depths={mid_block.attentions.0: 100000}"],
+                           r"depths gives mid_block.attentions.0 the depth 100000; .* 2 to \d+ repeat"),
+    "half a copy": (["search=manual", "search.method.depths={mid_block.attentions.0: 1.5}"], r"1.5.*valid integer"),
     "a sweep into nowhere": (["-m", "seed=0,1", "hydra.sweep.dir=/proc/x"], r"/proc/x"),
     "no Slurm": (["-m", "hydra/launcher=submitit_slurm"], r"[Ss]lurm"),
 }
@@ -252,6 +264,42 @@ def test_an_experiment_without_its_plus_is_told_the_plus(leave):
 
 def test_overrides_without_an_experiment_run_nothing_and_say_so(leave):
     assert "seed=5 names no experiment; add +experiment=NAME" in told(*leave("seed=5"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data=imagefolder", "data.root=DIR"], "data=imagefolder wants model= and scorer= beside it"),
+        (["data=hub", "data.source=NAME", "model=sd15"], "data=hub wants scorer= beside it, as scorer=openclip"),
+        (["data=hub", "data.source=NAME", "scorer=shapes"], "data=hub wants model= beside it, as model=sd15"),
+        (["data.prompt_file=/captions.txt", "model=sd15"], "data.prompt_file=/captions.txt wants scorer= beside it"),
+        (["data=imagefolder", "data.root=/nowhere", "model=shapes", "scorer=shapes"], "/nowhere does not exist"),
+    ],
+)
+def test_own_data_ask_for_the_model_and_the_scorer(leave, tmp_path, overrides, said):
+    assert said in told(*leave("+experiment=prune_unet", *overrides))
+    assert not (tmp_path / "runs/prune_unet").exists()
+
+
+def test_a_failed_start_leaves_no_folder_and_what_was_there(leave, tiny_model, tmp_path):
+    told(*leave(*JOB, *tiny_model, "search=manual", "search.method.remove=[mid]"))
+    assert not (tmp_path / "runs/prune_unet").exists()
+    (tmp_path / "runs/prune_unet").mkdir(parents=True)
+    (tmp_path / "runs/prune_unet/notes.txt").write_text("mine")
+    told(*leave(*JOB, *tiny_model, "search=manual", "search.method.remove=[mid]"))
+    assert (tmp_path / "runs/prune_unet/notes.txt").read_text() == "mine"
+
+
+def test_a_plan_is_told_whatever_the_directory_holds(leave, tiny_model, tmp_path, caplog):
+    folder = tmp_path / "runs/prune_unet"
+    (folder / "export").mkdir(parents=True)
+    rates = "rates={forward: 1, sampling: 1, training: 1, decoding: 1}"
+    for content in ("seed: 5\n", "[]", "{"):
+        (folder / "config.yaml").write_text(content)
+        caplog.clear()
+        assert leave(*JOB, *tiny_model, "plan=true", rates)[0] == 0
+        assert "This is the plan of a new run" in caplog.text
+        assert (folder / "config.yaml").read_text() == content
 
 
 def test_a_corrected_mistake_goes_on_under_the_same_name(leave, tiny_model, tmp_path):

@@ -49,7 +49,7 @@ def chain(monkeypatch, capfd, tmp_path):
 
     config_of = {}
     monkeypatch.setattr(engine.execution, "run_job", job)
-    monkeypatch.setattr(engine.execution, "planned_job", lambda config: Plan(run_path(config).name, 1.0))
+    monkeypatch.setattr(engine.execution, "planned_job", lambda config, strict=False: Plan(run_path(config).name, 1.0))
 
     def run(*overrides):
         ran.clear()

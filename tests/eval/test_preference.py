@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +12,7 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
 from eval.clip import ClipScorer
-from eval.preference import ImageReward, PickScore
+from eval.preference import PickScore
 from tests.eval.test_evaluation import SMALL
 from tests.mistakes import told
 from tests.tiny import MAX_TOKENS, WIDTH, tiny_tokenizer
@@ -56,21 +54,6 @@ def test_pickscore_is_the_published_formula_image_by_image(pick_folder):
     scores = PickScore(pick_folder, pick_folder)(random_images(4), PROMPTS)
     assert scores.dtype == torch.float32 and scores.std() > 0.01
     torch.testing.assert_close(scores, torch.cat(expected), rtol=1e-4, atol=1e-4)
-
-
-def test_imagereward_meets_each_image_with_its_own_prompt(monkeypatch):
-    class Reward:
-        def score(self, prompt, picture):
-            assert isinstance(picture, Image.Image)
-            return len(prompt) + picture.getpixel((0, 0))[0] / 1000
-
-    made = SimpleNamespace(load=lambda name, device, med_config: Reward(), __spec__=SimpleNamespace())
-    monkeypatch.setitem(sys.modules, "ImageReward", made)
-    images = random_images(4)
-    expected = [len(text) + int(image[0, 0, 0]) / 1000 for text, image in zip(PROMPTS, images, strict=True)]
-    scores = ImageReward()(images, PROMPTS)
-    assert scores.dtype == torch.float32
-    torch.testing.assert_close(scores, torch.tensor(expected))
 
 
 @pytest.fixture
@@ -116,21 +99,14 @@ def test_preferences_stand_beside_clip_with_paired_differences(evaluated, pick_f
         ),
         (["+preference=hpsv2"], "evaluation.preferences.hpsv2.pretrained"),
         (["+preference=hpsv2", "evaluation.preferences.hpsv2.pretrained=/no/HPS.pt"], "no weights '/no/HPS.pt'; give"),
-        (["+preference=imagereward"], "ImageReward is not installed: pip install image-reward"),
-        (["+preference=beauty"], "Available options in 'preference': hpsv2 imagereward pickscore"),
+        (["+preference=imagereward"], "Available options in 'preference': hpsv2 pickscore"),
+        (["+preference=beauty"], "Available options in 'preference': hpsv2 pickscore"),
         (["evaluation.preferences=[pickscore]"], "must be a table, as \\+preference=NAME gives it"),
     ],
 )
 def test_what_cannot_be_had_ends_in_a_line_before_anything_is_drawn(overrides, expected, leave, tiny_model, tmp_path):
     assert re.search(expected, told(*leave(*SMALL, *tiny_model, *overrides)))
     assert not list(tmp_path.glob("runs/evaluate/*ed"))
-
-
-def test_a_package_that_does_not_import_is_one_line(monkeypatch, tmp_path):
-    (tmp_path / "ImageReward.py").write_text("from transformers.modeling_utils import no_longer_there")
-    monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(ValueError, match="image-reward cannot be imported .*no_longer_there.*leave this"):
-        ImageReward()
 
 
 def test_a_torn_folder_is_one_line_that_says_it_cannot_be_read(pick_folder, tmp_path):

@@ -1,0 +1,113 @@
+"""Which run a command is about: runs that go on are found, new ones have a name of their own, and a short plain one."""
+
+import re
+import sys
+
+import pytest
+from omegaconf import OmegaConf
+
+from engine.checked import run_path
+from engine.identity import run_name
+from engine.launch import main
+from engine.words import parsed
+
+BARE = ["+experiment=prune_unet"]
+
+
+@pytest.fixture
+def folder_of(monkeypatch, tmp_path):
+    """The run's folder that a command takes, and which it then begins."""
+
+    def run(*words):
+        paths = []
+
+        def execute(config):
+            paths.append(run_path(config))
+            paths[-1].mkdir(parents=True, exist_ok=True)
+            content = OmegaConf.to_yaml(OmegaConf.to_container(config, resolve=True))
+            (paths[-1] / "config.yaml").write_text(content)
+            (paths[-1] / "prompts.json").write_text("{}")
+            return 0
+
+        monkeypatch.setattr("engine.execution.execute", execute)
+        monkeypatch.setattr(sys, "argv", ["train.py", f"root={tmp_path}", *words])
+        with pytest.raises(SystemExit) as leaving:
+            main()
+        assert leaving.value.code == 0
+        names = [str(path.relative_to(tmp_path)) for path in paths]
+        return names if "-m" in words else names[0]
+
+    return run
+
+
+def name(*words):
+    return run_name("prune_unet", map(parsed, ["+experiment=prune_unet", *words]))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ([], "prune_unet"),
+        (["plan=true", "threads=1", "tracker=wandb", "root=x", "data.cache.workers=2"], "prune_unet"),
+        (["search.target_fraction=0.6"], "prune_unet-target_fraction-0.6"),
+        (["search=random", "seed=1"], "prune_unet-search-random-seed-1"),
+        (["train.steps=5", "eval.steps=4"], "prune_unet-eval.steps-4-train.steps-5"),
+        (["decoder.width=[1,0.5]"], "prune_unet-width-1_0.5"),
+    ],
+)
+def test_a_name_says_what_is_changed(words, expected):
+    assert name(*words) == expected
+
+
+def test_names_are_plain_short_and_differ_where_commands_do():
+    long = [
+        f"models=[{','.join(f'/data/some/where/{letter}/export' for letter in 'abcdefgh')}]",
+        "ladder.student=a/b/export",
+        "ladder.student=a/c/export",
+        "ladder.student=d/c/export",
+        "ladder.student=d_c",
+        "data.root='/a b/c (1)'",
+        "data.root='/ä/c=1'",
+        "ladder.rungs={steps-8: {teacher: teacher}}",
+        "train.betas=[0.9,0.99]",
+    ]
+    names = [name(word) for word in long]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch(r"[A-Za-z0-9._+-]{1,80}", one) and parsed(f"a={one}").value() == one for one in names), (
+        names
+    )
+    assert names[1].startswith("prune_unet-student-b-")
+
+
+def test_the_order_of_the_overrides_does_not_matter():
+    assert name("seed=1", "search=random") == name("search=random", "seed=1")
+
+
+def test_a_run_that_has_begun_goes_on_wherever_it_lies(folder_of, tmp_path):
+    assert folder_of(*BARE) == "prune_unet"
+    assert folder_of(*BARE, "seed=1") == "prune_unet-seed-1"
+    assert folder_of(*BARE, "seed=0", "debug=true") == "prune_unet"  # what the default is
+    assert folder_of(*BARE, "seed=1", "search=snapfusion") == "prune_unet-seed-1"
+    assert folder_of(*BARE, "seed=1", "name=mine") == "mine"
+    (tmp_path / "prune_unet-seed-1").rename(tmp_path / "moved")
+    (tmp_path / "prune_unet").rename(tmp_path / "elsewhere")
+    (tmp_path / "moved").rename(tmp_path / "prune_unet")  # by the experiment's name, as a run had it before
+    assert folder_of(*BARE, "seed=1") == "prune_unet"
+
+
+def test_lists_that_grow_go_on_in_their_run(folder_of):
+    bare = "+experiment=distill_steps"
+    first = folder_of(bare, "seed=1", "ladder.steps=[32,16]")
+    assert folder_of(bare, "seed=1", "ladder.steps=[32,16,8]") == first
+    assert folder_of(bare, "seed=1", "ladder.steps=[32,8]") != first
+
+
+def test_a_sweep_lies_under_one_name(folder_of):
+    assert folder_of("-m", *BARE, "seed=0,1") == ["prune_unet/seed=0", "prune_unet/seed=1"]
+    named = folder_of("-m", *BARE, "search=random", "seed=0,1")
+    assert named == ["prune_unet-search-random/seed=0", "prune_unet-search-random/seed=1"]
+
+
+def test_a_chain_keeps_the_name_of_its_experiment(folder_of):
+    assert folder_of("+experiment=snapfusion", "seed=1", "stages.prune_unet.train.steps=5") == "snapfusion"
+    assert folder_of("+experiment=prune_unet", "budget=demo") == "prune_unet_demo"
