@@ -104,7 +104,9 @@ class Campaign:
         if self.processes > 1:
             launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={self.processes}"]
         table = [f"latency.table={self.folder / 'table/latency_table/latency.json'}"] if overrides is None else []
-        command = [*launcher, str(ROOT / "train.py"), *(overrides or self.overrides), *table,
+        words = overrides or self.overrides
+        named = [f"name={word.partition('=')[2]}" for word in words if word.startswith("+experiment=")]
+        command = [*launcher, str(ROOT / "train.py"), *named, *words, *table,
                    f"root={self.folder / name}", f"data.cache.folder={self.folder / name / 'cache'}"]  # fmt: skip
         on_cpu = {"ACCELERATE_USE_CPU": "true"} if self.processes > 1 and not os.path.exists("/dev/nvidia0") else {}
         log = open(self.folder / f"{name}.log", "a")  # noqa: SIM115  it lives as long as the job

@@ -32,7 +32,8 @@ def launch(processes, root, *overrides):
 
 def start(processes, root, *overrides):
     size = [] if any(override.startswith("data=") for override in overrides) else ["data.pairs.size=16"]
-    job = [str(ROOT / "train.py"), *size, f"root={root}", *overrides]
+    named = [f"name={word[12:]}" for word in overrides if word.startswith("+experiment=")]
+    job = [str(ROOT / "train.py"), *named, *size, f"root={root}", *overrides]
     command = [sys.executable, *(LAUNCHERS[processes] if processes > 1 else []), *job]
     on_cpu = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, capture_output=True, text=True, env=on_cpu, timeout=300)
@@ -100,7 +101,7 @@ def test_a_rank_that_fails_takes_the_others_down_and_says_why(tmp_path, tiny_mod
 
 @pytest.mark.slow
 def test_a_rank_that_vanishes_inside_training_ends_the_others_in_one_line(tmp_path, tiny_model):
-    job = [str(ROOT / "train.py"), *PRUNING, "search=manual", "data.pairs.size=16",
+    job = [str(ROOT / "train.py"), "name=prune_unet", *PRUNING, "search=manual", "data.pairs.size=16",
            "train.steps=100000", f"root={tmp_path}", *tiny_model]  # fmt: skip
     on_cpu = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     command = [sys.executable, *TORCHRUN, "--nproc_per_node=2", *job]

@@ -32,7 +32,7 @@ def sdxl(tmp_path_factory, tiny_clip_folder):
 
 
 def run(root, experiment, *overrides):
-    job = [f"+experiment={experiment}", f"root={root}", *SMALL, *overrides]
+    job = [f"+experiment={experiment}", f"name={experiment}", f"root={root}", *SMALL, *overrides]
     done = subprocess.run([sys.executable, str(ROOT / "train.py"), *job], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode in (0, 3), done.stderr
     return root / experiment

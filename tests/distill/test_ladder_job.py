@@ -26,7 +26,7 @@ LADDER = ["ladder.steps=[4,2,1]", "ladder.rungs={steps-1: {train: {steps: 2}}}"]
 
 
 def run(*overrides):
-    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *map(str, overrides)]
+    command = [sys.executable, str(ROOT / "train.py"), "name=distill_steps", *SMALL, *map(str, overrides)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 

@@ -38,7 +38,7 @@ SMALL = [*ANY_DATA, "data.pairs.size=16"]
 
 
 def run(*overrides):
-    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *map(str, overrides)]
+    command = [sys.executable, str(ROOT / "train.py"), "name=evaluate", *SMALL, *map(str, overrides)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 

@@ -21,7 +21,7 @@ SMALL = [
 
 def run(*overrides):
     size = [] if "data=imagefolder" in overrides else ["data.pairs.size=16"]
-    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *size, *overrides]
+    command = [sys.executable, str(ROOT / "train.py"), "name=prune_unet", *SMALL, *size, *overrides]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 

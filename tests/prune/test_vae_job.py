@@ -34,7 +34,7 @@ SMALL = [
 
 
 def run(*overrides):
-    command = [sys.executable, str(ROOT / "train.py"), *SMALL, *map(str, overrides)]
+    command = [sys.executable, str(ROOT / "train.py"), "name=prune_vae", *SMALL, *map(str, overrides)]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 
