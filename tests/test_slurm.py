@@ -42,9 +42,25 @@ def test_a_preempted_job_goes_back_into_the_queue_and_ends_as_an_undisturbed_one
         root = tmp_path / ("quiet" if job is None else "table")
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"] if job is None else []
         job = job or [*JOB, f"latency.table={table}", f"data.cache.folder={tmp_path / 'cache'}"]
-        command = [sys.executable, *launcher, str(ROOT / "train.py"), "name=prune_unet", *job, *tiny_model, f"root={root}"]
+        command = [
+            sys.executable,
+            *launcher,
+            str(ROOT / "train.py"),
+            "name=prune_unet",
+            *job,
+            *tiny_model,
+            f"root={root}",
+        ]
         subprocess.run(command, check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
-    queued = [sys.executable, str(ROOT / "train.py"), "name=prune_unet", *QUEUE, *job, *tiny_model, f"root={tmp_path / 'queued'}"]
+    queued = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "name=prune_unet",
+        *QUEUE,
+        *job,
+        *tiny_model,
+        f"root={tmp_path / 'queued'}",
+    ]
     path = tmp_path / "queued/prune_unet"
     sender = subprocess.Popen(queued, env={**os.environ, "ACCELERATE_USE_CPU": "true"})
     try:

@@ -88,7 +88,14 @@ def test_a_ratio_is_that_of_neighbouring_calls():
 
 
 def run(experiment, *overrides):
-    command = [sys.executable, str(ROOT / "train.py"), f"+experiment={experiment}", f"name={experiment}", *SMALL, *map(str, overrides)]
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        f"+experiment={experiment}",
+        f"name={experiment}",
+        *SMALL,
+        *map(str, overrides),
+    ]
     return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
 
 

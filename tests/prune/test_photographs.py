@@ -22,7 +22,14 @@ def test_the_shipped_model_is_pruned_on_a_folder_of_captioned_photographs(tmp_pa
     made = [sys.executable, str(ROOT / "scripts/make_photo_folder.py"), "--root", str(photos), "--size", "64"]
     subprocess.run(made, check=True, capture_output=True)
     job = [sys.executable, str(ROOT / "train.py"), "+experiment=prune_unet", "data=imagefolder", f"data.root={photos}"]
-    job += ["data.heldout_fraction=0.2", f"root={tmp_path}/runs", "name=photos", "model=shapes", "scorer=shapes", *SMALL]
+    job += [
+        "data.heldout_fraction=0.2",
+        f"root={tmp_path}/runs",
+        "name=photos",
+        "model=shapes",
+        "scorer=shapes",
+        *SMALL,
+    ]
     done = subprocess.run(job, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs/photos"
