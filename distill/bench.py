@@ -26,13 +26,13 @@ from eval.overlap import among
 from models.guidance import told_guidance_width, with_told_guidance
 from models.pipeline import export_pipeline, load_pipeline, one_line, with_unet
 from models.schedule import NoiseSchedule
+from models.schedulers import check_noise_schedule, check_sampling, on_same_schedule, stated
 from models.sizes import set_resolution
 from models.unet import PrunableUNet2DConditionModel
 
 log = logging.getLogger("slimstep")
 SOLVERS_OWN = (
-    "_use_default_values", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "algorithm_type",
-    "final_sigmas_type",
+    "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "algorithm_type", "final_sigmas_type",
 )  # fmt: skip
 SAME_IN_BOTH = ("in_channels", "out_channels", "cross_attention_dim")
 
@@ -86,12 +86,15 @@ class DistillBench(Bench):
         return self.on_the_grid(getattr(diffusers, self.ladder.sampler), self.scheduler, **own)
 
     def on_the_grid(self, kind: type, scheduler, **changes):
-        """A scheduler of this kind; x̂ is not clipped, for training does not clip it."""
-        # diffusers notes what a file left open, and from_config would take its own defaults for that, not ours. It also
-        # keeps what only another class reads.
-        told = {key: value for key, value in scheduler.config.items() if key not in SOLVERS_OWN}
+        """A scheduler of this kind on the same noise schedule; x̂ is not clipped, for training does not clip it.
+
+        Raises ValueError where there is no noise schedule, or this kind cannot keep it.
+        """
+        check_noise_schedule(scheduler)
+        told = {key: value for key, value in stated(scheduler).items() if key not in SOLVERS_OWN}
         grid = {"timestep_spacing": self.ladder.timestep_spacing, "set_alpha_to_one": True}
-        return kind.from_config({**told, "clip_sample": False, "thresholding": False, **grid, **changes})
+        own = {**told, "clip_sample": False, "thresholding": False, **grid, **changes}
+        return on_same_schedule(kind, scheduler, own)
 
     @cached_property
     def networks(self) -> dict[str, PrunableUNet2DConditionModel]:
@@ -139,7 +142,7 @@ class DistillBench(Bench):
             self.check_objective("objective", self.objective_of(climb), self.training(climb.name), **given)
         for steps in self.config.curves.steps:
             try:
-                copy.deepcopy(self.student_scheduler).set_timesteps(steps)
+                check_sampling(self.student_scheduler, steps)
             except ValueError as error:
                 raise ValueError(f"curves.steps={list(self.config.curves.steps)}: {one_line(error)}") from error
         if self.ladder.guidance_width:

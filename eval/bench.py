@@ -52,11 +52,12 @@ class Bench:
     def pipeline(self):
         """The teacher pipeline, frozen, on the device; its UNet is prunable.
 
-        Raises ValueError for what is no pipeline.
+        Raises ValueError for what is no pipeline, or has no noise schedule to train on.
         """
         pipeline = self.model
         if not isinstance(pipeline, DiffusionPipeline):
             raise ValueError(f"{self.config.model} is a UNet alone; it serves +experiment=latency_table only")
+        NoiseSchedule.from_scheduler(pipeline.scheduler)  # ValueError for one without betas
         pipeline.to(self.device)
         if self.config.data.resolution is None:
             self.config.data.resolution = native_pixels(pipeline)
@@ -247,9 +248,9 @@ class Bench:
         check_sharding(training, self.run.accelerator)
 
     def check_inputs(self) -> None:
-        """ValueError, before anything is made, for a precision, data, prompts or a scorer that cannot be had."""
+        """ValueError, before anything is made, for a precision, steps, data, prompts or a scorer that cannot be had."""
         at_least("eval", self.config.eval, 1, "pictures")  # the job's report shows some
-        _ = self.precision
+        self.sampler(self.config.eval)
         self.check_data()
         _ = self.prompts, self.scorer
 

@@ -45,7 +45,8 @@ from eval.overlap import among, known_captions
 from eval.sampling import Sampler
 from eval.setups import Setup, compile_networks
 from models.cost import count_parameters
-from models.pipeline import check_pipeline, load_pipeline, networks, upcast_vae
+from models.pipeline import check_pipeline, load_pipeline, networks, stored_scheduler, upcast_vae
+from models.schedulers import check_sampling
 from models.sizes import native_pixels, set_resolution
 
 log = logging.getLogger("slimstep")
@@ -138,6 +139,17 @@ class EvaluationBench(Bench):
         for where in set(self.models.values()):
             options = self.options_of(where)
             check_pipeline(where, **{key: value for key, value in options.items() if key in CHECKED})
+        for name, where in self.models.items():
+            if scheduler := stored_scheduler(where, self.options_of(where).get("scheduler")):
+                self.check_steps(name, scheduler)
+
+    def check_steps(self, name: str, scheduler) -> None:
+        """ValueError for numbers of steps that a model's scheduler cannot make."""
+        for steps in self.steps_of(name):
+            try:
+                check_sampling(scheduler, steps)
+            except ValueError as error:
+                raise ValueError(f"{self.models[name]} cannot be sampled at {steps} steps: {error}") from error
 
     def settle_resolution(self) -> None:
         """The first model's own, where the data leave it open."""

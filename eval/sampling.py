@@ -24,6 +24,7 @@ from eval.precision import computing, products_on
 from models.conditioning import empty_text_state, text_states
 from models.decoding import has_statistics, statistics, unscaled
 from models.guidance import guidance_embedding, told_guidance_width
+from models.schedulers import check_sampling, used_spacing
 
 TEXTS_PER_BATCH = 64  # cut by index, so that a prompt's state does not depend on who asks for it
 
@@ -66,9 +67,10 @@ class Sampler:
         scheduler=None,
         precision: str = "float32",
     ) -> None:
-        """Raises ValueError for fewer than 1 step."""
+        """Raises ValueError for fewer than 1 step, and for what the scheduler cannot do: models/schedulers.py."""
         if steps < 1:
             raise ValueError(f"steps is {steps}; sampling needs at least 1")
+        check_sampling(scheduler or pipeline.scheduler, steps)
         self.pipeline = pipeline
         self.steps = steps
         self.guidance_scale = guidance_scale
@@ -97,7 +99,7 @@ class Sampler:
             "guidance_scale": self.guidance_scale,
             "seed": self.seed,
             "scheduler": type(scheduler).__name__,
-            "timestep_spacing": scheduler.config.get("timestep_spacing"),
+            "timestep_spacing": used_spacing(scheduler),
             "prediction_type": scheduler.config.get("prediction_type"),
             "latents": list(self.latent_shape),
             "precision": self.weights_precision,

@@ -29,7 +29,7 @@ from models.folder import (
 from models.lora import check_loras, fuse_loras
 from models.networks import check_tokenizers, load_networks, without_memory
 from models.quiet import one_line, preview, quiet
-from models.schedulers import scheduler_class, swapped_scheduler
+from models.schedulers import replacement, scheduler_class, swapped_scheduler
 from models.single_file import check_single_file, load_single_file
 from models.sizes import settle_sizes
 from models.stock import stock_config, to_stock
@@ -157,7 +157,24 @@ def check_pipeline(
             check_weights(name_or_path, variant)
     if scheduler:
         scheduler_class(scheduler)
+        stored_scheduler(name_or_path, scheduler)
     check_loras(loras)
+
+
+def stored_scheduler(name_or_path: str | Path, scheduler: str | None = None):
+    """The scheduler of a folder or hub id, or another in its place, without any weights; None for a single file.
+
+    Raises ValueError where it cannot be read, or the other cannot take its place.
+    """
+    if is_single_file(name_or_path):
+        return None
+    try:
+        with quiet():
+            kind = getattr(diffusers, DiffusionPipeline.load_config(name_or_path)["scheduler"][1])
+            own = kind.from_pretrained(name_or_path, subfolder="scheduler")
+    except Exception as error:  # OSError, AttributeError, KeyError, TypeError: the file is damaged in some way
+        raise ValueError(f"model {str(name_or_path)!r} has no scheduler that can be read: {one_line(error)}") from error
+    return replacement(own, scheduler) if scheduler else own
 
 
 def export_pipeline(pipeline: DiffusionPipeline, folder: str | Path, variant: str | None = None) -> ExportVerdict:

@@ -10,6 +10,8 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
+from models.schedulers import check_noise_schedule
+
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 
 
@@ -31,11 +33,15 @@ class NoiseSchedule:
 
     @classmethod
     def from_scheduler(cls, scheduler, device: str | torch.device = "cpu") -> "NoiseSchedule":
-        """The schedule of any diffusers scheduler that carries `alphas_cumprod`, zero terminal SNR included."""
+        """The schedule of any diffusers scheduler that carries `alphas_cumprod`, zero terminal SNR included.
+
+        Raises ValueError for others (EDM, flow matching), and for an unknown prediction type.
+        """
+        check_noise_schedule(scheduler)
         alpha_bar_T = scheduler.alphas_cumprod.to(device=device, dtype=torch.float64)
         final_alpha = float(getattr(scheduler, "final_alpha_cumprod", 1.0)) ** 0.5
         alpha_T, sigma_T = alpha_bar_T.sqrt().float(), (1 - alpha_bar_T).sqrt().float()
-        return cls(alpha_T, sigma_T, scheduler.config.prediction_type, final_alpha)
+        return cls(alpha_T, sigma_T, scheduler.config.get("prediction_type"), final_alpha)
 
     def __len__(self) -> int:
         return len(self.alpha_T)

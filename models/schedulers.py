@@ -1,9 +1,23 @@
-"""Schedulers by name: `model.scheduler` puts another of diffusers' in the place of the model's own."""
+"""Schedulers: another of diffusers' in the place of a model's own (`model.scheduler`), and what cannot be sampled with.
+
+Two rules hold where one takes another's place. The noise schedule that the network was trained on (betas, zero terminal
+SNR) and what it predicts stay as they are, always: a class that cannot keep them is refused. The timestep spacing stays
+the one that the model's own sampler uses, also where its file leaves that to a default; where a class spaces its steps
+in one way only, the log says which. Steps are not the same ones for all that: with spacing `leading` DPM++, UniPC and
+DEIS space over one step more than DDIM and Euler.
+"""
+
+import copy
+import inspect
+import logging
+from typing import Any
 
 import diffusers
+import torch
 
 from models.quiet import quiet
 
+log = logging.getLogger("slimstep")
 SHORT = {
     "ddim": "DDIMScheduler", "ddpm": "DDPMScheduler", "deis": "DEISMultistepScheduler",
     "dpmsolver++": "DPMSolverMultistepScheduler", "dpmsolver_single": "DPMSolverSinglestepScheduler",
@@ -13,9 +27,19 @@ SHORT = {
     "pndm": "PNDMScheduler", "tcd": "TCDScheduler", "unipc": "UniPCMultistepScheduler",
 }  # fmt: skip
 OPTIONS = {"dpmsolver++": {"algorithm_type": "dpmsolver++"}}
+# Where the model's own scheduler says nothing of them: latents are not clipped, and PNDM has no Runge-Kutta steps.
+UNSAID = {"clip_sample": False, "skip_prk_steps": True}
+ONE_SPACING = {"DPMSolverSinglestepScheduler": "linspace", "LCMScheduler": "trailing", "TCDScheduler": "trailing"}
+SOLVERS_OWN = ("algorithm_type", "solver_type", "solver_order", "lower_order_final")  # they mean other things elsewhere
+LEFT_OUT = ("clip_sample", "thresholding", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
+            "use_lu_lambdas")  # fmt: skip
+READ_OR_NOT = (*LEFT_OUT, "rescale_betas_zero_snr", "trained_betas", "snr_shift_scale", "use_flow_sigmas",
+               "timestep_spacing", "timestep_type")  # fmt: skip
 
 NO_SAMPLE = ("PNDMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler",
              "KDPM2AncestralDiscreteScheduler")  # fmt: skip  # they know ε and v
+PIPELINES_GIVE = {"model_output", "timestep", "sample", "eta", "generator"}  # to a scheduler's step
+NO_IMAGE = 1e-12  # ᾱ where a schedule counts as zero terminal SNR to the last; some classes write 2^-24 for 0
 
 
 def scheduler_class(name: str) -> type:
@@ -27,13 +51,193 @@ def scheduler_class(name: str) -> type:
 
 
 def swapped_scheduler(scheduler, name: str):
-    """Another scheduler on the same noise schedule, which predicts the same; fields that both have stay as they are.
+    """Another scheduler on the same noise schedule, which predicts the same and, where it can, spaces its steps alike.
 
-    Latents are not clipped where the model's own configuration says nothing of it, as diffusers would by default.
-    Raises ValueError for an unknown name, and for a class that does not know what the model predicts.
+    Fields that both have stay as they are, but for those of a solver alone. What the own sampler does and the other
+    cannot (another spacing, clipping, Karras' sigmas, an end in clean latents) is logged. Raises ValueError for an
+    unknown name, for a scheduler without betas, and for a class that cannot keep the noise schedule or does not know
+    what the model predicts.
     """
-    if scheduler_class(name).__name__ in NO_SAMPLE and scheduler.config.prediction_type == "sample":
+    swapped = replacement(scheduler, name)
+    tell(f"model.scheduler={name}", scheduler, swapped)
+    return swapped
+
+
+def replacement(scheduler, name: str):
+    """What `swapped_scheduler` gives, without a word."""
+    kind = scheduler_class(name)
+    check_noise_schedule(scheduler)
+    if kind.__name__ in NO_SAMPLE and scheduler.config.prediction_type == "sample":
         raise ValueError(f"model.scheduler={name} does not know sample prediction, which is this model's; take ddim")
-    config = {"clip_sample": False, **scheduler.config, **OPTIONS.get(name.lower(), {})}
+    if not can_keep(kind, scheduler):
+        able = [short for short in SHORT if can_keep(scheduler_class(short), scheduler)]
+        raise ValueError(
+            f"model.scheduler={name} cannot keep the noise schedule that this model was trained on "
+            f"({schedule_in_words(scheduler)}); choose from {', '.join(able)}"
+        )
+    config = own_fields(scheduler, kind) | OPTIONS.get(name.lower(), {})
+    if spacing := ONE_SPACING.get(kind.__name__, used_spacing(scheduler)):
+        config["timestep_spacing"] = spacing
+    return built(kind, config)
+
+
+def own_fields(scheduler, kind: type) -> dict[str, Any]:
+    """What a scheduler of this kind is made of, defaults of the own class included."""
+    left = () if type(scheduler) is kind else SOLVERS_OWN
+    return {**UNSAID, **{key: value for key, value in stated(scheduler).items() if key not in left}}
+
+
+def stated(scheduler) -> dict[str, Any]:
+    """A scheduler's configuration, whose every value counts for another class, too.
+
+    diffusers notes which fields a file left open, and from_config takes the other class' defaults for those. It also
+    keeps fields that the own class does not read, and another would.
+    """
+    unread = {"_use_default_values"} | {key for key in READ_OR_NOT if key not in fields_of(type(scheduler))}
+    return {key: value for key, value in scheduler.config.items() if key not in unread}
+
+
+def fields_of(kind: type) -> set[str]:
+    return set(inspect.signature(kind.__init__).parameters)
+
+
+def built(kind: type, config: dict[str, Any]):
     with quiet():  # diffusers warns of fields that the other class has not
-        return scheduler_class(name).from_config(config)
+        return kind.from_config(config)
+
+
+def tell(what: str, own, swapped) -> None:
+    """Logs what the own sampler does and the other does not."""
+    spacing = used_spacing(own)
+    if spacing and (used := used_spacing(swapped)) != spacing:
+        log.warning(f"{what} spaces its timesteps {used}, always; the model's own sampler uses {spacing}")
+    if lost := [key for key in LEFT_OUT if stated(own).get(key) and key not in fields_of(type(swapped))]:
+        log.warning(f"{what} has no {', '.join(lost)}, which the model's own sampler uses")
+    if (end := final_sigma(swapped)) > 0:
+        log.warning(f"{what} ends at σ = {end:.3g}, not in clean latents: at few steps images keep that noise")
+
+
+def used_spacing(scheduler) -> str | None:
+    """How a scheduler spaces its timesteps: what its field says, where its class reads that."""
+    return ONE_SPACING.get(type(scheduler).__name__, scheduler.config.get("timestep_spacing"))
+
+
+def final_sigma(scheduler) -> float:
+    """σ at which sampling ends; 0 for schedulers that keep none."""
+    if not hasattr(scheduler, "sigmas"):
+        return 0.0
+    scheduler = copy.deepcopy(scheduler)
+    scheduler.set_timesteps(4)
+    return float(scheduler.sigmas[-1])
+
+
+# ---- what a network was trained on
+
+
+def check_noise_schedule(scheduler) -> None:
+    """ValueError for a scheduler whose network was not trained on betas: EDM, flow matching, continuous times."""
+    config, alphas = scheduler.config, getattr(scheduler, "alphas_cumprod", None)
+    why = None
+    if not isinstance(alphas, torch.Tensor) or len(alphas) != config.get("num_train_timesteps"):
+        why = "has no noise schedule of betas"
+    elif config.get("use_flow_sigmas"):
+        why = "has use_flow_sigmas=True"
+    elif config.get("timestep_type", "discrete") != "discrete":
+        why = f"has timestep_type={config.timestep_type}"
+    if why:
+        raise ValueError(
+            f"the model's {type(scheduler).__name__} {why}: EDM and flow matching are neither trained nor given "
+            "another model.scheduler yet; +experiment=evaluate and benchmark take a model that its stock pipeline samples"
+        )
+
+
+def can_keep(kind: type, scheduler) -> bool:
+    """Whether a class can have the noise schedule and the prediction of this scheduler."""
+    if kind.__name__ in NO_SAMPLE and scheduler.config.prediction_type == "sample":
+        return False
+    try:
+        made = built(kind, own_fields(scheduler, kind))
+        return same_noise_schedule(made, scheduler) and starts_finite(made)
+    except NotImplementedError:  # diffusers', for a beta_schedule that the class does not know
+        return False
+
+
+def same_noise_schedule(scheduler, other) -> bool:
+    """Whether both have the same ᾱ; some classes write 2^-24 where others have 0."""
+    ours, theirs = scheduler.alphas_cumprod, other.alphas_cumprod
+    return len(ours) == len(theirs) and torch.allclose(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+def starts_finite(scheduler) -> bool:
+    """Samplers of σ / α have an infinite one where ᾱ is 0, but for those that know zero terminal SNR."""
+    return not hasattr(scheduler, "sigmas") or bool(torch.as_tensor(scheduler.sigmas).isfinite().all())
+
+
+def schedule_in_words(scheduler) -> str:
+    config = scheduler.config
+    if config.get("rescale_betas_zero_snr"):
+        return "rescale_betas_zero_snr=True"
+    has_own = config.get("trained_betas") is not None
+    return "trained_betas" if has_own else f"beta_schedule={config.get('beta_schedule')}"
+
+
+def on_same_schedule(kind: type, scheduler, config: dict[str, Any]):
+    """A scheduler of this kind and configuration. ValueError where it has another noise schedule than `scheduler`."""
+    try:
+        made = built(kind, config)
+        is_same = same_noise_schedule(made, scheduler)
+    except NotImplementedError:  # diffusers', for an unknown beta_schedule
+        is_same = False
+    if not is_same:
+        words = schedule_in_words(scheduler)
+        raise ValueError(f"{kind.__name__} cannot keep the noise schedule of the model's scheduler ({words})")
+    return made
+
+
+# ---- sampling
+
+
+def check_sampling(scheduler, steps: int) -> None:
+    """ValueError where the stock pipeline could not sample with this scheduler in so many steps, or not finitely."""
+    name, kind = type(scheduler).__name__, type(scheduler)
+    absent = [a for a in ("init_noise_sigma", "scale_model_input", "order", "step") if not hasattr(scheduler, a)]
+    asked = inspect.signature(kind.step).parameters.values() if not absent else ()
+    absent += [p.name for p in asked if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+               and p.name not in PIPELINES_GIVE | {"self"}]  # fmt: skip
+    if absent:
+        raise ValueError(
+            f"{name} is no scheduler for a UNet's pipeline ({', '.join(absent)}): flow matching and others of its kind "
+            "are not supported yet"
+        )
+    if (made := timesteps_of(scheduler, steps)) is None:
+        others = (n for apart in range(1, 64) for n in (steps + apart, steps - apart) if n > 0)
+        near = next((n for n in others if timesteps_of(scheduler, n) is not None), None)
+        raise ValueError(f"{name} cannot make {steps} steps{f'; the nearest it can make is {near}' if near else ''}")
+    if not starts_finite(scheduler):
+        raise ValueError(
+            f"{name} starts at an infinite σ, for its betas end in zero terminal SNR: model.scheduler=ddim"
+        )
+    check_blank(scheduler, made)
+
+
+def check_blank(scheduler, timesteps: torch.Tensor) -> None:
+    """ValueError where a network that predicts ε is asked at a timestep without any of the image."""
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None or scheduler.config.get("prediction_type") != "epsilon":
+        return
+    if blank := [int(t) for t in timesteps if alphas[int(t)] < NO_IMAGE]:
+        raise ValueError(
+            f"the model predicts ε, and at timestep {blank[0]} its {type(scheduler).__name__} has zero terminal SNR: "
+            "there ε says nothing of the image, and latents are infinite; in its scheduler_config.json either "
+            "prediction_type=epsilon or rescale_betas_zero_snr=true is wrong, or timestep_spacing must be leading"
+        )
+
+
+def timesteps_of(scheduler, steps: int) -> torch.Tensor | None:
+    """None where the scheduler cannot make so many steps."""
+    scheduler = copy.deepcopy(scheduler)
+    try:
+        scheduler.set_timesteps(steps)
+    except (ValueError, IndexError, ZeroDivisionError, KeyError, RuntimeError):  # numpy's and diffusers' own words
+        return None
+    return scheduler.timesteps

@@ -22,6 +22,7 @@ from models.conversion import LackingError, converted, text_encoder
 from models.folder import cached_configuration, check_folder, hub_configuration, without_checker
 from models.known import KNOWN, known_by, write_configuration
 from models.quiet import one_line
+from models.schedulers import built, fields_of, stated
 from models.unet import PrunableUNet2DConditionModel
 
 log = logging.getLogger("slimstep")
@@ -83,8 +84,8 @@ def load_single_file(
 
 def told_scheduler(scheduler, told: dict):
     """The scheduler with what the file says of it; DDIM where its own class cannot do that."""
-    takes_all = set(told) <= set(scheduler.config)
-    return (type(scheduler) if takes_all else DDIMScheduler).from_config({**scheduler.config, **told})
+    takes_all = set(told) <= fields_of(type(scheduler))
+    return built(type(scheduler) if takes_all else DDIMScheduler, {**stated(scheduler), **told})
 
 
 def check_parts(weights: dict[str, Tensor], spared: str | None) -> None:

@@ -55,6 +55,8 @@ class PruneBench(Bench):
         for key, stage in {"objective": self.config, "recovery.objective": self.config.recovery}.items():
             self.check_objective(key, stage.objective, stage.train)
         self.check_inputs()
+        if self.search.needs_scores:
+            self.sampler(self.config.scoring)
 
     @property
     def bypass(self) -> str | dict[str, str]:

@@ -92,6 +92,7 @@ class VaeBench(Bench):
         if self.latency.iterations < 2:
             raise ValueError("latency.iterations=1: a ratio is told with its quartiles, of 2 timings and more")
         self.check_inputs()
+        self.sampler(self.latents)
         if len(self.heldout_pairs) < 2:
             told = f"the data hold {len(self.heldout_pairs)} held-out images; a decoder is judged on 2 and more"
             raise ValueError(f"{told}: a higher data.heldout_fraction")
