@@ -147,7 +147,7 @@ def check_noise_schedule(scheduler) -> None:
     if why:
         raise ValueError(
             f"the model's {type(scheduler).__name__} {why}: EDM and flow matching are neither trained nor given "
-            "another model.scheduler yet; +experiment=evaluate and benchmark take a model that its stock pipeline samples"
+            "another model.scheduler yet; +experiment=evaluate and benchmark take one that its stock pipeline samples"
         )
 
 
