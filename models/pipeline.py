@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
@@ -172,7 +173,7 @@ def stored_scheduler(name_or_path: str | Path, scheduler: str | None = None):
         with quiet():
             kind = getattr(diffusers, DiffusionPipeline.load_config(name_or_path)["scheduler"][1])
             own = kind.from_pretrained(name_or_path, subfolder="scheduler")
-    except Exception as error:  # OSError, AttributeError, KeyError, TypeError: the file is damaged in some way
+    except (OSError, ValueError, AttributeError, KeyError, IndexError, TypeError) as error:  # damaged in some way
         raise ValueError(f"model {str(name_or_path)!r} has no scheduler that can be read: {one_line(error)}") from error
     return replacement(own, scheduler) if scheduler else own
 
