@@ -13,16 +13,17 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
+from eval.graphs import CannotCaptureError, CapturedCall
 from eval.sampling import Sampler, Texts, eight_bits
+from eval.setups import CannotRunError
 from models.conditioning import empty_text_state, text_states
-
-WARMUP = 3  # eager calls before the capture: kernels are chosen, workspaces taken
 
 
 class CapturedSampler:
     """A sampler's loop and decoder on a CUDA device, captured at the first call.
 
-    Schedulers that copy between host and device in their steps cannot be captured.
+    Schedulers that copy between host and device in their steps cannot be captured (those that draw noise, LCM, UniPC):
+    the first call raises CannotRunError, before anything is captured.
     """
 
     def __init__(self, sampler: Sampler):
@@ -38,7 +39,7 @@ class CapturedSampler:
         self.texts.states_BLE.copy_(texts.states_BLE)
         self.texts.empty_1LE.copy_(texts.empty_1LE)
         self.noise_BCHW.copy_(noise_BCHW)
-        self.graph.replay()
+        self.graph()
         return [to_pil_image(image) for image in self.images_B3HW.cpu()]
 
     def capture(self, texts: Texts, noise_BCHW: Tensor) -> None:
@@ -46,15 +47,14 @@ class CapturedSampler:
         self.texts = Texts(texts.states_BLE.clone(), texts.empty_1LE.clone())
         self.noise_BCHW = noise_BCHW.to(unet.device, unet.dtype)
 
-        def sample() -> Tensor:
-            return eight_bits(self.sampler.pixels(self.sampler.denoise(unet, self.texts, self.noise_BCHW)))
+        def sample() -> None:
+            latents_BCHW = self.sampler.denoise(unet, self.texts, self.noise_BCHW)
+            self.images_B3HW = eight_bits(self.sampler.pixels(latents_BCHW))
 
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(WARMUP):
-                sample()
-        torch.cuda.current_stream().wait_stream(side)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(self.graph):
-            self.images_B3HW = sample()
+        try:
+            self.graph = CapturedCall(sample)
+        except CannotCaptureError as error:
+            raise CannotRunError(
+                f"the loop of {type(self.sampler.scheduler).__name__} cannot be one CUDA graph: leave capture out, or "
+                f"choose a scheduler that copies nothing between host and device in its steps, as DDIM ({error})"
+            ) from error

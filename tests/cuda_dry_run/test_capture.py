@@ -1,0 +1,42 @@
+"""A captured loop: the graph of a scheduler that stays on the device, and a reason for one that does not."""
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from eval.setups import CannotRunError, Setup
+from eval.speed import Subject
+from models.schedulers import swapped_scheduler
+from tests.tiny import WIDTH, tiny_pipeline
+
+
+def captured(scheduler):
+    """A pipeline whose UNet has two levels."""
+    unet = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=WIDTH, attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+    )  # fmt: skip
+    pipeline = tiny_pipeline(unet=unet)
+    pipeline.scheduler = swapped_scheduler(pipeline.scheduler, scheduler)
+    setup = Setup(dtype="bfloat16", capture=True)
+    return Subject(pipeline, setup, ["a", "b"], 2, 2.5, torch.device("cuda"))
+
+
+@pytest.mark.parametrize("scheduler", ["ddim", "dpmsolver++", "euler"])
+def test_a_scheduler_that_stays_on_the_device_is_captured_once(gpu, scheduler):
+    subject = captured(scheduler)
+    subject.call()
+    graph = subject.captured.graph
+    subject.call()
+    assert subject.captured.graph is graph
+
+
+@pytest.mark.parametrize("scheduler", ["lcm", "unipc", "euler_a", "ddpm", "dpm2_a"])
+def test_a_scheduler_that_copies_in_its_steps_is_refused_before_the_capture(gpu, scheduler):
+    subject = captured(scheduler)
+    with pytest.raises(CannotRunError, match="Scheduler cannot be one CUDA graph.*synchronizing"):
+        subject.call()
+    assert subject.captured.graph is None and torch.cuda.get_sync_debug_mode() == 0
+    with pytest.raises(CannotRunError):
+        subject.call()  # and again: nothing is left of the first attempt
