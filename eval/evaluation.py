@@ -119,6 +119,7 @@ class EvaluationBench(Bench):
         if not self.models:
             raise ValueError("models names nothing to evaluate: models=[FOLDER,…] or models={teacher: FOLDER, …}")
         self.check_models()
+        self.check_steps()
         self.settle_resolution()
         _ = self.precision, self.prompt_set, self.scorer, self.inception, self.preferences
         if self.config.evaluation.distribution and not self.run.made(FEATURES) and len(self.real_pairs) < 2:
@@ -139,17 +140,16 @@ class EvaluationBench(Bench):
         for where in set(self.models.values()):
             options = self.options_of(where)
             check_pipeline(where, **{key: value for key, value in options.items() if key in CHECKED})
-        for name, where in self.models.items():
-            if scheduler := stored_scheduler(where, self.options_of(where).get("scheduler")):
-                self.check_steps(name, scheduler)
 
-    def check_steps(self, name: str, scheduler) -> None:
+    def check_steps(self) -> None:
         """ValueError for numbers of steps that a model's scheduler cannot make."""
-        for steps in self.steps_of(name):
-            try:
-                check_sampling(scheduler, steps)
-            except ValueError as error:
-                raise ValueError(f"{self.models[name]} cannot be sampled at {steps} steps: {error}") from error
+        for name, where in self.models.items():
+            scheduler = stored_scheduler(where, self.options_of(where).get("scheduler"))
+            for steps in self.steps_of(name) if scheduler else ():
+                try:
+                    check_sampling(scheduler, steps)
+                except ValueError as error:
+                    raise ValueError(f"{where} cannot be sampled at {steps} steps: {error}") from error
 
     def settle_resolution(self) -> None:
         """The first model's own, where the data leave it open."""

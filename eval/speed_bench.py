@@ -52,6 +52,7 @@ class SpeedBench(EvaluationBench):
         if not self.models:
             raise ValueError("models names nothing to time: models=[FOLDER,…] or models={teacher: FOLDER, …}")
         self.check_models()
+        self.check_steps()
         self.settle_resolution()
         if (images := self.config.benchmark.images) > (prompts := self.config.eval.prompts):
             raise ValueError(f"benchmark.images={images} is more than eval.prompts={prompts}")
