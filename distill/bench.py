@@ -21,7 +21,7 @@ from engine.loop import Objective
 from engine.run import damaged
 from engine.sections.stepping import LadderConfig, RungConfig
 from engine.sections.training import StageConfig, TrainConfig
-from eval.bench import Bench
+from eval.bench import Bench, clip_line
 from eval.overlap import among
 from models.guidance import told_guidance_width, with_told_guidance
 from models.pipeline import export_pipeline, load_pipeline, one_line, with_unet
@@ -241,7 +241,7 @@ class DistillBench(Bench):
         given = {"teacher": self.at_work(climb.teacher, training.compile), "rung": self.rung(climb)}
         unet = self.taught(unet, self.objective_of(climb), training, climb.name, **given)
         self.networks[climb.name] = unet
-        self.run.sealed_folder(f"{climb.name}/export", partial(self.write_export, unet))
+        self.run.sealed_folder(f"{climb.name}/export", partial(self.write_export, unet, climb.steps))
 
     @property
     def idle(self) -> list[nn.Module]:
@@ -278,6 +278,16 @@ class DistillBench(Bench):
         unet.compile(dynamic=False)
         return unet
 
-    def write_export(self, unet: PrunableUNet2DConditionModel, folder) -> None:
+    def write_export(self, unet: PrunableUNet2DConditionModel, steps: int, folder: Path) -> None:
         student = with_unet(self.pipeline, unet, scheduler=self.student_scheduler)
-        log.info(f"exported: {export_pipeline(student, folder).load}")
+        origin = self.origin(self.config.eval, steps)
+        log.info(f"exported: {export_pipeline(student, folder, origin=origin).load}")
+
+    def write_cards(self, evaluation: dict) -> None:
+        """Every student's scores at its own number of steps, into its model card."""
+        guidance = self.config.eval.guidance_scale
+        for point in evaluation["points"]:
+            name, steps = point["model"], point["steps"]
+            if name == f"steps-{steps}" and point["guidance"] == guidance:
+                scores = clip_line(point["clip"], point["versus_teacher"])
+                self.card(f"{name}/export", [f"{scores} (the teacher at {self.ladder.steps[0]} steps)"])

@@ -28,6 +28,7 @@ def distill_steps(config: Config, run: Run) -> int | Plan:
         bench.climb(climb)
     curves, page = Curves(bench), run.path / "report.html"
     evaluation = curves.evaluate()
+    bench.write_cards(evaluation)
     curves.measure_unets()
     new = not run.made(page.name)
     if run.accelerator.is_main_process:

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -27,7 +28,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.files import write_json
+from data.files import whole_folder, write_json
 from engine.components import named_job
 from engine.identity import WATCHING
 from engine.planning import Plan, duration
@@ -113,14 +114,15 @@ class Chain:
         self.configs = {stage.name: self.composed(stage) for stage in self.stages}
         if self.config.plan:
             return self.plan()
-        if (self.path / "export").is_dir() and not (self.path / "export").is_symlink():
-            raise ValueError(f"{self.path / 'export'} is a folder, where a link to the student belongs: rename it")
+        own = self.path / "export"
+        if own.is_dir() and not own.is_symlink() and not self.export_file.is_file():
+            raise ValueError(f"{own} is a folder that this run has not made, where the student belongs: rename it")
         restarted = self.restarted()
         if left := [stage for stage in self.stages if stage.name in restarted or not self.is_done(stage)]:
             self.check(left, restarted)
         self.put_aside(restarted)
         codes = [self.skip(stage) if self.is_done(stage) else self.make(stage) for stage in self.stages]
-        self.link_export()
+        self.copy_export()
         if self.accelerator.is_main_process:
             self.restart_file.unlink(missing_ok=True)
         return max(codes)
@@ -222,15 +224,29 @@ class Chain:
             raise ValueError(f"the stage left with exit code {code}; what it said is above")
         return code
 
-    def link_export(self) -> None:
-        """RUN/export is that of the last stage that has one."""
+    def copy_export(self) -> None:
+        """RUN/export is that of the last stage that has one: a folder of its own, which may be changed and moved."""
         made = [stage.name for stage in self.stages if (self.path / stage.name / "export").is_dir()]
-        link = self.path / "export"
         if made and self.accelerator.is_main_process:
-            link.unlink(missing_ok=True)
-            link.symlink_to(Path(made[-1]) / "export")
-            log.info(f"the student: {link.absolute()}")
+            source, target = self.path / made[-1] / "export", self.path / "export"
+            made_of = {str(Path(made[-1]) / "export"): seen(source)}
+            if not target.is_dir() or target.is_symlink() or self.export_record() != made_of:
+                write_json(self.export_file, {})  # a killed copy is made again
+                if target.is_symlink():  # as earlier versions left one
+                    target.unlink()
+                with whole_folder(target) as aside:
+                    shutil.copytree(source, aside, dirs_exist_ok=True)
+                write_json(self.export_file, made_of)
+            log.info(f"the student: {target.absolute()}")
         self.accelerator.wait_for_everyone()
+
+    @property
+    def export_file(self) -> Path:
+        """Says what RUN/export is a copy of."""
+        return self.path / "stages" / "export.json"
+
+    def export_record(self) -> dict[str, Any] | None:
+        return json.loads(self.export_file.read_text()) if self.export_file.is_file() else None
 
     # ---- what is there ----
 

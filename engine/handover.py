@@ -11,6 +11,7 @@ from engine.config import Config
 from engine.planning import Plan
 from engine.run import Run
 from models.autoencoder import latents_meaning
+from models.card import origin_of
 from models.pipeline import export_pipeline, load_pipeline, with_unet
 
 log = logging.getLogger("slimstep")
@@ -37,7 +38,7 @@ def given(config: Config, key: str) -> str:
 
 def write(model: str, vae: str, folder: Path) -> None:
     pipeline = joined(load_pipeline(model), load_pipeline(vae), f"handover.vae={vae}")
-    log.info(f"exported: {export_pipeline(pipeline, folder).load}")
+    log.info(f"exported: {export_pipeline(pipeline, folder, origin=origin_of(model)).load}")
 
 
 def joined(pipeline: DiffusionPipeline, of_vae: DiffusionPipeline, name: str) -> DiffusionPipeline:

@@ -7,6 +7,7 @@ from typing import Any
 from data.files import digest
 
 NOT_KEPT = ("wandb", "tensorboard")  # trackers add to theirs at any time
+CARD = "README.md"  # of an export: written anew with every result, and edited by whoever hands it on
 
 
 def seen(folder: Path) -> dict[str, str]:
@@ -16,10 +17,10 @@ def seen(folder: Path) -> dict[str, str]:
 
 
 def files_of(folder: Path) -> list[Path]:
-    """All but what trackers keep; a file is its own."""
+    """All but what trackers keep, and model cards; a file is its own."""
     if folder.is_file():
         return [folder]
-    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != CARD)
     return [path for path in files if path.relative_to(folder).parts[0] not in NOT_KEPT]
 
 

@@ -22,6 +22,7 @@ from yaml import YAMLError
 from data.files import digests, whole_folder, write_json, write_text
 from engine.identity import differences, has_begun, has_grown
 from engine.names import disk_name
+from engine.products import CARD
 from engine.tracking import Tracker
 
 log = logging.getLogger("slimstep")
@@ -135,7 +136,7 @@ class Run:
         if not (self.made(seal) and self.made(name)):
             if self.accelerator.is_main_process:
                 make(self.path / name)
-                write_json(self.path / seal, digests(self.path / name))
+                write_json(self.path / seal, self.sealed(name))
         elif wrong := self.agreed(self.broken_seals(name, seal) if self.accelerator.is_main_process else None):
             raise ValueError(
                 f"{self.path / name} is not what was written: {', '.join(wrong)}; remove {self.path / seal} to make it "
@@ -146,7 +147,11 @@ class Run:
 
     def broken_seals(self, name: str, seal: str) -> list[str]:
         """The files of a folder that are changed, gone or new."""
-        return sorted({file for file, _ in self.load(seal).items() ^ digests(self.path / name).items()})
+        return sorted({file for file, _ in self.load(seal).items() ^ self.sealed(name).items()})
+
+    def sealed(self, name: str) -> dict[str, str]:
+        """The digest of every file of a folder but its model card, which may be written anew and edited."""
+        return {file: digest for file, digest in digests(self.path / name).items() if file != CARD}
 
     def log(
         self,

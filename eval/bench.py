@@ -3,11 +3,12 @@
 import copy
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -23,8 +24,9 @@ from engine.components import check, component
 from engine.config import Config
 from engine.loop import Objective, load_trained, train, trained
 from engine.optimizers import check_optimizer
-from engine.run import Run
+from engine.run import FINISHED, Run
 from engine.sections.checks import at_least
+from engine.sections.judging import SamplingConfig
 from engine.sections.pruning import LatencyConfig
 from engine.sections.training import CacheConfig, TrainConfig
 from engine.sharding import autocast_dtype, check_sharding
@@ -32,6 +34,7 @@ from eval.clip import ClipScorer
 from eval.overlap import among
 from eval.precision import settled
 from eval.sampling import Sampler
+from models.card import Origin, origin_of, write_card
 from models.cost import NUM_TOKENS
 from models.pipeline import networks, upcast_vae
 from models.schedule import NoiseSchedule
@@ -263,6 +266,24 @@ class Bench:
         if not there.is_dir() or not os.access(there, os.W_OK):
             raise ValueError(f"data.cache.folder={folder} cannot be made: nothing can be written into {there}")
 
+    def origin(self, sampling: SamplingConfig, steps: int | None = None) -> Origin:
+        """What an export of this job says of itself: it is sampled as it was evaluated, but for its own `steps`."""
+        teacher = str(self.config.model.name_or_path)
+        return Origin(teacher, steps or sampling.steps, sampling.guidance_scale)
+
+    def card(self, name: str, results: Sequence[str]) -> None:
+        """The model card of the export `name`, with a line for every result; once the report is there it stays."""
+        folder = self.run.path / name
+        if self.run.accelerator.is_main_process and origin_of(folder) and not (self.run.path / FINISHED).exists():
+            write_card(folder, results)
+
     def partial(self, name: str) -> Path:
         """Where unfinished work lies, batch by batch, so that a killed run goes on within it."""
         return self.run.path / "partial" / name
+
+
+def clip_line(clip: Mapping[str, Any], against: Mapping[str, Any]) -> str:
+    """A score with its standard error, and the difference to the teacher's with its interval."""
+    paired = f"{against['mean']:+.2f} [{against['low']:+.2f}, {against['high']:+.2f}]"
+    score = f"CLIP score {clip['mean']:.2f} ± {clip['se']:.2f}"
+    return f"{score}; minus the teacher's, paired over {against['n']} prompts: {paired}"

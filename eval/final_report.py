@@ -16,6 +16,7 @@ from eval.figures import save_png, themed
 from eval.outcome import AGAINST, Outcome
 from eval.overlap import overlap_sentence
 from eval.report import flatten, render
+from models.card import origin_of, write_card
 
 log = logging.getLogger("slimstep")
 
@@ -30,6 +31,8 @@ def report(config: Config, run: Run) -> int | Plan:
     if run.accelerator.is_main_process:
         outcome = Outcome(page.evaluation, page.benchmark)
         write_page(outcome, run, page.stages)
+        if origin_of(student := Path(str(outcome.evaluation["models"][outcome.student_name]))):
+            write_card(student, outcome.results())
         print(outcome.text())
         log.info(f"report: {(run.path / 'report.html').resolve()}")
         print(json.dumps({"run": str(run.path.resolve()), **outcome.summary()}))

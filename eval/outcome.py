@@ -100,6 +100,15 @@ class Outcome:
 
     # ---- words ----
 
+    def results(self) -> list[str]:
+        """For a model card: the student's score, and what it is beside the teacher at each of its numbers of steps."""
+        own, n, where = self.student, self.evaluation["n"], self.benchmark["environment"]["device"]
+        lines = [f"CLIP score {score(own)} on {n} prompts"]
+        for t in self.teachers:
+            line = f"against {t['steps']} steps of the teacher: CLIP {difference(self.versus(own, t))}, paired"
+            lines.append(f"{line}; {ratio(self.faster(own, t))} times as fast an image")
+        return [*lines, *([f"{self.row(own)['ms']['median']:.0f} ms an image on {where}"] if self.row(own) else [])]
+
     def sentence(self) -> str:
         """The outcome, against the teacher's second number of steps where it has several."""
         teacher, student = self.teachers[min(1, len(self.teachers) - 1)], self.student

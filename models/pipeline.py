@@ -17,6 +17,7 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 
 from data.files import whole_folder, write_json
 from models.autoencoder import load_vae
+from models.card import Origin, write_card
 from models.checkpoint import is_single_file
 from models.decoding import has_statistics
 from models.folder import (
@@ -44,11 +45,13 @@ class ExportVerdict:
     """What kind of folder an export is.
 
     is_stock: UNet and VAE are diffusers' own classes. obstacles: why not, by site. load: the Python that loads it.
+    origin: whose student it is.
     """
 
     is_stock: bool
     obstacles: tuple[str, ...]
     load: str
+    origin: Origin | None = None
 
 
 def load_pipeline(
@@ -178,14 +181,16 @@ def stored_scheduler(name_or_path: str | Path, scheduler: str | None = None):
     return replacement(own, scheduler) if scheduler else own
 
 
-def export_pipeline(pipeline: DiffusionPipeline, folder: str | Path, variant: str | None = None) -> ExportVerdict:
+def export_pipeline(
+    pipeline: DiffusionPipeline, folder: str | Path, variant: str | None = None, origin: Origin | None = None
+) -> ExportVerdict:
     """Write a diffusers folder, aside and then renamed; an old one in its place is replaced.
 
     Where the architectures are ones that diffusers' own classes can express, the folder holds those and loads
     everywhere. Otherwise the class file of the UNet or VAE travels in it, and in every copy that is saved of it.
     verdict.json holds what is returned. All networks are written in the widest of their dtypes: pipelines of several do
-    not run. variant: the weight files' infix. ValueError where the
-    folder holds anything but a pipeline.
+    not run. variant: the weight files' infix. origin: where it is a
+    student, whose, for a model card. ValueError where the folder holds anything but a pipeline.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
@@ -197,12 +202,14 @@ def export_pipeline(pipeline: DiffusionPipeline, folder: str | Path, variant: st
         obstacles += (f"vae.decoder: its widths {vae.decoder_widths} are not its encoder's",)
     is_stock = verdict.config is not None and not isinstance(vae, NarrowAutoencoderKL)
     flag = "" if is_stock else ", trust_remote_code=True"
-    export = ExportVerdict(is_stock, obstacles, f'DiffusionPipeline.from_pretrained("{folder}"{flag})')
+    export = ExportVerdict(is_stock, obstacles, f'DiffusionPipeline.from_pretrained("{folder}"{flag})', origin)
     made = in_one_dtype(with_unet(pipeline, unet, vae=vae))
     keep_text_names(made)
     with whole_folder(folder) as aside, quiet():
         made.save_pretrained(aside, variant=variant)
         write_json(aside / "verdict.json", asdict(export))
+        if origin:
+            write_card(aside)
         make_readable(aside)
     return export
 

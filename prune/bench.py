@@ -12,7 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from engine.environment import environment
-from eval.bench import Bench
+from eval.bench import Bench, clip_line
 from eval.clip import psnr
 from eval.compare import mean_and_error, paired_difference
 from eval.comparison import run_table
@@ -117,7 +117,8 @@ class PruneBench(Bench):
         """A student as a diffusers folder; verdict.json in it says how it loads."""
 
         def write(folder: Path) -> None:
-            log.info(f"exported: {export_pipeline(with_unet(self.pipeline, student), folder).load}")
+            export = export_pipeline(with_unet(self.pipeline, student), folder, origin=self.origin(self.config.eval))
+            log.info(f"exported: {export.load}")
 
         self.run.sealed_folder(name, write)
 
@@ -179,6 +180,14 @@ class PruneBench(Bench):
             }
 
         return self.run.json("evaluation.json", make)
+
+    def write_card(self, evaluation: dict) -> None:
+        """The student's scores and milliseconds, into its model card."""
+        teacher, student = evaluation["models"][0], evaluation["models"][-1]
+        config, device = self.config.latency, evaluation["environment"]["device"]
+        times = f"UNet: {student['ms']:.2f} ms, the teacher's {teacher['ms']:.2f} ms, for a batch of {config.batch}"
+        clock = f"by the table {config.table}" if self.known_latencies else f"measured on {device}"
+        self.card("export", [clip_line(student["clip"], student["versus_teacher"]), f"{times} ({clock})"])
 
     def report(self) -> None:
         """report.html and its pictures, once; the same to the tracker; the table is printed."""

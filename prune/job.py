@@ -34,7 +34,7 @@ def prune_unet(config: Config, run: Run) -> int | Plan:
     student = bench.train(unet, config.recovery.objective, config.recovery.train, "recovery").requires_grad_(False)
     judged.append(bench.judge("student", student))
     bench.export(student)
-    bench.evaluate(judged, {**measured_ms, "student": decision["measured_ms"]})
+    bench.write_card(bench.evaluate(judged, {**measured_ms, "student": decision["measured_ms"]}))
     bench.report()
     if decision["target_ms"] and decision["measured_ms"] > decision["target_ms"]:
         log.warning(

@@ -33,7 +33,7 @@ from engine.parallel import map_batches
 from engine.run import damaged
 from engine.sections.judging import LatentsConfig
 from engine.sections.pruning import DecoderConfig
-from eval.bench import Bench
+from eval.bench import Bench, clip_line
 from eval.compare import mean_and_error, paired_difference
 from eval.decoders import NEARNESS, compare_decoders, nearness
 from eval.judge import clip_scores, write_pictures
@@ -316,7 +316,8 @@ class VaeBench(Bench):
         """The teacher pipeline with the narrow decoder, as a diffusers folder."""
 
         def write(folder: Path) -> None:
-            log.info(f"exported: {export_pipeline(with_unet(self.pipeline, self.teacher, vae=narrow), folder).load}")
+            student = with_unet(self.pipeline, self.teacher, vae=narrow)
+            log.info(f"exported: {export_pipeline(student, folder, origin=self.origin(self.config.eval)).load}")
 
         self.run.sealed_folder("export", write)
 
@@ -344,6 +345,15 @@ class VaeBench(Bench):
             }
 
         return run.json("evaluation.json", make)
+
+    def write_card(self, evaluation: dict, times: dict) -> None:
+        """The narrow decoder's scores and times, into the model card."""
+        narrow, row = evaluation["decoders"][-1], times["rows"][0]
+        faster = f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}] times as fast as the teacher's"
+        where = f"on {times['environment']['device']}, {row['mode']}, {times['protocol']['dtype']}"
+        place = f"latents of {row['latent_size']}×{row['latent_size']}, batch {row['batch']}"
+        scores = clip_line(narrow["clip"], narrow["versus_wide"])
+        self.card("export", [scores, f"VAE decoder: {faster} ({place}, {where})"])
 
     def report(self) -> None:
         """report.html and its pictures, once; the same to the tracker; the table is printed."""

@@ -21,8 +21,8 @@ def prune_vae(config: Config, run: Run) -> int | Plan:
     narrow = bench.distil(sliced)
     judged.append(bench.judge("narrow", narrow))
     bench.export(narrow)
-    bench.measure(narrow)
-    bench.evaluate(judged)
+    times = bench.measure(narrow)
+    bench.write_card(bench.evaluate(judged), times)
     bench.report()
     return 0
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 
 import pytest
@@ -124,7 +125,32 @@ def test_restart_begins_with_its_stage(chain, tmp_path):
 
 def test_the_export_is_that_of_the_last_stage_that_has_one(chain, tmp_path):
     chain("stages.distill_steps.ladder.steps=[32,16,8,4]")
-    assert (tmp_path / "snapfusion/export").resolve() == (tmp_path / "snapfusion/report/export").resolve()
+    export, made = tmp_path / "snapfusion/export", tmp_path / "snapfusion/report/export/made.json"
+    assert export.is_dir() and not export.is_symlink()
+    assert (export / "made.json").read_text() == made.read_text()
+    (export / "README.md").write_text("mine")  # a finished chain leaves alone what it handed over
+    chain("stages.distill_steps.ladder.steps=[32,16,8,4]")
+    assert (export / "README.md").read_text() == "mine"
+
+
+@pytest.mark.parametrize("left", ["link", "torn copy"])
+def test_an_export_of_earlier_versions_or_of_a_killed_copy_becomes_a_folder(chain, tmp_path, left):
+    chain()
+    export, record = tmp_path / "snapfusion/export", tmp_path / "snapfusion/stages/export.json"
+    shutil.rmtree(export)
+    if left == "link":
+        export.symlink_to("report/export")
+        record.unlink()
+    else:
+        export.mkdir()
+        record.write_text("{}")
+    assert chain()[0] == 3 and export.is_dir() and not export.is_symlink() and (export / "made.json").is_file()
+
+
+def test_a_folder_of_the_users_own_is_not_replaced(chain, tmp_path):
+    (tmp_path / "snapfusion/export").mkdir(parents=True)
+    code, ran, _, stderr = chain()
+    assert (code, ran) == (1, []) and "snapfusion/export is a folder that this run has not made" in stderr
 
 
 def test_a_ladder_that_goes_on_is_no_finished_stage(chain):

@@ -5,7 +5,7 @@ import json
 import pytest
 from accelerate import Accelerator
 
-from data.files import whole_folder
+from data.files import whole_folder, write_text
 from engine.run import Run, differences
 
 
@@ -76,3 +76,10 @@ def test_a_sealed_folder_is_refused_when_it_is_not_what_was_written(run, damage)
      "added": lambda: (folder / "more").touch()}[damage]()  # fmt: skip
     with pytest.raises(ValueError, match="more" if damage == "added" else "not what was written: weights"):
         run.sealed_folder("export", make)
+
+
+def test_a_sealed_folders_model_card_may_change(run):
+    folder = run.sealed_folder("export", lambda path: write_text(path / "weights", "1"))
+    for text in ("made later", "edited"):
+        write_text(folder / "README.md", text)
+        assert run.sealed_folder("export", lambda path: pytest.fail("made twice")) == folder

@@ -1,0 +1,85 @@
+"""The model card of an export: README.md in its folder, as model hubs show it."""
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data.files import write_text
+from engine.products import CARD
+
+HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Whose student an export is, and how it is sampled: diffusers keeps neither steps nor guidance in a folder."""
+
+    teacher: str
+    steps: int
+    guidance_scale: float
+
+
+def origin_of(folder: str | Path) -> Origin | None:
+    """What an export says of itself; None for other folders, and for exports of before there were cards."""
+    file = Path(folder) / "verdict.json"
+    fields = json.loads(file.read_text()).get("origin") if file.is_file() else None
+    return fields and Origin(**fields)
+
+
+def write_card(folder: Path, results: Sequence[str] = ()) -> None:
+    """README.md of an export that has an origin: what it is, how it is sampled, and a line for every result."""
+    verdict = json.loads((folder / "verdict.json").read_text())
+    configs = {part: json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae")}
+    write_text(folder / CARD, card_text(Origin(**verdict["origin"]), verdict["is_stock"], configs, results))
+
+
+def card_text(origin: Origin, is_stock: bool, configs: Mapping[str, Mapping[str, Any]], results: Sequence[str]) -> str:
+    is_hub = HUB_ID.fullmatch(origin.teacher) and not Path(origin.teacher).exists()
+    teacher = origin.teacher if is_hub else Path(origin.teacher).stem
+    base = f"base_model: {teacher}\n" if is_hub else ""
+    flag = "" if is_stock else ", trust_remote_code=True"
+    trust = "" if is_stock else " The folder carries the classes of its networks, hence `trust_remote_code=True`."
+    call = f"num_inference_steps={origin.steps}, guidance_scale={origin.guidance_scale:g}"
+    measured = "\n".join(f"- {line}" for line in results) or "Nothing was measured on it yet."
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+{base}tags: [slimstep, pruning, distillation]
+---
+# A student of {teacher}
+
+- UNet: {unet_line(configs["unet"])}
+- VAE decoder: {decoder_line(configs["vae"])}
+- Sampling: {origin.steps} steps at guidance {origin.guidance_scale:g}. Pass both: diffusers' defaults are others.
+
+```python
+from diffusers import DiffusionPipeline
+pipeline = DiffusionPipeline.from_pretrained("THIS_FOLDER"{flag})
+image = pipeline("…", {call}).images[0]
+```
+Nothing but diffusers has to be installed.{trust}
+
+## Measured
+
+{measured}
+"""
+
+
+def unet_line(config: Mapping[str, Any]) -> str:
+    """What was removed and copied; where that is diffusers' own class, its configuration says which layers are left."""
+    depths = config.get("depths") or {}
+    removed = [f"`{site}`" for site, depth in depths.items() if depth == 0]
+    copied = [f"`{site}` (runs {depth} times)" for site, depth in depths.items() if depth > 1]
+    if not depths:
+        return "of diffusers' own class; `unet/config.json` says its layers."
+    without = f"without {', '.join(removed)}" if removed else ""
+    return "; ".join(filter(None, (without, f"copied: {', '.join(copied)}" if copied else ""))) + "."
+
+
+def decoder_line(config: Mapping[str, Any]) -> str:
+    whole = list(config["block_out_channels"])
+    widths = list(config.get("decoder_block_out_channels") or whole)
+    return "as the teacher's." if widths == whole else f"{widths} channels per level, where the teacher's has {whole}."
