@@ -11,6 +11,7 @@ from engine.config import Config
 from engine.planning import Plan
 from engine.run import Run
 from eval.plan import planned
+from eval.scorer_check import check_scorer
 from eval.steps_report import HEADER, curves_table, point_rows, timed_points, write_steps_report
 
 log = logging.getLogger("slimstep")
@@ -22,6 +23,7 @@ def distill_steps(config: Config, run: Run) -> int | Plan:
     bench.check()
     if config.plan:
         return planned(bench, list(distilling_stages(bench)), trainings(bench))
+    check_scorer(bench)
     bench.learn_velocity()
     bench.repair()
     for climb in bench.climbs:

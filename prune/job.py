@@ -7,6 +7,7 @@ from engine.config import Config
 from engine.planning import Plan
 from engine.run import Run
 from eval.plan import planned
+from eval.scorer_check import check_scorer
 from models.unet import PrunableUNet2DConditionModel
 from prune.bench import PruneBench
 from prune.evolve import Action, BlockValue, apply, as_json
@@ -23,6 +24,7 @@ def prune_unet(config: Config, run: Run) -> int | Plan:
     bench.check()
     if config.plan:
         return planned(bench, list(pruning_stages(bench)), [config.train, config.recovery.train])
+    check_scorer(bench)
     bench.keep_prompts()
     judged = [bench.judge("teacher", bench.teacher)]
     unet, decision, measured_ms = bench.student(), None, {}

@@ -6,6 +6,7 @@ from engine.config import Config
 from engine.planning import Plan
 from engine.run import Run
 from eval.plan import BYTES, CHECKPOINT_COPIES, Stage, export, image_rows, planned
+from eval.scorer_check import check_scorer
 from models.cost import count_parameters
 from prune.vae_bench import HELDOUT, VaeBench
 
@@ -16,6 +17,7 @@ def prune_vae(config: Config, run: Run) -> int | Plan:
     bench.check()
     if config.plan:
         return planned(bench, list(decoder_stages(bench)), [])
+    check_scorer(bench)
     sliced = bench.sliced()
     judged = [bench.judge("wide", bench.wide), bench.judge("sliced", sliced)]
     narrow = bench.distil(sliced)
