@@ -116,7 +116,14 @@ def block_values(
     """Scores and milliseconds side by side; `scale` carries the table over to the teacher's clock."""
     unknown = {"delta_clip": math.nan, "se": math.nan}
     return tuple(
-        BlockValue(site, score["delta_clip"], score["se"], entry["ms"] * scale, unet.depth(site))
+        BlockValue(
+            site,
+            score["delta_clip"],
+            score["se"],
+            entry["ms"] * scale,
+            unet.depth(site),
+            math.nan if score.get("picture_error") is None else score["picture_error"],
+        )
         for site, entry in table["sites"].items()
         for score in [unknown if scores is None else scores["sites"][site]]
     )
