@@ -27,12 +27,13 @@ from engine.components import component
 from engine.identity import SCORER_CHECK
 from engine.parallel import map_batches
 from engine.run import FINISHED
-from eval.cautions import data_sentence, teacher_sentence, told
+from eval.cautions import data_sentence, is_above_chance, teacher_sentence, told
 from eval.clip import BATCH, ClipScorer
 from eval.compare import mean_and_error
 from eval.overlap import plain
 
 IMAGES, SHUFFLES = 256, 8
+FEWEST_CAPTIONS = 8  # with fewer, Student's t asks for so much that a scorer that knows the data fails by chance
 log = logging.getLogger("slimstep")
 
 
@@ -117,7 +118,12 @@ def measured(bench) -> dict[str, Any]:
     features = image_features(bench, torch.stack(images)), bench.scorer.text(captions).float().cpu()
     record = against_shuffled(*features, captions, bench.scorer)
     same = f"whether the scorer can judge these data is not known: all {len(images)} images have one caption"
-    return unchecked(same, True) if record is None else record
+    if record is None:
+        return unchecked(same, True)
+    if (count := record["difference"]["n"]) < FEWEST_CAPTIONS and not is_above_chance(record):
+        few = f"{told(record, 'captions')}; of fewer than {FEWEST_CAPTIONS} captions nothing can be told"
+        return unchecked(f"whether the scorer can judge these data is not known from {count} captions: {few}", True)
+    return record
 
 
 def unchecked(why: str, is_doubtful: bool = False) -> dict[str, Any]:

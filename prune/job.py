@@ -6,7 +6,7 @@ import math
 from engine.config import Config
 from engine.planning import Plan
 from engine.run import Run
-from eval.plan import planned
+from eval.plan import planned, scorer_stage
 from eval.scorer_check import check_scorer
 from models.unet import PrunableUNet2DConditionModel
 from prune.bench import PruneBench
@@ -23,7 +23,7 @@ def prune_unet(config: Config, run: Run) -> int | Plan:
     bench = PruneBench(config, run)
     bench.check()
     if config.plan:
-        return planned(bench, list(pruning_stages(bench)), [config.train, config.recovery.train])
+        return planned(bench, [*scorer_stage(bench), *pruning_stages(bench)], [config.train, config.recovery.train])
     check_scorer(bench)
     bench.keep_prompts()
     judged = [bench.judge("teacher", bench.teacher)]

@@ -14,6 +14,7 @@ from data.prompts import PromptSet
 from engine.run import Run
 from eval import scorer_check
 from eval.cautions import cautions, is_above_chance
+from eval.plan import scorer_stage
 from eval.scorer_check import against_shuffled, check_scorer, compare_teacher, shuffles
 from tests.mistakes import told
 
@@ -210,6 +211,21 @@ def test_data_of_one_caption_are_told_on_the_page_too(bench, monkeypatch, caplog
     assert cautions(bench.run.path) == [
         "whether the scorer can judge these data is not known: all 3 images have one caption"]  # fmt: skip
     assert cautions(bench.run.path)[0] in caplog.text
+
+
+@pytest.mark.parametrize("count", [1, 2, 3])  # of either split
+def test_of_few_captions_nothing_can_be_told_and_the_run_goes_on(count, bench, caplog):
+    bench.config.data.pairs.size, bench.scorer.knows = count, False
+    check_scorer(bench)
+    (sentence,) = cautions(bench.run.path)
+    assert "is not known" in sentence and "captions" in sentence and sentence in caplog.text
+
+
+def test_a_plan_names_the_check_unless_the_run_is_finished(bench):
+    assert [stage.product for stage in scorer_stage(bench)] == ["scorer_check.json"]
+    bench.run.path.mkdir()
+    (bench.run.path / "report.html").write_text("done")
+    assert scorer_stage(bench) == []
 
 
 # ---- the jobs ----
