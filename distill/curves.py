@@ -21,6 +21,7 @@ from eval.compare import mean_and_error, paired_difference, paired_ratio
 from eval.judge import write_pictures
 from eval.latency import compare_ms
 from eval.sampling import Sampler, Texts
+from eval.scorer_check import compare_teacher
 from models.pipeline import on_device
 from models.unet import PrunableUNet2DConditionModel
 
@@ -124,14 +125,16 @@ class Curves:
 
         def rate(indices: list[int]) -> Tensor:
             image, wanted = sampler.decode(latents[indices]), sampler.decode(reference[indices])
-            near = (scorer.image(image) * scorer.image(wanted)).sum(1)
+            own = scorer.image(image)
+            near = (own * scorer.image(wanted)).sum(1)
             error = (latents[indices] - reference[indices]).square().mean((1, 2, 3))
-            columns = scorer.score(image, self.text_features_PD[indices]), psnr(image, wanted), near, error
-            return torch.stack([column.cpu() for column in columns], 1)
+            columns = scorer.similarity(own, self.text_features_PD[indices]), psnr(image, wanted), near, error
+            told = torch.stack([column.float().cpu() for column in columns], 1)
+            return torch.cat([told, own.float().cpu()], 1) if is_reference else told
 
         what = f"judging {model.name}"
         values = map_batches(rate, len(latents), self.config.batch_size, bench.run.accelerator, what)
-        clip, decibels, near, error = (self.prompts.by_text(column) for column in values.T)
+        clip, decibels, near, error = (self.prompts.by_text(column) for column in values[:, :4].T)
         folder = f"images/{model.name}/steps-{steps}-guidance-{guidance}"
         bench.run.folder(folder, lambda path: write_pictures(sampler.decode(latents[: self.config.pictures]), path))
         score = mean_and_error(clip.tolist())
@@ -145,6 +148,7 @@ class Curves:
             "psnr_to_teacher": None if is_reference else decibels.mean().item(),
             "feature_cosine_to_teacher": near.mean().item(),
             "latent_error_to_teacher": {"mean": error.mean().item(), "per_prompt": error.tolist()},
+            **({"against_shuffled": compare_teacher(values[:, 4:], self.prompts, scorer)} if is_reference else {}),
         }
 
     def measure_unets(self) -> None:

@@ -10,7 +10,8 @@ from distill.plan import distilling_stages, trainings
 from engine.config import Config
 from engine.planning import Plan
 from engine.run import Run
-from eval.plan import planned
+from eval.plan import planned, scorer_stage
+from eval.scorer_check import check_scorer
 from eval.steps_report import HEADER, curves_table, point_rows, timed_points, write_steps_report
 
 log = logging.getLogger("slimstep")
@@ -21,7 +22,8 @@ def distill_steps(config: Config, run: Run) -> int | Plan:
     bench = DistillBench(config, run)
     bench.check()
     if config.plan:
-        return planned(bench, list(distilling_stages(bench)), trainings(bench))
+        return planned(bench, [*scorer_stage(bench), *distilling_stages(bench)], trainings(bench))
+    check_scorer(bench)
     bench.learn_velocity()
     bench.repair()
     for climb in bench.climbs:

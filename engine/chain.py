@@ -17,7 +17,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,7 @@ class Chain:
         log.info(f"── {stage.name} ── {stage.command}")
         config = self.configs[stage.name]
         alone = getattr(named_job(config.job), "one_process", False) and self.accelerator.num_processes > 1
-        with told_of(stage):
+        with told_of(stage), self.leaving_nothing(stage):
             code = self.run_alone(stage) if alone else self.run_job(config)
         free_memory()
         if self.accelerator.is_main_process:
@@ -202,6 +202,19 @@ class Chain:
             write_json(self.record_file(stage.name), {"command": stage.command, "inputs": inputs, **outcome})
         self.accelerator.wait_for_everyone()
         return code
+
+    @contextmanager
+    def leaving_nothing(self, stage: Stage) -> Iterator[None]:
+        """A stage that fails before it has made anything leaves no record, and a chain without any no directory."""
+        try:
+            yield
+        except Exception:
+            if self.accelerator.is_main_process and not (self.path / stage.name).exists():
+                self.record_file(stage.name).unlink(missing_ok=True)
+                with suppress(OSError):  # there are others
+                    self.record_file(stage.name).parent.rmdir()
+                    self.path.rmdir()
+            raise
 
     def skip(self, stage: Stage) -> int:
         log.info(f"── {stage.name} ── done: {self.path / stage.name}")

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any, get_type_hints
 
 import hydra
+from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
@@ -13,10 +14,18 @@ ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
 
 
 def component(config: DictConfig, key: str, **given) -> Any:
-    """What `key` of the configuration describes; ValueError where it describes nothing, or with wrong values."""
+    """What `key` of the configuration describes; ValueError where it describes nothing, or with wrong values.
+
+    What its constructor raises for a user's mistake is raised as it is, without Hydra's words around it.
+    """
     described = OmegaConf.select(config, key)
     check(described, key)
-    return instantiate(described, **given)
+    try:
+        return instantiate(described, **given)
+    except InstantiationException as error:
+        if isinstance(error.__cause__, (ValueError, OSError)):
+            raise error.__cause__ from None
+        raise
 
 
 def check(described: Any, key: str) -> None:

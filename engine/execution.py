@@ -27,7 +27,7 @@ from engine.chain import Chain
 from engine.checked import MISTAKES, ROOT, checked_config, run_path
 from engine.components import named_job
 from engine.config import Config
-from engine.identity import WATCHING
+from engine.identity import SCORER_CHECK, WATCHING
 from engine.planning import Plan
 from engine.preemption import Preempted, was_preempted
 from engine.run import FINISHED, PATIENCE, TRACEBACK, Run, damaged
@@ -153,7 +153,7 @@ def leaving_nothing(run: Run) -> Iterator[None]:
         yield
     except Exception:
         if new and run.accelerator.is_main_process and not run.begun:
-            for name in ("config.yaml", "tracker.json"):
+            for name in ("config.yaml", "tracker.json", SCORER_CHECK):
                 (run.path / name).unlink(missing_ok=True)
             with suppress(OSError):  # a tracker may have left something
                 run.path.rmdir()

@@ -20,15 +20,17 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.types import Override
 
+SCORER_CHECK = "scorer_check.json"  # what eval/scorer_check.py has measured
 GROWING = ("ladder.steps", "curves.steps", "curves.guidance")
 # A run may be continued with other values of these: they change how it is watched, or where and whether a cache can be
 # made, not what comes out.
 WATCHING = (
     "debug", "threads", "tracker", "run", "plan", "rates", "data.max_broken", "data.pairs.max_broken",
-    "data.prompts.pairs.max_broken", "data.cache.folder", "data.cache.verify", "data.cache.workers",
+    "data.prompts.pairs.max_broken", "data.cache.folder", "data.cache.verify", "data.cache.workers", "scorer.force",
 )  # fmt: skip
 NAMELESS = ("experiment", "name", "root", "restart", "stages", "hydra", *WATCHING)
-NOT_MADE = ("config.yaml", "tracker.json", "wandb", "tensorboard", "metrics.jsonl", "partial", "traceback-rank-")
+NOT_MADE = ("config.yaml", "tracker.json", "wandb", "tensorboard", "metrics.jsonl", "partial", "traceback-rank-",
+            SCORER_CHECK)  # fmt: skip
 LONGEST, OF_A_VALUE, DIGITS = 80, 32, 8  # characters
 
 

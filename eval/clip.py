@@ -47,7 +47,8 @@ class ClipScorer:
 
     `model` and `pretrained` are open_clip's: a name and a tag ("ViT-g-14", "laion2b_s34b_b88k") or a checkpoint file,
     or `model` alone as "local-dir:FOLDER" or "hf-hub:ORG/NAME". `scale` 100 is the usual unit, 1 the raw cosine.
-    `allow_pickle` reads local checkpoints that are no safetensors.
+    `allow_pickle` reads local checkpoints that are no safetensors. With `force` a job goes on whose data the scorer
+    cannot judge (eval/scorer_check.py).
     """
 
     def __init__(
@@ -57,6 +58,7 @@ class ClipScorer:
         prefix: str = "",
         scale: float = 100.0,
         allow_pickle: bool = False,
+        force: bool = False,
         device: str | torch.device = "cpu",
     ) -> None:
         """Raises ValueError for a model, tag or folder that open_clip does not know or cannot load."""
@@ -66,7 +68,7 @@ class ClipScorer:
         if not allow_pickle:
             check_safe(model, pretrained)
         self.model_name, self.pretrained, self.prefix, self.scale = model, pretrained, prefix, scale
-        self.device = torch.device(device)
+        self.force, self.device = force, torch.device(device)
         with quiet_root_logger():
             try:
                 self.model = open_clip.create_model(model, pretrained, device=self.device, require_pretrained=True)

@@ -7,6 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from data.files import write_text
+from eval.cautions import cautions_of
 from eval.compare import paired_difference
 from eval.evaluation_report import difference
 from eval.figures import SERIES, TEACHER, Point, digits, pareto_figure, save_png, themed
@@ -42,6 +43,7 @@ def compare_runs(folders: Sequence[str | Path], out: str | Path) -> str:
     write_text(out / "table.md", table)
     page = render(
         "comparison.html.j2",
+        cautions=cautions_of({name: run.path for name, run in runs.items()}),
         title=", ".join(runs),
         header=header,
         rows=rows,

@@ -43,6 +43,7 @@ from eval.inception import Inception
 from eval.judge import clip_scores, draw_images, write_pictures
 from eval.overlap import among, known_captions
 from eval.sampling import Sampler
+from eval.scorer_check import compare_teacher
 from eval.setups import Setup, compile_networks
 from models.cost import count_parameters
 from models.pipeline import check_pipeline, load_pipeline, networks, stored_scheduler, upcast_vae
@@ -193,10 +194,15 @@ class EvaluationBench(Bench):
         with damaged(file):
             return frozenset(json.loads(file.read_text())["ranked_on"])
 
+    @property
+    def has_images(self) -> bool:
+        """Whether the data's images are needed; where prompts come from a file they may not be there."""
+        return not self.config.data.prompt_file or self.config.evaluation.distribution
+
     def seen_prompts(self) -> dict[str, int]:
         """How many prompts the training images of the data have as captions; nothing where that is not known."""
-        if self.config.data.prompt_file and not self.config.evaluation.distribution:
-            return {}  # the data are not needed, and may not be there
+        if not self.has_images:
+            return {}
         try:
             captions = known_captions(self.component("data.pairs"), self.cache_folder)
         except ValueError:
@@ -273,7 +279,13 @@ class EvaluationBench(Bench):
             "preferences": {key: self.by_text(self.preferred(key, images)) for key in self.preferences},
             "to_reference": self.distances(images, features["scorer"], guidance),
             "distribution": self.distribution(features),
+            **self.as_teacher(name, steps, features["scorer"]),
         }
+
+    def as_teacher(self, name: str, steps: int, image_ND: Tensor) -> dict:
+        """Whether the reference is above chance; nothing of other models."""
+        is_teacher = name == self.reference and steps == self.most_steps
+        return {"against_shuffled": compare_teacher(image_ND, self.prompt_set, self.scorer)} if is_teacher else {}
 
     @cached_property
     def inception(self) -> Inception | None:

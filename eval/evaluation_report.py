@@ -9,6 +9,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from data.files import whole_folder, write_text
+from eval.cautions import cautions
 from eval.figures import MUTED, SERIES, canvas, grid_figure, save_png, styled, themed
 from eval.overlap import overlap_sentence
 from eval.report import count, csv_table, flatten, markdown_table, render
@@ -33,6 +34,7 @@ def write_evaluation_report(folder: str | Path, track: Callable[[], None] = lamb
     track()
     page = render(
         "evaluation.html.j2",
+        cautions=cautions(folder),
         name=folder.name,
         reference=results["reference"],
         seen=overlap_sentence(results),

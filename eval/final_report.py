@@ -12,6 +12,7 @@ from data.files import whole_folder, write_json, write_text
 from engine.config import Config
 from engine.planning import Plan
 from engine.run import Run
+from eval.cautions import cautions_of
 from eval.figures import save_png, themed
 from eval.outcome import AGAINST, Outcome
 from eval.overlap import overlap_sentence
@@ -55,6 +56,7 @@ def write_page(outcome: Outcome, run: Run, stages: Sequence[str]) -> None:
     evaluation = outcome.evaluation
     page = render(
         "final.html.j2",
+        cautions=cautions_of({name: folder.parent / name for name in stages}),
         name=folder.parent.name,
         outcome=outcome,
         seen=overlap_sentence(evaluation),

@@ -11,7 +11,8 @@ from engine.run import Run
 from eval.evaluation import EvaluationBench
 from eval.evaluation_report import header, points_table, rows, summary, write_evaluation_report
 from eval.overlap import overlap_sentence
-from eval.plan import Stage, image_rows, stages_table, time_line
+from eval.plan import Stage, image_rows, scorer_stage, stages_table, time_line
+from eval.scorer_check import check_scorer
 
 log = logging.getLogger("slimstep")
 
@@ -21,9 +22,11 @@ def evaluate(config: Config, run: Run) -> int | Plan:
     bench = EvaluationBench(config, run)
     bench.check()
     if config.plan:
-        stages = list(evaluation_stages(bench))
+        checked = scorer_stage(bench) if bench.has_images else []
+        stages = [*checked, *evaluation_stages(bench)]
         time, hours = time_line(bench, stages, [])
         return Plan(f"{stages_table(run, stages)}\n{time}", hours)
+    check_scorer(bench, has_images=bench.has_images)
     results, page = bench.evaluate(), run.path / "report.html"
     new = not run.made(page.name)
     if run.accelerator.is_main_process:

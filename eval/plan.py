@@ -3,8 +3,9 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.identity import SCORER_CHECK
 from engine.planning import Plan, duration
-from engine.run import Run
+from engine.run import FINISHED, Run
 from engine.sections.training import TrainConfig
 from eval.bench import Bench
 from eval.report import count, markdown_table
@@ -48,6 +49,12 @@ def export(product: str, bench: Bench) -> Stage:
     """A diffusers folder: the UNet, and what it is handed over with."""
     parts = sum(p.numel() for network in networks(bench.pipeline) for p in network.parameters())
     return Stage(product, "", 0, BYTES * parts)
+
+
+def scorer_stage(bench: Bench) -> list[Stage]:
+    """The check of the scorer, which costs seconds; a finished run is not checked again."""
+    work = "up to 256 of the data's images, with their own captions and with shuffled ones"
+    return [] if bench.run.made(FINISHED) else [Stage(SCORER_CHECK, work)]
 
 
 def image_rows(steps: int, guidance_scale: float) -> int:

@@ -17,6 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from data.files import whole_folder, write_text
+from eval.cautions import cautions
 from eval.figures import (
     STEP,
     STUDENT,
@@ -51,6 +52,7 @@ def write_report(folder: str | Path) -> Path:
             save_png(figure, aside / f"{name}.png")
     page = render(
         "run.html.j2",
+        cautions=cautions(run.path),
         run=run,
         headline=headline(run),
         seen=overlap_sentence(run.evaluation) if run.evaluation else "",
@@ -65,8 +67,8 @@ def write_report(folder: str | Path) -> Path:
     return run.path / "report.html"
 
 
-def render(template: str, **values: Any) -> str:
-    """A page from eval/templates; text is escaped, figures are not."""
+def render(template: str, cautions: Sequence[str] = (), **values: Any) -> str:
+    """A page from eval/templates, cautions at its head; text is escaped, figures are not."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -75,7 +77,7 @@ def render(template: str, **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"digits": or_dash(digits), "signed": or_dash(signed), "count": count, "percent": percent}
-    return environment.get_template(template).render(**values)
+    return environment.get_template(template).render(cautions=cautions, **values)
 
 
 def or_dash(form):

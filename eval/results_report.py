@@ -9,6 +9,7 @@ from typing import Any
 from markupsafe import Markup
 
 from data.files import whole_folder, write_text
+from eval.cautions import cautions_of
 from eval.compare import PairedDifference
 from eval.comparison import facts_that_differ, protocol_differences
 from eval.evaluation_report import columns, difference
@@ -55,6 +56,7 @@ def compare_results(folders: Sequence[str | Path], out: str | Path) -> str:
     metrics = {name: metric(results) for name, results in found.evaluations.items()}
     page = render(
         "results.html.j2",
+        cautions=cautions_of({name: run.path for name, run in found.runs.items()}),
         title=title(found),
         headline=headline(found),
         tiles=tiles(found),

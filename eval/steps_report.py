@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 from data.files import whole_folder, write_text
+from eval.cautions import cautions
 from eval.figures import MUTED, SERIES, grid_figure, save_png, styled, themed
 from eval.overlap import overlap_sentence
 from eval.report import flatten, markdown_table, render
@@ -38,6 +39,7 @@ def write_steps_report(folder: str | Path, track: Callable[[], None] = lambda: N
     track()
     page = render(
         "steps.html.j2",
+        cautions=cautions(folder),
         name=folder.name,
         figures={name: Markup(themed(figure, name)) for name, figure in figures.items()},
         pictures={name: Markup(themed(figure, name)) for name, figure in pictures.items()},

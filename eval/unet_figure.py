@@ -84,7 +84,7 @@ def row_of(site: str, levels: int) -> int:
 
 
 def value_norm(blocks: Sequence[Block]) -> FuncNorm:
-    """Colours by the signed square root of ΔCLIP/ms, so that one precious block does not bleach all others."""
+    """Colours by the signed square root of CLIP lost per ms, so that one precious block does not bleach all others."""
     values = [abs(b.clip_per_ms) for b in blocks if finite(b.clip_per_ms)]
     top = max(values, default=1) or 1
     curve = (lambda v: np.sign(v) * np.sqrt(np.abs(v)), lambda v: np.sign(v) * np.square(v))
@@ -143,7 +143,7 @@ def ink_on(fill: tuple[float, float, float, float]) -> str:
 
 
 def draw_box(axes: Axes, corner: tuple[float, float], block: Block, depth: int, gone_in: int | None, norm: FuncNorm):
-    """One site: kind, ΔCLIP ± se, milliseconds; `gone_in` is the number of the round that removed it."""
+    """One site: kind, CLIP lost ± se, milliseconds; `gone_in` is the number of the round that removed it."""
     (x, y), fill, alive = corner, colour_of(block, norm), depth > 0
 
     def outline(shift: float, **style) -> None:
@@ -183,7 +183,7 @@ def draw_layers(axes: Axes, corner: tuple[float, float], layers: Sequence[tuple[
 
 
 def draw_scale(figure: Figure, axes: Axes, norm: FuncNorm) -> None:
-    """The colour bar, labelled with true values of ΔCLIP per millisecond."""
+    """The colour bar, labelled with true values of CLIP lost per millisecond."""
     bar = figure.colorbar(ScalarMappable(norm, VALUE_COLOURS), ax=axes, orientation="horizontal", shrink=0.42,
                           aspect=42, pad=0.02)  # fmt: skip
     bar.outline.set_visible(False)

@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from data.files import whole_folder, write_text
+from eval.cautions import cautions
 from eval.figures import MUTED, STUDENT, canvas, digits, save_png, styled, themed
 from eval.overlap import overlap_sentence
 from eval.report import count, flatten, markdown_table, render
@@ -38,6 +39,7 @@ def write_vae_report(folder: str | Path, track: Callable[[], None] = lambda: Non
     track()
     page = render(
         "vae.html.j2",
+        cautions=cautions(folder),
         name=folder.name,
         widths=evaluation["widths"],
         seen=overlap_sentence(evaluation),

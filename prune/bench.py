@@ -13,6 +13,7 @@ from torch import Tensor
 
 from engine.environment import environment
 from eval.bench import Bench, clip_line
+from eval.cautions import score_cautions
 from eval.clip import psnr
 from eval.compare import mean_and_error, paired_difference
 from eval.comparison import run_table
@@ -20,6 +21,7 @@ from eval.judge import clip_scores, draw_images, write_pictures
 from eval.latency import compare_ms
 from eval.report import write_report
 from eval.runs import read_run
+from eval.scorer_check import check_teacher
 from models.cost import count_gflops
 from models.guidance import told_guidance_width
 from models.pipeline import export_pipeline, with_unet
@@ -99,6 +101,8 @@ class PruneBench(Bench):
             f"CLIP {record['base']['clip']:.2f} ± {record['base']['se']:.2f}; two halves of the prompts rank the "
             f"blocks alike with ρ = {record['rank_agreement_of_halves']:.2f}"
         )
+        for doubt in score_cautions(record):
+            log.warning(f"{stage}: {doubt}")
         return record
 
     def measure_ms(self, unet: PrunableUNet2DConditionModel, teacher_ms: float) -> float:
@@ -154,6 +158,7 @@ class PruneBench(Bench):
                 "gflops": count_gflops(unet, tokens=self.text_length),
                 "clip": {"mean": clip.mean, "se": clip.se, "per_prompt": scores},
                 "psnr_to_teacher": None if unet is self.teacher else psnr(images, self.teacher_images).mean().item(),
+                **({"against_shuffled": check_teacher(self, images, prompts)} if unet is self.teacher else {}),
             }
 
         return self.run.json(f"judged/{name}.json", make)
@@ -208,6 +213,6 @@ class PruneBench(Bench):
             return
         for r in record.rounds:
             rows = [[b.site, b.ms, b.delta_clip, b.se, b.clip_per_ms] for b in r.blocks.values()]
-            tracker.table(f"{r.name}/blocks", ["site", "ms", "delta_clip", "se", "clip_per_ms"], rows)
+            tracker.table(f"{r.name}/blocks", ["site", "ms", "CLIP lost", "se", "CLIP lost per ms"], rows)
         for name, paths in record.images.items():
             tracker.images(f"images/{name}", [Image.open(path) for path in paths], list(record.prompts))

@@ -6,7 +6,8 @@ import math
 from engine.config import Config
 from engine.planning import Plan
 from engine.run import Run
-from eval.plan import planned
+from eval.plan import planned, scorer_stage
+from eval.scorer_check import check_scorer
 from models.unet import PrunableUNet2DConditionModel
 from prune.bench import PruneBench
 from prune.evolve import Action, BlockValue, apply, as_json
@@ -22,7 +23,8 @@ def prune_unet(config: Config, run: Run) -> int | Plan:
     bench = PruneBench(config, run)
     bench.check()
     if config.plan:
-        return planned(bench, list(pruning_stages(bench)), [config.train, config.recovery.train])
+        return planned(bench, [*scorer_stage(bench), *pruning_stages(bench)], [config.train, config.recovery.train])
+    check_scorer(bench)
     bench.keep_prompts()
     judged = [bench.judge("teacher", bench.teacher)]
     unet, decision, measured_ms = bench.student(), None, {}
@@ -114,7 +116,14 @@ def block_values(
     """Scores and milliseconds side by side; `scale` carries the table over to the teacher's clock."""
     unknown = {"delta_clip": math.nan, "se": math.nan}
     return tuple(
-        BlockValue(site, score["delta_clip"], score["se"], entry["ms"] * scale, unet.depth(site))
+        BlockValue(
+            site,
+            score["delta_clip"],
+            score["se"],
+            entry["ms"] * scale,
+            unet.depth(site),
+            math.nan if score.get("picture_error") is None else score["picture_error"],
+        )
         for site, entry in table["sites"].items()
         for score in [unknown if scores is None else scores["sites"][site]]
     )

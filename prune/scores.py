@@ -2,8 +2,13 @@
 
 Different ablations share a batch through per-sample gates; the base is sampled once. An item's number says which prompt
 and which block it is, and batches are cut by item number, so any number of processes gives the same scores.
+
+Beside the scorer stands a second judge: how far the images are from the base's, in units of how far images of two
+prompts are from each other. A scorer that is at chance loses nothing when a picture is destroyed.
 """
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,10 +18,11 @@ from torch import Tensor
 
 from data.prompts import PromptSet
 from engine.parallel import map_batches
-from eval.clip import ClipScorer, psnr
+from eval.clip import CLOSEST_MSE, ClipScorer, psnr
 from eval.compare import mean_and_error, split_half_agreement
 from eval.judge import clip_scores, draw_images
 from eval.sampling import Sampler
+from eval.scorer_check import shuffles
 from models.unet import PrunableUNet2DConditionModel
 
 
@@ -24,29 +30,49 @@ from models.unet import PrunableUNet2DConditionModel
 class ScoreTable:
     """Paired losses of `sites` on the prompts: `loss_NP[n, p]` is base CLIP − CLIP without block n, for prompt p.
 
-    A prompt drawn several times counts once, with its mean.
+    A prompt drawn several times counts once, with its mean. `others_psnr` is that of base images to those of other
+    prompts, in dB; nan where there is one prompt.
     """
 
     sites: tuple[str, ...]
     base_P: Tensor
     loss_NP: Tensor
     psnr_NP: Tensor
+    others_psnr: float = math.nan
 
     def record(self, protocol: dict) -> dict:
-        """The table as JSON: per block the mean paired loss, its standard error, and the images' PSNR to the base's."""
+        """The table as JSON: per block the mean paired loss, its standard error, and the images' PSNR to the base's;
+        `picture_error` is `picture_error`'s, null where that is not known."""
         base = mean_and_error(self.base_P.tolist())
         blocks = zip(self.sites, self.loss_NP, self.psnr_NP, strict=True)
         return {
             "protocol": protocol,
-            "base": {"clip": base.mean, "se": base.se},
+            "base": {"clip": base.mean, "se": base.se, "psnr_to_other_prompts": known(self.others_psnr)},
             "rank_agreement_of_halves": split_half_agreement(self.loss_NP.tolist()),
-            "sites": {site: block_record(loss_P.tolist(), psnr_P.mean().item()) for site, loss_P, psnr_P in blocks},
+            "sites": {
+                site: block_record(loss_P.tolist(), psnr_P.mean().item(), self.others_psnr)
+                for site, loss_P, psnr_P in blocks
+            },
         }
 
 
-def block_record(loss_P: list[float], mean_psnr: float) -> dict:
-    loss = mean_and_error(loss_P)
-    return {"delta_clip": loss.mean, "se": loss.se, "n": loss.n, "psnr": mean_psnr, "per_prompt": loss_P}
+def block_record(loss_P: list[float], mean_psnr: float, others_psnr: float) -> dict:
+    loss, error = mean_and_error(loss_P), known(picture_error(mean_psnr, others_psnr))
+    table = {"delta_clip": loss.mean, "se": loss.se, "n": loss.n, "psnr": mean_psnr, "picture_error": error}
+    return {**table, "per_prompt": loss_P}
+
+
+def picture_error(mean_psnr: float, others_psnr: float) -> float:
+    """The squared error of images to the base's, in units of that between base images of different prompts.
+
+    0 for equal images and 1 for unrelated ones; rounding to 8 bits is taken off. nan where `others_psnr` is nan.
+    """
+    error, others = (255**2 / 10 ** (decibels / 10) for decibels in (mean_psnr, others_psnr))
+    return max(0.0, error - CLOSEST_MSE) / others
+
+
+def known(value: float) -> float | None:
+    return None if math.isnan(value) else value
 
 
 def score_blocks(
@@ -79,4 +105,11 @@ def score_blocks(
     items, blocks = len(sites) * len(texts), keep and keep / "blocks"
     values = map_batches(ablate, items, batch_size, accelerator, "block scores", blocks)
     clip_NP, psnr_NP = values.reshape(len(sites), len(texts), 2).unbind(-1)
-    return ScoreTable(sites, prompts.by_text(base_P), prompts.by_text(base_P - clip_NP), prompts.by_text(psnr_NP))
+    losses = prompts.by_text(base_P), prompts.by_text(base_P - clip_NP)
+    return ScoreTable(sites, *losses, prompts.by_text(psnr_NP), psnr_of_others(base, texts))
+
+
+def psnr_of_others(images_P3HW: Tensor, texts: Sequence[str]) -> float:
+    """The mean PSNR in dB of images to those of other texts; nan where all texts are equal."""
+    order, others = shuffles(texts, count=1)
+    return psnr(images_P3HW[order], images_P3HW[others[0]]).mean().item() if others else math.nan

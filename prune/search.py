@@ -54,7 +54,7 @@ class Situation:
 
 
 class SnapFusionSearch:
-    """Algorithm 1: over the target remove the smallest ΔCLIP/Δlatency, with room to spare copy the largest.
+    """Algorithm 1: over the target remove what loses the least CLIP score per millisecond, under it copy the dearest.
 
     `group_size` is the number of actions per round; null lets every round take an equal share of the excess.
     """

@@ -39,6 +39,7 @@ from eval.decoders import NEARNESS, compare_decoders, nearness
 from eval.judge import clip_scores, write_pictures
 from eval.latents import sampled_latents
 from eval.sampling import Sampler
+from eval.scorer_check import check_teacher
 from eval.vae_report import HEADER, quality_rows, vae_table, write_vae_report
 from models.cost import count_parameters
 from models.decoding import ImageDecoder, has_statistics
@@ -294,6 +295,7 @@ class VaeBench(Bench):
                     **{f"{kind}_to_wide": told(to_wide[kind]) if to_wide else None for kind in own},
                     "real_to_image": told(near(own["real"], self.heldout["images"])),
                 },
+                **({"against_shuffled": check_teacher(self, own["sampled"], prompts)} if is_wide else {}),
             }
 
         return run.json(f"judged/{name}.json", make)

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from engine.config import Config
 from engine.planning import Plan
 from engine.run import Run
-from eval.plan import BYTES, CHECKPOINT_COPIES, Stage, export, image_rows, planned
+from eval.plan import BYTES, CHECKPOINT_COPIES, Stage, export, image_rows, planned, scorer_stage
+from eval.scorer_check import check_scorer
 from models.cost import count_parameters
 from prune.vae_bench import HELDOUT, VaeBench
 
@@ -15,7 +16,8 @@ def prune_vae(config: Config, run: Run) -> int | Plan:
     bench = VaeBench(config, run)
     bench.check()
     if config.plan:
-        return planned(bench, list(decoder_stages(bench)), [])
+        return planned(bench, [*scorer_stage(bench), *decoder_stages(bench)], [])
+    check_scorer(bench)
     sliced = bench.sliced()
     judged = [bench.judge("wide", bench.wide), bench.judge("sliced", sliced)]
     narrow = bench.distil(sliced)

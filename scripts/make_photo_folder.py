@@ -1,7 +1,8 @@
 """A small folder of real captioned photographs, cut from those that scikit-image's wheel brings along: no download.
 
     python scripts/make_photo_folder.py --root photos
-    accelerate launch train.py +experiment=prune_unet data=imagefolder data.root=photos model=shapes scorer=shapes
+    accelerate launch train.py +experiment=prune_unet data=imagefolder data.root=photos model=shapes \\
+        scorer=shapes scorer.force=true  # which knows drawn shapes alone
 
 Every view below is a square of one photograph and what can be seen in it. Each becomes several images: jittered crops,
 mirrored ones (left and right exchanged in the caption too), a dim, a blurry and, of colour photographs, a black and

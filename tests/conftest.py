@@ -47,7 +47,7 @@ def inception_file(tmp_path_factory):
 def tiny_model(tiny_pipeline_folder, tiny_clip_folder):
     """Overrides that put the random model and scorer in the places of the shipped ones."""
     model = ["model=path", f"model.name_or_path={tiny_pipeline_folder}", "data.resolution=16"]
-    return [*model, f"scorer.model=local-dir:{tiny_clip_folder}"]
+    return [*model, f"scorer.model=local-dir:{tiny_clip_folder}", "scorer.force=true"]
 
 
 @pytest.fixture

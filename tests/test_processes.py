@@ -48,7 +48,7 @@ def test_two_and_three_processes_score_as_one_does(tmp_path, tiny_model):
         (root / "prune_unet/round-00").mkdir(parents=True)
         shutil.copy(one / "round-00/weights.safetensors", root / "prune_unet/round-00")  # the same network to score
         several = launch(processes, root, *job)
-        for product in ("round-00/scores.json", "judged/teacher.json"):
+        for product in ("scorer_check.json", "round-00/scores.json", "judged/teacher.json"):
             assert (several / product).read_bytes() == (one / product).read_bytes(), (processes, product)
 
 

@@ -28,7 +28,8 @@ def sdxl(tmp_path_factory, tiny_clip_folder):
     """Overrides that put a random SDXL in the place of the shipped model."""
     folder = tmp_path_factory.mktemp("sdxl")
     tiny_sdxl_pipeline().save_pretrained(folder)
-    return ["model=path", f"model.name_or_path={folder}", f"scorer.model=local-dir:{tiny_clip_folder}"]
+    return ["model=path", f"model.name_or_path={folder}", f"scorer.model=local-dir:{tiny_clip_folder}",
+            "scorer.force=true"]
 
 
 def run(root, experiment, *overrides):

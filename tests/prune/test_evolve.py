@@ -1,10 +1,15 @@
 """Algorithm 1's decisions on hand-made values."""
 
+import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
+import torch
 
 from prune.evolve import BlockValue, apply, choose_copies, choose_removals, round_target_ms
+from prune.scores import picture_error
 from prune.search import InOrder, Manual, RandomRemoval, Situation, SnapFusionSearch
 
 
@@ -32,6 +37,56 @@ def test_the_worst_bargains_go_first_until_the_target_is_met():
 def test_blocks_whose_removal_does_no_harm_go_first_the_slowest_of_them_before_the_others():
     free = (value("x", -0.1, 0.5), value("y", -3.0, 0.2), value("z", 0.0, 0.9))
     assert sites(choose_removals((*VALUES, *free), latency_ms=10, target_ms=0)) == ["z", "x", "y", "d", "b", "a", "c"]
+
+
+def seen(site, delta_clip, se, error, saved_ms=1.0):
+    """A block whose removal changes the picture so far."""
+    return BlockValue(site, delta_clip, se, saved_ms, picture_error=error)
+
+
+def test_a_block_whose_removal_destroys_the_picture_is_not_free():
+    kept, destroyed = seen("kept", -1.0, 2.0, 0.001), seen("destroyed", -9.0, 2.0, 0.6, saved_ms=5.0)
+    dear = seen("dear", 8.0, 1.0, 0.02)
+    first, second, last = choose_removals([destroyed, dear, kept], latency_ms=10, target_ms=0)
+    assert (first.site, second.site, last.site) == ("kept", "destroyed", "dear")  # 8.0 for 5 ms, and for 1 ms
+    assert first.why.startswith("free") and "60% of an unrelated one's: taken to lose 8.00" in second.why
+    assert last.value == 8.0 and second.delta_clip == -9.0  # what was measured is told as it was
+
+
+def test_the_less_of_the_picture_is_kept_the_later_it_goes_where_the_scorer_knows_nothing():
+    draw = torch.Generator().manual_seed(0)
+    errors = [10 ** (-k / 4) for k in range(20)]
+    losses = torch.randn(20, generator=draw).tolist()
+    blocks = [seen(f"{k}", lost, 1.0, error) for k, (lost, error) in enumerate(zip(losses, errors, strict=True))]
+    order = [int(site) for site in sites(choose_removals(blocks, latency_ms=100, target_ms=0))]
+    destroyed = [k for k, error in enumerate(errors) if error >= 0.05]
+    assert len(destroyed) == 6 and not set(order[:12]) & set(destroyed)
+
+
+def test_a_clear_loss_stands_whatever_became_of_the_picture():
+    values = [seen("a", 4.0, 1.0, 0.9), seen("b", 5.0, 1.0, 0.001), seen("c", 2.5, 1.0, 0.5)]
+    assert sites(choose_removals(values, latency_ms=10, target_ms=0)) == ["c", "a", "b"]
+
+
+def test_where_no_picture_was_measured_the_score_decides_alone():
+    free, dear = BlockValue("free", -9.0, 2.0, 1.0), seen("dear", 8.0, 1.0, 0.5)
+    assert sites(choose_removals([dear, free], latency_ms=10, target_ms=0)) == ["free", "dear"]
+
+
+def test_a_block_without_a_clear_loss_is_not_copied_for_its_picture():
+    assert sites(choose_copies([seen("a", -1.0, 2.0, 0.9), seen("b", 1.0, 0.1, 0.1)], 4, 8, ("a", "b"))) == ["b"]
+
+
+def test_the_second_judge_changes_nothing_on_the_shipped_model():
+    scores = json.loads((Path(__file__).parents[2] / "benchmarks/prune-baselines/block-scores.json").read_text())
+    others = 6.9  # dB, of its base images to those of other prompts
+    blocks = [
+        BlockValue(site, b["delta_clip"], b["se"], 1.0, picture_error=picture_error(b["psnr"], others))
+        for site, b in scores["sites"].items()
+    ]
+    assert sum(block.picture_error >= 0.05 for block in blocks) == 5
+    unseen = [replace(block, picture_error=math.nan) for block in blocks]
+    assert choose_removals(blocks, 38, 0) == choose_removals(unseen, 38, 0)
 
 
 def test_a_block_that_saves_no_time_is_never_removed():
@@ -114,7 +169,7 @@ def test_a_broken_or_impossible_table_is_named(tmp_path):
     (tmp_path / "depths.json").write_text("{")
     with pytest.raises(ValueError, match=r"depths.json.*no JSON table"):
         Manual(depths=str(tmp_path / "depths.json"))
-    with pytest.raises(ValueError, match=r"'a': '0'"):
+    with pytest.raises(ValueError, match=r"gives a the depth '0'"):
         Manual(depths={"a": "0"})
 
 

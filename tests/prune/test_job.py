@@ -37,9 +37,13 @@ def test_the_run_holds_what_the_design_says(finished):
     path, _ = finished
     stages = ("round-00", "round-01")
     products = [f"{s}/{name}.json" for s in stages for name in ("latency", "scores", "decision")]
-    for name in ("config.yaml", "metrics.jsonl", *products, "evaluation.json", "report.html", "export/verdict.json"):
+    ends = ("scorer_check.json", "evaluation.json", "report.html", "export/verdict.json")
+    for name in ("config.yaml", "metrics.jsonl", *products, *ends):
         assert (path / name).is_file(), name
-    assert "None of the 4 prompts is among the captions that were trained on." in (path / "report.html").read_text()
+    page = (path / "report.html").read_text()
+    assert "None of the 4 prompts is among the captions that were trained on." in page
+    assert "cannot judge these data" in page.partition("<h1>")[0]  # a random scorer, with scorer.force
+    assert "CLIP lost" in page and "ΔCLIP" not in page
 
 
 def test_a_finished_run_makes_nothing_anew(finished, tiny_model):

@@ -28,11 +28,13 @@ def test_the_shipped_model_is_pruned_on_a_folder_of_captioned_photographs(tmp_pa
         "name=photos",
         "model=shapes",
         "scorer=shapes",
+        "scorer.force=true",
         *SMALL,
     ]
     done = subprocess.run(job, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs/photos"
+    assert "cannot judge these data" in (run / "report.html").read_text()
     evaluation = json.loads((run / "evaluation.json").read_text())
     prompts = json.loads((run / "images/prompts.json").read_text())
     captions = {json.loads(line)["text"] for line in (photos / "metadata.jsonl").read_text().splitlines()}

@@ -1,14 +1,16 @@
 """Block scores: gates measure what surgery does, whatever the batch, and the table is honest about its error."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from accelerate import Accelerator
 
 from data.prompts import PromptSet
-from eval.clip import ClipScorer
+from eval.clip import ClipScorer, psnr
 from eval.sampling import Sampler
 from models.unet import PrunableUNet2DConditionModel
-from prune.scores import score_blocks
+from prune.scores import picture_error, psnr_of_others, score_blocks
 from tests.tiny import tiny_pipeline
 
 PROMPTS = PromptSet(("a red dot", "two cats", "a big tree", "some rain"), "four")
@@ -55,3 +57,25 @@ def test_the_record_holds_paired_means_errors_and_the_protocol(table):
     assert first["delta_clip"] == pytest.approx(table.loss_NP[0].mean().item(), abs=1e-5)
     assert first["se"] == pytest.approx(table.loss_NP[0].std().item() / 2, abs=1e-5)
     assert record["protocol"] == {"steps": 2} and first["n"] == 4 and -1 <= record["rank_agreement_of_halves"] <= 1
+
+
+def test_the_error_of_a_picture_is_nothing_for_the_same_and_one_for_an_unrelated_one(table):
+    same = torch.full((1, 3, 4, 4), 128, dtype=torch.uint8)
+    assert picture_error(psnr(same, same).item(), 8.0) == pytest.approx(0, abs=1e-6)
+    assert picture_error(8.0, 8.0) == pytest.approx(1, abs=1e-4)
+    assert picture_error(18.0, 8.0) == pytest.approx(0.1, abs=1e-4)
+
+
+def test_the_record_holds_the_distance_to_other_prompts_and_every_picture_in_its_units(table):
+    record = table.record({})
+    others = record["base"]["psnr_to_other_prompts"]
+    for block in record["sites"].values():
+        assert block["picture_error"] == picture_error(block["psnr"], others)
+    images = torch.randint(256, (4, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    two = psnr(images[[0, 1, 2, 3]], images[[2, 3, 0, 1]]).mean().item()
+    assert psnr_of_others(images, ["a", "a", "b", "b"]) == pytest.approx(two)
+
+
+def test_of_one_prompt_there_is_no_other(table):
+    assert replace(table, others_psnr=psnr_of_others(torch.zeros(2, 3, 4, 4), ["a", "A"])).record({})["base"] == {
+        **table.record({})["base"], "psnr_to_other_prompts": None}  # fmt: skip

@@ -1,0 +1,189 @@
+"""Whether a scorer can judge the data: their own images with their own captions, beside the same captions shuffled.
+
+To a scorer that does not know such images both are alike, whatever a model is trained to: the teacher's score is
+chance, and blocks are removed by noise. So this is measured before anything is trained, in seconds, and a run stops
+where it is so (eval/cautions.py has the criterion).
+The same is asked of the teacher's images and the prompts that they were drawn from.
+
+Axes: N images, R shuffles, D feature width.
+"""
+
+import json
+import logging
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from data.files import write_json
+from data.images import BrokenImageError
+from data.prompts import PromptSet
+from data.seeding import generator
+from data.streams import at_random_access
+from engine.components import component
+from engine.identity import SCORER_CHECK
+from engine.parallel import map_batches
+from engine.run import FINISHED
+from eval.cautions import data_sentence, is_above_chance, teacher_sentence, told
+from eval.clip import BATCH, ClipScorer
+from eval.compare import mean_and_error
+from eval.overlap import plain
+
+IMAGES, SHUFFLES = 256, 8
+FEWEST_CAPTIONS = 8  # with fewer, Student's t asks for so much that a scorer that knows the data fails by chance
+log = logging.getLogger("slimstep")
+
+
+# ---- the measure ----
+
+
+def shuffles(texts: Sequence[str], count: int = SHUFFLES) -> tuple[list[int], list[list[int]]]:
+    """Indices of the texts, and up to `count` permutations of them that put another text into every place.
+
+    Texts that differ in case and spaces alone are equal. Of one that more than half have, as many are left out as it
+    takes; where all are equal nothing is left.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, text in enumerate(texts):
+        groups.setdefault(plain(text), []).append(index)
+    most = max(groups, key=lambda text: len(groups[text]))
+    groups[most] = groups[most][: len(texts) - len(groups[most])]
+    order, longest = [index for group in groups.values() for index in group], len(groups[most])
+    # Equal texts lie side by side: a turn by at least as many as there are of any meets none of them.
+    turns = sorted({round(turn) for turn in torch.linspace(longest, len(order) - longest, count).tolist()})
+    return order, [order[turn:] + order[:turn] for turn in turns] if order else []
+
+
+def against_shuffled(image_ND: Tensor, text_ND: Tensor, texts: Sequence[str], scorer: ClipScorer) -> dict | None:
+    """Scores of images with their own texts and with shuffled ones, paired; features are unit ones, row by row.
+
+    None where all texts are equal. Raises ValueError for scores that are not finite.
+    """
+    order, others = shuffles(texts)
+    if not others:
+        return None
+    own_N = scorer.similarity(image_ND[order], text_ND[order])
+    wrong_RN = torch.stack([scorer.similarity(image_ND[order], text_ND[other]) for other in others])
+    if not (own_N.isfinite().all() and wrong_RN.isfinite().all()):
+        raise ValueError(f"the scorer {scorer.protocol['model']} gives scores that are not finite: choose another")
+    prefer_RN = (own_N > wrong_RN).float() + 0.5 * (own_N == wrong_RN).float()
+    captions = PromptSet(tuple(plain(texts[index]) for index in order), "captions")
+    columns = {"own": own_N, "shuffled": wrong_RN.mean(0), "difference": own_N - wrong_RN.mean(0)}
+    means = {name: mean_and_error(captions.by_text(column).tolist()) for name, column in columns.items()}
+    return {
+        "images": len(order),
+        **{name: {"mean": m.mean, "se": m.se, "n": m.n} for name, m in means.items()},
+        "prefer_own": captions.by_text(prefer_RN.mean(0)).mean().item(),
+    }
+
+
+# ---- the data ----
+
+
+def check_scorer(bench, has_images: bool = True) -> None:
+    """Measures, or reads in scorer_check.json, whether the scorer can judge the data of a job that is about to begin.
+
+    Raises ValueError where it cannot and scorer.force is not set. A finished run is not looked at again.
+    """
+    run = bench.run
+    if run.made(FINISHED):
+        return
+    pairs = OmegaConf.to_container(bench.config.data.pairs, resolve=True)
+    measured_on = json.loads(json.dumps({"scorer": bench.scorer.protocol, "pairs": pairs}))
+    record = run.load(SCORER_CHECK) if run.made(SCORER_CHECK) else {}
+    new = any(record.get(key) != value for key, value in measured_on.items())
+    if new:
+        record = run.agreed({**measured_on, **(measured(bench) if has_images else unchecked(prompts_alone(bench)))})
+    sentence = data_sentence(record)
+    if sentence and "unchecked" not in record and not bench.scorer.force:
+        way = "choose one that knows them, as scorer=openclip scorer.model=ViT-g-14 scorer.pretrained=laion2b_s34b_b88k"
+        raise ValueError(f"{sentence}: {way}; scorer.force=true goes on with this one")
+    if new and run.accelerator.is_main_process:
+        write_json(run.path / SCORER_CHECK, record)
+    run.accelerator.wait_for_everyone()
+    if sentence:
+        log.warning(sentence)
+    elif new:
+        log.info(f"the scorer knows these data: {told(record, 'captions')}" if "own" in record else record["unchecked"])
+
+
+def measured(bench) -> dict[str, Any]:
+    """What scorer_check.json says of the scorer and the first of the data's images, held-out ones before others."""
+    images, captions = own_images(bench, IMAGES)
+    if not images:
+        return unchecked("whether the scorer can judge these data is not known: none of their images can be read", True)
+    features = image_features(bench, torch.stack(images)), bench.scorer.text(captions).float().cpu()
+    record = against_shuffled(*features, captions, bench.scorer)
+    same = f"whether the scorer can judge these data is not known: all {len(images)} images have one caption"
+    if record is None:
+        return unchecked(same, True)
+    if (count := record["difference"]["n"]) < FEWEST_CAPTIONS and not is_above_chance(record):
+        few = f"{told(record, 'captions')}; of fewer than {FEWEST_CAPTIONS} captions nothing can be told"
+        return unchecked(f"whether the scorer can judge these data is not known from {count} captions: {few}", True)
+    return record
+
+
+def unchecked(why: str, is_doubtful: bool = False) -> dict[str, Any]:
+    """A record of no measurement; a doubtful one is told on every page."""
+    return {"unchecked": why, "doubtful": is_doubtful}
+
+
+def prompts_alone(bench) -> str:
+    file = bench.config.data.prompt_file
+    return f"whether the scorer can judge them is not known before images are drawn: {file} has prompts alone"
+
+
+def own_images(bench, count: int) -> tuple[list[Tensor], list[str]]:
+    """Up to `count` images of the data, uint8 [3, H, W], and their captions, in a fixed shuffled order."""
+    images: list[Tensor] = []
+    captions: list[str] = []
+    for split in ("heldout", "train"):
+        if len(images) == count:
+            break
+        chosen = OmegaConf.merge(bench.config, {"data": {"pairs": {"split": split}}})
+        try:
+            pairs = at_random_access(component(chosen, "data.pairs"), count - len(images))
+        except ValueError:  # the split is empty: none is held out where prompts are a file's, or all are
+            if split == "train" and not images:
+                raise
+            continue
+        for sample in islice(readable(pairs), count - len(images)):
+            images.append(sample["image"])
+            captions.append(sample["caption"])
+    return images, captions
+
+
+def readable(pairs) -> Iterator[dict[str, Any]]:
+    """Those that can be read; the others are counted and told where all are encoded."""
+    for index in torch.randperm(len(pairs), generator=generator("scorer check")).tolist():
+        try:
+            yield pairs[index]
+        except BrokenImageError:
+            continue
+
+
+def image_features(bench, images_N3HW: Tensor) -> Tensor:
+    """Unit features [N, D] of uint8 images, float32 on the CPU, the same for any number of processes."""
+    rate = lambda indices: bench.scorer.image(images_N3HW[indices]).float()  # noqa: E731
+    return map_batches(rate, len(images_N3HW), BATCH, bench.run.accelerator, "images as the scorer sees them")
+
+
+# ---- the teacher ----
+
+
+def check_teacher(bench, images_N3HW: Tensor, prompts: PromptSet) -> dict | None:
+    """The scores of the teacher's first images with their own prompts and with shuffled ones; logged at chance."""
+    return compare_teacher(image_features(bench, images_N3HW[:IMAGES]), prompts, bench.scorer)
+
+
+def compare_teacher(image_ND: Tensor, prompts: PromptSet, scorer: ClipScorer) -> dict | None:
+    """The same from the features of its images."""
+    texts = prompts.prompts[:IMAGES]
+    text_ND = scorer.text(texts).float().cpu()
+    record = against_shuffled(image_ND[: len(texts)].float().cpu(), text_ND, texts, scorer)
+    if sentence := teacher_sentence(record):
+        log.warning(sentence)
+    return record
