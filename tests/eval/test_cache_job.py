@@ -11,6 +11,7 @@ from diffusers import AutoencoderKL
 from omegaconf import OmegaConf
 from transformers import CLIPTextModel
 
+from data.webdataset import WebDatasetPairs
 from engine.checked import CONFIGS
 from engine.config import Config
 from engine.launch import main
@@ -81,8 +82,12 @@ def test_training_from_the_cache_touches_neither_vae_nor_text_encoder(cache, tar
 
     monkeypatch.setattr(AutoencoderKL, "encode", untouchable)
     monkeypatch.setattr(CLIPTextModel, "forward", untouchable)
-    monkeypatch.setattr("data.webdataset.open_at", untouchable)
-    overrides = ["+experiment=prune_unet", f"root={tmp_path / 'runs'}", "train.steps=3", "train.batch_size=4"]
+    read = WebDatasetPairs.read  # tars are opened for their first key, and for the captions of held-out samples
+    monkeypatch.setattr(WebDatasetPairs, "read", lambda pairs, part, start, images=True: (
+        untouchable() if images or pairs.split == "train" else read(pairs, part, start, images)))
+    (tmp_path / "prompts.txt").write_text("one\ntwo\nthree\nfour\n")
+    overrides = ["+experiment=prune_unet", f"root={tmp_path / 'runs'}", "train.steps=3", "train.batch_size=4",
+                 "scoring.prompts=2", "eval.prompts=2", f"data.prompt_file={tmp_path / 'prompts.txt'}"]  # fmt: skip
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         composed = hydra.compose("train", [*overrides, *tars, *tiny_model])
     config = OmegaConf.merge(OmegaConf.structured(Config), composed)
