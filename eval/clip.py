@@ -27,7 +27,7 @@ from torchvision.transforms.functional import to_pil_image
 from models.quiet import one_line
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
-CONFIG_FILE = "open_clip_config.json"
+CONFIG_FILE, GELU = "open_clip_config.json", "quick_gelu"
 BATCH = 64  # images or prompts per forward pass
 # Rounding to 8 bits makes an error of 1/12 squared grey levels: no two 8-bit images are known to be closer than that.
 CLOSEST_MSE = 1 / 12
@@ -69,9 +69,11 @@ class ClipScorer:
             check_safe(model, pretrained)
         self.model_name, self.pretrained, self.prefix, self.scale = model, pretrained, prefix, scale
         self.force, self.device = force, torch.device(device)
+        self.forced_gelu = has_quick_gelu(model, pretrained) and not (open_clip.get_model_config(model) or {}).get(GELU)
+        options = {"device": self.device, "require_pretrained": True, "force_quick_gelu": self.forced_gelu}
         with quiet_root_logger():
             try:
-                self.model = open_clip.create_model(model, pretrained, device=self.device, require_pretrained=True)
+                self.model = open_clip.create_model(model, pretrained, **options)
                 self.tokenizer = open_clip.get_tokenizer(model)
             except Exception as error:  # readers of damaged files raise whatever they stumble over
                 raise ValueError(explain(model, pretrained, error)) from error
@@ -94,6 +96,7 @@ class ClipScorer:
             "scale": self.scale,
             "mean": list(cfg.mean),
             "std": list(cfg.std),
+            **({GELU: True} if self.forced_gelu else {}),
         }
 
     @torch.inference_mode()
@@ -124,6 +127,14 @@ class ClipScorer:
     def __call__(self, images_B3HW: Tensor, prompts: Sequence[str]) -> Tensor:
         """The score, float32 [B] on the CPU, of uint8 images against as many prompts."""
         return self.score(images_B3HW, self.text(prompts))
+
+
+def has_quick_gelu(model: str, pretrained: str | None) -> bool:
+    """Whether a tag's weights were trained with QuickGELU, as its own entry says; not known of files and folders.
+
+    Many such tags hang on plain names, whose configuration has the other activation, and open_clip only warns.
+    """
+    return bool(open_clip.get_pretrained_cfg(model, pretrained or "").get(GELU))
 
 
 def unit(features_BD: Tensor) -> Tensor:

@@ -165,3 +165,20 @@ def test_open_clip_says_nothing_on_the_root_logger(tiny_clip_folder, caplog):
     ClipScorer(f"local-dir:{tiny_clip_folder}")
     assert not caplog.records
     assert (logging.getLogger().level, logging.getLogger().handlers) == before
+
+
+def test_every_tag_has_the_activation_of_its_own_entry(monkeypatch):
+    """28 of open_clip 3.3's pairs are QuickGELU weights under a name whose configuration has the plain one, or not."""
+    asked = {}
+
+    def note(model, pretrained, force_quick_gelu, **options):
+        asked[model, pretrained] = force_quick_gelu or bool(open_clip.get_model_config(model).get("quick_gelu"))
+        raise RuntimeError("no weights here")
+
+    monkeypatch.setattr(open_clip, "create_model", note)
+    for model, tag in open_clip.list_pretrained():
+        with pytest.raises(ValueError, match="could not be fetched"):
+            ClipScorer(model, tag)
+    trained = {pair for pair in asked if open_clip.get_pretrained_cfg(*pair).get("quick_gelu")}
+    assert asked["ViT-B-32", "openai"] and not asked["ViT-B-32", "laion2b_s34b_b79k"]
+    assert trained <= {pair for pair, quick in asked.items() if quick} and len(trained) > 40
