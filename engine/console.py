@@ -6,9 +6,11 @@ Nothing here imports more than the standard library: it runs before everything e
 
 import codecs
 import io
+import json
 import locale
 import os
 import sys
+from typing import Any
 
 SPELT = {
     "→": "->", "←": "<-", "−": "-", "–": "-", "—": "-", "─": "-", "│": "|", "…": "...", "±": "+/-", "×": "x", "·": "*",
@@ -63,3 +65,9 @@ def lasting(stream: io.TextIOWrapper | None, live: bool) -> io.TextIOWrapper | N
     below = descriptor if at_once else io.BufferedWriter(descriptor)
     lines = live or stream.isatty()
     return io.TextIOWrapper(below, stream.encoding, errors=HANDLER, line_buffering=lines, write_through=at_once)
+
+
+def print_for_programs(value: Any) -> None:
+    """A line of JSON for whoever reads stdout by program; on a terminal, where tables say the same, nothing."""
+    if not sys.stdout.isatty():
+        print(json.dumps(value))

@@ -10,6 +10,7 @@ from PIL import Image
 
 from data.files import whole_folder, write_json, write_text
 from engine.config import Config
+from engine.console import print_for_programs
 from engine.planning import Plan
 from engine.run import Run
 from eval.cautions import cautions_of
@@ -36,7 +37,7 @@ def report(config: Config, run: Run) -> int | Plan:
             write_card(student, outcome.results())
         print(outcome.text())
         log.info(f"report: {(run.path / 'report.html').resolve()}")
-        print(json.dumps({"run": str(run.path.resolve()), **outcome.summary()}))
+        print_for_programs({"run": str(run.path.resolve()), **outcome.summary()})
     run.accelerator.wait_for_everyone()
     return 0
 

@@ -1,11 +1,11 @@
 """The evaluation job: finished pipelines, ours or not, on the same prompts from the same noise."""
 
-import json
 import logging
 
 from PIL import Image
 
 from engine.config import Config
+from engine.console import print_for_programs
 from engine.planning import Plan
 from engine.run import Run
 from eval.evaluation import EvaluationBench
@@ -18,7 +18,7 @@ log = logging.getLogger("slimstep")
 
 
 def evaluate(config: Config, run: Run) -> int | Plan:
-    """Runs or continues the job, or tells what it would do; returns exit code 0. The last line printed is JSON."""
+    """Runs or continues the job, or tells what it would do; returns exit code 0. The last line printed is JSON, where stdout is no terminal."""
     bench = EvaluationBench(config, run)
     bench.check()
     if config.plan:
@@ -36,7 +36,7 @@ def evaluate(config: Config, run: Run) -> int | Plan:
             write_evaluation_report(run.path, lambda: track(run))
         print(points_table(results))
         log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
-        print(json.dumps({"run": str(run.path.resolve()), **summary(results)}))
+        print_for_programs({"run": str(run.path.resolve()), **summary(results)})
     run.accelerator.wait_for_everyone()
     return 0
 

@@ -1,11 +1,11 @@
 """The speed jobs: benchmark, ladder, pipelines. One process, one device, every row a file."""
 
-import json
 import logging
 
 from PIL import Image
 
 from engine.config import Config
+from engine.console import print_for_programs
 from engine.planning import Plan
 from engine.run import Run
 from eval.speed_bench import SpeedBench
@@ -35,7 +35,7 @@ for job in (benchmark, ladder, pipelines):
 
 
 def make_table(kind: str, config: Config, run: Run) -> int | Plan:
-    """Runs or continues a job; returns exit code 0. The last line printed is JSON."""
+    """Runs or continues a job; returns exit code 0. The last line printed is JSON, where stdout is no terminal."""
     bench = SpeedBench(config, run)
     bench.check()
     if config.plan:
@@ -46,7 +46,7 @@ def make_table(kind: str, config: Config, run: Run) -> int | Plan:
         write_speed_report(run.path, lambda: track(run, kind))
     print(table(results))
     log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
-    print(json.dumps({"run": str(run.path.resolve()), **summary(results)}))
+    print_for_programs({"run": str(run.path.resolve()), **summary(results)})
     return 0
 
 

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from engine.console import print_for_programs
+
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import sys
@@ -79,3 +81,11 @@ def test_a_program_without_an_output_runs(tmp_path):
 def test_every_program_opens_its_console(script):
     text = script.read_text(encoding="utf-8")
     assert ("__main__" in text) == ("    open_console()" in text)
+
+
+def test_json_is_for_programs_and_not_for_terminals(monkeypatch, capsys):
+    print_for_programs({"run": "a"})
+    assert capsys.readouterr().out == '{"run": "a"}\n'
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    print_for_programs({"run": "a"})
+    assert capsys.readouterr().out == ""
