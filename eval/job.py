@@ -18,7 +18,10 @@ log = logging.getLogger("slimstep")
 
 
 def evaluate(config: Config, run: Run) -> int | Plan:
-    """Runs or continues the job, or tells what it would do; returns exit code 0. The last line printed is JSON, where stdout is no terminal."""
+    """Runs or continues the job, or tells what it would do; returns exit code 0.
+
+    The last line printed is JSON, where stdout is no terminal.
+    """
     bench = EvaluationBench(config, run)
     bench.check()
     if config.plan:
