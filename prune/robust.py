@@ -46,19 +46,22 @@ class RobustTraining:
         self.schedule, self.empty_text_LE, self.skip_prob, self.ramp = schedule, empty_text_LE, skip_prob, ramp
         self.caption_dropout, self.teacher_weight = caption_dropout, teacher_weight
         self.teacher = teacher if teacher_weight else None
+        self.copied: dict[tuple, Tensor] = {}
 
-    def skip_probs(self, kinds: list[str], progress: float) -> Tensor:
+    def skip_probs(self, kinds: list[str], progress: float, device: str | torch.device = "cpu") -> Tensor:
         """Shape [N]: each site's probability of being skipped at this point of the training."""
-        full_N = torch.tensor([self.skip_prob[kind] for kind in kinds])
-        if self.ramp == "depth":
-            return full_N * torch.linspace(0, 1, len(kinds))
-        return full_N * progress if self.ramp == "time" else full_N
+        key = (*kinds, str(device))
+        if key not in self.copied:  # once: a copy at every step would wait for the device
+            full_N = torch.tensor([self.skip_prob[kind] for kind in kinds])
+            depth_N = torch.linspace(0, 1, len(kinds)) if self.ramp == "depth" else 1
+            self.copied[key] = (full_N * depth_N).to(device)
+        return self.copied[key] * progress if self.ramp == "time" else self.copied[key]
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         noisy = draw_noisy(batch, self.schedule, self.empty_text_LE, self.caption_dropout, generator)
         bare = extract_model_from_parallel(unet, keep_torch_compile=False)
         kinds = [bare.kinds[site] for site in bare.kept_sites]
-        probs_N = self.skip_probs(kinds, batch["progress"]).to(noisy.t_B.device)
+        probs_N = self.skip_probs(kinds, batch["progress"], noisy.t_B.device)
         uniform_BN = torch.rand((len(noisy.t_B), len(kinds)), generator=generator, device=noisy.t_B.device)
         pred_BCHW = unet(*noisy.inputs, gates=uniform_BN >= probs_N, return_dict=False)[0].float()
         loss = nn.functional.mse_loss(pred_BCHW, noisy.target_BCHW)

@@ -120,8 +120,10 @@ class CudaDryRun(TorchDispatchMode):
             else None if isinstance(x, torch._C.Generator) else x, (args, kwargs),
         )  # fmt: skip
         result = self.fake.dispatch(func, (), args, kwargs)
-        if isinstance(result, FakeTensor) and result.dtype == torch.bool and func.overloadpacket not in NEGATIONS:
-            result.is_sound = all(getattr(x, "is_sound", False) for x in tensors)
+        if isinstance(result, FakeTensor) and result.dtype == torch.bool:
+            sound = all(getattr(x, "is_sound", False) for x in tensors)
+            result.is_sound = sound and func.overloadpacket not in NEGATIONS
+            result.is_nowhere = sound and func.overloadpacket in NEGATIONS
         return result
 
     def kept(self, result: Any) -> Any:
@@ -173,7 +175,11 @@ class CudaDryRun(TorchDispatchMode):
     def do_copy_(self, func, to: Tensor, source: Tensor, non_blocking: bool = False):
         if isinstance(to, FakeTensor) and isinstance(source, FakeTensor):
             return self.fake.dispatch(func, (), (to, source, non_blocking), {})
-        if not non_blocking or (self.capturing and not source.is_pinned()):
+        if source.is_meta:
+            waiting = not to.ndim or any(source.stride())  # made by C++ for x[i] = y: a number fills a slice
+        else:
+            waiting = not non_blocking or (self.capturing and not source.is_pinned())
+        if waiting:
             self.wait("a copy to the host" if isinstance(source, FakeTensor) else "a copy from the host")
         torch.broadcast_shapes(to.shape, source.shape)
         return to if isinstance(to, FakeTensor) else to.zero_()
@@ -188,9 +194,10 @@ class CudaDryRun(TorchDispatchMode):
         return a.shape == b.shape  # zeros and zeros
 
     def do_nonzero(self, func, x: Tensor):
+        """One place, as the one of a timestep; none where something is not finite."""
         self.wait("the size of a nonzero")
         with self.fake:
-            return torch.empty(0, x.ndim, dtype=torch.long, device=CUDA)
+            return torch.empty(0 if getattr(x, "is_nowhere", False) else 1, x.ndim, dtype=torch.long, device=CUDA)
 
     def do__pin_memory(self, func, x: Tensor, *_):
         return x

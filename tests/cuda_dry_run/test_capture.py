@@ -2,22 +2,15 @@
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
 
 from eval.setups import CannotRunError, Setup
 from eval.speed import Subject
 from models.schedulers import swapped_scheduler
-from tests.tiny import WIDTH, tiny_pipeline
+from tests.cuda_dry_run.conftest import small_pipeline
 
 
 def captured(scheduler):
-    """A pipeline whose UNet has two levels."""
-    unet = UNet2DConditionModel(
-        sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=WIDTH, attention_head_dim=2,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        layers_per_block=1,
-    )  # fmt: skip
-    pipeline = tiny_pipeline(unet=unet)
+    pipeline = small_pipeline()
     pipeline.scheduler = swapped_scheduler(pipeline.scheduler, scheduler)
     setup = Setup(dtype="bfloat16", capture=True)
     return Subject(pipeline, setup, ["a", "b"], 2, 2.5, torch.device("cuda"))

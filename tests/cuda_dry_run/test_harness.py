@@ -64,9 +64,10 @@ def test_mixed_dtypes_raise_and_under_autocast_they_do_not(gpu, mix):
         lambda x: torch.tensor([1.0], device="cuda"),
         lambda x: x[[0, 1]],
         lambda x: x.copy_(torch.ones(4, 4)),
+        lambda x: x[0].__setitem__(0, 1.0),
         lambda x: torch.ones(4, 4).to("cuda"),
     ],
-    ids=["item", "cpu", "bool", "nonzero", "tensor", "list index", "copy_", "to"],
+    ids=["item", "cpu", "bool", "nonzero", "tensor", "list index", "copy_", "a number set", "to"],
 )
 def test_a_wait_is_counted_and_raises_under_capture_and_in_sync_debug_mode(gpu, wait):
     x = torch.randn(4, 4, device="cuda")
@@ -86,6 +87,7 @@ def test_what_does_not_wait_is_not_counted(gpu):
         loss = (net(x + 1).float() * torch.tensor(2.0)).mean()
         loss.backward()
         pinned.to("cuda", non_blocking=True)
+        x[:1] = 0.0
     assert not waits
 
 

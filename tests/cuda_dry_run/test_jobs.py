@@ -1,0 +1,54 @@
+"""Every job to its end on a device that is not there, in bfloat16: devices and dtypes hold, scores mean nothing."""
+
+import json
+
+import pytest
+
+EVAL = ["eval.prompts=4", "eval.pictures=2", "eval.steps=2"]
+TRAIN = ["train.steps=2", "train.batch_size=4", "recovery.train.steps=2", "recovery.train.batch_size=4"]
+CURVES = ["curves.steps=[2]", "curves.guidance=[2.5]"]
+TIMES = ["latency.iterations=3", "latency.warmup=1", "benchmark.images=2", "eval.prompts=4", "eval.steps=2"]
+LADDER = [*TRAIN, "eval.prompts=4", "eval.pictures=2", *CURVES, "ladder.steps=[4,2]", "velocity.train.steps=2"]
+JOBS = {
+    "prune_unet": [*TRAIN, *EVAL, "scoring.prompts=4", "scoring.steps=2", "scoring.batch_size=8", "search.rounds=1",
+                   "latency.iterations=3", "latency.additive_samples=2"],
+    "prune_vae": ["train.steps=2", "train.batch_size=4", "latents.count=8", "latents.prompts=4", "latents.steps=2",
+                  "eval.prompts=4", "eval.pictures=2", "latency.iterations=3"],
+    "distill_steps": LADDER,
+    "latency_table": ["latency.iterations=3", "latency.additive_samples=2"],
+    "benchmark": [*TIMES, "benchmark.dtype=[tf32,bfloat16]", "benchmark.compile=[eager]",
+                  "benchmark.batches=[2]"],
+    "pipelines": [*TIMES, "benchmark.tasks=[img2img,two_controlnets]", "benchmark.compile=[eager]",
+                  "benchmark.batches=[1]"],
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_ranking(monkeypatch):
+    """Scores of zeros are all equal, and have none."""
+    monkeypatch.setattr("eval.compare.spearman", lambda a, b: 0.0)
+
+
+def test_latents_are_cached_and_images_evaluated(run, tmp_path):
+    assert run("cache_latents")[0] == 0
+    code, waits = run("evaluate", *EVAL, *CURVES)
+    assert code == 0 and list((tmp_path / "runs").glob("evaluate*/results.json"))
+    assert any("eval/clip.py" in wait for wait in waits)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", JOBS)
+def test_a_job_runs_to_its_end(run, tmp_path, name):
+    code, waits = run(name, *JOBS[name])
+    assert code in (0, 3) and waits
+    for rows in (tmp_path / "runs").glob("*/rows/*.json"):
+        assert json.loads(rows.read_text())["cannot"] is None, rows
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["guidance", "lcm"])
+def test_other_students_are_distilled_to_their_end(run, objective):
+    steps = ["ladder.steps=[8,4]", "objective.grid_steps=50"] if objective == "lcm" else []
+    code, _ = run("distill_steps", f"objective={objective}", *[word for word in LADDER if "ladder" not in word],
+                  *(steps or ["ladder.steps=[4,2]"]))  # fmt: skip
+    assert code == 0

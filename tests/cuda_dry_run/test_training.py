@@ -1,0 +1,116 @@
+"""The training loop on a device that is not there: every objective, every precision, no wait per step."""
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from diffusers import DDIMScheduler
+from torch.utils.data import StackDataset
+
+from distill.consistency import ConsistencyDistillation
+from distill.decoder import DecoderDistillation
+from distill.guidance import GuidanceDistillation
+from distill.prediction import Denoising
+from distill.recovery import Recovery
+from distill.steps import StepDistillation
+from distill.teaching import Rung
+from engine.loop import train
+from engine.run import Run
+from engine.sections.training import TrainConfig
+from models.decoding import ImageDecoder
+from models.guidance import with_told_guidance
+from models.schedule import NoiseSchedule
+from models.unet import PrunableUNet2DConditionModel
+from prune.robust import RobustTraining
+from tests.cuda_dry_run.conftest import small_pipeline
+from tests.tiny import WIDTH
+
+SKIPS = {"resnet": 0.2, "attention": 0.2}
+OBJECTIVES = {
+    "robust": (RobustTraining, {"skip_prob": SKIPS}),
+    "robust, ramp of time and a teacher": (RobustTraining, {"skip_prob": SKIPS, "ramp": "time", "teacher_weight": 0.5}),
+    "recovery": (Recovery, {}),
+    "denoising": (Denoising, {}),
+    "steps": (StepDistillation, {"guided_share": 0.5}),
+    "guidance": (GuidanceDistillation, {}),
+    "lcm": (ConsistencyDistillation, {}),
+    "decoder": (DecoderDistillation, {"l1": 1.0, "gradient": 1.0}),
+}
+GUIDED = ("guidance", "lcm")
+DTYPES = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def subject(name, precision):
+    """A student on the CPU, as a job makes it, and its objective with a teacher in the precision's dtype."""
+    kind, options = OBJECTIVES[name]
+    pipeline = small_pipeline()
+    if name == "decoder":
+        wide = ImageDecoder(pipeline.vae.requires_grad_(False)).to("cuda")
+        return ImageDecoder(small_pipeline().vae), kind(wide, **options)
+    student = PrunableUNet2DConditionModel.from_unet(pipeline.unet).requires_grad_()
+    if name in GUIDED:
+        student = with_told_guidance(student, 8).requires_grad_()
+    teacher = PrunableUNet2DConditionModel.from_unet(pipeline.unet).to("cuda", DTYPES[precision]).requires_grad_(False)
+    scheduler = DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False,
+                              timestep_spacing="trailing", rescale_betas_zero_snr=True)  # fmt: skip
+    given = [NoiseSchedule.from_scheduler(scheduler, "cuda"), torch.zeros(5, WIDTH, device="cuda"), teacher]
+    if kind in (StepDistillation, GuidanceDistillation, ConsistencyDistillation):
+        given.append(Rung(scheduler, 4, scheduler, 2))
+    return student, kind(*given, **options)
+
+
+def trained(path, name, precision, steps, **options):
+    AcceleratorState._reset_state(True)
+    run = Run(path, Accelerator(mixed_precision=precision), seed=0)
+    assert run.accelerator.device.type == "cuda"
+    student, objective = subject(name, precision)
+    samples = StackDataset(latents=torch.randn(8, 4, 8, 8), text=torch.randn(8, 5, WIDTH))
+    config = TrainConfig(steps=steps, batch_size=2, log_every=100, checkpoint_every=100, **options)
+    try:
+        return train(student, objective, samples, config, run, "stage")
+    finally:
+        AcceleratorState._reset_state(True)
+
+
+# All precisions of two objectives are fast tests, of the others bfloat16 alone.
+FAST = ("robust", "decoder")
+ALL = [pytest.param(name, precision, marks=[] if name in FAST or precision == "bf16" else pytest.mark.slow)
+       for name in OBJECTIVES for precision in DTYPES]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "precision"), ALL)
+def test_every_objective_trains_in_every_precision_without_a_wait_per_step(gpu, tmp_path, name, precision):
+    with gpu.counted() as one:
+        trained(tmp_path / "one", name, precision, 1)
+    with gpu.counted() as three:
+        model = trained(tmp_path / "three", name, precision, 3)
+    assert {x.device.type for x in model.parameters()} == {"cuda"}
+    more = three - one
+    if precision == "fp16":  # torch's own loss scaling reads each step whether its gradient overflowed
+        more = {wait: n for wait, n in more.items() if "number read by the host" not in wait or n > 2}
+    assert not more
+
+
+def test_a_wait_in_an_objective_is_found(gpu, tmp_path, monkeypatch):
+    """What the test above would see."""
+    plain = Denoising.__call__
+
+    def waiting(self, *given):
+        loss, metrics = plain(self, *given)
+        return loss, {"wait": torch.tensor(loss.item(), device="cuda"), **metrics}
+
+    monkeypatch.setattr(Denoising, "__call__", waiting)
+    with gpu.counted() as waits:
+        trained(tmp_path / "waiting", "denoising", "no", 3)
+    assert any(n == 3 and "engine/loop.py" in wait for wait, n in waits.items())
+
+
+def test_a_compiled_training_passes_dynamo(gpu, tmp_path):
+    trained(tmp_path, "denoising", "bf16", 2, compile=True)
+
+
+@pytest.mark.slow
+def test_a_stopped_training_goes_on_from_its_checkpoint(gpu, tmp_path):
+    trained(tmp_path, "denoising", "bf16", 3, ema_decay=0.9, accumulation=2, gradient_checkpointing=True)
+    (tmp_path / "stage/weights.safetensors").unlink()
+    trained(tmp_path, "denoising", "bf16", 4, ema_decay=0.9, accumulation=2, gradient_checkpointing=True)
