@@ -77,7 +77,8 @@ def cuda_dry_run() -> Iterator[CudaDryRun]:
                             "record_stream": nothing, "to": moved(torch.Tensor.to),
                             "cuda": lambda x, *_, **how: x.to(CUDA, **how)}),
             (FakeTensor, {"is_cuda": property(lambda x: x.device.type == "cuda"),
-                          "is_meta": property(lambda x: x.device.type == "meta"), "__deepcopy__": copied, "numpy": on_host,
+                          "is_meta": property(lambda x: x.device.type == "meta"), "__deepcopy__": copied,
+                          "numpy": on_host,
                           "data_ptr": lambda x: x.untyped_storage().data_ptr() + x.storage_offset() * x.itemsize,
                            "__reduce_ex__": lambda x, how: host(x).__reduce_ex__(how)}),
             (torch.UntypedStorage, {"data_ptr": addressed(torch.UntypedStorage.data_ptr)}),
@@ -249,8 +250,8 @@ def compile_eagerly(compile):
         if model is None:
             return functools.partial(compiling, **kwargs)
         if kwargs.get("fullgraph"):
-            # Guards in C++ see another device than dynamo does, and never hold. A whole network of one shape needs none;
-            # elsewhere dynamo compiles eight times and then lets it be.
+            # Guards in C++ see another device than dynamo does, and never hold. A whole network of one shape needs
+            # none; elsewhere dynamo compiles eight times and then lets it be.
             kwargs["options"] = {"guard_filter_fn": lambda guards: [g.guard_type != "TENSOR_MATCH" for g in guards]}
         return compile(model, backend="eager", **kwargs)
 
