@@ -303,7 +303,7 @@ def test_an_offline_wandb_run_leaves_the_last_line_to_json(tmp_path, tiny_model,
     loud = ("WANDB_API_KEY", "WANDB_MODE", "WANDB_SILENT")
     environment = {key: value for key, value in os.environ.items() if key not in loud}
     environment |= {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none")}
-    job = [*SMALL, *ONE, *tiny_model, models, "tracker=wandb", f"root={tmp_path}"]
+    job = [*SMALL, *ONE, *tiny_model, models, "tracker=wandb", f"root={tmp_path}", "name=evaluate"]
     command = [sys.executable, str(ROOT / "train.py"), *job]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 0, done.stderr
