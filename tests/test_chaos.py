@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from scripts.chaos import SMALL
+from scripts.chaos import SMALL, contents
 from tests.test_snapfusion import SMALL as METHOD
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -35,3 +35,15 @@ def test_killed_runs_leave_what_a_quiet_run_leaves(tmp_path, tiny_model, small, 
     done = subprocess.run(job, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"{kills} kills, {kills} resumed, all equal" in done.stdout
+
+
+def test_of_a_model_card_all_but_measured_times_is_compared(tmp_path):
+    line = "CLIP +1.65 [+1.04, +2.66], paired; 3.29 [3.17, 3.33] times as fast an image\n- 28 ms an image"
+    changes = {"same": ("", ""), "ratio": ("3.29 [3.17", "3.30 [3.16"), "ms": ("28 ms", "31 ms"),
+               "score": ("1.65", "1.66"), "interval": ("2.66", "2.67"), "words": ("paired; ", "")}  # fmt: skip
+    seen = {}
+    for name, (old, new) in changes.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(line.replace(old, new) if old else line)
+        seen[name] = contents(tmp_path / name)
+    assert {name for name, found in seen.items() if found == seen["same"]} == {"same", "ratio", "ms"}

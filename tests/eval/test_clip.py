@@ -168,7 +168,7 @@ def test_open_clip_says_nothing_on_the_root_logger(tiny_clip_folder, caplog):
 
 
 def test_every_tag_has_the_activation_of_its_own_entry(monkeypatch):
-    """28 of open_clip 3.3's pairs are QuickGELU weights under a name whose configuration has the plain one, or not."""
+    """27 of open_clip 3.3.0's pairs are QuickGELU weights under a name whose configuration has another activation."""
     asked = {}
 
     def note(model, pretrained, force_quick_gelu, **options):
