@@ -19,7 +19,16 @@ from pathlib import Path
 import open_clip
 import torch
 import torch.nn.functional as F
+from open_clip.constants import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    INCEPTION_MEAN,
+    INCEPTION_STD,
+    OPENAI_DATASET_MEAN,
+    OPENAI_DATASET_STD,
+)
 from open_clip.transform import PreprocessCfg, image_transform_v2
+from open_clip.transformer import QuickGELU
 from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
@@ -28,6 +37,12 @@ from models.quiet import one_line
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
 CONFIG_FILE, GELU = "open_clip_config.json", "quick_gelu"
+NORMALISATIONS = {
+    "openai": (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD),
+    "imagenet": (IMAGENET_MEAN, IMAGENET_STD),
+    "inception": (INCEPTION_MEAN, INCEPTION_STD),
+    "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+}  # mean and standard deviation that images in [0, 1] lose, by channel
 BATCH = 64  # images or prompts per forward pass
 # Rounding to 8 bits makes an error of 1/12 squared grey levels: no two 8-bit images are known to be closer than that.
 CLOSEST_MSE = 1 / 12
@@ -47,6 +62,8 @@ class ClipScorer:
 
     `model` and `pretrained` are open_clip's: a name and a tag ("ViT-g-14", "laion2b_s34b_b88k") or a checkpoint file,
     or `model` alone as "local-dir:FOLDER" or "hf-hub:ORG/NAME". `scale` 100 is the usual unit, 1 the raw cosine.
+    A checkpoint file does not say which activation (`quick_gelu`) and which `normalisation` ("openai", "imagenet",
+    "inception" or "none") it was trained with: both are asked for where the tags of `model` differ in them.
     `allow_pickle` reads local checkpoints that are no safetensors. With `force` a job goes on whose data the scorer
     cannot judge (eval/scorer_check.py).
     """
@@ -57,11 +74,15 @@ class ClipScorer:
         pretrained: str | None = None,
         prefix: str = "",
         scale: float = 100.0,
+        quick_gelu: bool | None = None,
+        normalisation: str | None = None,
         allow_pickle: bool = False,
         force: bool = False,
         device: str | torch.device = "cpu",
     ) -> None:
-        """Raises ValueError for a model, tag or folder that open_clip does not know or cannot load."""
+        """Raises ValueError for a model, tag or folder that open_clip does not know or cannot load, and for a file
+        whose activation or normalisation is not known.
+        """
         check_names(model, pretrained)
         if not 0 < scale < float("inf"):
             raise ValueError(f"scorer.scale={scale} must be above 0")
@@ -69,11 +90,12 @@ class ClipScorer:
             check_safe(model, pretrained)
         self.model_name, self.pretrained, self.prefix, self.scale = model, pretrained, prefix, scale
         self.force, self.device = force, torch.device(device)
-        self.forced_gelu = has_quick_gelu(model, pretrained) and not (open_clip.get_model_config(model) or {}).get(GELU)
-        options = {"device": self.device, "require_pretrained": True, "force_quick_gelu": self.forced_gelu}
+        trained = trained_with(model, pretrained, quick_gelu, normalisation)
         with quiet_root_logger():
             try:
-                self.model = open_clip.create_model(model, pretrained, **options)
+                self.model = open_clip.create_model(
+                    model, pretrained, device=self.device, require_pretrained=True, **trained
+                )
                 self.tokenizer = open_clip.get_tokenizer(model)
             except Exception as error:  # readers of damaged files raise whatever they stumble over
                 raise ValueError(explain(model, pretrained, error)) from error
@@ -96,7 +118,7 @@ class ClipScorer:
             "scale": self.scale,
             "mean": list(cfg.mean),
             "std": list(cfg.std),
-            **({GELU: True} if self.forced_gelu else {}),
+            **({GELU: True} if any(isinstance(layer, QuickGELU) for layer in self.model.modules()) else {}),
         }
 
     @torch.inference_mode()
@@ -129,12 +151,49 @@ class ClipScorer:
         return self.score(images_B3HW, self.text(prompts))
 
 
-def has_quick_gelu(model: str, pretrained: str | None) -> bool:
-    """Whether a tag's weights were trained with QuickGELU, as its own entry says; not known of files and folders.
+def trained_with(model: str, pretrained: str | None, quick_gelu: bool | None, normalisation: str | None) -> dict:
+    """What open_clip.create_model has to be told of how weights were trained: activation and preprocessing.
 
-    Many such tags hang on plain names, whose configuration has the other activation, and open_clip only warns.
+    A folder's own configuration says both, and so does a tag's entry, of which open_clip leaves out the activation. Of
+    a file it knows neither and takes the name's own activation and OpenAI's normalisation; here the file takes what the
+    tags of its name agree upon. Raises ValueError where they do not, and for a value where there is nothing to choose.
     """
-    return bool(open_clip.get_pretrained_cfg(model, pretrained or "").get(GELU))
+    given = {GELU: quick_gelu, "normalisation": normalisation}
+    is_folder = model.startswith((LOCAL, HUB))
+    tags = [] if is_folder else open_clip.list_pretrained_tags_by_model(model)
+    if is_folder or pretrained in tags:
+        if told := [f"scorer.{name}={value}" for name, value in given.items() if value is not None]:
+            raise ValueError(f"{', '.join(told)} is for checkpoint files: {pretrained or model} says its own")
+        return {} if is_folder else activation(is_quick(model, pretrained))
+    if normalisation is not None and normalisation not in NORMALISATIONS:
+        raise ValueError(f"scorer.normalisation={normalisation} is unknown; choose from {', '.join(NORMALISATIONS)}")
+    entries = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
+    quick = {is_quick(model, tag) for tag in tags} or {is_quick(model, None)}
+    statistics = {(tuple(entry["mean"]), tuple(entry["std"])) for entry in entries}
+    known = {GELU: len(quick) == 1, "normalisation": len(statistics) == 1}
+    if absent := [f"scorer.{name}=…" for name, value in given.items() if value is None and not known[name]]:
+        raise ValueError(
+            f"{pretrained} does not say how it was trained, and {model} leaves it open: give {' and '.join(absent)} "
+            f"(quick_gelu true or false; normalisation one of {', '.join(NORMALISATIONS)}), as its model card has them"
+        )
+    mean, std = NORMALISATIONS[normalisation] if normalisation else statistics.pop()
+    shape = {key: {entry[key] for entry in entries} for key in ("interpolation", "resize_mode")}
+    settled = {key: values.pop() for key, values in shape.items() if len(values) == 1}
+    return {
+        **activation(quick.pop() if quick_gelu is None else quick_gelu),
+        "force_preprocess_cfg": {"mean": mean, "std": std, **settled},
+    }
+
+
+def is_quick(model: str, tag: str | None) -> bool:
+    """Whether weights have QuickGELU: many such tags hang on names whose configuration has the plain activation."""
+    configured = open_clip.get_model_config(model) or {}
+    return bool(configured.get(GELU) or open_clip.get_pretrained_cfg(model, tag or "").get(GELU))
+
+
+def activation(quick: bool) -> dict[str, bool]:
+    # force_quick_gelu=False leaves the configuration's own; the model's argument goes over it.
+    return {"force_quick_gelu": quick, GELU: quick}
 
 
 def unit(features_BD: Tensor) -> Tensor:

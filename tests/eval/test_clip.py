@@ -171,8 +171,9 @@ def test_every_tag_has_the_activation_of_its_own_entry(monkeypatch):
     """27 of open_clip 3.3.0's pairs are QuickGELU weights under a name whose configuration has another activation."""
     asked = {}
 
-    def note(model, pretrained, force_quick_gelu, **options):
-        asked[model, pretrained] = force_quick_gelu or bool(open_clip.get_model_config(model).get("quick_gelu"))
+    def note(model, pretrained, quick_gelu, force_quick_gelu, **options):
+        assert quick_gelu == force_quick_gelu and "force_preprocess_cfg" not in options
+        asked[model, pretrained] = quick_gelu
         raise RuntimeError("no weights here")
 
     monkeypatch.setattr(open_clip, "create_model", note)
@@ -182,3 +183,87 @@ def test_every_tag_has_the_activation_of_its_own_entry(monkeypatch):
     trained = {pair for pair in asked if open_clip.get_pretrained_cfg(*pair).get("quick_gelu")}
     assert asked["ViT-B-32", "openai"] and not asked["ViT-B-32", "laion2b_s34b_b79k"]
     assert trained <= {pair for pair, quick in asked.items() if quick} and len(trained) > 40
+
+
+@pytest.fixture
+def published(monkeypatch, tiny_clip_folder):
+    """publish(quick_gelu, {tag: its entry}): a tiny model under a name of open_clip's, as the bundled ones have it."""
+
+    def publish(quick_gelu: bool, tags: dict[str, dict]) -> tuple[str, str]:
+        config = json.loads((tiny_clip_folder / "open_clip_config.json").read_text())["model_cfg"]
+        entry = {"mean": open_clip.constants.OPENAI_DATASET_MEAN, "std": open_clip.constants.OPENAI_DATASET_STD,
+                 "interpolation": "bicubic", "resize_mode": "shortest"}  # fmt: skip
+        monkeypatch.setitem(open_clip.factory._MODEL_CONFIGS, "tiny", config | {"quick_gelu": quick_gelu})
+        monkeypatch.setitem(open_clip.pretrained._PRETRAINED, "tiny", {tag: entry | own for tag, own in tags.items()})
+        return "tiny", str(tiny_clip_folder / "open_clip_model.safetensors")
+
+    return publish
+
+
+def by_hand(tiny_clip_folder, quick_gelu: bool, mean: tuple, std: tuple, images) -> torch.Tensor:
+    config = json.loads((tiny_clip_folder / "open_clip_config.json").read_text())["model_cfg"]
+    model = open_clip.CLIP(**config | {"quick_gelu": quick_gelu}).eval()
+    model.load_state_dict(load_file(tiny_clip_folder / "open_clip_model.safetensors"))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (mean, std))
+    with torch.no_grad():
+        return torch.nn.functional.normalize(model.encode_image((images / 255 - mean) / std), dim=-1)
+
+
+HALF = (0.5, 0.5, 0.5)
+OPENAI = open_clip.constants.OPENAI_DATASET_MEAN, open_clip.constants.OPENAI_DATASET_STD
+QUICK, INCEPTION = {"quick_gelu": True}, {"mean": HALF, "std": HALF}
+
+
+@pytest.mark.parametrize(
+    ("configured", "tags", "given", "quick", "statistics"),
+    [
+        (False, {"a": {}}, {}, False, OPENAI),
+        (False, {"a": QUICK, "b": QUICK}, {}, True, OPENAI),
+        (True, {"a": {}}, {}, True, OPENAI),
+        (False, {"a": QUICK | INCEPTION}, {}, True, (HALF, HALF)),
+        (False, {"a": QUICK, "b": {}}, {"quick_gelu": True}, True, OPENAI),
+        (False, {"a": QUICK, "b": {}}, {"quick_gelu": False}, False, OPENAI),
+        (True, {"a": {}}, {"quick_gelu": False}, False, OPENAI),
+        (False, {"a": {}, "b": INCEPTION}, {"normalisation": "inception"}, False, (HALF, HALF)),
+        (False, {"a": {}, "b": INCEPTION}, {"normalisation": "openai"}, False, OPENAI),
+        (False, {"a": INCEPTION}, {"normalisation": "none"}, False, ((0, 0, 0), (1, 1, 1))),
+        (False, {}, {"normalisation": "openai"}, False, OPENAI),
+        (True, {}, {"normalisation": "inception"}, True, (HALF, HALF)),
+    ],
+)
+def test_a_checkpoint_file_is_the_network_its_tags_say(
+    published, tiny_clip_folder, configured, tags, given, quick, statistics
+):
+    scorer = ClipScorer(*published(configured, tags), **given)
+    images = random_images(3, 32, 32)
+    size = scorer.protocol["resize"]["size"]
+    images = torch.nn.functional.interpolate(images, size)
+    expected = by_hand(tiny_clip_folder, quick, *statistics, images)
+    torch.testing.assert_close(scorer.image(images), expected, rtol=0, atol=1e-5)
+    for other in ((not quick, *statistics), (quick, HALF, OPENAI[1])):
+        assert (by_hand(tiny_clip_folder, *other, images) - expected).abs().max() > 3e-4
+    assert scorer.protocol.get("quick_gelu", False) == quick
+    assert (scorer.protocol["mean"], scorer.protocol["std"]) == tuple(map(list, statistics))
+
+
+@pytest.mark.parametrize(
+    ("tags", "given", "words"),
+    [
+        ({"a": QUICK, "b": {}}, {}, r"give scorer.quick_gelu=… \("),
+        ({"a": {}, "b": INCEPTION}, {}, r"give scorer.normalisation=… \("),
+        ({"a": {}, "b": INCEPTION | QUICK}, {}, r"give scorer.quick_gelu=… and scorer.normalisation=… \("),
+        ({}, {}, r"give scorer.normalisation=… \("),
+        ({"a": {}}, {"normalisation": "clip"}, "scorer.normalisation=clip is unknown; choose from openai, imagenet,"),
+    ],
+)
+def test_what_a_name_leaves_open_is_asked_for(published, tags, given, words):
+    with pytest.raises(ValueError, match=words):
+        ClipScorer(*published(False, tags), **given)
+
+
+def test_tags_and_folders_say_how_they_were_trained(published, tiny_clip_folder):
+    published(False, {"a": {}})
+    with pytest.raises(ValueError, match="scorer.quick_gelu=False is for checkpoint files: a says its own"):
+        ClipScorer("tiny", "a", quick_gelu=False)
+    with pytest.raises(ValueError, match="scorer.normalisation=openai is for checkpoint files: local-dir:"):
+        ClipScorer(f"local-dir:{tiny_clip_folder}", normalisation="openai")
