@@ -21,7 +21,7 @@ from engine.console import open_console
 from engine.environment import environment
 from engine.sections.pruning import LatencyConfig
 from eval.decoders import compare_decoders
-from eval.report import markdown_table
+from eval.tables import markdown_table
 from eval.vae_report import TIME_HEADER, time_rows
 from models.reference import VAE_CONFIGS, random_vae
 from prune.decoder import choose_channels, narrow_widths, narrowed

@@ -18,8 +18,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.files import write_json, write_text
 from engine.console import open_console
-from eval.report import markdown_table
 from eval.runs import read_json
+from eval.tables import markdown_table
 from eval.vae_report import measures
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -28,9 +28,9 @@ from engine.console import open_console
 from engine.loop import WEIGHTS
 from eval.compare import paired_difference, paired_ratio
 from eval.figures import save_png
-from eval.report import markdown_table
 from eval.runs import read_json
 from eval.steps_report import curves_figure, display, distance_figure, ratio_text
+from eval.tables import markdown_table
 from models.pipeline import export_pipeline, load_pipeline, with_unet
 from models.unet import PrunableUNet2DConditionModel
 

@@ -36,9 +36,9 @@ from engine.environment import environment
 from engine.run import Run
 from eval.child import child_result
 from eval.decoders import decoder_gflops
-from eval.report import markdown_table
 from eval.setups import CannotRunError, Setup
 from eval.speed import matmul_peak_tflops
+from eval.tables import markdown_table
 from models.cost import count_gflops
 from models.known import random_pipeline
 from models.pipeline import load_pipeline

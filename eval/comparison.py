@@ -11,22 +11,23 @@ from eval.cautions import cautions_of
 from eval.compare import paired_difference
 from eval.evaluation_report import difference
 from eval.figures import SERIES, TEACHER, Point, digits, pareto_figure, save_png, themed
-from eval.report import count, display_name, facts, markdown_table, percent, render
+from eval.report import count, display_name, facts, percent, render
 from eval.runs import RunRecord, read_run
+from eval.tables import console_table, markdown_table
 
 BEFORE_A_CHOICE = {"precision": "float32"}  # of protocols that do not say theirs
 COLUMNS = ["parameters", "GFLOPs", "UNet ms", "of teacher", "CLIP ± se", "against teacher"]
 
 
 def run_table(folder: str | Path) -> str:
-    """The models of one finished run as a Markdown table: the teacher, every round, the student."""
+    """The models of one finished run as a table for a terminal: the teacher, every round, the student."""
     models = finished_run(folder).models
     rows = [cells(display_name(model["name"]), model, models[0], model["versus_teacher"]) for model in models]
-    return markdown_table(["model", *COLUMNS], rows)
+    return console_table(["model", *COLUMNS], rows)
 
 
 def compare_runs(folders: Sequence[str | Path], out: str | Path) -> str:
-    """Writes `out`/report.html, table.md and clip-against-latency.png; returns the table as Markdown.
+    """Writes `out`/report.html, table.md and clip-against-latency.png; returns the table for a terminal.
 
     Students are compared with their own teacher, and with the student of the first run, prompt by prompt; runs whose
     scores come from other prompts or another protocol are listed, and not compared.
@@ -37,10 +38,10 @@ def compare_runs(folders: Sequence[str | Path], out: str | Path) -> str:
     first_name, first = next(iter(runs.items()))
     rows = without_repeated_teachers([row for name, run in runs.items() for row in run_rows(name, run, first)])
     header = ["run", *COLUMNS, f"against {first_name}"]
-    table = markdown_table(header, [row["cells"] for row in rows])
+    lines = [row["cells"] for row in rows]
     figure = pareto_figure(points(rows))
     save_png(figure, out / "clip-against-latency.png")
-    write_text(out / "table.md", table)
+    write_text(out / "table.md", markdown_table(header, lines))
     page = render(
         "comparison.html.j2",
         cautions=cautions_of({name: run.path for name, run in runs.items()}),
@@ -52,7 +53,7 @@ def compare_runs(folders: Sequence[str | Path], out: str | Path) -> str:
         facts=facts_that_differ({name: facts(run) for name, run in runs.items()}),
     )
     write_text(out / "report.html", page)
-    return table
+    return console_table(header, lines)
 
 
 def finished_run(folder: str | Path) -> RunRecord:

@@ -12,8 +12,9 @@ from data.files import whole_folder, write_text
 from eval.cautions import cautions
 from eval.figures import MUTED, SERIES, canvas, grid_figure, save_png, styled, themed
 from eval.overlap import overlap_sentence
-from eval.report import count, csv_table, flatten, markdown_table, render
+from eval.report import count, flatten, render
 from eval.runs import read_json
+from eval.tables import csv_table, markdown_table
 
 Results = Mapping[str, Any]
 
@@ -26,7 +27,7 @@ def write_evaluation_report(folder: str | Path, track: Callable[[], None] = lamb
     folder = Path(folder)
     results = read_json(folder / "results.json")
     figures = draw_figures(folder, results)
-    write_text(folder / "table.md", points_table(results))
+    write_text(folder / "table.md", markdown_table(header(results), rows(results)))
     write_text(folder / "results.csv", csv_table(summary(results)["points"]))
     with whole_folder(folder / "report") as aside:
         for name, figure in figures.items():
@@ -45,10 +46,6 @@ def write_evaluation_report(folder: str | Path, track: Callable[[], None] = lamb
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
-
-
-def points_table(results: Results) -> str:
-    return markdown_table(header(results), rows(results))
 
 
 def header(results: Results) -> list[str]:

@@ -18,6 +18,7 @@ from eval.figures import save_png, themed
 from eval.outcome import AGAINST, Outcome
 from eval.overlap import overlap_sentence
 from eval.report import flatten, render
+from eval.tables import console_table
 from models.card import origin_of, write_card
 
 log = logging.getLogger("slimstep")
@@ -35,7 +36,7 @@ def report(config: Config, run: Run) -> int | Plan:
         write_page(outcome, run, page.stages)
         if origin_of(student := Path(str(outcome.evaluation["models"][outcome.student_name]))):
             write_card(student, outcome.results())
-        print(outcome.text())
+        print(outcome.text(console_table))
         log.info(f"report: {(run.path / 'report.html').resolve()}")
         print_for_programs({"run": str(run.path.resolve()), **outcome.summary()})
     run.accelerator.wait_for_everyone()

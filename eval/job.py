@@ -9,10 +9,11 @@ from engine.console import print_for_programs
 from engine.planning import Plan
 from engine.run import Run
 from eval.evaluation import EvaluationBench
-from eval.evaluation_report import header, points_table, rows, summary, write_evaluation_report
+from eval.evaluation_report import header, rows, summary, write_evaluation_report
 from eval.overlap import overlap_sentence
 from eval.plan import Stage, image_rows, scorer_stage, stages_table, time_line
 from eval.scorer_check import check_scorer
+from eval.tables import console_table
 
 log = logging.getLogger("slimstep")
 
@@ -37,7 +38,7 @@ def evaluate(config: Config, run: Run) -> int | Plan:
             if seen := overlap_sentence(results):
                 log.info(seen)
             write_evaluation_report(run.path, lambda: track(run))
-        print(points_table(results))
+        print(console_table(header(results), rows(results), labels=3))
         log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
         print_for_programs({"run": str(run.path.resolve()), **summary(results)})
     run.accelerator.wait_for_everyone()

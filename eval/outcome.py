@@ -4,7 +4,7 @@ An evaluation gives the scores and a benchmark of the same models the times; the
 one the student.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 from eval.compare import paired_difference
 from eval.evaluation_report import difference, images_figure
 from eval.gathered import Gathered
-from eval.report import count, markdown_table, percent
+from eval.report import count, percent
 from eval.results_figures import draw_time
 from eval.speed_report import ratio
+from eval.tables import markdown_table
 
 Point = Mapping[str, Any]
 AGAINST = ["teacher at", "its CLIP ± se", "student − teacher, paired [95 %]", "times as fast [95 %]"]
@@ -94,9 +95,10 @@ class Outcome:
     def versus(point: Point, other: Point) -> dict[str, Any]:
         return asdict(paired_difference(point["clip"]["per_prompt"], other["clip"]["per_prompt"]))
 
-    def text(self) -> str:
+    def text(self, as_text: Callable[..., str] = markdown_table) -> str:
+        """Both tables; `as_text` makes text of a header and rows."""
         tables = (AGAINST, self.against_rows()), (self.products_header(), self.product_rows())
-        return "\n".join(markdown_table(*table) for table in tables)
+        return "\n".join(as_text(*table) for table in tables)
 
     # ---- words ----
 

@@ -5,9 +5,8 @@ whose files do not exist yet is left out, and the page says what is missing.
 """
 
 import base64
-import csv
 import io
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -246,31 +245,3 @@ def data_uri(path: Path) -> str:
     file = io.BytesIO()
     image.save(file, "png")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"
-
-
-def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, columns padded so that it reads in a terminal too."""
-    widths = [max(len(line[k]) for line in (header, *rows)) for k in range(len(header))]
-    lines = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in (header, *rows)]
-    rule = ["-" * width for width in widths]
-    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:])) + "\n"
-
-
-def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """Nested tables as CSV, one per line, columns named by dotted paths."""
-    table = [dict(leaves(row)) for row in rows]
-    columns = list(dict.fromkeys(key for line in table for key in line))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(table)
-    return text.getvalue()
-
-
-def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
-    """(dotted name, value) of everything in nested tables."""
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            yield from leaves(inner, f"{name}.{key}" if name else key)
-    else:
-        yield name, value

@@ -1,7 +1,7 @@
 """Evaluations, benchmarks, ladders and pipelines tables on one page: what images lose, and what time is saved."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +17,12 @@ from eval.figures import digits, grid_figure, save_png, themed
 from eval.gathered import Gathered
 from eval.headline import headline, tiles
 from eval.pareto import key, speedup
-from eval.report import markdown_table, render
+from eval.report import render
 from eval.results import SPEED_KINDS, common_settings, metric, pair_matrix, setting, told
 from eval.results_figures import draw_sections, image_grid, untimed
 from eval.speed_report import NOTES, cells
 from eval.speed_report import header as speed_header
+from eval.tables import console_table, markdown_table
 
 Row = Mapping[str, Any]
 
@@ -39,7 +40,7 @@ class Table:
 
 
 def compare_results(folders: Sequence[str | Path], out: str | Path) -> str:
-    """Writes `out`/report.html, table.md and figures/*.png; returns the tables as Markdown.
+    """Writes `out`/report.html, table.md and figures/*.png; returns the tables for a terminal.
 
     Scores of other prompts, another scorer or seed than the first evaluation's are listed, and not compared.
     Raises FileNotFoundError for a run that is missing or unfinished, ValueError for one whose results are damaged.
@@ -73,10 +74,14 @@ def compare_results(folders: Sequence[str | Path], out: str | Path) -> str:
         differences=protocol_differences(metrics) if metrics else [],
         facts=facts_that_differ({name: run.facts for name, run in found.runs.items()}),
     )
-    text = "\n".join(f"## {t.title}\n\n{markdown_table(t.header, t.rows)}" for t in [*models, *pairs, *speeds])
-    write_text(out / "table.md", text)
+    tables = [*models, *pairs, *speeds]
+    write_text(out / "table.md", text_of(tables, markdown_table))
     write_text(out / "report.html", page)
-    return text
+    return text_of(tables, console_table)
+
+
+def text_of(tables: Sequence[Table], as_text: Callable[..., str]) -> str:
+    return "\n".join(f"## {table.title}\n\n{as_text(table.header, table.rows)}" for table in tables)
 
 
 def title(found: Gathered) -> str:

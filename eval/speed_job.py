@@ -9,7 +9,7 @@ from engine.console import print_for_programs
 from engine.planning import Plan
 from engine.run import Run
 from eval.speed_bench import SpeedBench
-from eval.speed_report import cells, header, summary, table, write_speed_report
+from eval.speed_report import cells, console_text, header, summary, write_speed_report
 from eval.speed_tables import TABLES
 
 log = logging.getLogger("slimstep")
@@ -44,7 +44,7 @@ def make_table(kind: str, config: Config, run: Run) -> int | Plan:
     results, page = bench.results(kind, TABLES[kind](bench)), run.path / "report.html"
     if new := not page.exists():
         write_speed_report(run.path, lambda: track(run, kind))
-    print(table(results))
+    print(console_text(results))
     log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
     print_for_programs({"run": str(run.path.resolve()), **summary(results)})
     return 0

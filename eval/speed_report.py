@@ -13,9 +13,10 @@ from matplotlib.figure import Figure
 from data.files import whole_folder, write_text
 from eval.figures import MUTED, SERIES, STUDENT, canvas, digits, save_png, signed, styled, themed
 from eval.plan import size
-from eval.report import csv_table, flatten, markdown_table, percent, render
+from eval.report import flatten, percent, render
 from eval.runs import read_json
 from eval.stopwatch import PARTS
+from eval.tables import console_table, csv_table, markdown_table
 
 Row = Mapping[str, Any]
 Results = Mapping[str, Any]
@@ -25,6 +26,7 @@ COLUMNS = {
     "ladder": ["row", "× row before", "× first", "kept", *MEASURES],
     "pipelines": ["task", "model", "batch", "mode", "it/s", "× eager", "ms", "10–90 %", "calls", "memory", "graphs"],
 }
+LABELS = {"benchmark": 4, "ladder": 1, "pipelines": 4}  # columns that name a row
 FIRST_IMAGE = ["model", "steps", "batch", "setup", "eager, s", "cold, s", "with artefacts, s", "with a kept cache, s",
                "pays after (cold)", "(artefacts)", "(kept cache), calls"]  # fmt: skip
 NOTES = {
@@ -76,9 +78,25 @@ def table(results: Results) -> str:
     return markdown_table(header(results), cells(results)) + costs
 
 
+def console_text(results: Results) -> str:
+    """The table for a terminal, and below it what compiling cost and why rows could not run."""
+    ran = {**results, "rows": [row for row in results["rows"] if not row["cannot"]]}
+    failed = [f"{row['name']}: {told_reason(row)}" for row in results["rows"] if row["cannot"]]
+    first = first_image_rows(results)
+    text = [console_table(header(ran), cells(ran), LABELS[results["kind"]])] if ran["rows"] else []
+    text += [console_table(FIRST_IMAGE, first, LABELS["benchmark"])] if first else []
+    return "\n".join([*text, *failed])
+
+
 def header(results: Results) -> list[str]:
     """The kind's columns; a benchmark's has one more for each number of steps of the first model."""
-    return COLUMNS[results["kind"]] + [f"× {name}" for name in timed_beside(results)]
+    return with_others(COLUMNS[results["kind"]], [f"× {name}" for name in timed_beside(results)])
+
+
+def with_others(columns: list[str], others: list[str]) -> list[str]:
+    """`others`, of which only benchmarks have some, after × base."""
+    k = COLUMNS["benchmark"].index("× base") + 1
+    return [*columns[:k], *others, *columns[k:]] if others else columns
 
 
 def timed_beside(results: Results) -> list[str]:
@@ -124,7 +142,7 @@ def cells(results: Results) -> list[list[str]]:
     return [
         told(row, len(header(results)))
         if row["cannot"]
-        else [*line(row), *(ratio(row["speedup"].get(name)) for name in beside)]
+        else with_others(line(row), [ratio(row["speedup"].get(name)) for name in beside])
         for row in results["rows"]
     ]
 

@@ -13,8 +13,9 @@ from data.files import whole_folder, write_text
 from eval.cautions import cautions
 from eval.figures import MUTED, SERIES, grid_figure, save_png, styled, themed
 from eval.overlap import overlap_sentence
-from eval.report import flatten, markdown_table, render
+from eval.report import flatten, render
 from eval.runs import read_json
+from eval.tables import console_table
 
 Point = Mapping[str, Any]
 NAMES = {"teacher": "teacher, DDIM", "teacher-dpm": "teacher, DPM++ 2M", "teacher-v": "teacher, v"}
@@ -74,7 +75,7 @@ def curves_table(evaluation: Mapping[str, Any]) -> str:
         for guidance in guidances(points)
         for model in models(points)
     ]
-    return markdown_table(["model", "guidance", *(f"{n} steps" for n in steps)], rows)
+    return console_table(["model", "guidance", *(f"{n} steps" for n in steps)], rows, labels=2)
 
 
 HEADER = ["model", "guidance", "steps", "UNet evaluations", "UNet ms", "CLIP ± se", "against teacher", "latent error",

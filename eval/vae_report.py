@@ -13,8 +13,9 @@ from data.files import whole_folder, write_text
 from eval.cautions import cautions
 from eval.figures import MUTED, STUDENT, canvas, digits, save_png, styled, themed
 from eval.overlap import overlap_sentence
-from eval.report import count, flatten, markdown_table, render
+from eval.report import count, flatten, render
 from eval.runs import read_json
+from eval.tables import console_table
 
 Evaluation = Mapping[str, Any]
 KINDS = {"sampled": "sampled latents", "real": "latents of real images"}
@@ -56,10 +57,10 @@ def write_vae_report(folder: str | Path, track: Callable[[], None] = lambda: Non
 
 
 def vae_table(folder: Path) -> str:
-    """Quality, then time, as text."""
+    """Quality, then time, as text for a terminal."""
     evaluation, times = read_json(folder / "evaluation.json"), read_json(folder / "vae_ms.json")
-    tables = (HEADER, quality_rows(evaluation)), (TIME_HEADER, time_rows(times["rows"]))
-    return "\n".join(markdown_table(*table) for table in tables)
+    quality, time = quality_rows(evaluation), time_rows(times["rows"])
+    return f"{console_table(HEADER, quality)}\n{console_table(TIME_HEADER, time, labels=3)}"
 
 
 def quality_rows(evaluation: Evaluation) -> list[list[str]]:

@@ -262,6 +262,12 @@ def test_an_experiment_without_its_plus_is_told_the_plus(leave):
     assert "an experiment is added, +experiment=prune_unet" in told(*leave("experiment=prune_unet"))
 
 
+@pytest.mark.parametrize("experiment", ["evaluate", "benchmark", "ladder", "pipelines"])
+@pytest.mark.parametrize("models", ["[]", "{}"])
+def test_an_empty_list_of_models_is_told(leave, tiny_model, experiment, models):
+    assert "models names nothing to " in told(*leave(f"+experiment={experiment}", *tiny_model, f"models={models}"))
+
+
 def test_overrides_without_an_experiment_run_nothing_and_say_so(leave):
     assert "seed=5 names no experiment; add +experiment=NAME" in told(*leave("seed=5"))
 

@@ -1,0 +1,50 @@
+"""Tables as text."""
+
+import pytest
+
+from eval.tables import console_table, markdown_table
+
+HEADER = ["model", "steps", "batch", "× base", "ms", "memory", "graphs", "text encoder", "UNet"]
+ROWS = [
+    ["teacher", "50", "1", "1.18 [0.98, 1.34]", "1963", "–", "0", "2.72", "1833"],
+    ["teacher", "8", "1", "1.03 [0.95, 1.10]", "358", "–", "0", "4.16", "505"],
+    ["student", "8", "1", "0.84 [0.83, 1.23]", "257", "–", "0", "3.29", "243"],
+]
+
+
+def cells(text: str) -> list[set[str]]:
+    """The cells of every line of a table, rules left out."""
+    return [{cell.strip() for cell in line.strip("|").split("|")} for line in text.splitlines() if "---" not in line]
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 120, 400])
+def test_a_table_for_a_terminal_fits_it_and_loses_nothing(width):
+    text = console_table(HEADER, ROWS, labels=2, width=width)
+    assert max(map(len, text.splitlines())) <= width
+    told = set().union(*cells(text))
+    assert " ".join(text.split("\n\n")[0].split()) == "batch: 1; graphs: 0; nothing to show: memory"
+    for row in ROWS:
+        assert {cell for k, cell in enumerate(row) if HEADER[k] not in ("batch", "memory", "graphs")} <= told
+    blocks = text.split("\n\n")[1:]
+    assert all({"model", "steps"} <= cells(block)[0] for block in blocks)
+    assert [len(cells(block)) for block in blocks] == [4] * len(blocks)
+
+
+def test_as_few_blocks_as_have_room():
+    assert len(console_table(HEADER, ROWS, labels=2, width=400).split("\n\n")) == 2
+    alone = console_table(HEADER, ROWS, labels=2, width=1).split("\n\n")[1:]
+    assert len(alone) == 4 and all(len(cells(block)[0]) == 3 for block in alone)
+
+
+def test_of_a_single_row_only_what_says_nothing_is_left_out():
+    told = [k for k in range(len(HEADER)) if HEADER[k] != "memory"]
+    table = markdown_table([HEADER[k] for k in told], [[ROWS[0][k] for k in told]])
+    assert console_table(HEADER, ROWS[:1], 2, 400) == f"nothing to show: memory\n\n{table}"
+
+
+def test_equal_rows_are_said_once():
+    assert console_table(["model", "ms"], [["a", "1"], ["a", "1"]], 1, 80) == "model: a; ms: 1\n"
+
+
+def test_without_rows_the_header_stays():
+    assert console_table(["model", "ms"], [], 1, 80) == markdown_table(["model", "ms"], [])
