@@ -1,0 +1,58 @@
+"""Every command of the README and the guide is one that the programs take."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from engine.launch import check_overrides
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = ["README.md", "docs/guide.md"]
+
+
+def commands(page: str) -> list[list[str]]:
+    """The words of every command in the page's shell blocks, its own variables filled in and gaps left out."""
+    found, variables = [], {}
+    for block in re.findall(r"^```(?:bash|sh)\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE):
+        block = re.sub(r"\\\n\s*", " ", block)
+        for name, value in re.findall(r'^(\w+)="(.*?)"', block, re.MULTILINE | re.DOTALL):
+            variables[name] = value
+        for line in block.splitlines():
+            for name, value in variables.items():
+                line = line.replace(f"${name}", value)
+            words = shlex.split(line, comments=True)
+            found.append([word.replace("…", "DIR") for word in words if word not in ("…", "[…]")])
+    return [words for words in found if words]
+
+
+def overrides(words: list[str]) -> list[str] | None:
+    """What follows train.py, or None for another command."""
+    return words[words.index("train.py") + 1 :] if "train.py" in words else None
+
+
+JOBS = [(page, words) for page in PAGES for words in map(overrides, commands(page)) if words]
+SCRIPTS = sorted({word for page in PAGES for words in commands(page) for word in words if word.startswith("scripts/")})
+
+
+def test_commands_are_found():
+    assert len(JOBS) > 25 and len(SCRIPTS) > 2
+
+
+@pytest.mark.parametrize(("page", "words"), JOBS, ids=[" ".join(words)[:60] for _, words in JOBS])
+def test_a_job_of_the_pages_has_the_keys_it_is_given(page, words):
+    check_overrides(words)
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_of_the_pages_has_the_options_it_is_given(script):
+    given = {word.partition("=")[0] for page in PAGES for words in commands(page) if script in words
+             for word in words[words.index(script) :] if word.startswith("--") and word != "--"}  # fmt: skip
+    assert (ROOT / script).is_file()
+    environment = {**os.environ, "COLUMNS": "200"}
+    told = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, env=environment)
+    assert told.returncode == 0 and all(option in told.stdout for option in given), (given, told.stdout)
