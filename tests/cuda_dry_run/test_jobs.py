@@ -7,17 +7,17 @@ import pytest
 EVAL = ["eval.prompts=4", "eval.pictures=2", "eval.steps=2"]
 TRAIN = ["train.steps=2", "train.batch_size=4", "recovery.train.steps=2", "recovery.train.batch_size=4"]
 CURVES = ["curves.steps=[2]", "curves.guidance=[2.5]"]
-TIMES = ["latency.iterations=3", "latency.warmup=1", "benchmark.images=2", "eval.prompts=4", "eval.steps=2"]
+TIMES = ["latency.iterations=1", "latency.warmup=1", "benchmark.images=2", "eval.prompts=4", "eval.steps=2"]
 LADDER = [*TRAIN, "eval.prompts=4", "eval.pictures=2", *CURVES, "ladder.steps=[4,2]", "velocity.train.steps=2"]
+METHOD = [
+    *TRAIN, *EVAL, *CURVES, "scoring.prompts=4", "scoring.steps=2", "scoring.batch_size=8", "search.rounds=1",
+    "latents.count=4", "latents.prompts=4", "latents.steps=2", "velocity.train.steps=2", "latency.iterations=1",
+    "latency.warmup=1", "latency.additive_samples=1", "benchmark.images=2", "stages.distill_steps.ladder.steps=[2,1]",
+    "stages.evaluate.models.teacher.steps=[2]", "stages.benchmark.models.teacher.steps=[2]",
+]  # fmt: skip
 JOBS = {
-    "prune_unet": [*TRAIN, *EVAL, "scoring.prompts=4", "scoring.steps=2", "scoring.batch_size=8", "search.rounds=1",
-                   "latency.iterations=3", "latency.additive_samples=2"],
-    "prune_vae": ["train.steps=2", "train.batch_size=4", "latents.count=8", "latents.prompts=4", "latents.steps=2",
-                  "eval.prompts=4", "eval.pictures=2", "latency.iterations=3"],
-    "distill_steps": LADDER,
-    "latency_table": ["latency.iterations=3", "latency.additive_samples=2"],
-    "benchmark": [*TIMES, "benchmark.dtype=[tf32,bfloat16]", "benchmark.compile=[eager]",
-                  "benchmark.batches=[2]"],
+    "latency_table": ["latency.iterations=1", "latency.additive_samples=1"],
+    "benchmark": [*TIMES, "benchmark.dtype=[tf32,bfloat16]", "benchmark.compile=[eager]", "benchmark.batches=[2]"],
     "pipelines": [*TIMES, "benchmark.tasks=[img2img,two_controlnets]", "benchmark.compile=[eager]",
                   "benchmark.batches=[1]"],
 }  # fmt: skip
@@ -43,6 +43,15 @@ def test_a_job_runs_to_its_end(run, tmp_path, name):
     assert code in (0, 3) and waits
     for rows in (tmp_path / "runs").glob("*/rows/*.json"):
         assert json.loads(rows.read_text())["cannot"] is None, rows
+
+
+@pytest.mark.slow
+def test_the_whole_method_runs_to_its_page(run, tmp_path):
+    code, _ = run("snapfusion", *METHOD)
+    assert code in (0, 3)
+    made = tmp_path / "runs/snapfusion"
+    assert {"export", "handover", "report"} <= {path.name for path in made.iterdir()}
+    assert (made / "report/report.html").is_file()
 
 
 @pytest.mark.slow

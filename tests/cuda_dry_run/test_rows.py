@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-TIMES = ["latency.iterations=3", "latency.warmup=1", "benchmark.images=2", "eval.prompts=4", "eval.steps=2"]
+TIMES = ["latency.iterations=1", "latency.warmup=1", "benchmark.images=2", "eval.prompts=4", "eval.steps=2"]
 ROWS = (
     "benchmark.rows=[{name: float32}, {name: bf16, dtype: bfloat16}, {name: compiled, compile: default}, "
     "{name: captured, capture: true, compile: eager}]"

@@ -6,15 +6,17 @@ import torch
 from eval.clip import ClipScorer
 from eval.sampling import Sampler
 from models.schedulers import swapped_scheduler
+from models.unet import PrunableUNet2DConditionModel
 from tests.cuda_dry_run.conftest import small_pipeline
+from tests.tiny import tiny_sdxl_pipeline
 
 
-def waits_of(gpu, scheduler, steps, dtype=torch.bfloat16):
-    pipeline = small_pipeline().to("cuda", dtype)
+def waits_of(gpu, scheduler, steps, make=small_pipeline):
+    pipeline = make().to("cuda", torch.bfloat16)
     pipeline.scheduler = swapped_scheduler(pipeline.scheduler, scheduler)
-    sampler = Sampler(pipeline, steps, 2.5)
+    sampler, unet = Sampler(pipeline, steps, 2.5), PrunableUNet2DConditionModel.from_unet(pipeline.unet)
     with gpu.counted() as waits:
-        images = sampler.images(pipeline.unet, ["a", "b"], [0, 1])
+        images = sampler.images(unet, ["a", "b"], [0, 1])
     assert images.device.type == "cuda" and images.dtype == torch.uint8
     return waits
 
@@ -22,6 +24,11 @@ def waits_of(gpu, scheduler, steps, dtype=torch.bfloat16):
 @pytest.mark.parametrize("scheduler", ["ddim", "euler", "dpmsolver++", "heun", "pndm"])
 def test_no_step_of_sampling_waits(gpu, scheduler):
     assert waits_of(gpu, scheduler, 3) == waits_of(gpu, scheduler, 1)
+
+
+@pytest.mark.slow
+def test_no_step_of_an_sdxl_waits(gpu):
+    assert waits_of(gpu, "euler", 3, tiny_sdxl_pipeline) == waits_of(gpu, "euler", 1, tiny_sdxl_pipeline)
 
 
 def test_a_scheduler_that_draws_noise_waits_for_it_and_is_seen(gpu):

@@ -105,6 +105,7 @@ def test_a_wait_in_an_objective_is_found(gpu, tmp_path, monkeypatch):
     assert any(n == 3 and "engine/loop.py" in wait for wait, n in waits.items())
 
 
+@pytest.mark.slow
 def test_a_compiled_training_passes_dynamo(gpu, tmp_path):
     trained(tmp_path, "denoising", "bf16", 2, compile=True)
 
