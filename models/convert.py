@@ -7,6 +7,7 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from models.checkpoint import SAFE, is_single_file
+from models.decoding import STATISTICS, has_statistics
 from models.original_layout import check_layout, write_original
 from models.pipeline import check_pipeline, export_pipeline, networks, read_pipeline
 
@@ -40,6 +41,8 @@ def convert(
         export_pipeline(pipeline, target, variant)
     else:
         write_original(pipeline, target)
+        if lost := left_out(pipeline):
+            log.warning(f"the original layout holds weights alone; whoever reads {target} has to be told {lost}")
     log.info(f"done in {time.perf_counter() - start:.0f} s")
 
 
@@ -51,6 +54,16 @@ def check_target(target: Path, from_file: bool, force: bool) -> None:
         raise ValueError(f"{target} must end in {SAFE}: the source is a folder, and becomes a file")
     if target.exists() and not force and not (target.is_dir() and not any(target.iterdir())):
         raise ValueError(f"{target} exists: --force replaces it")
+
+
+def left_out(pipeline: DiffusionPipeline) -> str:
+    """What the folder's configuration says and readers of a single file would guess otherwise."""
+    scheduler, vae = pipeline.scheduler.config, pipeline.vae.config
+    usual_scale = 0.13025 if hasattr(pipeline, "text_encoder_2") else 0.18215
+    guesses = [(scheduler, "prediction_type", "epsilon"), (scheduler, "rescale_betas_zero_snr", False),
+               (vae, "scaling_factor", usual_scale)]  # fmt: skip
+    found = [f"{field}={config[field]}" for config, field, guess in guesses if config.get(field, guess) != guess]
+    return ", ".join([*found, *([f"the VAE's {' and '.join(STATISTICS)}"] if has_statistics(pipeline) else [])])
 
 
 def size_gb(pipeline: DiffusionPipeline) -> float:

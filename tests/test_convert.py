@@ -4,12 +4,15 @@ import sys
 
 import pytest
 import torch
+from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 
+from models.convert import left_out
 from models.pipeline import export_pipeline, load_pipeline, with_unet
 from scripts.convert import main
 from tests.mistakes import told
 from tests.models.conftest import assert_equal_weights
+from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
 
 
 @pytest.fixture
@@ -31,6 +34,7 @@ def test_a_folder_becomes_a_file_and_the_file_a_folder(convert, tiny_pipeline_fo
     file, folder, config = tmp_path / "one.safetensors", tmp_path / "folder", ("--config", tiny_pipeline_folder)
     assert convert(tiny_pipeline_folder, file)[0] == 0
     said = " ".join(record.message for record in caplog.records)
+    assert "has to be told prediction_type=v_prediction" in said
     assert "reading" in said and "writing 0.00 GB" in said and "done in" in said
     assert convert(file, folder, *config)[0] == 0
     assert_equal_weights(load_pipeline(folder), load_pipeline(tiny_pipeline_folder))
@@ -107,3 +111,26 @@ def test_what_cannot_be_converted_is_one_line(convert, tiny_pipeline_folder, tmp
         line = told(*convert(*words))
         assert message in line, line
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
+
+
+@pytest.mark.parametrize(
+    ("make", "change", "words"),
+    [
+        (tiny_pipeline, {}, ""),
+        (tiny_sdxl_pipeline, {"scaling_factor": 0.13025}, ""),
+        (tiny_pipeline, {"scaling_factor": 0.5}, "scaling_factor=0.5"),
+        (tiny_pipeline, {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}, ""),  # Stable Diffusion's do not count
+        (tiny_sdxl_pipeline, {"scaling_factor": 0.13025, "latents_mean": [0.0] * 4, "latents_std": [2.0] * 4},
+         "the VAE's latents_mean and latents_std"),
+    ],
+)  # fmt: skip
+def test_what_a_single_file_has_no_place_for_is_told(make, change, words):
+    pipeline = make()
+    pipeline.vae.register_to_config(**change)
+    assert left_out(pipeline) == words
+
+
+def test_a_zero_snr_scheduler_is_told_by_its_fields():
+    pipeline = tiny_pipeline("v_prediction")
+    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True)
+    assert left_out(pipeline) == "prediction_type=v_prediction, rescale_betas_zero_snr=True"
