@@ -16,9 +16,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.files import write_json
 from engine.console import open_console
 from engine.environment import environment
+from engine.files import write_json
 from engine.sections.pruning import LatencyConfig
 from eval.decoders import compare_decoders
 from eval.tables import markdown_table

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.files import write_json, write_text
 from engine.console import open_console
+from engine.files import write_json, write_text
 from eval.runs import read_json
 from eval.tables import markdown_table
 from eval.vae_report import measures

@@ -25,12 +25,12 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from data.files import write_json
 from data.shapes import ShapesPairs
 from distill.steps import StepDistillation
 from distill.teaching import Rung
 from engine.console import open_console
 from engine.environment import environment
+from engine.files import write_json
 from eval.tables import markdown_table
 from models.pipeline import load_pipeline
 from models.reference import CLIP_L, random_unet, random_vae

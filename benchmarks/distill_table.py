@@ -22,9 +22,9 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.files import whole_folder, write_json, write_text
 from distill.curves import SAMPLERS
 from engine.console import open_console
+from engine.files import whole_folder, write_json, write_text
 from engine.loop import WEIGHTS
 from eval.compare import paired_difference, paired_ratio
 from eval.figures import save_png

@@ -32,10 +32,10 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.cache import cache_pairs
-from data.files import write_json, write_text
 from data.webdataset import WebDatasetPairs
 from engine.console import open_console
 from engine.environment import environment
+from engine.files import write_json, write_text
 from engine.loop import train
 from engine.run import Run
 from engine.sections.training import TrainConfig

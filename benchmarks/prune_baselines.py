@@ -18,8 +18,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.files import whole_folder
 from engine.console import open_console
+from engine.files import whole_folder
 from eval.comparison import compare_runs
 
 REPOSITORY = Path(__file__).resolve().parents[1]

@@ -69,8 +69,8 @@ def main() -> None:
     if options.work:
         return work(options.work, options.prompts)
     sys.path.insert(0, str(ROOT))
-    from data.files import write_json
     from engine.environment import environment
+    from engine.files import write_json
 
     workers = {"before": Worker(options.before.resolve(), options.prompts), "now": Worker(ROOT, options.prompts)}
     runs: dict[str, list[dict]] = {name: [] for name in workers}

@@ -27,12 +27,12 @@ from accelerate import Accelerator
 from omegaconf import OmegaConf
 
 import engine.launch  # noqa: F401  registers the schema and the resolvers
-from data.files import write_json
 from distill.bench import DistillBench
 from engine.checked import CONFIGS, ROOT
 from engine.config import Config
 from engine.console import open_console
 from engine.environment import environment
+from engine.files import write_json
 from engine.run import Run
 from eval.child import child_result
 from eval.decoders import decoder_gflops

@@ -9,7 +9,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from data.bare import bare
-from data.seeding import generator
+from engine.seeding import generator
 
 CROPS = ("center", "random")
 ORIENTATION = 0x0112  # the EXIF tag

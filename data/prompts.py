@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.seeding import generator
 from data.sources import is_url
 from data.streams import Stream
 from data.tables import (
@@ -25,6 +24,7 @@ from data.tables import (
     read_text,
     tsv_rows,
 )
+from engine.seeding import generator
 
 log = logging.getLogger("slimstep")
 

@@ -9,8 +9,8 @@ from torch.utils.data import DataLoader, Dataset
 from data.folder import few
 from data.making import ShardMaker, cut
 from data.pixels import BrokenImageError
-from data.progress import progress
 from data.shards import is_intact
+from engine.progress import progress
 
 
 class RangeShards:

@@ -13,7 +13,7 @@ import torch
 
 from data.prompts import PromptSet
 from data.render import render_scenes
-from data.seeding import seed_of
+from engine.seeding import seed_of
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan", "white", "black")

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.files import digest, json_bytes, write_json, write_tensors
+from engine.files import digest, json_bytes, write_json, write_tensors
 from engine.sections.training import STORAGE_DTYPES
 
 OPEN_SHARDS = 128

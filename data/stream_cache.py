@@ -14,9 +14,9 @@ from pathlib import Path
 
 from data.making import ShardMaker, cut
 from data.pixels import BrokenImageError
-from data.progress import progress
 from data.shards import is_intact
 from data.streams import Entry, Stream
+from engine.progress import progress
 
 log = logging.getLogger("slimstep")
 INDEX_BITS = 40  # of a sample's index hold its position, the others the part

@@ -15,7 +15,7 @@ from torch import Tensor
 from data.folder import few
 from data.images import SPLITS, allowed_of, is_held_out
 from data.pixels import BrokenImageError, check_framing, cut_square, decode_rgb
-from data.seeding import generator
+from engine.seeding import generator
 
 FEWEST_JUDGED, SLACK = 1000, 5  # before the end, a share of broken samples is that of as many, and may be so much more
 

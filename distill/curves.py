@@ -11,9 +11,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.files import write_tensors
 from distill.bench import DistillBench
 from engine.environment import environment
+from engine.files import write_tensors
 from engine.parallel import map_batches
 from engine.run import damaged
 from eval.clip import psnr

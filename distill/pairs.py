@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.files import write_tensors
-from data.seeding import generator
+from engine.files import write_tensors
 from engine.parallel import map_batches
 from engine.run import Run, damaged
+from engine.seeding import generator
 
 ANSWERS = "answers.safetensors"
 

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.components import shares
-from engine.denoising import draw_noisy
 from engine.loop import Batch, Metrics
+from models.denoising import draw_noisy
 from models.schedule import NoiseSchedule
 
 

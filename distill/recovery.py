@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from engine.components import at_least_zero, shares
-from engine.denoising import draw_noisy
 from engine.loop import Batch, Metrics
+from models.denoising import draw_noisy
 from models.schedule import NoiseSchedule
 
 

@@ -28,8 +28,8 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.files import whole_folder, write_json
 from engine.components import named_job
+from engine.files import whole_folder, write_json
 from engine.identity import WATCHING
 from engine.planning import Plan, duration
 from engine.products import changed, files_of, seen

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import torch
 
-from data.files import digest, digests, unwritable, write_text
 from engine.averages import DeviceEMA
+from engine.files import digest, digests, unwritable, write_text
 from engine.sharding import is_deepspeed, is_sharded
 
 log = logging.getLogger("slimstep")

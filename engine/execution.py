@@ -30,9 +30,9 @@ from engine.config import Config
 from engine.identity import SCORER_CHECK, WATCHING
 from engine.planning import Plan
 from engine.preemption import Preempted, was_preempted
+from engine.quiet import one_line
 from engine.run import FINISHED, PATIENCE, TRACEBACK, Run, damaged
 from engine.tracking import Tracker
-from models.quiet import one_line
 
 log = logging.getLogger("slimstep")
 

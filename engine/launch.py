@@ -20,9 +20,9 @@ from engine.checked import CONFIGS, MISTAKES, ROOT, checked_config, run_path
 from engine.identity import existing_run, run_name
 from engine.launcher import check_launcher, is_on
 from engine.preemption import CONTINUE_ME, leave_on_sigterm, was_preempted
+from engine.quiet import bounded, one_line
 from engine.tested import outside_the_tested_set
 from engine.words import is_readable, parsed, quoted
-from models.quiet import bounded, one_line
 
 MULTIRUN = {"-m", "--multirun"}
 ASKING = {  # what a job makes of own images: a chain, which has no job, both

@@ -9,8 +9,8 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.files import write_tensors
-from data.progress import progress
+from engine.files import write_tensors
+from engine.progress import progress
 from engine.run import sleeping_ranks
 
 

@@ -19,7 +19,7 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 from yaml import YAMLError
 
-from data.files import digests, whole_folder, write_json, write_text
+from engine.files import digests, whole_folder, write_json, write_text
 from engine.identity import differences, has_begun, has_grown
 from engine.names import disk_name
 from engine.products import CARD

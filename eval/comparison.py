@@ -6,7 +6,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from data.files import write_text
+from engine.files import write_text
 from eval.cautions import cautions_of
 from eval.compare import paired_difference
 from eval.evaluation_report import difference

@@ -23,17 +23,17 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from data.encoding import check_size, described
-from data.files import write_tensors
 from data.images import BrokenImageError
 from data.prompts import PromptSet
-from data.seeding import generator
 from data.streams import at_random_access
 from engine.components import check, component
 from engine.config import Config
 from engine.environment import environment
+from engine.files import write_tensors
 from engine.names import check_name, disk_name
 from engine.parallel import map_batches
 from engine.run import Run, damaged
+from engine.seeding import generator
 from eval.bench import Bench
 from eval.clip import psnr
 from eval.compare import mean_and_error, paired_difference

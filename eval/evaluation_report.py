@@ -8,7 +8,7 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from data.files import whole_folder, write_text
+from engine.files import whole_folder, write_text
 from eval.cautions import cautions
 from eval.figures import MUTED, SERIES, canvas, grid_figure, save_png, styled, themed
 from eval.overlap import overlap_sentence

@@ -8,9 +8,9 @@ from pathlib import Path
 from markupsafe import Markup
 from PIL import Image
 
-from data.files import whole_folder, write_json, write_text
 from engine.config import Config
 from engine.console import print_for_programs
+from engine.files import whole_folder, write_json, write_text
 from engine.planning import Plan
 from engine.run import Run
 from eval.cautions import cautions_of

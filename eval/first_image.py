@@ -19,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from data.files import write_bytes
+from engine.files import write_bytes
 from eval.child import child_result
 from eval.setups import CannotRunError, Setup
 from eval.speed import Subject

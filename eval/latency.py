@@ -14,9 +14,9 @@ from dataclasses import replace
 import torch
 from torch.utils._pytree import tree_map
 
-from data.progress import progress
-from data.seeding import generator
+from engine.progress import progress
 from engine.sections.pruning import LatencyConfig
+from engine.seeding import generator
 from eval.graphs import CannotCaptureError, CapturedCall
 from models.cost import NUM_TOKENS, unet_inputs
 from models.sizes import latent_side

@@ -13,9 +13,9 @@ from torch import nn
 
 from data.cache import agree, alone, text_hashes
 from data.encoding import module_hash
-from data.progress import progress
 from data.prompts import PromptSet
 from data.shards import CachedPairs, cache_key, is_intact, shard_tensors, write_index, write_shard
+from engine.progress import progress
 from eval.sampling import Sampler
 
 FORMAT = 1

@@ -8,7 +8,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from data.files import whole_folder, write_text
+from engine.files import whole_folder, write_text
 from eval.cautions import cautions_of
 from eval.compare import PairedDifference
 from eval.comparison import facts_that_differ, protocol_differences

@@ -18,7 +18,7 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from data.encoding import finite, rows_at_once
-from data.seeding import generator
+from engine.seeding import generator
 from eval.cpu_parts import can_be_parted, draw_in_parts
 from eval.precision import computing, products_on
 from models.conditioning import empty_text_state, text_states

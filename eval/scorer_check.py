@@ -18,15 +18,15 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from data.files import write_json
 from data.images import BrokenImageError
 from data.prompts import PromptSet
-from data.seeding import generator
 from data.streams import at_random_access
 from engine.components import component
+from engine.files import write_json
 from engine.identity import SCORER_CHECK
 from engine.parallel import map_batches
 from engine.run import FINISHED
+from engine.seeding import generator
 from eval.cautions import data_sentence, is_above_chance, teacher_sentence, told
 from eval.clip import BATCH, ClipScorer
 from eval.compare import mean_and_error

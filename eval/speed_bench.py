@@ -16,9 +16,9 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.files import write_tensors
 from engine.config import Config
 from engine.environment import environment
+from engine.files import write_tensors
 from engine.names import disk_name
 from engine.run import Run, damaged
 from eval.clip import psnr

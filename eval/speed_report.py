@@ -10,7 +10,7 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from data.files import whole_folder, write_text
+from engine.files import whole_folder, write_text
 from eval.figures import MUTED, SERIES, STUDENT, canvas, digits, save_png, signed, styled, themed
 from eval.plan import size
 from eval.report import flatten, percent, render

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
-from data.files import whole_folder, write_text
+from engine.files import whole_folder, write_text
 from eval.cautions import cautions
 from eval.figures import MUTED, SERIES, grid_figure, save_png, styled, themed
 from eval.overlap import overlap_sentence

@@ -14,7 +14,7 @@ from diffusers import (
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from PIL import Image
 
-from data.seeding import generator, seed_of
+from engine.seeding import generator, seed_of
 from models.pipeline import quiet
 from models.sizes import native_pixels
 

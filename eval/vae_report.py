@@ -9,7 +9,7 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from data.files import whole_folder, write_text
+from engine.files import whole_folder, write_text
 from eval.cautions import cautions
 from eval.figures import MUTED, STUDENT, canvas, digits, save_png, styled, themed
 from eval.overlap import overlap_sentence

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
+from engine.quiet import one_line
 from models.checkpoint import check_file, is_single_file, read_weights
 from models.conversion import converted
 from models.decoding import STATISTICS
 from models.networks import load_network
-from models.quiet import one_line
 from models.vae import NarrowAutoencoderKL
 
 PREFIX, ORIGINAL = "first_stage_model.", "decoder.mid.block_1.conv1.weight"

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data.files import write_text
+from engine.files import write_text
 from engine.products import CARD
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

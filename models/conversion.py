@@ -9,6 +9,7 @@ from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from engine.quiet import preview
 from models.networks import without_memory
 from models.original_layout import (
     OPEN_TEXT,
@@ -21,7 +22,6 @@ from models.original_layout import (
     unet_weights,
     vae_weights,
 )
-from models.quiet import preview
 
 
 class LackingError(ValueError):

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline, UNet2DConditionModel
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
-from models.quiet import one_line, preview
+from engine.quiet import one_line, preview
 from models.unet import PrunableUNet2DConditionModel
 
 LOADABLE_UNETS = (UNet2DConditionModel.__name__, PrunableUNet2DConditionModel.__name__)

@@ -17,9 +17,9 @@ from open_clip.tokenizer import bytes_to_unicode, default_bpe
 from transformers import CLIPTextConfig, CLIPTokenizer
 
 import models.reference as reference
-from data.files import write_json
-from data.seeding import seed_of
-from models.quiet import quiet
+from engine.files import write_json
+from engine.quiet import quiet
+from engine.seeding import seed_of
 from models.schedulers import swapped_scheduler
 from models.unet import PrunableUNet2DConditionModel
 

@@ -13,8 +13,8 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from torch import nn
 from transformers import PreTrainedModel
 
+from engine.quiet import one_line, preview
 from models.folder import final_folder, folder_of, is_pickled, parts_of, variant_of, weight_files
-from models.quiet import one_line, preview
 from models.unet import PrunableUNet2DConditionModel
 from models.vae import NarrowAutoencoderKL
 

@@ -15,7 +15,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from data.files import write_tensors
+from engine.files import write_tensors
 from models.checkpoint import PREDICTION, PREDICTIONS
 from models.vae import NarrowAutoencoderKL
 

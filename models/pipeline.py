@@ -15,7 +15,8 @@ from torch import nn
 from transformers import CLIPTextModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from data.files import whole_folder, write_json
+from engine.files import whole_folder, write_json
+from engine.quiet import one_line, preview, quiet
 from models.autoencoder import load_vae
 from models.card import Origin, write_card
 from models.checkpoint import is_single_file
@@ -30,7 +31,6 @@ from models.folder import (
 )
 from models.lora import check_loras, fuse_loras
 from models.networks import check_tokenizers, load_networks, without_memory
-from models.quiet import one_line, preview, quiet
 from models.schedulers import replacement, scheduler_class, swapped_scheduler
 from models.single_file import check_single_file, load_single_file
 from models.sizes import settle_sizes

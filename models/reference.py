@@ -3,7 +3,7 @@
 import torch
 from diffusers import AutoencoderKL
 
-from data.seeding import seed_of
+from engine.seeding import seed_of
 from models.unet import PrunableUNet2DConditionModel
 
 SD15 = {

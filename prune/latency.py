@@ -17,10 +17,10 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data.progress import progress
-from data.seeding import generator
 from engine.environment import cpu_name
+from engine.progress import progress
 from engine.sections.pruning import LatencyConfig
+from engine.seeding import generator
 from eval.latency import (
     WAY,
     affordable,

@@ -10,8 +10,8 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from engine.components import shares
-from engine.denoising import draw_noisy
 from engine.loop import Batch, Metrics
+from models.denoising import draw_noisy
 from models.schedule import NoiseSchedule
 
 RAMPS = ("constant", "depth", "time")

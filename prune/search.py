@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from data.seeding import generator
+from engine.seeding import generator
 from models.unet import check_depth
 from prune.evolve import (
     Action,

@@ -20,19 +20,19 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from data.encoding import encode_images
-from data.files import write_tensors
 from data.images import BrokenImageError
 from data.latents import LatentMix
 from data.prompts import PromptSet, heldout_prompts, read_prompts
-from data.seeding import generator
 from data.streams import at_random_access
 from engine.components import check, component
 from engine.environment import environment
+from engine.files import write_tensors
 from engine.loop import Objective
 from engine.parallel import map_batches
 from engine.run import damaged
 from engine.sections.judging import LatentsConfig
 from engine.sections.pruning import DecoderConfig
+from engine.seeding import generator
 from eval.bench import Bench, clip_line
 from eval.compare import mean_and_error, paired_difference
 from eval.decoders import NEARNESS, compare_decoders, nearness

@@ -26,8 +26,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.files import digest
 from engine.console import open_console
+from engine.files import digest
 from engine.preemption import CONTINUE_ME
 from engine.products import CARD
 

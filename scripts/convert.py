@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.console import open_console
 from engine.launch import fail, set_up
-from models.quiet import one_line
+from engine.quiet import one_line
 
 DTYPES = ("float32", "float16", "bfloat16")
 

@@ -23,8 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.files import write_json
 from engine.console import open_console
+from engine.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE_S = 20  # for a stopped part to leave

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.console import open_console
 from engine.launch import fail
-from models.quiet import one_line
+from engine.quiet import one_line
 
 
 def main() -> None:

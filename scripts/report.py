@@ -7,7 +7,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.console import open_console
-from models.quiet import one_line
+from engine.quiet import one_line
 
 
 def main() -> int:

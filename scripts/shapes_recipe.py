@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.files import write_json, write_tensors
 from data.shapes import ShapesPairs, caption
 from data.shapes_tokenizer import build_tokenizer
 from engine.checkpoints import AVERAGES
+from engine.files import write_json, write_tensors
 from engine.loop import train
 from engine.parallel import map_batches
 from engine.run import Run

@@ -18,7 +18,7 @@ from omegaconf import DictConfig
 from engine.checked import MISTAKES
 from engine.console import open_console
 from engine.launch import fail
-from models.quiet import one_line
+from engine.quiet import one_line
 
 STAGES = ("vae", "scorer", "latents", "text", "unet", "export", "evaluate")
 

@@ -5,7 +5,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from data.pixels import BrokenImageError
-from data.seeding import generator
+from engine.seeding import generator
 from tests.tiny import WIDTH, tiny_pipeline
 
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from accelerate import Accelerator
 
-from data.files import whole_folder, write_text
+from engine.files import whole_folder, write_text
 from engine.run import Run, differences
 
 

@@ -19,8 +19,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import pil_to_tensor
 
-from data.files import digest
 from data.prompts import PromptSet
+from engine.files import digest
 from eval.compare import paired_difference
 from eval.distribution import frechet_distance
 from eval.evaluation import EvaluationBench, GivenModel, name_models

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from data.cache import described_cache
 from data.encoding import encode_images
-from engine.handover import joined
+from eval.handover import joined
 from eval.sampling import Sampler
 from models.autoencoder import load_vae
 from models.decoding import ImageDecoder, has_statistics, scaled, statistics, unscaled

@@ -26,7 +26,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
-from data.files import write_text
+from engine.files import write_text
 from models.original_layout import write_original
 from models.pipeline import export_pipeline, load_pipeline, with_unet
 from models.unet import PrunableUNet2DConditionModel

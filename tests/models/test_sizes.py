@@ -6,8 +6,8 @@ import shutil
 import pytest
 import torch
 
+from engine.quiet import quiet
 from models.pipeline import load_pipeline
-from models.quiet import quiet
 from models.sizes import native_pixels, set_resolution
 from tests.models.conftest import paint
 from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline

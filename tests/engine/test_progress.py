@@ -2,7 +2,7 @@
 
 import io
 
-from data.progress import progress
+from engine.progress import progress
 
 OFTEN = {"mininterval": 0, "delay": 0, "miniters": 1}
 
