@@ -5,13 +5,11 @@ Axes: B scenes, H and W pixels, C colour channels. Lengths are fractions of the 
 
 import math
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from data.shapes import Scene
+from data.scene import Scene
 
 RGB = {
     "red": (220, 40, 40),
@@ -59,7 +57,7 @@ def _paint(canvas_BCHW: Tensor, rows: Tensor, cover_nHW: Tensor, rgb_nC: Tensor)
     canvas_BCHW[rows] = torch.lerp(canvas_BCHW[rows], rgb_nC[:, :, None, None].expand_as(canvas_BCHW[rows]), cover)
 
 
-def render_scenes(scenes: Sequence["Scene"], resolution: int = 64) -> Tensor:
+def render_scenes(scenes: Sequence[Scene], resolution: int = 64) -> Tensor:
     """uint8 [B, 3, resolution, resolution]."""
     ticks = (torch.arange(resolution) + 0.5) / resolution
     y_HW, x_HW = torch.meshgrid(ticks, ticks, indexing="ij")

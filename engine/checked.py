@@ -17,6 +17,7 @@ from yaml import YAMLError
 
 from engine.config import Config
 from engine.names import check_name, disk_name
+from engine.renamed import replace_moved
 from engine.sections.checks import at_least
 from engine.sections.training import DataConfig
 
@@ -31,6 +32,7 @@ def checked_config(config: DictConfig) -> DictConfig:
     if unknown := list(unknown_keys(OmegaConf.structured(Config), config)):
         raise ValueError(f"the configuration has no key {unknown[0]}, which +{unknown[0]}=… would add")
     config = OmegaConf.merge(OmegaConf.structured(Config), config)
+    replace_moved(config)
     check_given(config)
     for section in config:
         if OmegaConf.is_config(config[section]):

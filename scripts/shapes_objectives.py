@@ -10,7 +10,8 @@ from torch.utils.data import Dataset
 from transformers import CLIPTokenizer
 
 from data.render import render_scenes
-from data.shapes import COLOURS, POSITIONS, SHAPES, SIZES, Scene, ShapesPairs, Wording, caption, hard_negatives
+from data.scene import Scene
+from data.shapes import COLOURS, POSITIONS, SHAPES, SIZES, ShapesPairs, Wording, caption, hard_negatives
 from engine.seeding import generator
 from models.schedule import NoiseSchedule
 

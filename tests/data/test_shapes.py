@@ -2,14 +2,13 @@ import pytest
 import torch
 
 from data.render import RGB
+from data.scene import Scene, Thing
 from data.shapes import (
     COLOURS,
     RELATIONS,
     SHAPES,
     SIZES,
-    Scene,
     ShapesPairs,
-    Thing,
     Wording,
     caption,
     hard_negatives,

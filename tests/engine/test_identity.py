@@ -7,7 +7,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from engine.checked import run_path
-from engine.identity import run_name
+from engine.identity import differences, run_name
 from engine.launch import main
 from engine.words import parsed
 
@@ -111,3 +111,10 @@ def test_a_sweep_lies_under_one_name(folder_of):
 def test_a_chain_keeps_the_name_of_its_experiment(folder_of):
     assert folder_of("+experiment=snapfusion", "seed=1", "stages.prune_unet.train.steps=5") == "snapfusion"
     assert folder_of("+experiment=prune_unet", "budget=demo") == "prune_unet_demo"
+
+
+def test_a_moved_job_is_the_same_job():
+    """As a run has it that an earlier version began."""
+    before = {"job": "engine.handover.hand_over", "handover": {"model": "a"}, "list": ["engine.handover.hand_over"]}
+    now = {"job": "eval.handover.hand_over", "handover": {"model": "b"}, "list": ["eval.handover.hand_over"]}
+    assert differences(before, now) == {"handover.model": ("a", "b")}

@@ -1,0 +1,27 @@
+"""Jobs and components of earlier versions' configurations, and where they lie now."""
+
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+MOVED = {"engine.handover.hand_over": "eval.handover.hand_over"}
+
+
+def at_their_place(value: Any) -> Any:
+    """A nested value with every moved path replaced."""
+    if isinstance(value, dict):
+        return {key: at_their_place(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [at_their_place(inner) for inner in value]
+    return MOVED.get(value, value) if isinstance(value, str) else value
+
+
+def replace_moved(config: DictConfig) -> None:
+    """Points `job` and every `_target_` of a configuration to where it lies now."""
+    for key in config:
+        if OmegaConf.is_missing(config, key) or OmegaConf.is_interpolation(config, key):
+            continue
+        if OmegaConf.is_dict(config[key]):
+            replace_moved(config[key])
+        elif key in ("job", "_target_"):
+            config[key] = at_their_place(config[key])

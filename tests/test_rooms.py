@@ -1,0 +1,47 @@
+"""Imports go one way between the folders, and no two files need each other."""
+
+import ast
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FLOORS = {"engine": set(), "models": {"engine"}, "data": {"engine", "models"}, "eval": {"engine", "models", "data"}}
+FLOORS |= {room: {"engine", "models", "data", "eval"} for room in ("prune", "distill")}
+FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for room in FLOORS
+         for path in (ROOT / room).rglob("*.py")}  # fmt: skip
+
+
+def imports(path: Path, nodes) -> set[str]:
+    """The project's modules that a file imports in these nodes of its tree."""
+    found = set()
+    for node in nodes:
+        names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+        found |= {name for name in names if name and name.partition(".")[0] in FLOORS}
+        if isinstance(node, ast.ImportFrom):
+            found |= {f"{node.module}.{alias.name}" for alias in node.names if f"{node.module}.{alias.name}" in FILES}
+    return found
+
+
+def import_nodes(path: Path):
+    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.Import, ast.ImportFrom))]
+
+
+@pytest.mark.parametrize("room", FLOORS)
+def test_a_folder_imports_floors_below_it_alone(room):
+    above = {
+        (name, imported)
+        for name, path in FILES.items() if name.partition(".")[0] == room
+        for imported in imports(path, import_nodes(path)) if imported.partition(".")[0] not in FLOORS[room] | {room}
+    }  # fmt: skip
+    assert not above
+
+
+def test_no_circle_of_files():
+    graph = {name: {needed for needed in imports(path, import_nodes(path)) if needed in FILES and needed != name}
+             for name, path in FILES.items()}  # fmt: skip
+    try:
+        list(TopologicalSorter(graph).static_order())
+    except CycleError as circle:
+        pytest.fail(" -> ".join(circle.args[1]))
