@@ -21,8 +21,8 @@ from engine.environment import environment
 from engine.files import write_json
 from engine.sections.pruning import LatencyConfig
 from eval.decoders import compare_decoders
-from eval.tables import markdown_table
-from eval.vae_report import TIME_HEADER, time_rows
+from eval.pages.tables import markdown_table
+from eval.pages.vae_page import TIME_HEADER, time_rows
 from models.reference import VAE_CONFIGS, random_vae
 from prune.decoder import choose_channels, narrow_widths, narrowed
 

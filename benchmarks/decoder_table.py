@@ -18,9 +18,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.console import open_console
 from engine.files import write_json, write_text
-from eval.runs import read_json
-from eval.tables import markdown_table
-from eval.vae_report import measures
+from eval.pages.runs import read_json
+from eval.pages.tables import markdown_table
+from eval.pages.vae_page import measures
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROWS = {

@@ -31,7 +31,7 @@ from distill.teaching import Rung
 from engine.console import open_console
 from engine.environment import environment
 from engine.files import write_json
-from eval.tables import markdown_table
+from eval.pages.tables import markdown_table
 from models.pipeline import load_pipeline
 from models.reference import CLIP_L, random_unet, random_vae
 from models.schedule import NoiseSchedule

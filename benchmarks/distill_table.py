@@ -26,11 +26,11 @@ from distill.curves import SAMPLERS
 from engine.console import open_console
 from engine.files import whole_folder, write_json, write_text
 from engine.loop import WEIGHTS
-from eval.compare import paired_difference, paired_ratio
-from eval.figures import save_png
-from eval.runs import read_json
-from eval.steps_report import curves_figure, display, distance_figure, ratio_text
-from eval.tables import markdown_table
+from eval.metrics.compare import paired_difference, paired_ratio
+from eval.pages.figures import save_png
+from eval.pages.runs import read_json
+from eval.pages.steps_page import curves_figure, display, distance_figure, ratio_text
+from eval.pages.tables import markdown_table
 from models.pipeline import export_pipeline, load_pipeline, with_unet
 from models.unet import PrunableUNet2DConditionModel
 

@@ -39,7 +39,7 @@ from engine.files import write_json, write_text
 from engine.loop import train
 from engine.run import Run
 from engine.sections.training import TrainConfig
-from eval.tables import markdown_table
+from eval.pages.tables import markdown_table
 from tests.tiny import WIDTH, tiny_pipeline
 
 SIDE, PER_TAR, SHARD, STEPS, BATCH = 16, 1000, 64, 300, 32

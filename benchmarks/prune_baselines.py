@@ -20,7 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from engine.console import open_console
 from engine.files import whole_folder
-from eval.comparison import compare_runs
+from eval.pages.comparison import compare_runs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RULES = {

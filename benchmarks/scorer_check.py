@@ -29,8 +29,8 @@ def main() -> None:
 
     from engine.environment import environment
     from engine.run import Run
-    from eval.cautions import is_above_chance
-    from eval.clip import ClipScorer
+    from eval.metrics.clip import ClipScorer
+    from eval.pages.cautions import is_above_chance
     from eval.scorer_check import measured
 
     folders = dict(word.split("=", 1) for word in options.sets)

@@ -27,7 +27,7 @@ def work(checkout: str, num_prompts: int) -> None:
 
     from data.prompts import PromptSet
     from data.shapes import shapes_prompts
-    from eval.clip import ClipScorer
+    from eval.metrics.clip import ClipScorer
     from eval.sampling import Sampler
     from models.pipeline import load_pipeline
     from prune.scores import score_blocks

@@ -34,11 +34,11 @@ from engine.console import open_console
 from engine.environment import environment
 from engine.files import write_json
 from engine.run import Run
-from eval.child import child_result
 from eval.decoders import decoder_gflops
-from eval.setups import CannotRunError, Setup
-from eval.speed import matmul_peak_tflops
-from eval.tables import markdown_table
+from eval.pages.tables import markdown_table
+from eval.timing.child import child_result
+from eval.timing.setups import CannotRunError, Setup
+from eval.timing.speed import matmul_peak_tflops
 from models.cost import count_gflops
 from models.known import random_pipeline
 from models.pipeline import load_pipeline

@@ -16,12 +16,12 @@ from engine.environment import environment
 from engine.files import write_tensors
 from engine.parallel import map_batches
 from engine.run import damaged
-from eval.clip import psnr
-from eval.compare import mean_and_error, paired_difference, paired_ratio
 from eval.judge import write_pictures
-from eval.latency import compare_ms
+from eval.metrics.clip import psnr
+from eval.metrics.compare import mean_and_error, paired_difference, paired_ratio
 from eval.sampling import Sampler, Texts
 from eval.scorer_check import compare_teacher
+from eval.timing.latency import compare_ms
 from models.pipeline import on_device
 from models.unet import PrunableUNet2DConditionModel
 

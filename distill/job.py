@@ -10,9 +10,9 @@ from distill.plan import distilling_stages, trainings
 from engine.config import Config
 from engine.planning import Plan
 from engine.run import Run
+from eval.pages.steps_page import HEADER, curves_table, point_rows, timed_points, write_steps_report
 from eval.plan import planned, scorer_stage
 from eval.scorer_check import check_scorer
-from eval.steps_report import HEADER, curves_table, point_rows, timed_points, write_steps_report
 
 log = logging.getLogger("slimstep")
 

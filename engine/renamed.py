@@ -4,7 +4,11 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-MOVED = {"engine.handover.hand_over": "eval.handover.hand_over"}
+MOVED = {
+    "engine.handover.hand_over": "eval.handover.hand_over",
+    "eval.clip.ClipScorer": "eval.metrics.clip.ClipScorer",
+    "eval.preference.PickScore": "eval.metrics.preference.PickScore",
+}
 
 
 def at_their_place(value: Any) -> Any:

@@ -30,10 +30,10 @@ from engine.sections.judging import SamplingConfig
 from engine.sections.pruning import LatencyConfig
 from engine.sections.training import CacheConfig, TrainConfig
 from engine.sharding import autocast_dtype, check_sharding
-from eval.clip import ClipScorer
+from eval.metrics.clip import ClipScorer
 from eval.overlap import among
-from eval.precision import settled
 from eval.sampling import Sampler
+from eval.timing.precision import settled
 from models.card import Origin, origin_of, write_card
 from models.cost import NUM_TOKENS
 from models.pipeline import networks, upcast_vae

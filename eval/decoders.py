@@ -15,8 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from engine.sections.pruning import LatencyConfig
-from eval.clip import ClipScorer, psnr
-from eval.latency import interleaved_times, one_thread
+from eval.metrics.clip import ClipScorer, psnr
+from eval.timing.latency import interleaved_times, one_thread
 from models.decoding import ImageDecoder
 from models.pipeline import quiet
 

@@ -35,16 +35,16 @@ from engine.parallel import map_batches
 from engine.run import Run, damaged
 from engine.seeding import generator
 from eval.bench import Bench
-from eval.clip import psnr
-from eval.compare import mean_and_error, paired_difference
-from eval.distribution import frechet_distance, kernel_distance
-from eval.first_image import compile_first
-from eval.inception import Inception
 from eval.judge import clip_scores, draw_images, write_pictures
+from eval.metrics.clip import psnr
+from eval.metrics.compare import mean_and_error, paired_difference
+from eval.metrics.distribution import frechet_distance, kernel_distance
+from eval.metrics.inception import Inception
 from eval.overlap import among, known_captions
 from eval.sampling import Sampler
 from eval.scorer_check import compare_teacher
-from eval.setups import Setup, compile_networks
+from eval.timing.first_image import compile_first
+from eval.timing.setups import Setup, compile_networks
 from models.cost import count_parameters
 from models.pipeline import check_pipeline, load_pipeline, networks, stored_scheduler, upcast_vae
 from models.schedulers import check_sampling

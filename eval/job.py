@@ -9,11 +9,11 @@ from engine.console import print_for_programs
 from engine.planning import Plan
 from engine.run import Run
 from eval.evaluation import EvaluationBench
-from eval.evaluation_report import header, rows, summary, write_evaluation_report
 from eval.overlap import overlap_sentence
+from eval.pages.evaluation_page import header, rows, summary, write_evaluation_report
+from eval.pages.tables import console_table
 from eval.plan import Stage, image_rows, scorer_stage, stages_table, time_line
 from eval.scorer_check import check_scorer
-from eval.tables import console_table
 
 log = logging.getLogger("slimstep")
 

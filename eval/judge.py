@@ -12,7 +12,7 @@ from torchvision.transforms.functional import to_pil_image
 
 from data.prompts import PromptSet
 from engine.parallel import map_batches
-from eval.clip import ClipScorer
+from eval.metrics.clip import ClipScorer
 from eval.sampling import Sampler
 
 

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from data.encoding import finite, rows_at_once
 from engine.seeding import generator
 from eval.cpu_parts import can_be_parted, draw_in_parts
-from eval.precision import computing, products_on
+from eval.timing.precision import computing, products_on
 from models.conditioning import empty_text_state, text_states
 from models.decoding import has_statistics, statistics, unscaled
 from models.guidance import guidance_embedding, told_guidance_width

@@ -2,7 +2,7 @@
 
 To a scorer that does not know such images both are alike, whatever a model is trained to: the teacher's score is
 chance, and blocks are removed by noise. So this is measured before anything is trained, in seconds, and a run stops
-where it is so (eval/cautions.py has the criterion).
+where it is so (eval/pages/cautions.py has the criterion).
 The same is asked of the teacher's images and the prompts that they were drawn from.
 
 Axes: N images, R shuffles, D feature width.
@@ -27,10 +27,10 @@ from engine.identity import SCORER_CHECK
 from engine.parallel import map_batches
 from engine.run import FINISHED
 from engine.seeding import generator
-from eval.cautions import data_sentence, is_above_chance, teacher_sentence, told
-from eval.clip import BATCH, ClipScorer
-from eval.compare import mean_and_error
+from eval.metrics.clip import BATCH, ClipScorer
+from eval.metrics.compare import mean_and_error
 from eval.overlap import plain
+from eval.pages.cautions import data_sentence, is_above_chance, teacher_sentence, told
 
 IMAGES, SHUFFLES = 256, 8
 FEWEST_CAPTIONS = 8  # with fewer, Student's t asks for so much that a scorer that knows the data fails by chance

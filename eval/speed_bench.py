@@ -21,13 +21,13 @@ from engine.environment import environment
 from engine.files import write_tensors
 from engine.names import disk_name
 from engine.run import Run, damaged
-from eval.clip import psnr
-from eval.compare import mean_and_error, paired_difference
 from eval.evaluation import LONGEST_NAME, EvaluationBench
-from eval.first_image import compile_cost
+from eval.metrics.clip import psnr
+from eval.metrics.compare import mean_and_error, paired_difference
 from eval.plan import image_rows
-from eval.setups import Setup, all_setups
-from eval.speed import Subject, Variant, matmul_peak_tflops, measure, reason
+from eval.timing.first_image import compile_cost
+from eval.timing.setups import Setup, all_setups
+from eval.timing.speed import Subject, Variant, matmul_peak_tflops, measure, reason
 from models.cost import count_gflops
 from models.guidance import told_guidance_width
 from models.pipeline import with_unet

@@ -8,8 +8,8 @@ from engine.config import Config
 from engine.console import print_for_programs
 from engine.planning import Plan
 from engine.run import Run
+from eval.pages.speed_page import cells, console_text, header, summary, write_speed_report
 from eval.speed_bench import SpeedBench
-from eval.speed_report import cells, console_text, header, summary, write_speed_report
 from eval.speed_tables import TABLES
 
 log = logging.getLogger("slimstep")

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_map
 
 from engine.sections.training import TrainConfig
 from eval.bench import Bench
-from eval.precision import computing
+from eval.timing.precision import computing
 from models.cost import unet_inputs
 
 SECONDS, CALLS = 4.0, 3  # about as long a timed call may take, and how many there are

@@ -13,15 +13,15 @@ from torch import Tensor
 
 from engine.environment import environment
 from eval.bench import Bench, clip_line
-from eval.cautions import score_cautions
-from eval.clip import psnr
-from eval.compare import mean_and_error, paired_difference
-from eval.comparison import run_table
 from eval.judge import clip_scores, draw_images, write_pictures
-from eval.latency import compare_ms
-from eval.report import write_report
-from eval.runs import read_run
+from eval.metrics.clip import psnr
+from eval.metrics.compare import mean_and_error, paired_difference
+from eval.pages.cautions import score_cautions
+from eval.pages.comparison import run_table
+from eval.pages.run_page import write_report
+from eval.pages.runs import read_run
 from eval.scorer_check import check_teacher
+from eval.timing.latency import compare_ms
 from models.cost import count_gflops
 from models.guidance import told_guidance_width
 from models.pipeline import export_pipeline, with_unet

@@ -21,7 +21,7 @@ from engine.environment import cpu_name
 from engine.progress import progress
 from engine.sections.pruning import LatencyConfig
 from engine.seeding import generator
-from eval.latency import (
+from eval.timing.latency import (
     WAY,
     affordable,
     forward_call,

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from data.prompts import PromptSet
 from engine.parallel import map_batches
-from eval.clip import CLOSEST_MSE, ClipScorer, psnr
-from eval.compare import mean_and_error, split_half_agreement
 from eval.judge import clip_scores, draw_images
+from eval.metrics.clip import CLOSEST_MSE, ClipScorer, psnr
+from eval.metrics.compare import mean_and_error, split_half_agreement
 from eval.sampling import Sampler
 from eval.scorer_check import shuffles
 from models.unet import PrunableUNet2DConditionModel

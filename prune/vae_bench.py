@@ -34,13 +34,13 @@ from engine.sections.judging import LatentsConfig
 from engine.sections.pruning import DecoderConfig
 from engine.seeding import generator
 from eval.bench import Bench, clip_line
-from eval.compare import mean_and_error, paired_difference
 from eval.decoders import NEARNESS, compare_decoders, nearness
 from eval.judge import clip_scores, write_pictures
 from eval.latents import sampled_latents
+from eval.metrics.compare import mean_and_error, paired_difference
+from eval.pages.vae_page import HEADER, quality_rows, vae_table, write_vae_report
 from eval.sampling import Sampler
 from eval.scorer_check import check_teacher
-from eval.vae_report import HEADER, quality_rows, vae_table, write_vae_report
 from models.cost import count_parameters
 from models.decoding import ImageDecoder, has_statistics
 from models.pipeline import export_pipeline, with_unet

@@ -21,7 +21,7 @@ def main() -> int:
     parser.add_argument("--out", default="report", metavar="DIR", help="where the files go (default: %(default)s)")
     parser.add_argument("--pages", action="store_true", help="also make each run's own report.html anew")
     options = parser.parse_args()
-    from eval.finished import report  # here, since --help needs none of it
+    from eval.pages.finished import report  # here, since --help needs none of it
 
     try:
         print(report(options.runs, options.out, options.pages))

@@ -14,7 +14,7 @@ from torchvision.utils import make_grid, save_image
 from data.prompts import PromptSet
 from data.scene import Scene
 from data.shapes import ShapesPairs, caption, hard_negatives
-from eval.clip import ClipScorer, psnr
+from eval.metrics.clip import ClipScorer, psnr
 from eval.sampling import Sampler
 from models.pipeline import load_pipeline
 

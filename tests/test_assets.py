@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from data.prompts import PromptSet
 from data.shapes import caption
-from eval.clip import ClipScorer, psnr
+from eval.metrics.clip import ClipScorer, psnr
 from eval.sampling import Sampler
 from scripts.shapes_evaluation import heldout_scenes, sample, through_vae, told_apart, top1_of_100
 

@@ -38,6 +38,13 @@ def test_a_folder_imports_floors_below_it_alone(room):
     assert not above
 
 
+def test_metrics_know_neither_times_nor_pages_and_times_no_pages():
+    for room, above in (("eval.metrics", ("eval.timing", "eval.pages")), ("eval.timing", ("eval.pages",))):
+        for name, path in FILES.items():
+            if name.startswith(f"{room}."):
+                assert not [found for found in imports(path, import_nodes(path)) if found.startswith(above)], name
+
+
 def test_no_circle_of_files():
     graph = {name: {needed for needed in imports(path, import_nodes(path)) if needed in FILES and needed != name}
              for name, path in FILES.items()}  # fmt: skip

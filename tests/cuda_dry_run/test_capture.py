@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from eval.setups import CannotRunError, Setup
-from eval.speed import Subject
+from eval.timing.setups import CannotRunError, Setup
+from eval.timing.speed import Subject
 from models.schedulers import swapped_scheduler
 from tests.cuda_dry_run.conftest import small_pipeline
 

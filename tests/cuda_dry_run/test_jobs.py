@@ -26,14 +26,14 @@ JOBS = {
 @pytest.fixture(autouse=True)
 def no_ranking(monkeypatch):
     """Scores of zeros are all equal, and have none."""
-    monkeypatch.setattr("eval.compare.spearman", lambda a, b: 0.0)
+    monkeypatch.setattr("eval.metrics.compare.spearman", lambda a, b: 0.0)
 
 
 def test_latents_are_cached_and_images_evaluated(run, tmp_path):
     assert run("cache_latents")[0] == 0
     code, waits = run("evaluate", *EVAL, *CURVES)
     assert code == 0 and list((tmp_path / "runs").glob("evaluate*/results.json"))
-    assert any("eval/clip.py" in wait for wait in waits)
+    assert any("eval/metrics/clip.py" in wait for wait in waits)
 
 
 @pytest.mark.slow

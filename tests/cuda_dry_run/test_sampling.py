@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from eval.clip import ClipScorer
+from eval.metrics.clip import ClipScorer
 from eval.sampling import Sampler
 from models.schedulers import swapped_scheduler
 from models.unet import PrunableUNet2DConditionModel

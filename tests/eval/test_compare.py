@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eval.compare import Mean, mean_and_error, paired_difference, paired_ratio, spearman, split_half_agreement
+from eval.metrics.compare import Mean, mean_and_error, paired_difference, paired_ratio, spearman, split_half_agreement
 
 
 def test_the_standard_error_by_hand():

@@ -21,10 +21,10 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from data.prompts import PromptSet
 from engine.files import digest
-from eval.compare import paired_difference
-from eval.distribution import frechet_distance
 from eval.evaluation import EvaluationBench, GivenModel, name_models
-from eval.inception import Inception
+from eval.metrics.compare import paired_difference
+from eval.metrics.distribution import frechet_distance
+from eval.metrics.inception import Inception
 from models.original_layout import original_weights
 from models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.mistakes import told

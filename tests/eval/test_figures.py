@@ -2,9 +2,9 @@
 
 import pytest
 
-from eval.figures import Point, digits, pareto_figure, pareto_front, signed, themed
-from eval.runs import Block, depth_of
-from eval.unet_figure import BOX_H, BOX_W, places, unet_figure, value_norm
+from eval.pages.figures import Point, digits, pareto_figure, pareto_front, signed, themed
+from eval.pages.runs import Block, depth_of
+from eval.pages.unet_figure import BOX_H, BOX_W, places, unet_figure, value_norm
 from tests.eval.run_stub import sd15_sites
 
 SDXL = ("down_blocks.0.resnets.0", "down_blocks.1.resnets.0", "down_blocks.1.attentions.0",

@@ -8,10 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import eval.latency as latency
+import eval.timing.latency as latency
 from engine.sections.pruning import LatencyConfig
-from eval.graphs import WARMUP, CannotCaptureError, CapturedCall
-from eval.latency import compare_ms, forward_call, settled_launch
+from eval.timing.graphs import WARMUP, CannotCaptureError, CapturedCall
+from eval.timing.latency import compare_ms, forward_call, settled_launch
 from models.unet import PrunableUNet2DConditionModel
 from prune.latency import method_of
 from tests.tiny import tiny_unet

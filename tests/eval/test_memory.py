@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from eval.memory import MemoryFrom, held_bytes, idle_graph_bytes
+from eval.timing.memory import MemoryFrom, held_bytes, idle_graph_bytes
 
 
 def int8_weight(rows=64, columns=32):

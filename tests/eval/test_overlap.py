@@ -17,7 +17,7 @@ from engine.run import Run
 from eval.bench import Bench
 from eval.evaluation import EvaluationBench
 from eval.overlap import among, known_captions, overlap_sentence
-from eval.report import write_report
+from eval.pages.run_page import write_report
 from prune.vae_bench import VaeBench
 from tests.data.tars import picture, write_tar
 from tests.eval.run_stub import write_run

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from eval.comparison import compare_runs, run_names
-from eval.report import count, flatten, write_report
-from eval.runs import read_run
+from eval.pages.comparison import compare_runs, run_names
+from eval.pages.run_page import count, flatten, write_report
+from eval.pages.runs import read_run
 from tests.eval.run_stub import PROMPTS, sd15_sites, write_run
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"

@@ -6,13 +6,13 @@ import sys
 
 import pytest
 
-from eval.compare import paired_difference
-from eval.gathered import Gathered
-from eval.headline import fastest_not_worse, headline
-from eval.pareto import Timing, speedup
-from eval.results import common_settings, pair_matrix
-from eval.results_figures import untimed
-from eval.results_report import compare_results
+from eval.metrics.compare import paired_difference
+from eval.pages.gathered import Gathered
+from eval.pages.headline import fastest_not_worse, headline
+from eval.pages.pareto import Timing, speedup
+from eval.pages.results import common_settings, pair_matrix
+from eval.pages.results_figures import untimed
+from eval.pages.results_page import compare_results
 from scripts.report import main
 from tests.eval.results_stub import (
     row,

@@ -13,7 +13,7 @@ from PIL import Image
 from data.prompts import PromptSet
 from engine.run import Run
 from eval import scorer_check
-from eval.cautions import cautions, is_above_chance
+from eval.pages.cautions import cautions, is_above_chance
 from eval.plan import scorer_stage
 from eval.scorer_check import against_shuffled, check_scorer, compare_teacher, shuffles
 from tests.mistakes import told

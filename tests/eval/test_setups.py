@@ -7,10 +7,10 @@ from torch.nn.attention import SDPBackend
 from torch.profiler import ProfilerActivity, profile
 from torchvision.transforms.functional import pil_to_tensor
 
-from eval.capture import CapturedSampler
 from eval.sampling import Sampler
-from eval.setups import CannotRunError, Setup, all_setups, check_runs, running, use_kernel
-from eval.speed import Subject
+from eval.timing.capture import CapturedSampler
+from eval.timing.setups import CannotRunError, Setup, all_setups, check_runs, running, use_kernel
+from eval.timing.speed import Subject
 from models.pipeline import load_pipeline
 
 CPU = torch.device("cpu")

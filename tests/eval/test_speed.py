@@ -11,10 +11,10 @@ import torch
 from diffusers import LCMScheduler
 
 from engine.sections.pruning import LatencyConfig
-from eval.setups import Setup
-from eval.speed import Subject, measure, speedup
-from eval.stopwatch import watched
-from eval.tasks import TASKS, task_pipeline
+from eval.timing.setups import Setup
+from eval.timing.speed import Subject, measure, speedup
+from eval.timing.stopwatch import watched
+from eval.timing.tasks import TASKS, task_pipeline
 from models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.mistakes import told
 from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline

@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.tables import console_table, markdown_table
+from eval.pages.tables import console_table, markdown_table
 
 HEADER = ["model", "steps", "batch", "× base", "ms", "memory", "graphs", "text encoder", "UNet"]
 ROWS = [

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from engine.sections.pruning import LatencyConfig
-from eval.latency import affordable, compare_ms, thread_ms
+from eval.timing.latency import affordable, compare_ms, thread_ms
 from models.unet import PrunableUNet2DConditionModel
 from prune.latency import latency_table, predicted_ms, table_without, timing_hooks
 from tests.models.conftest import small_stock_unet

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 
 from data.prompts import PromptSet
-from eval.clip import ClipScorer, psnr
+from eval.metrics.clip import ClipScorer, psnr
 from eval.sampling import Sampler
 from models.unet import PrunableUNet2DConditionModel
 from prune.scores import picture_error, psnr_of_others, score_blocks

@@ -16,8 +16,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from engine.files import whole_folder, write_text
-from eval.cautions import cautions
-from eval.figures import (
+from eval.overlap import SEEN, overlap_sentence
+from eval.pages.cautions import cautions
+from eval.pages.figures import (
     STEP,
     STUDENT,
     TEACHER,
@@ -31,9 +32,8 @@ from eval.figures import (
     signed,
     themed,
 )
-from eval.overlap import SEEN, overlap_sentence
-from eval.runs import RunRecord, depth_of, finite, read_run
-from eval.unet_figure import unet_figure
+from eval.pages.runs import RunRecord, depth_of, finite, read_run
+from eval.pages.unet_figure import unet_figure
 
 PICTURE = 256  # pixels on the page: larger images are scaled down, smaller ones have their pixels repeated
 KINDS = {"teacher": ("teacher", TEACHER), "student": ("student", STUDENT)}
@@ -67,7 +67,7 @@ def write_report(folder: str | Path) -> Path:
 
 
 def render(template: str, cautions: Sequence[str] = (), **values: Any) -> str:
-    """A page from eval/templates, cautions at its head; text is escaped, figures are not."""
+    """A page from eval/pages/templates, cautions at its head; text is escaped, figures are not."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,

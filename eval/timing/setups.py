@@ -19,7 +19,7 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from eval.precision import has_tf32, products
+from eval.timing.precision import has_tf32, products
 from models.pipeline import quiet
 
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
@@ -49,8 +49,8 @@ class Setup:
     a GPU's convolutions round to TF32, and here they do so with dtype `tf32` only.
 
     `attention` is that of UNet and ControlNets. `quantize` int8 and fp8 are dynamic, of the linear layers inside
-    transformer blocks (torchao). `capture` makes the whole loop one CUDA graph (eval/capture.py). Raises ValueError for
-    values that are none.
+    transformer blocks (torchao). `capture` makes the whole loop one CUDA graph (eval/timing/capture.py). Raises
+    ValueError for values that are none.
     """
 
     compile: str = "eager"

@@ -9,20 +9,20 @@ from typing import Any
 from markupsafe import Markup
 
 from engine.files import whole_folder, write_text
-from eval.cautions import cautions_of
-from eval.compare import PairedDifference
-from eval.comparison import facts_that_differ, protocol_differences
-from eval.evaluation_report import columns, difference
-from eval.figures import digits, grid_figure, save_png, themed
-from eval.gathered import Gathered
-from eval.headline import headline, tiles
-from eval.pareto import key, speedup
-from eval.report import render
-from eval.results import SPEED_KINDS, common_settings, metric, pair_matrix, setting, told
-from eval.results_figures import draw_sections, image_grid, untimed
-from eval.speed_report import NOTES, cells
-from eval.speed_report import header as speed_header
-from eval.tables import console_table, markdown_table
+from eval.metrics.compare import PairedDifference
+from eval.pages.cautions import cautions_of
+from eval.pages.comparison import facts_that_differ, protocol_differences
+from eval.pages.evaluation_page import columns, difference
+from eval.pages.figures import digits, grid_figure, save_png, themed
+from eval.pages.gathered import Gathered
+from eval.pages.headline import headline, tiles
+from eval.pages.pareto import key, speedup
+from eval.pages.results import SPEED_KINDS, common_settings, metric, pair_matrix, setting, told
+from eval.pages.results_figures import draw_sections, image_grid, untimed
+from eval.pages.run_page import render
+from eval.pages.speed_page import NOTES, cells
+from eval.pages.speed_page import header as speed_header
+from eval.pages.tables import console_table, markdown_table
 
 Row = Mapping[str, Any]
 

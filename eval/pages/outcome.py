@@ -12,13 +12,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from eval.compare import paired_difference
-from eval.evaluation_report import difference, images_figure
-from eval.gathered import Gathered
-from eval.report import count, percent
-from eval.results_figures import draw_time
-from eval.speed_report import ratio
-from eval.tables import markdown_table
+from eval.metrics.compare import paired_difference
+from eval.pages.evaluation_page import difference, images_figure
+from eval.pages.gathered import Gathered
+from eval.pages.results_figures import draw_time
+from eval.pages.run_page import count, percent
+from eval.pages.speed_page import ratio
+from eval.pages.tables import markdown_table
 
 Point = Mapping[str, Any]
 AGAINST = ["teacher at", "its CLIP ± se", "student − teacher, paired [95 %]", "times as fast [95 %]"]

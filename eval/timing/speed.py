@@ -25,13 +25,13 @@ from torch._dynamo.utils import counters
 from torchvision.transforms.functional import pil_to_tensor
 
 from engine.sections.pruning import LatencyConfig
-from eval.capture import CapturedSampler
-from eval.compare import bootstrap, interval
-from eval.latency import interleaved_times, one_thread
-from eval.memory import MemoryFrom
+from eval.metrics.compare import bootstrap, interval
 from eval.sampling import Sampler
-from eval.setups import CannotRunError, Setup, prepare, running
-from eval.stopwatch import watched
+from eval.timing.capture import CapturedSampler
+from eval.timing.latency import interleaved_times, one_thread
+from eval.timing.memory import MemoryFrom
+from eval.timing.setups import CannotRunError, Setup, prepare, running
+from eval.timing.stopwatch import watched
 from models.pipeline import networks
 
 # What torch says where a device has no kernel for a dtype, a size or an operation.

@@ -13,9 +13,9 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from eval.graphs import CannotCaptureError, CapturedCall
 from eval.sampling import Sampler, Texts, eight_bits
-from eval.setups import CannotRunError
+from eval.timing.graphs import CannotCaptureError, CapturedCall
+from eval.timing.setups import CannotRunError
 from models.conditioning import empty_text_state, text_states
 
 

@@ -11,12 +11,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from engine.files import whole_folder, write_text
-from eval.figures import MUTED, SERIES, STUDENT, canvas, digits, save_png, signed, styled, themed
+from eval.pages.figures import MUTED, SERIES, STUDENT, canvas, digits, save_png, signed, styled, themed
+from eval.pages.run_page import flatten, percent, render
+from eval.pages.runs import read_json
+from eval.pages.tables import console_table, csv_table, markdown_table
 from eval.plan import size
-from eval.report import flatten, percent, render
-from eval.runs import read_json
-from eval.stopwatch import PARTS
-from eval.tables import console_table, csv_table, markdown_table
+from eval.timing.stopwatch import PARTS
 
 Row = Mapping[str, Any]
 Results = Mapping[str, Any]

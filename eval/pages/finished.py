@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from eval.comparison import compare_runs
-from eval.evaluation_report import write_evaluation_report
-from eval.report import write_report
-from eval.results import read_results
-from eval.results_report import compare_results
-from eval.runs import is_search
-from eval.speed_report import write_speed_report
+from eval.pages.comparison import compare_runs
+from eval.pages.evaluation_page import write_evaluation_report
+from eval.pages.results import read_results
+from eval.pages.results_page import compare_results
+from eval.pages.run_page import write_report
+from eval.pages.runs import is_search
+from eval.pages.speed_page import write_speed_report
 
 
 def report(folders: Sequence[str], out: str, pages: bool) -> str:

@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from eval.evaluation_report import difference
-from eval.figures import digits
-from eval.gathered import Gathered
-from eval.pareto import speedup
-from eval.results import setting, told
-from eval.speed_report import ratio
+from eval.pages.evaluation_page import difference
+from eval.pages.figures import digits
+from eval.pages.gathered import Gathered
+from eval.pages.pareto import speedup
+from eval.pages.results import setting, told
+from eval.pages.speed_page import ratio
 
 Row = Mapping[str, Any]
 Tile = Mapping[str, str]

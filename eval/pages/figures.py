@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from eval.runs import finite
+from eval.pages.runs import finite
 
 INK, MUTED, LINE, PAPER = "#1b1f24", "#6b7280", "#d5d9e0", "#fffffe"  # the page's own; see `themed`
 TEACHER, STUDENT, STEP = MUTED, "#d9480f", "#1c7ed6"

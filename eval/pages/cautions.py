@@ -18,7 +18,7 @@ from typing import Any
 from scipy import stats
 
 from engine.identity import SCORER_CHECK
-from eval.runs import read_json
+from eval.pages.runs import read_json
 
 Record = Mapping[str, Any]
 CONFIDENCE, LEAST_SHARE = 0.99, 2 / 3

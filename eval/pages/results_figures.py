@@ -6,12 +6,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from eval.evaluation_report import curve_figure
-from eval.gathered import Gathered, Row
-from eval.pareto import Condition, plane, time_figure
-from eval.report import data_uri
-from eval.results import Results, Setting, setting, told
-from eval.speed_report import draw_figures, parts_figure
+from eval.pages.evaluation_page import curve_figure
+from eval.pages.gathered import Gathered, Row
+from eval.pages.pareto import Condition, plane, time_figure
+from eval.pages.results import Results, Setting, setting, told
+from eval.pages.run_page import data_uri
+from eval.pages.speed_page import draw_figures, parts_figure
 
 NUM_PICTURES = 8  # prompts in the grid
 

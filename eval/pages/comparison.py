@@ -7,13 +7,13 @@ from typing import Any
 from markupsafe import Markup
 
 from engine.files import write_text
-from eval.cautions import cautions_of
-from eval.compare import paired_difference
-from eval.evaluation_report import difference
-from eval.figures import SERIES, TEACHER, Point, digits, pareto_figure, save_png, themed
-from eval.report import count, display_name, facts, percent, render
-from eval.runs import RunRecord, read_run
-from eval.tables import console_table, markdown_table
+from eval.metrics.compare import paired_difference
+from eval.pages.cautions import cautions_of
+from eval.pages.evaluation_page import difference
+from eval.pages.figures import SERIES, TEACHER, Point, digits, pareto_figure, save_png, themed
+from eval.pages.run_page import count, display_name, facts, percent, render
+from eval.pages.runs import RunRecord, read_run
+from eval.pages.tables import console_table, markdown_table
 
 BEFORE_A_CHOICE = {"precision": "float32"}  # of protocols that do not say theirs
 COLUMNS = ["parameters", "GFLOPs", "UNet ms", "of teacher", "CLIP ± se", "against teacher"]

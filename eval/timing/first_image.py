@@ -20,9 +20,9 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
 from engine.files import write_bytes
-from eval.child import child_result
-from eval.setups import CannotRunError, Setup
-from eval.speed import Subject
+from eval.timing.child import child_result
+from eval.timing.setups import CannotRunError, Setup
+from eval.timing.speed import Subject
 from models.pipeline import load_pipeline, with_unet
 from models.sizes import set_resolution
 
@@ -90,7 +90,7 @@ def new_process(request: Mapping[str, Any], cache: Path) -> dict[str, Any]:
     root = str(Path(__file__).parent.parent)
     try:
         return child_result(
-            [sys.executable, "-m", "eval.first_image"],
+            [sys.executable, "-m", "eval.timing.first_image"],
             input=json.dumps(request), cwd=root, env={**os.environ, **caches},
         )  # fmt: skip
     except CannotRunError as error:

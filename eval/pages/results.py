@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from engine.run import damaged
-from eval.compare import PairedDifference, paired_difference
+from eval.metrics.compare import PairedDifference, paired_difference
 from eval.overlap import SEEN
-from eval.report import flatten
-from eval.runs import read_json
+from eval.pages.run_page import flatten
+from eval.pages.runs import read_json
 
 Point = Mapping[str, Any]
 Results = Mapping[str, Any]
