@@ -74,7 +74,8 @@ def test_one_name_of_two_models_or_two_outcomes_is_told_apart(tmp_path, where, c
 ])  # fmt: skip
 def test_scores_of_another_metric_are_listed_and_not_compared(tmp_path, evaluation, changes, told):
     other = one(tmp_path / "other", "teacher", "/teacher", scores(), **changes)
-    table = compare_results([evaluation, other], tmp_path / "out")
+    compare_results([evaluation, other], tmp_path / "out")
+    table = (tmp_path / "out/table.md").read_text()
     (line,) = [line for line in table.splitlines() if "teacher (other)" in line]
     assert line.split("|")[7].strip() == "–" and table.count("teacher (other)") == 1
     assert re.search(
@@ -104,7 +105,8 @@ def test_preferences_are_compared_where_one_scorer_judged(tmp_path, weights, com
     _, point = Gathered(folders).points
     versus = point["preferences"]["hps"]["versus_reference"]
     assert versus["mean"] == pytest.approx(2) if compared else versus is None
-    assert "hps against the reference" in compare_results(folders, tmp_path / "out")
+    compare_results(folders, tmp_path / "out")
+    assert "hps against the reference" in (tmp_path / "out/table.md").read_text()
 
 
 def test_the_difference_of_two_models_turns_its_sign_with_them(evaluation):
