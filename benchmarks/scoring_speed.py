@@ -15,6 +15,7 @@ import statistics
 import subprocess
 import sys
 import time
+from importlib import import_module
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,11 +28,12 @@ def work(checkout: str, num_prompts: int) -> None:
 
     from data.prompts import PromptSet
     from data.shapes import shapes_prompts
-    from eval.metrics.clip import ClipScorer
     from eval.sampling import Sampler
     from models.pipeline import load_pipeline
     from prune.scores import score_blocks
 
+    is_early = (Path(checkout) / "eval/clip.py").exists()
+    ClipScorer = import_module("eval.clip" if is_early else "eval.metrics.clip").ClipScorer
     pipeline = load_pipeline(ROOT / "assets/shapes")
     prompts = PromptSet(shapes_prompts("heldout", num_prompts, 0).prompts, "held-out captions")
     sampler, scorer = Sampler(pipeline, 8, 2.5), ClipScorer(f"local-dir:{ROOT}/assets/shapes-clip")
