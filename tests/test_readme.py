@@ -1,4 +1,4 @@
-"""Every command of the README and the guide is one that the programs take."""
+"""Every command of the README and the docs is one that the programs take, and every link leads somewhere."""
 
 import os
 import re
@@ -12,7 +12,7 @@ import pytest
 from engine.launch import check_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ["README.md", "docs/guide.md"]
+PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
 
 
 def commands(page: str) -> list[list[str]]:
@@ -56,3 +56,24 @@ def test_a_script_of_the_pages_has_the_options_it_is_given(script):
     environment = {**os.environ, "COLUMNS": "200"}
     told = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, env=environment)
     assert told.returncode == 0 and all(option in told.stdout for option in given), (given, told.stdout)
+
+
+def anchors(page: Path) -> set[str]:
+    """What GitHub calls the headings of a page."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, "benchmarks/README.md"])
+def test_links_lead_to_a_file_and_a_heading(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", (ROOT / page).read_text()):
+        if link.startswith(("http://", "https://")):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / file if file else ROOT / page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
