@@ -10,6 +10,7 @@ from engine.console import open_console  # noqa: E402
 
 open_console()  # before a library keeps hold of stderr
 
+import configs.schema  # noqa: E402, F401  the keys of all jobs
 from engine.launch import main  # noqa: E402
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from engine.console import open_console
 from engine.environment import environment
 from engine.files import write_json
-from engine.sections.pruning import LatencyConfig
+from eval.config import LatencyConfig
 from eval.decoders import compare_decoders
 from eval.pages.tables import markdown_table
 from eval.pages.vae_page import TIME_HEADER, time_rows

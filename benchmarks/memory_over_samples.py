@@ -33,12 +33,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from data.cache import cache_pairs
 from data.webdataset import WebDatasetPairs
+from engine.config import TrainConfig
 from engine.console import open_console
 from engine.environment import environment
 from engine.files import write_json, write_text
 from engine.loop import train
 from engine.run import Run
-from engine.sections.training import TrainConfig
 from eval.pages.tables import markdown_table
 from tests.tiny import WIDTH, tiny_pipeline
 

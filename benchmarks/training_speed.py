@@ -26,10 +26,10 @@ import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 
-import engine.launch  # noqa: F401  registers the schema and the resolvers
+import engine.launch  # noqa: F401  registers the resolvers
+from configs.schema import Config
 from distill.bench import DistillBench
 from engine.checked import CONFIGS, ROOT
-from engine.config import Config
 from engine.console import open_console
 from engine.environment import environment
 from engine.files import write_json

@@ -14,13 +14,13 @@ from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
 from data.folder import few
+from distill.config import LadderConfig, RungConfig
 from distill.ladder import Climb, climbed_otherwise, climbs
 from distill.pairs import FixedDraws, taught_pairs
 from distill.teaching import Rung
+from engine.config import StageConfig, TrainConfig
 from engine.loop import Objective
 from engine.run import damaged
-from engine.sections.stepping import LadderConfig, RungConfig
-from engine.sections.training import StageConfig, TrainConfig
 from eval.bench import Bench, clip_line
 from eval.overlap import among
 from models.guidance import told_guidance_width, with_told_guidance

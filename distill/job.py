@@ -5,9 +5,9 @@ import logging
 from PIL import Image
 
 from distill.bench import DistillBench
+from distill.config import Config
 from distill.curves import Curves
 from distill.plan import distilling_stages, trainings
-from engine.config import Config
 from engine.planning import Plan
 from engine.run import Run
 from eval.pages.steps_page import HEADER, curves_table, point_rows, timed_points, write_steps_report

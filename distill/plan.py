@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from distill.bench import DistillBench
 from distill.curves import Curves
-from engine.sections.training import TrainConfig
+from engine.config import TrainConfig
 from eval.plan import Stage, export, image_rows, training
 
 

@@ -15,11 +15,10 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from yaml import YAMLError
 
-from engine.config import Config
+from engine.checks import at_least
+from engine.config import schema
 from engine.names import check_name, disk_name
 from engine.renamed import replace_moved
-from engine.sections.checks import at_least
-from engine.sections.training import DataConfig
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
@@ -29,9 +28,9 @@ PRECISIONS = ("no", "bf16", "fp16")
 
 def checked_config(config: DictConfig) -> DictConfig:
     """The configuration in its typed form. ValueError for keys nobody reads, and values that cannot be."""
-    if unknown := list(unknown_keys(OmegaConf.structured(Config), config)):
+    if unknown := list(unknown_keys(schema(), config)):
         raise ValueError(f"the configuration has no key {unknown[0]}, which +{unknown[0]}=… would add")
-    config = OmegaConf.merge(OmegaConf.structured(Config), config)
+    config = OmegaConf.merge(schema(), config)
     replace_moved(config)
     check_given(config)
     for section in config:
@@ -47,7 +46,7 @@ def checked_config(config: DictConfig) -> DictConfig:
         raise ValueError(f"mixed_precision={config.mixed_precision!r} is unknown{given}; choose from {PRECISIONS}")
     if config.mixed_precision == "fp16" and not has_gpu():
         raise ValueError("mixed_precision=fp16 needs a GPU, and there is none; choose bf16, or no for float32")
-    check_data(config.data)
+    OmegaConf.get_type(config).check(config)
     run_path(config)
     return config
 
@@ -86,21 +85,6 @@ def has_gpu() -> bool:
     import torch  # here, since only this question needs it before the job is known
 
     return torch.cuda.is_available()
-
-
-def check_data(data: DictConfig | None) -> None:
-    """ValueError, or Hydra's own, for keys that the group with these pairs has not, and values that cannot be."""
-    if data is None:
-        raise ValueError(f"data=null: choose one of {', '.join(path.stem for path in (CONFIGS / 'data').iterdir())}")
-    kind = "pairs._target_"
-    groups = [OmegaConf.load(path) for path in (CONFIGS / "data").glob("*.yaml")]
-    same = (group for group in groups if OmegaConf.select(group, kind) == OmegaConf.select(data, kind))
-    known = list(next(same, data))  # pairs of the user's own may have any keys
-    if unknown := [key for key in data if key not in known]:
-        raise ValueError(f"data has no key {unknown[0]}, which +data.{unknown[0]}=… would add; keys: {', '.join(data)}")
-    schema = OmegaConf.create({"data": OmegaConf.structured(DataConfig)})
-    given = {key: value for key, value in OmegaConf.to_container(data, resolve=True).items() if key in schema.data}
-    OmegaConf.to_object(OmegaConf.merge(schema, {"data": given}).data)
 
 
 def unknown_keys(schema: DictConfig, config: DictConfig, prefix: str = "") -> Iterator[str]:

@@ -1,4 +1,7 @@
-"""The configuration of a run, typed: a misspelt key is an error before anything runs. Its sections: engine/sections."""
+"""The keys that every run has, typed: a misspelt one is an error before anything runs.
+
+Every folder adds those of its jobs in a config.py of its own, and configs/schema.py joins them.
+"""
 
 import math
 import os
@@ -6,23 +9,68 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hydra.core.config_store import ConfigStore
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
+from engine.checks import at_least
 from engine.launcher import precision_of
-from engine.sections.judging import (
-    BenchmarkConfig,
-    CurvesConfig,
-    DrawingConfig,
-    EvalConfig,
-    EvaluationConfig,
-    LatentsConfig,
-    ScoringConfig,
-)
-from engine.sections.pruning import DecoderConfig, LatencyConfig, SearchConfig
-from engine.sections.stepping import LadderConfig
-from engine.sections.training import StageConfig, TrainConfig
+
+SCHEDULES = ("cosine", "constant")
+OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")
 
 OmegaConf.register_new_resolver("launcher_precision", lambda: precision_of(os.environ), replace=True)
+
+
+@dataclass
+class TrainConfig:
+    """One call of the training loop.
+
+    `batch_size` is per process and micro-step; `optimizer` is one of engine/optimizers.py, which says what each keeps;
+    `ema_decay` 0 keeps no averages; `compile` is torch.compile; `channels_last` is the memory format of convolutions
+    that GPUs, and some CPUs, are faster with.
+    """
+
+    steps: int = 1000
+    batch_size: int = 32
+    accumulation: int = 1
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-4
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
+    weight_decay: float = 0.01
+    warmup_steps: int = 50
+    schedule: str = "cosine"
+    max_grad_norm: float = 1.0
+    ema_decay: float = 0.999
+    checkpoint_every: int = 500
+    keep_checkpoints: int = 2
+    log_every: int = 10
+    workers: int = 0
+    gradient_checkpointing: bool = False
+    compile: bool = False
+    channels_last: bool = False
+
+    def __post_init__(self) -> None:
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"train.schedule={self.schedule!r} is unknown; choose from {SCHEDULES}")
+        if self.optimizer not in OPTIMIZERS:
+            raise ValueError(f"train.optimizer={self.optimizer!r} is unknown; choose from {OPTIMIZERS}")
+        names = ("steps", "batch_size", "accumulation", "checkpoint_every", "keep_checkpoints", "log_every")
+        at_least("train", self, 1, *names)
+        if len(self.betas) != 2:
+            raise ValueError(f"train: betas={self.betas} must be two numbers")
+        for name in ("learning_rate", "max_grad_norm"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise ValueError(f"train: {name}={getattr(self, name)} must be above 0")
+        at_least("train", self, 0, "weight_decay", "warmup_steps", "workers", "ema_decay")
+        if not all(0 <= share < 1 for share in (self.ema_decay, *self.betas)):
+            raise ValueError(f"train: ema_decay={self.ema_decay} and betas={self.betas} must lie in [0, 1)")
+
+
+@dataclass
+class StageConfig:
+    """A training stage with an objective of its own."""
+
+    objective: Any = None
+    train: TrainConfig = field(default_factory=TrainConfig)
 
 
 @dataclass
@@ -32,39 +80,6 @@ class TrackerConfig:
     log_with: str | None = None
     project: str = "slimstep"
     mode: str = "offline"
-
-
-@dataclass
-class HandoverConfig:
-    """Folders of pipelines: `model` gives all but the VAE, `vae` gives that."""
-
-    model: str = ""
-    vae: str = ""
-
-
-@dataclass
-class PageConfig:
-    """Finished runs that a page is about: an evaluation, and the benchmark of the same models, the teacher first and
-    the student last. `stages` are the runs beside its own that made them."""
-
-    evaluation: str = ""
-    benchmark: str = ""
-    stages: list[str] = field(default_factory=list)
-
-
-@dataclass
-class RatesConfig:
-    """Rows a second of one process, for the hours that plan=true tells; null is measured by it."""
-
-    forward: float | None = None
-    sampling: float | None = None
-    training: float | None = None
-    decoding: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("forward", "sampling", "training", "decoding"):
-            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
-                raise ValueError(f"rates.{name}={value} must be above 0")
 
 
 @dataclass
@@ -94,29 +109,15 @@ class Config:
     job: Any = None
     stages: Any = None
     restart: str | None = None
-    model: Any = None
-    models: Any = None
-    data: Any = None
     objective: Any = None
     train: TrainConfig = field(default_factory=TrainConfig)
-    recovery: StageConfig = field(default_factory=StageConfig)
-    velocity: StageConfig = field(default_factory=StageConfig)
-    search: SearchConfig = field(default_factory=SearchConfig)
-    latency: LatencyConfig = field(default_factory=LatencyConfig)
-    sampling: DrawingConfig = field(default_factory=DrawingConfig)
-    scoring: ScoringConfig = field(default_factory=ScoringConfig)
-    eval: EvalConfig = field(default_factory=EvalConfig)
-    scorer: Any = None
-    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-    latents: LatentsConfig = field(default_factory=LatentsConfig)
-    ladder: LadderConfig = field(default_factory=LadderConfig)
-    curves: CurvesConfig = field(default_factory=CurvesConfig)
-    handover: HandoverConfig = field(default_factory=HandoverConfig)
-    page: PageConfig = field(default_factory=PageConfig)
-    rates: RatesConfig = field(default_factory=RatesConfig)
     tracker: TrackerConfig = field(default_factory=TrackerConfig)
 
+    @staticmethod
+    def check(config: DictConfig) -> None:
+        """ValueError for what no single field can tell; the folders above have their own."""
 
-ConfigStore.instance().store(name="schema", node=Config)
+
+def schema() -> DictConfig:
+    """All keys there are, with their types and defaults: configs/schema.py."""
+    return ConfigStore.instance().load("schema.yaml").node

@@ -17,19 +17,18 @@ from omegaconf import OmegaConf
 from torch import nn
 
 from data.cache import CachedPairs, cache_pairs
+from data.config import CacheConfig
 from data.encoding import is_truncated
 from data.folder import few
 from data.prompts import PromptSet, disjoint_prompts, read_prompts
+from engine.checks import at_least
 from engine.components import check, component
-from engine.config import Config
+from engine.config import TrainConfig
 from engine.loop import Objective, load_trained, train, trained
 from engine.optimizers import check_optimizer
 from engine.run import FINISHED, Run
-from engine.sections.checks import at_least
-from engine.sections.judging import SamplingConfig
-from engine.sections.pruning import LatencyConfig
-from engine.sections.training import CacheConfig, TrainConfig
 from engine.sharding import autocast_dtype, check_sharding
+from eval.config import Config, LatencyConfig, SamplingConfig
 from eval.metrics.clip import ClipScorer
 from eval.overlap import among
 from eval.sampling import Sampler

@@ -4,10 +4,10 @@ from data.cache import described_cache
 from data.encoding import at_work, check_size, encode_nothing
 from data.shards import DTYPES, CachedPairs, cache_key, is_intact
 from data.streams import Stream
-from engine.config import Config
 from engine.planning import Plan
 from engine.run import Run
 from eval.bench import Bench
+from eval.config import Config
 from eval.plan import size
 
 

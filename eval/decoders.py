@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from engine.sections.pruning import LatencyConfig
+from eval.config import LatencyConfig
 from eval.metrics.clip import ClipScorer, psnr
 from eval.timing.latency import interleaved_times, one_thread
 from models.decoding import ImageDecoder

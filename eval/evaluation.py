@@ -27,7 +27,6 @@ from data.images import BrokenImageError
 from data.prompts import PromptSet
 from data.streams import at_random_access
 from engine.components import check, component
-from engine.config import Config
 from engine.environment import environment
 from engine.files import write_tensors
 from engine.names import check_name, disk_name
@@ -35,6 +34,7 @@ from engine.parallel import map_batches
 from engine.run import Run, damaged
 from engine.seeding import generator
 from eval.bench import Bench
+from eval.config import Config
 from eval.judge import clip_scores, draw_images, write_pictures
 from eval.metrics.clip import psnr
 from eval.metrics.compare import mean_and_error, paired_difference

@@ -8,11 +8,11 @@ from pathlib import Path
 from markupsafe import Markup
 from PIL import Image
 
-from engine.config import Config
 from engine.console import print_for_programs
 from engine.files import whole_folder, write_json, write_text
 from engine.planning import Plan
 from engine.run import Run
+from eval.config import Config
 from eval.overlap import overlap_sentence
 from eval.pages.cautions import cautions_of
 from eval.pages.figures import save_png, themed

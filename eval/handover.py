@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from engine.config import Config
 from engine.planning import Plan
 from engine.run import Run
+from eval.config import Config
 from models.autoencoder import latents_meaning
 from models.card import origin_of
 from models.pipeline import export_pipeline, load_pipeline, with_unet

@@ -4,10 +4,10 @@ import logging
 
 from PIL import Image
 
-from engine.config import Config
 from engine.console import print_for_programs
 from engine.planning import Plan
 from engine.run import Run
+from eval.config import Config
 from eval.evaluation import EvaluationBench
 from eval.overlap import overlap_sentence
 from eval.pages.evaluation_page import header, rows, summary, write_evaluation_report

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from engine.config import TrainConfig
 from engine.identity import SCORER_CHECK
 from engine.planning import Plan, duration
 from engine.run import FINISHED, Run
-from engine.sections.training import TrainConfig
 from eval.bench import Bench
 from eval.pages.run_page import count
 from eval.pages.tables import markdown_table

@@ -16,11 +16,11 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.config import Config
 from engine.environment import environment
 from engine.files import write_tensors
 from engine.names import disk_name
 from engine.run import Run, damaged
+from eval.config import Config
 from eval.evaluation import LONGEST_NAME, EvaluationBench
 from eval.metrics.clip import psnr
 from eval.metrics.compare import mean_and_error, paired_difference

@@ -4,10 +4,10 @@ import logging
 
 from PIL import Image
 
-from engine.config import Config
 from engine.console import print_for_programs
 from engine.planning import Plan
 from engine.run import Run
+from eval.config import Config
 from eval.pages.speed_page import cells, console_text, header, summary, write_speed_report
 from eval.speed_bench import SpeedBench
 from eval.speed_tables import TABLES

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from engine.sections.training import TrainConfig
+from engine.config import TrainConfig
 from eval.bench import Bench
 from eval.timing.precision import computing
 from models.cost import unet_inputs

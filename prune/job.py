@@ -3,13 +3,13 @@
 import logging
 import math
 
-from engine.config import Config
 from engine.planning import Plan
 from engine.run import Run
 from eval.plan import planned, scorer_stage
 from eval.scorer_check import check_scorer
 from models.unet import PrunableUNet2DConditionModel
 from prune.bench import PruneBench
+from prune.config import Config
 from prune.evolve import Action, BlockValue, apply, as_json
 from prune.plan import latency_stage, pruning_stages
 from prune.search import Situation

@@ -19,8 +19,8 @@ from torch import nn
 
 from engine.environment import cpu_name
 from engine.progress import progress
-from engine.sections.pruning import LatencyConfig
 from engine.seeding import generator
+from eval.config import LatencyConfig
 from eval.timing.latency import (
     WAY,
     affordable,

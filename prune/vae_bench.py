@@ -30,10 +30,9 @@ from engine.files import write_tensors
 from engine.loop import Objective
 from engine.parallel import map_batches
 from engine.run import damaged
-from engine.sections.judging import LatentsConfig
-from engine.sections.pruning import DecoderConfig
 from engine.seeding import generator
 from eval.bench import Bench, clip_line
+from eval.config import LatentsConfig
 from eval.decoders import NEARNESS, compare_decoders, nearness
 from eval.judge import clip_scores, write_pictures
 from eval.latents import sampled_latents
@@ -45,6 +44,7 @@ from models.cost import count_parameters
 from models.decoding import ImageDecoder, has_statistics
 from models.pipeline import export_pipeline, with_unet
 from models.vae import NarrowAutoencoderKL
+from prune.config import DecoderConfig
 from prune.decoder import CHOICES, NORM_GROUPS, choose_channels, narrow_widths, narrowed
 
 log = logging.getLogger("slimstep")

@@ -2,12 +2,12 @@
 
 from collections.abc import Iterator
 
-from engine.config import Config
 from engine.planning import Plan
 from engine.run import Run
 from eval.plan import BYTES, CHECKPOINT_COPIES, Stage, export, image_rows, planned, scorer_stage
 from eval.scorer_check import check_scorer
 from models.cost import count_parameters
+from prune.config import Config
 from prune.vae_bench import HELDOUT, VaeBench
 
 

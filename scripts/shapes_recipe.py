@@ -18,11 +18,11 @@ from torch.utils.data import Dataset
 from data.shapes import ShapesPairs, caption
 from data.shapes_tokenizer import build_tokenizer
 from engine.checkpoints import AVERAGES
+from engine.config import TrainConfig
 from engine.files import write_json, write_tensors
 from engine.loop import train
 from engine.parallel import map_batches
 from engine.run import Run
-from engine.sections.training import TrainConfig
 from models.schedule import NoiseSchedule
 from scripts.shapes_evaluation import evaluate_assets
 from scripts.shapes_models import (

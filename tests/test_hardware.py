@@ -9,7 +9,7 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from omegaconf import OmegaConf
 
-import engine.launch  # noqa: F401  registers the schema and the resolvers
+import engine.launch  # noqa: F401  registers the resolvers
 from engine.checked import CONFIGS
 from tests.mistakes import told
 

@@ -15,8 +15,8 @@ import torch
 from torch.utils._pytree import tree_map
 
 from engine.progress import progress
-from engine.sections.pruning import LatencyConfig
 from engine.seeding import generator
+from eval.config import LatencyConfig
 from eval.timing.graphs import CannotCaptureError, CapturedCall
 from models.cost import NUM_TOKENS, unet_inputs
 from models.sizes import latent_side

@@ -24,7 +24,7 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 from torchvision.transforms.functional import pil_to_tensor
 
-from engine.sections.pruning import LatencyConfig
+from eval.config import LatencyConfig
 from eval.metrics.compare import bootstrap, interval
 from eval.sampling import Sampler
 from eval.timing.capture import CapturedSampler

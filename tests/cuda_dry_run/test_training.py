@@ -14,9 +14,9 @@ from distill.prediction import Denoising
 from distill.recovery import Recovery
 from distill.steps import StepDistillation
 from distill.teaching import Rung
+from engine.config import TrainConfig
 from engine.loop import train
 from engine.run import Run
-from engine.sections.training import TrainConfig
 from models.decoding import ImageDecoder
 from models.guidance import with_told_guidance
 from models.schedule import NoiseSchedule

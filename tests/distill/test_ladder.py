@@ -2,8 +2,8 @@
 
 import pytest
 
+from distill.config import LadderConfig, RungConfig
 from distill.ladder import Climb, climbed_otherwise, climbs
-from engine.sections.stepping import LadderConfig, RungConfig
 
 
 def test_snapfusions_ladder_for_a_student_with_a_network_of_its_own():

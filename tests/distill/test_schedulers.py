@@ -9,7 +9,7 @@ from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteS
 from omegaconf import OmegaConf
 
 from distill.bench import DistillBench
-from engine.sections.stepping import LadderConfig
+from distill.config import LadderConfig
 from models.guidance import with_told_guidance
 from models.pipeline import load_pipeline, with_unet
 from models.unet import PrunableUNet2DConditionModel

@@ -26,9 +26,9 @@ from distill.teaching import (
     teacher_target,
     weights,
 )
+from engine.config import TrainConfig
 from engine.loop import train
 from engine.run import Run
-from engine.sections.training import TrainConfig
 from models.guidance import guidance_embedding, with_told_guidance
 from models.schedule import PREDICTION_TYPES, NoiseSchedule
 from models.unet import PrunableUNet2DConditionModel

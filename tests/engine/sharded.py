@@ -19,9 +19,9 @@ from torch.utils.data import StackDataset, default_collate
 
 from distill.decoder import DecoderDistillation
 from distill.recovery import Recovery
+from engine.config import TrainConfig
 from engine.loop import Objective, train
 from engine.run import Run
-from engine.sections.training import TrainConfig
 from models.decoding import ImageDecoder
 from models.schedule import NoiseSchedule
 from models.unet import PrunableUNet2DConditionModel

@@ -103,7 +103,8 @@ def test_one_job_keeps_its_name():
 def test_the_command_line_answers_without_torch():
     """Listing experiments and naming a misspelt key import no library that takes seconds."""
     heavy = "torch diffusers transformers accelerate numpy PIL matplotlib"
-    code = f"import sys, engine.launch; print([name for name in '{heavy}'.split() if name in sys.modules])"
+    modules = f"[name for name in '{heavy}'.split() if name in sys.modules]"
+    code = f"import sys, configs.schema, engine.launch; print({modules})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert loaded.stdout.strip() == "[]"
 

@@ -14,10 +14,10 @@ from torch import nn
 import engine.averages as averages
 from engine.averages import DeviceEMA
 from engine.checkpoints import AVERAGES, FORMER_AVERAGES, Checkpoints
+from engine.config import OPTIMIZERS, TrainConfig
 from engine.loop import StepBatches, learning_rate_at, train
 from engine.preemption import CONTINUE_ME, Preempted, leave_on_sigterm
 from engine.run import Run
-from engine.sections.training import OPTIMIZERS, TrainConfig
 from engine.seeding import seed_of
 
 

@@ -12,7 +12,7 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
 
-from engine.sections.training import TrainConfig
+from engine.config import TrainConfig
 from engine.sharding import check_sharding, copy_to_shard, with_room
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,9 +11,9 @@ from diffusers import AutoencoderKL
 from omegaconf import OmegaConf
 from transformers import CLIPTextModel
 
+from configs.schema import Config
 from data.webdataset import WebDatasetPairs
 from engine.checked import CONFIGS
-from engine.config import Config
 from engine.launch import main
 from engine.run import Run
 from prune.bench import PruneBench

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import eval.timing.latency as latency
-from engine.sections.pruning import LatencyConfig
+from eval.config import LatencyConfig
 from eval.timing.graphs import WARMUP, CannotCaptureError, CapturedCall
 from eval.timing.latency import compare_ms, forward_call, settled_launch
 from models.unet import PrunableUNet2DConditionModel

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 
 from data.prompts import PromptSet
 from engine.run import differences
-from engine.sections.judging import DrawingConfig
+from eval.config import DrawingConfig
 from eval.latents import sampled_latents
 from eval.pages.comparison import metric, protocol_differences
 from eval.sampling import Sampler

@@ -10,7 +10,7 @@ import pytest
 import torch
 from diffusers import LCMScheduler
 
-from engine.sections.pruning import LatencyConfig
+from eval.config import LatencyConfig
 from eval.timing.setups import Setup
 from eval.timing.speed import Subject, measure, speedup
 from eval.timing.stopwatch import watched

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from engine.sections.pruning import LatencyConfig
+from eval.config import LatencyConfig
 from eval.timing.latency import affordable, compare_ms, thread_ms
 from models.unet import PrunableUNet2DConditionModel
 from prune.latency import latency_table, predicted_ms, table_without, timing_hooks

@@ -1,4 +1,4 @@
-"""Sections about slimming: the search, its latencies, the narrow decoder."""
+"""What prunes: the search for a UNet, the narrow decoder."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,7 +6,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from engine.sections.checks import at_least
+import eval.config
+from engine.checks import at_least
+from engine.config import StageConfig
 
 MOST_ROUNDS = 200
 
@@ -36,36 +38,6 @@ class SearchConfig:
 
 
 @dataclass
-class LatencyConfig:
-    """How the UNet is timed; `warmup`, `iterations` and `seconds` serve whole pipelines as well.
-
-    `batch` counts UNet rows: 2 is one guided image. `latent_size` and `text_length` 0 are the model's own. A median
-    takes `iterations` calls, fewer (but three) where they would last longer than `seconds`. `table`, a latency.json
-    made elsewhere, takes the place of all measuring. `cuda_graph`: whole UNets are timed as CUDA graphs (null: on a
-    GPU, where they can be captured; false: launched kernel by kernel, as an eager pipeline does).
-    """
-
-    table: str = ""
-    batch: int = 2
-    latent_size: int = 0
-    text_length: int = 0
-    compile: bool = False
-    cuda_graph: bool | None = None
-    dtype: str = "float32"
-    warmup: int = 5
-    iterations: int = 40
-    seconds: float = 30.0
-    additive_samples: int = 20
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        at_least("latency", self, 1, "batch", "warmup", "iterations", "additive_samples")
-        at_least("latency", self, 0, "latent_size", "text_length", "seconds")
-        if self.dtype not in ("float32", "float16", "bfloat16"):
-            raise ValueError(f"latency.dtype={self.dtype!r} is unknown; choose float32, float16 or bfloat16")
-
-
-@dataclass
 class DecoderConfig:
     """A narrow VAE decoder.
 
@@ -90,3 +62,12 @@ class DecoderConfig:
         for name in ("latent_sizes", "batches"):
             if (values := getattr(self, name)) is not None and not (values and all(value >= 1 for value in values)):
                 raise ValueError(f"decoder.{name}={values} must be a list of numbers from 1 up")
+
+
+@dataclass
+class Config(eval.config.Config):
+    """The keys of the jobs that prune."""
+
+    recovery: StageConfig = field(default_factory=StageConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    decoder: DecoderConfig = field(default_factory=DecoderConfig)

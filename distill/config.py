@@ -1,4 +1,4 @@
-"""Sections about the ladder of sampling steps."""
+"""What distils: the ladder of sampling steps."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -7,7 +7,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from engine.sections.checks import as_table
+import eval.config
+from engine.checks import as_table
+from engine.config import StageConfig
 
 SAMPLERS = ("DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler")
 
@@ -67,3 +69,12 @@ class LadderConfig:
             raise ValueError(f"ladder.guidance_width={self.guidance_width} must be even and at least 4, or 0")
         if self.sampler not in SAMPLERS:
             raise ValueError(f"ladder.sampler={self.sampler!r} is unknown; choose from {SAMPLERS}")
+
+
+@dataclass
+class Config(eval.config.Config):
+    """The keys of the job that distils steps."""
+
+    recovery: StageConfig = field(default_factory=StageConfig)
+    velocity: StageConfig = field(default_factory=StageConfig)
+    ladder: LadderConfig = field(default_factory=LadderConfig)

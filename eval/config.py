@@ -1,4 +1,4 @@
-"""Sections about sampling: what ranks blocks, what teaches a decoder, what judges and times pipelines."""
+"""What draws, scores, times and shows: keys of every job that evaluates."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,7 +6,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from engine.sections.checks import as_table, at_least
+import data.config
+from engine.checks import as_table, at_least
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
@@ -158,3 +159,84 @@ class CurvesConfig:
             values = getattr(self, name)
             if not values or not all(1 <= value < math.inf for value in values):
                 raise ValueError(f"curves.{name}={values} must be a list of numbers from 1 up")
+
+
+@dataclass
+class LatencyConfig:
+    """How the UNet is timed; `warmup`, `iterations` and `seconds` serve whole pipelines as well.
+
+    `batch` counts UNet rows: 2 is one guided image. `latent_size` and `text_length` 0 are the model's own. A median
+    takes `iterations` calls, fewer (but three) where they would last longer than `seconds`. `table`, a latency.json
+    made elsewhere, takes the place of all measuring. `cuda_graph`: whole UNets are timed as CUDA graphs (null: on a
+    GPU, where they can be captured; false: launched kernel by kernel, as an eager pipeline does).
+    """
+
+    table: str = ""
+    batch: int = 2
+    latent_size: int = 0
+    text_length: int = 0
+    compile: bool = False
+    cuda_graph: bool | None = None
+    dtype: str = "float32"
+    warmup: int = 5
+    iterations: int = 40
+    seconds: float = 30.0
+    additive_samples: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        at_least("latency", self, 1, "batch", "warmup", "iterations", "additive_samples")
+        at_least("latency", self, 0, "latent_size", "text_length", "seconds")
+        if self.dtype not in ("float32", "float16", "bfloat16"):
+            raise ValueError(f"latency.dtype={self.dtype!r} is unknown; choose float32, float16 or bfloat16")
+
+
+@dataclass
+class HandoverConfig:
+    """Folders of pipelines: `model` gives all but the VAE, `vae` gives that."""
+
+    model: str = ""
+    vae: str = ""
+
+
+@dataclass
+class PageConfig:
+    """Finished runs that a page is about: an evaluation, and the benchmark of the same models, the teacher first and
+    the student last. `stages` are the runs beside its own that made them."""
+
+    evaluation: str = ""
+    benchmark: str = ""
+    stages: list[str] = field(default_factory=list)
+
+
+@dataclass
+class RatesConfig:
+    """Rows a second of one process, for the hours that plan=true tells; null is measured by it."""
+
+    forward: float | None = None
+    sampling: float | None = None
+    training: float | None = None
+    decoding: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("forward", "sampling", "training", "decoding"):
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
+                raise ValueError(f"rates.{name}={value} must be above 0")
+
+
+@dataclass
+class Config(data.config.Config):
+    """The keys of jobs that draw, score, time and show."""
+
+    sampling: DrawingConfig = field(default_factory=DrawingConfig)
+    scoring: ScoringConfig = field(default_factory=ScoringConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    scorer: Any = None
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    latency: LatencyConfig = field(default_factory=LatencyConfig)
+    benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
+    latents: LatentsConfig = field(default_factory=LatentsConfig)
+    curves: CurvesConfig = field(default_factory=CurvesConfig)
+    handover: HandoverConfig = field(default_factory=HandoverConfig)
+    page: PageConfig = field(default_factory=PageConfig)
+    rates: RatesConfig = field(default_factory=RatesConfig)

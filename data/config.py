@@ -1,0 +1,74 @@
+"""What a run is about: its models and its data."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+
+import engine.config
+from engine.checked import CONFIGS
+from engine.checks import at_least
+
+STORAGE_DTYPES = ("float32", "float16")
+
+
+@dataclass
+class CacheConfig:
+    """Where encoded images and texts lie, and how: `data/cache.py` tells; `batch_size` counts images."""
+
+    folder: str = "runs/cache"
+    batch_size: int = 64
+    dtype: str = "float32"
+    shard_size: int = 512
+    workers: int = 0
+    verify: bool = True
+
+    def __post_init__(self) -> None:
+        at_least("data.cache", self, 1, "batch_size", "shard_size")
+        at_least("data.cache", self, 0, "workers")
+        if self.dtype not in STORAGE_DTYPES:
+            raise ValueError(f"data.cache.dtype={self.dtype!r} is unknown; choose from {', '.join(STORAGE_DTYPES)}")
+
+
+@dataclass
+class DataConfig:
+    """What every `data` group has; its other keys belong to the constructors of its pairs and prompts."""
+
+    resolution: int | None = None
+    prompt_file: str | None = None
+    prompt_column: str | None = None
+    pairs: Any = None
+    prompts: Any = None
+    cache: CacheConfig = field(default_factory=CacheConfig)
+
+    def __post_init__(self) -> None:
+        if self.resolution is not None:
+            at_least("data", self, 1, "resolution")
+
+
+@dataclass
+class Config(engine.config.Config):
+    """`model` and `models` name pipelines; `data` is a group's own section (DataConfig and what its pairs take)."""
+
+    model: Any = None
+    models: Any = None
+    data: Any = None
+
+    @staticmethod
+    def check(config: DictConfig) -> None:
+        check_data(config.data)
+
+
+def check_data(data: DictConfig | None) -> None:
+    """ValueError, or Hydra's own, for keys that the group with these pairs has not, and values that cannot be."""
+    if data is None:
+        raise ValueError(f"data=null: choose one of {', '.join(path.stem for path in (CONFIGS / 'data').iterdir())}")
+    kind = "pairs._target_"
+    groups = [OmegaConf.load(path) for path in (CONFIGS / "data").glob("*.yaml")]
+    same = (group for group in groups if OmegaConf.select(group, kind) == OmegaConf.select(data, kind))
+    known = list(next(same, data))  # pairs of the user's own may have any keys
+    if unknown := [key for key in data if key not in known]:
+        raise ValueError(f"data has no key {unknown[0]}, which +data.{unknown[0]}=… would add; keys: {', '.join(data)}")
+    schema = OmegaConf.create({"data": OmegaConf.structured(DataConfig)})
+    given = {key: value for key, value in OmegaConf.to_container(data, resolve=True).items() if key in schema.data}
+    OmegaConf.to_object(OmegaConf.merge(schema, {"data": given}).data)
