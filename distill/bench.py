@@ -19,8 +19,8 @@ from distill.ladder import Climb, climbed_otherwise, climbs
 from distill.pairs import FixedDraws, taught_pairs
 from distill.teaching import Rung
 from engine.config import StageConfig, TrainConfig
+from engine.files import damaged
 from engine.loop import Objective
-from engine.run import damaged
 from eval.bench import Bench, clip_line
 from eval.overlap import among
 from models.guidance import told_guidance_width, with_told_guidance

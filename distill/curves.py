@@ -13,9 +13,8 @@ from torch import Tensor
 
 from distill.bench import DistillBench
 from engine.environment import environment
-from engine.files import write_tensors
+from engine.files import damaged, write_tensors
 from engine.parallel import map_batches
-from engine.run import damaged
 from eval.judge import write_pictures
 from eval.metrics.clip import psnr
 from eval.metrics.compare import mean_and_error, paired_difference, paired_ratio

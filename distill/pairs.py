@@ -10,9 +10,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from engine.files import write_tensors
+from engine.files import damaged, write_tensors
 from engine.parallel import map_batches
-from engine.run import Run, damaged
+from engine.run import Run
 from engine.seeding import generator
 
 ANSWERS = "answers.safetensors"

@@ -27,11 +27,12 @@ from engine.chain import Chain
 from engine.checked import MISTAKES, ROOT, checked_config, run_path
 from engine.components import named_job
 from engine.config import Config
+from engine.files import damaged
 from engine.identity import SCORER_CHECK, WATCHING
 from engine.planning import Plan
 from engine.preemption import Preempted, was_preempted
 from engine.quiet import one_line
-from engine.run import FINISHED, PATIENCE, TRACEBACK, Run, damaged
+from engine.run import FINISHED, PATIENCE, TRACEBACK, Run
 from engine.tracking import Tracker
 
 log = logging.getLogger("slimstep")

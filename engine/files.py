@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError
+from yaml import YAMLError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -100,3 +101,12 @@ def whole_folder(path: Path) -> Iterator[Path]:
     if path.exists():
         shutil.rmtree(path)
     os.rename(aside, path)
+
+
+@contextmanager
+def damaged(path: Path) -> Iterator[None]:
+    """ValueError that names the file where what is in it cannot be read."""
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, YAMLError, SafetensorError) as error:
+        raise ValueError(f"{path} is damaged ({error}); remove it, and the same command makes it again") from error

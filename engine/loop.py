@@ -21,11 +21,11 @@ from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 from engine.averages import DeviceEMA
 from engine.checkpoints import Checkpoints
 from engine.config import TrainConfig
-from engine.files import unwritable, write_tensors
+from engine.files import damaged, unwritable, write_tensors
 from engine.optimizers import make_optimizer, set_learning_rate
 from engine.preemption import NotedSignals, leave_signals_to_the_parent
 from engine.progress import progress
-from engine.run import Run, damaged
+from engine.run import Run
 from engine.seeding import generator, seed_of
 from engine.sharding import as_number, copy_to_shard, is_sharded, tell_deepspeed, whole_weights, with_room
 

@@ -6,8 +6,7 @@ The same command continues a killed run. Rank 0 decides what exists and tells th
 import itertools
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -16,10 +15,8 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
-from safetensors import SafetensorError
-from yaml import YAMLError
 
-from engine.files import digests, whole_folder, write_json, write_text
+from engine.files import damaged, digests, whole_folder, write_json, write_text
 from engine.identity import differences, has_begun, has_grown
 from engine.names import disk_name
 from engine.products import CARD
@@ -188,12 +185,3 @@ class Run:
 def sleeping_ranks() -> torch.distributed.ProcessGroup:
     """All ranks over gloo: those that wait for NCCL spin."""
     return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
-
-
-@contextmanager
-def damaged(path: Path) -> Iterator[None]:
-    """ValueError that names the file where what is in it cannot be read."""
-    try:
-        yield
-    except (ValueError, LookupError, TypeError, AttributeError, YAMLError, SafetensorError) as error:
-        raise ValueError(f"{path} is damaged ({error}); remove it, and the same command makes it again") from error

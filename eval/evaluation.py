@@ -28,10 +28,10 @@ from data.prompts import PromptSet
 from data.streams import at_random_access
 from engine.components import check, component
 from engine.environment import environment
-from engine.files import write_tensors
+from engine.files import damaged, write_tensors
 from engine.names import check_name, disk_name
 from engine.parallel import map_batches
-from engine.run import Run, damaged
+from engine.run import Run
 from engine.seeding import generator
 from eval.bench import Bench
 from eval.config import Config

@@ -13,12 +13,12 @@ from engine.files import whole_folder, write_json, write_text
 from engine.planning import Plan
 from engine.run import Run
 from eval.config import Config
-from eval.overlap import overlap_sentence
 from eval.pages.cautions import cautions_of
 from eval.pages.figures import save_png, themed
+from eval.pages.html import render
 from eval.pages.outcome import AGAINST, Outcome
-from eval.pages.run_page import flatten, render
 from eval.pages.tables import console_table
+from eval.pages.text import flatten, overlap_sentence
 from models.card import origin_of, write_card
 
 log = logging.getLogger("slimstep")

@@ -9,9 +9,9 @@ from engine.planning import Plan
 from engine.run import Run
 from eval.config import Config
 from eval.evaluation import EvaluationBench
-from eval.overlap import overlap_sentence
 from eval.pages.evaluation_page import header, rows, summary, write_evaluation_report
 from eval.pages.tables import console_table
+from eval.pages.text import overlap_sentence
 from eval.plan import Stage, image_rows, scorer_stage, stages_table, time_line
 from eval.scorer_check import check_scorer
 

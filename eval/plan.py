@@ -8,8 +8,8 @@ from engine.identity import SCORER_CHECK
 from engine.planning import Plan, duration
 from engine.run import FINISHED, Run
 from eval.bench import Bench
-from eval.pages.run_page import count
 from eval.pages.tables import markdown_table
+from eval.pages.text import count
 from eval.throughput import hours
 from models.cost import count_activation_bytes, count_gflops
 from models.pipeline import networks

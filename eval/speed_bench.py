@@ -17,9 +17,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from engine.environment import environment
-from engine.files import write_tensors
+from engine.files import damaged, write_tensors
 from engine.names import disk_name
-from engine.run import Run, damaged
+from engine.run import Run
 from eval.config import Config
 from eval.evaluation import LONGEST_NAME, EvaluationBench
 from eval.metrics.clip import psnr

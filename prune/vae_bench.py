@@ -26,10 +26,9 @@ from data.prompts import PromptSet, heldout_prompts, read_prompts
 from data.streams import at_random_access
 from engine.components import check, component
 from engine.environment import environment
-from engine.files import write_tensors
+from engine.files import damaged, write_tensors
 from engine.loop import Objective
 from engine.parallel import map_batches
-from engine.run import damaged
 from engine.seeding import generator
 from eval.bench import Bench, clip_line
 from eval.config import LatentsConfig

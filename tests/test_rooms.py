@@ -1,6 +1,8 @@
 """Imports go one way between the folders, and no two files need each other."""
 
 import ast
+import subprocess
+import sys
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -52,3 +54,11 @@ def test_no_circle_of_files():
         list(TopologicalSorter(graph).static_order())
     except CycleError as circle:
         pytest.fail(" -> ".join(circle.args[1]))
+
+
+@pytest.mark.parametrize("module", ["runs", "results", "cautions", "tables", "text"])
+def test_reading_results_loads_no_library_that_draws_or_computes(module):
+    heavy = "[name for name in ('torch', 'matplotlib', 'diffusers') if name in sys.modules]"
+    code = f"import sys, eval.pages.{module}; print({heavy})"
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert loaded.stdout.strip() == "[]"

@@ -10,10 +10,12 @@ from engine.files import write_text
 from eval.metrics.compare import paired_difference
 from eval.pages.cautions import cautions_of
 from eval.pages.evaluation_page import difference
-from eval.pages.figures import SERIES, TEACHER, Point, digits, pareto_figure, save_png, themed
-from eval.pages.run_page import count, display_name, facts, percent, render
-from eval.pages.runs import RunRecord, read_run
+from eval.pages.figures import SERIES, TEACHER, Point, pareto_figure, save_png, themed
+from eval.pages.html import render
+from eval.pages.run_page import facts
+from eval.pages.runs import RunRecord, read_run, run_names
 from eval.pages.tables import console_table, markdown_table
+from eval.pages.text import count, digits, display_name, percent
 
 BEFORE_A_CHOICE = {"precision": "float32"}  # of protocols that do not say theirs
 COLUMNS = ["parameters", "GFLOPs", "UNet ms", "of teacher", "CLIP ± se", "against teacher"]
@@ -61,20 +63,6 @@ def finished_run(folder: str | Path) -> RunRecord:
     if not run.evaluation:
         raise ValueError(f"{run.path} has no evaluation.json: the run is not finished; its command again continues it")
     return run
-
-
-def run_names(paths: Sequence[Path]) -> list[str]:
-    """Each folder by the shortest end of its path that is no other's: 'evaluate', or 'sdxl/evaluate'."""
-
-    def end(path: Path, length: int) -> str:
-        return "/".join(path.parts[-length:])
-
-    names = []
-    for path in paths:
-        lengths = range(1, len(path.parts))
-        alone = (n for n in lengths if not any(end(other, n) == end(path, n) for other in paths if other != path))
-        names.append(end(path, next(alone, len(path.parts))))
-    return names
 
 
 def metric(run: RunRecord) -> tuple[str, dict[str, Any]]:

@@ -9,12 +9,12 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from engine.files import whole_folder, write_text
-from eval.overlap import overlap_sentence
 from eval.pages.cautions import cautions
 from eval.pages.figures import MUTED, SERIES, canvas, grid_figure, save_png, styled, themed
-from eval.pages.run_page import count, flatten, render
+from eval.pages.html import render
 from eval.pages.runs import read_json
 from eval.pages.tables import csv_table, markdown_table
+from eval.pages.text import count, flatten, overlap_sentence
 
 Results = Mapping[str, Any]
 

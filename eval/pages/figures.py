@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from eval.pages.runs import finite
+from eval.pages.text import digits
 
 INK, MUTED, LINE, PAPER = "#1b1f24", "#6b7280", "#d5d9e0", "#fffffe"  # the page's own; see `themed`
 TEACHER, STUDENT, STEP = MUTED, "#d9480f", "#1c7ed6"
@@ -87,16 +88,6 @@ def canvas(width: float, height: float, rows: int = 1) -> tuple[Figure, np.ndarr
     """A figure in inches with `rows` axes above each other that share x."""
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, np.atleast_1d(figure.subplots(rows, 1, sharex=True))
-
-
-def digits(value: float) -> str:
-    """Three significant digits, without an exponent: 0.0567, 1.23, 12.3, 1234."""
-    return f"{value:.0f}" if abs(value) >= 100 else f"{value:#.3g}"
-
-
-def signed(value: float, places: int = 2) -> str:
-    """With its sign, and a minus that is as wide as the plus."""
-    return f"{value:+.{places}f}".replace("-", "−")
 
 
 # ---- charts ----

@@ -4,11 +4,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from eval.pages.evaluation_page import difference
-from eval.pages.figures import digits
 from eval.pages.gathered import Gathered
 from eval.pages.pareto import speedup
 from eval.pages.results import setting, told
 from eval.pages.speed_page import ratio
+from eval.pages.text import digits
 
 Row = Mapping[str, Any]
 Tile = Mapping[str, str]

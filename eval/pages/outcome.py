@@ -16,9 +16,9 @@ from eval.metrics.compare import paired_difference
 from eval.pages.evaluation_page import difference, images_figure
 from eval.pages.gathered import Gathered
 from eval.pages.results_figures import draw_time
-from eval.pages.run_page import count, percent
 from eval.pages.speed_page import ratio
 from eval.pages.tables import markdown_table
+from eval.pages.text import count, percent
 
 Point = Mapping[str, Any]
 AGAINST = ["teacher at", "its CLIP ± se", "student − teacher, paired [95 %]", "times as fast [95 %]"]

@@ -10,11 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.run import damaged
+from engine.files import damaged
 from eval.metrics.compare import PairedDifference, paired_difference
-from eval.overlap import SEEN
-from eval.pages.run_page import flatten
 from eval.pages.runs import read_json
+from eval.pages.text import SEEN, flatten
 
 Point = Mapping[str, Any]
 Results = Mapping[str, Any]

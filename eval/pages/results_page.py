@@ -13,16 +13,17 @@ from eval.metrics.compare import PairedDifference
 from eval.pages.cautions import cautions_of
 from eval.pages.comparison import facts_that_differ, protocol_differences
 from eval.pages.evaluation_page import columns, difference
-from eval.pages.figures import digits, grid_figure, save_png, themed
+from eval.pages.figures import grid_figure, save_png, themed
 from eval.pages.gathered import Gathered
 from eval.pages.headline import headline, tiles
+from eval.pages.html import render
 from eval.pages.pareto import key, speedup
 from eval.pages.results import SPEED_KINDS, common_settings, metric, pair_matrix, setting, told
 from eval.pages.results_figures import draw_sections, image_grid, untimed
-from eval.pages.run_page import render
 from eval.pages.speed_page import NOTES, cells
 from eval.pages.speed_page import header as speed_header
 from eval.pages.tables import console_table, markdown_table
+from eval.pages.text import digits
 
 Row = Mapping[str, Any]
 

@@ -4,19 +4,14 @@ It is drawn from the run's files alone, so it can be made at any time, of a run 
 whose files do not exist yet is left out, and the page says what is missing.
 """
 
-import base64
-import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from markupsafe import Markup
 from matplotlib.figure import Figure
-from PIL import Image
 
 from engine.files import whole_folder, write_text
-from eval.overlap import SEEN, overlap_sentence
 from eval.pages.cautions import cautions
 from eval.pages.figures import (
     STEP,
@@ -24,18 +19,17 @@ from eval.pages.figures import (
     TEACHER,
     Point,
     additivity_figure,
-    digits,
     evolution_figure,
     grid_figure,
     pareto_figure,
     save_png,
-    signed,
     themed,
 )
-from eval.pages.runs import RunRecord, depth_of, finite, read_run
+from eval.pages.html import data_uri, render
+from eval.pages.runs import RunRecord, depth_of, read_run
+from eval.pages.text import SEEN, count, digits, display_name, flatten, overlap_sentence, percent, signed
 from eval.pages.unet_figure import unet_figure
 
-PICTURE = 256  # pixels on the page: larger images are scaled down, smaller ones have their pixels repeated
 KINDS = {"teacher": ("teacher", TEACHER), "student": ("student", STUDENT)}
 
 
@@ -64,40 +58,6 @@ def write_report(folder: str | Path) -> Path:
     )
     write_text(run.path / "report.html", page)
     return run.path / "report.html"
-
-
-def render(template: str, cautions: Sequence[str] = (), **values: Any) -> str:
-    """A page from eval/pages/templates, cautions at its head; text is escaped, figures are not."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
-        autoescape=True,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"digits": or_dash(digits), "signed": or_dash(signed), "count": count, "percent": percent}
-    return environment.get_template(template).render(cautions=cautions, **values)
-
-
-def or_dash(form):
-    """`form`, with a dash for what was not measured."""
-    return lambda value: form(value) if finite(value) else "–"
-
-
-def percent(share: float) -> str:
-    return f"{100 * share:.0f} %"
-
-
-def count(value: int | None) -> str:
-    """A number of parameters: 2.09 M, 859.5 M, 2.57 B."""
-    if value is None:
-        return "–"
-    size, unit = next(((s, u) for s, u in ((1e9, "B"), (1e6, "M"), (1e3, "k")) if value >= s), (1, ""))
-    return f"{value / size:.4g} {unit}".strip()
-
-
-def display_name(name: str) -> str:
-    return f"round {int(name.removeprefix('round-'))}" if name.startswith("round-") else name
 
 
 # ---- what the page says ----
@@ -170,19 +130,6 @@ def facts(run: RunRecord) -> dict[str, dict[str, Any]]:
     return {title: table for title, table in flat.items() if any(value is not None for value in table.values())}
 
 
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """{'a': {'b': 1}} as {'a.b': 1}; lists as text."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            flat[prefix + key] = ", ".join(map(str, value))
-        else:
-            flat[prefix + key] = f"{value:.4g}" if isinstance(value, float) else value
-    return flat
-
-
 # ---- what the page shows ----
 
 
@@ -235,13 +182,3 @@ def pictures(run: RunRecord) -> list[dict[str, Any]]:
         for prompt, *paths in zip(run.prompts, *(run.images[name] for name in names), strict=False)
         if paths
     ]
-
-
-def data_uri(path: Path) -> str:
-    """A PNG for an <img>, about as large as the page shows it."""
-    image = Image.open(path).convert("RGB")
-    image = image.resize([side * max(1, PICTURE // max(image.size)) for side in image.size], Image.Resampling.NEAREST)
-    image.thumbnail((PICTURE, PICTURE), Image.Resampling.LANCZOS)
-    file = io.BytesIO()
-    image.save(file, "png")
-    return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

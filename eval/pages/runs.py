@@ -8,12 +8,12 @@ export/verdict.json, config.yaml                    the hand-over, and what was 
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.run import damaged
+from engine.files import damaged
 
 
 @dataclass(frozen=True)
@@ -158,3 +158,17 @@ def depth_of(site: str, depths: Mapping[str, int], levels: int) -> int:
 
 def finite(value: float | None) -> bool:
     return value is not None and math.isfinite(value)
+
+
+def run_names(paths: Sequence[Path]) -> list[str]:
+    """Each folder by the shortest end of its path that is no other's: 'evaluate', or 'sdxl/evaluate'."""
+
+    def end(path: Path, length: int) -> str:
+        return "/".join(path.parts[-length:])
+
+    names = []
+    for path in paths:
+        lengths = range(1, len(path.parts))
+        alone = (n for n in lengths if not any(end(other, n) == end(path, n) for other in paths if other != path))
+        names.append(end(path, next(alone, len(path.parts))))
+    return names

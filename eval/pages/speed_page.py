@@ -11,10 +11,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from engine.files import whole_folder, write_text
-from eval.pages.figures import MUTED, SERIES, STUDENT, canvas, digits, save_png, signed, styled, themed
-from eval.pages.run_page import flatten, percent, render
+from eval.pages.figures import MUTED, SERIES, STUDENT, canvas, save_png, styled, themed
+from eval.pages.html import render
 from eval.pages.runs import read_json
 from eval.pages.tables import console_table, csv_table, markdown_table
+from eval.pages.text import digits, flatten, percent, signed
 from eval.plan import size
 from eval.timing.stopwatch import PARTS
 

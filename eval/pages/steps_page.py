@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 from engine.files import whole_folder, write_text
-from eval.overlap import overlap_sentence
 from eval.pages.cautions import cautions
 from eval.pages.figures import MUTED, SERIES, grid_figure, save_png, styled, themed
-from eval.pages.run_page import flatten, render
+from eval.pages.html import render
 from eval.pages.runs import read_json
 from eval.pages.tables import console_table
+from eval.pages.text import flatten, overlap_sentence
 
 Point = Mapping[str, Any]
 NAMES = {"teacher": "teacher, DDIM", "teacher-dpm": "teacher, DPM++ 2M", "teacher-v": "teacher, v"}

@@ -10,12 +10,12 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from engine.files import whole_folder, write_text
-from eval.overlap import overlap_sentence
 from eval.pages.cautions import cautions
-from eval.pages.figures import MUTED, STUDENT, canvas, digits, save_png, styled, themed
-from eval.pages.run_page import count, flatten, render
+from eval.pages.figures import MUTED, STUDENT, canvas, save_png, styled, themed
+from eval.pages.html import render
 from eval.pages.runs import read_json
 from eval.pages.tables import console_table
+from eval.pages.text import count, digits, flatten, overlap_sentence
 
 Evaluation = Mapping[str, Any]
 KINDS = {"sampled": "sampled latents", "real": "latents of real images"}

@@ -2,8 +2,9 @@
 
 import pytest
 
-from eval.pages.figures import Point, digits, pareto_figure, pareto_front, signed, themed
+from eval.pages.figures import Point, pareto_figure, pareto_front, themed
 from eval.pages.runs import Block, depth_of
+from eval.pages.text import digits, signed
 from eval.pages.unet_figure import BOX_H, BOX_W, places, unet_figure, value_norm
 from tests.eval.run_stub import sd15_sites
 

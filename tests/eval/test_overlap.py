@@ -16,8 +16,9 @@ from distill.bench import DistillBench
 from engine.run import Run
 from eval.bench import Bench
 from eval.evaluation import EvaluationBench
-from eval.overlap import among, known_captions, overlap_sentence
+from eval.overlap import among, known_captions
 from eval.pages.run_page import write_report
+from eval.pages.text import overlap_sentence
 from prune.vae_bench import VaeBench
 from tests.data.tars import picture, write_tar
 from tests.eval.run_stub import write_run
