@@ -82,12 +82,12 @@ ALL = [pytest.param(name, precision, marks=[] if name in FAST or precision == "b
 def test_every_objective_trains_in_every_precision_without_a_wait_per_step(gpu, tmp_path, name, precision):
     with gpu.counted() as one:
         trained(tmp_path / "one", name, precision, 1)
-    with gpu.counted() as three:
-        model = trained(tmp_path / "three", name, precision, 3)
+    with gpu.counted() as two:
+        model = trained(tmp_path / "two", name, precision, 2)
     assert {x.device.type for x in model.parameters()} == {"cuda"}
-    more = three - one
+    more = two - one
     if precision == "fp16":  # torch's own loss scaling reads each step whether its gradient overflowed
-        more = {wait: n for wait, n in more.items() if "number read by the host" not in wait or n > 2}
+        more = {wait: n for wait, n in more.items() if "number read by the host" not in wait or n > 1}
     assert not more
 
 

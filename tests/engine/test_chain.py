@@ -1,5 +1,7 @@
 """A chain of jobs: whose words are whose, what is skipped, what begins anew. The jobs here only leave a file."""
 
+import copy
+import functools
 import json
 import re
 import shutil
@@ -10,6 +12,7 @@ from accelerate import Accelerator
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
+import engine.chain
 import engine.execution
 from engine.checked import run_path
 from engine.execution import make_accelerator
@@ -48,7 +51,9 @@ def chain(monkeypatch, capfd, tmp_path):
         config_of[path.name] = config
         return 3 if path.name == "prune_unet" else 0
 
-    config_of = {}
+    config_of, composed = {}, functools.cache(engine.chain.compose)
+    monkeypatch.setattr(engine.chain, "compose", lambda words: copy.deepcopy(composed(tuple(words))))
+    monkeypatch.setattr(engine.chain, "free_memory", lambda: None)  # nothing was loaded
     monkeypatch.setattr(engine.execution, "run_job", job)
     monkeypatch.setattr(engine.execution, "planned_job", lambda config, strict=False: Plan(run_path(config).name, 1.0))
 

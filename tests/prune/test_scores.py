@@ -44,7 +44,7 @@ def test_a_block_scores_what_the_pruned_unet_loses(parts, table):
         torch.testing.assert_close(table.loss_NP[n], base - without, atol=0.05, rtol=0)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("batch_size", [3, 5])
 def test_the_batch_size_changes_scores_by_rounding_alone(parts, table, batch_size):
     other = score(parts, batch_size)
     torch.testing.assert_close(other.base_P, table.base_P, atol=0.05, rtol=0)
