@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.types import Override
 
-from engine.renamed import at_their_place
+from engine.renamed import is_same
 
 SCORER_CHECK = "scorer_check.json"  # what eval/scorer_check.py has measured
 GROWING = ("ladder.steps", "curves.steps", "curves.guidance")
@@ -118,7 +118,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
     """{dotted key: (old, new)} of all leaves in which two nested dicts differ; None stands for a missing one."""
     tables = [value for value in (old, new) if isinstance(value, dict)]
     if not tables or not all(value is None or isinstance(value, dict) for value in (old, new)):
-        return {} if at_their_place(old) == at_their_place(new) else {prefix: (old, new)}
+        return {} if is_same(prefix, old, new) else {prefix: (old, new)}
     old, new, found = old or {}, new or {}, {}
     for key in {**old, **new}:
         found |= differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))

@@ -2,13 +2,14 @@
 
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 MOVED = {
     "engine.handover.hand_over": "eval.handover.hand_over",
     "eval.clip.ClipScorer": "eval.metrics.clip.ClipScorer",
     "eval.preference.PickScore": "eval.metrics.preference.PickScore",
 }
+ADDED = {"evaluation.preferences.hpsv2.quick_gelu": False}  # what earlier versions did without saying it
 
 
 def at_their_place(value: Any) -> Any:
@@ -20,12 +21,17 @@ def at_their_place(value: Any) -> Any:
     return MOVED.get(value, value) if isinstance(value, str) else value
 
 
-def replace_moved(config: DictConfig) -> None:
+def replace_moved(config: DictConfig | ListConfig) -> None:
     """Points `job` and every `_target_` of a configuration to where it lies now."""
-    for key in config:
+    for key in range(len(config)) if OmegaConf.is_list(config) else config:
         if OmegaConf.is_missing(config, key) or OmegaConf.is_interpolation(config, key):
             continue
-        if OmegaConf.is_dict(config[key]):
+        if OmegaConf.is_config(config[key]):
             replace_moved(config[key])
         elif key in ("job", "_target_"):
             config[key] = at_their_place(config[key])
+
+
+def is_same(key: str, old: Any, new: Any) -> bool:
+    """Whether a value of an earlier version's configuration, None where it had no such key, is what is there now."""
+    return at_their_place(old) == at_their_place(new) or (old is None and key in ADDED and ADDED[key] == new)

@@ -17,7 +17,6 @@ from eval.pages.cautions import cautions_of
 from eval.pages.figures import save_png, themed
 from eval.pages.html import render
 from eval.pages.outcome import AGAINST, Outcome
-from eval.pages.tables import console_table
 from eval.pages.text import flatten, overlap_sentence
 from models.card import origin_of, write_card
 
@@ -36,7 +35,7 @@ def report(config: Config, run: Run) -> int | Plan:
         write_page(outcome, run, page.stages)
         if origin_of(student := Path(str(outcome.evaluation["models"][outcome.student_name]))):
             write_card(student, outcome.results())
-        print(outcome.text(console_table))
+        print(outcome.console_text())
         log.info(f"report: {(run.path / 'report.html').resolve()}")
         print_for_programs({"run": str(run.path.resolve()), **outcome.summary()})
     run.accelerator.wait_for_everyone()

@@ -1,4 +1,4 @@
-"""The shipped weights: they load with nothing but their libraries, and are as good as the README says."""
+"""The shipped weights: they load with nothing but their libraries, and are as good as docs/toy-model.md says."""
 
 import json
 from pathlib import Path

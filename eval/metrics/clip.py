@@ -90,25 +90,45 @@ class ClipScorer:
             check_safe(model, pretrained)
         self.model_name, self.pretrained, self.prefix, self.scale = model, pretrained, prefix, scale
         self.force, self.device = force, torch.device(device)
-        trained = trained_with(model, pretrained, quick_gelu, normalisation)
+        options = {"device": self.device, "require_pretrained": True}
+        options |= trained_with(model, pretrained, quick_gelu, normalisation)
         with quiet_root_logger():
             try:
-                self.model = open_clip.create_model(
-                    model, pretrained, device=self.device, require_pretrained=True, **trained
-                )
+                self.model = open_clip.create_model(model, pretrained, **options)
                 self.tokenizer = open_clip.get_tokenizer(model)
             except Exception as error:  # readers of damaged files raise whatever they stumble over
                 raise ValueError(explain(model, pretrained, error)) from error
         check_tokens(self.model, self.tokenizer, model)
         self.model.eval().requires_grad_(False)
         self.preprocessing = PreprocessCfg(**self.model.visual.preprocess_cfg)
+        self.check_given(quick_gelu, normalisation)
         self.transform = image_transform_v2(self.preprocessing, is_train=False)
+
+    @property
+    def has_quick_gelu(self) -> bool:
+        return any(isinstance(layer, QuickGELU) for layer in self.model.modules())
+
+    def check_given(self, quick_gelu: bool | None, normalisation: str | None) -> None:
+        """ValueError for what is given of a tag or a folder, which say how they were trained, and say otherwise."""
+        statistics = tuple(self.preprocessing.mean), tuple(self.preprocessing.std)
+        wrong = {
+            GELU: quick_gelu not in (None, self.has_quick_gelu),
+            "normalisation": normalisation is not None and NORMALISATIONS[normalisation] != statistics,
+        }
+        given = {GELU: quick_gelu, "normalisation": normalisation}
+        if said := [f"scorer.{name}={given[name]}" for name, is_wrong in wrong.items() if is_wrong]:
+            where = self.pretrained or self.model_name
+            raise ValueError(f"{', '.join(said)} (or a preference's own): {where} says otherwise, and needs neither")
 
     @cached_property
     def protocol(self) -> dict:
-        """All that makes this CLIP score this metric; `weights` hashes a local checkpoint, wherever it lies."""
+        """All that makes this CLIP score this metric; `weights` hashes a local checkpoint, wherever it lies.
+
+        The activation is there where it is not the one that the model's name, or its folder's file, says.
+        """
         cfg = self.preprocessing
-        is_folder = self.model_name.startswith(LOCAL)
+        is_folder, quick = self.model_name.startswith(LOCAL), self.has_quick_gelu
+        is_usual = self.model_name.startswith((LOCAL, HUB)) or quick == is_quick(self.model_name, None)
         return {
             "model": LOCAL + Path(self.model_name.removeprefix(LOCAL)).name if is_folder else self.model_name,
             "pretrained": self.pretrained and Path(self.pretrained).name,
@@ -118,7 +138,7 @@ class ClipScorer:
             "scale": self.scale,
             "mean": list(cfg.mean),
             "std": list(cfg.std),
-            **({GELU: True} if any(isinstance(layer, QuickGELU) for layer in self.model.modules()) else {}),
+            **({} if is_usual else {GELU: quick}),
         }
 
     @torch.inference_mode()
@@ -156,25 +176,25 @@ def trained_with(model: str, pretrained: str | None, quick_gelu: bool | None, no
 
     A folder's own configuration says both, and so does a tag's entry, of which open_clip leaves out the activation. Of
     a file it knows neither and takes the name's own activation and OpenAI's normalisation; here the file takes what the
-    tags of its name agree upon. Raises ValueError where they do not, and for a value where there is nothing to choose.
+    tags of its name agree upon. Raises ValueError where they do not. How an image that is not square is resized is left
+    to open_clip where they do not agree: ours are square.
     """
-    given = {GELU: quick_gelu, "normalisation": normalisation}
-    is_folder = model.startswith((LOCAL, HUB))
-    tags = [] if is_folder else open_clip.list_pretrained_tags_by_model(model)
-    if is_folder or pretrained in tags:
-        if told := [f"scorer.{name}={value}" for name, value in given.items() if value is not None]:
-            raise ValueError(f"{', '.join(told)} is for checkpoint files: {pretrained or model} says its own")
-        return {} if is_folder else activation(is_quick(model, pretrained))
     if normalisation is not None and normalisation not in NORMALISATIONS:
         raise ValueError(f"scorer.normalisation={normalisation} is unknown; choose from {', '.join(NORMALISATIONS)}")
+    if model.startswith((LOCAL, HUB)):
+        return {}
+    tags = open_clip.list_pretrained_tags_by_model(model)
+    if pretrained in tags:
+        return activation(is_quick(model, pretrained))
     entries = [open_clip.get_pretrained_cfg(model, tag) for tag in tags]
     quick = {is_quick(model, tag) for tag in tags} or {is_quick(model, None)}
     statistics = {(tuple(entry["mean"]), tuple(entry["std"])) for entry in entries}
-    known = {GELU: len(quick) == 1, "normalisation": len(statistics) == 1}
-    if absent := [f"scorer.{name}=…" for name, value in given.items() if value is None and not known[name]]:
+    ways = {"quick_gelu=true or false": quick_gelu is None and len(quick) > 1,
+            f"normalisation={', '.join(NORMALISATIONS)}": normalisation is None and len(statistics) != 1}  # fmt: skip
+    if asked := [f"scorer.{way}" for way, is_open in ways.items() if is_open]:
         raise ValueError(
-            f"{pretrained} does not say how it was trained, and {model} leaves it open: give {' and '.join(absent)} "
-            f"(quick_gelu true or false; normalisation one of {', '.join(NORMALISATIONS)}), as its model card has them"
+            f"{pretrained} does not say how it was trained, and {model} leaves it open: give {' and '.join(asked)} (or "
+            "a preference's own), as its model card says"
         )
     mean, std = NORMALISATIONS[normalisation] if normalisation else statistics.pop()
     shape = {key: {entry[key] for entry in entries} for key in ("interpolation", "resize_mode")}

@@ -4,7 +4,7 @@ An evaluation gives the scores and a benchmark of the same models the times; the
 one the student.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from eval.pages.evaluation_page import difference, images_figure
 from eval.pages.gathered import Gathered
 from eval.pages.results_figures import draw_time
 from eval.pages.speed_page import ratio
-from eval.pages.tables import markdown_table
+from eval.pages.tables import console_table, markdown_table
 from eval.pages.text import count, percent
 
 Point = Mapping[str, Any]
@@ -95,10 +95,14 @@ class Outcome:
     def versus(point: Point, other: Point) -> dict[str, Any]:
         return asdict(paired_difference(point["clip"]["per_prompt"], other["clip"]["per_prompt"]))
 
-    def text(self, as_text: Callable[..., str] = markdown_table) -> str:
-        """Both tables; `as_text` makes text of a header and rows."""
-        tables = (AGAINST, self.against_rows()), (self.products_header(), self.product_rows())
-        return "\n".join(as_text(*table) for table in tables)
+    def text(self) -> str:
+        return "\n".join(markdown_table(*table) for table in self.tables())
+
+    def console_text(self) -> str:
+        return "\n".join(console_table(*table, labels) for table, labels in zip(self.tables(), (1, 2), strict=True))
+
+    def tables(self) -> tuple[tuple[list[str], list[list[str]]], ...]:
+        return (AGAINST, self.against_rows()), (self.products_header(), self.product_rows())
 
     # ---- words ----
 

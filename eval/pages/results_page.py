@@ -1,7 +1,7 @@
 """Evaluations, benchmarks, ladders and pipelines tables on one page: what images lose, and what time is saved."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from eval.pages.html import render
 from eval.pages.pareto import key, speedup
 from eval.pages.results import SPEED_KINDS, common_settings, metric, pair_matrix, setting, told
 from eval.pages.results_figures import draw_sections, image_grid, untimed
-from eval.pages.speed_page import NOTES, cells
+from eval.pages.speed_page import LABELS, NOTES, cells
 from eval.pages.speed_page import header as speed_header
 from eval.pages.tables import console_table, markdown_table
 from eval.pages.text import digits
@@ -35,6 +35,7 @@ class Table:
     title: str
     header: Sequence[str]
     rows: Sequence[Sequence[str]]
+    labels: int = 1  # columns that name a row
     note: str = ""
     row_classes: Sequence[str] = ()
     cell_classes: Sequence[Sequence[str]] = ()
@@ -76,13 +77,13 @@ def compare_results(folders: Sequence[str | Path], out: str | Path) -> str:
         facts=facts_that_differ({name: run.facts for name, run in found.runs.items()}),
     )
     tables = [*models, *pairs, *speeds]
-    write_text(out / "table.md", text_of(tables, markdown_table))
+    write_text(out / "table.md", "\n".join(titled(t, markdown_table(t.header, t.rows)) for t in tables))
     write_text(out / "report.html", page)
-    return text_of(tables, console_table)
+    return "\n".join(titled(t, console_table(t.header, t.rows, t.labels)) for t in tables)
 
 
-def text_of(tables: Sequence[Table], as_text: Callable[..., str]) -> str:
-    return "\n".join(f"## {table.title}\n\n{as_text(table.header, table.rows)}" for table in tables)
+def titled(table: Table, text: str) -> str:
+    return f"## {table.title}\n\n{text}"
 
 
 def title(found: Gathered) -> str:
@@ -112,7 +113,7 @@ def models_table(found: Gathered) -> list[Table]:
         shown["evaluation"] = lambda p: p["run"]
     classes = ["teacher" if key(p) == found.reference_of(p) else "" if p["compared"] else "step" for p in found.points]
     rows = [[cell(p) for cell in shown.values()] for p in found.points]
-    return [Table("All models", list(shown), rows, row_classes=classes)]
+    return [Table("All models", list(shown), rows, 3, row_classes=classes)]
 
 
 def pair_tables(found: Gathered) -> list[Table]:
@@ -142,7 +143,7 @@ def verdict(d: PairedDifference | None) -> str:
 def speed_tables(found: Gathered) -> list[Table]:
     """All rows of the benchmarks, ladders and pipelines tables."""
     return [
-        Table(name, speed_header(results), cells(results), NOTES[kind])
+        Table(name, speed_header(results), cells(results), LABELS[kind], NOTES[kind])
         for kind in SPEED_KINDS
         for name, results in found.of_kind(kind).items()
     ]

@@ -82,7 +82,7 @@ def table(results: Results) -> str:
 def console_text(results: Results) -> str:
     """The table for a terminal, and below it what compiling cost and why rows could not run."""
     ran = {**results, "rows": [row for row in results["rows"] if not row["cannot"]]}
-    failed = [f"{row['name']}: {told_reason(row)}" for row in results["rows"] if row["cannot"]]
+    failed = [f"{', '.join(row_name(row))}: {told_reason(row)}" for row in results["rows"] if row["cannot"]]
     first = first_image_rows(results)
     text = [console_table(header(ran), cells(ran), LABELS[results["kind"]])] if ran["rows"] else []
     text += [console_table(FIRST_IMAGE, first, LABELS["benchmark"])] if first else []
@@ -148,10 +148,15 @@ def cells(results: Results) -> list[list[str]]:
     ]
 
 
-def told(row: Row, width: int) -> list[str]:
-    names = [str(row[key]) for key in ("task", "model", "steps", "batch", "mode", "name") if key in row]
+def row_name(row: Row) -> list[str]:
+    """The cells that name a row: the first columns of its kind."""
     if "changes" in row:
-        names = [row["name"]]
+        return [row["name"]]
+    return [str(row[key]) for key in ("task", "model", "steps", "batch", "mode", "name") if key in row]
+
+
+def told(row: Row, width: int) -> list[str]:
+    names = row_name(row)
     return [*names, told_reason(row), *["–"] * (width - len(names) - 1)]
 
 

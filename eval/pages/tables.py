@@ -59,7 +59,7 @@ def lines(facts: Sequence[str], width: int) -> str:
     text = [""]
     for fact in facts:
         joined = f"{text[-1]}; {fact}" if text[-1] else fact
-        text[-1:] = [joined] if len(joined) <= width or not text[-1] else [f"{text[-1]};", fact]
+        text[-1:] = [joined] if len(joined) < width or not text[-1] else [f"{text[-1]};", fact]
     return "\n".join(text) + "\n"
 
 

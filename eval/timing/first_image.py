@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
+from engine.checked import ROOT
 from engine.files import write_bytes
 from eval.timing.child import child_result
 from eval.timing.setups import CannotRunError, Setup
@@ -87,11 +88,10 @@ def with_calls(way: Mapping[str, Any], eager: Mapping[str, Any], cold: Mapping[s
 def new_process(request: Mapping[str, Any], cache: Path) -> dict[str, Any]:
     """One measurement with its compiler caches in this folder; {"cannot": why} where it could not be made."""
     caches = {name: str(cache / name.lower()) for name in CACHES}
-    root = str(Path(__file__).parent.parent)
     try:
         return child_result(
             [sys.executable, "-m", "eval.timing.first_image"],
-            input=json.dumps(request), cwd=root, env={**os.environ, **caches},
+            input=json.dumps(request), cwd=ROOT, env={**os.environ, **caches},
         )  # fmt: skip
     except CannotRunError as error:
         log.warning(f"compiling in a new process: {error}")

@@ -3,12 +3,14 @@
 import re
 import sys
 
+import hydra
 import pytest
 from omegaconf import OmegaConf
 
 from engine.checked import run_path
 from engine.identity import differences, run_name
 from engine.launch import main
+from engine.renamed import replace_moved
 from engine.words import parsed
 
 BARE = ["+experiment=prune_unet"]
@@ -118,3 +120,24 @@ def test_a_moved_job_is_the_same_job():
     before = {"job": "engine.handover.hand_over", "handover": {"model": "a"}, "list": ["engine.handover.hand_over"]}
     now = {"job": "eval.handover.hand_over", "handover": {"model": "b"}, "list": ["eval.handover.hand_over"]}
     assert differences(before, now) == {"handover.model": ("a", "b")}
+
+
+def test_what_an_earlier_version_did_without_saying_it_is_the_same():
+    key = "evaluation.preferences.hpsv2"
+    scorer = {"evaluation": {"preferences": {"hpsv2": {"_target_": "eval.clip.ClipScorer"}}}}
+    now = {"evaluation": {"preferences": {"hpsv2": {"_target_": "eval.metrics.clip.ClipScorer", "quick_gelu": False}}}}
+    assert differences(scorer, now) == {}
+    now["evaluation"]["preferences"]["hpsv2"]["quick_gelu"] = True
+    assert differences(scorer, now) == {f"{key}.quick_gelu": (None, True)}
+
+
+def test_moved_paths_are_read_wherever_they_stand():
+    old, new = {"_target_": "eval.clip.ClipScorer"}, {"_target_": "eval.metrics.clip.ClipScorer"}
+    handed = {"job": "eval.handover.hand_over", "model": "???", "same": "${job}"}
+    before = {**handed, "job": "engine.handover.hand_over", "scorer": old, "more": {"list": [old, [old]]}}
+    config = OmegaConf.create(before)
+    replace_moved(config)
+    expected = {**handed, "scorer": new, "more": {"list": [new, [new]]}}
+    assert OmegaConf.to_container(config) == expected
+    for target in (new["_target_"], handed["job"]):
+        assert callable(hydra.utils.get_object(target))

@@ -242,17 +242,17 @@ def test_a_checkpoint_file_is_the_network_its_tags_say(
     torch.testing.assert_close(scorer.image(images), expected, rtol=0, atol=1e-5)
     for other in ((not quick, *statistics), (quick, HALF, OPENAI[1])):
         assert (by_hand(tiny_clip_folder, *other, images) - expected).abs().max() > 3e-4
-    assert scorer.protocol.get("quick_gelu", False) == quick
+    assert scorer.protocol.get("quick_gelu", configured) == quick
     assert (scorer.protocol["mean"], scorer.protocol["std"]) == tuple(map(list, statistics))
 
 
 @pytest.mark.parametrize(
     ("tags", "given", "words"),
     [
-        ({"a": QUICK, "b": {}}, {}, r"give scorer.quick_gelu=… \("),
-        ({"a": {}, "b": INCEPTION}, {}, r"give scorer.normalisation=… \("),
-        ({"a": {}, "b": INCEPTION | QUICK}, {}, r"give scorer.quick_gelu=… and scorer.normalisation=… \("),
-        ({}, {}, r"give scorer.normalisation=… \("),
+        ({"a": QUICK, "b": {}}, {}, r"give scorer.quick_gelu=true or false \("),
+        ({"a": {}, "b": INCEPTION}, {}, r"give scorer.normalisation=openai, imagenet, inception, none \("),
+        ({"a": {}, "b": INCEPTION | QUICK}, {}, r"give scorer.quick_gelu=true or false and scorer.normalisation="),
+        ({}, {}, r"give scorer.normalisation=openai"),
         ({"a": {}}, {"normalisation": "clip"}, "scorer.normalisation=clip is unknown; choose from openai, imagenet,"),
     ],
 )
@@ -261,9 +261,10 @@ def test_what_a_name_leaves_open_is_asked_for(published, tags, given, words):
         ClipScorer(*published(False, tags), **given)
 
 
-def test_tags_and_folders_say_how_they_were_trained(published, tiny_clip_folder):
-    published(False, {"a": {}})
-    with pytest.raises(ValueError, match="scorer.quick_gelu=False is for checkpoint files: a says its own"):
-        ClipScorer("tiny", "a", quick_gelu=False)
-    with pytest.raises(ValueError, match="scorer.normalisation=openai is for checkpoint files: local-dir:"):
-        ClipScorer(f"local-dir:{tiny_clip_folder}", normalisation="openai")
+def test_what_is_given_may_not_contradict_a_folder(tiny_clip_folder):
+    plain = ClipScorer(f"local-dir:{tiny_clip_folder}", quick_gelu=False, normalisation="inception")
+    assert plain.protocol == ClipScorer(f"local-dir:{tiny_clip_folder}").protocol
+    for given in ({"quick_gelu": True}, {"normalisation": "openai"}):
+        (words,) = (f"scorer.{name}={value}" for name, value in given.items())
+        with pytest.raises(ValueError, match=rf"^{words} \(or a preference's own\): local-dir:.* says otherwise"):
+            ClipScorer(f"local-dir:{tiny_clip_folder}", **given)

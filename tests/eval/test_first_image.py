@@ -112,3 +112,11 @@ def test_a_way_that_failed_says_so_and_the_page_is_drawn(monkeypatch, tmp_path, 
 def test_a_process_that_dies_is_the_row_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", "/bin/false")
     assert "exit code 1" in first_image.new_process(REQUEST, tmp_path)["cannot"]
+
+
+def test_a_new_process_begins_where_this_checkout_lies(monkeypatch, tmp_path):
+    """Elsewhere it would find the modules of an installed copy, or none."""
+    asked = {}
+    monkeypatch.setattr(first_image, "child_result", lambda command, **options: asked.update(options) or {})
+    first_image.new_process({}, tmp_path)
+    assert (Path(asked["cwd"]) / "train.py").is_file()

@@ -63,7 +63,7 @@ def evaluated(leave, tiny_model, tmp_path, pick_folder, tiny_clip_folder):
     code, stderr = leave(
         *SMALL, *tiny_model, "curves.guidance=[1]", "eval.pictures=4", "+preference=[pickscore,hpsv2]",
         f"{pick}.model={pick_folder}", f"{pick}.processor={pick_folder}",
-        f"{hps}.model=local-dir:{tiny_clip_folder}", f"{hps}.pretrained=null", f"{hps}.quick_gelu=null",
+        f"{hps}.model=local-dir:{tiny_clip_folder}", f"{hps}.pretrained=null",
     )  # fmt: skip
     assert code == 0, stderr
     return tmp_path / "runs/evaluate"

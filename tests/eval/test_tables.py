@@ -1,8 +1,12 @@
 """Tables as text."""
 
+import json
+
 import pytest
 
-from eval.pages.tables import console_table, markdown_table
+from eval.pages.speed_page import console_text
+from eval.pages.tables import console_table, lines, markdown_table
+from tests.eval.results_stub import write_benchmark, write_ladder, write_pipelines
 
 HEADER = ["model", "steps", "batch", "× base", "ms", "memory", "graphs", "text encoder", "UNet"]
 ROWS = [
@@ -48,3 +52,29 @@ def test_equal_rows_are_said_once():
 
 def test_without_rows_the_header_stays():
     assert console_table(["model", "ms"], [], 1, 80) == markdown_table(["model", "ms"], [])
+
+
+@pytest.mark.parametrize("width", range(10, 40))
+def test_facts_fit_as_well(width):
+    assert max(map(len, lines(["batch: 1", "calls: 3", "ms: 20", "a: b"], width).splitlines())) <= width
+
+
+NAMES = {"benchmark": ["model", "steps", "batch", "name"], "ladder": ["name", "changes"],
+         "pipelines": ["task", "model", "batch", "mode"]}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", NAMES)
+def test_rows_that_cannot_run_are_named_below_the_table(tmp_path, kind):
+    if kind == "benchmark":
+        write_benchmark(tmp_path / kind, {"teacher": "/t", "slim": "/s"}, {"teacher": 9, "slim": 5})
+    else:
+        {"ladder": write_ladder, "pipelines": write_pipelines}[kind](tmp_path / kind)
+    results = json.loads((tmp_path / kind / "results.json").read_text())
+    results["rows"] = [row for row in results["rows"] if not row["cannot"]]
+    gone = {key: results["rows"][-1][key] for key in NAMES[kind] if key in results["rows"][-1]}
+    results["rows"].append({**gone, "cannot": "there is no room"})
+    *table, last = console_text(results).splitlines()
+    name = ", ".join(str(value) for key, value in gone.items() if key != "changes")
+    assert table and last == f"{name}: cannot run: there is no room"
+    results["rows"] = results["rows"][-1:]
+    assert console_text(results) == last
