@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+from pathlib import Path
 
 import open_clip
 import pytest
@@ -261,10 +262,14 @@ def test_what_a_name_leaves_open_is_asked_for(published, tags, given, words):
         ClipScorer(*published(False, tags), **given)
 
 
-def test_what_is_given_may_not_contradict_a_folder(tiny_clip_folder):
-    plain = ClipScorer(f"local-dir:{tiny_clip_folder}", quick_gelu=False, normalisation="inception")
-    assert plain.protocol == ClipScorer(f"local-dir:{tiny_clip_folder}").protocol
+def test_what_is_given_may_not_contradict_a_folder(tiny_clip_folder, tmp_path):
+    folder = Path(shutil.copytree(tiny_clip_folder, tmp_path / "clip"))
+    config = json.loads((folder / "open_clip_config.json").read_text())
+    config["preprocess_cfg"] |= INCEPTION
+    (folder / "open_clip_config.json").write_text(json.dumps(config))
+    same = ClipScorer(f"local-dir:{folder}", quick_gelu=False, normalisation="inception")
+    assert same.protocol == ClipScorer(f"local-dir:{folder}").protocol
     for given in ({"quick_gelu": True}, {"normalisation": "openai"}):
         (words,) = (f"scorer.{name}={value}" for name, value in given.items())
         with pytest.raises(ValueError, match=rf"^{words} \(or a preference's own\): local-dir:.* says otherwise"):
-            ClipScorer(f"local-dir:{tiny_clip_folder}", **given)
+            ClipScorer(f"local-dir:{folder}", **given)
