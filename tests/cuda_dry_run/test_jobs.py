@@ -11,7 +11,7 @@ TIMES = ["latency.iterations=1", "latency.warmup=1", "benchmark.images=2", "eval
 LADDER = [*TRAIN, "eval.prompts=4", "eval.pictures=2", *CURVES, "ladder.steps=[4,2]", "velocity.train.steps=2"]
 METHOD = [
     *TRAIN, *EVAL, *CURVES, "scoring.prompts=4", "scoring.steps=2", "scoring.batch_size=8", "search.rounds=1",
-    "latents.count=4", "latents.prompts=4", "latents.steps=2", "velocity.train.steps=2", "latency.iterations=1",
+    "latents.count=4", "latents.prompts=4", "latents.steps=2", "velocity.train.steps=2", "latency.iterations=2",
     "latency.warmup=1", "latency.additive_samples=1", "benchmark.images=2", "stages.distill_steps.ladder.steps=[2,1]",
     "stages.evaluate.models.teacher.steps=[2]", "stages.benchmark.models.teacher.steps=[2]",
 ]  # fmt: skip
