@@ -9,12 +9,12 @@ from markupsafe import Markup
 from PIL import Image
 
 from engine.console import print_for_programs
-from engine.files import whole_folder, write_json, write_text
+from engine.files import write_json, write_text
 from engine.planning import Plan
 from engine.run import Run
 from eval.config import Config
 from eval.pages.cautions import cautions_of
-from eval.pages.figures import save_png, themed
+from eval.pages.figures import save_figures, themed
 from eval.pages.html import render
 from eval.pages.outcome import AGAINST, Outcome
 from eval.pages.text import flatten, overlap_sentence
@@ -44,9 +44,7 @@ def report(config: Config, run: Run) -> int | Plan:
 
 def write_page(outcome: Outcome, run: Run, stages: Sequence[str]) -> None:
     figures, folder = outcome.figures(), run.path
-    with whole_folder(folder / "report") as aside:
-        for name, figure in figures.items():
-            save_png(figure, aside / f"{name}.png")
+    save_figures(folder / "report", figures)
     write_text(folder / "table.md", outcome.text())
     write_json(folder / "summary.json", outcome.summary())
     if run.tracker:

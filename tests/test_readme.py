@@ -54,8 +54,8 @@ def test_a_script_of_the_pages_has_the_options_it_is_given(script):
              for word in words[words.index(script) :] if word.startswith("--") and word != "--"}  # fmt: skip
     assert (ROOT / script).is_file()
     environment = {**os.environ, "COLUMNS": "200"}
-    told = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, env=environment)
-    assert told.returncode == 0 and all(option in told.stdout for option in given), (given, told.stdout)
+    shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, env=environment)
+    assert shown.returncode == 0 and all(option in shown.stdout for option in given), (given, shown.stdout)
 
 
 def anchors(page: Path) -> set[str]:

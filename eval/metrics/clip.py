@@ -109,7 +109,7 @@ class ClipScorer:
         return any(isinstance(layer, QuickGELU) for layer in self.model.modules())
 
     def check_given(self, quick_gelu: bool | None, normalisation: str | None) -> None:
-        """ValueError for what is given of a tag or a folder, which say how they were trained, and say otherwise."""
+        """ValueError for arguments that contradict what a tag or a folder says of its own training."""
         statistics = tuple(self.preprocessing.mean), tuple(self.preprocessing.std)
         wrong = {
             GELU: quick_gelu not in (None, self.has_quick_gelu),
@@ -124,7 +124,7 @@ class ClipScorer:
     def protocol(self) -> dict:
         """All that makes this CLIP score this metric; `weights` hashes a local checkpoint, wherever it lies.
 
-        The activation is there where it is not the one that the model's name, or its folder's file, says.
+        The activation is listed where it differs from the one in the model's own configuration.
         """
         cfg = self.preprocessing
         is_folder, quick = self.model_name.startswith(LOCAL), self.has_quick_gelu
@@ -172,7 +172,7 @@ class ClipScorer:
 
 
 def trained_with(model: str, pretrained: str | None, quick_gelu: bool | None, normalisation: str | None) -> dict:
-    """What open_clip.create_model has to be told of how weights were trained: activation and preprocessing.
+    """What open_clip.create_model needs to know of how weights were trained: activation and preprocessing.
 
     A folder's own configuration says both, and so does a tag's entry, of which open_clip leaves out the activation. Of
     a file it knows neither and takes the name's own activation and OpenAI's normalisation; here the file takes what the

@@ -8,9 +8,9 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from engine.files import whole_folder, write_text
+from engine.files import write_text
 from eval.pages.cautions import cautions
-from eval.pages.figures import MUTED, SERIES, canvas, grid_figure, save_png, styled, themed
+from eval.pages.figures import MUTED, SERIES, canvas, grid_figure, save_figures, styled, themed
 from eval.pages.html import render
 from eval.pages.runs import read_json
 from eval.pages.tables import csv_table, markdown_table
@@ -29,9 +29,7 @@ def write_evaluation_report(folder: str | Path, track: Callable[[], None] = lamb
     figures = draw_figures(folder, results)
     write_text(folder / "table.md", markdown_table(header(results), rows(results)))
     write_text(folder / "results.csv", csv_table(summary(results)["points"]))
-    with whole_folder(folder / "report") as aside:
-        for name, figure in figures.items():
-            save_png(figure, aside / f"{name}.png")
+    save_figures(folder / "report", figures)
     track()
     page = render(
         "evaluation.html.j2",

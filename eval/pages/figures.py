@@ -7,7 +7,7 @@ that it reads well on light and dark pages.
 import io
 import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
+from engine.files import whole_folder
 from eval.pages.runs import finite
 from eval.pages.text import digits
 
@@ -82,6 +83,13 @@ def save_png(figure: Figure, path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with matplotlib.rc_context(STYLE):
         figure.savefig(path, dpi=160)
+
+
+def save_figures(folder: Path, figures: Mapping[str, Figure]) -> None:
+    """Each as NAME.png in `folder`, which is replaced as a whole."""
+    with whole_folder(folder) as aside:
+        for name, figure in figures.items():
+            save_png(figure, aside / f"{name}.png")
 
 
 def canvas(width: float, height: float, rows: int = 1) -> tuple[Figure, np.ndarray]:

@@ -8,12 +8,12 @@ from typing import Any
 
 from markupsafe import Markup
 
-from engine.files import whole_folder, write_text
+from engine.files import write_text
 from eval.metrics.compare import PairedDifference
 from eval.pages.cautions import cautions_of
 from eval.pages.comparison import facts_that_differ, protocol_differences
 from eval.pages.evaluation_page import columns, difference
-from eval.pages.figures import grid_figure, save_png, themed
+from eval.pages.figures import grid_figure, save_figures, themed
 from eval.pages.gathered import Gathered
 from eval.pages.headline import headline, tiles
 from eval.pages.html import render
@@ -50,12 +50,11 @@ def compare_results(folders: Sequence[str | Path], out: str | Path) -> str:
     found, out = Gathered(folders), Path(out)
     sections, grid = draw_sections(found), image_grid(found)
     models, pairs, speeds = models_table(found), pair_tables(found), speed_tables(found)
-    with whole_folder(out / "figures") as aside:
-        for picture in itertools.chain(*sections.values()):
-            save_png(picture.figure, aside / f"{picture.name}.png")
-        if grid:
-            rows = [(row["label"], row["paths"]) for row in grid["rows"]]
-            save_png(grid_figure(rows, grid["prompts"]), aside / "images.png")
+    figures = {picture.name: picture.figure for picture in itertools.chain(*sections.values())}
+    if grid:
+        rows = [(row["label"], row["paths"]) for row in grid["rows"]]
+        figures["images"] = grid_figure(rows, grid["prompts"])
+    save_figures(out / "figures", figures)
     metrics = {name: metric(results) for name, results in found.evaluations.items()}
     page = render(
         "results.html.j2",

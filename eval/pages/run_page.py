@@ -11,7 +11,7 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from engine.files import whole_folder, write_text
+from engine.files import write_text
 from eval.pages.cautions import cautions
 from eval.pages.figures import (
     STEP,
@@ -22,7 +22,7 @@ from eval.pages.figures import (
     evolution_figure,
     grid_figure,
     pareto_figure,
-    save_png,
+    save_figures,
     themed,
 )
 from eval.pages.html import data_uri, render
@@ -40,9 +40,7 @@ def write_report(folder: str | Path) -> Path:
     """
     run = read_run(folder)
     figures = draw_figures(run)
-    with whole_folder(run.path / "report") as aside:
-        for name, figure in figures.items():
-            save_png(figure, aside / f"{name}.png")
+    save_figures(run.path / "report", figures)
     page = render(
         "run.html.j2",
         cautions=cautions(run.path),

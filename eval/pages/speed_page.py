@@ -10,8 +10,8 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from engine.files import whole_folder, write_text
-from eval.pages.figures import MUTED, SERIES, STUDENT, canvas, save_png, styled, themed
+from engine.files import write_text
+from eval.pages.figures import MUTED, SERIES, STUDENT, canvas, save_figures, styled, themed
 from eval.pages.html import render
 from eval.pages.runs import read_json
 from eval.pages.tables import console_table, csv_table, markdown_table
@@ -52,9 +52,7 @@ def write_speed_report(folder: str | Path, track: Callable[[], None] = lambda: N
     kind, figures = results["kind"], draw_figures(results)
     write_text(folder / "table.md", table(results))
     write_text(folder / "results.csv", csv_table(summary(results)["rows"]))
-    with whole_folder(folder / "report") as aside:
-        for name, figure in figures.items():
-            save_png(figure, aside / f"{name}.png")
+    save_figures(folder / "report", figures)
     track()
     page = render(
         "speed.html.j2",

@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
-from engine.files import whole_folder, write_text
+from engine.files import write_text
 from eval.pages.cautions import cautions
-from eval.pages.figures import MUTED, SERIES, grid_figure, save_png, styled, themed
+from eval.pages.figures import MUTED, SERIES, grid_figure, save_figures, styled, themed
 from eval.pages.html import render
 from eval.pages.runs import read_json
 from eval.pages.tables import console_table
@@ -34,9 +34,7 @@ def write_steps_report(folder: str | Path, track: Callable[[], None] = lambda: N
         "distance-against-steps": distance_figure(points),
     }
     pictures = {f"images-guidance-{g:g}": images_figure(folder, points, g) for g in guidances(points)}
-    with whole_folder(folder / "report") as aside:
-        for name, figure in {**figures, **pictures}.items():
-            save_png(figure, aside / f"{name}.png")
+    save_figures(folder / "report", {**figures, **pictures})
     track()
     page = render(
         "steps.html.j2",

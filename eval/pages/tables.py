@@ -21,20 +21,19 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def console_table(
     header: Sequence[str], rows: Sequence[Sequence[str]], labels: int = 1, width: int | None = None
 ) -> str:
-    """The table in lines of `width` signs, a terminal's own if None.
+    """The table in lines of `width` characters, the terminal's own width if None.
 
     Columns that say nothing, or the same of all of several rows, are said once above, and what does not fit goes on
     below, beside the first `labels` columns once more. A single column may be wider than a line.
     """
     width = width or shutil.get_terminal_size((WIDTH, 0)).columns
-    said = {k: {row[k] for row in rows} for k in range(len(header))}
-    empty = [k for k in said if rows and said[k] <= NOTHING]
-    told = [k for k in said if k not in empty]
-    same = [k for k in told if len(rows) > 1 and len(said[k]) == 1]
-    above = [f"{header[k]}: {rows[0][k]}" for k in same]
+    values = {k: {row[k] for row in rows} for k in range(len(header))}
+    empty = [k for k in values if rows and values[k] <= NOTHING]
+    constant = [k for k in values if k not in empty and len(rows) > 1 and len(values[k]) == 1]
+    above = [f"{header[k]}: {rows[0][k]}" for k in constant]
     if empty:
         above.append(f"nothing to show: {', '.join(header[k] for k in empty)}")
-    varied = [k for k in told if k not in same]
+    varied = [k for k in values if k not in (*empty, *constant)]
     names = [k for k in varied if k < labels]
     blocks = [markdown_table([header[k] for k in block], [[row[k] for k in block] for row in rows])
               for block in fitting(names, varied[len(names) :], header, rows, width)]  # fmt: skip
@@ -55,7 +54,7 @@ def fitting(names: list[int], others: list[int], header, rows, width: int) -> It
 
 
 def lines(facts: Sequence[str], width: int) -> str:
-    """Facts one after the other, in lines of `width` signs."""
+    """Facts one after the other, in lines of `width` characters."""
     text = [""]
     for fact in facts:
         joined = f"{text[-1]}; {fact}" if text[-1] else fact

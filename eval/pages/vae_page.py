@@ -9,9 +9,9 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from engine.files import whole_folder, write_text
+from engine.files import write_text
 from eval.pages.cautions import cautions
-from eval.pages.figures import MUTED, STUDENT, canvas, save_png, styled, themed
+from eval.pages.figures import MUTED, STUDENT, canvas, save_figures, styled, themed
 from eval.pages.html import render
 from eval.pages.runs import read_json
 from eval.pages.tables import console_table
@@ -34,9 +34,7 @@ def write_vae_report(folder: str | Path, track: Callable[[], None] = lambda: Non
     evaluation, times = read_json(folder / "evaluation.json"), read_json(folder / "vae_ms.json")
     figures = {"nearness": nearness_figure(evaluation)}
     figures |= {f"crops-{kind}": crops_figure(folder, evaluation, kind) for kind in KINDS}
-    with whole_folder(folder / "report") as aside:
-        for name, figure in figures.items():
-            save_png(figure, aside / f"{name}.png")
+    save_figures(folder / "report", figures)
     track()
     page = render(
         "vae.html.j2",

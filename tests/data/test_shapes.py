@@ -1,3 +1,5 @@
+"""Scenes and captions are functions of seed and index, and the held-out tenth is never trained on."""
+
 import pytest
 import torch
 
