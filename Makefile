@@ -5,13 +5,13 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= offline
 
-# What is installed: the releases of constraints.txt, with TORCH=2.11.0 another torch of its range, or with LATEST=1 the
+# What is installed: the releases of slimstep/constraints.txt, with TORCH=2.11.0 another torch of its range, or with LATEST=1 the
 # newest releases that pyproject.toml allows.
 OLDEST_TORCH := 2.11.0
 READY := $(VENV)/ready$(if $(LATEST),-latest)$(TORCH:%=-torch-%)
-RELEASES := $(if $(LATEST),--upgrade --upgrade-strategy eager,-c constraints.txt) $(TORCH:%=torch==%)
+RELEASES := $(if $(LATEST),--upgrade --upgrade-strategy eager,-c slimstep/constraints.txt) $(TORCH:%=torch==%)
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml slimstep/constraints.txt
 	@echo "setting up $(VENV) (torch and friends, some minutes, about 6 GB)"
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo "slimstep needs Python 3.11 or newer: make PYTHON=python3.11"; exit 1; }
@@ -42,7 +42,7 @@ huge: setup  ## ten minutes and 15 GB of memory: steps of every training of a ra
 lint: setup  ## ruff
 	$(BIN)/ruff check .
 
-tested:  ## raise constraints.txt: every test with the newest releases, the file and README's line, the fast ones with the oldest torch
+tested:  ## raise slimstep/constraints.txt: every test with the newest releases, the file and README's line, the fast ones with the oldest torch
 	rm -rf .venv-latest .venv-oldest
 	$(MAKE) lint test slow VENV=.venv-latest LATEST=1
 	.venv-latest/bin/python scripts/tested_set.py

@@ -16,15 +16,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.console import open_console
-from engine.environment import environment
-from engine.files import write_json
-from eval.config import LatencyConfig
-from eval.decoders import compare_decoders
-from eval.pages.tables import markdown_table
-from eval.pages.vae_page import TIME_HEADER, time_rows
-from models.reference import VAE_CONFIGS, random_vae
-from prune.decoder import choose_channels, narrow_widths, narrowed
+from slimstep.engine.console import open_console
+from slimstep.engine.environment import environment
+from slimstep.engine.files import write_json
+from slimstep.eval.config import LatencyConfig
+from slimstep.eval.decoders import compare_decoders
+from slimstep.eval.pages.tables import markdown_table
+from slimstep.eval.pages.vae_page import TIME_HEADER, time_rows
+from slimstep.models.reference import VAE_CONFIGS, random_vae
+from slimstep.prune.decoder import choose_channels, narrow_widths, narrowed
 
 
 def main() -> None:

@@ -16,11 +16,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.console import open_console
-from engine.files import write_json, write_text
-from eval.pages.runs import read_json
-from eval.pages.tables import markdown_table
-from eval.pages.vae_page import measures
+from slimstep.engine.console import open_console
+from slimstep.engine.files import write_json, write_text
+from slimstep.eval.pages.runs import read_json
+from slimstep.eval.pages.tables import markdown_table
+from slimstep.eval.pages.vae_page import measures
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROWS = {

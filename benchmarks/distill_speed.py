@@ -25,16 +25,16 @@ from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from data.shapes import ShapesPairs
-from distill.steps import StepDistillation
-from distill.teaching import Rung
-from engine.console import open_console
-from engine.environment import environment
-from engine.files import write_json
-from eval.pages.tables import markdown_table
-from models.pipeline import load_pipeline
-from models.reference import CLIP_L, random_unet, random_vae
-from models.schedule import NoiseSchedule
+from slimstep.data.shapes import ShapesPairs
+from slimstep.distill.steps import StepDistillation
+from slimstep.distill.teaching import Rung
+from slimstep.engine.console import open_console
+from slimstep.engine.environment import environment
+from slimstep.engine.files import write_json
+from slimstep.eval.pages.tables import markdown_table
+from slimstep.models.pipeline import load_pipeline
+from slimstep.models.reference import CLIP_L, random_unet, random_vae
+from slimstep.models.schedule import NoiseSchedule
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDANCE = (2.0, 14.0)

@@ -22,17 +22,17 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from distill.curves import SAMPLERS
-from engine.console import open_console
-from engine.files import whole_folder, write_json, write_text
-from engine.loop import WEIGHTS
-from eval.metrics.compare import paired_difference, paired_ratio
-from eval.pages.figures import save_png
-from eval.pages.runs import read_json
-from eval.pages.steps_page import curves_figure, display, distance_figure, ratio_text
-from eval.pages.tables import markdown_table
-from models.pipeline import export_pipeline, load_pipeline, with_unet
-from models.unet import PrunableUNet2DConditionModel
+from slimstep.distill.curves import SAMPLERS
+from slimstep.engine.console import open_console
+from slimstep.engine.files import whole_folder, write_json, write_text
+from slimstep.engine.loop import WEIGHTS
+from slimstep.eval.metrics.compare import paired_difference, paired_ratio
+from slimstep.eval.pages.figures import save_png
+from slimstep.eval.pages.runs import read_json
+from slimstep.eval.pages.steps_page import curves_figure, display, distance_figure, ratio_text
+from slimstep.eval.pages.tables import markdown_table
+from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
+from slimstep.models.unet import PrunableUNet2DConditionModel
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEACHER = REPOSITORY / "assets/shapes"

@@ -31,15 +31,15 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from data.cache import cache_pairs
-from data.webdataset import WebDatasetPairs
-from engine.config import TrainConfig
-from engine.console import open_console
-from engine.environment import environment
-from engine.files import write_json, write_text
-from engine.loop import train
-from engine.run import Run
-from eval.pages.tables import markdown_table
+from slimstep.data.cache import cache_pairs
+from slimstep.data.webdataset import WebDatasetPairs
+from slimstep.engine.config import TrainConfig
+from slimstep.engine.console import open_console
+from slimstep.engine.environment import environment
+from slimstep.engine.files import write_json, write_text
+from slimstep.engine.loop import train
+from slimstep.engine.run import Run
+from slimstep.eval.pages.tables import markdown_table
 from tests.tiny import WIDTH, tiny_pipeline
 
 SIDE, PER_TAR, SHARD, STEPS, BATCH = 16, 1000, 64, 300, 32

@@ -18,9 +18,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.console import open_console
-from engine.files import whole_folder
-from eval.pages.comparison import compare_runs
+from slimstep.engine.console import open_console
+from slimstep.engine.files import whole_folder
+from slimstep.eval.pages.comparison import compare_runs
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 RULES = {

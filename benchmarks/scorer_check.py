@@ -16,7 +16,7 @@ from types import SimpleNamespace
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-SHAPES = {"_target_": "data.shapes.ShapesPairs", "size": 4096, "resolution": 64}
+SHAPES = {"_target_": "slimstep.data.shapes.ShapesPairs", "size": 4096, "resolution": 64}
 
 
 def main() -> None:
@@ -27,14 +27,14 @@ def main() -> None:
     from accelerate import Accelerator
     from omegaconf import OmegaConf
 
-    from engine.environment import environment
-    from engine.run import Run
-    from eval.metrics.clip import ClipScorer
-    from eval.pages.cautions import is_above_chance
-    from eval.scorer_check import measured
+    from slimstep.engine.environment import environment
+    from slimstep.engine.run import Run
+    from slimstep.eval.metrics.clip import ClipScorer
+    from slimstep.eval.pages.cautions import is_above_chance
+    from slimstep.eval.scorer_check import measured
 
     folders = dict(word.split("=", 1) for word in options.sets)
-    images = {"_target_": "data.images.ImageFolderPairs", "resolution": 64}
+    images = {"_target_": "slimstep.data.images.ImageFolderPairs", "resolution": 64}
     sets = {"shapes": SHAPES, **{name: {**images, "root": root} for name, root in folders.items()}}
     scorer, results = ClipScorer(f"local-dir:{ROOT}/assets/shapes-clip"), {}
     with tempfile.TemporaryDirectory() as folder:

@@ -26,14 +26,14 @@ def work(checkout: str, num_prompts: int) -> None:
     sys.path.insert(0, checkout)
     from accelerate import Accelerator
 
-    from data.prompts import PromptSet
-    from data.shapes import shapes_prompts
-    from eval.sampling import Sampler
-    from models.pipeline import load_pipeline
-    from prune.scores import score_blocks
+    from slimstep.data.prompts import PromptSet
+    from slimstep.data.shapes import shapes_prompts
+    from slimstep.eval.sampling import Sampler
+    from slimstep.models.pipeline import load_pipeline
+    from slimstep.prune.scores import score_blocks
 
     is_early = (Path(checkout) / "eval/clip.py").exists()
-    ClipScorer = import_module("eval.clip" if is_early else "eval.metrics.clip").ClipScorer
+    ClipScorer = import_module("eval.clip" if is_early else "slimstep.eval.metrics.clip").ClipScorer
     pipeline = load_pipeline(ROOT / "assets/shapes")
     prompts = PromptSet(shapes_prompts("heldout", num_prompts, 0).prompts, "held-out captions")
     sampler, scorer = Sampler(pipeline, 8, 2.5), ClipScorer(f"local-dir:{ROOT}/assets/shapes-clip")
@@ -71,8 +71,8 @@ def main() -> None:
     if options.work:
         return work(options.work, options.prompts)
     sys.path.insert(0, str(ROOT))
-    from engine.environment import environment
-    from engine.files import write_json
+    from slimstep.engine.environment import environment
+    from slimstep.engine.files import write_json
 
     workers = {"before": Worker(options.before.resolve(), options.prompts), "now": Worker(ROOT, options.prompts)}
     runs: dict[str, list[dict]] = {name: [] for name in workers}

@@ -26,24 +26,24 @@ import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 
-import engine.launch  # noqa: F401  registers the resolvers
-from configs.schema import Config
-from distill.bench import DistillBench
-from engine.checked import CONFIGS, ROOT
-from engine.console import open_console
-from engine.environment import environment
-from engine.files import write_json
-from engine.run import Run
-from eval.decoders import decoder_gflops
-from eval.pages.tables import markdown_table
-from eval.timing.child import child_result
-from eval.timing.setups import CannotRunError, Setup
-from eval.timing.speed import matmul_peak_tflops
-from models.cost import count_gflops
-from models.known import random_pipeline
-from models.pipeline import load_pipeline
-from prune.bench import PruneBench
-from prune.vae_bench import VaeBench
+import slimstep.engine.launch  # noqa: F401  registers the resolvers
+from slimstep.configs.schema import Config
+from slimstep.distill.bench import DistillBench
+from slimstep.engine.checked import CONFIGS, ROOT
+from slimstep.engine.console import open_console
+from slimstep.engine.environment import environment
+from slimstep.engine.files import write_json
+from slimstep.engine.run import Run
+from slimstep.eval.decoders import decoder_gflops
+from slimstep.eval.pages.tables import markdown_table
+from slimstep.eval.timing.child import child_result
+from slimstep.eval.timing.setups import CannotRunError, Setup
+from slimstep.eval.timing.speed import matmul_peak_tflops
+from slimstep.models.cost import count_gflops
+from slimstep.models.known import random_pipeline
+from slimstep.models.pipeline import load_pipeline
+from slimstep.prune.bench import PruneBench
+from slimstep.prune.vae_bench import VaeBench
 
 JOBS = {"robust": "prune_unet", "scoring": "prune_unet", "recovery": "prune_unet", "steps": "distill_steps",
         "decoder": "prune_vae"}  # fmt: skip

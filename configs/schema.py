@@ -4,12 +4,12 @@ from dataclasses import dataclass
 
 from hydra.core.config_store import ConfigStore
 
-import distill.config
-import prune.config
+import slimstep.distill.config
+import slimstep.prune.config
 
 
 @dataclass
-class Config(prune.config.Config, distill.config.Config):
+class Config(slimstep.prune.config.Config, slimstep.distill.config.Config):
     """The keys of every job."""
 
 

@@ -13,15 +13,15 @@ from pathlib import Path
 
 import torch
 
-from data.encoding import at_work, module_hash, tokenizer_hash
-from data.folder import few
-from data.making import ShardMaker
-from data.range_cache import RangeShards
-from data.shards import DTYPES, CachedPairs, cache_key, is_intact, write_index
-from data.stream_cache import PartShards
-from data.streams import Stream
-from models.conditioning import text_encoders
-from models.decoding import STATISTICS, has_statistics
+from slimstep.data.encoding import at_work, module_hash, tokenizer_hash
+from slimstep.data.folder import few
+from slimstep.data.making import ShardMaker
+from slimstep.data.range_cache import RangeShards
+from slimstep.data.shards import DTYPES, CachedPairs, cache_key, is_intact, write_index
+from slimstep.data.stream_cache import PartShards
+from slimstep.data.streams import Stream
+from slimstep.models.conditioning import text_encoders
+from slimstep.models.decoding import STATISTICS, has_statistics
 
 __all__ = ["CachedPairs", "cache_pairs"]
 

@@ -5,9 +5,9 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-import engine.config
-from engine.checked import CONFIGS
-from engine.checks import at_least
+import slimstep.engine.config
+from slimstep.engine.checked import CONFIGS
+from slimstep.engine.checks import at_least
 
 STORAGE_DTYPES = ("float32", "float16")
 
@@ -47,7 +47,7 @@ class DataConfig:
 
 
 @dataclass
-class Config(engine.config.Config):
+class Config(slimstep.engine.config.Config):
     """`model` and `models` name pipelines; `data` is a group's own section (DataConfig and what its pairs take)."""
 
     model: Any = None

@@ -12,8 +12,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from models.conditioning import empty_text_state, text_encoders, text_states
-from models.decoding import has_statistics, scaled, statistics
+from slimstep.models.conditioning import empty_text_state, text_encoders, text_states
+from slimstep.models.decoding import has_statistics, scaled, statistics
 
 PIXELS_AT_ONCE = 4 * 512**2  # of an autoencoder: some 3 GB in float32 at the 256 channels of Stable Diffusion's
 # Written by the libraries into every config; they do not change what a model computes.

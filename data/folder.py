@@ -14,7 +14,15 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from data.tables import caption_column, caption_text, csv_rows, existing_column, json_rows, parquet_rows, read_text
+from slimstep.data.tables import (
+    caption_column,
+    caption_text,
+    csv_rows,
+    existing_column,
+    json_rows,
+    parquet_rows,
+    read_text,
+)
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
 METADATA = {"metadata.jsonl": json_rows, "metadata.csv": csv_rows, "metadata.parquet": parquet_rows}

@@ -14,11 +14,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from data.folder import few, read_folder
-from data.pixels import BrokenImageError, check_framing, cut_square, decode_rgb
-from data.sources import is_url, read_whole
-from data.tables import caption_column as find_caption_column
-from data.tables import caption_text, existing_column
+from slimstep.data.folder import few, read_folder
+from slimstep.data.pixels import BrokenImageError, check_framing, cut_square, decode_rgb
+from slimstep.data.sources import is_url, read_whole
+from slimstep.data.tables import caption_column as find_caption_column
+from slimstep.data.tables import caption_text, existing_column
 
 __all__ = ["BrokenImageError", "HubPairs", "ImageFolderPairs"]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.encoding import encode_captions, encode_images, encode_nothing, is_truncated
-from data.pixels import BrokenImageError
-from data.shards import shard_tensors, write_shard
+from slimstep.data.encoding import encode_captions, encode_images, encode_nothing, is_truncated
+from slimstep.data.pixels import BrokenImageError
+from slimstep.data.shards import shard_tensors, write_shard
 
 
 class ShardMaker:

@@ -8,8 +8,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
-from data.bare import bare
-from engine.seeding import generator
+from slimstep.data.bare import bare
+from slimstep.engine.seeding import generator
 
 CROPS = ("center", "random")
 ORIENTATION = 0x0112  # the EXIF tag

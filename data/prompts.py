@@ -11,9 +11,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from data.sources import is_url
-from data.streams import Stream
-from data.tables import (
+from slimstep.data.sources import is_url
+from slimstep.data.streams import Stream
+from slimstep.data.tables import (
     caption_column,
     caption_text,
     coco_rows,
@@ -24,7 +24,7 @@ from data.tables import (
     read_text,
     tsv_rows,
 )
-from engine.seeding import generator
+from slimstep.engine.seeding import generator
 
 log = logging.getLogger("slimstep")
 

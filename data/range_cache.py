@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from data.folder import few
-from data.making import ShardMaker, cut
-from data.pixels import BrokenImageError
-from data.shards import is_intact
-from engine.progress import progress
+from slimstep.data.folder import few
+from slimstep.data.making import ShardMaker, cut
+from slimstep.data.pixels import BrokenImageError
+from slimstep.data.shards import is_intact
+from slimstep.engine.progress import progress
 
 
 class RangeShards:

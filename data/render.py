@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from data.scene import Scene
+from slimstep.data.scene import Scene
 
 RGB = {
     "red": (220, 40, 40),

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import fsspec
 
-from data.images import HubPairs, image_cell, loading
-from data.sources import expand, is_url, marks, opening
-from data.streams import Entry, Stream
-from data.tables import DAMAGE, caption_text, existing_column, open_parquet
-from data.tables import caption_column as find_caption_column
+from slimstep.data.images import HubPairs, image_cell, loading
+from slimstep.data.sources import expand, is_url, marks, opening
+from slimstep.data.streams import Entry, Stream
+from slimstep.data.tables import DAMAGE, caption_text, existing_column, open_parquet
+from slimstep.data.tables import caption_column as find_caption_column
 
 ROWS_AT_ONCE = 32
 

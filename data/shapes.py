@@ -11,10 +11,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from data.prompts import PromptSet
-from data.render import render_scenes
-from data.scene import REVERSED, Scene, Thing
-from engine.seeding import seed_of
+from slimstep.data.prompts import PromptSet
+from slimstep.data.render import render_scenes
+from slimstep.data.scene import REVERSED, Scene, Thing
+from slimstep.engine.seeding import seed_of
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
 COLOURS = ("red", "green", "blue", "yellow", "purple", "cyan", "white", "black")

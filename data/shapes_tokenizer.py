@@ -9,7 +9,7 @@ from pathlib import Path
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
-from data.shapes import COLOURS, NUMBERS, POSITIONS, RELATIONS, SHAPES, SIZES
+from slimstep.data.shapes import COLOURS, NUMBERS, POSITIONS, RELATIONS, SHAPES, SIZES
 
 MAX_TOKENS = 32
 GRAMMAR = ("a", "on", "in", "at", "the", "and", "with", "background", "frame", "circles", "crosses", "rings", "squares")

@@ -22,8 +22,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.config import STORAGE_DTYPES
-from engine.files import digest, json_bytes, write_json, write_tensors
+from slimstep.data.config import STORAGE_DTYPES
+from slimstep.engine.files import digest, json_bytes, write_json, write_tensors
 
 OPEN_SHARDS = 128
 DTYPES = {name: getattr(torch, name) for name in STORAGE_DTYPES}

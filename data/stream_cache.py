@@ -12,11 +12,11 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import count
 from pathlib import Path
 
-from data.making import ShardMaker, cut
-from data.pixels import BrokenImageError
-from data.shards import is_intact
-from data.streams import Entry, Stream
-from engine.progress import progress
+from slimstep.data.making import ShardMaker, cut
+from slimstep.data.pixels import BrokenImageError
+from slimstep.data.shards import is_intact
+from slimstep.data.streams import Entry, Stream
+from slimstep.engine.progress import progress
 
 log = logging.getLogger("slimstep")
 INDEX_BITS = 40  # of a sample's index hold its position, the others the part

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from data.folder import few
-from data.images import SPLITS, allowed_of, is_held_out
-from data.pixels import BrokenImageError, check_framing, cut_square, decode_rgb
-from engine.seeding import generator
+from slimstep.data.folder import few
+from slimstep.data.images import SPLITS, allowed_of, is_held_out
+from slimstep.data.pixels import BrokenImageError, check_framing, cut_square, decode_rgb
+from slimstep.engine.seeding import generator
 
 FEWEST_JUDGED, SLACK = 1000, 5  # before the end, a share of broken samples is that of as many, and may be so much more
 

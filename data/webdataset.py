@@ -22,10 +22,10 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import PurePosixPath
 
-from data.folder import IMAGE_SUFFIXES, few
-from data.sources import ASKED_AT_ONCE, expand, marks, open_at, unsigned
-from data.streams import Entry, Stream
-from data.tables import caption_column, caption_text
+from slimstep.data.folder import IMAGE_SUFFIXES, few
+from slimstep.data.sources import ASKED_AT_ONCE, expand, marks, open_at, unsigned
+from slimstep.data.streams import Entry, Stream
+from slimstep.data.tables import caption_column, caption_text
 
 SUFFIXES = (".tar", ".tar.gz", ".tgz")
 MOST_FILES = 100  # of one sample are read; more are many samples with a dot in what should be the key

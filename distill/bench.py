@@ -13,22 +13,22 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
-from data.folder import few
-from distill.config import LadderConfig, RungConfig
-from distill.ladder import Climb, climbed_otherwise, climbs
-from distill.pairs import FixedDraws, taught_pairs
-from distill.teaching import Rung
-from engine.config import StageConfig, TrainConfig
-from engine.files import damaged
-from engine.loop import Objective
-from eval.bench import Bench, clip_line
-from eval.overlap import among
-from models.guidance import told_guidance_width, with_told_guidance
-from models.pipeline import export_pipeline, load_pipeline, one_line, with_unet
-from models.schedule import NoiseSchedule
-from models.schedulers import check_noise_schedule, check_sampling, on_same_schedule, stated
-from models.sizes import set_resolution
-from models.unet import PrunableUNet2DConditionModel
+from slimstep.data.folder import few
+from slimstep.distill.config import LadderConfig, RungConfig
+from slimstep.distill.ladder import Climb, climbed_otherwise, climbs
+from slimstep.distill.pairs import FixedDraws, taught_pairs
+from slimstep.distill.teaching import Rung
+from slimstep.engine.config import StageConfig, TrainConfig
+from slimstep.engine.files import damaged
+from slimstep.engine.loop import Objective
+from slimstep.eval.bench import Bench, clip_line
+from slimstep.eval.overlap import among
+from slimstep.models.guidance import told_guidance_width, with_told_guidance
+from slimstep.models.pipeline import export_pipeline, load_pipeline, one_line, with_unet
+from slimstep.models.schedule import NoiseSchedule
+from slimstep.models.schedulers import check_noise_schedule, check_sampling, on_same_schedule, stated
+from slimstep.models.sizes import set_resolution
+from slimstep.models.unet import PrunableUNet2DConditionModel
 
 log = logging.getLogger("slimstep")
 SOLVERS_OWN = (

@@ -7,9 +7,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import eval.config
-from engine.checks import as_table
-from engine.config import StageConfig
+import slimstep.eval.config
+from slimstep.engine.checks import as_table
+from slimstep.engine.config import StageConfig
 
 SAMPLERS = ("DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler")
 
@@ -72,7 +72,7 @@ class LadderConfig:
 
 
 @dataclass
-class Config(eval.config.Config):
+class Config(slimstep.eval.config.Config):
     """The keys of the job that distils steps."""
 
     recovery: StageConfig = field(default_factory=StageConfig)

@@ -6,10 +6,10 @@ Axes: B batch, N steps of the grid, K bounds of a step, C channels, H and W late
 import torch
 from torch import Tensor, nn
 
-from distill.teaching import Rung, draw_guidance, draw_steps, known_range, predict, predict_told
-from engine.loop import Batch, Metrics
-from models.guidance import told_guidance_width
-from models.schedule import NoiseSchedule, nested_steps
+from slimstep.distill.teaching import Rung, draw_guidance, draw_steps, known_range, predict, predict_told
+from slimstep.engine.loop import Batch, Metrics
+from slimstep.models.guidance import told_guidance_width
+from slimstep.models.schedule import NoiseSchedule, nested_steps
 
 
 class ConsistencyDistillation:

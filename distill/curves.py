@@ -11,18 +11,18 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from distill.bench import DistillBench
-from engine.environment import environment
-from engine.files import damaged, write_tensors
-from engine.parallel import map_batches
-from eval.judge import write_pictures
-from eval.metrics.clip import psnr
-from eval.metrics.compare import mean_and_error, paired_difference, paired_ratio
-from eval.sampling import Sampler, Texts
-from eval.scorer_check import compare_teacher
-from eval.timing.latency import compare_ms
-from models.pipeline import on_device
-from models.unet import PrunableUNet2DConditionModel
+from slimstep.distill.bench import DistillBench
+from slimstep.engine.environment import environment
+from slimstep.engine.files import damaged, write_tensors
+from slimstep.engine.parallel import map_batches
+from slimstep.eval.judge import write_pictures
+from slimstep.eval.metrics.clip import psnr
+from slimstep.eval.metrics.compare import mean_and_error, paired_difference, paired_ratio
+from slimstep.eval.sampling import Sampler, Texts
+from slimstep.eval.scorer_check import compare_teacher
+from slimstep.eval.timing.latency import compare_ms
+from slimstep.models.pipeline import on_device
+from slimstep.models.unet import PrunableUNet2DConditionModel
 
 SAMPLERS, EVALUATION = ("teacher", "teacher-dpm"), "evaluation.json"
 

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import VGG16_Weights
 
-from engine.components import at_least_zero
-from engine.loop import Batch, Metrics
+from slimstep.engine.components import at_least_zero
+from slimstep.engine.loop import Batch, Metrics
 
 
 class DecoderDistillation:

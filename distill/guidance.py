@@ -6,7 +6,7 @@ Axes: B batch, N steps of the student, K bounds of a step, C channels, H and W l
 import torch
 from torch import Tensor, nn
 
-from distill.teaching import (
+from slimstep.distill.teaching import (
     Rung,
     draw_guidance,
     draw_steps,
@@ -16,8 +16,8 @@ from distill.teaching import (
     predict_told,
     teacher_target,
 )
-from engine.loop import Batch, Metrics
-from models.schedule import NoiseSchedule
+from slimstep.engine.loop import Batch, Metrics
+from slimstep.models.schedule import NoiseSchedule
 
 
 class GuidanceDistillation:

@@ -4,15 +4,15 @@ import logging
 
 from PIL import Image
 
-from distill.bench import DistillBench
-from distill.config import Config
-from distill.curves import Curves
-from distill.plan import distilling_stages, trainings
-from engine.planning import Plan
-from engine.run import Run
-from eval.pages.steps_page import HEADER, curves_table, point_rows, timed_points, write_steps_report
-from eval.plan import planned, scorer_stage
-from eval.scorer_check import check_scorer
+from slimstep.distill.bench import DistillBench
+from slimstep.distill.config import Config
+from slimstep.distill.curves import Curves
+from slimstep.distill.plan import distilling_stages, trainings
+from slimstep.engine.planning import Plan
+from slimstep.engine.run import Run
+from slimstep.eval.pages.steps_page import HEADER, curves_table, point_rows, timed_points, write_steps_report
+from slimstep.eval.plan import planned, scorer_stage
+from slimstep.eval.scorer_check import check_scorer
 
 log = logging.getLogger("slimstep")
 

@@ -4,7 +4,7 @@ import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from distill.config import RungConfig
+from slimstep.distill.config import RungConfig
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from engine.files import damaged, write_tensors
-from engine.parallel import map_batches
-from engine.run import Run
-from engine.seeding import generator
+from slimstep.engine.files import damaged, write_tensors
+from slimstep.engine.parallel import map_batches
+from slimstep.engine.run import Run
+from slimstep.engine.seeding import generator
 
 ANSWERS = "answers.safetensors"
 

@@ -2,10 +2,10 @@
 
 from collections.abc import Iterator
 
-from distill.bench import DistillBench
-from distill.curves import Curves
-from engine.config import TrainConfig
-from eval.plan import Stage, export, image_rows, training
+from slimstep.distill.bench import DistillBench
+from slimstep.distill.curves import Curves
+from slimstep.engine.config import TrainConfig
+from slimstep.eval.plan import Stage, export, image_rows, training
 
 
 def distilling_stages(bench: DistillBench) -> Iterator[Stage]:

@@ -6,10 +6,10 @@ Axes: B batch, C channels, H and W latent size, L text tokens, E text width.
 import torch
 from torch import Tensor, nn
 
-from engine.components import shares
-from engine.loop import Batch, Metrics
-from models.denoising import draw_noisy
-from models.schedule import NoiseSchedule
+from slimstep.engine.components import shares
+from slimstep.engine.loop import Batch, Metrics
+from slimstep.models.denoising import draw_noisy
+from slimstep.models.schedule import NoiseSchedule
 
 
 class Denoising:

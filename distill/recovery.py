@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from engine.components import at_least_zero, shares
-from engine.loop import Batch, Metrics
-from models.denoising import draw_noisy
-from models.schedule import NoiseSchedule
+from slimstep.engine.components import at_least_zero, shares
+from slimstep.engine.loop import Batch, Metrics
+from slimstep.models.denoising import draw_noisy
+from slimstep.models.schedule import NoiseSchedule
 
 
 class Recovery:

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from distill.teaching import (
+from slimstep.distill.teaching import (
     Draw,
     Rung,
     Target,
@@ -22,9 +22,9 @@ from distill.teaching import (
     predict,
     teacher_target,
 )
-from engine.components import at_least_zero, shares
-from engine.loop import Batch, Metrics
-from models.schedule import NoiseSchedule
+from slimstep.engine.components import at_least_zero, shares
+from slimstep.engine.loop import Batch, Metrics
+from slimstep.models.schedule import NoiseSchedule
 
 
 class StepDistillation:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from engine.loop import Batch
-from models.guidance import guidance_embedding, told_guidance_width
-from models.schedule import NoiseSchedule, nested_steps
+from slimstep.engine.loop import Batch
+from slimstep.models.guidance import guidance_embedding, told_guidance_width
+from slimstep.models.schedule import NoiseSchedule, nested_steps
 
 WEIGHTINGS = ("relative", "truncated_snr", "snr_plus_one", "uniform")
 LEAST_GAP = 1e-6

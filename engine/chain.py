@@ -28,15 +28,15 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from engine.components import named_job
-from engine.files import whole_folder, write_json
-from engine.identity import WATCHING
-from engine.planning import Plan, duration
-from engine.products import changed, files_of, seen
-from engine.run import Run
-from engine.words import compose, hydra_value, stage_words, strings, with_texts
+from slimstep import ROOT
+from slimstep.engine.components import named_job
+from slimstep.engine.files import whole_folder, write_json
+from slimstep.engine.identity import WATCHING
+from slimstep.engine.planning import Plan, duration
+from slimstep.engine.products import changed, files_of, seen
+from slimstep.engine.run import Run
+from slimstep.engine.words import compose, hydra_value, stage_words, strings, with_texts
 
-ROOT = Path(__file__).resolve().parent.parent
 OF_LAUNCHERS = (
     "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "SLURM_", "SUBMITIT_",
     "ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP",
@@ -226,7 +226,8 @@ class Chain:
         if self.accelerator.is_main_process:
             free_memory()
             env = {key: value for key, value in os.environ.items() if not key.startswith(OF_LAUNCHERS)}
-            process = subprocess.Popen([sys.executable, str(ROOT / "train.py"), *stage.words], env=env)
+            program = [str(file)] if (file := ROOT / "train.py").exists() else ["-m", "slimstep"]
+            process = subprocess.Popen([sys.executable, *program, *stage.words], env=env)
             try:
                 code = process.wait()
             finally:

@@ -15,12 +15,12 @@ from omegaconf.errors import OmegaConfBaseException
 from safetensors import SafetensorError
 from yaml import YAMLError
 
-from engine.checks import at_least
-from engine.config import schema
-from engine.names import check_name, disk_name
-from engine.renamed import replace_moved
+from slimstep import ROOT
+from slimstep.engine.checks import at_least
+from slimstep.engine.config import schema
+from slimstep.engine.names import check_name, disk_name
+from slimstep.engine.renamed import replace_moved
 
-ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = ROOT / "configs"
 MISTAKES = (ValueError, OSError, FloatingPointError, SafetensorError, YAMLError, HydraException, OmegaConfBaseException)
 PRECISIONS = ("no", "bf16", "fp16")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
-from engine.averages import DeviceEMA
-from engine.files import digest, digests, unwritable, write_text
-from engine.sharding import is_deepspeed, is_sharded
+from slimstep.engine.averages import DeviceEMA
+from slimstep.engine.files import digest, digests, unwritable, write_text
+from slimstep.engine.sharding import is_deepspeed, is_sharded
 
 log = logging.getLogger("slimstep")
 MADE_BY = "made_by.json"

@@ -11,8 +11,8 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from engine.checks import at_least
-from engine.launcher import precision_of
+from slimstep.engine.checks import at_least
+from slimstep.engine.launcher import precision_of
 
 SCHEDULES = ("cosine", "constant")
 OPTIMIZERS = ("adamw", "adamw8bit", "adafactor")

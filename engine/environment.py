@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from slimstep import ROOT
+
 LIBRARIES = ("torch", "diffusers", "transformers", "open-clip-torch", "accelerate")
 
 
@@ -35,8 +37,10 @@ def cpu_name() -> str:
 
 
 def commit() -> str | None:
-    """The checkout's commit, with a plus where files differ from it."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
+    """The checkout's commit, with a plus where files differ from it; an installed copy has none."""
+    if not (ROOT / ".git").exists():
+        return None
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

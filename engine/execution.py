@@ -23,17 +23,18 @@ from hydra.errors import InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from engine.chain import Chain
-from engine.checked import MISTAKES, ROOT, checked_config, run_path
-from engine.components import named_job
-from engine.config import Config
-from engine.files import damaged
-from engine.identity import SCORER_CHECK, WATCHING
-from engine.planning import Plan
-from engine.preemption import Preempted, was_preempted
-from engine.quiet import one_line
-from engine.run import FINISHED, PATIENCE, TRACEBACK, Run
-from engine.tracking import Tracker
+from slimstep import ROOT
+from slimstep.engine.chain import Chain
+from slimstep.engine.checked import MISTAKES, checked_config, run_path
+from slimstep.engine.components import named_job
+from slimstep.engine.config import Config
+from slimstep.engine.files import damaged
+from slimstep.engine.identity import SCORER_CHECK, WATCHING
+from slimstep.engine.planning import Plan
+from slimstep.engine.preemption import Preempted, was_preempted
+from slimstep.engine.quiet import one_line
+from slimstep.engine.run import FINISHED, PATIENCE, TRACEBACK, Run
+from slimstep.engine.tracking import Tracker
 
 log = logging.getLogger("slimstep")
 

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.types import Override
 
-from engine.renamed import is_same
+from slimstep.engine.renamed import is_same
 
 SCORER_CHECK = "scorer_check.json"  # what eval/scorer_check.py has measured
 GROWING = ("ladder.steps", "curves.steps", "curves.guidance")

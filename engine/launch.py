@@ -16,19 +16,21 @@ from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from engine.checked import CONFIGS, MISTAKES, ROOT, checked_config, run_path
-from engine.identity import existing_run, run_name
-from engine.launcher import check_launcher, is_on
-from engine.preemption import CONTINUE_ME, leave_on_sigterm, was_preempted
-from engine.quiet import bounded, one_line
-from engine.tested import outside_the_tested_set
-from engine.words import is_readable, parsed, quoted
+from slimstep import ROOT
+from slimstep.engine.checked import CONFIGS, MISTAKES, checked_config, run_path
+from slimstep.engine.identity import existing_run, run_name
+from slimstep.engine.launcher import check_launcher, is_on
+from slimstep.engine.preemption import CONTINUE_ME, leave_on_sigterm, was_preempted
+from slimstep.engine.quiet import bounded, one_line
+from slimstep.engine.tested import outside_the_tested_set
+from slimstep.engine.words import is_readable, parsed, quoted
 
 MULTIRUN = {"-m", "--multirun"}
 ASKING = {  # what a job makes of own images: a chain, which has no job, both
-    "eval.cache_job.cache_latents": ("model",),
-    **dict.fromkeys(("prune.job.prune_unet", "prune.vae_job.prune_vae", "distill.job.distill_steps",
-                     "eval.job.evaluate", "eval.speed_job.ladder"), ("model", "scorer")),
+    "slimstep.eval.cache_job.cache_latents": ("model",),
+    **dict.fromkeys(("slimstep.prune.job.prune_unet", "slimstep.prune.vae_job.prune_vae",
+                     "slimstep.distill.job.distill_steps", "slimstep.eval.job.evaluate",
+                     "slimstep.eval.speed_job.ladder"), ("model", "scorer")),
 }  # fmt: skip
 log = logging.getLogger("slimstep")
 
@@ -71,7 +73,7 @@ def main() -> None:
             raise
         fail(f"{one_line(error)}  (debug=true shows where)")
     if 1 not in codes and "torch" in sys.modules:
-        from engine.execution import leave_processes
+        from slimstep.engine.execution import leave_processes
 
         leave_processes()  # where a rank failed this could wait for it
     sys.exit(1 if 1 in codes else max(codes, default=0))
@@ -215,7 +217,7 @@ def start(config: DictConfig) -> int:
     log.info(f"{run_path(checked)}: loading the libraries")
     if others := outside_the_tested_set():
         log.warning(others)
-    from engine.execution import execute  # torch and diffusers take seconds, which a mistake need not wait for
+    from slimstep.engine.execution import execute  # torch and diffusers take seconds, which a mistake need not wait for
 
     if "SUBMITIT_EXECUTOR" not in os.environ:
         leave_on_sigterm()  # not before: a library that is being imported may swallow what the handler raises
@@ -243,7 +245,7 @@ def check_chosen(config: DictConfig) -> None:
     named know drawn shapes alone, and what they make and say of photographs is noise."""
     keys = {parsed(word).key_or_group for word in HydraConfig.get().overrides.task}
     asks = ASKING.get(str(config.job), () if config.job else ("model", "scorer"))
-    if OmegaConf.select(config.data, "pairs._target_") != "data.shapes.ShapesPairs":
+    if OmegaConf.select(config.data, "pairs._target_") != "slimstep.data.shapes.ShapesPairs":
         own = f"data={HydraConfig.get().runtime.choices.get('data')}"
     else:
         own, asks = f"data.prompt_file={config.data.prompt_file}", [part for part in asks if part == "scorer"]

@@ -18,16 +18,16 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from engine.averages import DeviceEMA
-from engine.checkpoints import Checkpoints
-from engine.config import TrainConfig
-from engine.files import damaged, unwritable, write_tensors
-from engine.optimizers import make_optimizer, set_learning_rate
-from engine.preemption import NotedSignals, leave_signals_to_the_parent
-from engine.progress import progress
-from engine.run import Run
-from engine.seeding import generator, seed_of
-from engine.sharding import as_number, copy_to_shard, is_sharded, tell_deepspeed, whole_weights, with_room
+from slimstep.engine.averages import DeviceEMA
+from slimstep.engine.checkpoints import Checkpoints
+from slimstep.engine.config import TrainConfig
+from slimstep.engine.files import damaged, unwritable, write_tensors
+from slimstep.engine.optimizers import make_optimizer, set_learning_rate
+from slimstep.engine.preemption import NotedSignals, leave_signals_to_the_parent
+from slimstep.engine.progress import progress
+from slimstep.engine.run import Run
+from slimstep.engine.seeding import generator, seed_of
+from slimstep.engine.sharding import as_number, copy_to_shard, is_sharded, tell_deepspeed, whole_weights, with_room
 
 Batch = dict[str, Any]
 Metrics = dict[str, Tensor]

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from transformers.optimization import Adafactor
 
-from engine.config import TrainConfig
+from slimstep.engine.config import TrainConfig
 
 
 def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch.optim.Optimizer:

@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.files import write_tensors
-from engine.progress import progress
-from engine.run import sleeping_ranks
+from slimstep.engine.files import write_tensors
+from slimstep.engine.progress import progress
+from slimstep.engine.run import sleeping_ranks
 
 
 def map_batches(

@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from engine.files import digest
+from slimstep.engine.files import digest
 
 NOT_KEPT = ("wandb", "tensorboard")  # trackers add to theirs at any time
 CARD = "README.md"  # of an export: written anew with every result, and edited by whoever hands it on

@@ -1,14 +1,16 @@
 """Jobs and components of earlier versions' configurations, and where they lie now."""
 
+import re
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf
 
 MOVED = {
-    "engine.handover.hand_over": "eval.handover.hand_over",
-    "eval.clip.ClipScorer": "eval.metrics.clip.ClipScorer",
-    "eval.preference.PickScore": "eval.metrics.preference.PickScore",
+    "engine.handover.hand_over": "slimstep.eval.handover.hand_over",
+    "eval.clip.ClipScorer": "slimstep.eval.metrics.clip.ClipScorer",
+    "eval.preference.PickScore": "slimstep.eval.metrics.preference.PickScore",
 }
+BARE = re.compile(r"(data|distill|engine|eval|models|prune)\.\w+(\.\w+)+")  # paths from before the one import root
 ADDED = {"evaluation.preferences.hpsv2.quick_gelu": False}  # what earlier versions did without saying it
 
 
@@ -18,7 +20,9 @@ def at_their_place(value: Any) -> Any:
         return {key: at_their_place(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [at_their_place(inner) for inner in value]
-    return MOVED.get(value, value) if isinstance(value, str) else value
+    if not isinstance(value, str):
+        return value
+    return MOVED.get(value) or (f"slimstep.{value}" if BARE.fullmatch(value) else value)
 
 
 def replace_moved(config: DictConfig | ListConfig) -> None:

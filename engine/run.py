@@ -16,11 +16,11 @@ import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 
-from engine.files import damaged, digests, whole_folder, write_json, write_text
-from engine.identity import differences, has_begun, has_grown
-from engine.names import disk_name
-from engine.products import CARD
-from engine.tracking import Tracker
+from slimstep.engine.files import damaged, digests, whole_folder, write_json, write_text
+from slimstep.engine.identity import differences, has_begun, has_grown
+from slimstep.engine.names import disk_name
+from slimstep.engine.products import CARD
+from slimstep.engine.tracking import Tracker
 
 log = logging.getLogger("slimstep")
 PATIENCE = timedelta(hours=6)  # of ranks that wait while rank 0 compiles and times; torchrun ends them where it dies

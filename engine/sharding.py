@@ -16,7 +16,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from engine.config import TrainConfig
+from slimstep.engine.config import TrainConfig
 
 UNITS = (ResnetBlock2D, Transformer2DModel, BasicTransformerBlock)  # each is gathered while it runs, and let go again
 

@@ -2,18 +2,24 @@
 
 import tomllib
 from collections.abc import Iterator
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).resolve().parent.parent
-CONSTRAINTS = ROOT / "constraints.txt"
+import slimstep
+from slimstep import ROOT
+
+CONSTRAINTS = Path(slimstep.__file__).with_name("constraints.txt")
 
 
 def direct_requirements() -> Iterator[Requirement]:
-    """What pyproject.toml asks for, the optional parts included."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    """What pyproject.toml asks for, the optional parts included; an installed copy keeps it as its metadata."""
+    file = ROOT / "pyproject.toml"
+    if not file.exists():
+        yield from map(Requirement, requires("slimstep"))
+        return
+    project = tomllib.loads(file.read_text())["project"]
     for line in [*project["dependencies"], *(x for group in project["optional-dependencies"].values() for x in group)]:
         yield Requirement(line)
 

@@ -8,8 +8,8 @@ from typing import Any
 from accelerate import Accelerator
 from PIL import Image
 
-from engine.config import TrackerConfig
-from engine.names import disk_name
+from slimstep.engine.config import TrackerConfig
+from slimstep.engine.names import disk_name
 
 LONGEST_OF_WANDB = 128  # letters of a run's name and group
 

@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator, Mapping
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import hydra
@@ -14,7 +13,9 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
-CONFIGS = Path(__file__).resolve().parent.parent / "configs"
+from slimstep import ROOT
+
+CONFIGS = ROOT / "configs"
 OF_THE_CHAIN = ("name", "root", "experiment", "restart", "stages", "plan")
 PLAIN = re.compile(r"[A-Za-z_/.][\w./-]*", re.ASCII)
 SPECIAL = ("true", "false", "null", "nan", "inf")

@@ -16,29 +16,29 @@ from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import nn
 
-from data.cache import CachedPairs, cache_pairs
-from data.config import CacheConfig
-from data.encoding import is_truncated
-from data.folder import few
-from data.prompts import PromptSet, disjoint_prompts, read_prompts
-from engine.checks import at_least
-from engine.components import check, component
-from engine.config import TrainConfig
-from engine.loop import Objective, load_trained, train, trained
-from engine.optimizers import check_optimizer
-from engine.run import FINISHED, Run
-from engine.sharding import autocast_dtype, check_sharding
-from eval.config import Config, LatencyConfig, SamplingConfig
-from eval.metrics.clip import ClipScorer
-from eval.overlap import among
-from eval.sampling import Sampler
-from eval.timing.precision import settled
-from models.card import Origin, origin_of, write_card
-from models.cost import NUM_TOKENS
-from models.pipeline import networks, upcast_vae
-from models.schedule import NoiseSchedule
-from models.sizes import native_pixels, set_resolution
-from models.unet import PrunableUNet2DConditionModel
+from slimstep.data.cache import CachedPairs, cache_pairs
+from slimstep.data.config import CacheConfig
+from slimstep.data.encoding import is_truncated
+from slimstep.data.folder import few
+from slimstep.data.prompts import PromptSet, disjoint_prompts, read_prompts
+from slimstep.engine.checks import at_least
+from slimstep.engine.components import check, component
+from slimstep.engine.config import TrainConfig
+from slimstep.engine.loop import Objective, load_trained, train, trained
+from slimstep.engine.optimizers import check_optimizer
+from slimstep.engine.run import FINISHED, Run
+from slimstep.engine.sharding import autocast_dtype, check_sharding
+from slimstep.eval.config import Config, LatencyConfig, SamplingConfig
+from slimstep.eval.metrics.clip import ClipScorer
+from slimstep.eval.overlap import among
+from slimstep.eval.sampling import Sampler
+from slimstep.eval.timing.precision import settled
+from slimstep.models.card import Origin, origin_of, write_card
+from slimstep.models.cost import NUM_TOKENS
+from slimstep.models.pipeline import networks, upcast_vae
+from slimstep.models.schedule import NoiseSchedule
+from slimstep.models.sizes import native_pixels, set_resolution
+from slimstep.models.unet import PrunableUNet2DConditionModel
 
 log = logging.getLogger("slimstep")
 TRAINED_ON = "trained_on.json"

@@ -1,14 +1,14 @@
 """The caching job: latents and text states of the configured data, made before anything trains on them."""
 
-from data.cache import described_cache
-from data.encoding import at_work, check_size, encode_nothing
-from data.shards import DTYPES, CachedPairs, cache_key, is_intact
-from data.streams import Stream
-from engine.planning import Plan
-from engine.run import Run
-from eval.bench import Bench
-from eval.config import Config
-from eval.plan import size
+from slimstep.data.cache import described_cache
+from slimstep.data.encoding import at_work, check_size, encode_nothing
+from slimstep.data.shards import DTYPES, CachedPairs, cache_key, is_intact
+from slimstep.data.streams import Stream
+from slimstep.engine.planning import Plan
+from slimstep.engine.run import Run
+from slimstep.eval.bench import Bench
+from slimstep.eval.config import Config
+from slimstep.eval.plan import size
 
 
 def cache_latents(config: Config, run: Run) -> int | Plan:

@@ -6,8 +6,8 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-import data.config
-from engine.checks import as_table, at_least
+import slimstep.data.config
+from slimstep.engine.checks import as_table, at_least
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
@@ -225,7 +225,7 @@ class RatesConfig:
 
 
 @dataclass
-class Config(data.config.Config):
+class Config(slimstep.data.config.Config):
     """The keys of jobs that draw, score, time and show."""
 
     sampling: DrawingConfig = field(default_factory=DrawingConfig)

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from eval.config import LatencyConfig
-from eval.metrics.clip import ClipScorer, psnr
-from eval.timing.latency import interleaved_times, one_thread
-from models.decoding import ImageDecoder
-from models.pipeline import quiet
+from slimstep.eval.config import LatencyConfig
+from slimstep.eval.metrics.clip import ClipScorer, psnr
+from slimstep.eval.timing.latency import interleaved_times, one_thread
+from slimstep.models.decoding import ImageDecoder
+from slimstep.models.pipeline import quiet
 
 NEARNESS = ("psnr", "ssim", "features")
 

@@ -22,33 +22,33 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data.encoding import check_size, described
-from data.images import BrokenImageError
-from data.prompts import PromptSet
-from data.streams import at_random_access
-from engine.components import check, component
-from engine.environment import environment
-from engine.files import damaged, write_tensors
-from engine.names import check_name, disk_name
-from engine.parallel import map_batches
-from engine.run import Run
-from engine.seeding import generator
-from eval.bench import Bench
-from eval.config import Config
-from eval.judge import clip_scores, draw_images, write_pictures
-from eval.metrics.clip import psnr
-from eval.metrics.compare import mean_and_error, paired_difference
-from eval.metrics.distribution import frechet_distance, kernel_distance
-from eval.metrics.inception import Inception
-from eval.overlap import among, known_captions
-from eval.sampling import Sampler
-from eval.scorer_check import compare_teacher
-from eval.timing.first_image import compile_first
-from eval.timing.setups import Setup, compile_networks
-from models.cost import count_parameters
-from models.pipeline import check_pipeline, load_pipeline, networks, stored_scheduler, upcast_vae
-from models.schedulers import check_sampling
-from models.sizes import native_pixels, set_resolution
+from slimstep.data.encoding import check_size, described
+from slimstep.data.images import BrokenImageError
+from slimstep.data.prompts import PromptSet
+from slimstep.data.streams import at_random_access
+from slimstep.engine.components import check, component
+from slimstep.engine.environment import environment
+from slimstep.engine.files import damaged, write_tensors
+from slimstep.engine.names import check_name, disk_name
+from slimstep.engine.parallel import map_batches
+from slimstep.engine.run import Run
+from slimstep.engine.seeding import generator
+from slimstep.eval.bench import Bench
+from slimstep.eval.config import Config
+from slimstep.eval.judge import clip_scores, draw_images, write_pictures
+from slimstep.eval.metrics.clip import psnr
+from slimstep.eval.metrics.compare import mean_and_error, paired_difference
+from slimstep.eval.metrics.distribution import frechet_distance, kernel_distance
+from slimstep.eval.metrics.inception import Inception
+from slimstep.eval.overlap import among, known_captions
+from slimstep.eval.sampling import Sampler
+from slimstep.eval.scorer_check import compare_teacher
+from slimstep.eval.timing.first_image import compile_first
+from slimstep.eval.timing.setups import Setup, compile_networks
+from slimstep.models.cost import count_parameters
+from slimstep.models.pipeline import check_pipeline, load_pipeline, networks, stored_scheduler, upcast_vae
+from slimstep.models.schedulers import check_sampling
+from slimstep.models.sizes import native_pixels, set_resolution
 
 log = logging.getLogger("slimstep")
 LONGEST_NAME = 200  # bytes of a model's: steps and guidance scale follow it in names of files

@@ -8,17 +8,17 @@ from pathlib import Path
 from markupsafe import Markup
 from PIL import Image
 
-from engine.console import print_for_programs
-from engine.files import write_json, write_text
-from engine.planning import Plan
-from engine.run import Run
-from eval.config import Config
-from eval.pages.cautions import cautions_of
-from eval.pages.figures import save_figures, themed
-from eval.pages.html import render
-from eval.pages.outcome import AGAINST, Outcome
-from eval.pages.text import flatten, overlap_sentence
-from models.card import origin_of, write_card
+from slimstep.engine.console import print_for_programs
+from slimstep.engine.files import write_json, write_text
+from slimstep.engine.planning import Plan
+from slimstep.engine.run import Run
+from slimstep.eval.config import Config
+from slimstep.eval.pages.cautions import cautions_of
+from slimstep.eval.pages.figures import save_figures, themed
+from slimstep.eval.pages.html import render
+from slimstep.eval.pages.outcome import AGAINST, Outcome
+from slimstep.eval.pages.text import flatten, overlap_sentence
+from slimstep.models.card import origin_of, write_card
 
 log = logging.getLogger("slimstep")
 

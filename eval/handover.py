@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 
-from engine.planning import Plan
-from engine.run import Run
-from eval.config import Config
-from models.autoencoder import latents_meaning
-from models.card import origin_of
-from models.pipeline import export_pipeline, load_pipeline, with_unet
+from slimstep.engine.planning import Plan
+from slimstep.engine.run import Run
+from slimstep.eval.config import Config
+from slimstep.models.autoencoder import latents_meaning
+from slimstep.models.card import origin_of
+from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 
 log = logging.getLogger("slimstep")
 

@@ -4,16 +4,16 @@ import logging
 
 from PIL import Image
 
-from engine.console import print_for_programs
-from engine.planning import Plan
-from engine.run import Run
-from eval.config import Config
-from eval.evaluation import EvaluationBench
-from eval.pages.evaluation_page import header, rows, summary, write_evaluation_report
-from eval.pages.tables import console_table
-from eval.pages.text import overlap_sentence
-from eval.plan import Stage, image_rows, scorer_stage, stages_table, time_line
-from eval.scorer_check import check_scorer
+from slimstep.engine.console import print_for_programs
+from slimstep.engine.planning import Plan
+from slimstep.engine.run import Run
+from slimstep.eval.config import Config
+from slimstep.eval.evaluation import EvaluationBench
+from slimstep.eval.pages.evaluation_page import header, rows, summary, write_evaluation_report
+from slimstep.eval.pages.tables import console_table
+from slimstep.eval.pages.text import overlap_sentence
+from slimstep.eval.plan import Stage, image_rows, scorer_stage, stages_table, time_line
+from slimstep.eval.scorer_check import check_scorer
 
 log = logging.getLogger("slimstep")
 

@@ -10,10 +10,10 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
-from data.prompts import PromptSet
-from engine.parallel import map_batches
-from eval.metrics.clip import ClipScorer
-from eval.sampling import Sampler
+from slimstep.data.prompts import PromptSet
+from slimstep.engine.parallel import map_batches
+from slimstep.eval.metrics.clip import ClipScorer
+from slimstep.eval.sampling import Sampler
 
 
 def draw_images(

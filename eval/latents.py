@@ -11,12 +11,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data.cache import agree, alone, text_hashes
-from data.encoding import module_hash
-from data.prompts import PromptSet
-from data.shards import CachedPairs, cache_key, is_intact, shard_tensors, write_index, write_shard
-from engine.progress import progress
-from eval.sampling import Sampler
+from slimstep.data.cache import agree, alone, text_hashes
+from slimstep.data.encoding import module_hash
+from slimstep.data.prompts import PromptSet
+from slimstep.data.shards import CachedPairs, cache_key, is_intact, shard_tensors, write_index, write_shard
+from slimstep.engine.progress import progress
+from slimstep.eval.sampling import Sampler
 
 FORMAT = 1
 

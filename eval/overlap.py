@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
-from data.prompts import PromptSet
-from data.shards import CachedPairs
+from slimstep.data.prompts import PromptSet
+from slimstep.data.shards import CachedPairs
 
 
 def among(prompts: PromptSet, texts: Iterable[str]) -> list[str]:

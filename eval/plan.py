@@ -3,16 +3,16 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from engine.config import TrainConfig
-from engine.identity import SCORER_CHECK
-from engine.planning import Plan, duration
-from engine.run import FINISHED, Run
-from eval.bench import Bench
-from eval.pages.tables import markdown_table
-from eval.pages.text import count
-from eval.throughput import hours
-from models.cost import count_activation_bytes, count_gflops
-from models.pipeline import networks
+from slimstep.engine.config import TrainConfig
+from slimstep.engine.identity import SCORER_CHECK
+from slimstep.engine.planning import Plan, duration
+from slimstep.engine.run import FINISHED, Run
+from slimstep.eval.bench import Bench
+from slimstep.eval.pages.tables import markdown_table
+from slimstep.eval.pages.text import count
+from slimstep.eval.throughput import hours
+from slimstep.models.cost import count_activation_bytes, count_gflops
+from slimstep.models.pipeline import networks
 
 # Weights, gradient, two moments of AdamW and the EMA; a checkpoint holds all but the gradient.
 TRAINED_COPIES, CHECKPOINT_COPIES, BYTES = 5, 4, 4

@@ -17,14 +17,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from data.encoding import finite, rows_at_once
-from engine.seeding import generator
-from eval.cpu_parts import can_be_parted, draw_in_parts
-from eval.timing.precision import computing, products_on
-from models.conditioning import empty_text_state, text_states
-from models.decoding import has_statistics, statistics, unscaled
-from models.guidance import guidance_embedding, told_guidance_width
-from models.schedulers import check_sampling, used_spacing
+from slimstep.data.encoding import finite, rows_at_once
+from slimstep.engine.seeding import generator
+from slimstep.eval.cpu_parts import can_be_parted, draw_in_parts
+from slimstep.eval.timing.precision import computing, products_on
+from slimstep.models.conditioning import empty_text_state, text_states
+from slimstep.models.decoding import has_statistics, statistics, unscaled
+from slimstep.models.guidance import guidance_embedding, told_guidance_width
+from slimstep.models.schedulers import check_sampling, used_spacing
 
 TEXTS_PER_BATCH = 64  # cut by index, so that a prompt's state does not depend on who asks for it
 

@@ -18,19 +18,19 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from data.images import BrokenImageError
-from data.prompts import PromptSet
-from data.streams import at_random_access
-from engine.components import component
-from engine.files import write_json
-from engine.identity import SCORER_CHECK
-from engine.parallel import map_batches
-from engine.run import FINISHED
-from engine.seeding import generator
-from eval.metrics.clip import BATCH, ClipScorer
-from eval.metrics.compare import mean_and_error
-from eval.overlap import plain
-from eval.pages.cautions import data_sentence, is_above_chance, teacher_sentence, told
+from slimstep.data.images import BrokenImageError
+from slimstep.data.prompts import PromptSet
+from slimstep.data.streams import at_random_access
+from slimstep.engine.components import component
+from slimstep.engine.files import write_json
+from slimstep.engine.identity import SCORER_CHECK
+from slimstep.engine.parallel import map_batches
+from slimstep.engine.run import FINISHED
+from slimstep.engine.seeding import generator
+from slimstep.eval.metrics.clip import BATCH, ClipScorer
+from slimstep.eval.metrics.compare import mean_and_error
+from slimstep.eval.overlap import plain
+from slimstep.eval.pages.cautions import data_sentence, is_above_chance, teacher_sentence, told
 
 IMAGES, SHUFFLES = 256, 8
 FEWEST_CAPTIONS = 8  # with fewer, Student's t asks for so much that a scorer that knows the data fails by chance

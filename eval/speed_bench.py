@@ -16,21 +16,21 @@ from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.environment import environment
-from engine.files import damaged, write_tensors
-from engine.names import disk_name
-from engine.run import Run
-from eval.config import Config
-from eval.evaluation import LONGEST_NAME, EvaluationBench
-from eval.metrics.clip import psnr
-from eval.metrics.compare import mean_and_error, paired_difference
-from eval.plan import image_rows
-from eval.timing.first_image import compile_cost
-from eval.timing.setups import Setup, all_setups
-from eval.timing.speed import Subject, Variant, matmul_peak_tflops, measure, reason
-from models.cost import count_gflops
-from models.guidance import told_guidance_width
-from models.pipeline import with_unet
+from slimstep.engine.environment import environment
+from slimstep.engine.files import damaged, write_tensors
+from slimstep.engine.names import disk_name
+from slimstep.engine.run import Run
+from slimstep.eval.config import Config
+from slimstep.eval.evaluation import LONGEST_NAME, EvaluationBench
+from slimstep.eval.metrics.clip import psnr
+from slimstep.eval.metrics.compare import mean_and_error, paired_difference
+from slimstep.eval.plan import image_rows
+from slimstep.eval.timing.first_image import compile_cost
+from slimstep.eval.timing.setups import Setup, all_setups
+from slimstep.eval.timing.speed import Subject, Variant, matmul_peak_tflops, measure, reason
+from slimstep.models.cost import count_gflops
+from slimstep.models.guidance import told_guidance_width
+from slimstep.models.pipeline import with_unet
 
 log = logging.getLogger("slimstep")
 SETUP_FIELDS = [field.name for field in fields(Setup)]

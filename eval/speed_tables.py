@@ -8,10 +8,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from eval.speed_bench import SETUP_FIELDS, SpeedBench, file_name
-from eval.timing.setups import CannotRunError, Setup
-from eval.timing.speed import Subject, Variant
-from eval.timing.tasks import TASKS, task_pipeline
+from slimstep.eval.speed_bench import SETUP_FIELDS, SpeedBench, file_name
+from slimstep.eval.timing.setups import CannotRunError, Setup
+from slimstep.eval.timing.speed import Subject, Variant
+from slimstep.eval.timing.tasks import TASKS, task_pipeline
 
 Rows = list[dict[str, Any]]
 ROW_KEYS = {"name", *(field.name for field in fields(Variant)), *SETUP_FIELDS} - {"setup"}

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from engine.config import TrainConfig
-from eval.bench import Bench
-from eval.timing.precision import computing
-from models.cost import unet_inputs
+from slimstep.engine.config import TrainConfig
+from slimstep.eval.bench import Bench
+from slimstep.eval.timing.precision import computing
+from slimstep.models.cost import unet_inputs
 
 SECONDS, CALLS = 4.0, 3  # about as long a timed call may take, and how many there are
 

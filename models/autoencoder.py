@@ -9,12 +9,12 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 
-from engine.quiet import one_line
-from models.checkpoint import check_file, is_single_file, read_weights
-from models.conversion import converted
-from models.decoding import STATISTICS
-from models.networks import load_network
-from models.vae import NarrowAutoencoderKL
+from slimstep.engine.quiet import one_line
+from slimstep.models.checkpoint import check_file, is_single_file, read_weights
+from slimstep.models.conversion import converted
+from slimstep.models.decoding import STATISTICS
+from slimstep.models.networks import load_network
+from slimstep.models.vae import NarrowAutoencoderKL
 
 PREFIX, ORIGINAL = "first_stage_model.", "decoder.mid.block_1.conv1.weight"
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}

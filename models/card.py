@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.files import write_text
-from engine.products import CARD
+from slimstep.engine.files import write_text
+from slimstep.engine.products import CARD
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 

@@ -11,8 +11,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from engine.quiet import one_line
-from models.pickles import load_pickled
+from slimstep.engine.quiet import one_line
+from slimstep.models.pickles import load_pickled
 
 SAFE, PICKLED = ".safetensors", (".ckpt", ".pt", ".pth")
 VAE_ATTENTION = {"to_q": "q", "to_k": "k", "to_v": "v", "to_out.0": "proj_out", "query": "q", "key": "k", "value": "v",

@@ -2,7 +2,7 @@
 
 SDXL's UNets also take a pooled text state and six numbers of size and crop. These lie behind the text states, in as
 many further rows as they fill, so that whatever caches, drops, repeats or moves captions knows one tensor only; the
-prunable UNet takes it apart again (`models.unet.apart`).
+prunable UNet takes it apart again (`slimstep.models.unet.apart`).
 
 Axes: B batch, L tokens, R further rows, E text width, P pooled width.
 """
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from models.unet import pooled_width
+from slimstep.models.unet import pooled_width
 
 ONE_IMAGE = {"num_images_per_prompt": 1}
 

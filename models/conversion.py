@@ -9,9 +9,9 @@ from diffusers.loaders.single_file_utils import create_diffusers_clip_model_from
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from engine.quiet import preview
-from models.networks import without_memory
-from models.original_layout import (
+from slimstep.engine.quiet import preview
+from slimstep.models.networks import without_memory
+from slimstep.models.original_layout import (
     OPEN_TEXT,
     TEXT,
     TEXTS_XL,

@@ -6,10 +6,10 @@ from pathlib import Path
 
 from diffusers import DiffusionPipeline
 
-from models.checkpoint import SAFE, is_single_file
-from models.decoding import STATISTICS, has_statistics
-from models.original_layout import check_layout, write_original
-from models.pipeline import check_pipeline, export_pipeline, networks, read_pipeline
+from slimstep.models.checkpoint import SAFE, is_single_file
+from slimstep.models.decoding import STATISTICS, has_statistics
+from slimstep.models.original_layout import check_layout, write_original
+from slimstep.models.pipeline import check_pipeline, export_pipeline, networks, read_pipeline
 
 log = logging.getLogger("slimstep")
 

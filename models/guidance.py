@@ -6,7 +6,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from models.unet import PrunableUNet2DConditionModel
+from slimstep.models.unet import PrunableUNet2DConditionModel
 
 
 def told_guidance_width(unet: nn.Module) -> int:

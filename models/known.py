@@ -16,12 +16,12 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from open_clip.tokenizer import bytes_to_unicode, default_bpe
 from transformers import CLIPTextConfig, CLIPTokenizer
 
-import models.reference as reference
-from engine.files import write_json
-from engine.quiet import quiet
-from engine.seeding import seed_of
-from models.schedulers import swapped_scheduler
-from models.unet import PrunableUNet2DConditionModel
+import slimstep.models.reference as reference
+from slimstep.engine.files import write_json
+from slimstep.engine.quiet import quiet
+from slimstep.engine.seeding import seed_of
+from slimstep.models.schedulers import swapped_scheduler
+from slimstep.models.unet import PrunableUNet2DConditionModel
 
 TEXT_ENCODERS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 CLIP_TOKENS, NUM_MERGES = 77, 49152 - 256 - 2

@@ -9,8 +9,8 @@ from typing import Any
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from engine.quiet import one_line, preview, quiet
-from models.lora_files import path_in, read_lora
+from slimstep.engine.quiet import one_line, preview, quiet
+from slimstep.models.lora_files import path_in, read_lora
 
 log = logging.getLogger("slimstep")
 FILES = (".safetensors", ".bin", ".pt", ".ckpt")

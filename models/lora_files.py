@@ -20,7 +20,7 @@ from diffusers.utils import convert_state_dict_to_diffusers, convert_state_dict_
 from diffusers.utils.state_dict_utils import StateDictType
 from torch import Tensor, nn
 
-from engine.quiet import one_line, preview
+from slimstep.engine.quiet import one_line, preview
 
 log = logging.getLogger("slimstep")
 PARTS = ("unet", "text_encoder", "text_encoder_2")

@@ -13,10 +13,10 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from torch import nn
 from transformers import PreTrainedModel
 
-from engine.quiet import one_line, preview
-from models.folder import final_folder, folder_of, is_pickled, parts_of, variant_of, weight_files
-from models.unet import PrunableUNet2DConditionModel
-from models.vae import NarrowAutoencoderKL
+from slimstep.engine.quiet import one_line, preview
+from slimstep.models.folder import final_folder, folder_of, is_pickled, parts_of, variant_of, weight_files
+from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.models.vae import NarrowAutoencoderKL
 
 log = logging.getLogger("slimstep")
 EMBEDDED = ".base_layer."  # PEFT's name for what an adapter wraps

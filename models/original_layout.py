@@ -15,9 +15,9 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from engine.files import write_tensors
-from models.checkpoint import PREDICTION, PREDICTIONS
-from models.vae import NarrowAutoencoderKL
+from slimstep.engine.files import write_tensors
+from slimstep.models.checkpoint import PREDICTION, PREDICTIONS
+from slimstep.models.vae import NarrowAutoencoderKL
 
 UNET, VAE = "model.diffusion_model", "first_stage_model"
 TEXT, OPEN_TEXT = "cond_stage_model.transformer.text_model", "cond_stage_model.model"

@@ -15,13 +15,13 @@ from torch import nn
 from transformers import CLIPTextModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from engine.files import whole_folder, write_json
-from engine.quiet import one_line, preview, quiet
-from models.autoencoder import load_vae
-from models.card import Origin, write_card
-from models.checkpoint import is_single_file
-from models.decoding import has_statistics
-from models.folder import (
+from slimstep.engine.files import whole_folder, write_json
+from slimstep.engine.quiet import one_line, preview, quiet
+from slimstep.models.autoencoder import load_vae
+from slimstep.models.card import Origin, write_card
+from slimstep.models.checkpoint import is_single_file
+from slimstep.models.decoding import has_statistics
+from slimstep.models.folder import (
     check_folder,
     check_pickles,
     check_variant,
@@ -29,13 +29,13 @@ from models.folder import (
     lacking_checker,
     stored_dtype,
 )
-from models.lora import check_loras, fuse_loras
-from models.networks import check_tokenizers, load_networks, without_memory
-from models.schedulers import replacement, scheduler_class, swapped_scheduler
-from models.single_file import check_single_file, load_single_file
-from models.sizes import settle_sizes
-from models.stock import stock_config, to_stock
-from models.vae import NarrowAutoencoderKL
+from slimstep.models.lora import check_loras, fuse_loras
+from slimstep.models.networks import check_tokenizers, load_networks, without_memory
+from slimstep.models.schedulers import replacement, scheduler_class, swapped_scheduler
+from slimstep.models.single_file import check_single_file, load_single_file
+from slimstep.models.sizes import settle_sizes
+from slimstep.models.stock import stock_config, to_stock
+from slimstep.models.vae import NarrowAutoencoderKL
 
 DType = Literal["float32", "float16", "bfloat16"]
 

@@ -3,8 +3,8 @@
 import torch
 from diffusers import AutoencoderKL
 
-from engine.seeding import seed_of
-from models.unet import PrunableUNet2DConditionModel
+from slimstep.engine.seeding import seed_of
+from slimstep.models.unet import PrunableUNet2DConditionModel
 
 SD15 = {
     "sample_size": 64,

@@ -10,7 +10,7 @@ import torch
 from diffusers import EulerDiscreteScheduler
 from torch import Tensor
 
-from models.schedulers import check_noise_schedule
+from slimstep.models.schedulers import check_noise_schedule
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 

@@ -15,7 +15,7 @@ from typing import Any
 import diffusers
 import torch
 
-from engine.quiet import quiet
+from slimstep.engine.quiet import quiet
 
 log = logging.getLogger("slimstep")
 SHORT = {

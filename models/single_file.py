@@ -16,14 +16,14 @@ from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from torch import Tensor
 
-from engine.quiet import one_line
-from models.autoencoder import load_vae
-from models.checkpoint import check_file, read_weights, told_scheduling
-from models.conversion import LackingError, converted, text_encoder
-from models.folder import cached_configuration, check_folder, hub_configuration, without_checker
-from models.known import KNOWN, known_by, write_configuration
-from models.schedulers import built, fields_of, stated
-from models.unet import PrunableUNet2DConditionModel
+from slimstep.engine.quiet import one_line
+from slimstep.models.autoencoder import load_vae
+from slimstep.models.checkpoint import check_file, read_weights, told_scheduling
+from slimstep.models.conversion import LackingError, converted, text_encoder
+from slimstep.models.folder import cached_configuration, check_folder, hub_configuration, without_checker
+from slimstep.models.known import KNOWN, known_by, write_configuration
+from slimstep.models.schedulers import built, fields_of, stated
+from slimstep.models.unet import PrunableUNet2DConditionModel
 
 log = logging.getLogger("slimstep")
 PARTS = {"UNet": ("model.diffusion_model.",), "VAE": ("first_stage_model.", "vae."),

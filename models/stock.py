@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import UNet2DConditionModel
 
-from models.unet import PrunableUNet2DConditionModel
+from slimstep.models.unet import PrunableUNet2DConditionModel
 
 WITHOUT_ATTENTION = {"CrossAttnDownBlock2D": "DownBlock2D", "CrossAttnUpBlock2D": "UpBlock2D"}
 PER_LEVEL = ("attention_head_dim", "num_attention_heads", "cross_attention_dim", "only_cross_attention")

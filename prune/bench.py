@@ -11,23 +11,23 @@ from omegaconf import OmegaConf
 from PIL import Image
 from torch import Tensor
 
-from engine.environment import environment
-from eval.bench import Bench, clip_line
-from eval.judge import clip_scores, draw_images, write_pictures
-from eval.metrics.clip import psnr
-from eval.metrics.compare import mean_and_error, paired_difference
-from eval.pages.cautions import score_cautions
-from eval.pages.comparison import run_table
-from eval.pages.run_page import write_report
-from eval.pages.runs import read_run
-from eval.scorer_check import check_teacher
-from eval.timing.latency import compare_ms
-from models.cost import count_gflops
-from models.guidance import told_guidance_width
-from models.pipeline import export_pipeline, with_unet
-from models.unet import PrunableUNet2DConditionModel
-from prune.latency import latency_table, predicted_ms, read_table, table_without
-from prune.scores import score_blocks
+from slimstep.engine.environment import environment
+from slimstep.eval.bench import Bench, clip_line
+from slimstep.eval.judge import clip_scores, draw_images, write_pictures
+from slimstep.eval.metrics.clip import psnr
+from slimstep.eval.metrics.compare import mean_and_error, paired_difference
+from slimstep.eval.pages.cautions import score_cautions
+from slimstep.eval.pages.comparison import run_table
+from slimstep.eval.pages.run_page import write_report
+from slimstep.eval.pages.runs import read_run
+from slimstep.eval.scorer_check import check_teacher
+from slimstep.eval.timing.latency import compare_ms
+from slimstep.models.cost import count_gflops
+from slimstep.models.guidance import told_guidance_width
+from slimstep.models.pipeline import export_pipeline, with_unet
+from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.prune.latency import latency_table, predicted_ms, read_table, table_without
+from slimstep.prune.scores import score_blocks
 
 log = logging.getLogger("slimstep")
 

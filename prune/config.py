@@ -6,9 +6,9 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-import eval.config
-from engine.checks import at_least
-from engine.config import StageConfig
+import slimstep.eval.config
+from slimstep.engine.checks import at_least
+from slimstep.engine.config import StageConfig
 
 MOST_ROUNDS = 200
 
@@ -65,7 +65,7 @@ class DecoderConfig:
 
 
 @dataclass
-class Config(eval.config.Config):
+class Config(slimstep.eval.config.Config):
     """The keys of the jobs that prune."""
 
     recovery: StageConfig = field(default_factory=StageConfig)

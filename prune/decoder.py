@@ -20,9 +20,9 @@ from diffusers import AutoencoderKL
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
-from models.decoding import ImageDecoder
-from models.pipeline import quiet
-from models.vae import NarrowAutoencoderKL
+from slimstep.models.decoding import ImageDecoder
+from slimstep.models.pipeline import quiet
+from slimstep.models.vae import NarrowAutoencoderKL
 
 Channels = dict[str, list[int]]
 

@@ -26,8 +26,8 @@ DESTROYED, CLEAR = 0.05, 2.0  # of an unrelated picture's squared error; standar
 class BlockValue:
     """What a block gives and costs: the CLIP score its removal loses, and the milliseconds it saves.
 
-    `picture_error` is `prune.scores.picture_error`'s, nan where it was not measured; `floor` the least CLIP score that
-    the removal is taken to lose. A block at depth 2 and more is removed with all its copies.
+    `picture_error` is that of prune/scores.py, nan where it was not measured; `floor` the least CLIP score that the
+    removal is taken to lose. A block at depth 2 and more is removed with all its copies.
     """
 
     site: str

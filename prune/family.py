@@ -5,11 +5,11 @@ from pathlib import Path
 import torch
 from omegaconf import OmegaConf
 
-from models.known import random_pipeline
-from models.pipeline import export_pipeline, load_pipeline, quiet, with_unet
-from prune.decoder import choose_channels, narrow_widths, narrowed
+from slimstep import ROOT
+from slimstep.models.known import random_pipeline
+from slimstep.models.pipeline import export_pipeline, load_pipeline, quiet, with_unet
+from slimstep.prune.decoder import choose_channels, narrow_widths, narrowed
 
-ROOT = Path(__file__).resolve().parents[1]
 LAST = "mid_block.resnets.1"  # BK-SDM small ends with the mid block
 
 

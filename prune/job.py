@@ -3,16 +3,16 @@
 import logging
 import math
 
-from engine.planning import Plan
-from engine.run import Run
-from eval.plan import planned, scorer_stage
-from eval.scorer_check import check_scorer
-from models.unet import PrunableUNet2DConditionModel
-from prune.bench import PruneBench
-from prune.config import Config
-from prune.evolve import Action, BlockValue, apply, as_json
-from prune.plan import latency_stage, pruning_stages
-from prune.search import Situation
+from slimstep.engine.planning import Plan
+from slimstep.engine.run import Run
+from slimstep.eval.plan import planned, scorer_stage
+from slimstep.eval.scorer_check import check_scorer
+from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.prune.bench import PruneBench
+from slimstep.prune.config import Config
+from slimstep.prune.evolve import Action, BlockValue, apply, as_json
+from slimstep.prune.plan import latency_stage, pruning_stages
+from slimstep.prune.search import Situation
 
 log = logging.getLogger("slimstep")
 TARGET_MISSED = 3

@@ -17,11 +17,11 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from engine.environment import cpu_name
-from engine.progress import progress
-from engine.seeding import generator
-from eval.config import LatencyConfig
-from eval.timing.latency import (
+from slimstep.engine.environment import cpu_name
+from slimstep.engine.progress import progress
+from slimstep.engine.seeding import generator
+from slimstep.eval.config import LatencyConfig
+from slimstep.eval.timing.latency import (
     WAY,
     affordable,
     forward_call,
@@ -32,8 +32,8 @@ from eval.timing.latency import (
     timed_copy,
     warm_up_ms,
 )
-from models.sizes import latent_side
-from models.unet import PrunableUNet2DConditionModel
+from slimstep.models.sizes import latent_side
+from slimstep.models.unet import PrunableUNet2DConditionModel
 
 
 def read_table(path: str | Path) -> dict:

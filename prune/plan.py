@@ -2,8 +2,8 @@
 
 from collections.abc import Iterator
 
-from eval.plan import Stage, export, image_rows, training
-from prune.bench import PruneBench
+from slimstep.eval.plan import Stage, export, image_rows, training
+from slimstep.prune.bench import PruneBench
 
 
 def pruning_stages(bench: PruneBench) -> Iterator[Stage]:

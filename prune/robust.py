@@ -9,10 +9,10 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from engine.components import shares
-from engine.loop import Batch, Metrics
-from models.denoising import draw_noisy
-from models.schedule import NoiseSchedule
+from slimstep.engine.components import shares
+from slimstep.engine.loop import Batch, Metrics
+from slimstep.models.denoising import draw_noisy
+from slimstep.models.schedule import NoiseSchedule
 
 RAMPS = ("constant", "depth", "time")
 

@@ -16,14 +16,14 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from data.prompts import PromptSet
-from engine.parallel import map_batches
-from eval.judge import clip_scores, draw_images
-from eval.metrics.clip import CLOSEST_MSE, ClipScorer, psnr
-from eval.metrics.compare import mean_and_error, split_half_agreement
-from eval.sampling import Sampler
-from eval.scorer_check import shuffles
-from models.unet import PrunableUNet2DConditionModel
+from slimstep.data.prompts import PromptSet
+from slimstep.engine.parallel import map_batches
+from slimstep.eval.judge import clip_scores, draw_images
+from slimstep.eval.metrics.clip import CLOSEST_MSE, ClipScorer, psnr
+from slimstep.eval.metrics.compare import mean_and_error, split_half_agreement
+from slimstep.eval.sampling import Sampler
+from slimstep.eval.scorer_check import shuffles
+from slimstep.models.unet import PrunableUNet2DConditionModel
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from engine.seeding import generator
-from models.unet import check_depth
-from prune.evolve import (
+from slimstep.engine.seeding import generator
+from slimstep.models.unet import check_depth
+from slimstep.prune.evolve import (
     Action,
     BlockValue,
     apply,

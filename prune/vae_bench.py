@@ -19,32 +19,32 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from data.encoding import encode_images
-from data.images import BrokenImageError
-from data.latents import LatentMix
-from data.prompts import PromptSet, heldout_prompts, read_prompts
-from data.streams import at_random_access
-from engine.components import check, component
-from engine.environment import environment
-from engine.files import damaged, write_tensors
-from engine.loop import Objective
-from engine.parallel import map_batches
-from engine.seeding import generator
-from eval.bench import Bench, clip_line
-from eval.config import LatentsConfig
-from eval.decoders import NEARNESS, compare_decoders, nearness
-from eval.judge import clip_scores, write_pictures
-from eval.latents import sampled_latents
-from eval.metrics.compare import mean_and_error, paired_difference
-from eval.pages.vae_page import HEADER, quality_rows, vae_table, write_vae_report
-from eval.sampling import Sampler
-from eval.scorer_check import check_teacher
-from models.cost import count_parameters
-from models.decoding import ImageDecoder, has_statistics
-from models.pipeline import export_pipeline, with_unet
-from models.vae import NarrowAutoencoderKL
-from prune.config import DecoderConfig
-from prune.decoder import CHOICES, NORM_GROUPS, choose_channels, narrow_widths, narrowed
+from slimstep.data.encoding import encode_images
+from slimstep.data.images import BrokenImageError
+from slimstep.data.latents import LatentMix
+from slimstep.data.prompts import PromptSet, heldout_prompts, read_prompts
+from slimstep.data.streams import at_random_access
+from slimstep.engine.components import check, component
+from slimstep.engine.environment import environment
+from slimstep.engine.files import damaged, write_tensors
+from slimstep.engine.loop import Objective
+from slimstep.engine.parallel import map_batches
+from slimstep.engine.seeding import generator
+from slimstep.eval.bench import Bench, clip_line
+from slimstep.eval.config import LatentsConfig
+from slimstep.eval.decoders import NEARNESS, compare_decoders, nearness
+from slimstep.eval.judge import clip_scores, write_pictures
+from slimstep.eval.latents import sampled_latents
+from slimstep.eval.metrics.compare import mean_and_error, paired_difference
+from slimstep.eval.pages.vae_page import HEADER, quality_rows, vae_table, write_vae_report
+from slimstep.eval.sampling import Sampler
+from slimstep.eval.scorer_check import check_teacher
+from slimstep.models.cost import count_parameters
+from slimstep.models.decoding import ImageDecoder, has_statistics
+from slimstep.models.pipeline import export_pipeline, with_unet
+from slimstep.models.vae import NarrowAutoencoderKL
+from slimstep.prune.config import DecoderConfig
+from slimstep.prune.decoder import CHOICES, NORM_GROUPS, choose_channels, narrow_widths, narrowed
 
 log = logging.getLogger("slimstep")
 HELDOUT = "heldout.safetensors"

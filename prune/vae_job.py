@@ -2,13 +2,13 @@
 
 from collections.abc import Iterator
 
-from engine.planning import Plan
-from engine.run import Run
-from eval.plan import BYTES, CHECKPOINT_COPIES, Stage, export, image_rows, planned, scorer_stage
-from eval.scorer_check import check_scorer
-from models.cost import count_parameters
-from prune.config import Config
-from prune.vae_bench import HELDOUT, VaeBench
+from slimstep.engine.planning import Plan
+from slimstep.engine.run import Run
+from slimstep.eval.plan import BYTES, CHECKPOINT_COPIES, Stage, export, image_rows, planned, scorer_stage
+from slimstep.eval.scorer_check import check_scorer
+from slimstep.models.cost import count_parameters
+from slimstep.prune.config import Config
+from slimstep.prune.vae_bench import HELDOUT, VaeBench
 
 
 def prune_vae(config: Config, run: Run) -> int | Plan:

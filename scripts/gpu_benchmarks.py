@@ -23,8 +23,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.console import open_console
-from engine.files import write_json
+from slimstep.engine.console import open_console
+from slimstep.engine.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE_S = 20  # for a stopped part to leave
@@ -46,8 +46,8 @@ def main() -> int:
     parser.add_argument("--runs", type=Path, default=Path("runs/gpu"), help="models and unfinished work")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/gpu"), help="results")
     options = parser.parse_args()
-    from engine.environment import environment  # here, since --help needs none of this
-    from prune.family import make_family
+    from slimstep.engine.environment import environment  # here, since --help needs none of this
+    from slimstep.prune.family import make_family
 
     end = time.monotonic() + 60 * options.minutes
     known = [name for name, _, _ in parts(options, {"teacher": "", "pruned": "", "narrow": ""})]

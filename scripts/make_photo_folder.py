@@ -24,7 +24,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.console import open_console
+from slimstep.engine.console import open_console
 
 
 @dataclass(frozen=True)

@@ -12,9 +12,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from engine.console import open_console
-from engine.launch import fail
-from engine.quiet import one_line
+from slimstep.engine.console import open_console
+from slimstep.engine.launch import fail
+from slimstep.engine.quiet import one_line
 
 
 def main() -> None:
@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("size", help="sd15, sd21, sd21_base, sdxl, or shapes: the bundled model, which is not random")
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
-    from prune.family import make_family  # here, since --help needs none of it
+    from slimstep.prune.family import make_family  # here, since --help needs none of it
 
     try:
         family = make_family(options.size, options.folder)

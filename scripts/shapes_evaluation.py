@@ -11,12 +11,12 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
-from data.prompts import PromptSet
-from data.scene import Scene
-from data.shapes import ShapesPairs, caption, hard_negatives
-from eval.metrics.clip import ClipScorer, psnr
-from eval.sampling import Sampler
-from models.pipeline import load_pipeline
+from slimstep.data.prompts import PromptSet
+from slimstep.data.scene import Scene
+from slimstep.data.shapes import ShapesPairs, caption, hard_negatives
+from slimstep.eval.metrics.clip import ClipScorer, psnr
+from slimstep.eval.sampling import Sampler
+from slimstep.models.pipeline import load_pipeline
 
 BATCH = 50
 

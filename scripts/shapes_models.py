@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from data.shapes_tokenizer import MAX_TOKENS
-from engine.files import whole_folder, write_json
+from slimstep.data.shapes_tokenizer import MAX_TOKENS
+from slimstep.engine.files import whole_folder, write_json
 
 LATENT_SIZE, RESOLUTION = 16, 64
 

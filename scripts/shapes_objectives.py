@@ -9,11 +9,11 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 from transformers import CLIPTokenizer
 
-from data.render import render_scenes
-from data.scene import Scene
-from data.shapes import COLOURS, POSITIONS, SHAPES, SIZES, ShapesPairs, Wording, caption, hard_negatives
-from engine.seeding import generator
-from models.schedule import NoiseSchedule
+from slimstep.data.render import render_scenes
+from slimstep.data.scene import Scene
+from slimstep.data.shapes import COLOURS, POSITIONS, SHAPES, SIZES, ShapesPairs, Wording, caption, hard_negatives
+from slimstep.engine.seeding import generator
+from slimstep.models.schedule import NoiseSchedule
 
 Batch = dict[str, Tensor | list[str]]
 Metrics = dict[str, Tensor]

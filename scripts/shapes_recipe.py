@@ -15,15 +15,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from data.shapes import ShapesPairs, caption
-from data.shapes_tokenizer import build_tokenizer
-from engine.checkpoints import AVERAGES
-from engine.config import TrainConfig
-from engine.files import write_json, write_tensors
-from engine.loop import train
-from engine.parallel import map_batches
-from engine.run import Run
-from models.schedule import NoiseSchedule
 from scripts.shapes_evaluation import evaluate_assets
 from scripts.shapes_models import (
     ScorerWithNames,
@@ -46,6 +37,15 @@ from scripts.shapes_objectives import (
     ScorerObjective,
     to_unit_range,
 )
+from slimstep.data.shapes import ShapesPairs, caption
+from slimstep.data.shapes_tokenizer import build_tokenizer
+from slimstep.engine.checkpoints import AVERAGES
+from slimstep.engine.config import TrainConfig
+from slimstep.engine.files import write_json, write_tensors
+from slimstep.engine.loop import train
+from slimstep.engine.parallel import map_batches
+from slimstep.engine.run import Run
+from slimstep.models.schedule import NoiseSchedule
 
 
 class Recipe:

@@ -20,12 +20,12 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
 
-from engine.console import open_console
-from engine.tested import CONSTRAINTS, ROOT, direct_requirements
+from slimstep.engine.console import open_console
+from slimstep.engine.tested import CONSTRAINTS, ROOT, direct_requirements
 
 OF_TORCH = re.compile(r"torch|torchvision|triton|nvidia-.*|cuda-.*")  # torch itself says which of these it wants
 RANGES = ("torch", "torchvision")
-NOT_OURS = ("slimstep", "pip", "setuptools", "wheel")
+NOT_OURS = ("slimstep", "pip", "wheel")
 LINE = re.compile(r"^The tested set .*$", re.MULTILINE)
 
 

@@ -15,10 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import hydra
 from omegaconf import DictConfig
 
-from engine.checked import MISTAKES
-from engine.console import open_console
-from engine.launch import fail
-from engine.quiet import one_line
+from slimstep.engine.checked import MISTAKES
+from slimstep.engine.console import open_console
+from slimstep.engine.launch import fail
+from slimstep.engine.quiet import one_line
 
 STAGES = ("vae", "scorer", "latents", "text", "unet", "export", "evaluate")
 

@@ -8,8 +8,8 @@ os.environ |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline", "OMP_NUM_THREADS"
 import pytest
 import torch
 
-import configs.schema  # noqa: F401  the keys of all jobs
-from engine.launch import main
+import slimstep.configs.schema  # noqa: F401  the keys of all jobs
+from slimstep.engine.launch import main
 from tests.photos import photo_folder  # noqa: F401
 from tests.tiny import tiny_pipeline, write_random_inception, write_tiny_clip
 

@@ -11,11 +11,11 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch.nn import functional as F
 
-from data.prompts import PromptSet
-from data.shapes import caption
-from eval.metrics.clip import ClipScorer, psnr
-from eval.sampling import Sampler
 from scripts.shapes_evaluation import heldout_scenes, sample, through_vae, told_apart, top1_of_100
+from slimstep.data.prompts import PromptSet
+from slimstep.data.shapes import caption
+from slimstep.eval.metrics.clip import ClipScorer, psnr
+from slimstep.eval.sampling import Sampler
 
 ASSETS = Path(__file__).parents[1] / "assets"
 N = 200

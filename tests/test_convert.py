@@ -1,4 +1,4 @@
-"""scripts/convert.py: both ways, and one line for what it cannot do."""
+"""slimstep convert: both ways, and one line for what it cannot do."""
 
 import sys
 
@@ -7,9 +7,9 @@ import torch
 from diffusers import DDIMScheduler
 from safetensors.torch import load_file, save_file
 
-from models.convert import left_out
-from models.pipeline import export_pipeline, load_pipeline, with_unet
-from scripts.convert import main
+from slimstep.commands.convert import main
+from slimstep.models.convert import left_out
+from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.mistakes import told
 from tests.models.conftest import assert_equal_weights
 from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-import models.known as known
-import models.reference as reference
-from models.pipeline import load_pipeline
-from prune.family import make_family
+import slimstep.models.known as known
+import slimstep.models.reference as reference
+from slimstep.models.pipeline import load_pipeline
+from slimstep.prune.family import make_family
 from tests.tiny import WIDTH, tiny_sdxl_pipeline, tiny_unet
 
 ROOT = Path(__file__).resolve().parents[1]

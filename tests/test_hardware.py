@@ -9,8 +9,8 @@ import pytest
 from accelerate.commands.config.config_args import load_config_from_file
 from omegaconf import OmegaConf
 
-import engine.launch  # noqa: F401  registers the resolvers
-from engine.checked import CONFIGS
+import slimstep.engine.launch  # noqa: F401  registers the resolvers
+from slimstep.engine.checked import CONFIGS
 from tests.mistakes import told
 
 HARDWARE = sorted(path.stem for path in (CONFIGS / "hardware").glob("*.yaml"))

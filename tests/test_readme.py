@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.launch import check_overrides
+from slimstep.engine.launch import check_overrides
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = ["README.md", *sorted(f"docs/{path.name}" for path in (ROOT / "docs").glob("*.md"))]
@@ -36,11 +36,12 @@ def overrides(words: list[str]) -> list[str] | None:
 
 
 JOBS = [(page, words) for page in PAGES for words in map(overrides, commands(page)) if words]
+COMMANDS = {tuple(words) for page in PAGES for words in commands(page) if words[0] == "slimstep"}
 SCRIPTS = sorted({word for page in PAGES for words in commands(page) for word in words if word.startswith("scripts/")})
 
 
 def test_commands_are_found():
-    assert len(JOBS) > 25 and len(SCRIPTS) > 2
+    assert len(JOBS) > 25 and SCRIPTS and len(COMMANDS) > 2
 
 
 @pytest.mark.parametrize(("page", "words"), JOBS, ids=[" ".join(words)[:60] for _, words in JOBS])
@@ -56,6 +57,14 @@ def test_a_script_of_the_pages_has_the_options_it_is_given(script):
     environment = {**os.environ, "COLUMNS": "200"}
     shown = subprocess.run([sys.executable, ROOT / script, "--help"], capture_output=True, text=True, env=environment)
     assert shown.returncode == 0 and all(option in shown.stdout for option in given), (given, shown.stdout)
+
+
+@pytest.mark.parametrize("words", sorted(COMMANDS), ids=" ".join)
+def test_a_command_of_the_pages_has_the_options_it_is_given(words):
+    asked = [sys.executable, "-m", *words[:2], "--help"]
+    shown = subprocess.run(asked, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, cwd=ROOT)
+    assert shown.returncode == 0 and f"usage: slimstep {words[1]}" in shown.stdout
+    assert all(word.partition("=")[0] in shown.stdout for word in words if word.startswith("--"))
 
 
 def anchors(page: Path) -> set[str]:

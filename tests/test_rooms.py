@@ -17,13 +17,14 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for room i
 
 
 def imports(nodes) -> set[str]:
-    """The project's modules that these nodes of a file's tree import."""
+    """The project's modules that these nodes of a file's tree import, as they are called within slimstep."""
     found = set()
     for node in nodes:
         names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
-        found |= {name for name in names if name and name.partition(".")[0] in OURS}
         if isinstance(node, ast.ImportFrom):
-            found |= {f"{node.module}.{alias.name}" for alias in node.names if f"{node.module}.{alias.name}" in FILES}
+            names += [f"{node.module}.{alias.name}" for alias in node.names]
+        inner = {name.removeprefix("slimstep.") for name in names if name}
+        found |= {name for name in inner if name in FILES or name.partition(".")[0] in OURS - set(FLOORS)}
     return found
 
 
@@ -49,6 +50,14 @@ def test_metrics_know_neither_times_nor_pages_and_times_no_pages():
         assert sum(name.startswith(f"{room}.") for name in FILES) > 4
 
 
+def test_there_is_one_import_root():
+    everywhere = [path for folder in sorted(OURS - {"train"}) for path in (ROOT / folder).rglob("*.py")]
+    for path in [*everywhere, ROOT / "train.py"]:
+        for node in import_nodes(path):
+            names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+            assert not [name for name in names if name.partition(".")[0] in FLOORS], path
+
+
 def test_no_circle_of_files():
     graph = {name: {needed for needed in imports(import_nodes(path)) if needed in FILES and needed != name}
              for name, path in FILES.items()}  # fmt: skip
@@ -61,6 +70,6 @@ def test_no_circle_of_files():
 @pytest.mark.parametrize("module", ["runs", "results", "cautions", "tables", "text"])
 def test_reading_results_loads_no_library_that_draws_or_computes(module):
     heavy = "[name for name in ('torch', 'matplotlib', 'diffusers') if name in sys.modules]"
-    code = f"import sys, eval.pages.{module}; print({heavy})"
+    code = f"import sys, slimstep.eval.pages.{module}; print({heavy})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert loaded.stdout.strip() == "[]"

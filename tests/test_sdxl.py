@@ -10,10 +10,10 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, StableDiffusionXLPipeline
 
-from data.shards import CachedPairs
-from eval.sampling import Sampler
-from models.pipeline import export_pipeline, load_pipeline, upcast_vae
-from models.unet import apart
+from slimstep.data.shards import CachedPairs
+from slimstep.eval.sampling import Sampler
+from slimstep.models.pipeline import export_pipeline, load_pipeline, upcast_vae
+from slimstep.models.unet import apart
 from tests.tiny import tiny_sdxl_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]

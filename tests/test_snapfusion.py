@@ -8,7 +8,7 @@ import sys
 import pytest
 from diffusers import DiffusionPipeline
 
-from models.vae import NarrowAutoencoderKL
+from slimstep.models.vae import NarrowAutoencoderKL
 from tests.prune.test_job import ROOT
 from tests.test_processes import LAUNCHERS
 

@@ -33,7 +33,7 @@ from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
-from engine.quiet import one_line
+from slimstep.engine.quiet import one_line
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
 CONFIG_FILE, GELU = "open_clip_config.json", "quick_gelu"

@@ -8,7 +8,7 @@ Axes: N and M images, D features, S images of a subset.
 import numpy as np
 from torch import Tensor
 
-from eval.metrics.compare import Mean, mean_and_error
+from slimstep.eval.metrics.compare import Mean, mean_and_error
 
 
 def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:

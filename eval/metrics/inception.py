@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from engine.files import digest
+from slimstep.engine.files import digest
 
 RELEASE = "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0"
 ADDRESS = f"{RELEASE}/weights-inception-2015-12-05-6726825d.pth"

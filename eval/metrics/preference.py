@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 from transformers import AutoProcessor, CLIPModel
 
-from models.pipeline import one_line
+from slimstep.models.pipeline import one_line
 
 
 class PickScore:

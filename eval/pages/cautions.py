@@ -17,8 +17,8 @@ from typing import Any
 
 from scipy import stats
 
-from engine.identity import SCORER_CHECK
-from eval.pages.runs import read_json
+from slimstep.engine.identity import SCORER_CHECK
+from slimstep.eval.pages.runs import read_json
 
 Record = Mapping[str, Any]
 CONFIDENCE, LEAST_SHARE = 0.99, 2 / 3

@@ -6,16 +6,16 @@ from typing import Any
 
 from markupsafe import Markup
 
-from engine.files import write_text
-from eval.metrics.compare import paired_difference
-from eval.pages.cautions import cautions_of
-from eval.pages.evaluation_page import difference
-from eval.pages.figures import SERIES, TEACHER, Point, pareto_figure, save_png, themed
-from eval.pages.html import render
-from eval.pages.run_page import facts
-from eval.pages.runs import RunRecord, read_run, run_names
-from eval.pages.tables import console_table, markdown_table
-from eval.pages.text import count, digits, display_name, percent
+from slimstep.engine.files import write_text
+from slimstep.eval.metrics.compare import paired_difference
+from slimstep.eval.pages.cautions import cautions_of
+from slimstep.eval.pages.evaluation_page import difference
+from slimstep.eval.pages.figures import SERIES, TEACHER, Point, pareto_figure, save_png, themed
+from slimstep.eval.pages.html import render
+from slimstep.eval.pages.run_page import facts
+from slimstep.eval.pages.runs import RunRecord, read_run, run_names
+from slimstep.eval.pages.tables import console_table, markdown_table
+from slimstep.eval.pages.text import count, digits, display_name, percent
 
 BEFORE_A_CHOICE = {"precision": "float32"}  # of protocols that do not say theirs
 COLUMNS = ["parameters", "GFLOPs", "UNet ms", "of teacher", "CLIP ± se", "against teacher"]

@@ -8,13 +8,13 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from engine.files import write_text
-from eval.pages.cautions import cautions
-from eval.pages.figures import MUTED, SERIES, canvas, grid_figure, save_figures, styled, themed
-from eval.pages.html import render
-from eval.pages.runs import read_json
-from eval.pages.tables import csv_table, markdown_table
-from eval.pages.text import count, flatten, overlap_sentence
+from slimstep.engine.files import write_text
+from slimstep.eval.pages.cautions import cautions
+from slimstep.eval.pages.figures import MUTED, SERIES, canvas, grid_figure, save_figures, styled, themed
+from slimstep.eval.pages.html import render
+from slimstep.eval.pages.runs import read_json
+from slimstep.eval.pages.tables import csv_table, markdown_table
+from slimstep.eval.pages.text import count, flatten, overlap_sentence
 
 Results = Mapping[str, Any]
 

@@ -18,9 +18,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
-from engine.files import whole_folder
-from eval.pages.runs import finite
-from eval.pages.text import digits
+from slimstep.engine.files import whole_folder
+from slimstep.eval.pages.runs import finite
+from slimstep.eval.pages.text import digits
 
 INK, MUTED, LINE, PAPER = "#1b1f24", "#6b7280", "#d5d9e0", "#fffffe"  # the page's own; see `themed`
 TEACHER, STUDENT, STEP = MUTED, "#d9480f", "#1c7ed6"

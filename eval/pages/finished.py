@@ -2,13 +2,13 @@
 
 from collections.abc import Sequence
 
-from eval.pages.comparison import compare_runs
-from eval.pages.evaluation_page import write_evaluation_report
-from eval.pages.results import read_results
-from eval.pages.results_page import compare_results
-from eval.pages.run_page import write_report
-from eval.pages.runs import is_search
-from eval.pages.speed_page import write_speed_report
+from slimstep.eval.pages.comparison import compare_runs
+from slimstep.eval.pages.evaluation_page import write_evaluation_report
+from slimstep.eval.pages.results import read_results
+from slimstep.eval.pages.results_page import compare_results
+from slimstep.eval.pages.run_page import write_report
+from slimstep.eval.pages.runs import is_search
+from slimstep.eval.pages.speed_page import write_speed_report
 
 
 def report(folders: Sequence[str], out: str, pages: bool) -> str:

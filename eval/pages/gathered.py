@@ -5,9 +5,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from eval.pages.pareto import Condition, Key, Timing, join, key, shown_conditions
-from eval.pages.results import ResultRun, Results, gather, is_reference, read_results
-from eval.pages.runs import run_names
+from slimstep.eval.pages.pareto import Condition, Key, Timing, join, key, shown_conditions
+from slimstep.eval.pages.results import ResultRun, Results, gather, is_reference, read_results
+from slimstep.eval.pages.runs import run_names
 
 Row = Mapping[str, Any]
 

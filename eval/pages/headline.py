@@ -3,12 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from eval.pages.evaluation_page import difference
-from eval.pages.gathered import Gathered
-from eval.pages.pareto import speedup
-from eval.pages.results import setting, told
-from eval.pages.speed_page import ratio
-from eval.pages.text import digits
+from slimstep.eval.pages.evaluation_page import difference
+from slimstep.eval.pages.gathered import Gathered
+from slimstep.eval.pages.pareto import speedup
+from slimstep.eval.pages.results import setting, told
+from slimstep.eval.pages.speed_page import ratio
+from slimstep.eval.pages.text import digits
 
 Row = Mapping[str, Any]
 Tile = Mapping[str, str]

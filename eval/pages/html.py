@@ -9,8 +9,8 @@ from typing import Any
 import jinja2
 from PIL import Image
 
-from eval.pages.runs import finite
-from eval.pages.text import count, digits, percent, signed
+from slimstep.eval.pages.runs import finite
+from slimstep.eval.pages.text import count, digits, percent, signed
 
 PICTURE = 256  # pixels on the page: larger images are scaled down, smaller ones have their pixels repeated
 

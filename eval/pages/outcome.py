@@ -12,13 +12,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from eval.metrics.compare import paired_difference
-from eval.pages.evaluation_page import difference, images_figure
-from eval.pages.gathered import Gathered
-from eval.pages.results_figures import draw_time
-from eval.pages.speed_page import ratio
-from eval.pages.tables import console_table, markdown_table
-from eval.pages.text import count, percent
+from slimstep.eval.metrics.compare import paired_difference
+from slimstep.eval.pages.evaluation_page import difference, images_figure
+from slimstep.eval.pages.gathered import Gathered
+from slimstep.eval.pages.results_figures import draw_time
+from slimstep.eval.pages.speed_page import ratio
+from slimstep.eval.pages.tables import console_table, markdown_table
+from slimstep.eval.pages.text import count, percent
 
 Point = Mapping[str, Any]
 AGAINST = ["teacher at", "its CLIP ± se", "student − teacher, paired [95 %]", "times as fast [95 %]"]

@@ -10,8 +10,8 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from eval.pages.figures import DASHES, MUTED, PAPER, SERIES, Point, canvas, label_points, pareto_front, styled
-from eval.pages.results import Results, same_path, setting
+from slimstep.eval.pages.figures import DASHES, MUTED, PAPER, SERIES, Point, canvas, label_points, pareto_front, styled
+from slimstep.eval.pages.results import Results, same_path, setting
 
 Key = tuple[str, float, int]  # label, guidance scale, sampling steps
 Row = Mapping[str, Any]

@@ -10,10 +10,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.files import damaged
-from eval.metrics.compare import PairedDifference, paired_difference
-from eval.pages.runs import read_json
-from eval.pages.text import SEEN, flatten
+from slimstep.engine.files import damaged
+from slimstep.eval.metrics.compare import PairedDifference, paired_difference
+from slimstep.eval.pages.runs import read_json
+from slimstep.eval.pages.text import SEEN, flatten
 
 Point = Mapping[str, Any]
 Results = Mapping[str, Any]

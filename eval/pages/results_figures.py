@@ -6,12 +6,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from eval.pages.evaluation_page import curve_figure
-from eval.pages.gathered import Gathered, Row
-from eval.pages.html import data_uri
-from eval.pages.pareto import Condition, plane, time_figure
-from eval.pages.results import Results, Setting, setting, told
-from eval.pages.speed_page import draw_figures, parts_figure
+from slimstep.eval.pages.evaluation_page import curve_figure
+from slimstep.eval.pages.gathered import Gathered, Row
+from slimstep.eval.pages.html import data_uri
+from slimstep.eval.pages.pareto import Condition, plane, time_figure
+from slimstep.eval.pages.results import Results, Setting, setting, told
+from slimstep.eval.pages.speed_page import draw_figures, parts_figure
 
 NUM_PICTURES = 8  # prompts in the grid
 

@@ -8,22 +8,22 @@ from typing import Any
 
 from markupsafe import Markup
 
-from engine.files import write_text
-from eval.metrics.compare import PairedDifference
-from eval.pages.cautions import cautions_of
-from eval.pages.comparison import facts_that_differ, protocol_differences
-from eval.pages.evaluation_page import columns, difference
-from eval.pages.figures import grid_figure, save_figures, themed
-from eval.pages.gathered import Gathered
-from eval.pages.headline import headline, tiles
-from eval.pages.html import render
-from eval.pages.pareto import key, speedup
-from eval.pages.results import SPEED_KINDS, common_settings, metric, pair_matrix, setting, told
-from eval.pages.results_figures import draw_sections, image_grid, untimed
-from eval.pages.speed_page import LABELS, NOTES, cells
-from eval.pages.speed_page import header as speed_header
-from eval.pages.tables import console_table, markdown_table
-from eval.pages.text import digits
+from slimstep.engine.files import write_text
+from slimstep.eval.metrics.compare import PairedDifference
+from slimstep.eval.pages.cautions import cautions_of
+from slimstep.eval.pages.comparison import facts_that_differ, protocol_differences
+from slimstep.eval.pages.evaluation_page import columns, difference
+from slimstep.eval.pages.figures import grid_figure, save_figures, themed
+from slimstep.eval.pages.gathered import Gathered
+from slimstep.eval.pages.headline import headline, tiles
+from slimstep.eval.pages.html import render
+from slimstep.eval.pages.pareto import key, speedup
+from slimstep.eval.pages.results import SPEED_KINDS, common_settings, metric, pair_matrix, setting, told
+from slimstep.eval.pages.results_figures import draw_sections, image_grid, untimed
+from slimstep.eval.pages.speed_page import LABELS, NOTES, cells
+from slimstep.eval.pages.speed_page import header as speed_header
+from slimstep.eval.pages.tables import console_table, markdown_table
+from slimstep.eval.pages.text import digits
 
 Row = Mapping[str, Any]
 

@@ -11,9 +11,9 @@ from typing import Any
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from engine.files import write_text
-from eval.pages.cautions import cautions
-from eval.pages.figures import (
+from slimstep.engine.files import write_text
+from slimstep.eval.pages.cautions import cautions
+from slimstep.eval.pages.figures import (
     STEP,
     STUDENT,
     TEACHER,
@@ -25,10 +25,10 @@ from eval.pages.figures import (
     save_figures,
     themed,
 )
-from eval.pages.html import data_uri, render
-from eval.pages.runs import RunRecord, depth_of, read_run
-from eval.pages.text import SEEN, count, digits, display_name, flatten, overlap_sentence, percent, signed
-from eval.pages.unet_figure import unet_figure
+from slimstep.eval.pages.html import data_uri, render
+from slimstep.eval.pages.runs import RunRecord, depth_of, read_run
+from slimstep.eval.pages.text import SEEN, count, digits, display_name, flatten, overlap_sentence, percent, signed
+from slimstep.eval.pages.unet_figure import unet_figure
 
 KINDS = {"teacher": ("teacher", TEACHER), "student": ("student", STUDENT)}
 

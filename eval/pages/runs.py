@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from engine.files import damaged
+from slimstep.engine.files import damaged
 
 
 @dataclass(frozen=True)

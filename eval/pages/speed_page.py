@@ -10,14 +10,14 @@ from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from engine.files import write_text
-from eval.pages.figures import MUTED, SERIES, STUDENT, canvas, save_figures, styled, themed
-from eval.pages.html import render
-from eval.pages.runs import read_json
-from eval.pages.tables import console_table, csv_table, markdown_table
-from eval.pages.text import digits, flatten, percent, signed
-from eval.plan import size
-from eval.timing.stopwatch import PARTS
+from slimstep.engine.files import write_text
+from slimstep.eval.pages.figures import MUTED, SERIES, STUDENT, canvas, save_figures, styled, themed
+from slimstep.eval.pages.html import render
+from slimstep.eval.pages.runs import read_json
+from slimstep.eval.pages.tables import console_table, csv_table, markdown_table
+from slimstep.eval.pages.text import digits, flatten, percent, signed
+from slimstep.eval.plan import size
+from slimstep.eval.timing.stopwatch import PARTS
 
 Row = Mapping[str, Any]
 Results = Mapping[str, Any]

@@ -9,13 +9,13 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
-from engine.files import write_text
-from eval.pages.cautions import cautions
-from eval.pages.figures import MUTED, SERIES, grid_figure, save_figures, styled, themed
-from eval.pages.html import render
-from eval.pages.runs import read_json
-from eval.pages.tables import console_table
-from eval.pages.text import flatten, overlap_sentence
+from slimstep.engine.files import write_text
+from slimstep.eval.pages.cautions import cautions
+from slimstep.eval.pages.figures import MUTED, SERIES, grid_figure, save_figures, styled, themed
+from slimstep.eval.pages.html import render
+from slimstep.eval.pages.runs import read_json
+from slimstep.eval.pages.tables import console_table
+from slimstep.eval.pages.text import flatten, overlap_sentence
 
 Point = Mapping[str, Any]
 NAMES = {"teacher": "teacher, DDIM", "teacher-dpm": "teacher, DPM++ 2M", "teacher-v": "teacher, v"}

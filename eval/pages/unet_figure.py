@@ -9,9 +9,9 @@ from matplotlib.colors import FuncNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from eval.pages.figures import INK, MUTED, STUDENT, canvas, styled
-from eval.pages.runs import Block, depth_of, finite, num_levels
-from eval.pages.text import digits, signed
+from slimstep.eval.pages.figures import INK, MUTED, STUDENT, canvas, styled
+from slimstep.eval.pages.runs import Block, depth_of, finite, num_levels
+from slimstep.eval.pages.text import digits, signed
 
 BOX_W, BOX_H, GAP, INDENT, PITCH, MIDDLE = 1.0, 0.68, 0.07, 0.42, 1.0, 1.1
 VALUE_COLOURS = LinearSegmentedColormap.from_list(  # orange: free to remove; blue: worth its milliseconds

@@ -9,13 +9,13 @@ from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from engine.files import write_text
-from eval.pages.cautions import cautions
-from eval.pages.figures import MUTED, STUDENT, canvas, save_figures, styled, themed
-from eval.pages.html import render
-from eval.pages.runs import read_json
-from eval.pages.tables import console_table
-from eval.pages.text import count, digits, flatten, overlap_sentence
+from slimstep.engine.files import write_text
+from slimstep.eval.pages.cautions import cautions
+from slimstep.eval.pages.figures import MUTED, STUDENT, canvas, save_figures, styled, themed
+from slimstep.eval.pages.html import render
+from slimstep.eval.pages.runs import read_json
+from slimstep.eval.pages.tables import console_table
+from slimstep.eval.pages.text import count, digits, flatten, overlap_sentence
 
 Evaluation = Mapping[str, Any]
 KINDS = {"sampled": "sampled latents", "real": "latents of real images"}

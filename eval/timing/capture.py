@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from eval.sampling import Sampler, Texts, eight_bits
-from eval.timing.graphs import CannotCaptureError, CapturedCall
-from eval.timing.setups import CannotRunError
-from models.conditioning import empty_text_state, text_states
+from slimstep.eval.sampling import Sampler, Texts, eight_bits
+from slimstep.eval.timing.graphs import CannotCaptureError, CapturedCall
+from slimstep.eval.timing.setups import CannotRunError
+from slimstep.models.conditioning import empty_text_state, text_states
 
 
 class CapturedSampler:

@@ -19,13 +19,13 @@ import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 
-from engine.checked import ROOT
-from engine.files import write_bytes
-from eval.timing.child import child_result
-from eval.timing.setups import CannotRunError, Setup
-from eval.timing.speed import Subject
-from models.pipeline import load_pipeline, with_unet
-from models.sizes import set_resolution
+import slimstep
+from slimstep.engine.files import write_bytes
+from slimstep.eval.timing.child import child_result
+from slimstep.eval.timing.setups import CannotRunError, Setup
+from slimstep.eval.timing.speed import Subject
+from slimstep.models.pipeline import load_pipeline, with_unet
+from slimstep.models.sizes import set_resolution
 
 log = logging.getLogger("slimstep")
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -90,8 +90,8 @@ def new_process(request: Mapping[str, Any], cache: Path) -> dict[str, Any]:
     caches = {name: str(cache / name.lower()) for name in CACHES}
     try:
         return child_result(
-            [sys.executable, "-m", "eval.timing.first_image"],
-            input=json.dumps(request), cwd=ROOT, env={**os.environ, **caches},
+            [sys.executable, "-m", "slimstep.eval.timing.first_image"],
+            input=json.dumps(request), cwd=Path(slimstep.__file__).parents[1], env={**os.environ, **caches},
         )  # fmt: skip
     except CannotRunError as error:
         log.warning(f"compiling in a new process: {error}")

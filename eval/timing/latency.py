@@ -14,13 +14,13 @@ from dataclasses import replace
 import torch
 from torch.utils._pytree import tree_map
 
-from engine.progress import progress
-from engine.seeding import generator
-from eval.config import LatencyConfig
-from eval.timing.graphs import CannotCaptureError, CapturedCall
-from models.cost import NUM_TOKENS, unet_inputs
-from models.sizes import latent_side
-from models.unet import PrunableUNet2DConditionModel
+from slimstep.engine.progress import progress
+from slimstep.engine.seeding import generator
+from slimstep.eval.config import LatencyConfig
+from slimstep.eval.timing.graphs import CannotCaptureError, CapturedCall
+from slimstep.models.cost import NUM_TOKENS, unet_inputs
+from slimstep.models.sizes import latent_side
+from slimstep.models.unet import PrunableUNet2DConditionModel
 
 WAY = "latency.latent_size=N"
 log = logging.getLogger("slimstep")

@@ -19,8 +19,8 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from eval.timing.precision import has_tf32, products
-from models.pipeline import quiet
+from slimstep.eval.timing.precision import has_tf32, products
+from slimstep.models.pipeline import quiet
 
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
 # vanilla: softmax(QKᵀ)V written out, one operation after the other; the others are kernels of

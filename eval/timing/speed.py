@@ -24,15 +24,15 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._dynamo.utils import counters
 from torchvision.transforms.functional import pil_to_tensor
 
-from eval.config import LatencyConfig
-from eval.metrics.compare import bootstrap, interval
-from eval.sampling import Sampler
-from eval.timing.capture import CapturedSampler
-from eval.timing.latency import interleaved_times, one_thread
-from eval.timing.memory import MemoryFrom
-from eval.timing.setups import CannotRunError, Setup, prepare, running
-from eval.timing.stopwatch import watched
-from models.pipeline import networks
+from slimstep.eval.config import LatencyConfig
+from slimstep.eval.metrics.compare import bootstrap, interval
+from slimstep.eval.sampling import Sampler
+from slimstep.eval.timing.capture import CapturedSampler
+from slimstep.eval.timing.latency import interleaved_times, one_thread
+from slimstep.eval.timing.memory import MemoryFrom
+from slimstep.eval.timing.setups import CannotRunError, Setup, prepare, running
+from slimstep.eval.timing.stopwatch import watched
+from slimstep.models.pipeline import networks
 
 # What torch says where a device has no kernel for a dtype, a size or an operation.
 # Memory runs out in CUDA's libraries, too, and for the driver: those errors are no OutOfMemoryError.

@@ -14,9 +14,9 @@ from diffusers import (
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from PIL import Image
 
-from engine.seeding import generator, seed_of
-from models.pipeline import quiet
-from models.sizes import native_pixels
+from slimstep.engine.seeding import generator, seed_of
+from slimstep.models.pipeline import quiet
+from slimstep.models.sizes import native_pixels
 
 TASKS = ("txt2img", "img2img", "inpaint", "controlnet", "two_controlnets")
 STRENGTH = 0.75  # of img2img and inpaint: the share of the steps that are taken

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from engine.launch import main
+from slimstep.engine.launch import main
 from tests.cuda_dry_run.device import cuda_dry_run
 from tests.tiny import WIDTH, tiny_pipeline
 

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from eval.timing.setups import CannotRunError, Setup
-from eval.timing.speed import Subject
-from models.schedulers import swapped_scheduler
+from slimstep.eval.timing.setups import CannotRunError, Setup
+from slimstep.eval.timing.speed import Subject
+from slimstep.models.schedulers import swapped_scheduler
 from tests.cuda_dry_run.conftest import small_pipeline
 
 

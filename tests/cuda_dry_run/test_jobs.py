@@ -26,7 +26,7 @@ JOBS = {
 @pytest.fixture(autouse=True)
 def no_ranking(monkeypatch):
     """Scores of zeros are all equal, and have none."""
-    monkeypatch.setattr("eval.metrics.compare.spearman", lambda a, b: 0.0)
+    monkeypatch.setattr("slimstep.eval.metrics.compare.spearman", lambda a, b: 0.0)
 
 
 def test_latents_are_cached_and_images_evaluated(run, tmp_path):

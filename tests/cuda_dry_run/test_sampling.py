@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from eval.metrics.clip import ClipScorer
-from eval.sampling import Sampler
-from models.schedulers import swapped_scheduler
-from models.unet import PrunableUNet2DConditionModel
+from slimstep.eval.metrics.clip import ClipScorer
+from slimstep.eval.sampling import Sampler
+from slimstep.models.schedulers import swapped_scheduler
+from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.cuda_dry_run.conftest import small_pipeline
 from tests.tiny import tiny_sdxl_pipeline
 

@@ -7,21 +7,21 @@ from accelerate.state import AcceleratorState
 from diffusers import DDIMScheduler
 from torch.utils.data import StackDataset
 
-from distill.consistency import ConsistencyDistillation
-from distill.decoder import DecoderDistillation
-from distill.guidance import GuidanceDistillation
-from distill.prediction import Denoising
-from distill.recovery import Recovery
-from distill.steps import StepDistillation
-from distill.teaching import Rung
-from engine.config import TrainConfig
-from engine.loop import train
-from engine.run import Run
-from models.decoding import ImageDecoder
-from models.guidance import with_told_guidance
-from models.schedule import NoiseSchedule
-from models.unet import PrunableUNet2DConditionModel
-from prune.robust import RobustTraining
+from slimstep.distill.consistency import ConsistencyDistillation
+from slimstep.distill.decoder import DecoderDistillation
+from slimstep.distill.guidance import GuidanceDistillation
+from slimstep.distill.prediction import Denoising
+from slimstep.distill.recovery import Recovery
+from slimstep.distill.steps import StepDistillation
+from slimstep.distill.teaching import Rung
+from slimstep.engine.config import TrainConfig
+from slimstep.engine.loop import train
+from slimstep.engine.run import Run
+from slimstep.models.decoding import ImageDecoder
+from slimstep.models.guidance import with_told_guidance
+from slimstep.models.schedule import NoiseSchedule
+from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.prune.robust import RobustTraining
 from tests.cuda_dry_run.conftest import small_pipeline
 from tests.tiny import WIDTH
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from data.pixels import BrokenImageError
-from engine.seeding import generator
+from slimstep.data.pixels import BrokenImageError
+from slimstep.engine.seeding import generator
 from tests.tiny import WIDTH, tiny_pipeline
 
 

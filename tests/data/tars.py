@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from engine.seeding import seed_of
+from slimstep.engine.seeding import seed_of
 
 
 def picture(key: str, kind: str = "png", size: tuple[int, int] = (24, 16)) -> bytes:

@@ -10,10 +10,10 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader
 
-from data import cache as cache_module
-from data import shards as shards_module
-from data.cache import CachedPairs, cache_pairs, text_hashes
-from data.encoding import tokenizer_hash
+from slimstep.data import cache as cache_module
+from slimstep.data import shards as shards_module
+from slimstep.data.cache import CachedPairs, cache_pairs, text_hashes
+from slimstep.data.encoding import tokenizer_hash
 from tests.tiny import tiny_sdxl_pipeline, tiny_tokenizer
 
 

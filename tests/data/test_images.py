@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data.cache import cache_pairs
-from data.images import BrokenImageError, HubPairs, ImageFolderPairs
-from data.pixels import decode_rgb
+from slimstep.data.cache import cache_pairs
+from slimstep.data.images import BrokenImageError, HubPairs, ImageFolderPairs
+from slimstep.data.pixels import decode_rgb
 
 
 def picture(colour="red", size=(24, 16), mode="RGB"):

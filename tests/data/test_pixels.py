@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from data.bare import bare
-from data.pixels import BrokenImageError, decode_rgb
+from slimstep.data.bare import bare
+from slimstep.data.pixels import BrokenImageError, decode_rgb
 
 PICTURE = Image.fromarray(np.random.default_rng(0).integers(256, size=(16, 24, 3), dtype=np.uint8))
 MANY = zlib.compress(b"x" * 3_000_000)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from datasets import Dataset
 
-from data.prompts import PromptSet, disjoint_prompts, heldout_prompts, read_prompts
-from data.tables import tsv_rows
+from slimstep.data.prompts import PromptSet, disjoint_prompts, heldout_prompts, read_prompts
+from slimstep.data.tables import tsv_rows
 
 TEXTS = ("a cat", 'a "quoted", dog', "ein Bär", "two lines")
 

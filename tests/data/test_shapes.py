@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from data.render import RGB
-from data.scene import Scene, Thing
-from data.shapes import (
+from slimstep.data.render import RGB
+from slimstep.data.scene import Scene, Thing
+from slimstep.data.shapes import (
     COLOURS,
     RELATIONS,
     SHAPES,
@@ -18,7 +18,7 @@ from data.shapes import (
     scene_at,
     shapes_prompts,
 )  # fmt: skip
-from data.shapes_tokenizer import MAX_TOKENS, build_tokenizer
+from slimstep.data.shapes_tokenizer import MAX_TOKENS, build_tokenizer
 
 N = 400
 

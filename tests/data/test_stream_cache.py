@@ -13,13 +13,13 @@ import torch
 from PIL import Image
 from torch.utils.data import Subset
 
-from data import cache as cache_module
-from data.cache import cache_pairs
-from data.images import ImageFolderPairs
-from data.rows import HubStream, ParquetPairs, hub_pairs
-from data.stream_cache import PartShards
-from data.streams import Stream
-from data.webdataset import WebDatasetPairs
+from slimstep.data import cache as cache_module
+from slimstep.data.cache import cache_pairs
+from slimstep.data.images import ImageFolderPairs
+from slimstep.data.rows import HubStream, ParquetPairs, hub_pairs
+from slimstep.data.stream_cache import PartShards
+from slimstep.data.streams import Stream
+from slimstep.data.webdataset import WebDatasetPairs
 from tests.data.tars import picture, sound, write_tar, write_tars
 
 SHARDS = {"batch_size": 2, "shard_size": 4}
@@ -200,7 +200,7 @@ def test_large_images_are_held_few_at_a_time(pipeline, tmp_path, monkeypatch):
     tar = write_tar(tmp_path / "a.tar", sound([f"{i:02d}" for i in range(10)]))
     pairs = WebDatasetPairs(str(tar), 16, "all")
     whole = cache_pairs(pairs, pipeline, tmp_path / "whole")
-    monkeypatch.setattr("data.stream_cache.TAKEN_BYTES", 3 * len(picture("00")))
+    monkeypatch.setattr("slimstep.data.stream_cache.TAKEN_BYTES", 3 * len(picture("00")))
     few = cache_pairs(pairs, pipeline, tmp_path / "few")
     assert len(list(few.folder.glob("part-*.safetensors"))) == 4
     assert [few[i]["index"] for i in range(10)] == [whole[i]["index"] for i in range(10)]

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from data import sources
-from data.cache import cache_pairs
-from data.images import image_cell, is_held_out
-from data.prompts import heldout_prompts
-from data.sources import unbrace
-from data.streams import FirstSamples
-from data.webdataset import WebDatasetPairs
+from slimstep.data import sources
+from slimstep.data.cache import cache_pairs
+from slimstep.data.images import image_cell, is_held_out
+from slimstep.data.prompts import heldout_prompts
+from slimstep.data.sources import unbrace
+from slimstep.data.streams import FirstSamples
+from slimstep.data.webdataset import WebDatasetPairs
 from tests.data.tars import captioned, picture, sound, write_tar, write_tars
 
 
@@ -88,7 +88,8 @@ def test_the_held_out_split_depends_on_keys_alone(tmp_path):
 def test_prompts_are_held_out_captions_and_reading_stops_when_there_are_enough(tmp_path, monkeypatch):
     write_tars(tmp_path, tars=20)
     pairs, opened = WebDatasetPairs(str(tmp_path), 16, "heldout", 0.3), []
-    monkeypatch.setattr("data.webdataset.open_at", lambda name, at: opened.append(name) or sources.open_at(name, at))
+    recording = lambda name, at: opened.append(name) or sources.open_at(name, at)  # noqa: E731
+    monkeypatch.setattr("slimstep.data.webdataset.open_at", recording)
     prompts = heldout_prompts(pairs, enough=[4, 5])
     assert len(prompts) == 9 and prompts.prompts == heldout_prompts(pairs, enough=[9]).prompts
     assert len(opened) < 20

@@ -2,8 +2,8 @@
 
 import pytest
 
-from distill.config import LadderConfig, RungConfig
-from distill.ladder import Climb, climbed_otherwise, climbs
+from slimstep.distill.config import LadderConfig, RungConfig
+from slimstep.distill.ladder import Climb, climbed_otherwise, climbs
 
 
 def test_snapfusions_ladder_for_a_student_with_a_network_of_its_own():

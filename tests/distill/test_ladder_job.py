@@ -12,8 +12,8 @@ import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 
-from eval.sampling import Sampler
-from models.pipeline import export_pipeline, load_pipeline, with_unet
+from slimstep.eval.sampling import Sampler
+from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.tiny import tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,16 +9,16 @@ import pytest
 import torch
 from torch import nn
 
-from distill.consistency import ConsistencyDistillation
-from distill.guidance import GuidanceDistillation
-from distill.prediction import Denoising
-from distill.recovery import Recovery
-from distill.steps import StepDistillation
-from distill.teaching import WEIGHTINGS, Rung
-from eval.sampling import Sampler, Texts
-from models.schedule import PREDICTION_TYPES, NoiseSchedule
-from models.schedulers import swapped_scheduler
-from prune.robust import RobustTraining
+from slimstep.distill.consistency import ConsistencyDistillation
+from slimstep.distill.guidance import GuidanceDistillation
+from slimstep.distill.prediction import Denoising
+from slimstep.distill.recovery import Recovery
+from slimstep.distill.steps import StepDistillation
+from slimstep.distill.teaching import WEIGHTINGS, Rung
+from slimstep.eval.sampling import Sampler, Texts
+from slimstep.models.schedule import PREDICTION_TYPES, NoiseSchedule
+from slimstep.models.schedulers import swapped_scheduler
+from slimstep.prune.robust import RobustTraining
 from tests.tiny import WIDTH, tiny_pipeline
 
 EMPTY, OFF = torch.zeros(5, WIDTH), 0.1

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from distill.recovery import Recovery, features_of, relative_error
-from models.schedule import NoiseSchedule
-from models.unet import PrunableUNet2DConditionModel
+from slimstep.distill.recovery import Recovery, features_of, relative_error
+from slimstep.models.schedule import NoiseSchedule
+from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.tiny import WIDTH, tiny_pipeline
 
 

@@ -8,12 +8,12 @@ import pytest
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 from omegaconf import OmegaConf
 
-from distill.bench import DistillBench
-from distill.config import LadderConfig
-from models.guidance import with_told_guidance
-from models.pipeline import load_pipeline, with_unet
-from models.unet import PrunableUNet2DConditionModel
-from prune.bench import PruneBench
+from slimstep.distill.bench import DistillBench
+from slimstep.distill.config import LadderConfig
+from slimstep.models.guidance import with_told_guidance
+from slimstep.models.pipeline import load_pipeline, with_unet
+from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.prune.bench import PruneBench
 from tests.tiny import tiny_pipeline, tiny_unet
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -83,7 +83,7 @@ def test_what_only_another_solver_reads_is_not_handed_on():
 def test_a_teacher_that_is_told_its_guidance_is_refused_where_nothing_tells_it():
     told = with_told_guidance(PrunableUNet2DConditionModel.from_unet(tiny_unet()), 32)
     ladder, pruning = object.__new__(DistillBench), object.__new__(PruneBench)
-    ladder.config = OmegaConf.create({"objective": {"_target_": "distill.steps.StepDistillation"}})
+    ladder.config = OmegaConf.create({"objective": {"_target_": "slimstep.distill.steps.StepDistillation"}})
     ladder.ladder, ladder.climbs = LadderConfig(), ()
     pruning.config = OmegaConf.create({"model": {"name_or_path": "lcm"}})
     scheduler = DDIMScheduler(**BETAS, prediction_type="v_prediction")
@@ -92,7 +92,7 @@ def test_a_teacher_that_is_told_its_guidance_is_refused_where_nothing_tells_it()
     refused = "is told to the teacher and student, and {} would not tell it"
     with pytest.raises(ValueError, match=refused.format("objective StepDistillation")):
         ladder.check_agreement()
-    ladder.config.objective = {"_target_": "distill.guidance.GuidanceDistillation"}
+    ladder.config.objective = {"_target_": "slimstep.distill.guidance.GuidanceDistillation"}
     ladder.ladder = LadderConfig(guidance_width=32)
     ladder.check_agreement()
     ladder.ladder = LadderConfig(student="cut", guidance_width=32, repair=True)

@@ -13,11 +13,11 @@ from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from distill.consistency import ConsistencyDistillation
-from distill.guidance import GuidanceDistillation
-from distill.pairs import FixedDraws, taught_pairs
-from distill.steps import StepDistillation
-from distill.teaching import (
+from slimstep.distill.consistency import ConsistencyDistillation
+from slimstep.distill.guidance import GuidanceDistillation
+from slimstep.distill.pairs import FixedDraws, taught_pairs
+from slimstep.distill.steps import StepDistillation
+from slimstep.distill.teaching import (
     Draw,
     Rung,
     Target,
@@ -26,12 +26,12 @@ from distill.teaching import (
     teacher_target,
     weights,
 )
-from engine.config import TrainConfig
-from engine.loop import train
-from engine.run import Run
-from models.guidance import guidance_embedding, with_told_guidance
-from models.schedule import PREDICTION_TYPES, NoiseSchedule
-from models.unet import PrunableUNet2DConditionModel
+from slimstep.engine.config import TrainConfig
+from slimstep.engine.loop import train
+from slimstep.engine.run import Run
+from slimstep.models.guidance import guidance_embedding, with_told_guidance
+from slimstep.models.schedule import PREDICTION_TYPES, NoiseSchedule
+from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.models.conftest import small_stock_unet
 from tests.tiny import WIDTH
 

@@ -17,15 +17,15 @@ from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import StackDataset, default_collate
 
-from distill.decoder import DecoderDistillation
-from distill.recovery import Recovery
-from engine.config import TrainConfig
-from engine.loop import Objective, train
-from engine.run import Run
-from models.decoding import ImageDecoder
-from models.schedule import NoiseSchedule
-from models.unet import PrunableUNet2DConditionModel
-from prune.robust import RobustTraining
+from slimstep.distill.decoder import DecoderDistillation
+from slimstep.distill.recovery import Recovery
+from slimstep.engine.config import TrainConfig
+from slimstep.engine.loop import Objective, train
+from slimstep.engine.run import Run
+from slimstep.models.decoding import ImageDecoder
+from slimstep.models.schedule import NoiseSchedule
+from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.prune.robust import RobustTraining
 from tests.tiny import WIDTH, tiny_pipeline, tiny_sdxl_pipeline
 
 SHORT = {"steps": 6, "batch_size": 2, "warmup_steps": 0, "log_every": 1, "checkpoint_every": 2}

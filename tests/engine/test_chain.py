@@ -12,13 +12,13 @@ from accelerate import Accelerator
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-import engine.chain
-import engine.execution
-from engine.checked import run_path
-from engine.execution import make_accelerator
-from engine.launch import main
-from engine.planning import Plan
-from engine.words import hydra_value
+import slimstep.engine.chain
+import slimstep.engine.execution
+from slimstep.engine.checked import run_path
+from slimstep.engine.execution import make_accelerator
+from slimstep.engine.launch import main
+from slimstep.engine.planning import Plan
+from slimstep.engine.words import hydra_value
 from tests.mistakes import told
 
 STAGES = ("prune_unet", "prune_vae", "distill_steps", "handover", "evaluate", "benchmark", "report")
@@ -51,11 +51,12 @@ def chain(monkeypatch, capfd, tmp_path):
         config_of[path.name] = config
         return 3 if path.name == "prune_unet" else 0
 
-    config_of, composed = {}, functools.cache(engine.chain.compose)
-    monkeypatch.setattr(engine.chain, "compose", lambda words: copy.deepcopy(composed(tuple(words))))
-    monkeypatch.setattr(engine.chain, "free_memory", lambda: None)  # nothing was loaded
-    monkeypatch.setattr(engine.execution, "run_job", job)
-    monkeypatch.setattr(engine.execution, "planned_job", lambda config, strict=False: Plan(run_path(config).name, 1.0))
+    config_of, composed = {}, functools.cache(slimstep.engine.chain.compose)
+    monkeypatch.setattr(slimstep.engine.chain, "compose", lambda words: copy.deepcopy(composed(tuple(words))))
+    monkeypatch.setattr(slimstep.engine.chain, "free_memory", lambda: None)  # nothing was loaded
+    monkeypatch.setattr(slimstep.engine.execution, "run_job", job)
+    plan = lambda config, strict=False: Plan(run_path(config).name, 1.0)  # noqa: E731
+    monkeypatch.setattr(slimstep.engine.execution, "planned_job", plan)
 
     def run(*overrides):
         ran.clear()

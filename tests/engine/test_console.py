@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from engine.console import print_for_programs
+from slimstep.engine.console import print_for_programs
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = """
 import sys
-from engine.console import open_console
+from slimstep.engine.console import open_console
 
 open_console()
 print("Δ −0.5 ± 0.1 → ─ …, ein Käse, 画", flush=True)

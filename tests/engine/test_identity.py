@@ -7,11 +7,11 @@ import hydra
 import pytest
 from omegaconf import OmegaConf
 
-from engine.checked import run_path
-from engine.identity import differences, run_name
-from engine.launch import main
-from engine.renamed import replace_moved
-from engine.words import parsed
+from slimstep.engine.checked import run_path
+from slimstep.engine.identity import differences, run_name
+from slimstep.engine.launch import main
+from slimstep.engine.renamed import replace_moved
+from slimstep.engine.words import parsed
 
 BARE = ["+experiment=prune_unet"]
 
@@ -31,7 +31,7 @@ def folder_of(monkeypatch, tmp_path):
             (paths[-1] / "prompts.json").write_text("{}")
             return 0
 
-        monkeypatch.setattr("engine.execution.execute", execute)
+        monkeypatch.setattr("slimstep.engine.execution.execute", execute)
         monkeypatch.setattr(sys, "argv", ["train.py", f"root={tmp_path}", *words])
         with pytest.raises(SystemExit) as leaving:
             main()
@@ -118,23 +118,26 @@ def test_a_chain_keeps_the_name_of_its_experiment(folder_of):
 def test_a_moved_job_is_the_same_job():
     """As a run has it that an earlier version began."""
     before = {"job": "engine.handover.hand_over", "handover": {"model": "a"}, "list": ["engine.handover.hand_over"]}
-    now = {"job": "eval.handover.hand_over", "handover": {"model": "b"}, "list": ["eval.handover.hand_over"]}
+    job = "slimstep.eval.handover.hand_over"
+    now = {"job": job, "handover": {"model": "b"}, "list": [job]}
     assert differences(before, now) == {"handover.model": ("a", "b")}
+    assert differences({"job": "distill.job.distill_steps"}, {"job": "slimstep.distill.job.distill_steps"}) == {}
 
 
 def test_what_an_earlier_version_did_without_saying_it_is_the_same():
     key = "evaluation.preferences.hpsv2"
     scorer = {"evaluation": {"preferences": {"hpsv2": {"_target_": "eval.clip.ClipScorer"}}}}
-    now = {"evaluation": {"preferences": {"hpsv2": {"_target_": "eval.metrics.clip.ClipScorer", "quick_gelu": False}}}}
+    clip = {"_target_": "slimstep.eval.metrics.clip.ClipScorer", "quick_gelu": False}
+    now = {"evaluation": {"preferences": {"hpsv2": clip}}}
     assert differences(scorer, now) == {}
     now["evaluation"]["preferences"]["hpsv2"]["quick_gelu"] = True
     assert differences(scorer, now) == {f"{key}.quick_gelu": (None, True)}
 
 
 def test_moved_paths_are_read_wherever_they_stand():
-    old, new = {"_target_": "eval.clip.ClipScorer"}, {"_target_": "eval.metrics.clip.ClipScorer"}
-    handed = {"job": "eval.handover.hand_over", "model": "???", "same": "${job}"}
-    before = {**handed, "job": "engine.handover.hand_over", "scorer": old, "more": {"list": [old, [old]]}}
+    old, new = {"_target_": "eval.clip.ClipScorer"}, {"_target_": "slimstep.eval.metrics.clip.ClipScorer"}
+    handed = {"job": "slimstep.eval.handover.hand_over", "model": "???", "same": "${job}"}
+    before = {**handed, "job": "eval.handover.hand_over", "scorer": old, "more": {"list": [old, [old]]}}
     config = OmegaConf.create(before)
     replace_moved(config)
     expected = {**handed, "scorer": new, "more": {"list": [new, [new]]}}

@@ -8,10 +8,10 @@ import pytest
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
-from engine.checked import ROOT, run_path
-from engine.launch import check_overrides, named_by_what_is_swept
-from engine.names import disk_name
-from engine.preemption import Preempted, was_preempted
+from slimstep.engine.checked import ROOT, run_path
+from slimstep.engine.launch import check_overrides, named_by_what_is_swept
+from slimstep.engine.names import disk_name
+from slimstep.engine.preemption import Preempted, was_preempted
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 
@@ -64,7 +64,7 @@ def test_a_sweep_on_slurm_passes_the_check():
 
 def swept_path(monkeypatch, root, what, name="prune_unet"):
     job = SimpleNamespace(job=SimpleNamespace(override_dirname=what), mode=RunMode.MULTIRUN)
-    monkeypatch.setattr("engine.checked.HydraConfig", SimpleNamespace(get=lambda: job))
+    monkeypatch.setattr("slimstep.engine.checked.HydraConfig", SimpleNamespace(get=lambda: job))
     return run_path(OmegaConf.create({"root": str(root), "name": name}))
 
 

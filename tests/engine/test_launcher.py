@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from engine.checked import CONFIGS
-from engine.execution import make_accelerator
-from engine.launcher import check_launcher
+from slimstep.engine.checked import CONFIGS
+from slimstep.engine.execution import make_accelerator
+from slimstep.engine.launcher import check_launcher
 from tests.mistakes import told
 
 ZERO2 = CONFIGS / "accelerate/zero2.json"
@@ -96,7 +96,7 @@ def test_mixed_precision_is_the_launchers_where_the_run_gives_none(
     if launcher:
         monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", launcher)
     execute = lambda config: seen.append(make_accelerator(config).mixed_precision) or 0  # noqa: E731
-    monkeypatch.setattr("engine.execution.execute", execute)
+    monkeypatch.setattr("slimstep.engine.execution.execute", execute)
     assert leave("+experiment=prune_unet", *ours)[0] == 0 and seen == [expected]
     assert ("not accelerate's bf16" in caplog.text) == (launcher == "bf16" and expected == "no")
 

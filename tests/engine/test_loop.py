@@ -11,14 +11,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-import engine.averages as averages
-from engine.averages import DeviceEMA
-from engine.checkpoints import AVERAGES, FORMER_AVERAGES, Checkpoints
-from engine.config import OPTIMIZERS, TrainConfig
-from engine.loop import StepBatches, learning_rate_at, train
-from engine.preemption import CONTINUE_ME, Preempted, leave_on_sigterm
-from engine.run import Run
-from engine.seeding import seed_of
+import slimstep.engine.averages as averages
+from slimstep.engine.averages import DeviceEMA
+from slimstep.engine.checkpoints import AVERAGES, FORMER_AVERAGES, Checkpoints
+from slimstep.engine.config import OPTIMIZERS, TrainConfig
+from slimstep.engine.loop import StepBatches, learning_rate_at, train
+from slimstep.engine.preemption import CONTINUE_ME, Preempted, leave_on_sigterm
+from slimstep.engine.run import Run
+from slimstep.engine.seeding import seed_of
 
 
 class Points(torch.utils.data.Dataset):

@@ -4,8 +4,8 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from engine import parallel
-from engine.parallel import map_batches
+from slimstep.engine import parallel
+from slimstep.engine.parallel import map_batches
 
 
 class Killed(Exception):

@@ -2,7 +2,7 @@
 
 import io
 
-from engine.progress import progress
+from slimstep.engine.progress import progress
 
 OFTEN = {"mininterval": 0, "delay": 0, "miniters": 1}
 

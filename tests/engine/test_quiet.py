@@ -1,6 +1,6 @@
 """What is said of an error is one line of a length that a terminal can show."""
 
-from engine.quiet import bounded, one_line, preview
+from slimstep.engine.quiet import bounded, one_line, preview
 
 
 def test_a_line_keeps_its_beginning_and_its_end_within_600_characters():

@@ -5,8 +5,8 @@ import json
 import pytest
 from accelerate import Accelerator
 
-from engine.files import whole_folder, write_text
-from engine.run import Run, differences
+from slimstep.engine.files import whole_folder, write_text
+from slimstep.engine.run import Run, differences
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from accelerate.utils import DistributedType
 from safetensors.torch import load_file
 from torch import nn
 
-from engine.config import TrainConfig
-from engine.sharding import check_sharding, copy_to_shard, with_room
+from slimstep.engine.config import TrainConfig
+from slimstep.engine.sharding import check_sharding, copy_to_shard, with_room
 
 ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]

@@ -5,8 +5,8 @@ import tomllib
 import pytest
 from packaging.requirements import Requirement
 
-import engine.tested
-from engine.tested import CONSTRAINTS, ROOT, outside_the_tested_set, read_constraints
+import slimstep.engine.tested
+from slimstep.engine.tested import CONSTRAINTS, ROOT, outside_the_tested_set, read_constraints
 
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -27,7 +27,7 @@ def test_readme_says_what_was_tested_when():
 def test_a_library_of_another_release_is_named_with_both(monkeypatch):
     versions = {name: str(next(iter(r.specifier)).version) for name, r in read_constraints().items()}
     versions |= {"torch": "2.12.1+cu130", "torchvision": "0.28.0"}
-    monkeypatch.setattr(engine.tested, "version", versions.__getitem__)
+    monkeypatch.setattr(slimstep.engine.tested, "version", versions.__getitem__)
     assert outside_the_tested_set() == ""
     versions |= {"peft": "99.1", "torch": "1.0"}
     told = outside_the_tested_set()

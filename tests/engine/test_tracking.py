@@ -11,9 +11,9 @@ from accelerate.state import AcceleratorState
 from PIL import Image
 from wandb.proto.wandb_internal_pb2 import Record
 
-from engine.config import TrackerConfig
-from engine.run import Run
-from engine.tracking import Tracker
+from slimstep.engine.config import TrackerConfig
+from slimstep.engine.run import Run
+from slimstep.engine.tracking import Tracker
 
 
 def tracked_run(path, kind, step):

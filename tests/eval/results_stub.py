@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from eval.metrics.compare import mean_and_error, paired_difference
-from eval.timing.setups import Setup
+from slimstep.eval.metrics.compare import mean_and_error, paired_difference
+from slimstep.eval.timing.setups import Setup
 from tests.eval.run_stub import PROMPTS, write
 
 SCORER = {"model": "local-dir:shapes-clip", "weights": "f374cc813b38", "prefix": "", "scale": 100.0}

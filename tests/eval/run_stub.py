@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from eval.metrics.compare import mean_and_error, paired_difference
+from slimstep.eval.metrics.compare import mean_and_error, paired_difference
 
 PROTOCOL = {
     "model": "local-dir:assets/shapes-clip", "pretrained": None, "prefix": "", "scale": 100.0,

@@ -8,11 +8,11 @@ import torch
 from accelerate.utils import DistributedType
 from omegaconf import OmegaConf
 
-from distill.bench import DistillBench
-from eval.bench import Bench
-from models.pipeline import with_unet
-from models.sizes import set_resolution
-from models.unet import PrunableUNet2DConditionModel
+from slimstep.distill.bench import DistillBench
+from slimstep.eval.bench import Bench
+from slimstep.models.pipeline import with_unet
+from slimstep.models.sizes import set_resolution
+from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.tiny import tiny_pipeline, tiny_unet
 
 

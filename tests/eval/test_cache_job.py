@@ -11,12 +11,12 @@ from diffusers import AutoencoderKL
 from omegaconf import OmegaConf
 from transformers import CLIPTextModel
 
-from configs.schema import Config
-from data.webdataset import WebDatasetPairs
-from engine.checked import CONFIGS
-from engine.launch import main
-from engine.run import Run
-from prune.bench import PruneBench
+from slimstep.configs.schema import Config
+from slimstep.data.webdataset import WebDatasetPairs
+from slimstep.engine.checked import CONFIGS
+from slimstep.engine.launch import main
+from slimstep.engine.run import Run
+from slimstep.prune.bench import PruneBench
 from tests.data.tars import captioned, picture, sound, write_tar, write_tars
 from tests.mistakes import told
 from tests.test_mistakes import JOB

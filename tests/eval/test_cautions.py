@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from eval.pages.cautions import cautions, cautions_of, score_cautions
-from eval.pages.comparison import compare_runs
-from eval.pages.run_page import write_report
+from slimstep.eval.pages.cautions import cautions, cautions_of, score_cautions
+from slimstep.eval.pages.comparison import compare_runs
+from slimstep.eval.pages.run_page import write_report
 from tests.eval.run_stub import write_run
 
 SHIPPED = Path(__file__).parents[2] / "benchmarks/prune-baselines/block-scores.json"

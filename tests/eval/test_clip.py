@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from eval.metrics.clip import CLOSEST_MSE, PSNR_ROWS, ClipScorer, psnr
+from slimstep.eval.metrics.clip import CLOSEST_MSE, PSNR_ROWS, ClipScorer, psnr
 from tests.tiny import tiny_tokenizer
 
 PROMPTS = ("a red circle", "a blue square above a green star", "two yellow triangles", "a small red star")

@@ -3,7 +3,14 @@
 import numpy as np
 import pytest
 
-from eval.metrics.compare import Mean, mean_and_error, paired_difference, paired_ratio, spearman, split_half_agreement
+from slimstep.eval.metrics.compare import (
+    Mean,
+    mean_and_error,
+    paired_difference,
+    paired_ratio,
+    spearman,
+    split_half_agreement,
+)
 
 
 def test_the_standard_error_by_hand():

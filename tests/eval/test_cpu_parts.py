@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-import eval.cpu_parts
-from eval.cpu_parts import remove, twin
-from eval.sampling import Sampler
-from models.unet import PrunableUNet2DConditionModel
+import slimstep.eval.cpu_parts
+from slimstep.eval.cpu_parts import remove, twin
+from slimstep.eval.sampling import Sampler
+from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.models.conftest import small_inputs
 from tests.tiny import tiny_pipeline
 
@@ -22,7 +22,7 @@ def sampler():
 
 @pytest.fixture
 def parts_of_two(monkeypatch):
-    monkeypatch.setattr(eval.cpu_parts, "LATENT_PIXELS", 2 * 8 * 8)
+    monkeypatch.setattr(slimstep.eval.cpu_parts, "LATENT_PIXELS", 2 * 8 * 8)
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from eval.metrics.distribution import frechet_distance, kernel_distance
-from eval.metrics.inception import Inception
+from slimstep.eval.metrics.distribution import frechet_distance, kernel_distance
+from slimstep.eval.metrics.inception import Inception
 
 
 def normal(n, width, seed=0):

@@ -19,14 +19,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import pil_to_tensor
 
-from data.prompts import PromptSet
-from engine.files import digest
-from eval.evaluation import EvaluationBench, GivenModel, name_models
-from eval.metrics.compare import paired_difference
-from eval.metrics.distribution import frechet_distance
-from eval.metrics.inception import Inception
-from models.original_layout import original_weights
-from models.pipeline import export_pipeline, load_pipeline, with_unet
+from slimstep.data.prompts import PromptSet
+from slimstep.engine.files import digest
+from slimstep.eval.evaluation import EvaluationBench, GivenModel, name_models
+from slimstep.eval.metrics.compare import paired_difference
+from slimstep.eval.metrics.distribution import frechet_distance
+from slimstep.eval.metrics.inception import Inception
+from slimstep.models.original_layout import original_weights
+from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.mistakes import told
 
 ROOT = Path(__file__).resolve().parents[2]

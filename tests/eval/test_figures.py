@@ -2,10 +2,10 @@
 
 import pytest
 
-from eval.pages.figures import Point, pareto_figure, pareto_front, themed
-from eval.pages.runs import Block, depth_of
-from eval.pages.text import digits, signed
-from eval.pages.unet_figure import BOX_H, BOX_W, places, unet_figure, value_norm
+from slimstep.eval.pages.figures import Point, pareto_figure, pareto_front, themed
+from slimstep.eval.pages.runs import Block, depth_of
+from slimstep.eval.pages.text import digits, signed
+from slimstep.eval.pages.unet_figure import BOX_H, BOX_W, places, unet_figure, value_norm
 from tests.eval.run_stub import sd15_sites
 
 SDXL = ("down_blocks.0.resnets.0", "down_blocks.1.resnets.0", "down_blocks.1.attentions.0",

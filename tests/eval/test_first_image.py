@@ -8,12 +8,12 @@ import pytest
 import torch
 from torch._inductor.exc import InductorError
 
-import eval.timing.first_image as first_image
-from eval.pages.speed_page import FIRST_IMAGE, first_image_rows
-from eval.timing.child import child_result, reason_in
-from eval.timing.first_image import compile_cost
-from eval.timing.setups import CannotRunError
-from eval.timing.speed import reason
+import slimstep.eval.timing.first_image as first_image
+from slimstep.eval.pages.speed_page import FIRST_IMAGE, first_image_rows
+from slimstep.eval.timing.child import child_result, reason_in
+from slimstep.eval.timing.first_image import compile_cost
+from slimstep.eval.timing.setups import CannotRunError
+from slimstep.eval.timing.speed import reason
 
 CANNOT = [
     ("raise MemoryError('no more')", ["exit code 1", "MemoryError: no more"]),

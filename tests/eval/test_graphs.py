@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import eval.timing.latency as latency
-from eval.config import LatencyConfig
-from eval.timing.graphs import WARMUP, CannotCaptureError, CapturedCall
-from eval.timing.latency import compare_ms, forward_call, settled_launch
-from models.unet import PrunableUNet2DConditionModel
-from prune.latency import method_of
+import slimstep.eval.timing.latency as latency
+from slimstep.eval.config import LatencyConfig
+from slimstep.eval.timing.graphs import WARMUP, CannotCaptureError, CapturedCall
+from slimstep.eval.timing.latency import compare_ms, forward_call, settled_launch
+from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.prune.latency import method_of
 from tests.tiny import tiny_unet
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)

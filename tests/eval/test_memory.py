@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.testing._internal.two_tensor import TwoTensor
 
-from eval.timing.memory import MemoryFrom, held_bytes, idle_graph_bytes
+from slimstep.eval.timing.memory import MemoryFrom, held_bytes, idle_graph_bytes
 
 
 def int8_weight(rows=64, columns=32):

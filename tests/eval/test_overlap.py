@@ -8,18 +8,18 @@ import pytest
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 
-from data.cache import cache_pairs
-from data.prompts import PromptSet
-from data.shapes import ShapesPairs
-from data.webdataset import WebDatasetPairs
-from distill.bench import DistillBench
-from engine.run import Run
-from eval.bench import Bench
-from eval.evaluation import EvaluationBench
-from eval.overlap import among, known_captions
-from eval.pages.run_page import write_report
-from eval.pages.text import overlap_sentence
-from prune.vae_bench import VaeBench
+from slimstep.data.cache import cache_pairs
+from slimstep.data.prompts import PromptSet
+from slimstep.data.shapes import ShapesPairs
+from slimstep.data.webdataset import WebDatasetPairs
+from slimstep.distill.bench import DistillBench
+from slimstep.engine.run import Run
+from slimstep.eval.bench import Bench
+from slimstep.eval.evaluation import EvaluationBench
+from slimstep.eval.overlap import among, known_captions
+from slimstep.eval.pages.run_page import write_report
+from slimstep.eval.pages.text import overlap_sentence
+from slimstep.prune.vae_bench import VaeBench
 from tests.data.tars import picture, write_tar
 from tests.eval.run_stub import write_run
 from tests.tiny import tiny_pipeline

@@ -6,13 +6,13 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from data.prompts import PromptSet
-from engine.run import differences
-from eval.config import DrawingConfig
-from eval.latents import sampled_latents
-from eval.pages.comparison import metric, protocol_differences
-from eval.sampling import Sampler
-from eval.timing.precision import products, settled
+from slimstep.data.prompts import PromptSet
+from slimstep.engine.run import differences
+from slimstep.eval.config import DrawingConfig
+from slimstep.eval.latents import sampled_latents
+from slimstep.eval.pages.comparison import metric, protocol_differences
+from slimstep.eval.sampling import Sampler
+from slimstep.eval.timing.precision import products, settled
 from tests.mistakes import told
 from tests.tiny import tiny_pipeline
 
@@ -67,7 +67,7 @@ def flags():
 ])  # fmt: skip
 def test_unet_and_decoder_compute_in_it_and_nothing_else_does(pipeline, monkeypatch, precision, inside):
     """On a device that has TF32, as far as torch's switches tell."""
-    monkeypatch.setattr("eval.timing.precision.has_tf32", lambda device: True)
+    monkeypatch.setattr("slimstep.eval.timing.precision.has_tf32", lambda device: True)
     seen, before = [], flags()
     handles = [
         network.register_forward_hook(lambda *_: seen.append(flags()))

@@ -11,8 +11,8 @@ from PIL import Image
 from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor
 
-from eval.metrics.clip import ClipScorer
-from eval.metrics.preference import PickScore
+from slimstep.eval.metrics.clip import ClipScorer
+from slimstep.eval.metrics.preference import PickScore
 from tests.eval.test_evaluation import SMALL
 from tests.mistakes import told
 from tests.tiny import MAX_TOKENS, WIDTH, tiny_tokenizer

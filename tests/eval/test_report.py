@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from eval.pages.comparison import compare_runs
-from eval.pages.run_page import write_report
-from eval.pages.runs import read_run, run_names
-from eval.pages.text import count, flatten
+from slimstep.eval.pages.comparison import compare_runs
+from slimstep.eval.pages.run_page import write_report
+from slimstep.eval.pages.runs import read_run, run_names
+from slimstep.eval.pages.text import count, flatten
 from tests.eval.run_stub import PROMPTS, sd15_sites, write_run
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"

@@ -6,14 +6,14 @@ import sys
 
 import pytest
 
-from eval.metrics.compare import paired_difference
-from eval.pages.gathered import Gathered
-from eval.pages.headline import fastest_not_worse, headline
-from eval.pages.pareto import Timing, speedup
-from eval.pages.results import common_settings, pair_matrix
-from eval.pages.results_figures import untimed
-from eval.pages.results_page import compare_results
-from scripts.report import main
+from slimstep.commands.report import main
+from slimstep.eval.metrics.compare import paired_difference
+from slimstep.eval.pages.gathered import Gathered
+from slimstep.eval.pages.headline import fastest_not_worse, headline
+from slimstep.eval.pages.pareto import Timing, speedup
+from slimstep.eval.pages.results import common_settings, pair_matrix
+from slimstep.eval.pages.results_figures import untimed
+from slimstep.eval.pages.results_page import compare_results
 from tests.eval.results_stub import (
     row,
     scores,

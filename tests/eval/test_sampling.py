@@ -16,10 +16,10 @@ from diffusers import (
 from torch import nn
 from torch._dynamo.testing import CompileCounter
 
-from data.encoding import encode_images
-from eval.sampling import Sampler
-from models.guidance import with_told_guidance
-from models.unet import PrunableUNet2DConditionModel
+from slimstep.data.encoding import encode_images
+from slimstep.eval.sampling import Sampler
+from slimstep.models.guidance import with_told_guidance
+from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.tiny import tiny_pipeline
 
 PROMPTS = ("a red circle", "a blue square above a green star", "two yellow triangles", "a small red star")
@@ -232,14 +232,14 @@ def test_an_autoencoder_is_given_a_few_large_images_at_a_time(monkeypatch):
     together = encode_images(pipeline, images, torch.device("cpu"))["latents"]
     for half in (pipeline.vae.encoder, pipeline.vae.decoder):
         half.register_forward_pre_hook(lambda module, inputs: given.append(len(inputs[0])))
-    monkeypatch.setattr("data.encoding.PIXELS_AT_ONCE", 2 * 16 * 16)
+    monkeypatch.setattr("slimstep.data.encoding.PIXELS_AT_ONCE", 2 * 16 * 16)
     assert (sampler.decode(latents).int() - one_by_one.int()).abs().max() <= 1 and given == [2, 2, 1]
     torch.testing.assert_close(encode_images(pipeline, images, torch.device("cpu"))["latents"], together)
     assert given == [2, 2, 1] * 2
 
 
 def test_rows_of_texts_are_those_of_all_bit_for_bit(monkeypatch):
-    monkeypatch.setattr("eval.sampling.TEXTS_PER_BATCH", 3)
+    monkeypatch.setattr("slimstep.eval.sampling.TEXTS_PER_BATCH", 3)
     sampler = Sampler(tiny_pipeline(), steps=1, guidance_scale=3.0)
     whole, some = sampler.encode(PROMPTS).rows([3, 0, 3]), sampler.encode_rows(PROMPTS, [3, 0, 3])
     assert torch.equal(whole.states_BLE, some.states_BLE) and torch.equal(whole.empty_1LE, some.empty_1LE)

@@ -10,12 +10,12 @@ from accelerate import Accelerator
 from omegaconf import OmegaConf
 from PIL import Image
 
-from data.prompts import PromptSet
-from engine.run import Run
-from eval import scorer_check
-from eval.pages.cautions import cautions, is_above_chance
-from eval.plan import scorer_stage
-from eval.scorer_check import against_shuffled, check_scorer, compare_teacher, shuffles
+from slimstep.data.prompts import PromptSet
+from slimstep.engine.run import Run
+from slimstep.eval import scorer_check
+from slimstep.eval.pages.cautions import cautions, is_above_chance
+from slimstep.eval.plan import scorer_stage
+from slimstep.eval.scorer_check import against_shuffled, check_scorer, compare_teacher, shuffles
 from tests.mistakes import told
 
 WIDTH = 64
@@ -129,7 +129,7 @@ def test_a_teacher_at_chance_is_told_with_the_way_out(caplog, monkeypatch):
 @pytest.fixture
 def bench(tmp_path):
     """A job on 24 drawn images whose scorer reads their mean colour: it knows them, or with `knows` false nothing."""
-    pairs = {"_target_": "data.shapes.ShapesPairs", "split": "train", "size": 24, "resolution": 8}
+    pairs = {"_target_": "slimstep.data.shapes.ShapesPairs", "split": "train", "size": 24, "resolution": 8}
     scorer = SimpleNamespace(protocol={"model": "colours"}, force=False, knows=True, similarity=Features().similarity)
     features = drawn(TEXTS, 1)[1]
     drawn_so_far = {}
@@ -254,7 +254,8 @@ JOBS = {
 
 
 def test_images_are_those_of_training_where_none_is_held_out(bench, own_images):
-    pairs = {"_target_": "data.images.ImageFolderPairs", "root": str(own_images), "resolution": 16, "split": "train"}
+    pairs = {"_target_": "slimstep.data.images.ImageFolderPairs", "root": str(own_images), "split": "train"}
+    pairs["resolution"] = 16
     for fraction, readable in ((0, 39), (0.3, 39), (0.999999, 39)):
         bench.config.data.pairs = {**pairs, "heldout_fraction": fraction, "max_broken": 1}
         images, captions = scorer_check.own_images(bench, 64)

@@ -7,11 +7,11 @@ from torch.nn.attention import SDPBackend
 from torch.profiler import ProfilerActivity, profile
 from torchvision.transforms.functional import pil_to_tensor
 
-from eval.sampling import Sampler
-from eval.timing.capture import CapturedSampler
-from eval.timing.setups import CannotRunError, Setup, all_setups, check_runs, running, use_kernel
-from eval.timing.speed import Subject
-from models.pipeline import load_pipeline
+from slimstep.eval.sampling import Sampler
+from slimstep.eval.timing.capture import CapturedSampler
+from slimstep.eval.timing.setups import CannotRunError, Setup, all_setups, check_runs, running, use_kernel
+from slimstep.eval.timing.speed import Subject
+from slimstep.models.pipeline import load_pipeline
 
 CPU = torch.device("cpu")
 PROMPTS = ["a cat", "two dogs", "a red tree"]

@@ -10,12 +10,12 @@ import pytest
 import torch
 from diffusers import LCMScheduler
 
-from eval.config import LatencyConfig
-from eval.timing.setups import Setup
-from eval.timing.speed import Subject, measure, speedup
-from eval.timing.stopwatch import watched
-from eval.timing.tasks import TASKS, task_pipeline
-from models.pipeline import export_pipeline, load_pipeline, with_unet
+from slimstep.eval.config import LatencyConfig
+from slimstep.eval.timing.setups import Setup
+from slimstep.eval.timing.speed import Subject, measure, speedup
+from slimstep.eval.timing.stopwatch import watched
+from slimstep.eval.timing.tasks import TASKS, task_pipeline
+from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.mistakes import told
 from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
 

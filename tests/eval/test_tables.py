@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from eval.pages.speed_page import console_text
-from eval.pages.tables import console_table, lines, markdown_table
+from slimstep.eval.pages.speed_page import console_text
+from slimstep.eval.pages.tables import console_table, lines, markdown_table
 from tests.eval.results_stub import write_benchmark, write_ladder, write_pipelines
 
 HEADER = ["model", "steps", "batch", "× base", "ms", "memory", "graphs", "text encoder", "UNet"]

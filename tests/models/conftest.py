@@ -4,10 +4,10 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 
-import models.known
-import models.reference as reference
-from models.known import random_pipeline
-from models.unet import PrunableUNet2DConditionModel
+import slimstep.models.known
+import slimstep.models.reference as reference
+from slimstep.models.known import random_pipeline
+from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.tiny import WIDTH, tiny_pipeline, tiny_tokenizer
 
 SMALL = {"sample_size": 8, "block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4, "cross_attention_dim": WIDTH}
@@ -88,7 +88,8 @@ def small_kinds(monkeypatch):
     }
     for name, fields in own.items():
         monkeypatch.setattr(reference, name, text | fields)
-    monkeypatch.setattr(models.known, "clip_tokenizer", lambda pad=None: tiny_tokenizer(pad or "<|endoftext|>"))
+    tokenizer = lambda pad=None: tiny_tokenizer(pad or "<|endoftext|>")  # noqa: E731
+    monkeypatch.setattr(slimstep.models.known, "clip_tokenizer", tokenizer)
     widths = {"sd15": WIDTH, "sd21": 1024, "sdxl": WIDTH + 8}
     for name, unet in SMALL_CONFIGS.items():
         fields = unet | {"layers_per_block": 2, "cross_attention_dim": widths[name]}

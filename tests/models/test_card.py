@@ -3,9 +3,9 @@
 import pytest
 from huggingface_hub import ModelCard
 
-from models.card import Origin, origin_of, write_card
-from models.pipeline import export_pipeline, with_unet
-from models.unet import PrunableUNet2DConditionModel
+from slimstep.models.card import Origin, origin_of, write_card
+from slimstep.models.pipeline import export_pipeline, with_unet
+from slimstep.models.unet import PrunableUNet2DConditionModel
 
 DEPTHS = {"down_blocks.0.attentions.1": 0, "mid_block.attentions.0": 3}
 

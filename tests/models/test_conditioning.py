@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from data.encoding import encode_captions, encode_nothing
-from eval.sampling import Sampler
-from models.conditioning import text_states
-from models.pipeline import load_pipeline
-from models.unet import PrunableUNet2DConditionModel, apart
+from slimstep.data.encoding import encode_captions, encode_nothing
+from slimstep.eval.sampling import Sampler
+from slimstep.models.conditioning import text_states
+from slimstep.models.pipeline import load_pipeline
+from slimstep.models.unet import PrunableUNet2DConditionModel, apart
 from tests.tiny import WIDTH, tiny_pipeline, tiny_sdxl_pipeline
 
 PROMPTS = ["a cat", "two dogs and a cow"]

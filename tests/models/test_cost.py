@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from models.cost import count_activation_bytes, count_gflops, unet_inputs
-from models.reference import CONFIGS
-from models.unet import PrunableUNet2DConditionModel
+from slimstep.models.cost import count_activation_bytes, count_gflops, unet_inputs
+from slimstep.models.reference import CONFIGS
+from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.models.conftest import small_stock_unet
 
 

@@ -9,15 +9,15 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from safetensors.torch import save_file
 
-from data.cache import described_cache
-from data.encoding import encode_images
-from eval.handover import joined
-from eval.sampling import Sampler
-from models.autoencoder import load_vae
-from models.decoding import ImageDecoder, has_statistics, scaled, statistics, unscaled
-from models.pipeline import export_pipeline, load_pipeline, with_unet
-from models.unet import PrunableUNet2DConditionModel
-from prune.decoder import choose_channels, narrowed
+from slimstep.data.cache import described_cache
+from slimstep.data.encoding import encode_images
+from slimstep.eval.handover import joined
+from slimstep.eval.sampling import Sampler
+from slimstep.models.autoencoder import load_vae
+from slimstep.models.decoding import ImageDecoder, has_statistics, scaled, statistics, unscaled
+from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
+from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.prune.decoder import choose_channels, narrowed
 from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
 
 MEAN, STD = [-1.6, 1.1, 0.3, -0.5], [8.4, 5.8, 1.5, 3.0]

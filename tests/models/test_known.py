@@ -7,8 +7,8 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import fetch_diffusers_config
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from models.known import KNOWN, clip_tokenizer, known_by, write_configuration
-from models.original_layout import clip_weights, open_clip_weights, unet_weights, vae_weights
+from slimstep.models.known import KNOWN, clip_tokenizer, known_by, write_configuration
+from slimstep.models.original_layout import clip_weights, open_clip_weights, unet_weights, vae_weights
 
 TEXTS = ["a photo of a cat", "Hello, World! 123 it's", "naïve café", "日本語 🙂", "UPPER lower's a_b-c", "", "x" * 300]
 SIZES = {  # parameters of UNet, VAE and text encoders, as published

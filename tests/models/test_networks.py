@@ -15,11 +15,11 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
-from engine.quiet import quiet
-from models.folder import check_folder, check_weights
-from models.networks import load_network
-from models.original_layout import vae_weights, write_original
-from models.pipeline import load_pipeline
+from slimstep.engine.quiet import quiet
+from slimstep.models.folder import check_folder, check_weights
+from slimstep.models.networks import load_network
+from slimstep.models.original_layout import vae_weights, write_original
+from slimstep.models.pipeline import load_pipeline
 from tests.models.conftest import assert_equal_weights
 from tests.models.test_pipeline import save_with_checker
 from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline, tiny_tokenizer

@@ -24,10 +24,10 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from eval.sampling import Sampler
-from models.pipeline import check_pipeline, load_pipeline
-from models.schedule import NoiseSchedule
-from models.schedulers import (
+from slimstep.eval.sampling import Sampler
+from slimstep.models.pipeline import check_pipeline, load_pipeline
+from slimstep.models.schedule import NoiseSchedule
+from slimstep.models.schedulers import (
     ONE_SPACING,
     SHORT,
     can_keep,
@@ -37,7 +37,7 @@ from models.schedulers import (
     swapped_scheduler,
     used_spacing,
 )
-from models.single_file import told_scheduler
+from slimstep.models.single_file import told_scheduler
 from tests.tiny import tiny_pipeline
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}

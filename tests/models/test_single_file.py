@@ -10,12 +10,12 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
-import models.folder
-from models.known import write_configuration
-from models.original_layout import clip_weights, original_weights, write_original
-from models.pickles import load_pickled
-from models.pipeline import export_pipeline, load_pipeline
-from models.unet import PrunableUNet2DConditionModel
+import slimstep.models.folder
+from slimstep.models.known import write_configuration
+from slimstep.models.original_layout import clip_weights, original_weights, write_original
+from slimstep.models.pickles import load_pickled
+from slimstep.models.pipeline import export_pipeline, load_pipeline
+from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.models.conftest import assert_equal_weights, paint, small_kind
 
 
@@ -136,7 +136,7 @@ def test_the_hub_caches_configuration_comes_before_ours(small_kinds, tmp_path, m
     scheduler = tmp_path / "cached/scheduler/scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace('"beta_end": 0.012', '"beta_end": 0.013'))
     asked = []
-    monkeypatch.setattr(models.folder.huggingface_hub, "try_to_load_from_cache",
+    monkeypatch.setattr(slimstep.models.folder.huggingface_hub, "try_to_load_from_cache",
                         lambda name, file: asked.append(name) or str(tmp_path / "cached" / file))  # fmt: skip
     assert load_pipeline(file).scheduler.config.beta_end == 0.013
     assert asked == ["stable-diffusion-v1-5/stable-diffusion-v1-5"]

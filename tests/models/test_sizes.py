@@ -6,9 +6,9 @@ import shutil
 import pytest
 import torch
 
-from engine.quiet import quiet
-from models.pipeline import load_pipeline
-from models.sizes import native_pixels, set_resolution
+from slimstep.engine.quiet import quiet
+from slimstep.models.pipeline import load_pipeline
+from slimstep.models.sizes import native_pixels, set_resolution
 from tests.models.conftest import paint
 from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
 

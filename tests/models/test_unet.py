@@ -6,9 +6,9 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from models.cost import count_parameters
-from models.reference import CONFIGS
-from models.unet import PrunableUNet2DConditionModel
+from slimstep.models.cost import count_parameters
+from slimstep.models.reference import CONFIGS
+from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.models.conftest import small_inputs, small_stock_unet
 
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
-from models.pipeline import export_pipeline, load_pipeline, with_unet
-from models.unet import PrunableUNet2DConditionModel
-from models.vae import NarrowAutoencoderKL
-from prune.decoder import choose_channels, narrow_widths, narrowed
+from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
+from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.models.vae import NarrowAutoencoderKL
+from slimstep.prune.decoder import choose_channels, narrow_widths, narrowed
 from tests.models.conftest import paint
 
 ONE_ATTENTION = {"down_blocks.0.attentions.1": 0}

@@ -7,12 +7,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import nn
 
-from distill.decoder import DecoderDistillation
-from eval.decoders import decoder_gflops
-from models.decoding import ImageDecoder
-from models.reference import VAE_CONFIGS
-from models.vae import NarrowAutoencoderKL
-from prune.decoder import (
+from slimstep.distill.decoder import DecoderDistillation
+from slimstep.eval.decoders import decoder_gflops
+from slimstep.models.decoding import ImageDecoder
+from slimstep.models.reference import VAE_CONFIGS
+from slimstep.models.vae import NarrowAutoencoderKL
+from slimstep.prune.decoder import (
     CHOICES,
     NORM_GROUPS,
     all_groups,

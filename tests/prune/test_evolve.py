@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from prune.evolve import BlockValue, apply, choose_copies, choose_removals, round_target_ms
-from prune.scores import picture_error
-from prune.search import InOrder, Manual, RandomRemoval, Situation, SnapFusionSearch
+from slimstep.prune.evolve import BlockValue, apply, choose_copies, choose_removals, round_target_ms
+from slimstep.prune.scores import picture_error
+from slimstep.prune.search import InOrder, Manual, RandomRemoval, Situation, SnapFusionSearch
 
 
 def value(site, delta_clip, saved_ms):

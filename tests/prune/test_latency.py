@@ -5,10 +5,10 @@ import time
 import pytest
 import torch
 
-from eval.config import LatencyConfig
-from eval.timing.latency import affordable, compare_ms, thread_ms
-from models.unet import PrunableUNet2DConditionModel
-from prune.latency import latency_table, predicted_ms, table_without, timing_hooks
+from slimstep.eval.config import LatencyConfig
+from slimstep.eval.timing.latency import affordable, compare_ms, thread_ms
+from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.prune.latency import latency_table, predicted_ms, table_without, timing_hooks
 from tests.models.conftest import small_stock_unet
 from tests.tiny import tiny_pipeline
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from models.schedule import NoiseSchedule
-from models.unet import PrunableUNet2DConditionModel
-from prune.robust import RobustTraining
+from slimstep.models.schedule import NoiseSchedule
+from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.prune.robust import RobustTraining
 from tests.tiny import WIDTH, tiny_pipeline
 
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from data.prompts import PromptSet
-from eval.metrics.clip import ClipScorer, psnr
-from eval.sampling import Sampler
-from models.unet import PrunableUNet2DConditionModel
-from prune.scores import picture_error, psnr_of_others, score_blocks
+from slimstep.data.prompts import PromptSet
+from slimstep.eval.metrics.clip import ClipScorer, psnr
+from slimstep.eval.sampling import Sampler
+from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.prune.scores import picture_error, psnr_of_others, score_blocks
 from tests.tiny import tiny_pipeline
 
 PROMPTS = PromptSet(("a red dot", "two cats", "a big tree", "some rain"), "four")

@@ -14,14 +14,14 @@ from accelerate import Accelerator
 from diffusers import DiffusionPipeline
 from torchvision.models import VGG16_Weights, vgg16
 
-from data.latents import LatentMix
-from data.prompts import PromptSet
-from distill.decoder import DecoderDistillation
-from engine.loop import WEIGHTS
-from eval.latents import sampled_latents
-from eval.sampling import Sampler
-from models.pipeline import export_pipeline, load_pipeline, with_unet
-from models.vae import NarrowAutoencoderKL
+from slimstep.data.latents import LatentMix
+from slimstep.data.prompts import PromptSet
+from slimstep.distill.decoder import DecoderDistillation
+from slimstep.engine.loop import WEIGHTS
+from slimstep.eval.latents import sampled_latents
+from slimstep.eval.sampling import Sampler
+from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
+from slimstep.models.vae import NarrowAutoencoderKL
 from tests.test_processes import launch
 from tests.tiny import tiny_pipeline
 

@@ -1,20 +1,16 @@
 """One file in Stable Diffusion's original layout, as web UIs read it, from a diffusers folder; and the other way round.
 
-    python scripts/convert.py runs/distill_steps/steps-8/export student.safetensors --dtype float16
-    python scripts/convert.py model.safetensors DIR          # also .ckpt, with --allow-pickle
+    slimstep convert runs/distill_steps/steps-8/export student.safetensors --dtype float16
+    slimstep convert model.safetensors DIR          # also .ckpt, with --allow-pickle
 
 SD-1.x, SD-2.x and SDXL; a hub id serves as a folder. What is there is replaced with --force only.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-from engine.console import open_console
-from engine.launch import fail, set_up
-from engine.quiet import one_line
+from slimstep.engine.launch import fail, set_up
+from slimstep.engine.quiet import one_line
 
 DTYPES = ("float32", "float16", "bfloat16")
 
@@ -31,16 +27,11 @@ def main() -> None:
     parser.add_argument("--force", action="store_true", help="replace a target that exists")
     options = parser.parse_args()
     set_up()
-    from engine.execution import quiet_libraries  # here, since --help and a misspelt option need none of this
-    from models.convert import convert
+    from slimstep.engine.execution import quiet_libraries  # here, since --help and a misspelt option need none of this
+    from slimstep.models.convert import convert
 
     quiet_libraries()
     try:
         convert(**vars(options))
     except (ValueError, OSError) as error:
         fail(one_line(error))
-
-
-if __name__ == "__main__":
-    open_console()
-    main()
