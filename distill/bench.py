@@ -20,7 +20,7 @@ from slimstep.distill.pairs import FixedDraws, taught_pairs
 from slimstep.distill.teaching import Rung
 from slimstep.engine.config import StageConfig, TrainConfig
 from slimstep.engine.files import damaged
-from slimstep.engine.loop import Objective
+from slimstep.engine.objective import Objective, requirements
 from slimstep.eval.bench import Bench, clip_line
 from slimstep.eval.overlap import among
 from slimstep.models.guidance import told_guidance_width, with_told_guidance
@@ -81,8 +81,8 @@ class DistillBench(Bench):
     @cached_property
     def student_scheduler(self):
         """The diffusers scheduler that students are handed over with."""
-        grid_steps = getattr(self.config.objective, "grid_steps", None)
-        own = {"original_inference_steps": grid_steps} if grid_steps else {}
+        options = requirements(get_class(self.config.objective["_target_"])).sampler_options
+        own = {option: self.config.objective[key] for option, key in options.items() if key in self.config.objective}
         return self.on_the_grid(getattr(diffusers, self.ladder.sampler), self.scheduler, **own)
 
     def on_the_grid(self, kind: type, scheduler, **changes):
@@ -151,12 +151,13 @@ class DistillBench(Bench):
     def check_agreement(self) -> None:
         """ValueError where the objective does not make the students that the ladder asks for."""
         kind = get_class(self.config.objective["_target_"])
-        if not hasattr(kind, "told"):
+        requires = requirements(kind)
+        if not requires.distils_steps:
             raise ValueError(f"objective {kind.__name__} distils no steps; choose objective=steps, guidance or lcm")
-        if kind.sampler == "LCMScheduler" and len(self.climbs) > 1:
+        if requires.sampler == "LCMScheduler" and len(self.climbs) > 1:
             raise ValueError(f"objective {kind.__name__} has one rung, as ladder.steps=[32,4]: its student serves all")
         silent_trainings = {
-            f"objective {kind.__name__}": not kind.told,
+            f"objective {kind.__name__}": not requires.guidance_embedding,
             "learning to predict v": not self.predicts_velocity,
             "ladder.repair": self.ladder.repair,
         }
@@ -165,11 +166,11 @@ class DistillBench(Bench):
         if silent and told:
             who, what = " and ".join(told), " and ".join(silent)
             raise ValueError(f"its guidance scale is told to the {who}, and {what} would not tell it")
-        if kind.told != bool(self.ladder.guidance_width):
-            way = "needs ladder.guidance_width, as 256" if kind.told else "needs ladder.guidance_width=0"
+        if requires.guidance_embedding != bool(self.ladder.guidance_width):
+            way = f"needs ladder.guidance_width{', as 256' if requires.guidance_embedding else '=0'}"
             raise ValueError(f"objective {kind.__name__} {way}")
-        if (kind.sampler or self.ladder.sampler) != self.ladder.sampler or (
-            self.ladder.sampler == "LCMScheduler" and kind.sampler is None
+        if (requires.sampler or self.ladder.sampler) != self.ladder.sampler or (
+            self.ladder.sampler == "LCMScheduler" and requires.sampler is None
         ):
             raise ValueError(f"objective {kind.__name__} and ladder.sampler={self.ladder.sampler} do not go together")
 
@@ -263,12 +264,11 @@ class DistillBench(Bench):
 
     def samples(self, objective: Objective, stage: str):
         """The pairs; with the teacher's answers, where the objective asks for them beforehand."""
-        if not (count := getattr(objective, "cached_draws", 0)):
+        if (cached := requirements(objective).cached_targets) is None:
             return self.pairs
-        dropout, empty = objective.caption_dropout, self.pairs.empty_text
-        draws = FixedDraws(self.pairs, count, len(objective.bounds_NK), dropout, empty, self.run.seed)
+        draws = FixedDraws(self.pairs, cached, self.pairs.empty_text, self.run.seed)
         batch_size, keep = self.config.eval.batch_size, self.partial(f"{stage}-answers")
-        return taught_pairs(draws, objective.answer, self.run, stage, batch_size, keep)
+        return taught_pairs(draws, cached.compute, self.run, stage, batch_size, keep)
 
     def at_work(self, name: str, compiled: bool = False) -> PrunableUNet2DConditionModel:
         """A network that teaches."""

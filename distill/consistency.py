@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from slimstep.distill.teaching import Rung, draw_guidance, draw_steps, known_range, predict, predict_told
-from slimstep.engine.loop import Batch, Metrics
+from slimstep.engine.objective import Batch, Metrics, Requirements
 from slimstep.models.guidance import told_guidance_width
 from slimstep.models.schedule import NoiseSchedule, nested_steps
 
@@ -21,7 +21,12 @@ class ConsistencyDistillation:
     own, without gradient. The loss is the pseudo-Huber distance.
     """
 
-    told, sampler = True, "LCMScheduler"
+    requires = Requirements(
+        distils_steps=True,
+        sampler="LCMScheduler",
+        sampler_options={"original_inference_steps": "grid_steps"},
+        guidance_embedding=True,
+    )
     DATA_STD, TIMESTEP_SCALING = 0.5, 10.0
 
     def __init__(

@@ -11,7 +11,7 @@ from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import VGG16_Weights
 
 from slimstep.engine.components import at_least_zero
-from slimstep.engine.loop import Batch, Metrics
+from slimstep.engine.objective import Batch, Metrics
 
 
 class DecoderDistillation:

@@ -16,7 +16,7 @@ from slimstep.distill.teaching import (
     predict_told,
     teacher_target,
 )
-from slimstep.engine.loop import Batch, Metrics
+from slimstep.engine.objective import Batch, Metrics, Requirements
 from slimstep.models.schedule import NoiseSchedule
 
 
@@ -27,7 +27,7 @@ class GuidanceDistillation:
     many steps as the teacher the student learns the guidance alone (their first stage).
     """
 
-    told, sampler = True, None
+    requires = Requirements(distils_steps=True, guidance_embedding=True)
 
     def __init__(
         self,

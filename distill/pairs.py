@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from slimstep.engine.files import damaged, write_tensors
+from slimstep.engine.objective import CachedTargets
 from slimstep.engine.parallel import map_batches
 from slimstep.engine.run import Run
 from slimstep.engine.seeding import generator
@@ -19,23 +20,22 @@ ANSWERS = "answers.safetensors"
 
 
 class FixedDraws(Dataset):
-    """Every pair `draws` times; sample j is pair j mod P with a noise, a step and a caption that are functions of j.
+    """Every pair `cached.per_image` times; sample j is pair j mod P with a noise, a step and a caption, functions of j.
 
     An item is the pair's, with "noise" [C, H, W] and "step", and the empty caption in a share of the samples.
     """
 
-    def __init__(self, pairs, draws: int, num_steps: int, caption_dropout: float, empty_text: Tensor, seed: int):
-        self.pairs, self.draws, self.num_steps, self.seed = pairs, draws, num_steps, seed
-        self.caption_dropout, self.empty_text = caption_dropout, empty_text
+    def __init__(self, pairs, cached: CachedTargets, empty_text: Tensor, seed: int):
+        self.pairs, self.cached, self.empty_text, self.seed = pairs, cached, empty_text, seed
 
     def __len__(self) -> int:
-        return self.draws * len(self.pairs)
+        return self.cached.per_image * len(self.pairs)
 
     def __getitem__(self, j: int) -> dict:
         pair, draw = self.pairs[j % len(self.pairs)], generator("fixed draws", self.seed, j)
         noise = torch.randn(pair["latents"].shape, generator=draw)
-        step = torch.randint(self.num_steps, (), generator=draw)
-        dropped = torch.rand((), generator=draw) < self.caption_dropout
+        step = torch.randint(self.cached.num_steps, (), generator=draw)
+        dropped = torch.rand((), generator=draw) < self.cached.caption_dropout
         return {**pair, "noise": noise, "step": step, "text": self.empty_text if dropped else pair["text"]}
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from slimstep.engine.components import shares
-from slimstep.engine.loop import Batch, Metrics
+from slimstep.engine.objective import Batch, Metrics
 from slimstep.models.denoising import draw_noisy
 from slimstep.models.schedule import NoiseSchedule
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from slimstep.engine.components import at_least_zero, shares
-from slimstep.engine.loop import Batch, Metrics
+from slimstep.engine.objective import Batch, Metrics, Requirements
 from slimstep.models.denoising import draw_noisy
 from slimstep.models.schedule import NoiseSchedule
 
@@ -22,7 +22,7 @@ class Recovery:
     mean square there (LAPTOP-Diff, section 3.3), so that no level drowns the others; BK-SDM uses the plain sum.
     """
 
-    compiles = False
+    requires = Requirements(feature_hooks=True)
 
     def __init__(
         self,

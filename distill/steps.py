@@ -5,6 +5,7 @@ tokens, E text width.
 """
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +24,7 @@ from slimstep.distill.teaching import (
     teacher_target,
 )
 from slimstep.engine.components import at_least_zero, shares
-from slimstep.engine.loop import Batch, Metrics
+from slimstep.engine.objective import Batch, CachedTargets, Metrics, Requirements
 from slimstep.models.schedule import NoiseSchedule
 
 
@@ -39,7 +40,7 @@ class StepDistillation:
     which the teacher is asked once, before the training (vanilla only: `guided_share` 0).
     """
 
-    told, sampler = False, None
+    requires = Requirements(distils_steps=True)
 
     def __init__(
         self,
@@ -63,6 +64,9 @@ class StepDistillation:
         self.guided_share, self.guidance_range = guided_share, known_range(guidance_range)
         self.weighting, self.original_weight = known_weighting(weighting, rung), original_weight
         self.caption_dropout, self.cached_draws = caption_dropout, cached_draws
+        if cached_draws:
+            cached = CachedTargets(cached_draws, len(self.bounds_NK), caption_dropout, self.compute_targets)
+            self.requires = replace(self.requires, cached_targets=cached)
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         schedule, empty_text_LE, rows = self.schedule, self.empty_text_LE, len(batch["text"])
@@ -91,8 +95,8 @@ class StepDistillation:
         z_BCHW = self.schedule.noisy(x0_BCHW, noise_BCHW, bounds_BK[:, 0])
         return Draw(x0_BCHW, noise_BCHW, z_BCHW, bounds_BK, batch["text"])
 
-    def answer(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """What the teacher says of fixed draws: x̃ [B, C, H, W], and the gap [B] of its going there at once."""
+    def compute_targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The teacher target x̃ [B, C, H, W] of fixed draws, and the gap [B] of the teacher's going there at once."""
         draw = self.fixed_draw(batch)
         target = teacher_target(self.teacher, self.schedule, draw, self.empty_text_LE, self.unguided)
         return target.x0_BCHW, target.gap_B

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from slimstep.engine.loop import Batch
+from slimstep.engine.objective import Batch
 from slimstep.models.guidance import guidance_embedding, told_guidance_width
 from slimstep.models.schedule import NoiseSchedule, nested_steps
 

@@ -9,8 +9,7 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import torch
 from omegaconf import OmegaConf
@@ -22,6 +21,7 @@ from slimstep.engine.averages import DeviceEMA
 from slimstep.engine.checkpoints import Checkpoints
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.files import damaged, unwritable, write_tensors
+from slimstep.engine.objective import Batch, Metrics, PlainObjective
 from slimstep.engine.optimizers import make_optimizer, set_learning_rate
 from slimstep.engine.preemption import NotedSignals, leave_signals_to_the_parent
 from slimstep.engine.progress import progress
@@ -29,11 +29,7 @@ from slimstep.engine.run import Run
 from slimstep.engine.seeding import generator, seed_of
 from slimstep.engine.sharding import as_number, copy_to_shard, is_sharded, tell_deepspeed, whole_weights, with_room
 
-Batch = dict[str, Any]
-Metrics = dict[str, Tensor]
 WEIGHTS = "weights.safetensors"
-
-Objective = Callable[[nn.Module, Batch, torch.Generator], tuple[Tensor, Metrics]]
 
 
 class StepBatches(Sampler[list[int]]):
@@ -119,7 +115,7 @@ def learning_rate_at(step: int, config: TrainConfig) -> float:
 
 
 def train(
-    model: nn.Module, objective: Objective, dataset: Dataset, config: TrainConfig, run: Run, stage: str
+    model: nn.Module, objective: PlainObjective, dataset: Dataset, config: TrainConfig, run: Run, stage: str
 ) -> nn.Module:
     """Trains `model` in place under `runs/<name>/<stage>/` and returns it in eval mode, with its EMA weights.
 
@@ -177,7 +173,7 @@ def load_trained(model: nn.Module, run: Run, stage: str) -> nn.Module:
 
 def _run_steps(
     model: nn.Module,
-    objective: Objective,
+    objective: PlainObjective,
     dataset: Dataset,
     config: TrainConfig,
     run: Run,

@@ -24,10 +24,10 @@ from slimstep.data.prompts import PromptSet, disjoint_prompts, read_prompts
 from slimstep.engine.checks import at_least
 from slimstep.engine.components import check, component
 from slimstep.engine.config import TrainConfig
-from slimstep.engine.loop import Objective, load_trained, train, trained
-from slimstep.engine.optimizers import check_optimizer
+from slimstep.engine.loop import load_trained, train, trained
+from slimstep.engine.objective import Objective, check_requirements
 from slimstep.engine.run import FINISHED, Run
-from slimstep.engine.sharding import autocast_dtype, check_sharding
+from slimstep.engine.sharding import autocast_dtype
 from slimstep.eval.config import Config, LatencyConfig, SamplingConfig
 from slimstep.eval.metrics.clip import ClipScorer
 from slimstep.eval.overlap import among
@@ -238,16 +238,8 @@ class Bench:
     def check_objective(self, key: str, config, training: TrainConfig, **given) -> None:
         """ValueError for the objective under `key` if it cannot be, or be trained in this way; no data are touched."""
         check(config, key)
-        self.check_training(training)
         given = {"teacher": self.teacher, "empty_text_LE": torch.zeros(1, 1, device=self.device), **given}
-        objective = self.objective(config, **given)
-        if training.compile and not getattr(objective, "compiles", True):
-            raise ValueError(f"{type(objective).__name__} reads features with hooks: its train.compile must be false")
-
-    def check_training(self, training: TrainConfig) -> None:
-        """ValueError where what the optimiser or the launcher's file asks for cannot be."""
-        check_optimizer(training)
-        check_sharding(training, self.run.accelerator)
+        check_requirements(self.objective(config, **given), training, self.run.accelerator)
 
     def check_inputs(self) -> None:
         """ValueError, before anything is made, for a precision, steps, data, prompts or a scorer that cannot be had."""

@@ -10,7 +10,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
 from slimstep.engine.components import shares
-from slimstep.engine.loop import Batch, Metrics
+from slimstep.engine.objective import Batch, Metrics
 from slimstep.models.denoising import draw_noisy
 from slimstep.models.schedule import NoiseSchedule
 
@@ -72,4 +72,3 @@ class RobustTraining:
             metrics["to_teacher"] = nn.functional.mse_loss(pred_BCHW, taught_BCHW)
             loss = torch.lerp(loss, metrics["to_teacher"], self.teacher_weight)
         return loss, metrics
-

@@ -27,7 +27,7 @@ from slimstep.data.streams import at_random_access
 from slimstep.engine.components import check, component
 from slimstep.engine.environment import environment
 from slimstep.engine.files import damaged, write_tensors
-from slimstep.engine.loop import Objective
+from slimstep.engine.objective import Objective, check_requirements
 from slimstep.engine.parallel import map_batches
 from slimstep.engine.seeding import generator
 from slimstep.eval.bench import Bench, clip_line
@@ -86,9 +86,8 @@ class VaeBench(Bench):
         _ = self.widths
         if self.decoder.choice not in CHOICES:
             raise ValueError(f"decoder.choice={self.decoder.choice!r} is unknown; choose from {CHOICES}")
-        self.check_training(self.config.train)
         check(self.config.objective, "objective")
-        self.objective(self.config.objective)
+        check_requirements(self.objective(self.config.objective), self.config.train, self.run.accelerator)
         if self.latency.iterations < 2:
             raise ValueError("latency.iterations=1: a ratio is told with its quartiles, of 2 timings and more")
         self.check_inputs()

@@ -226,14 +226,14 @@ def test_answers_given_beforehand_are_those_of_the_moment(tmp_path, unet):
     """The loss of a fixed draw does not depend on when the teacher was asked; a second run asks no more."""
     cached = objective(StepDistillation, unet, rung(4, 8), guided_share=0, cached_draws=2)
     AcceleratorState._reset_state(True)
-    draws = FixedDraws(Samples(), 2, 4, caption_dropout=0.5, empty_text=EMPTY, seed=0)
+    draws = FixedDraws(Samples(), replace(cached.requires.cached_targets, caption_dropout=0.5), EMPTY, seed=0)
     asked = ("stage", 4, tmp_path / "partial")
     run = Run(tmp_path, Accelerator(cpu=True))
-    pairs = taught_pairs(draws, cached.answer, run, *asked)
+    pairs = taught_pairs(draws, cached.compute_targets, run, *asked)
     again = taught_pairs(draws, lambda batch: pytest.fail("asked twice"), run, *asked)
     assert len(pairs) == 12 and {bool((pairs[j]["text"] == EMPTY).all()) for j in range(12)} == {True, False}
     told = torch.utils.data.default_collate([again[j] for j in range(12)])
-    target, gap = cached.answer(told)
+    target, gap = cached.compute_targets(told)
     torch.testing.assert_close(told["target"], target, rtol=1e-4, atol=1e-4)
     torch.testing.assert_close(told["gap"], gap, rtol=1e-3, atol=1e-5)
     loss, metrics = cached(unet, told, draw())
@@ -275,7 +275,7 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(tmp_path, name, 
     """With accumulation and EMA, on SD-1.5's and SD-2.1's topologies."""
     config, trained = TrainConfig(steps=2, batch_size=2, accumulation=2, learning_rate=1e-3, warmup_steps=1), []
     way = rung(4, 8) if kind is StepDistillation else rung(50, 50)
-    width = {"time_cond_proj_dim": 32} if kind.told else {}
+    width = {"time_cond_proj_dim": 32} if kind.requires.guidance_embedding else {}
     for checkpointing in (False, True):
         AcceleratorState._reset_state(True)
         student = PrunableUNet2DConditionModel.from_unet(small_stock_unet(name, **width))

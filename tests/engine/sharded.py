@@ -20,7 +20,8 @@ from torch.utils.data import StackDataset, default_collate
 from slimstep.distill.decoder import DecoderDistillation
 from slimstep.distill.recovery import Recovery
 from slimstep.engine.config import TrainConfig
-from slimstep.engine.loop import Objective, train
+from slimstep.engine.loop import train
+from slimstep.engine.objective import PlainObjective
 from slimstep.engine.run import Run
 from slimstep.models.decoding import ImageDecoder
 from slimstep.models.schedule import NoiseSchedule
@@ -68,7 +69,7 @@ def shard(accelerator: Accelerator, precision: str) -> None:
     accelerator.state.fsdp_plugin = plugin
 
 
-def subject(name: str) -> tuple[nn.Module, Objective, StackDataset]:
+def subject(name: str) -> tuple[nn.Module, PlainObjective, StackDataset]:
     """A network and what it learns: sdxl robustly, sd15 by recovery, or a decoder, whose first layer is frozen."""
     pipeline, rows, width = (tiny_sdxl_pipeline(), 17, 2 * WIDTH) if name == "sdxl" else (tiny_pipeline(), 16, WIDTH)
     draw = torch.Generator().manual_seed(0)

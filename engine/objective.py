@@ -1,0 +1,113 @@
+"""What the training loop trains with: an objective, the networks that it trains, and what it asks of a job.
+
+A plain callable `(network, batch, generator) -> (loss, metrics)` is an objective of the student alone. One that trains
+more networks, as a discriminator or the score of the student's own images, follows `Objective`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from slimstep.engine.config import TrainConfig
+from slimstep.engine.optimizers import check_optimizer
+from slimstep.engine.sharding import check_sharding
+
+Batch = dict[str, Any]
+Metrics = dict[str, Tensor]
+STUDENT = "student"
+
+
+@dataclass(frozen=True)
+class CachedTargets:
+    """Teacher targets that are computed once, before the training.
+
+    Every image has `per_image` of them, each with a noise, one of `num_steps` steps and a caption that never change;
+    a share of `caption_dropout` of them has the empty caption. `compute(batch)` gives (target [B, C, H, W], gap [B]).
+    """
+
+    per_image: int
+    num_steps: int
+    caption_dropout: float
+    compute: Callable[[Batch], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Requirements:
+    """What an objective asks of the student and of its training. A class declares it; `cached_targets` depends on the
+    arguments, and an instance adds it.
+
+    `distils_steps`: it makes students that need fewer steps. `sampler`: the diffusers scheduler that its students are
+    exported with, None where any that follows the ODE will do; `sampler_options` are options of that scheduler, each
+    with the argument of the objective that sets it. `guidance_embedding`: its students have one. `feature_hooks`: it
+    reads features by hooks, which a compiled network does not call.
+    """
+
+    distils_steps: bool = False
+    sampler: str | None = None
+    sampler_options: Mapping[str, str] = field(default_factory=dict)
+    guidance_embedding: bool = False
+    feature_hooks: bool = False
+    cached_targets: CachedTargets | None = None
+
+
+class Objective(Protocol):
+    """What the loop minimises, with the networks that are trained beside the student.
+
+    `networks` are trained in place, each by an optimiser of its own, and are not kept when the stage is finished.
+    `updates(step)` names the networks whose optimisers step in this step, in order; a name may stand there several
+    times, and each time it sees new samples. It is a function of `step` alone, for a continued run asks again.
+    `loss(networks, batch, generator, update)` is what the network `update` minimises; `networks` has the student, too.
+    Only the network `update` gets gradients.
+    """
+
+    networks: Mapping[str, nn.Module]
+    requires: Requirements
+
+    def updates(self, step: int) -> Sequence[str]: ...
+
+    def loss(
+        self, networks: Mapping[str, nn.Module], batch: Batch, generator: torch.Generator, update: str
+    ) -> tuple[Tensor, Metrics]: ...
+
+
+PlainObjective = Callable[[nn.Module, Batch, torch.Generator], tuple[Tensor, Metrics]]
+
+
+class StudentObjective:
+    """A plain callable as an `Objective`: it trains the student alone, and requires what it declares, if anything."""
+
+    networks: Mapping[str, nn.Module] = {}
+
+    def __init__(self, call: PlainObjective):
+        self.call, self.requires = call, requirements(call)
+
+    def updates(self, step: int) -> Sequence[str]:
+        return (STUDENT,)
+
+    def loss(
+        self, networks: Mapping[str, nn.Module], batch: Batch, generator: torch.Generator, update: str
+    ) -> tuple[Tensor, Metrics]:
+        return self.call(networks[STUDENT], batch, generator)
+
+
+def requirements(objective: Any) -> Requirements:
+    """What an objective, or its class, declares; a plain function declares nothing."""
+    return getattr(objective, "requires", Requirements())
+
+
+def as_objective(objective: Objective | PlainObjective) -> Objective:
+    """The objective itself, or the plain callable as one."""
+    return objective if hasattr(objective, "loss") else StudentObjective(objective)
+
+
+def check_requirements(objective: Objective | PlainObjective, config: TrainConfig, accelerator: Accelerator) -> None:
+    """ValueError where the objective cannot be trained as `config` and accelerate's launcher ask."""
+    name, objective = type(objective).__name__, as_objective(objective)
+    check_optimizer(config)
+    check_sharding(config, accelerator)
+    if config.compile and objective.requires.feature_hooks:
+        raise ValueError(f"{name} reads features with hooks: its train.compile must be false")
