@@ -14,7 +14,7 @@ from slimstep.eval.pages.runs import read_run, run_names
 from slimstep.eval.pages.text import count, flatten
 from tests.eval.run_stub import PROMPTS, sd15_sites, write_run
 
-SCRIPT = Path(__file__).parents[2] / "scripts" / "report.py"
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +140,8 @@ def test_a_run_that_cannot_be_compared_is_one_clear_line(tmp_path, case):
     elif case == "another job":
         write_run(folder)
         (folder / "evaluation.json").write_text('{"points": [1]}')
-    call = subprocess.run([sys.executable, SCRIPT, folder, "--out", tmp_path / "out"], capture_output=True, text=True)
+    command = [sys.executable, "-m", "slimstep", "report", folder, "--out", tmp_path / "out"]
+    call = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert call.returncode == 1 and not call.stdout
     assert expected in call.stderr and str(folder) in call.stderr and len(call.stderr.splitlines()) == 1
 
