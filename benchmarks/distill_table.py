@@ -112,7 +112,7 @@ def write_cut(folder: Path) -> None:
         return
     teacher = load_pipeline(TEACHER)
     bare = PrunableUNet2DConditionModel.from_unet(teacher.unet, bypass="drop_skip")
-    cut = bare.with_depths(dict.fromkeys(CUT, 0))
+    cut = bare.with_architecture(dict.fromkeys(CUT, 0))
     export_pipeline(with_unet(teacher, cut), folder / "export")
 
 

@@ -189,7 +189,7 @@ def measure_robust(bench: PruneBench) -> tuple[int, float, None]:
 
 def measure_recovery(bench: PruneBench) -> tuple[int, float, None]:
     stage = bench.config.recovery
-    pruned = bench.student().with_depths({"mid_block.attentions.0": 0})
+    pruned = bench.student().with_architecture({"mid_block.attentions.0": 0})
     unet = bench.train(pruned, stage.objective, stage.train, "recovery")
     gflops = TRAINING * forward(bench, unet) + forward(bench, bench.teacher)
     return stage.train.batch_size, stage.train.batch_size * gflops, None

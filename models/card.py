@@ -9,6 +9,7 @@ from typing import Any
 
 from slimstep.engine.files import write_text
 from slimstep.engine.products import CARD
+from slimstep.models.architecture import as_architecture
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
@@ -70,10 +71,10 @@ Nothing but diffusers has to be installed.{trust}
 
 def unet_line(config: Mapping[str, Any]) -> str:
     """What was removed and copied; where that is diffusers' own class, its configuration says which layers are left."""
-    depths = config.get("depths") or {}
-    removed = [f"`{site}`" for site, depth in depths.items() if depth == 0]
-    copied = [f"`{site}` (runs {depth} times)" for site, depth in depths.items() if depth > 1]
-    if not depths:
+    architecture = as_architecture(config.get("depths") or {})
+    removed = [f"`{block}`" for block, spec in architecture.items() if spec.repeats == 0]
+    copied = [f"`{block}` (runs {spec.repeats} times)" for block, spec in architecture.items() if spec.repeats > 1]
+    if not architecture:
         return "of diffusers' own class; `unet/config.json` says its layers."
     without = f"without {', '.join(removed)}" if removed else ""
     return "; ".join(filter(None, (without, f"copied: {', '.join(copied)}" if copied else ""))) + "."

@@ -79,7 +79,7 @@ def check_layout(pipeline: DiffusionPipeline) -> None:
     """ValueError, which names the reason and the way out, for a pipeline that the original layout cannot hold."""
     unet, vae = pipeline.unet, pipeline.vae
     reasons = []
-    if pruned := sorted(getattr(unet, "depths", {})):
+    if pruned := sorted(getattr(unet, "architecture", {})):
         reasons.append(f"its UNet is pruned ({', '.join(pruned[:3])}{' …' if len(pruned) > 3 else ''})")
     elif unusual := [field for field, usual in USUAL_FIELDS.items() if unet.config.get(field, usual[0]) not in usual]:
         fields = ", ".join(f"{field}={unet.config[field]}" for field in unusual)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from diffusers import UNet2DConditionModel
 
+from slimstep.models.architecture import copies
 from slimstep.models.unet import PrunableUNet2DConditionModel
 
 WITHOUT_ATTENTION = {"CrossAttnDownBlock2D": "DownBlock2D", "CrossAttnUpBlock2D": "UpBlock2D"}
@@ -57,7 +58,7 @@ class StockPlan:
 
     def __init__(self, unet: PrunableUNet2DConditionModel):
         self.unet, self.obstacles, self.paths = unet, [], {}
-        self.num_removed_levels = sum(unet.depths.get(level) == 0 for level in unet.levels)
+        self.num_removed_levels = sum(level in unet.architecture for level in unet.levels)
         self.num_levels = len(unet.config.down_block_types) - self.num_removed_levels
         self.down = [Level(self, f"down_blocks.{i}", f"down_blocks.{i}") for i in range(self.num_levels)]
         self.up = [
@@ -83,11 +84,11 @@ class StockPlan:
     def mid_block_type(self) -> str | None:
         """All of the mid block, one ResNet of it, or none."""
         sites = [s for s in self.unet.sites if s.startswith("mid_block.") and s not in self.unet.parents]
-        kept = [s for s in sites if self.unet.depth(s)]
+        kept = [s for s in sites if self.unet.repeats(s)]
         for site in kept:
             if self.unet.kinds[site] == "attention":
                 number_layers(self, site, site)
-            if self.unet.depth(site) > 1:
+            if self.unet.repeats(site) > 1:
                 self.block(site, "is copied")
         if not kept:
             return None
@@ -120,7 +121,7 @@ class StockPlan:
                     return
 
     def level_fields(self) -> dict:
-        """Everything the config says about each level, but the transformers' depths."""
+        """Everything the config says about each level, but how many layers its transformers have."""
         fields = {name: self.unet.config[name] for name in PER_LEVEL if name in self.unet.config}
         fields = {k: list(v[: self.num_levels]) for k, v in fields.items() if isinstance(v, Sequence)}
         return fields | {
@@ -136,12 +137,12 @@ class StockPlan:
         defaults = [default] * self.num_levels if isinstance(default, int) else list(default[: self.num_levels])
         down = [simplest(level.transformer_layers) or d for level, d in zip(self.down, defaults, strict=True)]
         if has_mid_attention:
-            depth = count_layers(self.unet, "mid_block.attentions.0")
+            layers = count_layers(self.unet, "mid_block.attentions.0")
             if not self.down[-1].transformer_layers:
-                down[-1] = depth
-            elif depth != self.down[-1].transformer_layers[0]:
+                down[-1] = layers
+            elif layers != self.down[-1].transformer_layers[0]:
                 there = f"{self.down[-1].path}'s first has {self.down[-1].transformer_layers[0]}"
-                self.block("mid_block.attentions.0", f"has {depth} layers where {there}; a stock UNet ties the two")
+                self.block("mid_block.attentions.0", f"has {layers} layers where {there}; a stock UNet ties the two")
         up = [simplest(level.transformer_layers) or d for level, d in zip(self.up, reversed(down), strict=True)]
         mirrored = up == down[::-1] and all(isinstance(d, int) for d in up)
         fields = {"transformer_layers_per_block": simplest(down) if isinstance(default, int) else down}
@@ -157,8 +158,8 @@ class Level:
         self.num_layers = sum(s.startswith(f"{path}.resnets.") for s in unet.sites)
         resnets = [f"{path}.resnets.{i}" for i in range(self.num_layers)]
         attentions = [s for s in (f"{path}.attentions.{i}" for i in range(self.num_layers)) if s in unet.sites]
-        self.kept = [i for i, site in enumerate(resnets) if unet.depth(site)]
-        self.transformer_layers = [count_layers(unet, site) for site in attentions if unet.depth(site)]
+        self.kept = [i for i, site in enumerate(resnets) if unet.repeats(site)]
+        self.transformer_layers = [count_layers(unet, site) for site in attentions if unet.repeats(site)]
         types = unet.config.down_block_types if path.startswith("down") else unet.config.up_block_types
         self.block_type = WITHOUT_ATTENTION.get(types[index], types[index])
         if self.transformer_layers:
@@ -167,7 +168,7 @@ class Level:
         plan.paths[path] = new_path
         for new, old in enumerate(self.kept):
             plan.paths[resnets[old]] = f"{new_path}.resnets.{new}"
-            if attentions and unet.depth(attentions[old]):
+            if attentions and unet.repeats(attentions[old]):
                 number_layers(plan, attentions[old], f"{new_path}.attentions.{new}")
         self.check(plan, resnets, attentions)
 
@@ -175,23 +176,23 @@ class Level:
         """Name the sites of this level that fit no stock configuration."""
         unet = plan.unet
         if self.block_type not in (*WITHOUT_ATTENTION, *WITHOUT_ATTENTION.values()):
-            for site in (s for s in resnets if not unet.depth(s)):
+            for site in (s for s in resnets if not unet.repeats(s)):
                 plan.block(site, f"is removed from a {self.block_type}, whose other parts stay")
-        for site in (s for s in (*resnets, *attentions) if unet.depth(s) > 1):
+        for site in (s for s in (*resnets, *attentions) if unet.repeats(s) > 1):
             plan.block(site, "is copied")
-        for site in (s for s in resnets if not unet.depth(s) and unet.bypass.get(s) == "shortcut"):
+        for site in (s for s in resnets if not unet.repeats(s) and unet.bypass.get(s) == "shortcut"):
             plan.block(site, "is removed but for its 1×1 shortcut")
         for i, site in enumerate(attentions):
-            if unet.depth(site) and i not in self.kept:
+            if unet.repeats(site) and i not in self.kept:
                 plan.block(site, "stays without its ResNet")
-            elif not unet.depth(site) and i in self.kept and self.transformer_layers:
+            elif not unet.repeats(site) and i in self.kept and self.transformer_layers:
                 plan.block(site, "is removed while another of its level stays")
 
 
 def count_layers(unet: PrunableUNet2DConditionModel, attention: str) -> int:
     """How many layers a kept transformer has; copies of layers count."""
     layers = [s for s, parent in unet.parents.items() if parent == attention]
-    return sum(map(unet.depth, layers)) if layers else 1
+    return sum(map(unet.repeats, layers)) if layers else 1
 
 
 def number_layers(plan: StockPlan, attention: str, new_path: str) -> None:
@@ -199,9 +200,9 @@ def number_layers(plan: StockPlan, attention: str, new_path: str) -> None:
     plan.paths[attention] = new_path
     new = 0
     for layer in (s for s, parent in plan.unet.parents.items() if parent == attention):
-        instances = [layer, *(f"{layer}.copies.{k}" for k in range(plan.unet.depth(layer) - 1))]
-        for instance in instances[: plan.unet.depth(layer)]:
-            plan.paths[instance] = f"{new_path}.transformer_blocks.{new}"
+        running = [layer, *copies(layer, plan.unet.architecture)] if plan.unet.repeats(layer) else []
+        for path in running:
+            plan.paths[path] = f"{new_path}.transformer_blocks.{new}"
             new += 1
 
 

@@ -1,10 +1,9 @@
 """The prunable UNet: diffusers' UNet2DConditionModel whose blocks can be removed, copied, and gated for each sample.
 
-An architecture is a table {site: depth}. A site is the module path of a ResNet block, of a cross-attention
-(Transformer2DModel) or, where a cross-attention holds several, of one of its layers. Depth 0 is removed, 1 is as in the
-stock UNet (and not written down), 2 and more is copied: the copies live at `<site>.copies.0`, … and run after the site.
-Everything else, names included, is the stock UNet. This one file travels with exports, so it holds all that the class
-needs and imports nothing but torch and diffusers.
+An architecture is a table {site: BlockSpec} (models/architecture.py). A site is the module path of a ResNet block, of a
+cross-attention (Transformer2DModel) or, where a cross-attention holds several, of one of its layers. Everything else,
+names included, is the stock UNet. One file travels with exports: this one with architecture.py in the place of its
+import, so that it holds all that the class needs and imports nothing but torch and diffusers.
 
 Axes: B batch, C channels, H and W latent height and width, S kept sites, L text tokens, R rows of added conditions, E
 text width, P pooled width. Some features are [B, C, H, W], some tokens.
@@ -14,8 +13,8 @@ import copy
 import hashlib
 import inspect
 import re
-import shutil
 from collections.abc import Callable, Iterator, Mapping
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -27,15 +26,38 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-# The name under which this file travels: diffusers keys imported files by their names alone.
-FILE = f"slimstep_unet_{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:10]}"
-DEEPEST = 256  # of a site: thousands of copies would be built for hours before anything is said of them
+from slimstep.models.architecture import (
+    BlockSpec,
+    Levels,
+    as_architecture,
+    as_json,
+    canonical,
+    holder_of,
+    holds,
+    instances,
+    kept,
+    repeats_of,
+    unet_levels,
+)
+
+
+def travelling_text() -> str:
+    """What travels with exports: this file, with the architecture's rule in the place of its import."""
+    own = Path(__file__).read_text(encoding="utf-8")
+    imported = re.search(r"^from slimstep\.models\.architecture import \(.*?\)\n", own, flags=re.M | re.S)
+    if imported is None:  # an export's own file
+        return own
+    return own.replace(imported[0], Path(__file__).with_name("architecture.py").read_text(encoding="utf-8"), 1)
+
+
+# The name under which it travels: diffusers keys imported files by their names alone.
+FILE = f"slimstep_unet_{hashlib.sha256(travelling_text().encode()).hexdigest()[:10]}"
 
 
 class PrunableUNet2DConditionModel(UNet2DConditionModel):
     """A UNet2DConditionModel with an architecture table and gates.
 
-    depths: {site: depth}; sites it does not name have depth 1. It may also name an innermost level as a whole
+    depths: the architecture, as config.json holds it: {site: repeats}. It may also name an innermost level as a whole
         (`down_blocks.3: 0`): both its blocks, the mid block, and the resampling into it and out of it go.
     bypass: what is left of a removed ResNet whose channels change: 'shortcut' keeps its 1×1 convolution; 'drop_skip'
         (up path, where the incoming features have the output's width) passes them on and drops the skip connection.
@@ -44,9 +66,10 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
     Every other removed site is the identity. All other arguments are UNet2DConditionModel's.
     Raises ValueError for unknown sites, for copies of a ResNet that changes channels, and for an impossible bypass.
 
-    sites: all prunable paths in order of execution, removed ones included. kept_sites: those of depth 1 and more.
+    architecture: {site: BlockSpec}, in order of execution and without what says nothing.
+    sites: all prunable paths in order of execution, removed ones included. kept_sites: those that run.
     kinds: {site: 'resnet' or 'attention'}. parents: {layer: the transformer that holds it}; a removed or closed
-    transformer takes its layers along. copyable_sites: those that can have a depth above 1.
+    transformer takes its layers along. copyable_sites: those that can run more than once.
     bypass_choices: {site: the rules possible there}, for ResNets that change channels; bypass: {site: the rule chosen}.
     levels: the innermost levels that can go as a whole, from the inside out.
     """
@@ -56,7 +79,7 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
     @register_to_config
     def __init__(
         self,
-        depths: Mapping[str, int] | None = None,
+        depths: Mapping[str, int | Mapping | BlockSpec] | None = None,
         bypass: str | Mapping[str, str] = "shortcut",
         auto_map: Mapping[str, str] | None = None,
         **kwargs,
@@ -66,14 +89,15 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
         modules = find_sites(self)
         self.sites = tuple(modules)
         self.kinds = {s: "resnet" if isinstance(m, ResnetBlock2D) else "attention" for s, m in modules.items()}
-        self.parents = {s: s.rpartition(".transformer_blocks.")[0] for s in modules if ".transformer_blocks." in s}
-        self.levels = find_levels(self.config.block_out_channels)
+        self.parents = {s: parent for s in modules if (parent := holder_of(s, modules))}
+        self.levels = removable_levels(self.config.block_out_channels)
         self.copyable_sites = tuple(s for s, m in modules.items() if not changes_channels(m))
         self.bypass_choices = {s: bypass_choices(self, s) for s, m in modules.items() if changes_channels(m)}
         self.bypass = self._bypass_of_each_site(bypass)
-        self.depths = self._canonical(depths or {})
-        self.kept_sites = tuple(s for s in self.sites if self.depth(s) > 0)
-        self.register_to_config(depths=self.depths, bypass=bypass if isinstance(bypass, str) else dict(bypass))
+        self.architecture = canonical(as_architecture(depths or {}), self.sites, self.levels, self.copyable_sites)
+        self.kept_sites = kept(self.sites, self.architecture, self.levels)
+        written = {"depths": as_json(self.architecture), "bypass": bypass if isinstance(bypass, str) else dict(bypass)}
+        self.register_to_config(**written)
 
         self._running = RunningGates()
         self._remove_and_copy(modules)
@@ -87,32 +111,13 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
 
     # ---- the architecture table ----
 
-    def depth(self, site: str) -> int:
+    def repeats(self, site: str) -> int:
         """How often a site runs; 0 where it, or what holds it, is removed."""
-        return 0 if any(self.depths.get(h) == 0 for h in self._holders(site)) else self.depths.get(site, 1)
+        return repeats_of(site, self.architecture, self.levels)
 
-    def _holders(self, site: str) -> Iterator[str]:
-        """The transformer a layer is part of, and the level that takes the site along when it goes."""
-        if site in self.parents:
-            yield self.parents[site]
-        yield from (level for level, parts in self.levels.items() if site.startswith(parts))
-
-    def _canonical(self, depths: Mapping[str, int]) -> dict[str, int]:
-        """The table in order of execution, without entries that say nothing; ValueError for impossible ones."""
-        names = (*self.sites, *self.levels)
-        if unknown := sorted(set(depths) - set(names)):
-            raise ValueError(f"depths names unknown sites {unknown}; this UNet has {names}")
-        for name, depth in depths.items():
-            check_depth(name, depth, 1 if name in self.levels else DEEPEST)
-            if depth > 1 and name not in self.copyable_sites:
-                ways = self.copyable_sites
-                raise ValueError(f"depths copies {name}, a ResNet whose channels change; these can be copied: {ways}")
-        removed = {name for name, depth in depths.items() if depth == 0}
-        gone = [level for level in self.levels if level in removed]
-        if gone != list(self.levels)[: len(gone)]:
-            raise ValueError(f"depths removes the levels {gone}; levels go from the inside out: {tuple(self.levels)}")
-        said = (n for n in names if depths.get(n, 1) != 1 and removed.isdisjoint(self._holders(n)))
-        return {name: depths[name] for name in said}
+    def instances(self, site: str) -> Iterator[str]:
+        """The site itself, and, for a layer, its twins in the copies of the transformer that holds it."""
+        return instances(site, self.architecture, self.parents.get(site))
 
     def _bypass_of_each_site(self, bypass: str | Mapping[str, str]) -> dict[str, str]:
         """{site: rule} for every ResNet that changes channels."""
@@ -133,7 +138,7 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
         """As in diffusers; this file goes along, so that whoever saves the network has its class in the folder, too."""
         self.register_to_config(auto_map={"AutoModel": f"{FILE}.{type(self).__name__}"})
         Path(save_directory).mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(__file__, Path(save_directory) / f"{FILE}.py")
+        (Path(save_directory) / f"{FILE}.py").write_text(travelling_text(), encoding="utf-8")
         super().save_config(save_directory, *args, **kwargs)
 
     # ---- building ----
@@ -142,35 +147,37 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
     def from_unet(
         cls,
         unet: UNet2DConditionModel,
-        depths: Mapping[str, int] | None = None,
+        architecture: Mapping[str, int | Mapping | BlockSpec] | None = None,
         bypass: str | Mapping[str, str] | None = None,
         copy_init: str = "zero",
     ) -> "PrunableUNet2DConditionModel":
         """A prunable UNet with copies of the weights of any other; where None, `unet`'s own table and rule, if any."""
-        return build_from(unet, None, unet.config.get("depths") if depths is None else depths, bypass, copy_init)
+        table = unet.config.get("depths") if architecture is None else architecture
+        return build_from(unet, None, table, bypass, copy_init)
 
-    def with_depths(
+    def with_architecture(
         self,
-        depths: Mapping[str, int],
+        architecture: Mapping[str, int | Mapping | BlockSpec],
         source: UNet2DConditionModel | None = None,
         copy_init: str = "zero",
     ) -> "PrunableUNet2DConditionModel":
         """A new UNet with these entries over the present table, and copies of this UNet's weights.
 
-        source: a UNet that holds the removed sites which `depths` puts back. copy_init: 'zero' zeroes the last layer of
+        source: a UNet that holds the removed sites which this puts back. copy_init: 'zero' zeroes the last layer of
         a fresh copy, so that the network's function does not change; 'same' leaves it equal to the site it copies.
         """
-        return build_from(self, source, {**self.depths, **depths}, None, copy_init)
+        return build_from(self, source, {**self.architecture, **architecture}, None, copy_init)
 
     def _remove_and_copy(self, modules: dict[str, nn.Module]) -> None:
         """Surgery; layers before the transformers that hold them, so that a transformer's copies have its layers."""
-        for level in (level for level in self.levels if self.depths.get(level) == 0):
+        for level in (level for level in self.levels if level in self.architecture):
             remove_level(self, level)
-        for site in sorted(self.depths.keys() & modules.keys(), key=lambda s: s not in self.parents):
-            if self.depths[site] == 0:
+        for site in sorted(self.architecture.keys() & modules.keys(), key=lambda s: s not in self.parents):
+            repeats = self.architecture[site].repeats
+            if repeats == 0:
                 self.set_submodule(site, Removed(modules[site], self.bypass.get(site, "identity")))
             else:
-                copies = [copy.deepcopy(modules[site]) for _ in range(self.depths[site] - 1)]
+                copies = [copy.deepcopy(modules[site]) for _ in range(repeats - 1)]
                 modules[site].copies = nn.ModuleList(map(silence, copies))
 
     def _watch_gates(self) -> None:
@@ -179,14 +186,8 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
             for module in map(self.get_submodule, self.instances(site)):
                 module.__class__ = SITE_CLASSES[type(module)]
                 module.running, module.column, module.rule = self._running, column, self.bypass.get(site, "identity")
-                if self.depth(site) == 1:
+                if self.repeats(site) == 1:
                     module.copies = ()
-
-    def instances(self, site: str) -> Iterator[str]:
-        """The site itself, and, for a layer, its twins in the copies of the transformer that holds it."""
-        yield site
-        if parent := self.parents.get(site):
-            yield from (site.replace(parent, f"{parent}.copies.{k}", 1) for k in range(self.depth(parent) - 1))
 
     # ---- running ----
 
@@ -344,14 +345,11 @@ def find_sites(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
     return sites
 
 
-def find_levels(widths: tuple[int, ...]) -> dict[str, tuple[str, ...]]:
-    """{level: path prefixes it takes along}, the innermost first, as far out as the width stays the same."""
-    levels, last = {}, len(widths) - 1
-    while last > 0 and widths[last] == widths[last - 1]:
-        inner = () if levels else ("mid_block.",)
-        levels[f"down_blocks.{last}"] = (f"down_blocks.{last}.", f"up_blocks.{len(widths) - 1 - last}.", *inner)
-        last -= 1
-    return levels
+def removable_levels(widths: tuple[int, ...]) -> Levels:
+    """The levels that can go as a whole, the innermost first, as far out as the width stays the same."""
+    same = takewhile(lambda i: widths[i] == widths[i - 1], reversed(range(1, len(widths))))
+    parts = unet_levels(len(widths))
+    return {level: parts[level] for level in (f"down_blocks.{i}" for i in same)}
 
 
 def remove_level(unet: UNet2DConditionModel, level: str) -> None:
@@ -378,17 +376,10 @@ def bypass_choices(unet: UNet2DConditionModel, site: str) -> tuple[str, ...]:
 # ---- carrying weights over ----
 
 
-def check_depth(site: str, depth: object, most: int = DEEPEST) -> None:
-    """ValueError for a depth that no network is built with: a table of depths, or a config.json, may hold any."""
-    if type(depth) is not int or not 0 <= depth <= most:
-        repeats = f", 2 to {most} repeat a site" if most > 1 else ", and a level is not repeated"
-        raise ValueError(f"depths gives {site} the depth {depth!r}; 0 removes, 1 keeps{repeats}")
-
-
 def build_from(
     unet: UNet2DConditionModel,
     source: UNet2DConditionModel | None,
-    depths: Mapping[str, int] | None,
+    architecture: Mapping[str, int | Mapping | BlockSpec] | None,
     bypass: str | Mapping[str, str] | None,
     copy_init: str,
 ) -> PrunableUNet2DConditionModel:
@@ -396,15 +387,17 @@ def build_from(
     if copy_init not in ("zero", "same"):
         raise ValueError(f"copy_init is {copy_init!r}; choose 'zero' or 'same'")
     bypass = unet.config.get("bypass", "shortcut") if bypass is None else bypass
+    table = as_json(as_architecture(architecture or {}))
     with torch.device("meta"):
-        new = PrunableUNet2DConditionModel.from_config(dict(unet.config), depths=dict(depths or {}), bypass=bypass)
+        new = PrunableUNet2DConditionModel.from_config(dict(unet.config), depths=table, bypass=bypass)
     own, more = unet.state_dict(), source.state_dict() if source is not None else {}
-    back = tuple(f"{s}." for s in new.kept_sites if getattr(unet, "depths", {}).get(s) == 0)
+    before = as_architecture(unet.config.get("depths") or {})
+    back = tuple(f"{s}." for s in new.kept_sites if s in before and before[s].repeats == 0)
     own = {key: value for key, value in own.items() if not key.startswith(back)}  # a removed ResNet's shortcut remains
     weights = {key: next((t[k] for k in origins(key) for t in (own, more) if k in t), None) for key in new.state_dict()}
     if missing := [key for key, value in weights.items() if value is None]:
-        sites = [s for s in new.kept_sites if any(key.startswith(f"{s}.") for key in missing)] or missing
-        raise ValueError(f"no weights for {sites}; with_depths(..., source=a UNet that holds them) puts them back")
+        sites = [s for s in new.kept_sites if any(holds(s, key) for key in missing)] or missing
+        raise ValueError(f"no weights for {sites}; with_architecture(…, source=a UNet that holds them) puts them back")
     new.load_state_dict({key: value.detach().clone() for key, value in weights.items()}, assign=True)
     if copy_init == "zero":
         for path in copies_in(weights) - copies_in(own) - copies_in(more):

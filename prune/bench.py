@@ -53,7 +53,7 @@ class PruneBench(Bench):
             table_without(self.known_latencies, self.teacher)
         with torch.device("meta"):
             bare = PrunableUNet2DConditionModel.from_config(dict(self.teacher.config), bypass=self.bypass)
-            PrunableUNet2DConditionModel.from_config(dict(bare.config), depths=getattr(self.search, "depths", {}))
+            PrunableUNet2DConditionModel.from_config(dict(bare.config), depths=getattr(self.search, "architecture", {}))
         for key, stage in {"objective": self.config, "recovery.objective": self.config.recovery}.items():
             self.check_objective(key, stage.objective, stage.train)
         self.check_inputs()

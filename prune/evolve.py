@@ -16,8 +16,10 @@ Rules where the paper is silent:
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+
+from slimstep.models.architecture import Architecture, nested, remove, repeat, without_defaults
 
 DESTROYED, CLEAR = 0.05, 2.0  # of an unrelated picture's squared error; standard errors of CLIP lost
 
@@ -27,21 +29,21 @@ class BlockValue:
     """What a block gives and costs: the CLIP score its removal loses, and the milliseconds it saves.
 
     `picture_error` is that of prune/scores.py, nan where it was not measured; `floor` the least CLIP score that the
-    removal is taken to lose. A block at depth 2 and more is removed with all its copies.
+    removal is taken to lose. A block that runs more than once is removed with all its copies.
     """
 
     site: str
     delta_clip: float
     se: float
     saved_ms: float
-    depth: int = 1
+    repeats: int = 1
     picture_error: float = math.nan
     floor: float = -math.inf
 
     @property
     def copy_ms(self) -> float:
         """What one more copy costs."""
-        return self.saved_ms / self.depth
+        return self.saved_ms / self.repeats
 
     @property
     def clip_per_ms(self) -> float:
@@ -90,17 +92,12 @@ class Action:
     predicted_ms: float
 
     def as_json(self) -> dict:
-        return as_json(self)
+        return record_json(self)
 
 
-def as_json(record: BlockValue | Action) -> dict:
+def record_json(record: BlockValue | Action) -> dict:
     """Its fields, null for what was not scored or timed."""
     return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in asdict(record).items()}
-
-
-def nested(site: str, other: str) -> bool:
-    """Whether one of the two sites holds the other."""
-    return site.startswith(f"{other}.") or other.startswith(f"{site}.")
 
 
 def choose_removals(
@@ -177,9 +174,9 @@ def round_target_ms(latency_ms: float, target_ms: float, round_index: int, round
     return latency_ms - (latency_ms - target_ms) / (rounds - round_index)
 
 
-def apply(depths: Mapping[str, int], actions: Iterable[Action]) -> dict[str, int]:
-    """The architecture table after the actions; entries of depth 1 are left out."""
-    table = dict(depths)
+def apply(architecture: Architecture, actions: Iterable[Action]) -> Architecture:
+    """The architecture after the actions; entries of whole blocks are left out."""
     for action in actions:
-        table[action.site] = 0 if action.action == "remove" else table.get(action.site, 1) + 1
-    return {site: depth for site, depth in table.items() if depth != 1}
+        change = remove if action.action == "remove" else repeat
+        architecture = change(architecture, action.site)
+    return without_defaults(architecture)

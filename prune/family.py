@@ -25,7 +25,7 @@ def make_family(size: str, folder: Path) -> dict[str, str]:
     unet = pipeline.unet
     order = list(OmegaConf.load(ROOT / "configs/search/bk_sdm.yaml").method.sites)
     sites = [site for site in order[: order.index(LAST) + 1] if site in unet.kept_sites]
-    pruned = unet.with_depths(dict.fromkeys(sites, 0))
+    pruned = unet.with_architecture(dict.fromkeys(sites, 0))
     widths = narrow_widths(pipeline.vae, 0.5)
     narrow = narrowed(pipeline.vae, choose_channels(pipeline.vae, widths, "first"), widths)
     narrow_pipeline = with_unet(pipeline, unet, vae=narrow)

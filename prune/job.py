@@ -7,10 +7,11 @@ from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
 from slimstep.eval.plan import planned, scorer_stage
 from slimstep.eval.scorer_check import check_scorer
+from slimstep.models.architecture import as_json
 from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.prune.bench import PruneBench
 from slimstep.prune.config import Config
-from slimstep.prune.evolve import Action, BlockValue, apply, as_json
+from slimstep.prune.evolve import Action, BlockValue, apply, record_json
 from slimstep.prune.plan import latency_stage, pruning_stages
 from slimstep.prune.search import Situation
 
@@ -74,7 +75,7 @@ def evolve(
         )
     decision = run.json(f"{stage}/decision.json", lambda: decide(bench, unet, table, scores, previous, r))
     tell(stage, decision)
-    return unet.with_depths(decision["after"], copy_init=config.search.copy_init), decision
+    return unet.with_architecture(decision["after"], copy_init=config.search.copy_init), decision
 
 
 def decide(bench, unet, table: dict, scores: dict | None, previous: dict | None, r: int) -> dict:
@@ -85,22 +86,22 @@ def decide(bench, unet, table: dict, scores: dict | None, previous: dict | None,
     target_ms = config.target_ms or (config.target_fraction and config.target_fraction * teacher_ms)
     values = block_values(unet, table, scores, scale=latency_ms / table["full_ms"])
     target = target_ms or math.inf
-    situation = Situation(values, unet.depths, latency_ms, target, unet.copyable_sites, r, config.rounds)
+    situation = Situation(values, unet.architecture, latency_ms, target, unet.copyable_sites, r, config.rounds)
     actions: list[Action] = []
-    after, measured_ms = unet.depths, latency_ms
+    after, measured_ms = unet.architecture, latency_ms
     while more := bench.search(situation):
         actions += more
-        after = apply(unet.depths, actions)
-        measured_ms = bench.measure_ms(unet.with_depths(after), teacher_ms)
+        after = apply(unet.architecture, actions)
+        measured_ms = bench.measure_ms(unet.with_architecture(after), teacher_ms)
         if r < config.rounds - 1 or measured_ms <= situation.target_ms:
             break
         situation = situation.after(more, measured_ms)
     return {
-        "before": unet.depths,
-        "after": after,
+        "before": as_json(unet.architecture),
+        "after": as_json(after),
         "bypass": bench.bypass,
         "actions": [action.as_json() for action in actions],
-        "values": [as_json(value) for value in values],
+        "values": [record_json(value) for value in values],
         "not_copyable": [site for site in unet.kept_sites if site not in unet.copyable_sites],
         "teacher_ms": teacher_ms,
         "target_ms": target_ms,
@@ -121,7 +122,7 @@ def block_values(
             score["delta_clip"],
             score["se"],
             entry["ms"] * scale,
-            unet.depth(site),
+            unet.repeats(site),
             math.nan if score.get("picture_error") is None else score["picture_error"],
         )
         for site, entry in table["sites"].items()

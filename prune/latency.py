@@ -32,6 +32,7 @@ from slimstep.eval.timing.latency import (
     timed_copy,
     warm_up_ms,
 )
+from slimstep.models.architecture import holds
 from slimstep.models.sizes import latent_side
 from slimstep.models.unet import PrunableUNet2DConditionModel
 
@@ -55,16 +56,16 @@ def table_without(table: dict, unet: PrunableUNet2DConditionModel) -> dict:
     """What a table of the whole UNet says of a pruned one: entries of the kept sites, the rest taken off `full_ms`."""
     if unknown := [site for site in unet.kept_sites if site not in table["sites"]]:
         raise ValueError(f"latency.table has no entry for {unknown}: it was made for another UNet")
-    entries = {site: unet.depth(site) * table["sites"][site]["ms"] for site in unet.kept_sites}
+    entries = {site: unet.repeats(site) * table["sites"][site]["ms"] for site in unet.kept_sites}
     return {**table, "full_ms": predicted_ms(table, unet), "sites": {site: {"ms": ms} for site, ms in entries.items()}}
 
 
 def predicted_ms(table: dict, unet: PrunableUNet2DConditionModel) -> float:
     """The whole time, less the entries of removed sites, plus those of copies."""
-    removed = {site for site in table["sites"] if unet.depth(site) == 0}
+    removed = {site for site in table["sites"] if unet.repeats(site) == 0}
     # A layer within a removed transformer went with it, and is not counted twice.
-    counted = [s for s in table["sites"] if not any(s.startswith(f"{holder}.") for holder in removed)]
-    return table["full_ms"] + sum((unet.depth(site) - 1) * table["sites"][site]["ms"] for site in counted)
+    counted = [s for s in table["sites"] if not any(holds(holder, s) for holder in removed)]
+    return table["full_ms"] + sum((unet.repeats(site) - 1) * table["sites"][site]["ms"] for site in counted)
 
 
 def latency_table(unet: PrunableUNet2DConditionModel, config: LatencyConfig, device: torch.device) -> dict:
@@ -108,7 +109,7 @@ def difference_times(unet: PrunableUNet2DConditionModel, config: LatencyConfig) 
     """Per site, latency(full) − latency(without it), interleaved; the full time is the median over all pairs."""
     full, saved = {}, {}
     for site in progress(unet.kept_sites, desc="latency table", unit="block"):
-        pruned = unet.with_depths({site: 0})
+        pruned = unet.with_architecture({site: 0})
         times = paired_ms(unet, pruned, config, desc=site)
         full[site], saved[site] = times["full"], times["full"] - times["pruned"]
     return statistics.median(full.values()), saved
@@ -171,8 +172,8 @@ def random_removals(
         count = int(torch.randint(2, max(3, 3 * len(sites) // 4), (), generator=draw))
         order = [sites[i] for i in torch.randperm(len(sites), generator=draw)]
         # A layer within a removed transformer goes with it, and is not counted twice.
-        removed = [s for s in order[:count] if not any(s.startswith(f"{other}.") for other in order[:count])]
-        pruned = unet.with_depths(dict.fromkeys(removed, 0))
+        removed = [s for s in order[:count] if not any(holds(other, s) for other in order[:count])]
+        pruned = unet.with_architecture(dict.fromkeys(removed, 0))
         times = paired_ms(unet, pruned, config, desc=f"{len(removed)} removed")
         # Against the full model of the same minute: drift between samples is not the table's error.
         predicted = times["full"] * (1 - sum(site_ms[site] for site in removed) / full_ms)

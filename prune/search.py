@@ -9,11 +9,12 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from slimstep.engine.seeding import generator
-from slimstep.models.unet import check_depth
+from slimstep.models.architecture import WHOLE, Architecture, as_architecture, nested
 from slimstep.prune.evolve import (
     Action,
     BlockValue,
@@ -21,7 +22,6 @@ from slimstep.prune.evolve import (
     choose_copies,
     choose_removals,
     copy,
-    nested,
     removal,
     round_target_ms,
     take_in_order,
@@ -33,7 +33,7 @@ class Situation:
     """What a search knows when a round has to be decided; `values` are in order of execution."""
 
     values: tuple[BlockValue, ...]
-    depths: Mapping[str, int]
+    architecture: Architecture
     latency_ms: float
     target_ms: float
     copyable: tuple[str, ...]
@@ -49,8 +49,8 @@ class Situation:
         """The same round once `actions` are taken and the result has been measured."""
         done = [action.site for action in actions]
         left = tuple(v for v in self.values if v.site not in done and not any(nested(v.site, site) for site in done))
-        depths = apply(self.depths, actions)
-        return replace(self, values=left, depths=depths, latency_ms=measured_ms, round_index=self.rounds - 1)
+        table = apply(self.architecture, actions)
+        return replace(self, values=left, architecture=table, latency_ms=measured_ms, round_index=self.rounds - 1)
 
 
 class SnapFusionSearch:
@@ -105,7 +105,7 @@ class RandomRemoval:
 
 
 class Manual:
-    """An architecture given by hand: `remove` lists sites, `depths` is a table {site: depth}, or a JSON file of one.
+    """An architecture given by hand: `remove` lists sites, `depths` is a table {site: repeats}, or a JSON file of one.
 
     The latency target is not looked at. Raises FileNotFoundError where `depths` names a file that does not exist, and
     ValueError where it is no such table.
@@ -113,40 +113,39 @@ class Manual:
 
     needs_scores = False
 
-    def __init__(self, remove: Sequence[str] = (), depths: Mapping[str, int] | str | None = None):
+    def __init__(self, remove: Sequence[str] = (), depths: Mapping[str, Any] | str | None = None):
         self.bypass = None  # what the file's architecture was decided with, where it tells
         if isinstance(depths, str):
-            depths, self.bypass = read_depths(Path(depths))
+            depths, self.bypass = read_architecture(Path(depths))
         remove = [remove] if isinstance(remove, str) else remove
-        self.depths = {**dict(depths or {}), **dict.fromkeys(remove, 0)}
-        for site, depth in self.depths.items():
-            try:
-                check_depth(site, depth)
-            except ValueError as error:
-                raise ValueError(f"search.method.{error}") from error
-        self.named_sites = tuple(self.depths)
+        try:
+            self.architecture = as_architecture({**dict(depths or {}), **dict.fromkeys(remove, 0)})
+        except ValueError as error:
+            raise ValueError(f"search.method.depths: {error}") from error
+        self.named_sites = tuple(self.architecture)
 
     def __call__(self, situation: Situation) -> list[Action]:
         known = {value.site: value for value in situation.values}
         actions, latency_ms = [], situation.latency_ms
-        for site, depth in self.depths.items():
+        for site, spec in self.architecture.items():
             # A level as a whole has no value of its own.
             value = known.get(site, BlockValue(site, math.nan, math.nan, math.nan))
-            now = situation.depths.get(site, 1)
-            missing = [copy] * (depth - now) if depth else [removal] * (now > 0)
+            now = situation.architecture.get(site, WHOLE).repeats
+            missing = [copy] * (spec.repeats - now) if spec.repeats else [removal] * (now > 0)
             for change in missing:
                 actions.append(change(value, latency_ms))
                 latency_ms = actions[-1].predicted_ms
         return actions
 
 
-def read_depths(path: Path) -> tuple[dict[str, int], str | dict[str, str] | None]:
+def read_architecture(path: Path) -> tuple[dict[str, Any], str | dict[str, str] | None]:
     """The table in a JSON file, and the bypass it was decided with: a run's decision.json tells, a plain table not."""
     if not path.is_file():
-        raise FileNotFoundError(f"search.method.depths={str(path)!r} does not exist; give a JSON file {{site: depth}}")
+        missing = f"search.method.depths={str(path)!r} does not exist"
+        raise FileNotFoundError(f"{missing}; give a JSON file {{site: repeats}}")
     try:
         record = json.loads(path.read_text())
         decided = "after" in record
         return dict(record["after"] if decided else record), record.get("bypass") if decided else None
     except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"search.method.depths={str(path)!r} is no JSON table {{site: depth}}: {error}") from error
+        raise ValueError(f"search.method.depths={str(path)!r} is no JSON table {{site: repeats}}: {error}") from error

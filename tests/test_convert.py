@@ -96,7 +96,7 @@ def test_nothing_is_replaced_unless_asked(convert, tiny_pipeline_folder, tmp_pat
 
 def test_what_cannot_be_converted_is_one_line(convert, tiny_pipeline_folder, tmp_path):
     pipeline = load_pipeline(tiny_pipeline_folder)
-    pruned = with_unet(pipeline, pipeline.unet.with_depths({"down_blocks.0.attentions.1": 0}))
+    pruned = with_unet(pipeline, pipeline.unet.with_architecture({"down_blocks.0.attentions.1": 0}))
     export_pipeline(pruned, tmp_path / "pruned")
     file = tmp_path / "one.safetensors"
     cases = {

@@ -67,9 +67,18 @@ def test_no_circle_of_files():
         pytest.fail(" -> ".join(circle.args[1]))
 
 
-@pytest.mark.parametrize("module", ["runs", "results", "cautions", "tables", "text"])
+READERS = ("eval.pages.runs", "eval.pages.results", "eval.pages.cautions", "eval.pages.tables", "eval.pages.text")
+
+
+@pytest.mark.parametrize("module", [*READERS, "models.architecture", "prune.evolve"])
 def test_reading_results_loads_no_library_that_draws_or_computes(module):
     heavy = "[name for name in ('torch', 'matplotlib', 'diffusers') if name in sys.modules]"
-    code = f"import sys, slimstep.eval.pages.{module}; print({heavy})"
+    code = f"import sys, slimstep.{module}; print({heavy})"
     loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert loaded.stdout.strip() == "[]"
+
+
+def test_the_rule_of_an_architecture_needs_the_standard_library_alone():
+    """It travels inside the class file of an export."""
+    nodes = import_nodes(FILES["models.architecture"])
+    assert {node.module.partition(".")[0] for node in nodes} <= sys.stdlib_module_names

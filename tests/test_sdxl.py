@@ -101,11 +101,11 @@ def test_an_epsilon_teacher_on_eulers_grid_climbs_the_ladder(tmp_path, sdxl, obj
 @pytest.mark.slow
 def test_a_pruned_student_of_it_is_repaired(tmp_path, sdxl):
     pipeline = load_pipeline(sdxl[1].partition("=")[2])
-    pipeline.unet = pipeline.unet.with_depths({"mid_block.attentions.0.transformer_blocks.2": 0})
+    pipeline.unet = pipeline.unet.with_architecture({"mid_block.attentions.0.transformer_blocks.2": 0})
     export_pipeline(pipeline, tmp_path / "student")
     path = run(tmp_path, "distill_steps", *sdxl, *TRAINED, *LADDER, f"ladder.student={tmp_path / 'student'}",
                "ladder.repair=true", "mixed_precision=bf16")  # fmt: skip
-    assert load_pipeline(path / "steps-2/export").unet.depths == pipeline.unet.depths
+    assert load_pipeline(path / "steps-2/export").unet.architecture == pipeline.unet.architecture
 
 
 @pytest.mark.slow

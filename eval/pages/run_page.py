@@ -26,9 +26,10 @@ from slimstep.eval.pages.figures import (
     themed,
 )
 from slimstep.eval.pages.html import data_uri, render
-from slimstep.eval.pages.runs import RunRecord, depth_of, read_run
+from slimstep.eval.pages.runs import RunRecord, read_run
 from slimstep.eval.pages.text import SEEN, count, digits, display_name, flatten, overlap_sentence, percent, signed
 from slimstep.eval.pages.unet_figure import unet_figure
+from slimstep.models.architecture import kept
 
 KINDS = {"teacher": ("teacher", TEACHER), "student": ("student", STUDENT)}
 
@@ -84,8 +85,8 @@ def tiles(run: RunRecord) -> list[dict[str, str]]:
         return []
     teacher, student = run.models[0], run.models[-1]
     versus, sites = student["versus_teacher"], run.latest_blocks
-    kept = sum(depth_of(site, run.depths, run.levels) > 0 for site in sites)
-    copied = sum(depth > 1 for depth in run.depths.values())
+    num_kept = len(kept(sites, run.architecture, run.levels))
+    copied = sum(spec.repeats > 1 for spec in run.architecture.values())
     interval = f"{signed(versus['low'])} to {signed(versus['high'])} (95 %)"
     shares = (
         ("UNet time", "ms", digits, " ms"),
@@ -95,7 +96,7 @@ def tiles(run: RunRecord) -> list[dict[str, str]]:
     return [
         *({"label": label, "value": percent(student[key] / teacher[key]),
            "note": f"{form(student[key])} of {form(teacher[key])}{unit}"} for label, key, form, unit in shares),
-        {"label": "blocks kept", "value": f"{kept} / {len(sites)}", "note": f"{copied} copied"},
+        {"label": "blocks kept", "value": f"{num_kept} / {len(sites)}", "note": f"{copied} copied"},
         {"label": "CLIP, paired", "value": signed(versus["mean"]), "note": interval},
     ]  # fmt: skip
 
@@ -136,7 +137,7 @@ def draw_figures(run: RunRecord) -> dict[str, Figure]:
     figures = {}
     if blocks := run.latest_blocks:
         timed = first_latency(run)
-        figures["blocks"] = unet_figure(blocks, run.depths, run.removed_in, timed and timed.get("latent_size"))
+        figures["blocks"] = unet_figure(blocks, run.architecture, run.removed_in, timed and timed.get("latent_size"))
     if len(points := stages(run)) > 1:
         predicted = {r.name: r.decision["predicted_ms"] for r in run.rounds if r.decision} if run.evaluation else {}
         target = next((r.decision["target_ms"] for r in reversed(run.rounds) if r.decision), None)

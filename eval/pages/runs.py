@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slimstep.engine.files import damaged
+from slimstep.models.architecture import Architecture, Levels, as_architecture, is_removed, num_levels, unet_levels
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,11 @@ class Round:
         empty = {"delta_clip": None, "se": None}
         return {s: Block(s, score.get(s, empty)["delta_clip"], score.get(s, empty)["se"], ms.get(s)) for s in sites}
 
+    @property
+    def architecture(self) -> Architecture:
+        """The architecture that this round decided on; that of the whole network where it has not."""
+        return as_architecture(self.decision["after"]) if self.decision else {}
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -72,9 +78,9 @@ class RunRecord:
         return tuple(self.evaluation["models"]) if self.evaluation else ()
 
     @property
-    def depths(self) -> dict[str, int]:
-        """The architecture after the last decided round, entries of depth 1 left out."""
-        decided = [r.decision["after"] for r in self.rounds if r.decision]
+    def architecture(self) -> Architecture:
+        """The architecture after the last decided round."""
+        decided = [r.architecture for r in self.rounds if r.decision]
         return decided[-1] if decided else {}
 
     @property
@@ -87,13 +93,13 @@ class RunRecord:
         """For each site that is gone, the number of the round whose decision removed it."""
         gone: dict[str, int] = {}
         for number, r in enumerate(self.rounds):
-            after = r.decision["after"] if r.decision else {}
-            gone |= {s: number for s in self.latest_blocks if depth_of(s, after, self.levels) == 0 and s not in gone}
+            after = r.architecture
+            gone |= {s: number for s in self.latest_blocks if is_removed(s, after, self.levels) and s not in gone}
         return gone
 
     @property
-    def levels(self) -> int:
-        return num_levels(self.latest_blocks)
+    def levels(self) -> Levels:
+        return unet_levels(num_levels(self.latest_blocks))
 
 
 def is_search(path: str | Path) -> bool:
@@ -139,21 +145,6 @@ def read_json(path: Path) -> Any:
         if not value:
             raise ValueError(f"it holds {value}")
         return value
-
-
-def num_levels(sites) -> int:
-    """How many levels of resolution the UNet with these sites has."""
-    return 1 + max((int(site.split(".")[1]) for site in sites if site.startswith("down_blocks.")), default=-1)
-
-
-def depth_of(site: str, depths: Mapping[str, int], levels: int) -> int:
-    """How often a site runs under an architecture table, which may also name its transformer or its whole level."""
-    holders = [name for name in depths if site.startswith(f"{name}.")]
-    for name in depths:
-        if name.startswith("down_blocks.") and name.count(".") == 1:  # a level takes its way up along, and the middle
-            mirrored = f"up_blocks.{levels - 1 - int(name.split('.')[1])}."
-            holders += [name] if site.startswith((mirrored, "mid_block.")) else []
-    return 0 if any(depths[name] == 0 for name in holders) else depths.get(site, 1)
 
 
 def finite(value: float | None) -> bool:

@@ -10,8 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from slimstep.eval.pages.figures import INK, MUTED, STUDENT, canvas, styled
-from slimstep.eval.pages.runs import Block, depth_of, finite, num_levels
+from slimstep.eval.pages.runs import Block, finite
 from slimstep.eval.pages.text import digits, signed
+from slimstep.models.architecture import Architecture, holder_of, holds, level_of, num_levels, repeats_of, unet_levels
 
 BOX_W, BOX_H, GAP, INDENT, PITCH, MIDDLE = 1.0, 0.68, 0.07, 0.42, 1.0, 1.1
 VALUE_COLOURS = LinearSegmentedColormap.from_list(  # orange: free to remove; blue: worth its milliseconds
@@ -25,7 +26,7 @@ ARROW = {"arrowstyle": HEAD, "color": MUTED, "linewidth": 0.9, "shrinkA": 0, "sh
 @styled
 def unet_figure(
     blocks: Mapping[str, Block],
-    depths: Mapping[str, int],
+    architecture: Architecture,
     removed_in: Mapping[str, int] | None = None,
     latent_size: int | None = None,
 ) -> Figure:
@@ -35,11 +36,12 @@ def unet_figure(
     figure, (axes,) = canvas(0.98 * width + 1.2, 0.98 * (levels + 1) * PITCH + 0.9)
     axes.set_axis_off()
     norm = value_norm(list(blocks.values()))
+    repeats = {site: repeats_of(site, architecture, unet_levels(levels)) for site in blocks}
     draw_wiring(axes, corners, levels, latent_size)
     for site, corner in corners.items():
-        layers = [s for s in blocks if s.startswith(f"{site}.transformer_blocks.")]
-        draw_box(axes, corner, blocks[site], depth_of(site, depths, levels), (removed_in or {}).get(site), norm)
-        draw_layers(axes, corner, [(blocks[s], depth_of(s, depths, levels)) for s in layers], norm)
+        layers = [(blocks[s], repeats[s]) for s in blocks if holds(site, s)]
+        draw_box(axes, corner, blocks[site], repeats[site], (removed_in or {}).get(site), norm)
+        draw_layers(axes, corner, layers, norm)
     axes.set_xlim(-0.75, width + 0.1)
     axes.set_ylim(-(levels + 0.2) * PITCH, BOX_H + 0.14)
     axes.set_aspect("equal")
@@ -53,11 +55,11 @@ def places(sites: Sequence[str]) -> dict[str, tuple[float, float]]:
 
     Sites come in order of execution, which runs left to right within a level. A transformer's layers have no box.
     """
-    sites = [site for site in sites if ".transformer_blocks." not in site]
+    sites = [site for site in sites if holder_of(site, sites) is None]
     levels = num_levels(sites)
     rows: dict[tuple[str, int], list[str]] = {}
     for site in sites:
-        rows.setdefault((site.split(".")[0], row_of(site, levels)), []).append(site)
+        rows.setdefault((site.split(".")[0], level_of(site, levels)), []).append(site)
     step = BOX_W + GAP
     down, up = (
         max((len(row) * step + INDENT * level for (s, level), row in rows.items() if s == side), default=0)
@@ -74,14 +76,6 @@ def places(sites: Sequence[str]) -> dict[str, tuple[float, float]]:
             x = down + MIDDLE / 2 - len(row) * step / 2
         corners |= {site: (x + k * step, -level * PITCH) for k, site in enumerate(row)}
     return corners
-
-
-def row_of(site: str, levels: int) -> int:
-    """The row a site is drawn in, from the top: its level of resolution, or below all for the middle."""
-    side, index = site.split(".")[:2]
-    if side == "mid_block":
-        return levels
-    return int(index) if side == "down_blocks" else levels - 1 - int(index)
 
 
 def value_norm(blocks: Sequence[Block]) -> FuncNorm:
@@ -143,9 +137,9 @@ def ink_on(fill: tuple[float, float, float, float]) -> str:
     return "#0f1114" if 0.2126 * fill[0] + 0.7152 * fill[1] + 0.0722 * fill[2] > 0.5 else "#ffffff"
 
 
-def draw_box(axes: Axes, corner: tuple[float, float], block: Block, depth: int, gone_in: int | None, norm: FuncNorm):
+def draw_box(axes: Axes, corner: tuple[float, float], block: Block, repeats: int, gone_in: int | None, norm: FuncNorm):
     """One site: kind, CLIP lost ± se, milliseconds; `gone_in` is the number of the round that removed it."""
-    (x, y), fill, alive = corner, colour_of(block, norm), depth > 0
+    (x, y), fill, alive = corner, colour_of(block, norm), repeats > 0
 
     def outline(shift: float, **style) -> None:
         shape = FancyBboxPatch((x + shift, y + shift), BOX_W, BOX_H, "round,pad=0,rounding_size=0.07", **style)
@@ -154,15 +148,15 @@ def draw_box(axes: Axes, corner: tuple[float, float], block: Block, depth: int, 
     def text(dx: float, dy: float, words: str, size: float, **style) -> None:
         axes.text(x + dx, y + dy, words, fontsize=size, color=ink_on(fill) if alive else MUTED, **style)
 
-    for k in reversed(range(1, min(depth, 3))):  # copies peep out from behind
+    for k in reversed(range(1, min(repeats, 3))):  # copies peep out from behind
         outline(0.055 * k, facecolor=fill, edgecolor=INK, linewidth=0.9)
     if alive:
-        outline(0, facecolor=fill, edgecolor=INK if depth > 1 else MUTED, linewidth=0.9)
+        outline(0, facecolor=fill, edgecolor=INK if repeats > 1 else MUTED, linewidth=0.9)
     else:
         outline(0, facecolor=(*fill[:3], 0.16), edgecolor=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
         axes.plot([x + 0.05, x + BOX_W - 0.05], [y + 0.05, y + BOX_H - 0.05], color=STUDENT, linewidth=1, alpha=0.6)
     kind = "ResNet" if ".resnets." in block.site else "attn"
-    note = f"  ×{depth}" if depth > 1 else f"  r{gone_in}" if gone_in is not None and not alive else ""
+    note = f"  ×{repeats}" if repeats > 1 else f"  r{gone_in}" if gone_in is not None and not alive else ""
     text(0.07, BOX_H - 0.06, f"{kind} {block.site.rsplit('.', 1)[1]}{note}", 6, ha="left", va="top")
     score = signed(block.delta_clip) if finite(block.delta_clip) else "not scored"
     text(BOX_W / 2, 0.335, score, 9 if finite(block.delta_clip) else 7, ha="center", va="center", weight="bold")
@@ -172,14 +166,14 @@ def draw_box(axes: Axes, corner: tuple[float, float], block: Block, depth: int, 
 
 
 def draw_layers(axes: Axes, corner: tuple[float, float], layers: Sequence[tuple[Block, int]], norm: FuncNorm) -> None:
-    """The (block, depth) of a transformer's layers that are sites of their own, as a strip of cells under its box."""
+    """The (block, repeats) of a transformer's layers, where they are blocks, as a strip of cells under its box."""
     width = BOX_W / max(len(layers), 1)
-    for k, (layer, depth) in enumerate(layers):
+    for k, (layer, repeats) in enumerate(layers):
         x, y = corner[0] + k * width, corner[1] - 0.13
         fill = colour_of(layer, norm)
-        style = {"facecolor": fill if depth else (*fill[:3], 0.25), "edgecolor": MUTED, "linewidth": 0.5}
+        style = {"facecolor": fill if repeats else (*fill[:3], 0.25), "edgecolor": MUTED, "linewidth": 0.5}
         axes.add_patch(Rectangle((x, y), width, 0.11, **style))
-        if not depth:
+        if not repeats:
             axes.plot([x, x + width], [y, y + 0.11], color=STUDENT, linewidth=0.8)
 
 

@@ -40,7 +40,7 @@ def compare_ms(
 def timed_copy(unet: PrunableUNet2DConditionModel, config: LatencyConfig, device: torch.device):
     """A copy of the UNet as it will run: on the device, in the dtype, without gradients."""
     dtype = getattr(torch, config.dtype)
-    return unet.with_depths({}).to(device=device, dtype=dtype).eval().requires_grad_(False)
+    return unet.with_architecture({}).to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
 def settled_launch(unet: PrunableUNet2DConditionModel, config: LatencyConfig, device: torch.device) -> LatencyConfig:

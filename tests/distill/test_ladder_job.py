@@ -36,7 +36,8 @@ def pruned(tmp_path_factory):
     folder = tmp_path_factory.mktemp("pruned")
     tiny_pipeline("epsilon").save_pretrained(folder / "teacher")
     teacher = load_pipeline(folder / "teacher")
-    export_pipeline(with_unet(teacher, teacher.unet.with_depths({"mid_block.attentions.0": 0})), folder / "student")
+    student = teacher.unet.with_architecture({"mid_block.attentions.0": 0})
+    export_pipeline(with_unet(teacher, student), folder / "student")
     return folder
 
 
@@ -141,7 +142,7 @@ def test_a_pruned_student_of_an_epsilon_teacher_learns_v_is_repaired_and_climbs(
     assert {p["protocol"]["prediction_type"] for p in points if p["model"] == "teacher-v"} == {"v_prediction"}
     assert list(stages) == ["velocity-teacher", "velocity-student", "repair", "teacher-2", "steps-2", "steps-1"]
     student = load_pipeline(path / "steps-1/export")
-    assert student.unet.depths == {"mid_block.attentions.0": 0}
+    assert student.unet.config.depths == {"mid_block.attentions.0": 0}
     assert student.scheduler.config.prediction_type == "v_prediction"
     assert_drawn_alike_elsewhere(path / "steps-1/export", 1, tmp_path)
 

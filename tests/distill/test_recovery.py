@@ -36,7 +36,7 @@ def test_the_teacher_itself_has_no_output_or_feature_loss(recovery, teacher):
 
 
 def test_a_pruned_student_learns_from_every_level(recovery, teacher):
-    student = teacher.with_depths({"mid_block.attentions.0": 0, "up_blocks.1.resnets.1": 0}).requires_grad_()
+    student = teacher.with_architecture({"mid_block.attentions.0": 0, "up_blocks.1.resnets.1": 0}).requires_grad_()
     loss, metrics = recovery(student, batch(), torch.Generator().manual_seed(0))
     assert metrics["output"] > 0 and metrics["features"] > 0
     loss.backward()
@@ -46,7 +46,7 @@ def test_a_pruned_student_learns_from_every_level(recovery, teacher):
 
 @pytest.mark.parametrize("level", ["down_blocks.3", "down_blocks.2"])
 def test_a_student_without_a_level_learns_from_those_that_give_what_the_teachers_give(recovery, teacher, level):
-    student = teacher.with_depths({f"down_blocks.{k}": 0 for k in range(int(level[-1]), 4)}).requires_grad_()
+    student = teacher.with_architecture({f"down_blocks.{k}": 0 for k in range(int(level[-1]), 4)}).requires_grad_()
     loss, metrics = recovery(student, batch(), torch.Generator().manual_seed(0))
     loss.backward()
     assert 0 < metrics["features"] < torch.inf

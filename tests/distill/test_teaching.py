@@ -174,7 +174,7 @@ def test_the_original_loss_is_brought_to_the_size_of_the_distillation(unet):
 
 
 def test_a_student_that_is_told_begins_as_it_was(unet):
-    prunable = PrunableUNet2DConditionModel.from_unet(unet).with_depths({"mid_block.attentions.0": 0})
+    prunable = PrunableUNet2DConditionModel.from_unet(unet).with_architecture({"mid_block.attentions.0": 0})
     z, t_B, text = batch()["latents"], torch.full((6,), 500), batch()["text"]
     with torch.no_grad():
         answer = predict_told(with_told_guidance(prunable, 32), z, t_B, text, torch.full((6,), 7.5))

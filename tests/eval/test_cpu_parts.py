@@ -58,9 +58,9 @@ def test_rows_of_mixed_parts_do_not_see_each_other(sampler, parts_of_two, thread
         assert torch.equal(together[pair], images(sampler, mask[pair], range(8)[pair]))
 
 
-@pytest.mark.parametrize("depths", [{}, {"mid_block.attentions.0": 3, "down_blocks.0.resnets.0": 2}])
-def test_a_network_without_closed_blocks_is_the_masked_one(sampler, depths):
-    unet = sampler.pipeline.unet.with_depths(depths, copy_init="same")
+@pytest.mark.parametrize("architecture", [{}, {"mid_block.attentions.0": 3, "down_blocks.0.resnets.0": 2}])
+def test_a_network_without_closed_blocks_is_the_masked_one(sampler, architecture):
+    unet = sampler.pipeline.unet.with_architecture(architecture, copy_init="same")
     inputs = small_inputs(unet)
     for n, site in enumerate(unet.kept_sites):
         mask = torch.ones(len(inputs["sample"]), len(unet.kept_sites), dtype=torch.bool)

@@ -46,7 +46,7 @@ def run(*overrides):
 def models(tmp_path_factory, tiny_pipeline_folder):
     """The random teacher, and a student of it with a block less."""
     teacher, folder = load_pipeline(tiny_pipeline_folder), tmp_path_factory.mktemp("models") / "student/export"
-    export_pipeline(with_unet(teacher, teacher.unet.with_depths({"mid_block.attentions.0": 0})), folder)
+    export_pipeline(with_unet(teacher, teacher.unet.with_architecture({"mid_block.attentions.0": 0})), folder)
     return f"models=[{tiny_pipeline_folder},{folder}]"
 
 

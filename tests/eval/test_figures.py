@@ -3,9 +3,10 @@
 import pytest
 
 from slimstep.eval.pages.figures import Point, pareto_figure, pareto_front, themed
-from slimstep.eval.pages.runs import Block, depth_of
+from slimstep.eval.pages.runs import Block
 from slimstep.eval.pages.text import digits, signed
 from slimstep.eval.pages.unet_figure import BOX_H, BOX_W, places, unet_figure, value_norm
+from slimstep.models.architecture import as_architecture
 from tests.eval.run_stub import sd15_sites
 
 SDXL = ("down_blocks.0.resnets.0", "down_blocks.1.resnets.0", "down_blocks.1.attentions.0",
@@ -32,8 +33,8 @@ def test_boxes_do_not_overlap_and_levels_go_down_and_up_again():
 def test_a_box_shows_the_blocks_numbers_and_what_became_of_it():
     blocks = {site: Block(site, 1.25, 0.1, 0.5) for site in sd15_sites()}
     blocks["down_blocks.0.resnets.0"] = Block("down_blocks.0.resnets.0", -0.5, 0.2, 0.25)
-    depths = {"down_blocks.0.resnets.0": 0, "up_blocks.3.attentions.2": 2}
-    shown = words(unet_figure(blocks, depths, {"down_blocks.0.resnets.0": 1}, latent_size=64))
+    architecture = as_architecture({"down_blocks.0.resnets.0": 0, "up_blocks.3.attentions.2": 2})
+    shown = words(unet_figure(blocks, architecture, {"down_blocks.0.resnets.0": 1}, latent_size=64))
     assert "−0.50" in shown and "±0.20 · 0.250 ms" in shown
     assert "ResNet 0  r1" in shown and "attn 2  ×2" in shown
     assert "64×64" in shown and "8×8" in shown
@@ -47,29 +48,8 @@ def test_blocks_that_were_not_scored_are_drawn_without_a_value():
 def test_transformer_layers_are_cells_under_their_block():
     blocks = {site: Block(site, 1.0, 0.1, 0.5) for site in SDXL}
     assert len(places(SDXL)) == len(SDXL) - 2
-    figure = unet_figure(blocks, {"down_blocks.1.attentions.0.transformer_blocks.1": 0})
+    figure = unet_figure(blocks, as_architecture({"down_blocks.1.attentions.0.transformer_blocks.1": 0}))
     assert sum(type(patch).__name__ == "Rectangle" for patch in figure.axes[0].patches) == 2
-
-
-@pytest.mark.parametrize(
-    "depths, site, depth",
-    [
-        ({}, "mid_block.resnets.0", 1),
-        ({"mid_block.resnets.0": 0}, "mid_block.resnets.0", 0),
-        ({"mid_block.attentions.0": 3}, "mid_block.attentions.0", 3),
-        ({"down_blocks.1.attentions.0": 0}, "down_blocks.1.attentions.0.transformer_blocks.4", 0),
-        (
-            {"down_blocks.3": 0},
-            "down_blocks.3.resnets.1",
-            0,
-        ),  # the innermost level takes its way up and the middle along
-        ({"down_blocks.3": 0}, "up_blocks.0.resnets.2", 0),
-        ({"down_blocks.3": 0}, "mid_block.attentions.0", 0),
-        ({"down_blocks.3": 0}, "up_blocks.1.resnets.0", 1),
-    ],
-)
-def test_the_depth_of_a_site_is_that_of_what_holds_it(depths, site, depth):
-    assert depth_of(site, depths, levels=4) == depth
 
 
 def test_colours_are_centred_on_no_value():

@@ -112,7 +112,7 @@ def test_what_cannot_be_captured_is_timed_eagerly_and_says_so(unet, refusals, ca
 
 def test_networks_that_are_compared_are_launched_alike(unet, captures, monkeypatch):
     monkeypatch.setattr(latency, "settled_launch", lambda unet, config, device: replace(config, cuda_graph=True))
-    compare_ms({"teacher": unet, "student": unet.with_depths({"mid_block.attentions.0": 0})}, FEW, CPU)
+    compare_ms({"teacher": unet, "student": unet.with_architecture({"mid_block.attentions.0": 0})}, FEW, CPU)
     assert len(captures) == 2
 
 

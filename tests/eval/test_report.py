@@ -90,7 +90,7 @@ def test_the_record_knows_when_each_block_went(finished):
     assert list(run.latest_blocks) == sd15_sites()
     assert sorted(run.removed_in.values()) == [0] * 6 + [1] * 6
     for site, number in run.removed_in.items():
-        assert site in run.rounds[number].blocks and run.depths[site] == 0
+        assert site in run.rounds[number].blocks and run.architecture[site].repeats == 0
 
 
 def test_a_comparison_pairs_students_by_prompt(finished, tmp_path):

@@ -158,7 +158,7 @@ def test_a_closed_gate_samples_as_the_pruned_unet_does():
     gates = torch.ones(2, len(unet.kept_sites), dtype=torch.bool)
     gates[0, 1] = False
     gated = sampler.images(unet, PROMPTS, [1, 1], gates=gates)
-    pruned = sampler.images(unet.with_depths({unet.kept_sites[1]: 0}), PROMPTS, [1, 1])
+    pruned = sampler.images(unet.with_architecture({unet.kept_sites[1]: 0}), PROMPTS, [1, 1])
     assert torch.equal(gated[0], pruned[0])
     assert torch.equal(gated[1], sampler.images(unet, PROMPTS, [1, 1])[1])
     assert not torch.equal(gated[0], gated[1])

@@ -102,7 +102,7 @@ def run(experiment, *overrides):
 @pytest.fixture(scope="module")
 def students(tmp_path_factory, tiny_pipeline_folder):
     teacher, folder = load_pipeline(tiny_pipeline_folder), tmp_path_factory.mktemp("models") / "student"
-    export_pipeline(with_unet(teacher, teacher.unet.with_depths({"mid_block.attentions.0": 0})), folder)
+    export_pipeline(with_unet(teacher, teacher.unet.with_architecture({"mid_block.attentions.0": 0})), folder)
     return f"models={{teacher: {tiny_pipeline_folder}, pruned: {folder}}}"
 
 

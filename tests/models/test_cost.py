@@ -22,7 +22,7 @@ def test_cost_grows_with_the_batch_and_falls_with_a_block():
     whole = count_gflops(unet, latent_size=8)
     assert count_gflops(unet, latent_size=8, batch=2) == pytest.approx(2 * whole)
     assert count_gflops(stock, latent_size=8) == whole
-    assert count_gflops(unet.with_depths({"mid_block.attentions.0": 0}), latent_size=8) < whole
+    assert count_gflops(unet.with_architecture({"mid_block.attentions.0": 0}), latent_size=8) < whole
 
 
 def test_counted_activations_are_those_a_forward_on_the_cpu_keeps():

@@ -33,7 +33,7 @@ def test_closed_gates_are_the_pruned_unet_in_every_row_of_a_mixed_batch(stock, b
     gates = random_gates(unet, 1)
     gated = run(unet, gates=gates)
     for b, row in enumerate(gates):
-        assert torch.equal(run(unet.with_depths(closed_sites(unet, row)))[b], gated[b])
+        assert torch.equal(run(unet.with_architecture(closed_sites(unet, row)))[b], gated[b])
 
 
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
@@ -42,27 +42,28 @@ def test_each_site_alone_closed_is_the_unet_without_it(stock, every):
     for column, site in list(enumerate(unet.sites))[::every]:
         gates = torch.ones(3, len(unet.sites), dtype=torch.bool)
         gates[1, column] = False
-        without = run(unet.with_depths({site: 0}))
+        without = run(unet.with_architecture({site: 0}))
         assert torch.equal(run(unet, gates=gates)[1], without[1]), site
 
 
 def test_gates_of_a_pruned_and_copied_unet_follow_its_kept_sites():
     whole = PrunableUNet2DConditionModel.from_unet(small_stock_unet("sdxl"))
-    depths = {"mid_block.attentions.0": 2, "mid_block.attentions.0.transformer_blocks.0": 2, "up_blocks.0.resnets.1": 0}
-    unet = whole.with_depths(depths, copy_init="same")
+    attention = "mid_block.attentions.0"
+    architecture = {attention: 2, f"{attention}.transformer_blocks.0": 2, "up_blocks.0.resnets.1": 0}
+    unet = whole.with_architecture(architecture, copy_init="same")
     assert torch.equal(run(unet, gates=random_gates(unet, 0, open_prob=1.1)), run(unet))
     gates = random_gates(unet, 2)
     gated = run(unet, gates=gates)
     for b, row in enumerate(gates):
-        assert torch.equal(run(unet.with_depths(closed_sites(unet, row)))[b], gated[b])
+        assert torch.equal(run(unet.with_architecture(closed_sites(unet, row)))[b], gated[b])
 
 
 def test_a_closed_layer_is_closed_in_the_copies_of_its_transformer():
     whole = PrunableUNet2DConditionModel.from_unet(small_stock_unet("sdxl"))
-    unet = whole.with_depths({"mid_block.attentions.0": 3}, copy_init="same")
+    unet = whole.with_architecture({"mid_block.attentions.0": 3}, copy_init="same")
     layer = "mid_block.attentions.0.transformer_blocks.1"
     gates = torch.tensor([[site != layer for site in unet.kept_sites]] * 3)
-    assert torch.equal(run(unet, gates=gates), run(unet.with_depths({layer: 0})))
+    assert torch.equal(run(unet, gates=gates), run(unet.with_architecture({layer: 0})))
 
 
 def test_a_closed_branch_that_overflows_does_no_harm(unet):
@@ -168,8 +169,8 @@ def test_one_graph_for_any_gates(unet):
 @pytest.mark.slow
 def test_one_graph_for_any_gates_of_a_unet_with_everything():
     whole = PrunableUNet2DConditionModel.from_unet(small_stock_unet("sdxl"))
-    depths = {"mid_block.attentions.0": 2, "down_blocks.1.resnets.0": 0, "down_blocks.2.attentions.1": 0}
-    unet = whole.with_depths(depths)
+    architecture = {"mid_block.attentions.0": 2, "down_blocks.1.resnets.0": 0, "down_blocks.2.attentions.1": 0}
+    unet = whole.with_architecture(architecture)
     inputs = {**small_inputs(unet), "return_dict": False}
     assert count_graphs(unet, [{**inputs, "gates": random_gates(unet, seed)} for seed in range(3)]) == 1
 

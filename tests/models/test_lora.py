@@ -20,8 +20,8 @@ def lora_folder(tmp_path):
     return tmp_path
 
 
-def prunable(pipeline, depths, **options):
-    return with_unet(pipeline, PrunableUNet2DConditionModel.from_unet(small_stock_unet(), depths, **options))
+def prunable(pipeline, architecture, **options):
+    return with_unet(pipeline, PrunableUNet2DConditionModel.from_unet(small_stock_unet(), architecture, **options))
 
 
 def test_on_the_unpruned_unet_all_of_it_fits(pipeline, lora_folder):
@@ -63,4 +63,4 @@ def test_copies_stay_as_they_are(pipeline, lora_folder):
 def test_a_lora_of_which_nothing_fits_is_an_error(pipeline, lora_folder):
     unet = PrunableUNet2DConditionModel.from_unet(small_stock_unet())
     with pytest.raises(ValueError, match="has no weights for this UNet"):
-        fuse_lora(with_unet(pipeline, unet.with_depths(dict.fromkeys(unet.sites, 0))), lora_folder)
+        fuse_lora(with_unet(pipeline, unet.with_architecture(dict.fromkeys(unet.sites, 0))), lora_folder)

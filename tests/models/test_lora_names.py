@@ -26,8 +26,8 @@ RANKS, ALPHAS, SCALE = (1, 2, 3), (0.5, 1.0, 4.0, 6.0), 0.7
 PARTS = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}
 
 
-def prunable(pipeline, depths=()):
-    return with_unet(pipeline, PrunableUNet2DConditionModel.from_unet(pipeline.unet, dict(depths)))
+def prunable(pipeline, architecture=()):
+    return with_unet(pipeline, PrunableUNet2DConditionModel.from_unet(pipeline.unet, dict(architecture)))
 
 
 def draw_pairs(network, seed):

@@ -67,7 +67,7 @@ def test_zero_terminal_snr_is_told_as_well(small_kinds, tmp_path):
 
 def test_what_web_uis_cannot_know_has_no_original_layout(small_kinds, tmp_path):
     pipeline = small_kind("sd15")
-    pruned = with_unet(pipeline, pipeline.unet.with_depths({"mid_block.attentions.0": 0}))
+    pruned = with_unet(pipeline, pipeline.unet.with_architecture({"mid_block.attentions.0": 0}))
     shallow = with_unet(pipeline, PrunableUNet2DConditionModel.from_config(pipeline.unet.config, layers_per_block=1))
     widths = narrow_widths(pipeline.vae, 0.5)
     vae = narrowed(pipeline.vae, choose_channels(pipeline.vae, widths, "first"), widths)

@@ -43,8 +43,8 @@ def folder(pipeline, tmp_path) -> Path:
     return tmp_path / "teacher"
 
 
-def with_depths(pipeline, depths):
-    return with_unet(pipeline, PrunableUNet2DConditionModel.from_unet(pipeline.unet, depths))
+def with_architecture(pipeline, architecture):
+    return with_unet(pipeline, PrunableUNet2DConditionModel.from_unet(pipeline.unet, architecture))
 
 
 def test_a_loaded_pipeline_paints_what_the_saved_one_paints(pipeline, folder, capfd):
@@ -58,15 +58,15 @@ def test_a_loaded_pipeline_paints_what_the_saved_one_paints(pipeline, folder, ca
 
 
 @pytest.mark.parametrize(
-    ("depths", "is_stock"),
+    ("architecture", "is_stock"),
     [
         (NO_MID, True),
         (ONE_ATTENTION, False),
         ({**ONE_ATTENTION, "down_blocks.3": 0, "up_blocks.2.attentions.1": 3}, False),
     ],
 )
-def test_save_load_save_load(pipeline, tmp_path, depths, is_stock):
-    first = with_depths(pipeline, depths)
+def test_save_load_save_load(pipeline, tmp_path, architecture, is_stock):
+    first = with_architecture(pipeline, architecture)
     images = paint(first)
     for name in ("one", "two", "two"):  # the last replaces the one before
         verdict = export_pipeline(first, tmp_path / name)
@@ -77,7 +77,7 @@ def test_save_load_save_load(pipeline, tmp_path, depths, is_stock):
 
 
 def test_an_expressible_export_is_plain_diffusers(pipeline, tmp_path):
-    student = with_depths(pipeline, NO_MID)
+    student = with_architecture(pipeline, NO_MID)
     verdict = export_pipeline(student, tmp_path / "export")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "export")
     assert type(loaded.unet) is UNet2DConditionModel and loaded.unet.mid_block is None
@@ -87,7 +87,7 @@ def test_an_expressible_export_is_plain_diffusers(pipeline, tmp_path):
 
 
 def test_an_export_carries_its_class_and_is_readable_by_others(pipeline, tmp_path):
-    verdict = export_pipeline(with_depths(pipeline, ONE_ATTENTION), tmp_path / "export")
+    verdict = export_pipeline(with_architecture(pipeline, ONE_ATTENTION), tmp_path / "export")
     (code,) = (tmp_path / "export" / "unet").glob("*.py")
     index = json.loads((tmp_path / "export" / "model_index.json").read_text())
     assert index["unet"] == [code.stem, "PrunableUNet2DConditionModel"]
@@ -99,7 +99,7 @@ def test_an_export_carries_its_class_and_is_readable_by_others(pipeline, tmp_pat
 
 def test_an_exported_text_encoder_has_the_names_of_published_ones(pipeline, tmp_path):
     """Whether it was made here, read from a folder or from a single file."""
-    export_pipeline(with_depths(pipeline, {}), tmp_path / "made")
+    export_pipeline(with_architecture(pipeline, {}), tmp_path / "made")
     pipeline.save_pretrained(tmp_path / "bare")
     write_original(pipeline, tmp_path / "one.safetensors")
     config = {"single_file_config": str(tmp_path / "bare")}
@@ -119,13 +119,13 @@ def test_an_export_replaces_nothing_but_a_pipeline(pipeline, tmp_path):
 
 
 def test_an_export_loads_where_this_project_is_unknown(pipeline, tmp_path):
-    depths = {**ONE_ATTENTION, "up_blocks.1.resnets.0": 0, "mid_block.attentions.0": 2}
-    student = with_depths(pipeline, depths)
+    architecture = {**ONE_ATTENTION, "up_blocks.1.resnets.0": 0, "mid_block.attentions.0": 2}
+    student = with_architecture(pipeline, architecture)
     export_pipeline(student, tmp_path / "export")
     program = (
         "import sys, torch\n"
         "from diffusers import DiffusionPipeline\n"
-        "sys.modules['models'] = None  # as good as not installed\n"
+        "sys.modules['slimstep'] = None  # as good as not installed\n"
         "pipe = DiffusionPipeline.from_pretrained('export', trust_remote_code=True)\n"
         "pipe.set_progress_bar_config(disable=True)\n"
         "torch.save(pipe('a b', num_inference_steps=2, height=16, width=16, output_type='np',\n"
@@ -224,7 +224,7 @@ def test_a_hub_cache_may_lack_the_safety_checker_without_a_network_and_nothing_e
 
 @pytest.fixture
 def student(pipeline):
-    return with_depths(pipeline, {**ONE_ATTENTION, "up_blocks.2.resnets.1": 0})
+    return with_architecture(pipeline, {**ONE_ATTENTION, "up_blocks.2.resnets.1": 0})
 
 
 @pytest.fixture
@@ -266,7 +266,7 @@ def test_a_controlnet_made_for_the_stock_unet_steers_the_pruned_one(student, pip
 SAVED_ELSEWHERE = """
 import sys, torch
 from diffusers import AutoModel, DiffusionPipeline
-sys.modules['models'] = None  # as good as not installed
+sys.modules['slimstep'] = None  # as good as not installed
 source, target = sys.argv[1:3]
 pipe = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)
 pipe.set_progress_bar_config(disable=True)
@@ -284,7 +284,7 @@ pipe.save_pretrained(target, max_shard_size='20KB')
 
 def test_a_copy_saved_elsewhere_loads_in_a_new_process_and_so_do_copies_of_it(pipeline, tmp_path):
     """Saved, saved with a LoRA fused, and saved again, each by a process that reads the one before."""
-    export_pipeline(with_depths(pipeline, ONE_ATTENTION), tmp_path / "export")
+    export_pipeline(with_architecture(pipeline, ONE_ATTENTION), tmp_path / "export")
     generator = torch.Generator().manual_seed(0)
     path = "up_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
     out, inner = pipeline.unet.get_submodule(path).weight.shape
@@ -305,7 +305,7 @@ def test_a_copy_saved_elsewhere_loads_in_a_new_process_and_so_do_copies_of_it(pi
 
 def test_what_goes_to_the_hub_has_the_class_in_it(pipeline, tmp_path, monkeypatch):
     """Uploads are of a folder that save_pretrained has filled."""
-    export_pipeline(with_depths(pipeline, ONE_ATTENTION), tmp_path / "export")
+    export_pipeline(with_architecture(pipeline, ONE_ATTENTION), tmp_path / "export")
     loaded, sent = load_pipeline(tmp_path / "export"), {}
 
     def upload(self, folder, *args, **kwargs):

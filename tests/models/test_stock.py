@@ -22,8 +22,8 @@ def one_layer_less(unet, down_layer: int = 1, up_layer: int = 1) -> dict[str, in
     return {s: 0 for s in blocks if s.endswith(ends[s.split(".")[0]])}
 
 
-def pruned(depths, name="sd15", bypass="drop_skip"):
-    return PrunableUNet2DConditionModel.from_unet(small_stock_unet(name), depths, bypass)
+def pruned(architecture, name="sd15", bypass="drop_skip"):
+    return PrunableUNet2DConditionModel.from_unet(small_stock_unet(name), architecture, bypass)
 
 
 def run(unet):
@@ -69,8 +69,8 @@ def test_bk_sdm_has_its_published_size_as_a_table_and_as_a_stock_config(name):
     more, parameters, fields = BK_SDM[name]
     with torch.device("meta"):
         whole = PrunableUNet2DConditionModel(cross_attention_dim=768)
-        depths = {**one_layer_less(whole), **more}
-        unet = PrunableUNet2DConditionModel(cross_attention_dim=768, depths=depths, bypass="drop_skip")
+        architecture = {**one_layer_less(whole), **more}
+        unet = PrunableUNet2DConditionModel(cross_attention_dim=768, depths=architecture, bypass="drop_skip")
         published = UNet2DConditionModel(cross_attention_dim=768, layers_per_block=1, **fields)
     assert count_parameters(unet) == count_parameters(published) == parameters
     stock = to_stock(unet)
@@ -94,15 +94,15 @@ def test_which_of_two_equal_skip_connections_goes_does_not_matter():
 
 
 def test_the_first_layer_of_a_level_can_go_where_channels_stay():
-    depths = {"down_blocks.0.resnets.0": 0, "down_blocks.0.attentions.0": 0}
-    depths |= {"up_blocks.3.resnets.2": 0, "up_blocks.3.attentions.2": 0}
-    assert assert_stock(pruned(depths))["layers_per_block"] == [1, 2, 2, 2]
+    architecture = {"down_blocks.0.resnets.0": 0, "down_blocks.0.attentions.0": 0}
+    architecture |= {"up_blocks.3.resnets.2": 0, "up_blocks.3.attentions.2": 0}
+    assert assert_stock(pruned(architecture))["layers_per_block"] == [1, 2, 2, 2]
 
 
 def test_a_level_may_lose_all_its_layers():
-    depths = {"down_blocks.3.resnets.0": 0, "down_blocks.3.resnets.1": 0}
-    depths |= {"up_blocks.0.resnets.0": 0, "up_blocks.0.resnets.1": 0}
-    assert assert_stock(pruned(depths))["layers_per_block"] == [2, 2, 2, 0]
+    architecture = {"down_blocks.3.resnets.0": 0, "down_blocks.3.resnets.1": 0}
+    architecture |= {"up_blocks.0.resnets.0": 0, "up_blocks.0.resnets.1": 0}
+    assert assert_stock(pruned(architecture))["layers_per_block"] == [2, 2, 2, 0]
 
 
 def test_levels_without_attention_and_the_mid_block_s_forms():
@@ -122,7 +122,7 @@ def test_transformer_layers_of_sdxl_become_config_fields():
     first = {f"{a}.transformer_blocks.0": 0 for a in layers}
     assert assert_stock(pruned(first, "sdxl"))["transformer_layers_per_block"] == [1, 1, 2]
     everywhere = {f"{a}.transformer_blocks.1": 2 for a in layers if a.startswith("up")}
-    config = assert_stock(unet.with_depths(everywhere, copy_init="same"))
+    config = assert_stock(unet.with_architecture(everywhere, copy_init="same"))
     assert config["transformer_layers_per_block"] == [1, 2, 3]
     assert config["reverse_transformer_layers_per_block"] == [4, 3, 1]
     uneven = {"up_blocks.0.attentions.1.transformer_blocks.0": 0, "down_blocks.1.attentions.1.transformer_blocks.1": 0}
@@ -158,14 +158,14 @@ def test_copies_and_the_mid_block_s_own_depth_are_obstacles():
 
 def random_table(unet, draw: random.Random) -> dict[str, int]:
     """Removals that respect layers and skip connections often enough for many to be expressible."""
-    depths = {}
+    architecture = {}
     for level, up in ((level, len(unet.config.block_out_channels) - 1 - level) for level in range(4)):
         for _ in range(draw.choice((0, 1, 1, 2))):
             down_layer, up_layer = draw.randrange(2), draw.randrange(3)
             for site in (f"down_blocks.{level}.%s.{down_layer}", f"up_blocks.{up}.%s.{up_layer}"):
-                depths |= {site % kind: 0 for kind in ("resnets", "attentions")}
-    depths |= draw.choice(({}, MID, {"mid_block.attentions.0": 0, "mid_block.resnets.1": 0}))
-    return {site: 0 for site in depths if site in unet.sites}
+                architecture |= {site % kind: 0 for kind in ("resnets", "attentions")}
+    architecture |= draw.choice(({}, MID, {"mid_block.attentions.0": 0, "mid_block.resnets.1": 0}))
+    return {site: 0 for site in architecture if site in unet.sites}
 
 
 @pytest.mark.slow

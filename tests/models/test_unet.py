@@ -6,6 +6,7 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
+from slimstep.models.architecture import BlockSpec
 from slimstep.models.cost import count_parameters
 from slimstep.models.reference import CONFIGS
 from slimstep.models.unet import PrunableUNet2DConditionModel
@@ -37,7 +38,7 @@ def test_sites_are_the_module_paths_in_order_of_execution(unet):
 def test_each_site_can_go_and_leaves_a_subset_of_the_stock_weights(stock, every):
     whole = PrunableUNet2DConditionModel.from_unet(stock)
     for site in whole.sites[::every]:
-        pruned = whole.with_depths({site: 0})
+        pruned = whole.with_architecture({site: 0})
         kept, full = pruned.state_dict(), stock.state_dict()
         assert kept.keys() < full.keys()
         assert all(torch.equal(kept[key], full[key]) for key in kept)
@@ -46,33 +47,33 @@ def test_each_site_can_go_and_leaves_a_subset_of_the_stock_weights(stock, every)
 
 def test_removed_then_added_is_the_start(stock):
     start = PrunableUNet2DConditionModel.from_unet(stock)
-    emptied = start.with_depths(dict.fromkeys(start.sites, 0))
-    back = emptied.with_depths(dict.fromkeys(start.sites, 1), source=stock)
-    assert back.depths == {} and emptied.kept_sites == ()
+    emptied = start.with_architecture(dict.fromkeys(start.sites, 0))
+    back = emptied.with_architecture(dict.fromkeys(start.sites, 1), source=stock)
+    assert back.architecture == {} and emptied.kept_sites == ()
     weights = back.state_dict()
     assert all(torch.equal(weights[key], value) for key, value in stock.state_dict().items())
     assert torch.equal(run(back), run(stock))
 
 
 def test_what_stays_keeps_its_own_weights_when_a_block_is_put_back(unet):
-    pruned = unet.with_depths({"down_blocks.1.resnets.0": 0})
+    pruned = unet.with_architecture({"down_blocks.1.resnets.0": 0})
     with torch.no_grad():
         for parameter in pruned.parameters():
             parameter.add_(1)
-    back = pruned.with_depths({"down_blocks.1.resnets.0": 1}, source=unet).state_dict()
+    back = pruned.with_architecture({"down_blocks.1.resnets.0": 1}, source=unet).state_dict()
     for key, value in unet.state_dict().items():
         is_back = key.startswith("down_blocks.1.resnets.0.")
         assert torch.equal(back[key], value if is_back else value + 1), key
 
 
 def test_putting_back_without_a_source_names_the_site(unet):
-    pruned = unet.with_depths({"mid_block.resnets.0": 0})
+    pruned = unet.with_architecture({"mid_block.resnets.0": 0})
     with pytest.raises(ValueError, match=r"no weights for \['mid_block.resnets.0'\].*source="):
-        pruned.with_depths({"mid_block.resnets.0": 1})
+        pruned.with_architecture({"mid_block.resnets.0": 1})
 
 
 def test_the_new_unet_shares_no_memory_with_the_old(unet):
-    other = unet.with_depths({})
+    other = unet.with_architecture({})
     assert {p.data_ptr() for p in unet.parameters()}.isdisjoint(p.data_ptr() for p in other.parameters())
 
 
@@ -81,34 +82,34 @@ def test_the_new_unet_shares_no_memory_with_the_old(unet):
 
 def test_a_zero_copy_leaves_the_function_unchanged(stock):
     unet = PrunableUNet2DConditionModel.from_unet(stock)
-    deeper = unet.with_depths(dict.fromkeys(unet.copyable_sites, 2))
+    deeper = unet.with_architecture(dict.fromkeys(unet.copyable_sites, 2))
     assert torch.equal(run(deeper), run(unet))
-    assert not torch.equal(run(unet.with_depths({unet.copyable_sites[0]: 2}, copy_init="same")), run(unet))
+    assert not torch.equal(run(unet.with_architecture({unet.copyable_sites[0]: 2}, copy_init="same")), run(unet))
 
 
 def test_the_same_copy_runs_the_block_twice(unet):
     site = "mid_block.resnets.1"
-    twice = unet.with_depths({site: 2}, copy_init="same")
+    twice = unet.with_architecture({site: 2}, copy_init="same")
     assert f"{site}.copies.0.conv1.weight" in twice.state_dict()
     block, x, temb = unet.get_submodule(site), torch.randn(2, 16, 2, 2), torch.randn(2, 32)
     assert torch.equal(twice.get_submodule(site)(x, temb), block(block(x, temb), temb))
 
 
 def test_copies_keep_their_weights_and_come_back_from_a_source(unet):
-    three = unet.with_depths({"mid_block.attentions.0": 3}, copy_init="same")
+    three = unet.with_architecture({"mid_block.attentions.0": 3}, copy_init="same")
     with torch.no_grad():
         three.mid_block.attentions[0].copies[1].proj_out.weight.add_(1)
-    assert torch.equal(run(three.with_depths({"mid_block.resnets.0": 1})), run(three))
-    one = three.with_depths({"mid_block.attentions.0": 1})
+    assert torch.equal(run(three.with_architecture({"mid_block.resnets.0": 1})), run(three))
+    one = three.with_architecture({"mid_block.attentions.0": 1})
     assert torch.equal(run(one), run(unet))
-    assert torch.equal(run(one.with_depths({"mid_block.attentions.0": 3}, source=three)), run(three))
+    assert torch.equal(run(one.with_architecture({"mid_block.attentions.0": 3}, source=three)), run(three))
 
 
 def test_a_resnet_that_changes_channels_cannot_be_copied(unet):
     kinds = [unet.kinds[s] for s in unet.copyable_sites]
     assert (kinds.count("attention"), kinds.count("resnet")) == (16, 9)
     with pytest.raises(ValueError, match=r"copies up_blocks.0.resnets.0, .*can be copied: \('down_blocks.0.resnets.0'"):
-        unet.with_depths({"up_blocks.0.resnets.0": 2})
+        unet.with_architecture({"up_blocks.0.resnets.0": 2})
 
 
 # ---- layers of transformers
@@ -119,29 +120,31 @@ def test_sdxl_layers_are_sites_inside_their_transformer():
     layers = [s for s in unet.sites if s in unet.parents]
     assert len(layers) == 2 * 2 + 2 * 3 + 3 + 3 * 3 + 3 * 2
     assert unet.parents["mid_block.attentions.0.transformer_blocks.2"] == "mid_block.attentions.0"
-    closed = unet.with_depths({"mid_block.attentions.0": 0})
+    closed = unet.with_architecture({"mid_block.attentions.0": 0})
     assert not [s for s in closed.kept_sites if s.startswith("mid_block.attentions.0")]
 
 
 def test_a_removed_transformer_takes_its_layers_along_and_brings_them_back():
     unet = PrunableUNet2DConditionModel.from_unet(small_stock_unet("sdxl"))
     site = "mid_block.attentions.0"
-    gone = unet.with_depths({f"{site}.transformer_blocks.1": 0}).with_depths({site: 0})
-    assert gone.depths == {site: 0}
-    assert torch.equal(run(gone.with_depths({site: 1}, source=unet)), run(unet))
+    gone = unet.with_architecture({f"{site}.transformer_blocks.1": 0}).with_architecture({site: 0})
+    assert gone.architecture == {site: BlockSpec(0)}
+    assert torch.equal(run(gone.with_architecture({site: 1}, source=unet)), run(unet))
 
 
 def test_a_copied_transformer_has_the_layers_of_the_one_it_copies():
     unet = PrunableUNet2DConditionModel.from_unet(small_stock_unet("sdxl"))
     site = "mid_block.attentions.0"
-    thin = unet.with_depths({f"{site}.transformer_blocks.1": 0, f"{site}.transformer_blocks.2": 2})
-    twice = thin.with_depths({site: 2}, copy_init="same")
-    thin_again = unet.with_depths({site: 2}, copy_init="same").with_depths({f"{site}.transformer_blocks.1": 0})
+    thin = unet.with_architecture({f"{site}.transformer_blocks.1": 0, f"{site}.transformer_blocks.2": 2})
+    twice = thin.with_architecture({site: 2}, copy_init="same")
+    copied = unet.with_architecture({site: 2}, copy_init="same")
+    thin_again = copied.with_architecture({f"{site}.transformer_blocks.1": 0})
     keys = {k.split(".copies.0.", 1)[1] for k in twice.state_dict() if k.startswith(f"{site}.copies.0.")}
     assert keys == {k.removeprefix(f"{site}.") for k in thin.state_dict() if k.startswith(f"{site}.")}
-    thin_last = thin_again.with_depths({f"{site}.transformer_blocks.2": 2})
+    thin_last = thin_again.with_architecture({f"{site}.transformer_blocks.2": 2})
     assert torch.equal(run(thin_last), run(thin_again))
-    assert torch.equal(run(thin_again), run(unet.with_depths(thin.depths).with_depths({site: 2}, copy_init="same")))
+    expected = unet.with_architecture(thin.architecture).with_architecture({site: 2}, copy_init="same")
+    assert torch.equal(run(thin_again), run(expected))
 
 
 # ---- what is left of a removed ResNet
@@ -149,7 +152,7 @@ def test_a_copied_transformer_has_the_layers_of_the_one_it_copies():
 
 def test_shortcut_keeps_only_the_1x1_convolution(unet):
     site = "down_blocks.1.resnets.0"
-    keys = [k for k in unet.with_depths({site: 0}).state_dict() if k.startswith(site)]
+    keys = [k for k in unet.with_architecture({site: 0}).state_dict() if k.startswith(site)]
     assert keys == [f"{site}.conv_shortcut.weight", f"{site}.conv_shortcut.bias"]
 
 
@@ -177,31 +180,31 @@ def test_an_impossible_drop_skip_names_the_site_and_the_alternatives(unet):
 
 
 def test_the_innermost_level_goes_with_its_resampling(unet):
-    small = unet.with_depths({"down_blocks.3": 0})
+    small = unet.with_architecture({"down_blocks.3": 0})
     parts = ("down_blocks.3", "down_blocks.2.downsamplers", "mid_block", "up_blocks.0")
     kept = [key for key in small.state_dict() if key.startswith(parts)]
     assert not kept and len(small.kept_sites) == 38 - 8
-    assert torch.equal(run(small.with_depths({"down_blocks.3": 1}, source=unet)), run(unet))
+    assert torch.equal(run(small.with_architecture({"down_blocks.3": 1}, source=unet)), run(unet))
     assert not torch.equal(run(small), run(unet))
     with pytest.raises(ValueError, match="from the inside out"):
-        unet.with_depths({"down_blocks.2": 0})
+        unet.with_architecture({"down_blocks.2": 0})
 
 
 # ---- mistakes
 
 
 @pytest.mark.parametrize(
-    ("depths", "message"),
+    ("architecture", "message"),
     [
-        ({"down_blocks.9.resnets.0": 0}, r"unknown sites \['down_blocks.9.resnets.0'\]; this UNet has \('down_bl"),
-        ({"mid_block.resnets.0": -1}, "mid_block.resnets.0 the depth -1"),
-        ({"mid_block.resnets.0": 0.5}, "mid_block.resnets.0 the depth 0.5"),
-        ({"down_blocks.3": 2}, "down_blocks.3 the depth 2"),
+        ({"down_blocks.9.resnets.0": 0}, r"unknown blocks \['down_blocks.9.resnets.0'\]; this network has \('down_bl"),
+        ({"mid_block.resnets.0": -1}, "mid_block.resnets.0 repeats=-1"),
+        ({"mid_block.resnets.0": 0.5}, "mid_block.resnets.0 repeats=0.5"),
+        ({"down_blocks.3": 2}, "down_blocks.3 repeats=2"),
     ],
 )
-def test_mistakes_in_the_table_are_named(unet, depths, message):
+def test_mistakes_in_the_table_are_named(unet, architecture, message):
     with pytest.raises(ValueError, match=message):
-        unet.with_depths(depths)
+        unet.with_architecture(architecture)
 
 
 # ---- saving, and the real sizes
@@ -209,16 +212,19 @@ def test_mistakes_in_the_table_are_named(unet, depths, message):
 
 def test_save_and_load_keep_table_weights_and_output(stock, tmp_path):
     whole = PrunableUNet2DConditionModel.from_unet(stock, bypass="drop_skip")
-    unet = whole.with_depths({whole.sites[1]: 0, whole.sites[-2]: 0, whole.copyable_sites[-1]: 3, whole.sites[4]: 1})
+    unet = whole.with_architecture(
+        {whole.sites[1]: 0, whole.sites[-2]: 0, whole.copyable_sites[-1]: 3, whole.sites[4]: 1}
+    )
     for _ in range(2):
         unet.save_pretrained(tmp_path)
         load = PrunableUNet2DConditionModel.from_pretrained
         loaded, info = load(tmp_path, output_loading_info=True, disable_mmap=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
-        assert (loaded.depths, loaded.bypass, loaded.kept_sites) == (unet.depths, unet.bypass, unet.kept_sites)
+        assert (loaded.architecture, loaded.bypass) == (unet.architecture, unet.bypass)
+        assert loaded.kept_sites == unet.kept_sites
         assert torch.equal(run(loaded), run(unet))
         unet = loaded
-    assert PrunableUNet2DConditionModel.from_config(unet.config).depths == unet.depths
+    assert PrunableUNet2DConditionModel.from_config(unet.config).architecture == unet.architecture
     assert whole.sites[4] not in unet.config.depths
 
 
@@ -230,10 +236,10 @@ def test_stock_weights_load_as_they_are(tmp_path):
 
 
 def test_a_deep_copy_is_a_unet_of_its_own(unet):
-    twin = copy.deepcopy(unet.with_depths({"mid_block.attentions.0": 2}, copy_init="same"))
+    twin = copy.deepcopy(unet.with_architecture({"mid_block.attentions.0": 2}, copy_init="same"))
     gates = torch.ones(3, 38, dtype=torch.bool).index_fill_(1, torch.tensor([5]), False)
     closed = run(twin, gates=gates)
-    assert torch.equal(closed, run(twin.with_depths({unet.sites[5]: 0}))) and not torch.equal(closed, run(twin))
+    assert torch.equal(closed, run(twin.with_architecture({unet.sites[5]: 0}))) and not torch.equal(closed, run(twin))
 
 
 @pytest.mark.parametrize(

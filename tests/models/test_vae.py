@@ -22,7 +22,7 @@ import sys, torch
 import numpy as np
 from PIL import Image
 from diffusers import AutoModel, AutoPipelineForImage2Image, AutoPipelineForInpainting, DiffusionPipeline
-sys.modules['models'] = None  # as good as not installed
+sys.modules['slimstep'] = None  # as good as not installed
 pipe = DiffusionPipeline.from_pretrained('export', trust_remote_code=True)
 pipe.set_progress_bar_config(disable=True)
 options = dict(num_inference_steps=2, output_type='np')
@@ -49,15 +49,15 @@ torch.save(images, 'images.pt', pickle_protocol=4)
 """
 
 
-def with_narrow_decoder(pipeline, depths=None, width=0.5):
+def with_narrow_decoder(pipeline, architecture=None, width=0.5):
     widths = narrow_widths(pipeline.vae, width)
     vae = narrowed(pipeline.vae, choose_channels(pipeline.vae, widths, "magnitude"), widths)
-    return with_unet(pipeline, PrunableUNet2DConditionModel.from_unet(pipeline.unet, depths or {}), vae=vae)
+    return with_unet(pipeline, PrunableUNet2DConditionModel.from_unet(pipeline.unet, architecture or {}), vae=vae)
 
 
-@pytest.mark.parametrize("depths", [None, ONE_ATTENTION], ids=["stock UNet", "pruned UNet"])
-def test_an_export_works_where_this_project_is_unknown(pipeline, tmp_path, depths):
-    student = with_narrow_decoder(pipeline, depths)
+@pytest.mark.parametrize("architecture", [None, ONE_ATTENTION], ids=["stock UNet", "pruned UNet"])
+def test_an_export_works_where_this_project_is_unknown(pipeline, tmp_path, architecture):
+    student = with_narrow_decoder(pipeline, architecture)
     verdict = export_pipeline(student, tmp_path / "export")
     assert not verdict.is_stock and verdict.load.endswith(", trust_remote_code=True)")
     assert verdict.obstacles[-1] == "vae.decoder: its widths (4, 4) are not its encoder's"

@@ -64,8 +64,8 @@ def test_hooks_count_the_time_inside_a_module_and_nothing_else():
 
 
 def test_whole_unets_are_compared_under_their_names(unet):
-    assert set(compare_ms({"teacher": unet, "student": unet.with_depths({"mid_block.resnets.0": 0})}, FEW, CPU)) == {
-        "teacher", "student"}  # fmt: skip
+    student = unet.with_architecture({"mid_block.resnets.0": 0})
+    assert set(compare_ms({"teacher": unet, "student": student}, FEW, CPU)) == {"teacher", "student"}
 
 
 def test_a_table_made_elsewhere_counts_removals_and_copies_and_a_removed_transformer_once():
@@ -75,10 +75,10 @@ def test_a_table_made_elsewhere_counts_removals_and_copies_and_a_removed_transfo
     layer = f"{transformer}.transformer_blocks.1"
     copied = next(site for site in unet.copyable_sites if not site.startswith(transformer))
     expected = [({}, 100), ({transformer: 0}, 99), ({layer: 0}, 99), ({copied: 3}, 102), ({copied: 2, layer: 0}, 100)]
-    for depths, ms in expected:
-        pruned = unet.with_depths(depths)
+    for architecture, ms in expected:
+        pruned = unet.with_architecture(architecture)
         assert predicted_ms(table, pruned) == table_without(table, pruned)["full_ms"] == ms
-    assert table_without(table, unet.with_depths({copied: 3}))["sites"][copied] == {"ms": 3.0}
+    assert table_without(table, unet.with_architecture({copied: 3}))["sites"][copied] == {"ms": 3.0}
 
 
 def test_an_unknown_dtype_is_named():
@@ -95,7 +95,7 @@ def test_slow_networks_are_timed_by_fewer_calls_but_three():
 
 @pytest.mark.slow
 def test_a_compiled_table_has_every_site(unet):
-    small = unet.with_depths(dict.fromkeys(unet.sites[2:], 0))
+    small = unet.with_architecture(dict.fromkeys(unet.sites[2:], 0))
     table = latency_table(small, LatencyConfig(iterations=3, additive_samples=1, compile=True), CPU)
     assert table["mode"] == "compiled" and table["method"] == "difference"
     assert tuple(table["sites"]) == small.kept_sites

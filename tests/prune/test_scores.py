@@ -39,7 +39,7 @@ def test_a_block_scores_what_the_pruned_unet_loses(parts, table):
     base = scorer.score(sampler.images(unet, PROMPTS.prompts, range(4)), texts)
     torch.testing.assert_close(table.base_P, base)
     for n in (0, 1, 20, 37):
-        pruned = unet.with_depths({table.sites[n]: 0})
+        pruned = unet.with_architecture({table.sites[n]: 0})
         without = scorer.score(sampler.images(pruned, PROMPTS.prompts, range(4)), texts)
         torch.testing.assert_close(table.loss_NP[n], base - without, atol=0.05, rtol=0)
 

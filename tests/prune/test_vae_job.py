@@ -233,10 +233,10 @@ def test_latents_are_found_again_by_another_process(tmp_path):
 def test_a_narrow_decoder_is_not_narrowed_again_but_pruned_and_distilled(finished, tiny_model, tmp_path):
     """The export is a teacher like any other: its UNet goes through the other jobs' loading and exporting."""
     pipeline = load_pipeline(finished[0] / "export")
-    pruned = pipeline.unet.with_depths({"mid_block.attentions.0": 0})
+    pruned = pipeline.unet.with_architecture({"mid_block.attentions.0": 0})
     export_pipeline(with_unet(pipeline, pruned), tmp_path / "both")
     both = load_pipeline(tmp_path / "both")
-    assert isinstance(both.vae, NarrowAutoencoderKL) and both.unet.depths == {"mid_block.attentions.0": 0}
+    assert isinstance(both.vae, NarrowAutoencoderKL) and both.unet.config.depths == {"mid_block.attentions.0": 0}
 
 
 @pytest.mark.slow

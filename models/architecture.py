@@ -1,0 +1,200 @@
+"""The rule of an architecture: how often each block of a network runs, and which blocks go along with which.
+
+An architecture is a table {block path: BlockSpec} of what differs from the whole network; a plain int stands for a
+block's `repeats`. 0 removes the block, 1 keeps it (and is not written down), 2 and more repeat it: the copies live at
+`<block>.copies.0`, … and run after it. A removed block takes along what it holds: a transformer its layers, and a level
+of a UNet both its ways and the middle.
+
+Network, search, latency table and pages share this file. It imports the standard library alone, so that reading results
+loads no torch, and exports carry it inside their class file (models/unet.py).
+"""
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from types import MappingProxyType
+
+MOST_REPEATS = 256  # of a block: thousands of copies would be built for hours before anything is said of them
+SUPPORTED = ("repeats",)  # fields of a BlockSpec that networks are built with
+
+
+@dataclass(frozen=True)
+class BlockSpec:
+    """What becomes of one block: how often it runs, the shares of its widths that stay, the dtype it computes in, and
+    the share of tokens that it merges."""
+
+    repeats: int = 1
+    widths: Mapping[str, float] = field(default_factory=dict)
+    dtype: str | None = None
+    merge: float = 0.0
+
+
+WHOLE = BlockSpec()
+Architecture = dict[str, BlockSpec]
+Levels = Mapping[str, tuple[str, ...]]
+NO_LEVELS: Levels = MappingProxyType({})
+
+
+# ---- reading and writing ----
+
+
+def as_architecture(table: Mapping[str, int | Mapping | BlockSpec]) -> Architecture:
+    """The table with a BlockSpec for every int and dict; ValueError names a block whose entry is none, or that asks
+    for what no network is built with yet."""
+    return {block: as_spec(block, entry) for block, entry in table.items()}
+
+
+def as_spec(block: str, entry: int | Mapping | BlockSpec) -> BlockSpec:
+    names = tuple(f.name for f in fields(BlockSpec))
+    if isinstance(entry, Mapping):
+        if unknown := sorted(set(entry) - set(names)):
+            raise ValueError(f"the architecture gives {block} unknown fields {unknown}; a block has {names}")
+        entry = BlockSpec(**entry)
+    spec = entry if isinstance(entry, BlockSpec) else BlockSpec(entry)
+    check_repeats(block, spec.repeats)
+    fits = {
+        "widths": isinstance(spec.widths, Mapping) and all(is_share(w) and w > 0 for w in spec.widths.values()),
+        "dtype": spec.dtype is None or isinstance(spec.dtype, str),
+        "merge": is_share(spec.merge) and spec.merge < 1,
+    }
+    for name, fit in fits.items():
+        value = getattr(spec, name)
+        if not fit:
+            ways = "widths are shares above 0, at most 1, dtype is a name, merge a share below 1"
+            raise ValueError(f"the architecture gives {block} {name}={value!r}; {ways}")
+        if name not in SUPPORTED and value != getattr(WHOLE, name):
+            raise ValueError(f"the architecture gives {block} {name}={value!r}; only {SUPPORTED} is supported so far")
+    return spec
+
+
+def is_share(value: object) -> bool:
+    return type(value) in (int, float) and 0 <= value <= 1
+
+
+def check_repeats(block: str, repeats: object, most: int = MOST_REPEATS) -> None:
+    """ValueError for a number that no network is built with: a table, or a config.json, may hold any."""
+    if type(repeats) is not int or not 0 <= repeats <= most:
+        more = f", 2 to {most} repeat a block" if most > 1 else ", and a level is not repeated"
+        raise ValueError(f"the architecture gives {block} repeats={repeats!r}; 0 removes, 1 keeps{more}")
+
+
+def as_json(architecture: Architecture) -> dict[str, int | dict]:
+    """The table as files hold it: a plain int where a spec is only repeats, else the fields that it changes."""
+    return {block: spec_json(spec) for block, spec in architecture.items()}
+
+
+def spec_json(spec: BlockSpec) -> int | dict:
+    changed = {name: value for name, value in asdict(spec).items() if value != getattr(WHOLE, name)}
+    return spec.repeats if changed.keys() <= {"repeats"} else changed
+
+
+# ---- which block holds which ----
+
+
+def unet_levels(num_levels: int) -> Levels:
+    """{level: path prefixes that go along with it} of a UNet, from the inside out: both its ways, and the middle."""
+    return {
+        f"down_blocks.{i}": (f"down_blocks.{i}.", f"up_blocks.{num_levels - 1 - i}.", "mid_block.")
+        for i in reversed(range(num_levels))
+    }
+
+
+def num_levels(blocks: Iterable[str]) -> int:
+    """How many levels of resolution the UNet with these blocks has."""
+    return 1 + max((int(block.split(".")[1]) for block in blocks if block.startswith("down_blocks.")), default=-1)
+
+
+def level_of(block: str, num_levels: int) -> int:
+    """The level of resolution that a block of a UNet lies in, 0 the outermost; that of the middle is below all."""
+    side, index = block.split(".")[:2]
+    if side == "mid_block":
+        return num_levels
+    return int(index) if side == "down_blocks" else num_levels - 1 - int(index)
+
+
+def holds(holder: str, block: str, levels: Levels = NO_LEVELS) -> bool:
+    """Whether a block lies within another, or goes along with a level."""
+    return block.startswith((f"{holder}.", *levels.get(holder, ())))
+
+
+def nested(block: str, other: str) -> bool:
+    """Whether one of the two blocks holds the other."""
+    return holds(block, other) or holds(other, block)
+
+
+def holder_of(block: str, blocks: Iterable[str]) -> str | None:
+    """The innermost of the blocks that this one lies within."""
+    return max((other for other in blocks if holds(other, block)), key=len, default=None)
+
+
+# ---- what the table says ----
+
+
+def is_removed(block: str, architecture: Architecture, levels: Levels = NO_LEVELS) -> bool:
+    """Whether a block, or what holds it, is removed."""
+    gone = (name for name, spec in architecture.items() if spec.repeats == 0)
+    return any(name == block or holds(name, block, levels) for name in gone)
+
+
+def repeats_of(block: str, architecture: Architecture, levels: Levels = NO_LEVELS) -> int:
+    """How often a block runs; 0 where it, or what holds it, is removed."""
+    return 0 if is_removed(block, architecture, levels) else architecture.get(block, WHOLE).repeats
+
+
+def kept(blocks: Iterable[str], architecture: Architecture, levels: Levels = NO_LEVELS) -> tuple[str, ...]:
+    """The blocks that are not removed, in their order."""
+    return tuple(block for block in blocks if not is_removed(block, architecture, levels))
+
+
+def copies(block: str, architecture: Architecture) -> list[str]:
+    """The paths of a block's copies, in order of execution."""
+    return [f"{block}.copies.{k}" for k in range(repeats_of(block, architecture) - 1)]
+
+
+def instances(block: str, architecture: Architecture, holder: str | None) -> Iterator[str]:
+    """The path of a block and, where another holds it, those of its twins in the holder's copies."""
+    yield block
+    if holder:
+        yield from (f"{path}{block.removeprefix(holder)}" for path in copies(holder, architecture))
+
+
+def remove(architecture: Architecture, block: str) -> Architecture:
+    """The table without the block."""
+    return {**architecture, block: BlockSpec(0)}
+
+
+def repeat(architecture: Architecture, block: str) -> Architecture:
+    """The table with one more run of the block."""
+    spec = architecture.get(block, WHOLE)
+    return {**architecture, block: replace(spec, repeats=spec.repeats + 1)}
+
+
+def without_defaults(architecture: Architecture) -> Architecture:
+    """The table without entries of blocks that stay as they are."""
+    return {block: spec for block, spec in architecture.items() if spec != WHOLE}
+
+
+def canonical(
+    architecture: Architecture,
+    blocks: tuple[str, ...],
+    levels: Levels = NO_LEVELS,
+    copyable: Iterable[str] | None = None,
+) -> Architecture:
+    """The table in order of execution, without entries that say nothing: of whole blocks, and of what a removed one
+    holds. `levels` can go as a whole, from the inside out; `copyable` blocks (None: all) can have repeats above 1.
+
+    Raises ValueError for an architecture that no network of these blocks has.
+    """
+    names = (*blocks, *levels)
+    if unknown := sorted(set(architecture) - set(names)):
+        raise ValueError(f"the architecture names unknown blocks {unknown}; this network has {names}")
+    for name, spec in architecture.items():
+        check_repeats(name, spec.repeats, 1 if name in levels else MOST_REPEATS)
+        if spec.repeats > 1 and copyable is not None and name not in copyable:
+            reason = f"copies {name}, a ResNet whose channels change; these can be copied: {tuple(copyable)}"
+            raise ValueError(f"the architecture {reason}")
+    gone = [level for level in levels if is_removed(level, architecture)]
+    if gone != list(levels)[: len(gone)]:
+        raise ValueError(f"the architecture removes the levels {gone}; levels go from the inside out: {tuple(levels)}")
+    removed = [name for name, spec in architecture.items() if spec.repeats == 0]
+    stated = (n for n in names if n in architecture and not any(holds(other, n, levels) for other in removed))
+    return without_defaults({name: architecture[name] for name in stated})
