@@ -1,6 +1,6 @@
 """Latents and text states, made once by the frozen VAE and text encoder and read from disk ever after.
 
-A cache lives in FOLDER/<key>; the key hashes what made it: pairs, VAE, text encoder, tokenizer, storage. What lies in
+A cache lives in `FOLDER/<key>`; the key hashes what made it: pairs, VAE, text encoder, tokenizer, storage. What lies in
 it is told in `data/shards.py`. A killed caching goes on at the shard it was killed in.
 """
 
@@ -46,7 +46,7 @@ def cache_pairs(
 
     Shard k of pairs at random access is made by process k mod n of `accelerator`, part k of a stream by process
     k mod n, in batches that do not depend on n: the same bits for any number of processes. What lies intact under
-    `folder`/<key> is not made again; `verify=False` trusts sizes instead of checksums. `dtype` is how numbers are
+    `folder/<key>` is not made again; `verify=False` trusts sizes instead of checksums. `dtype` is how numbers are
     stored ("float16" halves the files and rounds to 11 bits); reading gives float32 either way. `device` defaults to
     the accelerator's, else the pipeline's; `workers` processes (threads for a stream) decode images.
     Raises ValueError for images of a size that VAE and UNet cannot take, for more broken images than the pairs allow,

@@ -97,7 +97,7 @@ def unknown_keys(schema: DictConfig, config: DictConfig, prefix: str = "") -> It
 
 
 def run_path(config: DictConfig) -> Path:
-    """root/name; under a multirun root/name/<the swept overrides>, or their beginning and hash where they are long.
+    """root/name; under a multirun `root/name/<the swept overrides>`, or their beginning and hash where they are long.
 
     ValueError for a name that leaves root, and for one that no folder can have.
     """

@@ -224,7 +224,7 @@ class EvaluationBench(Bench):
     # ---- one model ----
 
     def judge(self, name: str) -> list[dict]:
-        """All settings of one model: judged/<name>/….json."""
+        """All settings of one model: `judged/<name>/….json`."""
         settings = self.settings_of(name)
         files = {(g, n): f"judged/{name}/guidance-{g}-steps-{n}.json" for g, n in settings}
         if not all(self.run.made(file) for file in files.values()):

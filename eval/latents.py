@@ -27,7 +27,7 @@ def sampled_latents(
     """`count` or more items {"latents": [C, H, W]}; latent i is prompt i mod P, from its own noise.
 
     Shard k holds batch k, sampled by process k mod n: the same bits for any number of processes. What lies intact under
-    `folder`/<key> is not made again, and a larger count adds to it. Raises ValueError for latents that are not finite.
+    `folder/<key>` is not made again, and a larger count adds to it. Raises ValueError for latents that are not finite.
     """
     settings = {name: str(value) for name, value in sampler.protocol.items()}
     if settings["precision"] == "float32":

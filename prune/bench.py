@@ -142,7 +142,7 @@ class PruneBench(Bench):
         return draw_images(name, unet, self.sampler(config), self.prompts[1], config.batch_size, accelerator, keep)
 
     def judge(self, name: str, unet: PrunableUNet2DConditionModel) -> dict:
-        """Scores on prompts that nothing is ranked on, in judged/<name>.json; pictures in images/<name>."""
+        """Scores on prompts that nothing is ranked on, in `judged/<name>.json`; pictures in `images/<name>`."""
         config, prompts = self.config.eval, self.prompts[1]
 
         def make() -> dict:

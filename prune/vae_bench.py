@@ -263,7 +263,7 @@ class VaeBench(Bench):
         return self.decoded("wide", self.wide)
 
     def judge(self, name: str, vae: AutoencoderKL) -> dict:
-        """Its images beside the wide decoder's and beside real ones, and their CLIP scores: judged/<name>.json."""
+        """Its images beside the wide decoder's and beside real ones, and their CLIP scores: `judged/<name>.json`."""
         run, config, prompts, scorer = self.run, self.config.eval, self.prompts[1], self.scorer
         is_wide = vae is self.wide
 

@@ -34,7 +34,7 @@ def or_dash(form):
 
 
 def data_uri(path: Path) -> str:
-    """A PNG for an <img>, about as large as the page shows it."""
+    """A PNG for an `<img>`, about as large as the page shows it."""
     image = Image.open(path).convert("RGB")
     image = image.resize([side * max(1, PICTURE // max(image.size)) for side in image.size], Image.Resampling.NEAREST)
     image.thumbnail((PICTURE, PICTURE), Image.Resampling.LANCZOS)
