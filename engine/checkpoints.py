@@ -9,6 +9,7 @@ import torch
 
 from slimstep.engine.averages import DeviceEMA
 from slimstep.engine.files import digest, digests, unwritable, write_text
+from slimstep.engine.objective import STUDENT
 from slimstep.engine.sharding import is_deepspeed, is_sharded
 
 log = logging.getLogger("slimstep")
@@ -23,12 +24,21 @@ class Checkpoints:
     The averages of the weights, where there are any, lie beside them: rank 0 alone gathers and writes them. accelerate
     would ask every rank for a whole copy.
 
-    `made_by.json`, written last, holds the number of processes and the digest of every file: what a full disk or a
-    power cut left of a checkpoint is told from a whole one.
+    `made_by.json`, written last, holds the number of processes, the names of the trained networks in the order in which
+    accelerate numbers them, and the digest of every file: what a full disk or a power cut left of a checkpoint is told
+    from a whole one.
     """
 
-    def __init__(self, folder: Path, keep: int, accelerator, averages: DeviceEMA | None = None):
+    def __init__(
+        self,
+        folder: Path,
+        keep: int,
+        accelerator,
+        averages: DeviceEMA | None = None,
+        networks: tuple[str, ...] = (STUDENT,),
+    ):
         self.folder, self.keep, self.accelerator, self.averages = folder, keep, accelerator, averages
+        self.networks = networks
 
     def steps(self) -> list[int]:
         names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))
@@ -48,7 +58,7 @@ class Checkpoints:
             self.save_averages(aside / AVERAGES)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            made_by = {"processes": self.accelerator.num_processes, "files": digests(aside)}
+            made_by = {"processes": self.accelerator.num_processes, "networks": self.networks, "files": digests(aside)}
             write_text(aside / MADE_BY, json.dumps(made_by))
             aside.rename(self.path(step))
             for old in self.steps()[: -self.keep]:
@@ -64,11 +74,17 @@ class Checkpoints:
         if step == 0:
             return 0
         path = self.path(step)
-        processes = json.loads((path / MADE_BY).read_text())["processes"]
+        made_by = json.loads((path / MADE_BY).read_text())
+        processes, networks = made_by["processes"], made_by.get("networks", [STUDENT])  # earlier versions say none
         if processes != self.accelerator.num_processes:
             raise ValueError(
                 f"{path} was made by {processes} process(es) and this is {self.accelerator.num_processes}; "
                 f"start with {processes}, or remove the folder to begin the stage again"
+            )
+        if tuple(networks) != self.networks:
+            raise ValueError(
+                f"{path} holds the networks {networks} and the objective trains {list(self.networks)}; give this run "
+                f"another name=, or remove the folder to begin the stage again"
             )
         self.load_state(path)
         return step

@@ -25,6 +25,7 @@ class TrainConfig:
     """One call of the training loop.
 
     `batch_size` is per process and micro-step; `optimizer` is one of engine/optimizers.py, which says what each keeps;
+    `learning_rates` are those of networks that the objective trains beside the student, where they differ from its own;
     `ema_decay` 0 keeps no averages; `compile` is torch.compile; `channels_last` is the memory format of convolutions
     that GPUs, and some CPUs, are faster with.
     """
@@ -34,6 +35,7 @@ class TrainConfig:
     accumulation: int = 1
     optimizer: str = "adamw"
     learning_rate: float = 1e-4
+    learning_rates: dict[str, float] | None = None
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     weight_decay: float = 0.01
     warmup_steps: int = 50
@@ -57,9 +59,10 @@ class TrainConfig:
         at_least("train", self, 1, *names)
         if len(self.betas) != 2:
             raise ValueError(f"train: betas={self.betas} must be two numbers")
-        for name in ("learning_rate", "max_grad_norm"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise ValueError(f"train: {name}={getattr(self, name)} must be above 0")
+        rates = {f"learning_rates.{name}": rate for name, rate in (self.learning_rates or {}).items()}
+        for name, value in {"learning_rate": self.learning_rate, "max_grad_norm": self.max_grad_norm, **rates}.items():
+            if not 0 < value < math.inf:
+                raise ValueError(f"train: {name}={value} must be above 0")
         at_least("train", self, 0, "weight_decay", "warmup_steps", "workers", "ema_decay")
         if not all(0 <= share < 1 for share in (self.ema_decay, *self.betas)):
             raise ValueError(f"train: ema_decay={self.ema_decay} and betas={self.betas} must lie in [0, 1)")

@@ -1,7 +1,8 @@
-"""The one training loop. A job supplies an objective; the loop owns the optimiser, EMA, logging and checkpoints.
+"""The one training loop. A job supplies an objective; the loop owns the optimisers, EMA, logging and checkpoints.
 
-Nothing random is remembered. Micro-batch g of step s (g counts all processes and accumulation steps) takes the
-samples at a fixed place of a fixed order, and draws from a generator seeded by (seed, stage, s, g): a continued run
+A step is one update of the student, or those that the objective names, each of one network by its own optimiser.
+Nothing random is remembered. Micro-batch g of step s (g counts its updates, accumulation steps and all processes) takes
+the samples at a fixed place of a fixed order, and draws from a generator seeded by (seed, stage, s, g): a continued run
 repeats what an uninterrupted one does, and two processes do what one does with twice the accumulation.
 """
 
@@ -9,7 +10,8 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import torch
 from omegaconf import OmegaConf
@@ -21,23 +23,43 @@ from slimstep.engine.averages import DeviceEMA
 from slimstep.engine.checkpoints import Checkpoints
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.files import damaged, unwritable, write_tensors
-from slimstep.engine.objective import Batch, Metrics, PlainObjective
-from slimstep.engine.optimizers import make_optimizer, set_learning_rate
+from slimstep.engine.objective import (
+    STUDENT,
+    Batch,
+    Metrics,
+    Objective,
+    PlainObjective,
+    as_objective,
+    check_requirements,
+)
+from slimstep.engine.optimizers import set_learning_rate
 from slimstep.engine.preemption import NotedSignals, leave_signals_to_the_parent
 from slimstep.engine.progress import progress
 from slimstep.engine.run import Run
 from slimstep.engine.seeding import generator, seed_of
-from slimstep.engine.sharding import as_number, copy_to_shard, is_sharded, tell_deepspeed, whole_weights, with_room
+from slimstep.engine.sharding import as_number, copy_to_shard, is_sharded, whole_weights, with_room
+from slimstep.engine.trained import prepared
 
 WEIGHTS = "weights.safetensors"
 
 
 class StepBatches(Sampler[list[int]]):
-    """This rank's index lists from `first_step` on: a function of (seed, step, micro-step, rank) alone."""
+    """This rank's index lists from `first_step` on: a function of (seed, step, update, micro-step, rank) alone."""
 
-    def __init__(self, size: int, config: TrainConfig, seed: int, first_step: int, rank: int, world: int):
+    def __init__(
+        self,
+        size: int,
+        config: TrainConfig,
+        seed: int,
+        first_step: int,
+        rank: int,
+        world: int,
+        num_updates: Callable[[int], int] = lambda step: 1,
+    ):
         self.size, self.config, self.seed, self.first_step, self.rank, self.world = (
             size, config, seed, first_step, rank, world)  # fmt: skip
+        self.first_update = sum(map(num_updates, range(first_step)))
+        self.last_update = self.first_update + sum(map(num_updates, range(first_step, config.steps)))
         self.epoch, self.order = -1, torch.empty(0)
 
     def sample_at(self, position: int) -> int:
@@ -50,13 +72,13 @@ class StepBatches(Sampler[list[int]]):
 
     def __iter__(self) -> Iterator[list[int]]:
         config = self.config
-        for step in range(self.first_step, config.steps):
+        for update in range(self.first_update, self.last_update):
             for micro in range(config.accumulation):
-                batch = (step * config.accumulation + micro) * self.world + self.rank
+                batch = (update * config.accumulation + micro) * self.world + self.rank
                 yield [self.sample_at(batch * config.batch_size + k) for k in range(config.batch_size)]
 
     def __len__(self) -> int:
-        return (self.config.steps - self.first_step) * self.config.accumulation
+        return (self.last_update - self.first_update) * self.config.accumulation
 
 
 class RunningMeans:
@@ -65,21 +87,26 @@ class RunningMeans:
     def __init__(self):
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
-        self.finite: list[Tensor] = []  # per step: whether its loss and gradient were finite on this rank
+        self.finite: list[Tensor] = []  # per step: whether its losses and gradients were finite on this rank
+        self.checked: list[Tensor] = []  # of the step that has begun
 
-    def add(self, metrics: Metrics) -> None:
-        """Sums on the device: no host synchronisation per step."""
+    def add(self, update: str, metrics: Metrics) -> None:
+        """Sums on the device: no host synchronisation per step. What is not the student's has its network's name."""
         for name, value in metrics.items():
+            name = logged_name(update, name)
             self.sums[name] = self.sums.get(name, 0) + value.detach().float()
             self.counts[name] = self.counts.get(name, 0) + 1
 
-    def end_step(self, grad_norm: Tensor | None) -> None:
-        """Closes a step; `grad_norm` None where a gradient that overflows is no fault (float16's loss scaling)."""
-        checked = [self.sums["loss"]]
+    def end_update(self, update: str, grad_norm: Tensor | None) -> None:
+        """Closes an update; `grad_norm` None where a gradient that overflows is no fault (float16's loss scaling)."""
+        self.checked.append(self.sums[logged_name(update, "loss")])
         if grad_norm is not None:
-            self.add({"grad_norm": grad_norm})
-            checked.append(self.sums["grad_norm"])
-        self.finite.append(torch.stack(checked).isfinite().all())
+            self.add(update, {"grad_norm": grad_norm})
+            self.checked.append(self.sums[logged_name(update, "grad_norm")])
+
+    def end_step(self) -> None:
+        self.finite.append(torch.stack(self.checked).isfinite().all())
+        self.checked = []
 
     def take(self, accelerator) -> tuple[dict[str, float], int | None]:
         """The means since the last call over all processes, and a new start.
@@ -94,34 +121,41 @@ class RunningMeans:
         return dict(zip(names, values, strict=True)), bad[0] if bad else None
 
 
+def logged_name(update: str, metric: str) -> str:
+    return metric if update == STUDENT else f"{update}/{metric}"
+
+
 class Speedometer:
     """Samples per second since it was last asked."""
 
-    def __init__(self, samples_per_step: int, step: int):
-        self.samples_per_step, self.step, self.seconds = samples_per_step, step, time.perf_counter()
+    def __init__(self):
+        self.samples, self.seconds = 0, time.perf_counter()
 
-    def samples_per_second(self, step: int) -> float:
+    def samples_per_second(self) -> float:
         now = time.perf_counter()
-        speed = (step - self.step) * self.samples_per_step / (now - self.seconds)
-        self.step, self.seconds = step, now
+        speed = self.samples / (now - self.seconds)
+        self.samples, self.seconds = 0, now
         return speed
 
 
-def learning_rate_at(step: int, config: TrainConfig) -> float:
+def learning_rate_at(step: int, config: TrainConfig, network: str = STUDENT) -> float:
     """Linear warm-up, then constant or a cosine to zero at `config.steps`."""
+    learning_rate = (config.learning_rates or {}).get(network, config.learning_rate)
     warmup = min(1.0, (step + 1) / max(1, config.warmup_steps))
     decay = 0.5 + 0.5 * math.cos(math.pi * step / config.steps) if config.schedule == "cosine" else 1.0
-    return config.learning_rate * warmup * decay
+    return learning_rate * warmup * decay
 
 
 def train(
-    model: nn.Module, objective: PlainObjective, dataset: Dataset, config: TrainConfig, run: Run, stage: str
+    model: nn.Module, objective: Objective | PlainObjective, dataset: Dataset, config: TrainConfig, run: Run, stage: str
 ) -> nn.Module:
     """Trains `model` in place under `runs/<name>/<stage>/` and returns it in eval mode, with its EMA weights.
 
+    Networks that the objective trains beside it are trained in place, too, and only checkpoints keep them.
+
     Continues from the newest whole checkpoint; where the finished weights exist they are loaded and nothing is trained.
     Raises FloatingPointError when the loss is not finite, ValueError when the checkpoint was made by another number of
-    processes or the data set is empty.
+    processes or with other networks, the data set is empty, or the objective cannot be trained in this way.
     """
     config = OmegaConf.to_object(config) if OmegaConf.is_config(config) else config
     folder = run.path / stage
@@ -129,6 +163,7 @@ def train(
         return load_trained(model, run, stage)
     if len(dataset) == 0:
         raise ValueError(f"the data set of stage {stage!r} is empty; look at data=...")
+    check_requirements(objective, config, run.accelerator)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.channels_last:
@@ -137,7 +172,7 @@ def train(
     sharded = is_sharded(run.accelerator)
     student = copy_to_shard(model, run.accelerator) if sharded else model
     with NotedSignals() as signals:
-        weights = _run_steps(student.train(), objective, dataset, config, run, stage, signals)
+        weights = _run_steps(student, as_objective(objective), dataset, config, run, stage, signals)
         if run.accelerator.is_main_process:
             write_tensors(folder / WEIGHTS, weights)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)
@@ -172,50 +207,57 @@ def load_trained(model: nn.Module, run: Run, stage: str) -> nn.Module:
 
 
 def _run_steps(
-    model: nn.Module,
-    objective: PlainObjective,
+    student: nn.Module,
+    objective: Objective,
     dataset: Dataset,
     config: TrainConfig,
     run: Run,
     stage: str,
     signals: NotedSignals,
 ) -> dict[str, Tensor]:
-    """Trains `model` in place; its finished weights, whole, on rank 0 at least."""
+    """Trains `student` in place; its finished weights, whole, on rank 0 at least."""
     accelerator = run.accelerator
-    optimizer = make_optimizer([p for p in model.parameters() if p.requires_grad], config)
-    wrapped = torch.compile(model, dynamic=False) if config.compile else model
-    tell_deepspeed(accelerator, config)
-    wrapped, optimizer = accelerator.prepare(wrapped, optimizer)
-    parameters = [p for p in wrapped.parameters() if p.requires_grad]  # sharding makes new ones
-    ema = DeviceEMA(parameters, decay=config.ema_decay) if config.ema_decay else None
+    modules = {name: network.train() for name, network in {STUDENT: student, **objective.networks}.items()}
+    networks = prepared(modules, config, accelerator)
+    averaged = networks[STUDENT].parameters
+    ema = DeviceEMA(averaged, decay=config.ema_decay) if config.ema_decay else None
     means = RunningMeans()
-    checkpoints = Checkpoints(run.path / stage / "checkpoints", config.keep_checkpoints, accelerator, ema)
+    folder = run.path / stage / "checkpoints"
+    checkpoints = Checkpoints(folder, config.keep_checkpoints, accelerator, ema, tuple(networks))
     first_step = checkpoints.load_newest(run.agreed)
     run.rewind(stage, first_step)
     seed = seed_of(run.seed, stage)
-    batches = _batches(dataset, config, seed, first_step, accelerator)
-    speedometer = Speedometer(config.batch_size * config.accumulation * accelerator.num_processes, first_step)
+    batches = _batches(dataset, objective, config, seed, first_step, accelerator)
+    speedometer = Speedometer()
     quiet = not accelerator.is_main_process
     bar = progress(total=config.steps, initial=first_step, desc=stage, unit="step", disable=quiet)
     logged = first_step
     for step in range(first_step, config.steps):
-        set_learning_rate(optimizer, learning_rate_at(step, config))
-        for micro in range(config.accumulation):
-            place = micro * accelerator.num_processes + accelerator.process_index
-            torch.manual_seed(seed_of(seed, step, place, "global"))  # dropout inside networks draws from here
-            draw = generator(seed, step, place, device=accelerator.device)
-            syncing = micro == config.accumulation - 1
-            with contextlib.nullcontext() if syncing else accelerator.no_sync(wrapped):
-                with accelerator.autocast():
-                    loss, metrics = objective(wrapped, {**next(batches), "progress": step / config.steps}, draw)
-                accelerator.backward(loss / config.accumulation)
-            means.add({"loss": loss, **metrics})
-        grad_norm = accelerator.clip_grad_norm_(wrapped.parameters(), config.max_grad_norm)
-        means.end_step(None if accelerator.scaler else as_number(grad_norm, accelerator))
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        if ema:
-            ema.step(parameters)
+        for nth, update in enumerate(objective.updates(step)):
+            trained = networks[update]
+            for name, network in networks.items():
+                network.wants_gradients(name == update)
+            called = {name: n.learning if name == update else n.beside for name, n in networks.items()}
+            set_learning_rate(trained.optimizer, learning_rate_at(step, config, update))
+            for micro in range(config.accumulation):
+                place = (nth * config.accumulation + micro) * accelerator.num_processes + accelerator.process_index
+                torch.manual_seed(seed_of(seed, step, place, "global"))  # dropout inside networks draws from here
+                draw = generator(seed, step, place, device=accelerator.device)
+                batch = {**next(batches), "progress": step / config.steps}
+                syncing = micro == config.accumulation - 1
+                with contextlib.nullcontext() if syncing else accelerator.no_sync(trained.learning):
+                    with accelerator.autocast():
+                        loss, metrics = objective.loss(called, batch, draw, update)
+                    accelerator.backward(loss / config.accumulation)
+                means.add(update, {"loss": loss, **metrics})
+                speedometer.samples += config.batch_size * accelerator.num_processes
+            grad_norm = accelerator.clip_grad_norm_(trained.learning.parameters(), config.max_grad_norm)
+            means.end_update(update, None if accelerator.scaler else as_number(grad_norm, accelerator))
+            trained.optimizer.step()
+            trained.optimizer.zero_grad(set_to_none=True)
+            if ema and update == STUDENT:
+                ema.step(averaged)
+        means.end_step()
         bar.update()
         done = step + 1
         saving = done % config.checkpoint_every == 0 and done < config.steps
@@ -223,33 +265,37 @@ def _run_steps(
             came = signals.on_any_rank(accelerator) if done < config.steps else []
             values, bad = means.take(accelerator)
             if bad is not None:
-                _stop_at(logged + bad, dataset, config, run, stage)
+                _stop_at(logged + bad, dataset, objective, config, run, stage)
             logged = done
-            speed = speedometer.samples_per_second(done)
-            rates = {"samples_per_second": speed}
-            run.log(stage, done, {**values, "lr": learning_rate_at(step, config)}, rates, tracked=not came)
-            bar.set_postfix(loss=f"{values['loss']:.4f}", refresh=False)
+            rates = {"samples_per_second": speedometer.samples_per_second()}
+            lr = {logged_name(name, "lr"): learning_rate_at(step, config, name) for name in networks}
+            run.log(stage, done, {**values, **lr}, rates, tracked=not came)
+            losses = {name: f"{value:.4f}" for name, value in values.items() if name.endswith("loss")}
+            bar.set_postfix(losses, refresh=False)
             if saving or came:
                 checkpoints.save(done)
             if came:
                 signals.take_course(came)
     bar.close()
     if ema:
-        ema.copy_to(parameters)
-    # Without accelerate's autocast around it: a network just trained and one read from its file compute alike.
-    # Accelerate wraps the compiled one, which is let go: unwrapping DDP would leave it, and its names of weights.
-    bare = model if config.compile else accelerator.unwrap_model(wrapped, keep_fp32_wrapper=False)
-    vars(model).pop("_original_forward", None)
-    weights = whole_weights(bare, accelerator)
+        ema.copy_to(averaged)
+    for network in networks.values():
+        network.wants_gradients(True)
+    bare = {name: network.bare(accelerator) for name, network in networks.items()}
+    weights = whole_weights(bare[STUDENT], accelerator)
     accelerator.free_memory()
     return weights
 
 
-def _batches(dataset: Dataset, config: TrainConfig, seed: int, first_step: int, accelerator) -> Iterator[Batch]:
+def _batches(
+    dataset: Dataset, objective: Objective, config: TrainConfig, seed: int, first_step: int, accelerator
+) -> Iterator[Batch]:
     rank, world = accelerator.process_index, accelerator.num_processes
     loader = DataLoader(
         dataset,
-        batch_sampler=StepBatches(len(dataset), config, seed, first_step, rank, world),
+        batch_sampler=StepBatches(
+            len(dataset), config, seed, first_step, rank, world, lambda step: len(objective.updates(step))
+        ),
         collate_fn=getattr(dataset, "collate", None),
         num_workers=config.workers,
         worker_init_fn=leave_signals_to_the_parent,
@@ -260,12 +306,13 @@ def _batches(dataset: Dataset, config: TrainConfig, seed: int, first_step: int, 
         yield {k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-def _stop_at(step: int, dataset: Dataset, config: TrainConfig, run: Run, stage: str) -> None:
+def _stop_at(step: int, dataset: Dataset, objective: Objective, config: TrainConfig, run: Run, stage: str) -> None:
     """Keeps this rank's samples of a step whose loss or gradient is not finite, and raises FloatingPointError."""
     accelerator, folder = run.accelerator, run.path / stage
     rank = accelerator.process_index
-    batches = iter(StepBatches(len(dataset), config, seed_of(run.seed, stage), step, rank, accelerator.num_processes))
-    samples = [next(batches) for _ in range(config.accumulation)]
+    only = replace(config, steps=step + 1)
+    place = seed_of(run.seed, stage), step, rank, accelerator.num_processes
+    samples = list(StepBatches(len(dataset), only, *place, lambda step: len(objective.updates(step))))
     collate = getattr(dataset, "collate", default_collate)
     getting = getattr(dataset, "__getitems__", lambda indices: [dataset[index] for index in indices])
     kept = folder / f"not-finite-step-{step + 1:08d}-rank-{rank}.pt"

@@ -108,6 +108,10 @@ def check_requirements(objective: Objective | PlainObjective, config: TrainConfi
     """ValueError where the objective cannot be trained as `config` and accelerate's launcher ask."""
     name, objective = type(objective).__name__, as_objective(objective)
     check_optimizer(config)
-    check_sharding(config, accelerator)
+    check_sharding(config, accelerator, objective.networks)
     if config.compile and objective.requires.feature_hooks:
         raise ValueError(f"{name} reads features with hooks: its train.compile must be false")
+    assert STUDENT not in objective.networks, f"{name} trains a network of its own under the name {STUDENT!r}"
+    if unknown := sorted(set(config.learning_rates or {}) - set(objective.networks)):
+        trains = ", ".join(objective.networks) or "nothing"
+        raise ValueError(f"train.learning_rates names {unknown}; {name} trains {trains} beside the student")

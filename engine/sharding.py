@@ -6,6 +6,7 @@ DeepSpeed's ZeRO-2 cuts gradients and moments, and clips and steps inside `accel
 """
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from accelerate import Accelerator
@@ -30,9 +31,11 @@ def is_deepspeed(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.DEEPSPEED
 
 
-def check_sharding(config: TrainConfig, accelerator: Accelerator) -> None:
-    """ValueError for trainings that cannot be done in shards."""
+def check_sharding(config: TrainConfig, accelerator: Accelerator, networks: Iterable[str] = ()) -> None:
+    """ValueError for trainings that cannot be done in shards; `networks` are trained beside the student."""
     if is_sharded(accelerator) or is_deepspeed(accelerator):
+        if names := ", ".join(networks):
+            raise ValueError(f"training {names} beside the student does not go with FSDP or DeepSpeed; use DDP")
         if config.optimizer == "adafactor":
             raise ValueError("train.optimizer=adafactor sums over whole rows, and shards have none; choose adamw8bit")
         if config.compile:

@@ -21,12 +21,13 @@ from slimstep.distill.decoder import DecoderDistillation
 from slimstep.distill.recovery import Recovery
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.loop import train
-from slimstep.engine.objective import PlainObjective
+from slimstep.engine.objective import STUDENT, Objective, PlainObjective, as_objective
 from slimstep.engine.run import Run
 from slimstep.models.decoding import ImageDecoder
 from slimstep.models.schedule import NoiseSchedule
 from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.prune.robust import RobustTraining
+from tests.engine import two_networks
 from tests.tiny import WIDTH, tiny_pipeline, tiny_sdxl_pipeline
 
 SHORT = {"steps": 6, "batch_size": 2, "warmup_steps": 0, "log_every": 1, "checkpoint_every": 2}
@@ -43,17 +44,22 @@ def main(root: str, name: str, way: str, *overrides: str) -> None:
     config = TrainConfig(**{**SHORT, **given})
     network, objective, samples = subject(name)
 
-    def mortal(model, batch, generator):
+    objective = as_objective(objective)
+    loss = objective.loss
+
+    def mortal(networks, batch, generator, update):
         if kill_at and batch["progress"] * config.steps >= kill_at:
             raise KeyboardInterrupt
-        return objective(model, batch, generator)
+        return loss(networks, batch, generator, update)
+
+    objective.loss = mortal
 
     torch.compile = partial(torch.compile, backend="eager")  # inductor takes minutes
-    trained = train(network, mortal, samples, config, Run(root, accelerator), "stage")
+    trained = train(network, objective, samples, config, Run(root, accelerator), "stage")
     assert trained is network and {type(p) for p in trained.parameters()} == {nn.Parameter}
     batch = default_collate([samples[i] for i in range(2)])
     with torch.no_grad(), accelerator.autocast():  # it can be called as before
-        objective(trained, {**batch, "progress": 1.0}, torch.Generator())
+        loss({STUDENT: trained, **objective.networks}, {**batch, "progress": 1.0}, torch.Generator(), STUDENT)
     accelerator.end_training()
 
 
@@ -69,8 +75,12 @@ def shard(accelerator: Accelerator, precision: str) -> None:
     accelerator.state.fsdp_plugin = plugin
 
 
-def subject(name: str) -> tuple[nn.Module, PlainObjective, StackDataset]:
-    """A network and what it learns: sdxl robustly, sd15 by recovery, or a decoder, whose first layer is frozen."""
+def subject(name: str) -> tuple[nn.Module, Objective | PlainObjective, StackDataset]:
+    """A network and what it learns: sdxl robustly, sd15 by recovery, a decoder, whose first layer is frozen, or two
+    networks."""
+    if name == "two":
+        points = torch.randn((16, 3), generator=torch.Generator().manual_seed(0))
+        return two_networks.network(seed=0), two_networks.FakeScore(), StackDataset(x=points)
     pipeline, rows, width = (tiny_sdxl_pipeline(), 17, 2 * WIDTH) if name == "sdxl" else (tiny_pipeline(), 16, WIDTH)
     draw = torch.Generator().manual_seed(0)
     latents, text = (torch.randn(shape, generator=draw) for shape in ((16, 4, 8, 8), (16, rows, width)))

@@ -45,15 +45,23 @@ def test_shards_train_to_the_weights_of_one_process(tmp_path, network, more):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", ["fsdp", "ddp"])
-def test_a_killed_training_of_two_ranks_ends_with_the_bits_of_a_quiet_one(tmp_path, way):
-    """Weights, moments and averages come back, from their shards or rank after rank."""
-    assert run(tmp_path / "quiet", "decoder", way).returncode == 0
-    assert run(tmp_path / "killed", "decoder", way, "kill_at=5").returncode != 0
+def test_two_networks_train_in_two_processes_to_the_weights_of_one(tmp_path):
+    one = run(tmp_path / "one", "two", "plain", "steps=6", "accumulation=2")
+    two = run(tmp_path / "two", "two", "ddp", "steps=6")
+    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
+    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("network", "way"), [("decoder", "fsdp"), ("decoder", "ddp"), ("two", "ddp")])
+def test_a_killed_training_of_two_ranks_ends_with_the_bits_of_a_quiet_one(tmp_path, network, way):
+    """Weights, optimizer states and EMA come back, from their shards or rank after rank."""
+    assert run(tmp_path / "quiet", network, way).returncode == 0
+    assert run(tmp_path / "killed", network, way, "kill_at=5").returncode != 0
     (last, *_) = sorted((tmp_path / "killed/stage/checkpoints").iterdir(), reverse=True)
     assert last.name == "step-00000004" and (last / "averages.pt").is_file()
     assert (last / "pytorch_model_fsdp_0").is_dir() == (way == "fsdp")
-    continued = run(tmp_path / "killed", "decoder", way)
+    continued = run(tmp_path / "killed", network, way)
     assert continued.returncode == 0, continued.stderr
     ours, theirs = weights(tmp_path / "quiet"), weights(tmp_path / "killed")
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
