@@ -1,9 +1,9 @@
-"""Sampling inside the framework: what the stock pipeline would draw, for any UNet, with per-sample gates.
+"""Sampling inside the framework: what the stock pipeline would draw, for any UNet, with block masks.
 
 Timesteps, scheduler, guidance rule and rounding to 8 bits are those of `StableDiffusionPipeline.__call__`; what differs
 is the noise, which belongs to the prompt: image i is a function of (seed, i), whatever batch or process draws it.
 
-Axes: B batch, L text tokens, E text width, C channels, H and W height and width, N gates (kept sites), S steps.
+Axes: B batch, L text tokens, E text width, C channels, H and W height and width, N blocks (kept sites), S steps.
 """
 
 import copy
@@ -179,19 +179,21 @@ class Sampler:
         unet: nn.Module,
         texts: Texts,
         noise_BCHW: Tensor,
-        gates: Tensor | None = None,
+        block_mask_BN: Tensor | None = None,
         generators: Sequence[torch.Generator] | None = None,
     ) -> Tensor:
         """Denoised latents [B, C, H, W] from unit noise, on the UNet's device and in its dtype.
 
-        `gates` (bool [B, N], True is open) reaches the UNet as `gates`, repeated for both halves of a guidance batch.
+        `block_mask_BN` (bool, False where a row skips a block) is repeated for both halves of a guidance batch.
         `generators`, one per row, feed stochastic schedulers; by default they are seeded by the row.
         """
         parameter = next(unet.parameters())
         place = {"device": parameter.device, "dtype": parameter.dtype}
         guided, width = self.guides(unet), told_guidance_width(unet)
         text_BLE = (texts.with_unconditional() if guided else texts.states_BLE).to(**place)
-        options = {} if gates is None else {"gates": both_halves(gates, guided).to(parameter.device)}
+        options = {}
+        if block_mask_BN is not None:
+            options["block_mask"] = both_halves(block_mask_BN, guided).to(parameter.device)
         if width:
             options["timestep_cond"] = self.told_scale(width, **place).expand(len(noise_BCHW), -1)
         if generators is None:
@@ -233,22 +235,23 @@ class Sampler:
             return torch.cat([vae.decode(z_bCHW, return_dict=False)[0] for z_bCHW in slices])
 
     def images(
-        self, unet: nn.Module, prompts: Sequence[str], indices: Sequence[int], gates: Tensor | None = None
+        self, unet: nn.Module, prompts: Sequence[str], indices: Sequence[int], block_mask_BN: Tensor | None = None
     ) -> Tensor:
         """uint8 images [B, 3, H, W]: row b is prompt `indices[b]` of the whole set `prompts`, from that prompt's noise.
 
-        An index may come several times, with different gates: every ablation of a prompt starts from the same noise.
+        An index may come several times, with different masks: every ablation of a prompt starts from the same noise.
         """
         texts = self.encode(prompts).rows(indices)
 
-        def draw(network: nn.Module, rows: list[int], gates: Tensor | None) -> Tensor:
+        def draw(network: nn.Module, rows: list[int], block_mask_BN: Tensor | None) -> Tensor:
             chosen = [indices[row] for row in rows]
             noise_BCHW = torch.stack([self.noise(i) for i in chosen])
-            return self.decode(self.latents(network, texts.rows(rows), noise_BCHW, gates, self.generators(chosen)))
+            given = texts.rows(rows), noise_BCHW, block_mask_BN, self.generators(chosen)
+            return self.decode(self.latents(network, *given))
 
         if can_be_parted(unet):
-            return draw_in_parts(draw, unet, len(indices), gates, math.prod(self.latent_shape[1:]))
-        return draw(unet, list(range(len(indices))), gates)
+            return draw_in_parts(draw, unet, len(indices), block_mask_BN, math.prod(self.latent_shape[1:]))
+        return draw(unet, list(range(len(indices))), block_mask_BN)
 
 
 def eight_bits(pixels_BCHW: Tensor) -> Tensor:

@@ -1,11 +1,11 @@
-"""The prunable UNet: diffusers' UNet2DConditionModel whose blocks can be removed, copied, and gated for each sample.
+"""The prunable UNet: diffusers' UNet2DConditionModel whose blocks can be removed, copied, and masked for each sample.
 
 An architecture is a table {site: BlockSpec} (models/architecture.py). A site is the module path of a ResNet block, of a
 cross-attention (Transformer2DModel) or, where a cross-attention holds several, of one of its layers. Everything else,
 names included, is the stock UNet. One file travels with exports: this one with architecture.py in the place of its
 import, so that it holds all that the class needs and imports nothing but torch and diffusers.
 
-Axes: B batch, C channels, H and W latent height and width, S kept sites, L text tokens, R rows of added conditions, E
+Axes: B batch, C channels, H and W latent height and width, N kept sites, L text tokens, R rows of added conditions, E
 text width, P pooled width. Some features are [B, C, H, W], some tokens.
 """
 
@@ -55,7 +55,7 @@ FILE = f"slimstep_unet_{hashlib.sha256(travelling_text().encode()).hexdigest()[:
 
 
 class PrunableUNet2DConditionModel(UNet2DConditionModel):
-    """A UNet2DConditionModel with an architecture table and gates.
+    """A UNet2DConditionModel with an architecture table and block masks.
 
     depths: the architecture, as config.json holds it: {site: repeats}. It may also name an innermost level as a whole
         (`down_blocks.3: 0`): both its blocks, the mid block, and the resampling into it and out of it go.
@@ -99,9 +99,9 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
         written = {"depths": as_json(self.architecture), "bypass": bypass if isinstance(bypass, str) else dict(bypass)}
         self.register_to_config(**written)
 
-        self._running = RunningGates()
+        self._running = RunningMask()
         self._remove_and_copy(modules)
-        self._watch_gates()
+        self._watch_mask()
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:
@@ -180,8 +180,8 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
                 copies = [copy.deepcopy(modules[site]) for _ in range(repeats - 1)]
                 modules[site].copies = nn.ModuleList(map(silence, copies))
 
-    def _watch_gates(self) -> None:
-        """Give each kept site's module the class that looks at its gate; paths and parameters stay what they are."""
+    def _watch_mask(self) -> None:
+        """Give each kept site's module the class that looks at the mask; paths and parameters stay what they are."""
         for column, site in enumerate(self.kept_sites):
             for module in map(self.get_submodule, self.instances(site)):
                 module.__class__ = SITE_CLASSES[type(module)]
@@ -192,29 +192,29 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
     # ---- running ----
 
     def forward(
-        self, sample: Tensor, timestep, encoder_hidden_states: Tensor, *args, gates: Tensor | None = None, **kwargs
+        self, sample: Tensor, timestep, encoder_hidden_states: Tensor, *args, block_mask: Tensor | None = None, **kwargs
     ):
-        """UNet2DConditionModel's forward. gates: Bool[B, S]; where False, that sample goes around that kept site.
+        """UNet2DConditionModel's forward. block_mask: Bool[B, N]; where False, that sample skips that kept site.
 
         Where SDXL's added conditions are not given, they are the last rows of the text states.
         """
         if kwargs.get("added_cond_kwargs") is None and pooled_width(self):
             encoder_hidden_states, kwargs["added_cond_kwargs"] = apart(self, encoder_hidden_states)
         args = (timestep, encoder_hidden_states, *args)
-        if gates is None:
+        if block_mask is None:
             return super().forward(sample, *args, **kwargs)
-        assert gates.shape == (len(sample), len(self.kept_sites)), (
-            f"gates {tuple(gates.shape)} for a batch of {len(sample)} and {len(self.kept_sites)} kept sites"
+        assert block_mask.shape == (len(sample), len(self.kept_sites)), (
+            f"a block mask {tuple(block_mask.shape)} for a batch of {len(sample)} and {len(self.kept_sites)} kept sites"
         )
-        self._running.gates = gates
+        self._running.mask_BN = block_mask
         try:
             return super().forward(sample, *args, **kwargs)
         finally:
-            self._running.gates = None
+            self._running.mask_BN = None
 
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
-        """As in diffusers; a block that is run again in the backward pass sees the gates it saw in the forward."""
-        super().enable_gradient_checkpointing(CheckpointWithGates(self._running, gradient_checkpointing_func))
+        """As in diffusers; a block that is run again in the backward pass sees the mask it saw in the forward."""
+        super().enable_gradient_checkpointing(CheckpointWithMask(self._running, gradient_checkpointing_func))
 
 
 def pooled_width(unet: UNet2DConditionModel) -> int:
@@ -235,16 +235,16 @@ def apart(unet: UNet2DConditionModel, text: Tensor) -> tuple[Tensor, dict[str, T
 # ---- the parts of a running UNet ----
 
 
-class RunningGates:
-    """The gates of the forward that is running; every site of one UNet reads the same object."""
+class RunningMask:
+    """The block mask of the forward that is running; every site of one UNet reads the same object."""
 
-    gates: Tensor | None = None
+    mask_BN: Tensor | None = None
 
 
 class Site:
-    """Mixed into the class of a kept site: runs its copies too, and takes samples whose gate is closed around them."""
+    """Mixed into the class of a kept site: runs its copies too, and lets samples skip them where the mask is closed."""
 
-    running: RunningGates
+    running: RunningMask
     column: int
     rule: str
     copies: nn.ModuleList | tuple
@@ -253,10 +253,10 @@ class Site:
         output = super().forward(x, *args, **kwargs)
         for block in self.copies:
             output = block(output[0] if isinstance(output, tuple) else output, *args, **kwargs)
-        if self.running.gates is None:
+        if self.running.mask_BN is None:
             return output
         y = output[0] if isinstance(output, tuple) else output
-        open_B = self.running.gates[:, self.column]
+        open_B = self.running.mask_BN[:, self.column]
         # where, not a product: 0 * inf in a closed branch would still be nan.
         y = torch.where(open_B.view(-1, *[1] * (y.ndim - 1)), y, way_around(self, self.rule, x))
         return (y,) if isinstance(output, tuple) else y
@@ -299,24 +299,24 @@ def way_around(site: nn.Module, rule: str, x: Tensor) -> Tensor:
     return x[:, : site.out_channels] if rule == "drop_skip" else x
 
 
-class CheckpointWithGates:
-    """A gradient checkpointing function that takes the gates along to the recomputation."""
+class CheckpointWithMask:
+    """A gradient checkpointing function that takes the block mask along to the recomputation."""
 
-    def __init__(self, running: RunningGates, inner: Callable | None):
+    def __init__(self, running: RunningMask, inner: Callable | None):
         self.running, self.inner = running, inner or recompute
 
     def __call__(self, module: nn.Module, *args):
-        gates = self.running.gates
+        mask_BN = self.running.mask_BN
 
         def run(*args):
-            before = self.running.gates
-            if before is gates:  # so it is in the forward pass, and under torch.compile, which allows no mutation here
+            before = self.running.mask_BN
+            if before is mask_BN:  # in the forward pass, and under torch.compile, which allows no mutation here
                 return module(*args)
-            self.running.gates = gates
+            self.running.mask_BN = mask_BN
             try:
                 return module(*args)
             finally:
-                self.running.gates = before
+                self.running.mask_BN = before
 
         return self.inner(run, *args)
 

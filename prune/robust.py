@@ -63,7 +63,7 @@ class RobustTraining:
         kinds = [bare.kinds[site] for site in bare.kept_sites]
         probs_N = self.skip_probs(kinds, batch["progress"], noisy.t_B.device)
         uniform_BN = torch.rand((len(noisy.t_B), len(kinds)), generator=generator, device=noisy.t_B.device)
-        pred_BCHW = unet(*noisy.inputs, gates=uniform_BN >= probs_N, return_dict=False)[0].float()
+        pred_BCHW = unet(*noisy.inputs, block_mask=uniform_BN >= probs_N, return_dict=False)[0].float()
         loss = nn.functional.mse_loss(pred_BCHW, noisy.target_BCHW)
         metrics = {"denoising": loss}
         if self.teacher_weight:

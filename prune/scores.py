@@ -1,6 +1,6 @@
 """Block scores: the CLIP score lost when one block is skipped, paired by prompt and noise (SnapFusion, section 3.1).
 
-Different ablations share a batch through per-sample gates; the base is sampled once. An item's number says which prompt
+Different ablations share a batch through block masks; the base is sampled once. An item's number says which prompt
 and which block it is, and batches are cut by item number, so any number of processes gives the same scores.
 
 Beside the scorer stands a second judge: how far the images are from the base's, in units of how far images of two
@@ -95,9 +95,9 @@ def score_blocks(
     def ablate(items: list[int]) -> Tensor:
         """Shape [items, 2]: CLIP score without the block, and PSNR to the base image."""
         blocks, indices = zip(*(divmod(item, len(texts)) for item in items), strict=True)
-        gates_BN = torch.ones(len(items), len(sites), dtype=torch.bool)
-        gates_BN[torch.arange(len(items)), list(blocks)] = False
-        images = sampler.images(unet, texts, indices, gates=gates_BN.to(unet.device)).cpu()
+        mask_BN = torch.ones(len(items), len(sites), dtype=torch.bool)
+        mask_BN[torch.arange(len(items)), list(blocks)] = False
+        images = sampler.images(unet, texts, indices, block_mask_BN=mask_BN.to(unet.device)).cpu()
         rows = list(indices)
         return torch.stack([scorer.score(images, features[rows]), psnr(images, base[rows])], dim=1)
 

@@ -46,7 +46,7 @@ class Knowing(nn.Module):
         self.gain, self.mid_block = nn.Parameter(torch.tensor(gain)), nn.Identity()
         self.config = SimpleNamespace(time_cond_proj_dim=width, in_channels=4, sample_size=8)
 
-    def forward(self, z_BCHW, t, text_BLE=None, encoder_hidden_states=None, timestep_cond=None, gates=None, **_):
+    def forward(self, z_BCHW, t, text_BLE=None, encoder_hidden_states=None, timestep_cond=None, block_mask=None, **_):
         text_BLE = encoder_hidden_states if text_BLE is None else text_BLE
         t_B, self.z = t.long().expand(len(z_BCHW)), self.mid_block(z_BCHW)
         own = text_BLE.mean((1, 2))[:, None, None, None] + (1e-3 * t_B[:, None, None, None] + 0.5 * z_BCHW).tanh()

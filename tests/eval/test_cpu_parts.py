@@ -68,7 +68,7 @@ def test_a_network_without_closed_blocks_is_the_masked_one(sampler, architecture
         without = twin(unet)
         remove(without, [site])
         with torch.no_grad():
-            assert torch.equal(without(**inputs).sample, unet(**inputs, gates=mask).sample), site
+            assert torch.equal(without(**inputs).sample, unet(**inputs, block_mask=mask).sample), site
 
 
 def test_a_twin_shares_every_weight(sampler):

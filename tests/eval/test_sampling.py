@@ -95,18 +95,18 @@ class SpyUNet(nn.Module):
         self.weight = nn.Parameter(torch.zeros(1))
         self.calls, self.config = [], SimpleNamespace(time_cond_proj_dim=None)
 
-    def forward(self, sample, timestep, encoder_hidden_states, gates=None, return_dict=True):
-        self.calls.append({"sample": sample, "t": timestep, "text": encoder_hidden_states, "gates": gates})
+    def forward(self, sample, timestep, encoder_hidden_states, block_mask=None, return_dict=True):
+        self.calls.append({"sample": sample, "t": timestep, "text": encoder_hidden_states, "mask": block_mask})
         return (sample,)
 
 
 def test_gates_reach_both_halves_of_a_guidance_batch():
     unet = SpyUNet()
     sampler = Sampler(tiny_pipeline(), steps=2, guidance_scale=3.0)
-    gates = torch.tensor([[True, False, True], [False, True, True]])
-    sampler.images(unet, PROMPTS, [0, 0], gates=gates)
+    mask = torch.tensor([[True, False, True], [False, True, True]])
+    sampler.images(unet, PROMPTS, [0, 0], block_mask_BN=mask)
     for call in unet.calls:
-        assert torch.equal(call["gates"], torch.cat([gates, gates]))
+        assert torch.equal(call["mask"], torch.cat([mask, mask]))
         assert isinstance(call["t"], torch.Tensor)
         assert torch.equal(call["text"][0], call["text"][1]) and not torch.equal(call["text"][1], call["text"][2])
     assert len(unet.calls) == 2
@@ -116,7 +116,7 @@ def test_without_guidance_there_is_no_unconditional_half():
     unet = SpyUNet()
     Sampler(tiny_pipeline(), steps=1, guidance_scale=1.0).images(unet, PROMPTS, [0, 1])
     assert [len(call["sample"]) for call in unet.calls] == [2]
-    assert unet.calls[0]["gates"] is None
+    assert unet.calls[0]["mask"] is None
 
 
 def test_texts_are_encoded_once_per_prompt_set(monkeypatch):
@@ -155,13 +155,13 @@ def test_a_closed_gate_samples_as_the_pruned_unet_does():
     pipeline = tiny_pipeline()
     unet = PrunableUNet2DConditionModel.from_unet(pipeline.unet).eval()
     sampler = Sampler(pipeline, steps=3, guidance_scale=3.0)
-    gates = torch.ones(2, len(unet.kept_sites), dtype=torch.bool)
-    gates[0, 1] = False
-    gated = sampler.images(unet, PROMPTS, [1, 1], gates=gates)
+    mask = torch.ones(2, len(unet.kept_sites), dtype=torch.bool)
+    mask[0, 1] = False
+    masked = sampler.images(unet, PROMPTS, [1, 1], block_mask_BN=mask)
     pruned = sampler.images(unet.with_architecture({unet.kept_sites[1]: 0}), PROMPTS, [1, 1])
-    assert torch.equal(gated[0], pruned[0])
-    assert torch.equal(gated[1], sampler.images(unet, PROMPTS, [1, 1])[1])
-    assert not torch.equal(gated[0], gated[1])
+    assert torch.equal(masked[0], pruned[0])
+    assert torch.equal(masked[1], sampler.images(unet, PROMPTS, [1, 1])[1])
+    assert not torch.equal(masked[0], masked[1])
 
 
 @pytest.mark.slow
@@ -169,13 +169,13 @@ def test_all_steps_and_batches_share_one_compiled_graph():
     pipeline = tiny_pipeline()
     unet = PrunableUNet2DConditionModel.from_unet(pipeline.unet).eval()
     sampler = Sampler(pipeline, steps=3, guidance_scale=3.0)
-    gates = torch.ones(2, len(unet.kept_sites), dtype=torch.bool)
+    mask = torch.ones(2, len(unet.kept_sites), dtype=torch.bool)
     graphs = CompileCounter()
     compiled = torch.compile(unet, fullgraph=True, backend=graphs)
     for closed in range(2):
-        gates[:, closed] = False
-        images = sampler.images(compiled, PROMPTS, [0, closed], gates=gates)
-        assert torch.equal(images, sampler.images(unet, PROMPTS, [0, closed], gates=gates))
+        mask[:, closed] = False
+        images = sampler.images(compiled, PROMPTS, [0, closed], block_mask_BN=mask)
+        assert torch.equal(images, sampler.images(unet, PROMPTS, [0, closed], block_mask_BN=mask))
     assert graphs.frame_count == 1
 
 

@@ -44,9 +44,9 @@ def test_what_was_pruned_is_listed_and_the_rest_is_applied(pipeline, lora_folder
     assert not torch.equal(adapted, before)
     whole = prunable(pipeline, {})
     fuse_lora(whole, lora_folder)
-    gates = torch.tensor([[s != site for s in whole.unet.kept_sites]] * 2)
+    mask = torch.tensor([[s != site for s in whole.unet.kept_sites]] * 2)
     plain = whole.unet.forward
-    whole.unet.forward = lambda *args, **kwargs: plain(*args, gates=gates, **kwargs)
+    whole.unet.forward = lambda *args, **kwargs: plain(*args, block_mask=mask, **kwargs)
     assert torch.equal(paint(whole), adapted), "pruned, then adapted, is not adapted, then pruned"
 
 

@@ -237,8 +237,8 @@ def test_stock_weights_load_as_they_are(tmp_path):
 
 def test_a_deep_copy_is_a_unet_of_its_own(unet):
     twin = copy.deepcopy(unet.with_architecture({"mid_block.attentions.0": 2}, copy_init="same"))
-    gates = torch.ones(3, 38, dtype=torch.bool).index_fill_(1, torch.tensor([5]), False)
-    closed = run(twin, gates=gates)
+    mask = torch.ones(3, 38, dtype=torch.bool).index_fill_(1, torch.tensor([5]), False)
+    closed = run(twin, block_mask=mask)
     assert torch.equal(closed, run(twin.with_architecture({unet.sites[5]: 0}))) and not torch.equal(closed, run(twin))
 
 

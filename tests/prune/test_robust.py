@@ -1,4 +1,4 @@
-"""Robust training: gates are drawn per sample and kind, and a probability of zero is the ordinary denoising loss."""
+"""Stochastic depth: masks are drawn per sample and kind, and a probability of zero is the ordinary denoising loss."""
 
 import pytest
 import torch
@@ -33,14 +33,14 @@ def batch(size=4):
 
 
 class Recorder(nn.Module):
-    """A UNet that remembers the gates it was given."""
+    """A UNet that remembers the masks it was given."""
 
     def __init__(self, unet):
         super().__init__()
-        self.kinds, self.kept_sites, self.gates = unet.kinds, unet.kept_sites, []
+        self.kinds, self.kept_sites, self.masks = unet.kinds, unet.kept_sites, []
 
-    def forward(self, noisy, t, text, gates, return_dict):
-        self.gates.append(gates)
+    def forward(self, noisy, t, text, block_mask, return_dict):
+        self.masks.append(block_mask)
         return (noisy,)
 
 
@@ -48,11 +48,11 @@ def test_blocks_are_skipped_at_the_probability_of_their_kind_independently_per_s
     recorder, robust = Recorder(unet), objective(pipeline, unet)
     for seed in range(50):
         robust(recorder, batch(16), torch.Generator().manual_seed(seed))
-    gates = torch.cat(recorder.gates).float()
+    open_BN = torch.cat(recorder.masks).float()
     is_resnet = torch.tensor([unet.kinds[site] == "resnet" for site in unet.kept_sites])
-    assert (1 - gates[:, is_resnet]).mean() == pytest.approx(0.3, abs=0.02)
-    assert (1 - gates[:, ~is_resnet]).mean() == pytest.approx(0.1, abs=0.02)
-    assert len({tuple(row) for row in gates.tolist()}) > 700, "rows share their gates"
+    assert (1 - open_BN[:, is_resnet]).mean() == pytest.approx(0.3, abs=0.02)
+    assert (1 - open_BN[:, ~is_resnet]).mean() == pytest.approx(0.1, abs=0.02)
+    assert len({tuple(row) for row in open_BN.tolist()}) > 700, "rows share their mask"
 
 
 def test_ramps_rise_over_depth_or_over_the_training(pipeline, unet):

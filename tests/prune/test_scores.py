@@ -1,4 +1,4 @@
-"""Block scores: gates measure what surgery does, whatever the batch, and the table is honest about its error."""
+"""Block scores: masks measure what surgery does, whatever the batch, and the table is honest about its error."""
 
 from dataclasses import replace
 
