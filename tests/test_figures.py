@@ -161,9 +161,9 @@ CLAIMS = {  # a text of README or of a page of docs: the values in it
     "/ {:.2f} / {:.2f} | +0.10 [−0.11, +0.30] / {:.2f} / {:.2f} | 1 |": lambda: [
         *(point("teacher", n)["clip"]["mean"] for n in (2, 1)),
         *(point("teacher", n)["versus_teacher"]["mean"] for n in (2, 1))],
-    "| wide | {:.1f} k": lambda: [decoder("wide")["parameters"] / 1e3],
-    "| narrow | {:.1f} k": lambda: [decoder("narrow")["parameters"] / 1e3],
-    "{:.1f} to {:.1f} GB with adafactor": lambda: [
+    "| teacher decoder | {:.1f} k": lambda: [decoder("wide")["parameters"] / 1e3],
+    "| pruned decoder | {:.1f} k": lambda: [decoder("narrow")["parameters"] / 1e3],
+    "{:.1f} to {:.1f} GB of main memory with adafactor": lambda: [
         f(row["peak_gb"] for row in load("full-size-cpu/results.json")["rows"] if row["part"] != "scoring")
         for f in (min, max)],
     "(n = 1000, seed 1) | {:.3f} |": lambda: [load("shapes-model/report.json")["top1_of_100"]],
@@ -174,7 +174,8 @@ CLAIMS = {  # a text of README or of a page of docs: the values in it
     "(n = 200 / 118 / 118 / 23) | {:.2f} / {:.2f} / {:.2f} / {:.2f}": lambda: [
         shapes("guidance 3", wrong)
         for wrong in ("wrong shape", "swapped colours", "reversed relation", "wrong count")],
-    "100,000 samples caching takes {:.0f} MiB more, training {:.0f}": lambda: [megabytes("cache"), megabytes("train")],
+    "100,000 samples, caching takes {:.0f} MiB more and training {:.0f} MiB more": lambda: [
+        megabytes("cache"), megabytes("train")],
 }  # fmt: skip
 
 
