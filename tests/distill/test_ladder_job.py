@@ -193,3 +193,18 @@ def test_a_plan_names_the_rungs_and_writes_nothing(finished, tmp_path, tiny_mode
     assert new.returncode == done.returncode == 0, new.stderr + done.stderr
     assert list(tmp_path.iterdir()) == []
     assert "| to do" in new.stdout and "| done" not in new.stdout and "| to do" not in done.stdout
+
+
+@pytest.mark.slow
+def test_an_objective_with_a_second_network_is_two_files(tmp_path, tiny_model, monkeypatch):
+    """The objective and its YAML, both outside the package."""
+    place = ROOT / "tests/distill/second_network"
+    assert len([path for path in place.rglob("*") if path.suffix in (".py", ".yaml")]) == 2
+    monkeypatch.setenv("PYTHONPATH", f"{place}:{os.environ.get('PYTHONPATH', '')}")
+    more = ["objective=matching", f"hydra.searchpath=[file://{place}]", "train.log_every=1", "ladder.steps=[4,2]"]
+    done = run(*tiny_model, f"root={tmp_path}", *more)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "distill_steps/metrics.jsonl").read_text().splitlines()]
+    assert all({"fake_score/loss", "fake_score/lr", "loss"} < set(row) for row in rows[-3:])
+    stock = StableDiffusionPipeline.from_pretrained(tmp_path / "distill_steps/steps-2/export")
+    assert len(stock(prompt="a", num_inference_steps=2).images) == 1

@@ -1,0 +1,43 @@
+"""What a user writes to add an objective with a second network: this file, and objective/matching.yaml beside it."""
+
+import copy
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from slimstep.distill.teaching import Rung
+from slimstep.engine.objective import STUDENT, Batch, Metrics, Requirements
+from slimstep.models.denoising import draw_noisy
+from slimstep.models.schedule import NoiseSchedule
+
+
+class Matching:
+    """A sketch of distribution matching: `fake_score`, from the teacher's weights, learns to denoise as the student
+    does, and the student goes where the teacher's prediction is from there."""
+
+    requires = Requirements(distils_steps=True)
+
+    def __init__(
+        self, schedule: NoiseSchedule, empty_text_LE: Tensor, teacher: nn.Module, rung: Rung, score_updates: int = 2
+    ):
+        self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
+        self.networks = {"fake_score": copy.deepcopy(teacher).float().requires_grad_()}
+        self.score_updates = score_updates
+
+    def updates(self, step: int) -> Sequence[str]:
+        return ("fake_score",) * self.score_updates + (STUDENT,)
+
+    def loss(
+        self, networks: Mapping[str, nn.Module], batch: Batch, generator: torch.Generator, update: str
+    ) -> tuple[Tensor, Metrics]:
+        noisy = draw_noisy(batch, self.schedule, self.empty_text_LE, 0.0, generator)
+        with torch.set_grad_enabled(update == STUDENT):
+            student = networks[STUDENT](*noisy.inputs, return_dict=False)[0].float()
+        with torch.set_grad_enabled(update != STUDENT):
+            fake = networks["fake_score"](*noisy.inputs, return_dict=False)[0].float()
+        if update != STUDENT:
+            return nn.functional.mse_loss(fake, student), {}
+        with torch.no_grad():
+            real = self.teacher(*noisy.inputs_in(self.teacher.dtype), return_dict=False)[0].float()
+        return nn.functional.mse_loss(student, (student - fake + real).detach()), {}
