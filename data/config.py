@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import slimstep.engine.config
 from slimstep.engine.checked import CONFIGS
-from slimstep.engine.checks import at_least
+from slimstep.engine.checks import check_minimum
 
 STORAGE_DTYPES = ("float32", "float16")
 
@@ -24,8 +24,8 @@ class CacheConfig:
     verify: bool = True
 
     def __post_init__(self) -> None:
-        at_least("data.cache", self, 1, "batch_size", "shard_size")
-        at_least("data.cache", self, 0, "workers")
+        check_minimum("data.cache", self, 1, "batch_size", "shard_size")
+        check_minimum("data.cache", self, 0, "workers")
         if self.dtype not in STORAGE_DTYPES:
             raise ValueError(f"data.cache.dtype={self.dtype!r} is unknown; choose from {', '.join(STORAGE_DTYPES)}")
 
@@ -43,7 +43,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         if self.resolution is not None:
-            at_least("data", self, 1, "resolution")
+            check_minimum("data", self, 1, "resolution")
 
 
 @dataclass

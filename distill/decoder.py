@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torchmetrics.image import LearnedPerceptualImagePatchSimilarity
 from torchvision.models import VGG16_Weights
 
-from slimstep.engine.components import at_least_zero
+from slimstep.engine.checks import check_not_negative
 from slimstep.engine.objective import Batch, Metrics
 
 
@@ -24,7 +24,7 @@ class DecoderDistillation:
 
     def __init__(self, wide: nn.Module, mse: float = 1.0, l1: float = 0.0, gradient: float = 0.0, lpips: float = 0.0):
         self.weights = {"mse": mse, "l1": l1, "gradient": gradient, "lpips": lpips}
-        at_least_zero("objective", **self.weights)
+        check_not_negative("objective", **self.weights)
         if not any(self.weights.values()):
             raise ValueError("objective: all of mse, l1, gradient and lpips are 0; nothing would be learned")
         self.wide = wide

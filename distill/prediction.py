@@ -6,7 +6,7 @@ Axes: B batch, C channels, H and W latent size, L text tokens, E text width.
 import torch
 from torch import Tensor, nn
 
-from slimstep.engine.components import shares
+from slimstep.engine.checks import check_fraction
 from slimstep.engine.objective import Batch, Metrics
 from slimstep.models.denoising import draw_noisy
 from slimstep.models.schedule import NoiseSchedule
@@ -18,7 +18,7 @@ class Denoising:
     def __init__(
         self, schedule: NoiseSchedule, empty_text_LE: Tensor, teacher: nn.Module, caption_dropout: float = 0.1
     ):
-        shares("velocity.objective", caption_dropout=caption_dropout)
+        check_fraction("velocity.objective", caption_dropout=caption_dropout)
         self.schedule, self.empty_text_LE, self.caption_dropout = schedule, empty_text_LE, caption_dropout
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from slimstep.engine.components import at_least_zero, shares
+from slimstep.engine.checks import check_fraction, check_not_negative
 from slimstep.engine.objective import Batch, Metrics, Requirements
 from slimstep.models.denoising import draw_noisy
 from slimstep.models.schedule import NoiseSchedule
@@ -33,8 +33,8 @@ class Recovery:
         feature_weight: float = 0.5,
         caption_dropout: float = 0.1,
     ):
-        shares("recovery.objective", caption_dropout=caption_dropout)
-        at_least_zero("recovery.objective", output_weight=output_weight, feature_weight=feature_weight)
+        check_fraction("recovery.objective", caption_dropout=caption_dropout)
+        check_not_negative("recovery.objective", output_weight=output_weight, feature_weight=feature_weight)
         self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
         self.output_weight, self.feature_weight = output_weight, feature_weight
         self.caption_dropout = caption_dropout

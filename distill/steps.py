@@ -23,7 +23,7 @@ from slimstep.distill.teaching import (
     predict,
     teacher_target,
 )
-from slimstep.engine.components import at_least_zero, shares
+from slimstep.engine.checks import check_fraction, check_not_negative
 from slimstep.engine.objective import Batch, CachedTargets, Metrics, Requirements
 from slimstep.models.schedule import NoiseSchedule
 
@@ -55,8 +55,8 @@ class StepDistillation:
         caption_dropout: float = 0.1,
         cached_draws: int = 0,
     ):
-        shares("objective", guided_share=guided_share, caption_dropout=caption_dropout)
-        at_least_zero("objective", original_weight=original_weight, cached_draws=cached_draws)
+        check_fraction("objective", guided_share=guided_share, caption_dropout=caption_dropout)
+        check_not_negative("objective", original_weight=original_weight, cached_draws=cached_draws)
         if cached_draws and guided_share:
             raise ValueError(f"objective.cached_draws={cached_draws} needs guided_share=0, and it is {guided_share}")
         self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher

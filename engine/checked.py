@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from yaml import YAMLError
 
 from slimstep import ROOT
-from slimstep.engine.checks import at_least
+from slimstep.engine.checks import check_minimum
 from slimstep.engine.config import schema
 from slimstep.engine.names import check_name, disk_name
 from slimstep.engine.renamed import replace_moved
@@ -38,7 +38,7 @@ def checked_config(config: DictConfig) -> DictConfig:
             OmegaConf.to_container(config[section], structured_config_mode=SCMode.INSTANTIATE)  # the typed ones check
     if config.job is not None:
         config.stages = None  # a budget has values for chains, too
-    at_least("the configuration", config, 0, "threads")
+    check_minimum("the configuration", config, 0, "threads")
     if config.threads > (cores := os.cpu_count() or 1):
         raise ValueError(f"threads={config.threads}, but there are {cores} cores; 0 leaves the choice to torch")
     if config.mixed_precision not in PRECISIONS:

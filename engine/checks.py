@@ -4,10 +4,25 @@ import math
 from typing import Any
 
 
-def at_least(section: str, config: Any, least: int, *names: str) -> None:
+def check_minimum(section: str, config: Any, least: int, *names: str) -> None:
+    """ValueError for values of a section that are below `least`, or that are no number."""
     for name in names:
         if not least <= getattr(config, name) < math.inf:
             raise ValueError(f"{section}: {name}={getattr(config, name)} must be at least {least}")
+
+
+def check_not_negative(key: str, **values: float) -> None:
+    """ValueError for values below zero, or that are no number."""
+    for name, value in values.items():
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{key}.{name}={value} must be at least 0")
+
+
+def check_fraction(key: str, **values: float) -> None:
+    """ValueError for values that are no fractions of 1."""
+    for name, value in values.items():
+        if not 0 <= value <= 1:
+            raise ValueError(f"{key}.{name}={value} must lie between 0 and 1")
 
 
 def as_table(name: str, value: Any) -> dict:

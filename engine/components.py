@@ -46,20 +46,6 @@ def check(described: Any, key: str) -> None:
             raise ValueError(f"{key}.{name}={value!r}: {error.errors()[0]['msg']}") from error
 
 
-def at_least_zero(key: str, **values: float) -> None:
-    """ValueError for values below zero, or that are no number."""
-    for name, value in values.items():
-        if not 0 <= value < float("inf"):
-            raise ValueError(f"{key}.{name}={value} must be at least 0")
-
-
-def shares(key: str, **values: float) -> None:
-    """ValueError for values that are no shares."""
-    for name, value in values.items():
-        if not 0 <= value <= 1:
-            raise ValueError(f"{key}.{name}={value} must lie between 0 and 1")
-
-
 def named_job(name: str) -> Callable[..., int]:
     """The function that the configuration names. ValueError where there is none, or it is no job."""
     try:

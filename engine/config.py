@@ -11,7 +11,7 @@ from typing import Any
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from slimstep.engine.checks import at_least
+from slimstep.engine.checks import check_minimum
 from slimstep.engine.launcher import precision_of
 
 SCHEDULES = ("cosine", "constant")
@@ -56,14 +56,14 @@ class TrainConfig:
         if self.optimizer not in OPTIMIZERS:
             raise ValueError(f"train.optimizer={self.optimizer!r} is unknown; choose from {OPTIMIZERS}")
         names = ("steps", "batch_size", "accumulation", "checkpoint_every", "keep_checkpoints", "log_every")
-        at_least("train", self, 1, *names)
+        check_minimum("train", self, 1, *names)
         if len(self.betas) != 2:
             raise ValueError(f"train: betas={self.betas} must be two numbers")
         rates = {f"learning_rates.{name}": rate for name, rate in (self.learning_rates or {}).items()}
         for name, value in {"learning_rate": self.learning_rate, "max_grad_norm": self.max_grad_norm, **rates}.items():
             if not 0 < value < math.inf:
                 raise ValueError(f"train: {name}={value} must be above 0")
-        at_least("train", self, 0, "weight_decay", "warmup_steps", "workers", "ema_decay")
+        check_minimum("train", self, 0, "weight_decay", "warmup_steps", "workers", "ema_decay")
         if not all(0 <= share < 1 for share in (self.ema_decay, *self.betas)):
             raise ValueError(f"train: ema_decay={self.ema_decay} and betas={self.betas} must lie in [0, 1)")
 

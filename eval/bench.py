@@ -21,7 +21,7 @@ from slimstep.data.config import CacheConfig
 from slimstep.data.encoding import is_truncated
 from slimstep.data.folder import few
 from slimstep.data.prompts import PromptSet, disjoint_prompts, read_prompts
-from slimstep.engine.checks import at_least
+from slimstep.engine.checks import check_minimum
 from slimstep.engine.components import check, component
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.loop import load_trained, train, trained
@@ -243,7 +243,7 @@ class Bench:
 
     def check_inputs(self) -> None:
         """ValueError, before anything is made, for a precision, steps, data, prompts or a scorer that cannot be had."""
-        at_least("eval", self.config.eval, 1, "pictures")  # the job's report shows some
+        check_minimum("eval", self.config.eval, 1, "pictures")  # the job's report shows some
         self.sampler(self.config.eval)
         self.check_data()
         _ = self.prompts, self.scorer

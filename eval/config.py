@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import slimstep.data.config
-from slimstep.engine.checks import as_table, at_least
+from slimstep.engine.checks import as_table, check_minimum
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
@@ -36,9 +36,9 @@ class SamplingConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        at_least(type(self).__name__.removesuffix("Config").lower(), self, 2, "prompts")
-        at_least(type(self).__name__.removesuffix("Config").lower(), self, 1, "steps", "batch_size")
-        at_least(type(self).__name__.removesuffix("Config").lower(), self, 0, "guidance_scale")
+        check_minimum(type(self).__name__.removesuffix("Config").lower(), self, 2, "prompts")
+        check_minimum(type(self).__name__.removesuffix("Config").lower(), self, 1, "steps", "batch_size")
+        check_minimum(type(self).__name__.removesuffix("Config").lower(), self, 0, "guidance_scale")
 
 
 @dataclass
@@ -62,7 +62,7 @@ class EvalConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("eval", self, 0, "pictures")
+        check_minimum("eval", self, 0, "pictures")
 
 
 @dataclass
@@ -80,7 +80,7 @@ class LatentsConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        at_least("latents", self, 1, "count", "rounds")
+        check_minimum("latents", self, 1, "count", "rounds")
         if not 0 <= self.real_share <= 1:
             raise ValueError(f"latents.real_share={self.real_share} must lie between 0 and 1")
         if self.prompt_column and not self.prompt_file:
@@ -107,7 +107,7 @@ class EvaluationConfig:
     ranked_on: str | None = None
 
     def __post_init__(self) -> None:
-        at_least("evaluation", self, 2, "real_images")
+        check_minimum("evaluation", self, 2, "real_images")
         if self.inception is not None and not self.distribution:
             raise ValueError(f"evaluation.inception={self.inception} needs evaluation.distribution=true")
         if not isinstance(self.preferences, (dict, type(None))) and not OmegaConf.is_dict(self.preferences):
@@ -138,7 +138,7 @@ class BenchmarkConfig:
     first_image: bool = False
 
     def __post_init__(self) -> None:
-        at_least("benchmark", self, 2, "images")
+        check_minimum("benchmark", self, 2, "images")
         as_table("benchmark.base", self.base)  # None stays: Hydra adds nothing to an empty table
         for name in ("compile", "attention", "dtype", "memory_format", "fused_qkv", "quantize", "batches", "tasks"):
             if not getattr(self, name):
@@ -185,8 +185,8 @@ class LatencyConfig:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        at_least("latency", self, 1, "batch", "warmup", "iterations", "additive_samples")
-        at_least("latency", self, 0, "latent_size", "text_length", "seconds")
+        check_minimum("latency", self, 1, "batch", "warmup", "iterations", "additive_samples")
+        check_minimum("latency", self, 0, "latent_size", "text_length", "seconds")
         if self.dtype not in ("float32", "float16", "bfloat16"):
             raise ValueError(f"latency.dtype={self.dtype!r} is unknown; choose float32, float16 or bfloat16")
 

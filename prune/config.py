@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import slimstep.eval.config
-from slimstep.engine.checks import at_least
+from slimstep.engine.checks import check_minimum
 from slimstep.engine.config import StageConfig
 
 MOST_ROUNDS = 200
@@ -25,7 +25,7 @@ class SearchConfig:
     copy_init: str = "zero"
 
     def __post_init__(self) -> None:
-        at_least("search", self, 1, "rounds")
+        check_minimum("search", self, 1, "rounds")
         if self.rounds > MOST_ROUNDS:
             raise ValueError(f"search.rounds={self.rounds} is more than {MOST_ROUNDS}: no UNet has so many blocks")
         if not isinstance(self.bypass, (str, dict)) and not OmegaConf.is_dict(self.bypass):
@@ -55,7 +55,7 @@ class DecoderConfig:
     batches: list[int] = field(default_factory=lambda: [1, 4])
 
     def __post_init__(self) -> None:
-        at_least("decoder", self, 1, "samples")
+        check_minimum("decoder", self, 1, "samples")
         shares = self.width if OmegaConf.is_list(self.width) or isinstance(self.width, list) else [self.width]
         if not shares or not all(isinstance(share, (int, float)) and 0 < share <= 1 for share in shares):
             raise ValueError(f"decoder.width={self.width} must be a share above 0 and at most 1, or a list of them")

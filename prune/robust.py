@@ -9,7 +9,7 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from slimstep.engine.components import shares
+from slimstep.engine.checks import check_fraction
 from slimstep.engine.objective import Batch, Metrics
 from slimstep.models.denoising import draw_noisy
 from slimstep.models.schedule import NoiseSchedule
@@ -42,7 +42,7 @@ class RobustTraining:
             raise ValueError(f"objective.skip_prob={dict(skip_prob)} must give resnet and attention a value in [0, 1)")
         if ramp not in RAMPS:
             raise ValueError(f"objective.ramp={ramp!r} is unknown; choose from {RAMPS}")
-        shares("objective", caption_dropout=caption_dropout, teacher_weight=teacher_weight)
+        check_fraction("objective", caption_dropout=caption_dropout, teacher_weight=teacher_weight)
         self.schedule, self.empty_text_LE, self.skip_prob, self.ramp = schedule, empty_text_LE, skip_prob, ramp
         self.caption_dropout, self.teacher_weight = caption_dropout, teacher_weight
         self.teacher = teacher if teacher_weight else None
