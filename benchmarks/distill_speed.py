@@ -32,9 +32,9 @@ from slimstep.engine.console import open_console
 from slimstep.engine.environment import environment
 from slimstep.engine.files import write_json
 from slimstep.eval.pages.tables import markdown_table
+from slimstep.models.noise_schedule import NoiseSchedule
 from slimstep.models.pipeline import load_pipeline
 from slimstep.models.reference import CLIP_L, random_unet, random_vae
-from slimstep.models.schedule import NoiseSchedule
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDANCE = (2.0, 14.0)

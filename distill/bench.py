@@ -24,8 +24,8 @@ from slimstep.engine.objective import Objective, requirements
 from slimstep.eval.bench import Bench, clip_line
 from slimstep.eval.overlap import among
 from slimstep.models.guidance import told_guidance_width, with_told_guidance
+from slimstep.models.noise_schedule import NoiseSchedule
 from slimstep.models.pipeline import export_pipeline, load_pipeline, one_line, with_unet
-from slimstep.models.schedule import NoiseSchedule
 from slimstep.models.schedulers import check_noise_schedule, check_sampling, on_same_schedule, stated
 from slimstep.models.sizes import set_resolution
 from slimstep.models.unet import PrunableUNet2DConditionModel

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from slimstep.distill.teaching import Rung, draw_guidance, draw_steps, known_range, predict, predict_told
 from slimstep.engine.objective import Batch, Metrics, Requirements
 from slimstep.models.guidance import told_guidance_width
-from slimstep.models.schedule import NoiseSchedule, nested_steps
+from slimstep.models.noise_schedule import NoiseSchedule, nested_steps
 
 
 class ConsistencyDistillation:

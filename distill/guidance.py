@@ -17,7 +17,7 @@ from slimstep.distill.teaching import (
     teacher_target,
 )
 from slimstep.engine.objective import Batch, Metrics, Requirements
-from slimstep.models.schedule import NoiseSchedule
+from slimstep.models.noise_schedule import NoiseSchedule
 
 
 class GuidanceDistillation:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from slimstep.engine.checks import check_fraction
 from slimstep.engine.objective import Batch, Metrics
 from slimstep.models.denoising import draw_noisy
-from slimstep.models.schedule import NoiseSchedule
+from slimstep.models.noise_schedule import NoiseSchedule
 
 
 class Denoising:

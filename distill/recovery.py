@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slimstep.engine.checks import check_fraction, check_not_negative
 from slimstep.engine.objective import Batch, Metrics, Requirements
 from slimstep.models.denoising import draw_noisy
-from slimstep.models.schedule import NoiseSchedule
+from slimstep.models.noise_schedule import NoiseSchedule
 
 
 class Recovery:

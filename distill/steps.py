@@ -25,7 +25,7 @@ from slimstep.distill.teaching import (
 )
 from slimstep.engine.checks import check_fraction, check_not_negative
 from slimstep.engine.objective import Batch, CachedTargets, Metrics, Requirements
-from slimstep.models.schedule import NoiseSchedule
+from slimstep.models.noise_schedule import NoiseSchedule
 
 
 class StepDistillation:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from slimstep.engine.objective import Batch
 from slimstep.models.guidance import guidance_embedding, told_guidance_width
-from slimstep.models.schedule import NoiseSchedule, nested_steps
+from slimstep.models.noise_schedule import NoiseSchedule, nested_steps
 
 WEIGHTINGS = ("relative", "truncated_snr", "snr_plus_one", "uniform")
 LEAST_GAP = 1e-6

@@ -35,8 +35,8 @@ from slimstep.eval.sampling import Sampler
 from slimstep.eval.timing.precision import settled
 from slimstep.models.card import Origin, origin_of, write_card
 from slimstep.models.cost import NUM_TOKENS
+from slimstep.models.noise_schedule import NoiseSchedule
 from slimstep.models.pipeline import networks, upcast_vae
-from slimstep.models.schedule import NoiseSchedule
 from slimstep.models.sizes import native_pixels, set_resolution
 from slimstep.models.unet import PrunableUNet2DConditionModel
 

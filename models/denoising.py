@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimstep.models.schedule import NoiseSchedule
+from slimstep.models.noise_schedule import NoiseSchedule
 
 
 @dataclass(frozen=True)

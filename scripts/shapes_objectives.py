@@ -13,7 +13,7 @@ from slimstep.data.render import render_scenes
 from slimstep.data.scene import Scene
 from slimstep.data.shapes import COLOURS, POSITIONS, SHAPES, SIZES, ShapesPairs, Wording, caption, hard_negatives
 from slimstep.engine.seeding import generator
-from slimstep.models.schedule import NoiseSchedule
+from slimstep.models.noise_schedule import NoiseSchedule
 
 Batch = dict[str, Tensor | list[str]]
 Metrics = dict[str, Tensor]

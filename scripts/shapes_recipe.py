@@ -45,7 +45,7 @@ from slimstep.engine.files import write_json, write_tensors
 from slimstep.engine.loop import train
 from slimstep.engine.parallel import map_batches
 from slimstep.engine.run import Run
-from slimstep.models.schedule import NoiseSchedule
+from slimstep.models.noise_schedule import NoiseSchedule
 
 
 class Recipe:

@@ -19,7 +19,7 @@ from slimstep.engine.loop import train
 from slimstep.engine.run import Run
 from slimstep.models.decoding import ImageDecoder
 from slimstep.models.guidance import with_told_guidance
-from slimstep.models.schedule import NoiseSchedule
+from slimstep.models.noise_schedule import NoiseSchedule
 from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.prune.robust import RobustTraining
 from tests.cuda_dry_run.conftest import small_pipeline

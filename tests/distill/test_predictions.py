@@ -16,7 +16,7 @@ from slimstep.distill.recovery import Recovery
 from slimstep.distill.steps import StepDistillation
 from slimstep.distill.teaching import WEIGHTINGS, Rung
 from slimstep.eval.sampling import Sampler, Texts
-from slimstep.models.schedule import PREDICTION_TYPES, NoiseSchedule
+from slimstep.models.noise_schedule import PREDICTION_TYPES, NoiseSchedule
 from slimstep.models.schedulers import swapped_scheduler
 from slimstep.prune.robust import RobustTraining
 from tests.tiny import WIDTH, tiny_pipeline

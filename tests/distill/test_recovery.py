@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from slimstep.distill.recovery import Recovery, features_of, relative_error
-from slimstep.models.schedule import NoiseSchedule
+from slimstep.models.noise_schedule import NoiseSchedule
 from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.tiny import WIDTH, tiny_pipeline
 

@@ -30,7 +30,7 @@ from slimstep.engine.config import TrainConfig
 from slimstep.engine.loop import train
 from slimstep.engine.run import Run
 from slimstep.models.guidance import guidance_embedding, with_told_guidance
-from slimstep.models.schedule import PREDICTION_TYPES, NoiseSchedule
+from slimstep.models.noise_schedule import PREDICTION_TYPES, NoiseSchedule
 from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.models.conftest import small_stock_unet
 from tests.tiny import WIDTH

@@ -24,7 +24,7 @@ from slimstep.engine.loop import train
 from slimstep.engine.objective import STUDENT, Objective, PlainObjective, as_objective
 from slimstep.engine.run import Run
 from slimstep.models.decoding import ImageDecoder
-from slimstep.models.schedule import NoiseSchedule
+from slimstep.models.noise_schedule import NoiseSchedule
 from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.prune.robust import RobustTraining
 from tests.engine import two_networks

@@ -9,9 +9,9 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLP
 from diffusers.utils import convert_state_dict_to_diffusers
 from safetensors.torch import load_file, save_file
 
+from slimstep.models.noise_schedule import NoiseSchedule
 from slimstep.models.original_layout import vae_weights
 from slimstep.models.pipeline import export_pipeline, load_pipeline
-from slimstep.models.schedule import NoiseSchedule
 from slimstep.models.schedulers import NO_SAMPLE, SHORT, scheduler_class, swapped_scheduler
 from tests.loras import draw_lora
 from tests.models.conftest import assert_equal_weights, paint

@@ -25,8 +25,8 @@ from diffusers import (
 )
 
 from slimstep.eval.sampling import Sampler
+from slimstep.models.noise_schedule import NoiseSchedule
 from slimstep.models.pipeline import check_pipeline, load_pipeline
-from slimstep.models.schedule import NoiseSchedule
 from slimstep.models.schedulers import (
     ONE_SPACING,
     SHORT,

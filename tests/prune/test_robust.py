@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimstep.models.schedule import NoiseSchedule
+from slimstep.models.noise_schedule import NoiseSchedule
 from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.prune.robust import RobustTraining
 from tests.tiny import WIDTH, tiny_pipeline

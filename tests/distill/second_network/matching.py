@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from slimstep.distill.teaching import Rung
 from slimstep.engine.objective import STUDENT, Batch, Metrics, Requirements
 from slimstep.models.denoising import draw_noisy
-from slimstep.models.schedule import NoiseSchedule
+from slimstep.models.noise_schedule import NoiseSchedule
 
 
 class Matching:

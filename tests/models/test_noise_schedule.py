@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler, EulerDiscreteScheduler
 
-from slimstep.models.schedule import PREDICTION_TYPES, NoiseSchedule, nested_steps, sampler_steps
+from slimstep.models.noise_schedule import PREDICTION_TYPES, NoiseSchedule, nested_steps, sampler_steps
 
 T_B = torch.tensor([0, 1, 250, 500, 998])
 
