@@ -32,7 +32,7 @@ from slimstep.engine.console import open_console
 from slimstep.engine.environment import environment
 from slimstep.engine.files import write_json
 from slimstep.eval.pages.tables import markdown_table
-from slimstep.models.noise_schedule import NoiseSchedule
+from slimstep.models.noise_schedule import add_noise, ddim_step, schedule_of, snr, x0_between, x0_of
 from slimstep.models.pipeline import load_pipeline
 from slimstep.models.reference import CLIP_L, random_unet, random_vae
 
@@ -66,7 +66,7 @@ class Networks:
             beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
             set_alpha_to_one=True, timestep_spacing="trailing", prediction_type="v_prediction",
         )  # fmt: skip
-        self.schedule = NoiseSchedule.from_scheduler(self.scheduler, device)
+        self.schedule = schedule_of(self.scheduler, device)
         self.rung = Rung(self.scheduler, 32, self.scheduler, 16)
 
     @torch.no_grad()
@@ -89,7 +89,8 @@ def our_loop(networks: Networks, guided_share: float) -> Callable[[], None]:
 
 def example_loop(networks: Networks) -> Callable[[], None]:
     """One training step as the examples write it: everything encoded anew, two passes for guidance, everywhere."""
-    schedule, teacher, bounds_NK = networks.schedule, networks.teacher, networks.rung.bounds_NK.to(networks.device)
+    schedule, teacher, kind = networks.schedule, networks.teacher, networks.schedule.prediction_type
+    bounds_NK = networks.rung.bounds(schedule).to(networks.device)
 
     def guided(unet: nn.Module, z: Tensor, t: Tensor, text: Tensor, empty: Tensor, w: Tensor) -> Tensor:
         told, untold = unet(z, t, text).sample, unet(z, t, empty).sample
@@ -102,15 +103,16 @@ def example_loop(networks: Networks) -> Callable[[], None]:
         x0, text = batch["latents"], batch["text"]
         bounds = bounds_NK[torch.randint(len(bounds_NK), (len(x0),), device=x0.device)]
         w = torch.empty(len(x0), 1, 1, 1, device=x0.device).uniform_(*GUIDANCE)
-        start, middle, end = bounds.T
+        start, middle, _ = bounds.T
+        at_start, at_middle, at_end = map(schedule.alpha_sigma, bounds.T)
         noise = torch.randn_like(x0)
-        z = schedule.noisy(x0, noise, start)
+        z = add_noise(x0, noise, at_start)
         with torch.no_grad():
-            half = schedule.ddim(guided(teacher, z, start, text, empty, w), z, start, middle)
-            there = schedule.ddim(guided(teacher, half, middle, text, empty, w), half, middle, end)
-            target = schedule.x0_between(z, start, there, end)
-        pred = schedule.x0(guided(student, z, start, text, empty, w), z, start)
-        return (schedule.snr(start).clamp(min=1) * (pred - target).square().mean((1, 2, 3))).mean()
+            half = ddim_step(guided(teacher, z, start, text, empty, w), z, at_start, at_middle, kind)
+            there = ddim_step(guided(teacher, half, middle, text, empty, w), half, at_middle, at_end, kind)
+            target = x0_between(z, at_start, there, at_end)
+        pred = x0_of(guided(student, z, start, text, empty, w), z, at_start, kind)
+        return (snr(at_start).clamp(min=1) * (pred - target).square().mean((1, 2, 3))).mean()
 
     return training_step(networks, loss)
 

@@ -24,7 +24,7 @@ from slimstep.engine.objective import Objective, requirements
 from slimstep.eval.bench import Bench, clip_line
 from slimstep.eval.overlap import among
 from slimstep.models.guidance import told_guidance_width, with_told_guidance
-from slimstep.models.noise_schedule import NoiseSchedule
+from slimstep.models.noise_schedule import NoiseSchedule, schedule_of
 from slimstep.models.pipeline import export_pipeline, load_pipeline, one_line, with_unet
 from slimstep.models.schedulers import check_noise_schedule, check_sampling, on_same_schedule, stated
 from slimstep.models.sizes import set_resolution
@@ -111,7 +111,7 @@ class DistillBench(Bench):
         own, other = (
             {
                 "prediction_type": scheduler.config.prediction_type,
-                "noise schedule": scheduler.alphas_cumprod.tolist(),
+                "noise schedule": schedule_of(scheduler).alpha_T.tolist(),
                 **{key: unet.config[key] for key in SAME_IN_BOTH},
             }
             for scheduler, unet in (
@@ -211,7 +211,7 @@ class DistillBench(Bench):
     @property
     def schedule(self) -> NoiseSchedule:
         """The ladder's noise schedule."""
-        return NoiseSchedule.from_scheduler(self.scheduler, self.device)
+        return schedule_of(self.scheduler, self.device)
 
     def learn_velocity(self) -> None:
         """Where the teacher predicts ε, it and the student learn to predict v first; x̂ from ε is lost in noise."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from slimstep.distill.teaching import Rung, draw_guidance, draw_steps, known_range, predict, predict_told
 from slimstep.engine.objective import Batch, Metrics, Requirements
 from slimstep.models.guidance import told_guidance_width
-from slimstep.models.noise_schedule import NoiseSchedule, nested_steps
+from slimstep.models.noise_schedule import VariancePreserving, ddim_step, each, nested_steps, x0_of
 
 
 class ConsistencyDistillation:
@@ -31,7 +31,7 @@ class ConsistencyDistillation:
 
     def __init__(
         self,
-        schedule: NoiseSchedule,
+        schedule: VariancePreserving,
         empty_text_LE: Tensor,
         teacher: nn.Module,
         rung: Rung,
@@ -42,7 +42,7 @@ class ConsistencyDistillation:
         self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
         if told_guidance_width(teacher):
             raise ValueError("objective=lcm has one rung, as ladder.steps=[32,4]: a student of it cannot be a teacher")
-        grid = nested_steps(rung.teacher_scheduler, grid_steps, rung.teacher_scheduler, grid_steps)
+        grid = nested_steps(schedule, rung.teacher_scheduler, grid_steps, rung.teacher_scheduler, grid_steps)
         if len(schedule) % grid_steps or grid[0, 0] != len(schedule) - 1:
             raise ValueError(f"objective.grid_steps={grid_steps} must divide {len(schedule)}, on a trailing grid")
         self.bounds_NK = grid.to(empty_text_LE.device)
@@ -50,8 +50,9 @@ class ConsistencyDistillation:
 
     def answer(self, unet: nn.Module, z_BCHW: Tensor, t_B: Tensor, text_BLE: Tensor, w_B: Tensor) -> Tensor:
         """f(z, t): clean latents; z itself at t = 0."""
-        x0_BCHW = self.schedule.x0(predict_told(unet, z_BCHW, t_B, text_BLE, w_B), z_BCHW, t_B)
-        scaled_B111 = self.TIMESTEP_SCALING * t_B[:, None, None, None]
+        level, kind = self.schedule.alpha_sigma(t_B), self.schedule.prediction_type
+        x0_BCHW = x0_of(predict_told(unet, z_BCHW, t_B, text_BLE, w_B), z_BCHW, level, kind)
+        scaled_B111 = self.TIMESTEP_SCALING * each(t_B, z_BCHW)
         variance_B111 = scaled_B111**2 + self.DATA_STD**2
         return self.DATA_STD**2 / variance_B111 * z_BCHW + scaled_B111 / variance_B111**0.5 * x0_BCHW
 
@@ -61,7 +62,8 @@ class ConsistencyDistillation:
         w_B = draw_guidance(len(draw.t_B), self.guidance_range, generator)
         with torch.no_grad():
             pred_BCHW, _ = predict(self.teacher, draw.z_BCHW, draw.t_B, draw.text_BLE, self.empty_text_LE, w_B)
-            z_s_BCHW = schedule.ddim(pred_BCHW, draw.z_BCHW, draw.t_B, draw.end_B)
+            start, end = schedule.alpha_sigma(draw.t_B), schedule.alpha_sigma(draw.end_B)
+            z_s_BCHW = ddim_step(pred_BCHW, draw.z_BCHW, start, end, schedule.prediction_type)
             target_BCHW = self.answer(unet, z_s_BCHW, draw.end_B.clamp(min=0), draw.text_BLE, w_B)
         answer_BCHW = self.answer(unet, draw.z_BCHW, draw.t_B, draw.text_BLE, w_B)
         loss = (((answer_BCHW - target_BCHW) ** 2 + self.huber**2) ** 0.5 - self.huber).mean()

@@ -39,7 +39,7 @@ class GuidanceDistillation:
         weighting: str = "relative",
     ):
         self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
-        self.bounds_NK = rung.bounds_NK.to(empty_text_LE.device)
+        self.bounds_NK = rung.bounds(schedule).to(empty_text_LE.device)
         self.guidance_range, self.weighting = known_range(guidance_range), known_weighting(weighting, rung)
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:

@@ -25,7 +25,7 @@ from slimstep.distill.teaching import (
 )
 from slimstep.engine.checks import check_fraction, check_not_negative
 from slimstep.engine.objective import Batch, CachedTargets, Metrics, Requirements
-from slimstep.models.noise_schedule import NoiseSchedule
+from slimstep.models.noise_schedule import NoiseSchedule, add_noise, target_of
 
 
 class StepDistillation:
@@ -60,7 +60,7 @@ class StepDistillation:
         if cached_draws and guided_share:
             raise ValueError(f"objective.cached_draws={cached_draws} needs guided_share=0, and it is {guided_share}")
         self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
-        self.bounds_NK = rung.bounds_NK.to(empty_text_LE.device)
+        self.bounds_NK = rung.bounds(schedule).to(empty_text_LE.device)
         self.guided_share, self.guidance_range = guided_share, known_range(guidance_range)
         self.weighting, self.original_weight = known_weighting(weighting, rung), original_weight
         self.caption_dropout, self.cached_draws = caption_dropout, cached_draws
@@ -80,7 +80,9 @@ class StepDistillation:
             target = teacher_target(self.teacher, schedule, draw, empty_text_LE, w_G)
         guided_BCHW, plain_BCHW = predict(unet, draw.z_BCHW, draw.t_B, draw.text_BLE, empty_text_LE, w_G)
         distillation = error_in_x(guided_BCHW, target, draw, schedule, self.weighting)
-        original = nn.functional.mse_loss(plain_BCHW, schedule.target(draw.x0_BCHW, draw.noise_BCHW, draw.t_B))
+        level = schedule.alpha_sigma(draw.t_B)
+        denoised_BCHW = target_of(draw.x0_BCHW, draw.noise_BCHW, level, schedule.prediction_type)
+        original = nn.functional.mse_loss(plain_BCHW, denoised_BCHW)
         scale = self.original_weight * distillation.detach() / original.detach()
         return distillation + scale * original, {"distillation": distillation, "original": original}
 
@@ -92,7 +94,7 @@ class StepDistillation:
     def fixed_draw(self, batch: Batch) -> Draw:
         """The noisy latents of a batch of distill.pairs.FixedDraws."""
         x0_BCHW, noise_BCHW, bounds_BK = batch["latents"], batch["noise"], self.bounds_NK[batch["step"]]
-        z_BCHW = self.schedule.noisy(x0_BCHW, noise_BCHW, bounds_BK[:, 0])
+        z_BCHW = add_noise(x0_BCHW, noise_BCHW, self.schedule.alpha_sigma(bounds_BK[:, 0]))
         return Draw(x0_BCHW, noise_BCHW, z_BCHW, bounds_BK, batch["text"])
 
     def compute_targets(self, batch: Batch) -> tuple[Tensor, Tensor]:

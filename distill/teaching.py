@@ -11,7 +11,15 @@ from torch import Tensor, nn
 
 from slimstep.engine.objective import Batch
 from slimstep.models.guidance import guidance_embedding, told_guidance_width
-from slimstep.models.noise_schedule import NoiseSchedule, nested_steps
+from slimstep.models.noise_schedule import (
+    NoiseSchedule,
+    add_noise,
+    ddim_step,
+    nested_steps,
+    snr,
+    x0_between,
+    x0_of,
+)
 
 WEIGHTINGS = ("relative", "truncated_snr", "snr_plus_one", "uniform")
 LEAST_GAP = 1e-6
@@ -26,10 +34,9 @@ class Rung:
     student_scheduler: object
     steps: int
 
-    @property
-    def bounds_NK(self) -> Tensor:
-        """Start, inner timesteps and end of every step of the student."""
-        return nested_steps(self.student_scheduler, self.steps, self.teacher_scheduler, self.teacher_steps)
+    def bounds(self, schedule: NoiseSchedule) -> Tensor:
+        """[N, K]: start, inner times and end of every step of the student."""
+        return nested_steps(schedule, self.student_scheduler, self.steps, self.teacher_scheduler, self.teacher_steps)
 
 
 @dataclass(frozen=True)
@@ -59,7 +66,8 @@ def draw_steps(
     draw = {"generator": generator, "device": x0_BCHW.device}
     bounds_BK = bounds_NK.to(x0_BCHW.device)[torch.randint(len(bounds_NK), (len(x0_BCHW),), **draw)]
     noise_BCHW = torch.randn(x0_BCHW.shape, **draw)
-    return Draw(x0_BCHW, noise_BCHW, schedule.noisy(x0_BCHW, noise_BCHW, bounds_BK[:, 0]), bounds_BK, text_BLE)
+    z_BCHW = add_noise(x0_BCHW, noise_BCHW, schedule.alpha_sigma(bounds_BK[:, 0]))
+    return Draw(x0_BCHW, noise_BCHW, z_BCHW, bounds_BK, text_BLE)
 
 
 def drop_captions(text_BLE: Tensor, empty_text_LE: Tensor, dropout: float, spared: int, generator) -> Tensor:
@@ -113,16 +121,17 @@ def teacher_target(
     teacher: nn.Module, schedule: NoiseSchedule, draw: Draw, empty_text_LE: Tensor, w_G: Tensor
 ) -> Target:
     """Where the teacher's steps from z_t lead."""
-    z_BCHW, at_once_BCHW = draw.z_BCHW, None
+    z_BCHW, at_once_BCHW, kind = draw.z_BCHW, None, schedule.prediction_type
     for t_B, s_B in zip(draw.bounds_BK.T[:-1], draw.bounds_BK.T[1:], strict=True):
         if told_guidance_width(teacher):
             pred_BCHW = predict_told(teacher, z_BCHW, t_B, draw.text_BLE, w_G)
         else:
             pred_BCHW, _ = predict(teacher, z_BCHW, t_B, draw.text_BLE, empty_text_LE, w_G)
         if at_once_BCHW is None:
-            at_once_BCHW = schedule.x0(pred_BCHW, z_BCHW, t_B)
-        z_BCHW = schedule.ddim(pred_BCHW, z_BCHW, t_B, s_B)
-    x0_BCHW = schedule.x0_between(draw.z_BCHW, draw.t_B, z_BCHW, draw.end_B)
+            at_once_BCHW = x0_of(pred_BCHW, z_BCHW, schedule.alpha_sigma(t_B), kind)
+        z_BCHW = ddim_step(pred_BCHW, z_BCHW, schedule.alpha_sigma(t_B), schedule.alpha_sigma(s_B), kind)
+    start, end = schedule.alpha_sigma(draw.t_B), schedule.alpha_sigma(draw.end_B)
+    x0_BCHW = x0_between(draw.z_BCHW, start, z_BCHW, end)
     return Target(x0_BCHW, squared_error(at_once_BCHW, x0_BCHW))
 
 
@@ -137,19 +146,19 @@ def weights(schedule: NoiseSchedule, draw: Draw, target: Target, weighting: str)
         return 1 / target.gap_B.clamp(min=LEAST_GAP)
     if weighting == "uniform":
         return torch.ones_like(target.gap_B)
-    snr_B = schedule.snr(draw.t_B)
+    snr_B = snr(schedule.alpha_sigma(draw.t_B))
     return snr_B.clamp(min=1) if weighting == "truncated_snr" else snr_B + 1
 
 
 def error_in_x(pred_BCHW: Tensor, target: Target, draw: Draw, schedule: NoiseSchedule, weighting: str) -> Tensor:
     """The weighted squared error of the x̂ a prediction stands for."""
-    x0_BCHW = schedule.x0(pred_BCHW, draw.z_BCHW, draw.t_B)
+    x0_BCHW = x0_of(pred_BCHW, draw.z_BCHW, schedule.alpha_sigma(draw.t_B), schedule.prediction_type)
     return (weights(schedule, draw, target, weighting) * squared_error(x0_BCHW, target.x0_BCHW)).mean()
 
 
 def squared_error(a_BCHW: Tensor, b_BCHW: Tensor) -> Tensor:
     """[B], the mean over each sample."""
-    return (a_BCHW - b_BCHW).square().mean((1, 2, 3))
+    return (a_BCHW - b_BCHW).square().mean(tuple(range(1, a_BCHW.ndim)))
 
 
 def draw_guidance(rows: int, guidance_range: tuple[float, float], generator: torch.Generator) -> Tensor:

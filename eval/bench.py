@@ -35,7 +35,7 @@ from slimstep.eval.sampling import Sampler
 from slimstep.eval.timing.precision import settled
 from slimstep.models.card import Origin, origin_of, write_card
 from slimstep.models.cost import NUM_TOKENS
-from slimstep.models.noise_schedule import NoiseSchedule
+from slimstep.models.noise_schedule import schedule_of
 from slimstep.models.pipeline import networks, upcast_vae
 from slimstep.models.sizes import native_pixels, set_resolution
 from slimstep.models.unet import PrunableUNet2DConditionModel
@@ -59,7 +59,7 @@ class Bench:
         pipeline = self.model
         if not isinstance(pipeline, DiffusionPipeline):
             raise ValueError(f"{self.config.model} is a UNet alone; it serves +experiment=latency_table only")
-        NoiseSchedule.from_scheduler(pipeline.scheduler)  # ValueError for one without betas
+        schedule_of(pipeline.scheduler)  # ValueError for one without betas
         pipeline.to(self.device)
         if self.config.data.resolution is None:
             self.config.data.resolution = native_pixels(pipeline)
@@ -221,7 +221,7 @@ class Bench:
 
         ValueError where its arguments are not what the class takes.
         """
-        given = {"schedule": NoiseSchedule.from_scheduler(self.pipeline.scheduler, self.device), **given}
+        given = {"schedule": schedule_of(self.pipeline.scheduler, self.device), **given}
         if "empty_text_LE" not in given:
             given["empty_text_LE"] = self.pairs.empty_text.to(self.device)
         if "teacher" not in given:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from slimstep.models.noise_schedule import NoiseSchedule
+from slimstep.models.noise_schedule import NoiseSchedule, add_noise, target_of
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,10 @@ def draw_noisy(
     """Uniform timesteps, Gaussian noise, and captions dropped with probability `caption_dropout` for guidance."""
     x0_BCHW, text_BLE = batch["latents"], batch["text"]
     draw = {"generator": generator, "device": x0_BCHW.device}
-    t_B = torch.randint(len(schedule), (len(x0_BCHW),), **draw)
+    t_B = schedule.sample_times(len(x0_BCHW), generator)
     noise_BCHW = torch.randn(x0_BCHW.shape, **draw)
     dropped_B = torch.rand(len(x0_BCHW), **draw) < caption_dropout
     text_BLE = torch.where(dropped_B[:, None, None], empty_text_LE, text_BLE)
-    noisy_BCHW = schedule.noisy(x0_BCHW, noise_BCHW, t_B)
-    return NoisyBatch(noisy_BCHW, t_B, text_BLE, schedule.target(x0_BCHW, noise_BCHW, t_B))
+    level = schedule.alpha_sigma(t_B)
+    target_BCHW = target_of(x0_BCHW, noise_BCHW, level, schedule.prediction_type)
+    return NoisyBatch(add_noise(x0_BCHW, noise_BCHW, level), t_B, text_BLE, target_BCHW)

@@ -1,10 +1,15 @@
-"""The forward process and its inversions, z_t = α_t x0 + σ_t ε, for ε-, v- and sample-prediction; DDIM's time grids.
+"""Noise schedules, z_t = α_t x0 + σ_t ε, and what holds on every one of them.
 
-Axes: B batch, C channels, H and W latent height and width, T training timesteps, N steps of a student, K bounds.
+A `NoiseSchedule` gives α and σ at a time, and the times of training and of sampling. Everything else is a free function
+of a level, the pair (α, σ) of each row, and of what the network predicts, for samples of any number of axes: ε; v = α ε
+− σ x0 (Salimans & Ho 2022, section 4); the sample x0; or the flow ε − x0 (Liu et al. 2023).
+
+Axes: B batch, T training timesteps, N steps of a sampler, K bounds of a step. z, x0, ε and predictions are [B, …].
 """
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from diffusers import EulerDiscreteScheduler
@@ -12,14 +17,33 @@ from torch import Tensor
 
 from slimstep.models.schedulers import check_noise_schedule
 
-PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
+PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # of schedules with betas; a rectified flow's is "flow"
+Level = tuple[Tensor, Tensor]  # α and σ, [B] each
+
+
+class NoiseSchedule(Protocol):
+    """How noisy samples are at each time; times may be whole timesteps or continuous."""
+
+    prediction_type: str
+
+    def alpha_sigma(self, t_B: Tensor) -> Level:
+        """α and σ, each shaped as `t_B`."""
+        ...
+
+    def sample_times(self, size: int, generator: torch.Generator) -> Tensor:
+        """[size] times to train at, uniform, on the generator's device."""
+        ...
+
+    def grid(self, scheduler, steps: int) -> Tensor:
+        """[steps, 2]: the times at which each step of a diffusers scheduler starts and lands."""
+        ...
 
 
 @dataclass(frozen=True)
-class NoiseSchedule:
-    """α_t and σ_t (variance preserving: α² + σ² = 1) of a network's training timesteps, and what it predicts.
+class VariancePreserving:
+    """α_t and σ_t (α² + σ² = 1) in tables of a network's training timesteps, and what it predicts.
 
-    Timestep −1 is where a sampler's last step lands: `final_alpha`, 1 for clean latents.
+    Timestep −1 is where a sampler's last step lands: `final_alpha`, 1 for clean samples.
     """
 
     alpha_T: Tensor
@@ -31,113 +55,161 @@ class NoiseSchedule:
         if self.prediction_type not in PREDICTION_TYPES:
             raise ValueError(f"prediction_type {self.prediction_type!r} is unknown; choose from {PREDICTION_TYPES}")
 
-    @classmethod
-    def from_scheduler(cls, scheduler, device: str | torch.device = "cpu") -> "NoiseSchedule":
-        """The schedule of any diffusers scheduler that carries `alphas_cumprod`, zero terminal SNR included.
-
-        Raises ValueError for others (EDM, flow matching), and for an unknown prediction type.
-        """
-        check_noise_schedule(scheduler)
-        alpha_bar_T = scheduler.alphas_cumprod.to(device=device, dtype=torch.float64)
-        final_alpha = float(getattr(scheduler, "final_alpha_cumprod", 1.0)) ** 0.5
-        alpha_T, sigma_T = alpha_bar_T.sqrt().float(), (1 - alpha_bar_T).sqrt().float()
-        return cls(alpha_T, sigma_T, scheduler.config.get("prediction_type"), final_alpha)
-
     def __len__(self) -> int:
         return len(self.alpha_T)
 
-    def to(self, device: str | torch.device) -> "NoiseSchedule":
-        return replace(self, alpha_T=self.alpha_T.to(device), sigma_T=self.sigma_T.to(device))
-
-    def at(self, t_B: Tensor) -> tuple[Tensor, Tensor]:
-        """α_t and σ_t, shaped [B, 1, 1, 1]."""
+    def alpha_sigma(self, t_B: Tensor) -> Level:
         alpha_B = torch.where(t_B < 0, self.final_alpha, self.alpha_T[t_B])
         sigma_B = torch.where(t_B < 0, (1 - self.final_alpha**2) ** 0.5, self.sigma_T[t_B])
-        return alpha_B[:, None, None, None], sigma_B[:, None, None, None]
+        return alpha_B, sigma_B
 
-    def snr(self, t_B: Tensor) -> Tensor:
-        """Signal-to-noise ratio α²/σ², shaped [B]; 0 at the last timestep of a zero-terminal-SNR schedule."""
-        return (self.alpha_T[t_B] / self.sigma_T[t_B]) ** 2
+    def sample_times(self, size: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(len(self), (size,), generator=generator, device=generator.device)
 
-    def noisy(self, x0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        """z_t = α x0 + σ ε."""
-        alpha, sigma = self.at(t_B)
-        return alpha * x0_BCHW + sigma * noise_BCHW
+    def grid(self, scheduler, steps: int) -> Tensor:
+        """Whole timesteps of diffusers' DDIM, LCM or Euler sampler; −1 is the end.
 
-    def target(self, x0_BCHW: Tensor, noise_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        """What the network has to predict: ε, v = α ε − σ x0 (Salimans & Ho 2022, section 4), or x0."""
-        if self.prediction_type == "epsilon":
-            return noise_BCHW
-        if self.prediction_type == "sample":
-            return x0_BCHW
-        alpha, sigma = self.at(t_B)
-        return alpha * noise_BCHW - sigma * x0_BCHW
-
-    def x0(self, pred_BCHW: Tensor, z_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        """The clean latents a prediction at z_t stands for; infinite for ε-prediction where α_t = 0."""
-        alpha, sigma = self.at(t_B)
-        if self.prediction_type == "epsilon":
-            return (z_BCHW - sigma * pred_BCHW) / alpha
-        return pred_BCHW if self.prediction_type == "sample" else alpha * z_BCHW - sigma * pred_BCHW
-
-    def eps(self, pred_BCHW: Tensor, z_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        """The noise a prediction at z_t stands for."""
-        alpha, sigma = self.at(t_B)
-        if self.prediction_type == "epsilon":
-            return pred_BCHW
-        if self.prediction_type == "sample":
-            return (z_BCHW - alpha * pred_BCHW) / sigma
-        return sigma * z_BCHW + alpha * pred_BCHW
-
-    def ddim(self, pred_BCHW: Tensor, z_BCHW: Tensor, t_B: Tensor, s_B: Tensor) -> Tensor:
-        """z_s after one deterministic step from z_t: α_s x̂ + σ_s ε̂ (Song et al. 2021, equation 12 with η = 0)."""
-        alpha, sigma = self.at(s_B)
-        return alpha * self.x0(pred_BCHW, z_BCHW, t_B) + sigma * self.eps(pred_BCHW, z_BCHW, t_B)
-
-    def x0_between(self, z_BCHW: Tensor, t_B: Tensor, z_s_BCHW: Tensor, s_B: Tensor) -> Tensor:
-        """The x̂ with which one DDIM step from z_t lands on z_s (Salimans & Ho 2022, algorithm 2); float32 inside.
-
-        x̃ = (z_s − (σ_s/σ_t) z_t) / (α_s − (σ_s/σ_t) α_t)
+        Euler lands where the next step starts. DDIM lands T // steps below the start, which is one off the next start
+        here and there where `steps` does not divide T, and for a few numbers (6, 15, 24 …) ends at timestep 0, not at
+        the end.
         """
-        (alpha_t, sigma_t), (alpha_s, sigma_s) = self.at(t_B), self.at(s_B)
-        ratio = sigma_s / sigma_t
-        return (z_s_BCHW.float() - ratio * z_BCHW.float()) / (alpha_s - ratio * alpha_t)
-
-    def pred(self, x0_BCHW: Tensor, z_BCHW: Tensor, t_B: Tensor) -> Tensor:
-        """What the network would have to predict at z_t to stand for x0; ε needs σ_t > 0."""
-        if self.prediction_type == "sample":
-            return x0_BCHW
-        alpha, sigma = self.at(t_B)
-        eps_BCHW = (z_BCHW - alpha * x0_BCHW) / sigma
-        return eps_BCHW if self.prediction_type == "epsilon" else alpha * eps_BCHW - sigma * x0_BCHW
+        scheduler = copy.deepcopy(scheduler)
+        scheduler.set_timesteps(steps)
+        starts_N = scheduler.timesteps.cpu().long()
+        if len(starts_N) != steps:
+            raise ValueError(f"the scheduler makes {len(starts_N)} steps of {steps}; choose a divisor of its timesteps")
+        if isinstance(scheduler, EulerDiscreteScheduler):
+            return torch.stack([starts_N, torch.cat([starts_N[1:], torch.tensor([-1])])], dim=1)
+        ends_N = (starts_N - scheduler.config.num_train_timesteps // steps).clamp(min=-1)
+        return torch.stack([starts_N, ends_N], dim=1)
 
 
-def sampler_steps(scheduler, steps: int) -> tuple[Tensor, Tensor]:
-    """Where the steps of diffusers' DDIM, LCM or Euler sampler start and land, both [steps] timesteps; −1 is the end.
+@dataclass(frozen=True)
+class RectifiedFlow:
+    """α = 1 − t and σ = t, for times from 0, the sample, to 1, noise; DDIM's step is Euler's step here."""
 
-    Euler lands where the next step starts. DDIM lands T // steps below the start, which is one off the next start here
-    and there where `steps` does not divide T, and for a few numbers (6, 15, 24 …) ends at timestep 0, not at the end.
+    prediction_type: str = "flow"
+
+    def alpha_sigma(self, t_B: Tensor) -> Level:
+        return 1 - t_B, t_B
+
+    def sample_times(self, size: int, generator: torch.Generator) -> Tensor:
+        return torch.rand(size, generator=generator, device=generator.device)
+
+    def grid(self, scheduler, steps: int) -> Tensor:
+        """Those of FlowMatchEulerDiscreteScheduler."""
+        scheduler = copy.deepcopy(scheduler)
+        scheduler.set_timesteps(steps)
+        return torch.stack([scheduler.sigmas[:-1], scheduler.sigmas[1:]], dim=1).cpu()
+
+
+def schedule_of(scheduler, device: str | torch.device = "cpu") -> VariancePreserving:
+    """The schedule of any diffusers scheduler that carries `alphas_cumprod`, zero terminal SNR included.
+
+    Raises ValueError for others (EDM, flow matching), and for an unknown prediction type.
     """
-    scheduler = copy.deepcopy(scheduler)
-    scheduler.set_timesteps(steps)
-    starts_N = scheduler.timesteps.cpu().long()
-    if len(starts_N) != steps:
-        raise ValueError(f"the scheduler makes {len(starts_N)} steps of {steps}; choose a divisor of its timesteps")
-    if isinstance(scheduler, EulerDiscreteScheduler):
-        return starts_N, torch.cat([starts_N[1:], torch.tensor([-1])])
-    return starts_N, (starts_N - scheduler.config.num_train_timesteps // steps).clamp(min=-1)
+    check_noise_schedule(scheduler)
+    alpha_bar_T = scheduler.alphas_cumprod.to(device=device, dtype=torch.float64)
+    final_alpha = float(getattr(scheduler, "final_alpha_cumprod", 1.0)) ** 0.5
+    alpha_T, sigma_T = alpha_bar_T.sqrt().float(), (1 - alpha_bar_T).sqrt().float()
+    return VariancePreserving(alpha_T, sigma_T, scheduler.config.get("prediction_type"), final_alpha)
 
 
-def nested_steps(student_scheduler, steps: int, teacher_scheduler, teacher_steps: int) -> Tensor:
-    """[N, K]: row n holds the timesteps of a student's step n: its start, the teacher's starts within, its end.
+# ---- what holds on every schedule
+
+
+def each(x_B: Tensor, like: Tensor) -> Tensor:
+    """A number for each row, shaped so that it meets the axes of `like`."""
+    return x_B.view(-1, *[1] * (like.ndim - 1))
+
+
+def snr(level: Level) -> Tensor:
+    """Signal-to-noise ratio α²/σ², shaped [B]; 0 where nothing of the sample is left."""
+    alpha_B, sigma_B = level
+    return (alpha_B / sigma_B) ** 2
+
+
+def add_noise(x0: Tensor, noise: Tensor, level: Level) -> Tensor:
+    """z = α x0 + σ ε."""
+    alpha, sigma = (each(x_B, x0) for x_B in level)
+    return alpha * x0 + sigma * noise
+
+
+def target_of(x0: Tensor, noise: Tensor, level: Level, prediction_type: str) -> Tensor:
+    """What the network has to predict at this level."""
+    alpha, sigma = (each(x_B, x0) for x_B in level)
+    match prediction_type:
+        case "epsilon":
+            return noise
+        case "sample":
+            return x0
+        case "v_prediction":
+            return alpha * noise - sigma * x0
+    return noise - x0
+
+
+def x0_of(pred: Tensor, z: Tensor, level: Level, prediction_type: str) -> Tensor:
+    """The sample that a prediction at z stands for; infinite for ε-prediction where α = 0."""
+    alpha, sigma = (each(x_B, z) for x_B in level)
+    match prediction_type:
+        case "epsilon":
+            return (z - sigma * pred) / alpha
+        case "sample":
+            return pred
+        case "v_prediction":
+            return alpha * z - sigma * pred
+    return (z - sigma * pred) / (alpha + sigma)
+
+
+def eps_of(pred: Tensor, z: Tensor, level: Level, prediction_type: str) -> Tensor:
+    """The noise that a prediction at z stands for; infinite for sample prediction where σ = 0."""
+    alpha, sigma = (each(x_B, z) for x_B in level)
+    match prediction_type:
+        case "epsilon":
+            return pred
+        case "sample":
+            return (z - alpha * pred) / sigma
+        case "v_prediction":
+            return sigma * z + alpha * pred
+    return (z + alpha * pred) / (alpha + sigma)
+
+
+def pred_of(x0: Tensor, z: Tensor, level: Level, prediction_type: str) -> Tensor:
+    """What the network would have to predict at z to stand for x0; but for sample prediction σ must be above 0."""
+    if prediction_type == "sample":
+        return x0
+    alpha, sigma = (each(x_B, z) for x_B in level)
+    return target_of(x0, (z - alpha * x0) / sigma, level, prediction_type)
+
+
+def ddim_step(pred: Tensor, z: Tensor, start: Level, end: Level, prediction_type: str) -> Tensor:
+    """Where one deterministic step from z lands: α_s x̂ + σ_s ε̂ (Song et al. 2021, equation 12 with η = 0)."""
+    alpha, sigma = (each(x_B, z) for x_B in end)
+    return alpha * x0_of(pred, z, start, prediction_type) + sigma * eps_of(pred, z, start, prediction_type)
+
+
+def x0_between(z: Tensor, start: Level, z_end: Tensor, end: Level) -> Tensor:
+    """The x̂ with which one DDIM step from z lands on z_end (Salimans & Ho 2022, algorithm 2); float32 inside.
+
+    x̃ = (z_s − (σ_s/σ_t) z_t) / (α_s − (σ_s/σ_t) α_t)
+    """
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = ([each(x_B, z) for x_B in level] for level in (start, end))
+    ratio = sigma_s / sigma_t
+    return (z_end.float() - ratio * z.float()) / (alpha_s - ratio * alpha_t)
+
+
+def nested_steps(
+    schedule: NoiseSchedule, student_scheduler, steps: int, teacher_scheduler, teacher_steps: int
+) -> Tensor:
+    """[N, K]: row n holds the times of a student's step n: its start, the teacher's starts within, its end.
 
     Raises ValueError where the student's starts are not among the teacher's.
     """
-    starts_N, ends_N = sampler_steps(student_scheduler, steps)
-    teacher_starts, _ = sampler_steps(teacher_scheduler, teacher_steps)
+    starts_N, ends_N = schedule.grid(student_scheduler, steps).T
+    teacher_starts, _ = schedule.grid(teacher_scheduler, teacher_steps).T
     per_step, left = divmod(teacher_steps, steps)
     if left or not per_step or not torch.equal(teacher_starts[::per_step], starts_N):
-        spacing = student_scheduler.config.timestep_spacing
+        spacing = student_scheduler.config.get("timestep_spacing")
         way_out = "" if spacing == "trailing" else ", and ladder.timestep_spacing=trailing"
         raise ValueError(
             f"{steps} steps do not nest in a teacher's {teacher_steps} with timestep_spacing={spacing!r}; the teacher "

@@ -13,7 +13,7 @@ from slimstep.data.render import render_scenes
 from slimstep.data.scene import Scene
 from slimstep.data.shapes import COLOURS, POSITIONS, SHAPES, SIZES, ShapesPairs, Wording, caption, hard_negatives
 from slimstep.engine.seeding import generator
-from slimstep.models.noise_schedule import NoiseSchedule
+from slimstep.models.noise_schedule import VariancePreserving, add_noise, target_of
 
 Batch = dict[str, Tensor | list[str]]
 Metrics = dict[str, Tensor]
@@ -181,7 +181,7 @@ class DenoisingObjective:
     """
 
     def __init__(
-        self, schedule: NoiseSchedule, empty_ids_L: Tensor, caption_dropout: float, timestep_shift: float
+        self, schedule: VariancePreserving, empty_ids_L: Tensor, caption_dropout: float, timestep_shift: float
     ) -> None:
         self.schedule, self.empty_ids_L, self.caption_dropout = schedule, empty_ids_L, caption_dropout
         self.timestep_shift = timestep_shift
@@ -194,5 +194,6 @@ class DenoisingObjective:
         noise_BCHW = torch.randn(x0_BCHW.shape, **draw)
         dropped_B = torch.rand(len(x0_BCHW), **draw) < self.caption_dropout
         ids_BL = torch.where(dropped_B[:, None], self.empty_ids_L, ids_BL)
-        pred_BCHW = model(self.schedule.noisy(x0_BCHW, noise_BCHW, t_B), t_B, ids_BL)
-        return F.mse_loss(pred_BCHW, self.schedule.target(x0_BCHW, noise_BCHW, t_B)), {}
+        level = self.schedule.alpha_sigma(t_B)
+        pred_BCHW = model(add_noise(x0_BCHW, noise_BCHW, level), t_B, ids_BL)
+        return F.mse_loss(pred_BCHW, target_of(x0_BCHW, noise_BCHW, level, self.schedule.prediction_type)), {}

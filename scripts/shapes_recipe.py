@@ -45,7 +45,7 @@ from slimstep.engine.files import write_json, write_tensors
 from slimstep.engine.loop import train
 from slimstep.engine.parallel import map_batches
 from slimstep.engine.run import Run
-from slimstep.models.noise_schedule import NoiseSchedule
+from slimstep.models.noise_schedule import schedule_of
 
 
 class Recipe:
@@ -153,7 +153,7 @@ class Recipe:
     def unet(self) -> None:
         device = self.accelerator.device
         empty_ids_L = self.tokenizer("", padding="max_length", return_tensors="pt").input_ids[0].to(device)
-        schedule = NoiseSchedule.from_scheduler(build_scheduler(), device)
+        schedule = schedule_of(build_scheduler(), device)
         config = self.config.unet
         objective = DenoisingObjective(schedule, empty_ids_L, config.caption_dropout, config.timestep_shift)
         latents = CachedScenes(self.root / "latents" / "latents.safetensors")

@@ -19,7 +19,7 @@ from slimstep.engine.loop import train
 from slimstep.engine.run import Run
 from slimstep.models.decoding import ImageDecoder
 from slimstep.models.guidance import with_told_guidance
-from slimstep.models.noise_schedule import NoiseSchedule
+from slimstep.models.noise_schedule import schedule_of
 from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.prune.robust import RobustTraining
 from tests.cuda_dry_run.conftest import small_pipeline
@@ -53,7 +53,7 @@ def subject(name, precision):
     teacher = PrunableUNet2DConditionModel.from_unet(pipeline.unet).to("cuda", DTYPES[precision]).requires_grad_(False)
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False,
                               timestep_spacing="trailing", rescale_betas_zero_snr=True)  # fmt: skip
-    given = [NoiseSchedule.from_scheduler(scheduler, "cuda"), torch.zeros(5, WIDTH, device="cuda"), teacher]
+    given = [schedule_of(scheduler, "cuda"), torch.zeros(5, WIDTH, device="cuda"), teacher]
     if kind in (StepDistillation, GuidanceDistillation, ConsistencyDistillation):
         given.append(Rung(scheduler, 4, scheduler, 2))
     return student, kind(*given, **options)

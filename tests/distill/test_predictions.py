@@ -16,7 +16,7 @@ from slimstep.distill.recovery import Recovery
 from slimstep.distill.steps import StepDistillation
 from slimstep.distill.teaching import WEIGHTINGS, Rung
 from slimstep.eval.sampling import Sampler, Texts
-from slimstep.models.noise_schedule import PREDICTION_TYPES, NoiseSchedule
+from slimstep.models.noise_schedule import PREDICTION_TYPES, pred_of, schedule_of
 from slimstep.models.schedulers import swapped_scheduler
 from slimstep.prune.robust import RobustTraining
 from tests.tiny import WIDTH, tiny_pipeline
@@ -53,7 +53,8 @@ class Knowing(nn.Module):
         if timestep_cond is not None:
             own = own + 0.1 * timestep_cond.mean(1)[:, None, None, None]
         x0_BCHW = self.gain * own if self.x0 is None else self.x0.repeat(2, 1, 1, 1)[: len(z_BCHW)]
-        return (self.schedule.pred(x0_BCHW, z_BCHW, t_B) + self.off,)
+        level, kind = self.schedule.alpha_sigma(t_B), self.schedule.prediction_type
+        return (pred_of(x0_BCHW, z_BCHW, level, kind) + self.off,)
 
 
 def scheduler(prediction_type, **options):
@@ -72,7 +73,7 @@ def stepping(name, prediction_type, x0=None, off=0.0, **options):
     """The loss of a student beside a teacher that means another x̂."""
     kind, own, width = STEPPING[name]
     one = scheduler(prediction_type)
-    schedule = NoiseSchedule.from_scheduler(one)
+    schedule = schedule_of(one)
     teacher = Knowing(schedule, x0)
     student = Knowing(schedule, x0, off, 1.2, width)
     objective = kind(schedule, EMPTY, teacher, Rung(one, 10, one, 5), **own, **options)
@@ -83,7 +84,7 @@ def stepping(name, prediction_type, x0=None, off=0.0, **options):
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("name", SIMPLE)
 def test_the_loss_of_a_perfect_prediction_is_zero_and_else_its_squared_error(name, prediction_type):
-    schedule = NoiseSchedule.from_scheduler(scheduler(prediction_type))
+    schedule = schedule_of(scheduler(prediction_type))
     perfect = Knowing(schedule, batch()["latents"])
     objective = SIMPLE[name](schedule, EMPTY, perfect)
     loss, _ = objective(perfect, batch(), torch.Generator().manual_seed(0))
@@ -146,7 +147,7 @@ def test_sampling_draws_the_same_whatever_the_network_predicts(name, guidance_sc
     drawn = []
     for prediction_type in PREDICTION_TYPES:
         pipeline = tiny_pipeline(prediction_type)
-        schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
+        schedule = schedule_of(pipeline.scheduler)
         pipeline.register_modules(scheduler=swapped_scheduler(pipeline.scheduler, name))
         sampler = Sampler(pipeline, 4, guidance_scale)
         noise = torch.stack([sampler.noise(i) for i in range(3)])

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from slimstep.distill.recovery import Recovery, features_of, relative_error
-from slimstep.models.noise_schedule import NoiseSchedule
+from slimstep.models.noise_schedule import schedule_of
 from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.tiny import WIDTH, tiny_pipeline
 
@@ -21,7 +21,7 @@ def teacher(pipeline):
 
 @pytest.fixture
 def recovery(pipeline, teacher):
-    return Recovery(NoiseSchedule.from_scheduler(pipeline.scheduler), torch.zeros(4, WIDTH), teacher)
+    return Recovery(schedule_of(pipeline.scheduler), torch.zeros(4, WIDTH), teacher)
 
 
 def batch():

@@ -30,7 +30,7 @@ from slimstep.engine.config import TrainConfig
 from slimstep.engine.loop import train
 from slimstep.engine.run import Run
 from slimstep.models.guidance import guidance_embedding, with_told_guidance
-from slimstep.models.noise_schedule import PREDICTION_TYPES, NoiseSchedule
+from slimstep.models.noise_schedule import PREDICTION_TYPES, add_noise, ddim_step, pred_of, schedule_of, snr
 from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.models.conftest import small_stock_unet
 from tests.tiny import WIDTH
@@ -74,7 +74,7 @@ class Samples(torch.utils.data.Dataset):
 
 
 def objective(kind, teacher, way, **options):
-    return kind(NoiseSchedule.from_scheduler(way.student_scheduler), EMPTY, teacher, way, **options)
+    return kind(schedule_of(way.student_scheduler), EMPTY, teacher, way, **options)
 
 
 @pytest.fixture(scope="module")
@@ -91,10 +91,12 @@ def told():
 @pytest.mark.parametrize("w", [None, 3.0])
 def test_one_step_to_the_target_lands_where_the_teachers_two_steps_land(unet, prediction_type, w):
     way = rung(4, 8, prediction_type)
-    schedule = NoiseSchedule.from_scheduler(way.student_scheduler)
+    schedule = schedule_of(way.student_scheduler)
     x0, noise = (torch.randn(4, 4, 8, 8, generator=draw(seed)) for seed in (1, 2))
     # Every step of the student, the first and the last included.
-    start = Draw(x0, noise, schedule.noisy(x0, noise, way.bounds_NK[:, 0]), way.bounds_NK, batch(4)["text"])
+    bounds_NK = way.bounds(schedule)
+    z = add_noise(x0, noise, schedule.alpha_sigma(bounds_NK[:, 0]))
+    start = Draw(x0, noise, z, bounds_NK, batch(4)["text"])
     w_G = NO_GUIDANCE if w is None else torch.full((4,), w)
     target = teacher_target(unet, schedule, start, EMPTY, w_G)
     assert target.x0_BCHW.isfinite().all() and (target.gap_B > 0).all()
@@ -105,9 +107,10 @@ def test_one_step_to_the_target_lands_where_the_teachers_two_steps_land(unet, pr
             if w is not None:
                 empty = unet(z, t_B, EMPTY.expand(4, -1, -1)).sample  # a pass of its own
                 pred = empty + w * (pred - empty)
-        z = schedule.ddim(pred, z, t_B, s_B)
-    pred = schedule.pred(target.x0_BCHW, start.z_BCHW, start.t_B)
-    landed = schedule.ddim(pred, start.z_BCHW, start.t_B, start.end_B)
+        z = ddim_step(pred, z, schedule.alpha_sigma(t_B), schedule.alpha_sigma(s_B), prediction_type)
+    first, last = schedule.alpha_sigma(start.t_B), schedule.alpha_sigma(start.end_B)
+    pred = pred_of(target.x0_BCHW, start.z_BCHW, first, prediction_type)
+    landed = ddim_step(pred, start.z_BCHW, first, last, prediction_type)
     torch.testing.assert_close(landed, z, rtol=1e-3, atol=1e-3)
 
 
@@ -154,12 +157,12 @@ def test_a_teacher_that_goes_at_once_leaves_all_of_its_own_error(unet):
 
 
 def test_truncated_snr_is_at_least_one():
-    schedule, t_B = NoiseSchedule.from_scheduler(scheduler()), torch.arange(1000)
+    schedule, t_B = schedule_of(scheduler()), torch.arange(1000)
     nothing = torch.zeros(1000)
     start, target = Draw(nothing, nothing, nothing, t_B[:, None], nothing), Target(nothing, torch.full((1000,), 0.25))
-    snr = schedule.snr(t_B)
-    assert torch.equal(weights(schedule, start, target, "truncated_snr"), snr.clamp(min=1))
-    assert torch.equal(weights(schedule, start, target, "snr_plus_one"), snr + 1)
+    snr_B = snr(schedule.alpha_sigma(t_B))
+    assert torch.equal(weights(schedule, start, target, "truncated_snr"), snr_B.clamp(min=1))
+    assert torch.equal(weights(schedule, start, target, "snr_plus_one"), snr_B + 1)
     assert weights(schedule, start, target, "uniform").unique().tolist() == [1]
     assert weights(schedule, start, target, "relative").unique().tolist() == [4]
 
@@ -193,7 +196,7 @@ def test_a_student_is_told_the_guidance_as_the_pipeline_tells_it(told):
 def test_a_consistency_answer_is_what_lcm_scheduler_takes_it_for(unet, told):
     lcm = LCMScheduler.from_config(scheduler().config)
     lcm.set_timesteps(4)
-    assert set(lcm.timesteps.tolist()) <= set(rung(50, 50).bounds_NK[:, 0].tolist())
+    assert set(lcm.timesteps.tolist()) <= set(rung(50, 50).bounds(schedule_of(lcm))[:, 0].tolist())
     consistency = objective(ConsistencyDistillation, unet, rung(50, 50))
     z, text, w_B = batch()["latents"], batch()["text"], torch.full((6,), 3.0)
     for t in lcm.timesteps:

@@ -24,7 +24,7 @@ from slimstep.engine.loop import train
 from slimstep.engine.objective import STUDENT, Objective, PlainObjective, as_objective
 from slimstep.engine.run import Run
 from slimstep.models.decoding import ImageDecoder
-from slimstep.models.noise_schedule import NoiseSchedule
+from slimstep.models.noise_schedule import schedule_of
 from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.prune.robust import RobustTraining
 from tests.engine import two_networks
@@ -91,7 +91,7 @@ def subject(name: str) -> tuple[nn.Module, Objective | PlainObjective, StackData
         student.decoder.requires_grad_(True)
         return student, DecoderDistillation(ImageDecoder(pipeline.vae)), samples
     unet = PrunableUNet2DConditionModel.from_unet(pipeline.unet)
-    schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
+    schedule = schedule_of(pipeline.scheduler)
     given = schedule, torch.zeros(rows, width), pipeline.unet.requires_grad_(False)
     if name == "recovery":
         return unet, Recovery(*given), samples

@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLP
 from diffusers.utils import convert_state_dict_to_diffusers
 from safetensors.torch import load_file, save_file
 
-from slimstep.models.noise_schedule import NoiseSchedule
+from slimstep.models.noise_schedule import schedule_of
 from slimstep.models.original_layout import vae_weights
 from slimstep.models.pipeline import export_pipeline, load_pipeline
 from slimstep.models.schedulers import NO_SAMPLE, SHORT, scheduler_class, swapped_scheduler
@@ -88,7 +88,7 @@ def test_another_scheduler_has_the_models_noise_schedule_and_prediction(name, pr
             swapped_scheduler(own, name)
         return
     swapped = swapped_scheduler(own, name)
-    ours, theirs = NoiseSchedule.from_scheduler(swapped), NoiseSchedule.from_scheduler(own)
+    ours, theirs = schedule_of(swapped), schedule_of(own)
     torch.testing.assert_close(ours.alpha_T, theirs.alpha_T)
     assert ours.prediction_type == theirs.prediction_type == prediction_type
     assert not swapped.config.get("clip_sample")
@@ -102,7 +102,7 @@ TAKEN = [(name, kind) for name in SHORT for kind in ("epsilon", "v_prediction", 
 def test_every_scheduler_denoises_a_perfect_prediction_to_the_image(name, prediction_type):
     """The network knows x0: what it predicts is exact, so any sampler must end there, but for its last σ."""
     own = tiny_pipeline(prediction_type).scheduler
-    scheduler, schedule = swapped_scheduler(own, name), NoiseSchedule.from_scheduler(own)
+    scheduler, schedule = swapped_scheduler(own, name), schedule_of(own)
     draw = torch.Generator().manual_seed(0)
     x0 = torch.randn(1, 4, 8, 8, generator=draw)
     scheduler.set_timesteps(20)

@@ -25,7 +25,7 @@ from diffusers import (
 )
 
 from slimstep.eval.sampling import Sampler
-from slimstep.models.noise_schedule import NoiseSchedule
+from slimstep.models.noise_schedule import schedule_of
 from slimstep.models.pipeline import check_pipeline, load_pipeline
 from slimstep.models.schedulers import (
     ONE_SPACING,
@@ -92,7 +92,7 @@ def test_a_pipeline_draws_what_the_stock_one_draws_or_is_refused_in_one_line(pip
 def test_a_schedule_is_read_off_betas_or_refused_in_one_line(name):
     scheduler = SCHEDULERS[name]
     try:
-        schedule = NoiseSchedule.from_scheduler(scheduler)
+        schedule = schedule_of(scheduler)
     except ValueError as error:
         assert "\n" not in str(error)
         refused = not hasattr(scheduler, "alphas_cumprod") or "prediction_type" not in scheduler.config
@@ -110,7 +110,7 @@ WITHOUT_BETAS = [
 
 @pytest.mark.parametrize("own", WITHOUT_BETAS, ids=lambda own: type(own).__name__)
 def test_what_was_not_trained_on_betas_is_neither_trained_nor_given_another_scheduler(own):
-    for refuse in (NoiseSchedule.from_scheduler, check_noise_schedule, lambda s: swapped_scheduler(s, "ddim")):
+    for refuse in (schedule_of, check_noise_schedule, lambda s: swapped_scheduler(s, "ddim")):
         with pytest.raises(ValueError, match=f"the model's {type(own).__name__} has .*EDM and flow matching"):
             refuse(own)
 
@@ -152,7 +152,7 @@ def test_the_schedule_that_was_trained_on_is_kept_or_the_sampler_refused(own, na
         assert f"model.scheduler={name} cannot keep the noise schedule" in told and "\n" not in told
         assert name not in told.partition("choose from ")[2].split(", ")
     else:
-        ours, theirs = NoiseSchedule.from_scheduler(swapped), NoiseSchedule.from_scheduler(own)
+        ours, theirs = schedule_of(swapped), schedule_of(own)
         torch.testing.assert_close(ours.alpha_T, theirs.alpha_T, atol=3e-4, rtol=1e-4)  # some write 2^-12 for 0
         assert ours.prediction_type == theirs.prediction_type
         assert not hasattr(swapped, "sigmas") or torch.as_tensor(swapped.sigmas).isfinite().all()

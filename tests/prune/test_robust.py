@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from slimstep.models.noise_schedule import NoiseSchedule
+from slimstep.models.noise_schedule import schedule_of
 from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.prune.robust import RobustTraining
 from tests.tiny import WIDTH, tiny_pipeline
@@ -22,7 +22,7 @@ def unet(pipeline):
 
 def objective(pipeline, unet, **options):
     options = {"skip_prob": {"resnet": 0.3, "attention": 0.1}, **options}
-    schedule = NoiseSchedule.from_scheduler(pipeline.scheduler)
+    schedule = schedule_of(pipeline.scheduler)
     return RobustTraining(schedule, torch.zeros(4, WIDTH), unet, **options)
 
 
