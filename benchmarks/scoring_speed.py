@@ -42,7 +42,7 @@ def work(checkout: str, num_prompts: int) -> None:
         start, cpu = time.perf_counter(), time.process_time()
         table = score_blocks(pipeline.unet, sampler, scorer, prompts, 64, Accelerator(cpu=True))
         seconds = {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu}
-        lost = {site: score["delta_clip"] for site, score in table.record({})["sites"].items()}
+        lost = {block: score["delta_clip"] for block, score in table.record({})["sites"].items()}
         peak_gib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
         print(json.dumps({**seconds, "peak_gib": peak_gib, "lost": lost}), flush=True)
 
@@ -90,7 +90,7 @@ def main() -> None:
         "environment": environment(),
         "prompts": options.prompts,
         "times_as_fast": {c: {"median": statistics.median(r), "range": [min(r), max(r)]} for c, r in ratios.items()},
-        "largest_difference_of_scores": max(abs(before[site] - now[site]) for site in before),
+        "largest_difference_of_scores": max(abs(before[block] - now[block]) for block in before),
         "same_order": ranks[0] == ranks[1],
         "runs": {name: [{k: v for k, v in run.items() if k != "lost"} for run in made] for name, made in runs.items()},
     }

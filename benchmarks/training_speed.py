@@ -202,7 +202,7 @@ def measure_scoring(bench: PruneBench) -> tuple[int, float, float]:
     count_memory_from_here(bench.device)
     start = time.perf_counter()
     bench.score(unet, "round-00")
-    images = (1 + len(unet.kept_sites)) * bench.config.scoring.prompts
+    images = (1 + len(unet.kept_blocks)) * bench.config.scoring.prompts
     return batch, batch * forward(bench, unet), (time.perf_counter() - start) / images * batch
 
 

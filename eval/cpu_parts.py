@@ -75,16 +75,16 @@ def running_network(
     if key not in made:
         made[key] = twin(unet)
         if key is not None:
-            remove(made[key], [site for site, is_open in zip(unet.kept_sites, key, strict=True) if not is_open])
+            remove(made[key], [block for block, is_open in zip(unet.kept_blocks, key, strict=True) if not is_open])
     return made[key], None
 
 
-def remove(unet: PrunableUNet2DConditionModel, sites: list[str]) -> None:
-    """Takes kept sites out of a running network, layers before the transformers that hold them."""
-    for site in sorted(sites, key=lambda site: site not in unet.parents):
-        for path in unet.instances(site):
-            block = unet.get_submodule(path)
-            unet.set_submodule(path, Removed(block, unet.bypass.get(site, "identity")))
+def remove(unet: PrunableUNet2DConditionModel, blocks: list[str]) -> None:
+    """Takes kept blocks out of a running network, layers before the transformers that hold them."""
+    for block in sorted(blocks, key=lambda block: block not in unet.parents):
+        for path in unet.instances(block):
+            module = unet.get_submodule(path)
+            unet.set_submodule(path, Removed(module, unet.bypass.get(block, "identity")))
 
 
 def twin(network: nn.Module) -> nn.Module:

@@ -91,7 +91,7 @@ def estimates(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainCo
     weights = BYTES * unet.num_parameters()
     lines = [
         f"run        {bench.run.path}",
-        f"teacher    {count(unet.num_parameters())} parameters, {len(unet.kept_sites)} blocks, "
+        f"teacher    {count(unet.num_parameters())} parameters, {len(unet.kept_blocks)} blocks, "
         f"{count_gflops(unet, tokens=tokens):.2f} GFLOPs a forward",
         time,
     ]

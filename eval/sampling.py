@@ -3,7 +3,7 @@
 Timesteps, scheduler, guidance rule and rounding to 8 bits are those of `StableDiffusionPipeline.__call__`; what differs
 is the noise, which belongs to the prompt: image i is a function of (seed, i), whatever batch or process draws it.
 
-Axes: B batch, L text tokens, E text width, C channels, H and W height and width, N blocks (kept sites), S steps.
+Axes: B batch, L text tokens, E text width, C channels, H and W height and width, N kept blocks, S steps.
 """
 
 import copy

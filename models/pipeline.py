@@ -44,7 +44,7 @@ DType = Literal["float32", "float16", "bfloat16"]
 class ExportVerdict:
     """What kind of folder an export is.
 
-    is_stock: UNet and VAE are diffusers' own classes. obstacles: why not, by site. load: the Python that loads it.
+    is_stock: UNet and VAE are diffusers' own classes. obstacles: why not, by block. load: the Python that loads it.
     origin: whose student it is.
     """
 

@@ -22,14 +22,14 @@ PER_LEVEL = ("attention_head_dim", "num_attention_heads", "cross_attention_dim",
 
 @dataclass(frozen=True)
 class StockVerdict:
-    """config: UNet2DConditionModel's, or None where `obstacles` (one site and its reason each) prevent it."""
+    """config: UNet2DConditionModel's, or None where `obstacles` (one block and its reason each) prevent it."""
 
     config: dict | None
     obstacles: tuple[str, ...]
 
 
 def stock_config(unet: UNet2DConditionModel) -> StockVerdict:
-    """The stock configuration with the pruned UNet's output, or the sites that have no place in one."""
+    """The stock configuration with the pruned UNet's output, or the blocks that have no place in one."""
     if not isinstance(unet, PrunableUNet2DConditionModel):
         return StockVerdict(public_fields(unet), ())
     plan = StockPlan(unet)
@@ -78,27 +78,27 @@ class StockPlan:
                 return ".".join((self.paths[path], *parts[n:]))
         return key
 
-    def block(self, site: str, reason: str) -> None:
-        self.obstacles.append(f"{site} ({reason})")
+    def obstruct(self, block: str, reason: str) -> None:
+        self.obstacles.append(f"{block} ({reason})")
 
     def mid_block_type(self) -> str | None:
         """All of the mid block, one ResNet of it, or none."""
-        sites = [s for s in self.unet.sites if s.startswith("mid_block.") and s not in self.unet.parents]
-        kept = [s for s in sites if self.unet.repeats(s)]
-        for site in kept:
-            if self.unet.kinds[site] == "attention":
-                number_layers(self, site, site)
-            if self.unet.repeats(site) > 1:
-                self.block(site, "is copied")
+        blocks = [s for s in self.unet.blocks if s.startswith("mid_block.") and s not in self.unet.parents]
+        kept = [s for s in blocks if self.unet.repeats(s)]
+        for block in kept:
+            if self.unet.kinds[block] == "attention":
+                number_layers(self, block, block)
+            if self.unet.repeats(block) > 1:
+                self.obstruct(block, "is copied")
         if not kept:
             return None
-        if kept == sites:
+        if kept == blocks:
             return self.unet.config.mid_block_type
         if len(kept) == 1 and self.unet.kinds[kept[0]] == "resnet":
             self.paths[kept[0]] = "mid_block.resnets.0"
             return "UNetMidBlock2D"
-        for site in (s for s in sites if s not in kept):
-            self.block(site, "is removed; of a stock mid block all stays, or one ResNet, or nothing")
+        for block in (s for s in blocks if s not in kept):
+            self.obstruct(block, "is removed; of a stock mid block all stays, or one ResNet, or nothing")
         return self.unet.config.mid_block_type
 
     def check_skip_connections(self) -> None:
@@ -112,12 +112,12 @@ class StockPlan:
         for up, down in zip(self.up, reversed(self.down), strict=True):
             if len(up.kept) != len(down.kept) + 1:
                 numbers = f"keeps {len(up.kept)} layers where {down.path} keeps {len(down.kept)}"
-                self.block(up.path, f"{numbers}; a stock UNet has one more on the way up")
+                self.obstruct(up.path, f"{numbers}; a stock UNet has one more on the way up")
                 return
             for layer in range(up.num_layers):
                 skip = stack.pop()
                 if layer in up.kept and skip != stock_stack.pop():
-                    self.block(f"{up.path}.resnets.{layer}", f"would lose its skip connection from {skip}")
+                    self.obstruct(f"{up.path}.resnets.{layer}", f"would lose its skip connection from {skip}")
                     return
 
     def level_fields(self) -> dict:
@@ -142,7 +142,7 @@ class StockPlan:
                 down[-1] = layers
             elif layers != self.down[-1].transformer_layers[0]:
                 there = f"{self.down[-1].path}'s first has {self.down[-1].transformer_layers[0]}"
-                self.block("mid_block.attentions.0", f"has {layers} layers where {there}; a stock UNet ties the two")
+                self.obstruct("mid_block.attentions.0", f"has {layers} layers where {there}; a stock UNet ties the two")
         up = [simplest(level.transformer_layers) or d for level, d in zip(self.up, reversed(down), strict=True)]
         mirrored = up == down[::-1] and all(isinstance(d, int) for d in up)
         fields = {"transformer_layers_per_block": simplest(down) if isinstance(default, int) else down}
@@ -155,11 +155,11 @@ class Level:
     def __init__(self, plan: StockPlan, path: str, new_path: str):
         self.path, unet = path, plan.unet
         index = int(path.split(".")[1])
-        self.num_layers = sum(s.startswith(f"{path}.resnets.") for s in unet.sites)
+        self.num_layers = sum(s.startswith(f"{path}.resnets.") for s in unet.blocks)
         resnets = [f"{path}.resnets.{i}" for i in range(self.num_layers)]
-        attentions = [s for s in (f"{path}.attentions.{i}" for i in range(self.num_layers)) if s in unet.sites]
-        self.kept = [i for i, site in enumerate(resnets) if unet.repeats(site)]
-        self.transformer_layers = [count_layers(unet, site) for site in attentions if unet.repeats(site)]
+        attentions = [s for s in (f"{path}.attentions.{i}" for i in range(self.num_layers)) if s in unet.blocks]
+        self.kept = [i for i, block in enumerate(resnets) if unet.repeats(block)]
+        self.transformer_layers = [count_layers(unet, block) for block in attentions if unet.repeats(block)]
         types = unet.config.down_block_types if path.startswith("down") else unet.config.up_block_types
         self.block_type = WITHOUT_ATTENTION.get(types[index], types[index])
         if self.transformer_layers:
@@ -173,20 +173,20 @@ class Level:
         self.check(plan, resnets, attentions)
 
     def check(self, plan: StockPlan, resnets: list[str], attentions: list[str]) -> None:
-        """Name the sites of this level that fit no stock configuration."""
+        """Name the blocks of this level that fit no stock configuration."""
         unet = plan.unet
         if self.block_type not in (*WITHOUT_ATTENTION, *WITHOUT_ATTENTION.values()):
-            for site in (s for s in resnets if not unet.repeats(s)):
-                plan.block(site, f"is removed from a {self.block_type}, whose other parts stay")
-        for site in (s for s in (*resnets, *attentions) if unet.repeats(s) > 1):
-            plan.block(site, "is copied")
-        for site in (s for s in resnets if not unet.repeats(s) and unet.bypass.get(s) == "shortcut"):
-            plan.block(site, "is removed but for its 1×1 shortcut")
-        for i, site in enumerate(attentions):
-            if unet.repeats(site) and i not in self.kept:
-                plan.block(site, "stays without its ResNet")
-            elif not unet.repeats(site) and i in self.kept and self.transformer_layers:
-                plan.block(site, "is removed while another of its level stays")
+            for block in (s for s in resnets if not unet.repeats(s)):
+                plan.obstruct(block, f"is removed from a {self.block_type}, whose other parts stay")
+        for block in (s for s in (*resnets, *attentions) if unet.repeats(s) > 1):
+            plan.obstruct(block, "is copied")
+        for block in (s for s in resnets if not unet.repeats(s) and unet.bypass.get(s) == "shortcut"):
+            plan.obstruct(block, "is removed but for its 1×1 shortcut")
+        for i, block in enumerate(attentions):
+            if unet.repeats(block) and i not in self.kept:
+                plan.obstruct(block, "stays without its ResNet")
+            elif not unet.repeats(block) and i in self.kept and self.transformer_layers:
+                plan.obstruct(block, "is removed while another of its level stays")
 
 
 def count_layers(unet: PrunableUNet2DConditionModel, attention: str) -> int:

@@ -1,11 +1,11 @@
 """The prunable UNet: diffusers' UNet2DConditionModel whose blocks can be removed, copied, and masked for each sample.
 
-An architecture is a table {site: BlockSpec} (models/architecture.py). A site is the module path of a ResNet block, of a
+An architecture is a table {block: BlockSpec} (models/architecture.py). A block is the module path of a ResNet, of a
 cross-attention (Transformer2DModel) or, where a cross-attention holds several, of one of its layers. Everything else,
 names included, is the stock UNet. One file travels with exports: this one with architecture.py in the place of its
 import, so that it holds all that the class needs and imports nothing but torch and diffusers.
 
-Axes: B batch, C channels, H and W latent height and width, N kept sites, L text tokens, R rows of added conditions, E
+Axes: B batch, C channels, H and W latent height and width, N kept blocks, L text tokens, R rows of added conditions, E
 text width, P pooled width. Some features are [B, C, H, W], some tokens.
 """
 
@@ -57,24 +57,24 @@ FILE = f"slimstep_unet_{hashlib.sha256(travelling_text().encode()).hexdigest()[:
 class PrunableUNet2DConditionModel(UNet2DConditionModel):
     """A UNet2DConditionModel with an architecture table and block masks.
 
-    depths: the architecture, as config.json holds it: {site: repeats}. It may also name an innermost level as a whole
+    depths: the architecture, as config.json holds it: {block: repeats}. It may also name an innermost level as a whole
         (`down_blocks.3: 0`): both its blocks, the mid block, and the resampling into it and out of it go.
     bypass: what is left of a removed ResNet whose channels change: 'shortcut' keeps its 1×1 convolution; 'drop_skip'
         (up path, where the incoming features have the output's width) passes them on and drops the skip connection.
-        One rule for all sites ('drop_skip' then means: wherever it is possible), or {site: rule} for some.
+        One rule for all blocks ('drop_skip' then means: wherever it is possible), or {block: rule} for some.
     auto_map: written by save_config, so that diffusers' AutoModel finds this file beside the weights.
-    Every other removed site is the identity. All other arguments are UNet2DConditionModel's.
-    Raises ValueError for unknown sites, for copies of a ResNet that changes channels, and for an impossible bypass.
+    Every other removed block is the identity. All other arguments are UNet2DConditionModel's.
+    Raises ValueError for unknown blocks, for copies of a ResNet that changes channels, and for an impossible bypass.
 
-    architecture: {site: BlockSpec}, in order of execution and without what says nothing.
-    sites: all prunable paths in order of execution, removed ones included. kept_sites: those that run.
-    kinds: {site: 'resnet' or 'attention'}. parents: {layer: the transformer that holds it}; a removed or closed
-    transformer takes its layers along. copyable_sites: those that can run more than once.
-    bypass_choices: {site: the rules possible there}, for ResNets that change channels; bypass: {site: the rule chosen}.
+    architecture: {block: BlockSpec}, in order of execution and without what says nothing.
+    blocks: all prunable paths in order of execution, removed ones included. kept_blocks: those that run.
+    kinds: {block: 'resnet' or 'attention'}. parents: {layer: the transformer that holds it}; a removed or closed
+    transformer takes its layers along. copyable_blocks: those that can run more than once.
+    bypass_choices: {block: the rules possible there}, for ResNets that change channels; bypass: {block: its rule}.
     levels: the innermost levels that can go as a whole, from the inside out.
     """
 
-    _repeated_blocks = ["BasicTransformerBlock", "SiteLayer"]
+    _repeated_blocks = ["BasicTransformerBlock", "MaskedLayer"]
 
     @register_to_config
     def __init__(
@@ -86,16 +86,16 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
     ):
         super().__init__(**kwargs)
         self.__module__ = FILE  # a pipeline writes it into model_index.json, and finds the class by it
-        modules = find_sites(self)
-        self.sites = tuple(modules)
+        modules = find_blocks(self)
+        self.blocks = tuple(modules)
         self.kinds = {s: "resnet" if isinstance(m, ResnetBlock2D) else "attention" for s, m in modules.items()}
         self.parents = {s: parent for s in modules if (parent := holder_of(s, modules))}
         self.levels = removable_levels(self.config.block_out_channels)
-        self.copyable_sites = tuple(s for s, m in modules.items() if not changes_channels(m))
+        self.copyable_blocks = tuple(s for s, m in modules.items() if not changes_channels(m))
         self.bypass_choices = {s: bypass_choices(self, s) for s, m in modules.items() if changes_channels(m)}
-        self.bypass = self._bypass_of_each_site(bypass)
-        self.architecture = canonical(as_architecture(depths or {}), self.sites, self.levels, self.copyable_sites)
-        self.kept_sites = kept(self.sites, self.architecture, self.levels)
+        self.bypass = self._bypass_of_each_block(bypass)
+        self.architecture = canonical(as_architecture(depths or {}), self.blocks, self.levels, self.copyable_blocks)
+        self.kept_blocks = kept(self.blocks, self.architecture, self.levels)
         written = {"depths": as_json(self.architecture), "bypass": bypass if isinstance(bypass, str) else dict(bypass)}
         self.register_to_config(**written)
 
@@ -111,26 +111,26 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
 
     # ---- the architecture table ----
 
-    def repeats(self, site: str) -> int:
-        """How often a site runs; 0 where it, or what holds it, is removed."""
-        return repeats_of(site, self.architecture, self.levels)
+    def repeats(self, block: str) -> int:
+        """How often a block runs; 0 where it, or what holds it, is removed."""
+        return repeats_of(block, self.architecture, self.levels)
 
-    def instances(self, site: str) -> Iterator[str]:
-        """The site itself, and, for a layer, its twins in the copies of the transformer that holds it."""
-        return instances(site, self.architecture, self.parents.get(site))
+    def instances(self, block: str) -> Iterator[str]:
+        """The block itself, and, for a layer, its twins in the copies of the transformer that holds it."""
+        return instances(block, self.architecture, self.parents.get(block))
 
-    def _bypass_of_each_site(self, bypass: str | Mapping[str, str]) -> dict[str, str]:
-        """{site: rule} for every ResNet that changes channels."""
+    def _bypass_of_each_block(self, bypass: str | Mapping[str, str]) -> dict[str, str]:
+        """{block: rule} for every ResNet that changes channels."""
         if isinstance(bypass, str):
             if bypass not in ("shortcut", "drop_skip"):
-                raise ValueError(f"bypass is {bypass!r}; choose 'shortcut', 'drop_skip', or a table {{site: rule}}")
+                raise ValueError(f"bypass is {bypass!r}; choose 'shortcut', 'drop_skip', or a table {{block: rule}}")
             return {s: bypass if bypass in choices else "shortcut" for s, choices in self.bypass_choices.items()}
-        for site, rule in bypass.items():
-            choices = self.bypass_choices.get(site, ())
+        for block, rule in bypass.items():
+            choices = self.bypass_choices.get(block, ())
             if rule not in choices:
                 able = tuple(s for s, rules in self.bypass_choices.items() if rule in rules)
-                raise ValueError(f"bypass {rule!r} is impossible at {site}, which allows {choices}; possible at {able}")
-        return {site: bypass.get(site, "shortcut") for site in self.bypass_choices}
+                raise ValueError(f"bypass {rule!r} is impossible at {block}, which has {choices}; possible at {able}")
+        return {block: bypass.get(block, "shortcut") for block in self.bypass_choices}
 
     # ---- travelling ----
 
@@ -163,8 +163,8 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
     ) -> "PrunableUNet2DConditionModel":
         """A new UNet with these entries over the present table, and copies of this UNet's weights.
 
-        source: a UNet that holds the removed sites which this puts back. copy_init: 'zero' zeroes the last layer of
-        a fresh copy, so that the network's function does not change; 'same' leaves it equal to the site it copies.
+        source: a UNet that holds the removed blocks which this puts back. copy_init: 'zero' zeroes the last layer of
+        a fresh copy, so that the network's function does not change; 'same' leaves it equal to the block it copies.
         """
         return build_from(self, source, {**self.architecture, **architecture}, None, copy_init)
 
@@ -172,21 +172,21 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
         """Surgery; layers before the transformers that hold them, so that a transformer's copies have its layers."""
         for level in (level for level in self.levels if level in self.architecture):
             remove_level(self, level)
-        for site in sorted(self.architecture.keys() & modules.keys(), key=lambda s: s not in self.parents):
-            repeats = self.architecture[site].repeats
+        for block in sorted(self.architecture.keys() & modules.keys(), key=lambda s: s not in self.parents):
+            repeats = self.architecture[block].repeats
             if repeats == 0:
-                self.set_submodule(site, Removed(modules[site], self.bypass.get(site, "identity")))
+                self.set_submodule(block, Removed(modules[block], self.bypass.get(block, "identity")))
             else:
-                copies = [copy.deepcopy(modules[site]) for _ in range(repeats - 1)]
-                modules[site].copies = nn.ModuleList(map(silence, copies))
+                copies = [copy.deepcopy(modules[block]) for _ in range(repeats - 1)]
+                modules[block].copies = nn.ModuleList(map(silence, copies))
 
     def _watch_mask(self) -> None:
-        """Give each kept site's module the class that looks at the mask; paths and parameters stay what they are."""
-        for column, site in enumerate(self.kept_sites):
-            for module in map(self.get_submodule, self.instances(site)):
-                module.__class__ = SITE_CLASSES[type(module)]
-                module.running, module.column, module.rule = self._running, column, self.bypass.get(site, "identity")
-                if self.repeats(site) == 1:
+        """Give each kept block's module the class that looks at the mask; paths and parameters stay what they are."""
+        for column, block in enumerate(self.kept_blocks):
+            for module in map(self.get_submodule, self.instances(block)):
+                module.__class__ = MASKED[type(module)]
+                module.running, module.column, module.rule = self._running, column, self.bypass.get(block, "identity")
+                if self.repeats(block) == 1:
                     module.copies = ()
 
     # ---- running ----
@@ -194,7 +194,7 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
     def forward(
         self, sample: Tensor, timestep, encoder_hidden_states: Tensor, *args, block_mask: Tensor | None = None, **kwargs
     ):
-        """UNet2DConditionModel's forward. block_mask: Bool[B, N]; where False, that sample skips that kept site.
+        """UNet2DConditionModel's forward. block_mask: Bool[B, N]; where False, that sample skips that kept block.
 
         Where SDXL's added conditions are not given, they are the last rows of the text states.
         """
@@ -203,8 +203,8 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
         args = (timestep, encoder_hidden_states, *args)
         if block_mask is None:
             return super().forward(sample, *args, **kwargs)
-        assert block_mask.shape == (len(sample), len(self.kept_sites)), (
-            f"a block mask {tuple(block_mask.shape)} for a batch of {len(sample)} and {len(self.kept_sites)} kept sites"
+        assert block_mask.shape == (len(sample), len(self.kept_blocks)), (
+            f"block mask {tuple(block_mask.shape)} for a batch of {len(sample)} and {len(self.kept_blocks)} kept blocks"
         )
         self._running.mask_BN = block_mask
         try:
@@ -236,13 +236,13 @@ def apart(unet: UNet2DConditionModel, text: Tensor) -> tuple[Tensor, dict[str, T
 
 
 class RunningMask:
-    """The block mask of the forward that is running; every site of one UNet reads the same object."""
+    """The block mask of the forward that is running; every block of one UNet reads the same object."""
 
     mask_BN: Tensor | None = None
 
 
-class Site:
-    """Mixed into the class of a kept site: runs its copies too, and lets samples skip them where the mask is closed."""
+class MaskedBlock:
+    """Mixed into the class of a kept block: runs its copies too, and lets samples skip them where the mask says so."""
 
     running: RunningMask
     column: int
@@ -251,8 +251,8 @@ class Site:
 
     def forward(self, x: Tensor, *args, **kwargs):
         output = super().forward(x, *args, **kwargs)
-        for block in self.copies:
-            output = block(output[0] if isinstance(output, tuple) else output, *args, **kwargs)
+        for module in self.copies:
+            output = module(output[0] if isinstance(output, tuple) else output, *args, **kwargs)
         if self.running.mask_BN is None:
             return output
         y = output[0] if isinstance(output, tuple) else output
@@ -262,41 +262,41 @@ class Site:
         return (y,) if isinstance(output, tuple) else y
 
 
-class SiteResnet(Site, ResnetBlock2D):
+class MaskedResnet(MaskedBlock, ResnetBlock2D):
     pass
 
 
-class SiteTransformer(Site, Transformer2DModel):
+class MaskedTransformer(MaskedBlock, Transformer2DModel):
     pass
 
 
-class SiteLayer(Site, BasicTransformerBlock):
+class MaskedLayer(MaskedBlock, BasicTransformerBlock):
     pass
 
 
-SITE_CLASSES = {ResnetBlock2D: SiteResnet, Transformer2DModel: SiteTransformer, BasicTransformerBlock: SiteLayer}
+MASKED = {ResnetBlock2D: MaskedResnet, Transformer2DModel: MaskedTransformer, BasicTransformerBlock: MaskedLayer}
 
 
 class Removed(nn.Module):
-    """What is left of a removed site: its way around."""
+    """What is left of a removed block: its way around."""
 
-    def __init__(self, site: nn.Module, rule: str):
+    def __init__(self, removed: nn.Module, rule: str):
         super().__init__()
-        self.rule, self.is_transformer = rule, isinstance(site, Transformer2DModel)
-        self.out_channels = getattr(site, "out_channels", None)
+        self.rule, self.is_transformer = rule, isinstance(removed, Transformer2DModel)
+        self.out_channels = getattr(removed, "out_channels", None)
         if rule == "shortcut":
-            self.conv_shortcut = site.conv_shortcut
+            self.conv_shortcut = removed.conv_shortcut
 
     def forward(self, x: Tensor, *args, **kwargs):
         y = way_around(self, self.rule, x)
         return (y,) if self.is_transformer else y
 
 
-def way_around(site: nn.Module, rule: str, x: Tensor) -> Tensor:
-    """What a removed or closed site gives for the features x (on the way up: features and skip, concatenated)."""
+def way_around(module: nn.Module, rule: str, x: Tensor) -> Tensor:
+    """What a removed or closed block gives for the features x (on the way up: features and skip, concatenated)."""
     if rule == "shortcut":
-        return site.conv_shortcut(x)
-    return x[:, : site.out_channels] if rule == "drop_skip" else x
+        return module.conv_shortcut(x)
+    return x[:, : module.out_channels] if rule == "drop_skip" else x
 
 
 class CheckpointWithMask:
@@ -328,21 +328,21 @@ def recompute(block: Callable, *args):
 # ---- what a stock UNet offers ----
 
 
-def find_sites(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
-    """{path: module} of all prunable sites in order of execution; a transformer's layers follow it."""
-    blocks = [(f"down_blocks.{i}", block) for i, block in enumerate(unet.down_blocks)]
-    blocks += [("mid_block", unet.mid_block), *((f"up_blocks.{i}", block) for i, block in enumerate(unet.up_blocks))]
-    sites = {}
-    for name, block in blocks:
-        attentions = list(getattr(block, "attentions", None) or ())
-        for i, resnet in enumerate(getattr(block, "resnets", None) or ()):
+def find_blocks(unet: UNet2DConditionModel) -> dict[str, nn.Module]:
+    """{path: module} of all prunable blocks in order of execution; a transformer's layers follow it."""
+    sides = [(f"down_blocks.{i}", side) for i, side in enumerate(unet.down_blocks)]
+    sides += [("mid_block", unet.mid_block), *((f"up_blocks.{i}", side) for i, side in enumerate(unet.up_blocks))]
+    blocks = {}
+    for name, side in sides:
+        attentions = list(getattr(side, "attentions", None) or ())
+        for i, resnet in enumerate(getattr(side, "resnets", None) or ()):
             if type(resnet) is ResnetBlock2D:
-                sites[f"{name}.resnets.{i}"] = resnet
+                blocks[f"{name}.resnets.{i}"] = resnet
             if i < len(attentions) and type(attentions[i]) is Transformer2DModel:
-                site, layers = f"{name}.attentions.{i}", attentions[i].transformer_blocks
-                sites[site] = attentions[i]
-                sites |= {f"{site}.transformer_blocks.{k}": m for k, m in enumerate(layers) if len(layers) > 1}
-    return sites
+                block, layers = f"{name}.attentions.{i}", attentions[i].transformer_blocks
+                blocks[block] = attentions[i]
+                blocks |= {f"{block}.transformer_blocks.{k}": m for k, m in enumerate(layers) if len(layers) > 1}
+    return blocks
 
 
 def removable_levels(widths: tuple[int, ...]) -> Levels:
@@ -365,9 +365,9 @@ def changes_channels(module: nn.Module) -> bool:
     return isinstance(module, ResnetBlock2D) and module.in_channels != module.out_channels
 
 
-def bypass_choices(unet: UNet2DConditionModel, site: str) -> tuple[str, ...]:
+def bypass_choices(unet: UNet2DConditionModel, block: str) -> tuple[str, ...]:
     """The rules possible at a ResNet that changes channels."""
-    side, level, _, index = site.split(".")
+    side, level, _, index = block.split(".")
     widths, level = list(reversed(unet.config.block_out_channels)), int(level)
     keeps_width = side == "up_blocks" and (int(index) > 0 or level == 0 or widths[level] == widths[level - 1])
     return ("shortcut", "drop_skip") if keeps_width else ("shortcut",)
@@ -383,7 +383,7 @@ def build_from(
     bypass: str | Mapping[str, str] | None,
     copy_init: str,
 ) -> PrunableUNet2DConditionModel:
-    """A new prunable UNet: weights of `unet`, else of `source` (sites put back), else of the site that is copied."""
+    """A new prunable UNet: weights of `unet`, else of `source` (blocks put back), else of the block that is copied."""
     if copy_init not in ("zero", "same"):
         raise ValueError(f"copy_init is {copy_init!r}; choose 'zero' or 'same'")
     bypass = unet.config.get("bypass", "shortcut") if bypass is None else bypass
@@ -392,12 +392,12 @@ def build_from(
         new = PrunableUNet2DConditionModel.from_config(dict(unet.config), depths=table, bypass=bypass)
     own, more = unet.state_dict(), source.state_dict() if source is not None else {}
     before = as_architecture(unet.config.get("depths") or {})
-    back = tuple(f"{s}." for s in new.kept_sites if s in before and before[s].repeats == 0)
+    back = tuple(f"{s}." for s in new.kept_blocks if s in before and before[s].repeats == 0)
     own = {key: value for key, value in own.items() if not key.startswith(back)}  # a removed ResNet's shortcut remains
     weights = {key: next((t[k] for k in origins(key) for t in (own, more) if k in t), None) for key in new.state_dict()}
     if missing := [key for key, value in weights.items() if value is None]:
-        sites = [s for s in new.kept_sites if any(holds(s, key) for key in missing)] or missing
-        raise ValueError(f"no weights for {sites}; with_architecture(…, source=a UNet that holds them) puts them back")
+        blocks = [s for s in new.kept_blocks if any(holds(s, key) for key in missing)] or missing
+        raise ValueError(f"no weights for {blocks}; with_architecture(…, source=a UNet that holds them) puts them back")
     new.load_state_dict({key: value.detach().clone() for key, value in weights.items()}, assign=True)
     if copy_init == "zero":
         for path in copies_in(weights) - copies_in(own) - copies_in(more):

@@ -44,9 +44,9 @@ class PruneBench(Bench):
         """ValueError, before anything is made, for a search, data, objectives or a scorer that will not do."""
         if told_guidance_width(self.teacher):
             raise ValueError(f"{self.config.model.name_or_path} is told its guidance scale: prune it before that")
-        known = (*self.teacher.sites, *self.teacher.levels)
-        if unknown := sorted(set(self.search.named_sites) - set(known)):
-            raise ValueError(f"search.method names unknown sites {unknown}; this UNet has {known}")
+        known = (*self.teacher.blocks, *self.teacher.levels)
+        if unknown := sorted(set(self.search.named_blocks) - set(known)):
+            raise ValueError(f"search.method names unknown blocks {unknown}; this network has {known}")
         if (decided := getattr(self.search, "bypass", None)) not in (None, self.bypass):
             raise ValueError(f"search.method.depths was decided with search.bypass={decided}; set the same here")
         if self.known_latencies:
@@ -212,7 +212,7 @@ class PruneBench(Bench):
         if tracker is None:
             return
         for r in record.rounds:
-            rows = [[b.site, b.ms, b.delta_clip, b.se, b.clip_per_ms] for b in r.blocks.values()]
-            tracker.table(f"{r.name}/blocks", ["site", "ms", "CLIP lost", "se", "CLIP lost per ms"], rows)
+            rows = [[b.path, b.ms, b.delta_clip, b.se, b.clip_per_ms] for b in r.blocks.values()]
+            tracker.table(f"{r.name}/blocks", ["block", "ms", "CLIP lost", "se", "CLIP lost per ms"], rows)
         for name, paths in record.images.items():
             tracker.images(f"images/{name}", [Image.open(path) for path in paths], list(record.prompts))

@@ -29,7 +29,7 @@ class SearchConfig:
         if self.rounds > MOST_ROUNDS:
             raise ValueError(f"search.rounds={self.rounds} is more than {MOST_ROUNDS}: no UNet has so many blocks")
         if not isinstance(self.bypass, (str, dict)) and not OmegaConf.is_dict(self.bypass):
-            raise ValueError(f"search.bypass={self.bypass} must be shortcut, drop_skip or a table {{site: rule}}")
+            raise ValueError(f"search.bypass={self.bypass} must be shortcut, drop_skip or a table {{block: rule}}")
         if self.copy_init not in ("zero", "same"):
             raise ValueError(f"search.copy_init={self.copy_init!r} is unknown; choose zero or same")
         for name in ("target_fraction", "target_ms"):

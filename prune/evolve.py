@@ -22,6 +22,7 @@ from dataclasses import asdict, dataclass, replace
 from slimstep.models.architecture import Architecture, nested, remove, repeat, without_defaults
 
 DESTROYED, CLEAR = 0.05, 2.0  # of an unrelated picture's squared error; standard errors of CLIP lost
+IN_FILES = {"block": "site", "repeats": "depth"}  # as decision.json has called them from the first version on
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class BlockValue:
     removal is taken to lose. A block that runs more than once is removed with all its copies.
     """
 
-    site: str
+    block: str
     delta_clip: float
     se: float
     saved_ms: float
@@ -83,7 +84,7 @@ class Action:
     """One change of the architecture and the latency predicted after it; nan where a block was not scored or timed."""
 
     action: str
-    site: str
+    block: str
     delta_clip: float
     se: float
     saved_ms: float
@@ -96,8 +97,9 @@ class Action:
 
 
 def record_json(record: BlockValue | Action) -> dict:
-    """Its fields, null for what was not scored or timed."""
-    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in asdict(record).items()}
+    """Its fields by their names in files, null for what was not scored or timed."""
+    fields = {IN_FILES.get(name, name): x for name, x in asdict(record).items()}
+    return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in fields.items()}
 
 
 def choose_removals(
@@ -127,7 +129,7 @@ def take_in_order(
     for value in values:
         if latency_ms <= target_ms or len(chosen) == at_most:
             break
-        if value.saved_ms <= 0 or any(nested(value.site, action.site) for action in chosen):
+        if value.saved_ms <= 0 or any(nested(value.block, action.block) for action in chosen):
             continue
         chosen.append(removal(value, latency_ms))
         latency_ms = chosen[-1].predicted_ms
@@ -148,7 +150,7 @@ def choose_copies(
         fits = value.saved_ms > 0 and latency_ms + value.copy_ms <= target_ms
         if len(chosen) == at_most or value.delta_clip <= 0:
             break
-        if fits and value.site in copyable and not any(nested(value.site, action.site) for action in chosen):
+        if fits and value.block in copyable and not any(nested(value.block, action.block) for action in chosen):
             chosen.append(copy(value, latency_ms))
             latency_ms = chosen[-1].predicted_ms
     return chosen
@@ -166,7 +168,7 @@ def copy(value: BlockValue, latency_ms: float) -> Action:
 
 def _action(name: str, value: BlockValue, saved_ms: float, latency_ms: float) -> Action:
     numbers = value.delta_clip, value.se, saved_ms, value.clip_per_ms
-    return Action(name, value.site, *numbers, value.reason, latency_ms - saved_ms)
+    return Action(name, value.block, *numbers, value.reason, latency_ms - saved_ms)
 
 
 def round_target_ms(latency_ms: float, target_ms: float, round_index: int, rounds: int) -> float:
@@ -178,5 +180,5 @@ def apply(architecture: Architecture, actions: Iterable[Action]) -> Architecture
     """The architecture after the actions; entries of whole blocks are left out."""
     for action in actions:
         change = remove if action.action == "remove" else repeat
-        architecture = change(architecture, action.site)
+        architecture = change(architecture, action.block)
     return without_defaults(architecture)

@@ -24,8 +24,8 @@ def make_family(size: str, folder: Path) -> dict[str, str]:
     pipeline = load_pipeline(ROOT / "assets/shapes") if size == "shapes" else random_pipeline(size, torch.float16)
     unet = pipeline.unet
     order = list(OmegaConf.load(ROOT / "configs/search/bk_sdm.yaml").method.sites)
-    sites = [site for site in order[: order.index(LAST) + 1] if site in unet.kept_sites]
-    pruned = unet.with_architecture(dict.fromkeys(sites, 0))
+    blocks = [block for block in order[: order.index(LAST) + 1] if block in unet.kept_blocks]
+    pruned = unet.with_architecture(dict.fromkeys(blocks, 0))
     widths = narrow_widths(pipeline.vae, 0.5)
     narrow = narrowed(pipeline.vae, choose_channels(pipeline.vae, widths, "first"), widths)
     narrow_pipeline = with_unet(pipeline, unet, vae=narrow)

@@ -54,8 +54,8 @@ def make_latency_table(config: Config, run: Run) -> int | Plan:
     if config.plan:
         return planned(bench, [latency_stage(bench)], [])
     table = run.json("latency.json", lambda: bench.measure_latencies(bench.unet))
-    for site, entry in table["sites"].items():
-        log.info(f"{site:<52} {entry['ms']:9.3f} ms  {entry['ms'] / table['full_ms']:6.1%}")
+    for block, entry in table["sites"].items():
+        log.info(f"{block:<52} {entry['ms']:9.3f} ms  {entry['ms'] / table['full_ms']:6.1%}")
     log.info(f"{run.path / 'latency.json'}: {table['full_ms']:.2f} ms for a batch of {bench.latency.batch}")
     return 0
 
@@ -86,7 +86,7 @@ def decide(bench, unet, table: dict, scores: dict | None, previous: dict | None,
     target_ms = config.target_ms or (config.target_fraction and config.target_fraction * teacher_ms)
     values = block_values(unet, table, scores, scale=latency_ms / table["full_ms"])
     target = target_ms or math.inf
-    situation = Situation(values, unet.architecture, latency_ms, target, unet.copyable_sites, r, config.rounds)
+    situation = Situation(values, unet.architecture, latency_ms, target, unet.copyable_blocks, r, config.rounds)
     actions: list[Action] = []
     after, measured_ms = unet.architecture, latency_ms
     while more := bench.search(situation):
@@ -102,7 +102,7 @@ def decide(bench, unet, table: dict, scores: dict | None, previous: dict | None,
         "bypass": bench.bypass,
         "actions": [action.as_json() for action in actions],
         "values": [record_json(value) for value in values],
-        "not_copyable": [site for site in unet.kept_sites if site not in unet.copyable_sites],
+        "not_copyable": [block for block in unet.kept_blocks if block not in unet.copyable_blocks],
         "teacher_ms": teacher_ms,
         "target_ms": target_ms,
         "predicted_ms": actions[-1].as_json()["predicted_ms"] if actions else latency_ms,
@@ -118,15 +118,15 @@ def block_values(
     unknown = {"delta_clip": math.nan, "se": math.nan}
     return tuple(
         BlockValue(
-            site,
+            block,
             score["delta_clip"],
             score["se"],
             entry["ms"] * scale,
-            unet.repeats(site),
+            unet.repeats(block),
             math.nan if score.get("picture_error") is None else score["picture_error"],
         )
-        for site, entry in table["sites"].items()
-        for score in [unknown if scores is None else scores["sites"][site]]
+        for block, entry in table["sites"].items()
+        for score in [unknown if scores is None else scores["sites"][block]]
     )
 
 

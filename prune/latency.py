@@ -41,42 +41,43 @@ def read_table(path: str | Path) -> dict:
     """A table that latency_table made, perhaps on the device the student is for. Raises ValueError for what is none."""
     try:
         table = json.loads(Path(path).read_text())
-        sites = {site: {**entry, "ms": float(entry["ms"])} for site, entry in table["sites"].items()}
+        blocks = {block: {**entry, "ms": float(entry["ms"])} for block, entry in table["sites"].items()}
         full_ms = float(table["full_ms"])
     except OSError as error:
         raise ValueError(f"latency.table={path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"latency.table={path} is no latency table; +experiment=latency_table makes one") from error
-    if not all(map(math.isfinite, (full_ms, *(entry["ms"] for entry in sites.values())))) or full_ms <= 0:
+    if not all(map(math.isfinite, (full_ms, *(entry["ms"] for entry in blocks.values())))) or full_ms <= 0:
         raise ValueError(f"latency.table={path} holds times that are not finite, or a full_ms that is not above 0")
-    return {**table, "full_ms": full_ms, "sites": sites}
+    return {**table, "full_ms": full_ms, "sites": blocks}
 
 
 def table_without(table: dict, unet: PrunableUNet2DConditionModel) -> dict:
-    """What a table of the whole UNet says of a pruned one: entries of the kept sites, the rest taken off `full_ms`."""
-    if unknown := [site for site in unet.kept_sites if site not in table["sites"]]:
+    """What a table of the whole UNet says of a pruned one: entries of the kept blocks, the rest taken off `full_ms`."""
+    if unknown := [block for block in unet.kept_blocks if block not in table["sites"]]:
         raise ValueError(f"latency.table has no entry for {unknown}: it was made for another UNet")
-    entries = {site: unet.repeats(site) * table["sites"][site]["ms"] for site in unet.kept_sites}
-    return {**table, "full_ms": predicted_ms(table, unet), "sites": {site: {"ms": ms} for site, ms in entries.items()}}
+    entries = {block: unet.repeats(block) * table["sites"][block]["ms"] for block in unet.kept_blocks}
+    full_ms = predicted_ms(table, unet)
+    return {**table, "full_ms": full_ms, "sites": {block: {"ms": ms} for block, ms in entries.items()}}
 
 
 def predicted_ms(table: dict, unet: PrunableUNet2DConditionModel) -> float:
-    """The whole time, less the entries of removed sites, plus those of copies."""
-    removed = {site for site in table["sites"] if unet.repeats(site) == 0}
+    """The whole time, less the entries of removed blocks, plus those of copies."""
+    removed = {block for block in table["sites"] if unet.repeats(block) == 0}
     # A layer within a removed transformer went with it, and is not counted twice.
     counted = [s for s in table["sites"] if not any(holds(holder, s) for holder in removed)]
-    return table["full_ms"] + sum((unet.repeats(site) - 1) * table["sites"][site]["ms"] for site in counted)
+    return table["full_ms"] + sum((unet.repeats(block) - 1) * table["sites"][block]["ms"] for block in counted)
 
 
 def latency_table(unet: PrunableUNet2DConditionModel, config: LatencyConfig, device: torch.device) -> dict:
-    """A JSON-ready table of the kept sites, in milliseconds; `additive_error` is relative to the measured time."""
+    """A JSON-ready table of the kept blocks, in milliseconds; `additive_error` is relative to the measured time."""
     unet = timed_copy(unet, config, device)
     config = settled_launch(unet, config, device)
     method = method_of(config, device)
     with one_thread(device):
         timed = in_place_times if method == "in_place_hooks" else difference_times
-        full_ms, site_ms = timed(unet, config)
-        samples = random_removals(unet, full_ms, site_ms, config)
+        full_ms, block_ms = timed(unet, config)
+        samples = random_removals(unet, full_ms, block_ms, config)
     errors = sorted(abs(s["predicted_ms"] - s["measured_ms"]) / s["measured_ms"] for s in samples)
     return {
         "method": method,
@@ -88,7 +89,7 @@ def latency_table(unet: PrunableUNet2DConditionModel, config: LatencyConfig, dev
         "threads": 1 if device.type == "cpu" else None,
         "torch": torch.__version__,
         "full_ms": full_ms,
-        "sites": {site: {"ms": ms} for site, ms in site_ms.items()},
+        "sites": {block: {"ms": ms} for block, ms in block_ms.items()},
         "additive_error": {
             "n": len(errors),
             "median": statistics.median(errors),
@@ -106,12 +107,12 @@ def method_of(config: LatencyConfig, device: torch.device) -> str:
 
 
 def difference_times(unet: PrunableUNet2DConditionModel, config: LatencyConfig) -> tuple[float, dict[str, float]]:
-    """Per site, latency(full) − latency(without it), interleaved; the full time is the median over all pairs."""
+    """Per block, latency(full) − latency(without it), interleaved; the full time is the median over all pairs."""
     full, saved = {}, {}
-    for site in progress(unet.kept_sites, desc="latency table", unit="block"):
-        pruned = unet.with_architecture({site: 0})
-        times = paired_ms(unet, pruned, config, desc=site)
-        full[site], saved[site] = times["full"], times["full"] - times["pruned"]
+    for block in progress(unet.kept_blocks, desc="latency table", unit="block"):
+        pruned = unet.with_architecture({block: 0})
+        times = paired_ms(unet, pruned, config, desc=block)
+        full[block], saved[block] = times["full"], times["full"] - times["pruned"]
     return statistics.median(full.values()), saved
 
 
@@ -122,22 +123,22 @@ def paired_ms(unet, pruned, config: LatencyConfig, desc: str) -> dict[str, float
 
 
 def in_place_times(unet: PrunableUNet2DConditionModel, config: LatencyConfig) -> tuple[float, dict[str, float]]:
-    """Per site, the median CPU time between entering and leaving it, less the time in what its bypass would keep."""
-    timed = {path: (site, unet.get_submodule(path)) for site in unet.kept_sites for path in unet.instances(site)}
-    bypassed = {site: timed[site][1].conv_shortcut for site in timed if unet.bypass.get(site) == "shortcut"}
+    """Per block, the median CPU time between entering and leaving it, less the time in what its bypass would keep."""
+    timed = {path: (block, unet.get_submodule(path)) for block in unet.kept_blocks for path in unet.instances(block)}
+    bypassed = {block: timed[block][1].conv_shortcut for block in timed if unet.bypass.get(block) == "shortcut"}
     inside = {path: [] for path in timed}
-    bypass = {site: [] for site in bypassed}
+    bypass = {block: [] for block in bypassed}
     whole: list[float] = []
     call = forward_call(unet, config)
     _, iterations = affordable(warm_up_ms(call, unet.device), config)
     with timing_hooks({p: module for p, (_, module) in timed.items()}, inside), timing_hooks(bypassed, bypass):
         for _ in progress(range(iterations), desc="latency table"):
             whole.append(thread_ms(call))
-    medians = dict.fromkeys(unet.kept_sites, 0.0)
-    for path, (site, _) in timed.items():
-        medians[site] += statistics.median(inside[path])
-    for site, times in bypass.items():
-        medians[site] -= statistics.median(times)
+    medians = dict.fromkeys(unet.kept_blocks, 0.0)
+    for path, (block, _) in timed.items():
+        medians[block] += statistics.median(inside[path])
+    for block, times in bypass.items():
+        medians[block] -= statistics.median(times)
     return statistics.median(whole), medians
 
 
@@ -163,19 +164,19 @@ def timing_hooks(modules: Mapping[str, nn.Module], times: dict[str, list[float]]
 
 
 def random_removals(
-    unet: PrunableUNet2DConditionModel, full_ms: float, site_ms: Mapping[str, float], config: LatencyConfig
+    unet: PrunableUNet2DConditionModel, full_ms: float, block_ms: Mapping[str, float], config: LatencyConfig
 ) -> list[dict]:
     """Random architectures with 2 … 3/4 of the blocks gone: what the table predicts and what is measured."""
     draw = generator("removals", config.seed)
-    samples, sites = [], list(unet.kept_sites)
+    samples, blocks = [], list(unet.kept_blocks)
     for _ in progress(range(config.additive_samples), desc="additive error", unit="UNet"):
-        count = int(torch.randint(2, max(3, 3 * len(sites) // 4), (), generator=draw))
-        order = [sites[i] for i in torch.randperm(len(sites), generator=draw)]
+        count = int(torch.randint(2, max(3, 3 * len(blocks) // 4), (), generator=draw))
+        order = [blocks[i] for i in torch.randperm(len(blocks), generator=draw)]
         # A layer within a removed transformer goes with it, and is not counted twice.
         removed = [s for s in order[:count] if not any(holds(other, s) for other in order[:count])]
         pruned = unet.with_architecture(dict.fromkeys(removed, 0))
         times = paired_ms(unet, pruned, config, desc=f"{len(removed)} removed")
         # Against the full model of the same minute: drift between samples is not the table's error.
-        predicted = times["full"] * (1 - sum(site_ms[site] for site in removed) / full_ms)
+        predicted = times["full"] * (1 - sum(block_ms[block] for block in removed) / full_ms)
         samples.append({"removed": removed, "predicted_ms": predicted, "measured_ms": times["pruned"]})
     return samples

@@ -8,16 +8,16 @@ from slimstep.prune.bench import PruneBench
 
 def pruning_stages(bench: PruneBench) -> Iterator[Stage]:
     """All stages in the order in which they run; upper bounds, for a student is never larger than the teacher."""
-    config, sites = bench.config, len(bench.teacher.kept_sites)
+    config, blocks = bench.config, len(bench.teacher.kept_blocks)
     yield judgement("teacher", bench)
     for r in range(config.search.rounds):
         stage = f"round-{r:02d}"
         yield training(stage, config.train, bench, taught=int(config.objective.get("teacher_weight", 0) > 0))
-        yield Stage(f"{stage}/latency.json", config.latency.table or f"{sites} blocks")
+        yield Stage(f"{stage}/latency.json", config.latency.table or f"{blocks} blocks")
         if bench.search.needs_scores:
-            drawn, scoring = (1 + sites) * config.scoring.prompts, config.scoring
+            drawn, scoring = (1 + blocks) * config.scoring.prompts, config.scoring
             rows = drawn * image_rows(scoring.steps, scoring.guidance_scale)
-            yield Stage(f"{stage}/scores.json", f"{drawn} images ({sites} removals)", rows)
+            yield Stage(f"{stage}/scores.json", f"{drawn} images ({blocks} removals)", rows)
         yield Stage(f"{stage}/decision.json", "")
         yield judgement(stage, bench)
     yield export("evolved", bench)
@@ -35,7 +35,7 @@ def judgement(name: str, bench: PruneBench) -> Stage:
 
 def latency_stage(bench: PruneBench) -> Stage:
     """At most: a GPU or compile=true times every block by a pair of UNets, a CPU all blocks at once."""
-    config, sites = bench.latency, len(bench.unet.kept_sites)
-    pairs = sites + config.additive_samples
-    work = f"{sites} blocks, {config.additive_samples} random removals, batch {config.batch}"
+    config, blocks = bench.latency, len(bench.unet.kept_blocks)
+    pairs = blocks + config.additive_samples
+    work = f"{blocks} blocks, {config.additive_samples} random removals, batch {config.batch}"
     return Stage("latency.json", work, 2 * pairs * (config.warmup + config.iterations) * config.batch)

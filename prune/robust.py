@@ -1,6 +1,6 @@
 """Robust training (SnapFusion, section 3.1, eq. 5): the UNet learns to live without any of its blocks.
 
-Axes: B batch, N sites, C channels, H and W latent size, L text tokens, E text width.
+Axes: B batch, N blocks, C channels, H and W latent size, L text tokens, E text width.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ class RobustTraining:
     """The denoising loss of a UNet in which every block is skipped at random, per sample and independently.
 
     `skip_prob` gives the probability per kind of block. `ramp` says how it is spread: `constant`; `depth`, rising
-    linearly from zero at the first site to the full value at the last (in order of execution); `time`, rising linearly
+    linearly from zero at the first block to the full value at the last (in order of execution); `time`, rising linearly
     over the training. The paper publishes none of these. With a `teacher_weight` w above zero the loss is the mixture
     (1 − w)·‖pred − target‖² + w·‖pred − teacher's pred‖²; the teacher runs with all its blocks.
 
@@ -49,7 +49,7 @@ class RobustTraining:
         self.copied: dict[tuple, Tensor] = {}
 
     def skip_probs(self, kinds: list[str], progress: float, device: str | torch.device = "cpu") -> Tensor:
-        """Shape [N]: each site's probability of being skipped at this point of the training."""
+        """Shape [N]: each block's probability of being skipped at this point of the training."""
         key = (*kinds, str(device))
         if key not in self.copied:  # once: a copy at every step would wait for the device
             full_N = torch.tensor([self.skip_prob[kind] for kind in kinds])
@@ -60,7 +60,7 @@ class RobustTraining:
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         noisy = draw_noisy(batch, self.schedule, self.empty_text_LE, self.caption_dropout, generator)
         bare = extract_model_from_parallel(unet, keep_torch_compile=False)
-        kinds = [bare.kinds[site] for site in bare.kept_sites]
+        kinds = [bare.kinds[block] for block in bare.kept_blocks]
         probs_N = self.skip_probs(kinds, batch["progress"], noisy.t_B.device)
         uniform_BN = torch.rand((len(noisy.t_B), len(kinds)), generator=generator, device=noisy.t_B.device)
         pred_BCHW = unet(*noisy.inputs, block_mask=uniform_BN >= probs_N, return_dict=False)[0].float()

@@ -28,13 +28,13 @@ from slimstep.models.unet import PrunableUNet2DConditionModel
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Paired losses of `sites` on the prompts: `loss_NP[n, p]` is base CLIP − CLIP without block n, for prompt p.
+    """Paired losses of `blocks` on the prompts: `loss_NP[n, p]` is base CLIP − CLIP without block n, for prompt p.
 
     A prompt drawn several times counts once, with its mean. `others_psnr` is that of base images to those of other
     prompts, in dB; nan where there is one prompt.
     """
 
-    sites: tuple[str, ...]
+    blocks: tuple[str, ...]
     base_P: Tensor
     loss_NP: Tensor
     psnr_NP: Tensor
@@ -44,14 +44,14 @@ class ScoreTable:
         """The table as JSON: per block the mean paired loss, its standard error, and the images' PSNR to the base's;
         `picture_error` is `picture_error`'s, null where that is not known."""
         base = mean_and_error(self.base_P.tolist())
-        blocks = zip(self.sites, self.loss_NP, self.psnr_NP, strict=True)
+        rows = zip(self.blocks, self.loss_NP, self.psnr_NP, strict=True)
         return {
             "protocol": protocol,
             "base": {"clip": base.mean, "se": base.se, "psnr_to_other_prompts": known(self.others_psnr)},
             "rank_agreement_of_halves": split_half_agreement(self.loss_NP.tolist()),
             "sites": {
-                site: block_record(loss_P.tolist(), psnr_P.mean().item(), self.others_psnr)
-                for site, loss_P, psnr_P in blocks
+                block: block_record(loss_P.tolist(), psnr_P.mean().item(), self.others_psnr)
+                for block, loss_P, psnr_P in rows
             },
         }
 
@@ -84,29 +84,29 @@ def score_blocks(
     accelerator: Accelerator,
     keep: Path | None = None,
 ) -> ScoreTable:
-    """Every removal on every prompt: (1 + sites) · prompts images. `batch_size` counts images.
+    """Every removal on every prompt: (1 + blocks) · prompts images. `batch_size` counts images.
 
     Finished batches lie under `keep` until all are there.
     """
     texts, features = prompts.prompts, scorer.text(prompts.prompts)
-    sites = tuple(unet.kept_sites)
+    blocks = tuple(unet.kept_blocks)
     base = draw_images("the base", unet, sampler, prompts, batch_size, accelerator, keep and keep / "base")
 
     def ablate(items: list[int]) -> Tensor:
         """Shape [items, 2]: CLIP score without the block, and PSNR to the base image."""
-        blocks, indices = zip(*(divmod(item, len(texts)) for item in items), strict=True)
-        mask_BN = torch.ones(len(items), len(sites), dtype=torch.bool)
-        mask_BN[torch.arange(len(items)), list(blocks)] = False
+        columns, indices = zip(*(divmod(item, len(texts)) for item in items), strict=True)
+        mask_BN = torch.ones(len(items), len(blocks), dtype=torch.bool)
+        mask_BN[torch.arange(len(items)), list(columns)] = False
         images = sampler.images(unet, texts, indices, block_mask_BN=mask_BN.to(unet.device)).cpu()
         rows = list(indices)
         return torch.stack([scorer.score(images, features[rows]), psnr(images, base[rows])], dim=1)
 
     base_P = clip_scores(base, features, scorer, batch_size, accelerator)
-    items, blocks = len(sites) * len(texts), keep and keep / "blocks"
-    values = map_batches(ablate, items, batch_size, accelerator, "block scores", blocks)
-    clip_NP, psnr_NP = values.reshape(len(sites), len(texts), 2).unbind(-1)
+    items, parts = len(blocks) * len(texts), keep and keep / "blocks"
+    values = map_batches(ablate, items, batch_size, accelerator, "block scores", parts)
+    clip_NP, psnr_NP = values.reshape(len(blocks), len(texts), 2).unbind(-1)
     losses = prompts.by_text(base_P), prompts.by_text(base_P - clip_NP)
-    return ScoreTable(sites, *losses, prompts.by_text(psnr_NP), psnr_of_others(base, texts))
+    return ScoreTable(blocks, *losses, prompts.by_text(psnr_NP), psnr_of_others(base, texts))
 
 
 def psnr_of_others(images_P3HW: Tensor, texts: Sequence[str]) -> float:

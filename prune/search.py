@@ -1,7 +1,7 @@
 """Ways to choose an architecture round by round: SnapFusion's value, a given order, chance, or a hand-picked table.
 
 A search is a callable `(situation) -> list[Action]`; `needs_scores` says whether the blocks have to be scored for it,
-`named_sites` what its configuration names, so that a misspelt one is found before anything is trained.
+`named_blocks` what its configuration names, so that a misspelt one is found before anything is trained.
 """
 
 import json
@@ -47,8 +47,8 @@ class Situation:
 
     def after(self, actions: Sequence[Action], measured_ms: float) -> "Situation":
         """The same round once `actions` are taken and the result has been measured."""
-        done = [action.site for action in actions]
-        left = tuple(v for v in self.values if v.site not in done and not any(nested(v.site, site) for site in done))
+        done = [action.block for action in actions]
+        left = tuple(v for v in self.values if v.block not in done and not any(nested(v.block, d) for d in done))
         table = apply(self.architecture, actions)
         return replace(self, values=left, architecture=table, latency_ms=measured_ms, round_index=self.rounds - 1)
 
@@ -59,7 +59,7 @@ class SnapFusionSearch:
     `group_size` is the number of actions per round; null lets every round take an equal share of the excess.
     """
 
-    needs_scores, named_sites = True, ()
+    needs_scores, named_blocks = True, ()
 
     def __init__(self, group_size: int | None = None):
         if group_size is not None and group_size < 1:
@@ -82,18 +82,18 @@ class InOrder:
     needs_scores = False
 
     def __init__(self, sites: Sequence[str]):
-        self.named_sites = tuple(sites)
+        self.named_blocks = tuple(sites)
 
     def __call__(self, situation: Situation) -> list[Action]:
-        values = {value.site: value for value in situation.values}
-        ordered = [values[site] for site in self.named_sites if site in values]
+        values = {value.block: value for value in situation.values}
+        ordered = [values[block] for block in self.named_blocks if block in values]
         return take_in_order(ordered, situation.latency_ms, situation.goal_ms)
 
 
 class RandomRemoval:
     """Removes blocks in a random order, drawn from `seed`, until the target is met: the baseline of every ranking."""
 
-    needs_scores, named_sites = False, ()
+    needs_scores, named_blocks = False, ()
 
     def __init__(self, seed: int = 0):
         self.seed = seed
@@ -105,7 +105,7 @@ class RandomRemoval:
 
 
 class Manual:
-    """An architecture given by hand: `remove` lists sites, `depths` is a table {site: repeats}, or a JSON file of one.
+    """An architecture given by hand: `remove` lists blocks, `depths` is a table {block: repeats}, or its JSON file.
 
     The latency target is not looked at. Raises FileNotFoundError where `depths` names a file that does not exist, and
     ValueError where it is no such table.
@@ -122,15 +122,15 @@ class Manual:
             self.architecture = as_architecture({**dict(depths or {}), **dict.fromkeys(remove, 0)})
         except ValueError as error:
             raise ValueError(f"search.method.depths: {error}") from error
-        self.named_sites = tuple(self.architecture)
+        self.named_blocks = tuple(self.architecture)
 
     def __call__(self, situation: Situation) -> list[Action]:
-        known = {value.site: value for value in situation.values}
+        known = {value.block: value for value in situation.values}
         actions, latency_ms = [], situation.latency_ms
-        for site, spec in self.architecture.items():
+        for block, spec in self.architecture.items():
             # A level as a whole has no value of its own.
-            value = known.get(site, BlockValue(site, math.nan, math.nan, math.nan))
-            now = situation.architecture.get(site, WHOLE).repeats
+            value = known.get(block, BlockValue(block, math.nan, math.nan, math.nan))
+            now = situation.architecture.get(block, WHOLE).repeats
             missing = [copy] * (spec.repeats - now) if spec.repeats else [removal] * (now > 0)
             for change in missing:
                 actions.append(change(value, latency_ms))
@@ -142,10 +142,10 @@ def read_architecture(path: Path) -> tuple[dict[str, Any], str | dict[str, str] 
     """The table in a JSON file, and the bypass it was decided with: a run's decision.json tells, a plain table not."""
     if not path.is_file():
         missing = f"search.method.depths={str(path)!r} does not exist"
-        raise FileNotFoundError(f"{missing}; give a JSON file {{site: repeats}}")
+        raise FileNotFoundError(f"{missing}; give a JSON file {{block: repeats}}")
     try:
         record = json.loads(path.read_text())
         decided = "after" in record
         return dict(record["after"] if decided else record), record.get("bypass") if decided else None
     except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"search.method.depths={str(path)!r} is no JSON table {{site: repeats}}: {error}") from error
+        raise ValueError(f"search.method.depths={str(path)!r} is no JSON table {{block: repeats}}: {error}") from error

@@ -63,7 +63,7 @@ PRUNING = {
     "unknown dtype": (["latency.dtype=int8"], r"latency.dtype='int8' is unknown; choose float32"),
     "unknown precision": (["mixed_precision=fp4"], r"fp4"),
     "skip probability above one": (["objective.skip_prob.resnet=1.5"], r"objective.skip_prob"),
-    "unknown site": (["search=manual", "search.method.remove=[mid]"], r"unknown sites \['mid'\]; this UNet has"),
+    "unknown block": (["search=manual", "search.method.remove=[mid]"], r"unknown blocks \['mid'\]; this network has"),
     "no depths file": (["search=manual", "search.method.depths=/nowhere.json"], r"/nowhere.json"),
     "no latency table": (["latency.table=/nowhere.json"], r"latency.table=/nowhere.json cannot be read: No such file"),
     "no model": (["model=path", "model.name_or_path=/nowhere"], r"/nowhere.*folder"),

@@ -84,8 +84,8 @@ def tiles(run: RunRecord) -> list[dict[str, str]]:
     if not run.evaluation:
         return []
     teacher, student = run.models[0], run.models[-1]
-    versus, sites = student["versus_teacher"], run.latest_blocks
-    num_kept = len(kept(sites, run.architecture, run.levels))
+    versus, blocks = student["versus_teacher"], run.latest_blocks
+    num_kept = len(kept(blocks, run.architecture, run.levels))
     copied = sum(spec.repeats > 1 for spec in run.architecture.values())
     interval = f"{signed(versus['low'])} to {signed(versus['high'])} (95 %)"
     shares = (
@@ -96,7 +96,7 @@ def tiles(run: RunRecord) -> list[dict[str, str]]:
     return [
         *({"label": label, "value": percent(student[key] / teacher[key]),
            "note": f"{form(student[key])} of {form(teacher[key])}{unit}"} for label, key, form, unit in shares),
-        {"label": "blocks kept", "value": f"{num_kept} / {len(sites)}", "note": f"{copied} copied"},
+        {"label": "blocks kept", "value": f"{num_kept} / {len(blocks)}", "note": f"{copied} copied"},
         {"label": "CLIP, paired", "value": signed(versus["mean"]), "note": interval},
     ]  # fmt: skip
 

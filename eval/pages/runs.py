@@ -19,9 +19,9 @@ from slimstep.models.architecture import Architecture, Levels, as_architecture, 
 
 @dataclass(frozen=True)
 class Block:
-    """One site in one round: the CLIP its removal loses, its standard error, its milliseconds; None: not measured."""
+    """One block in one round: the CLIP its removal loses, its standard error, its milliseconds; None: not measured."""
 
-    site: str
+    path: str
     delta_clip: float | None = None
     se: float | None = None
     ms: float | None = None
@@ -43,12 +43,12 @@ class Round:
 
     @property
     def blocks(self) -> dict[str, Block]:
-        """Every site that was timed or scored in this round, in order of execution."""
-        ms = {site: entry["ms"] for site, entry in (self.latency or {"sites": {}})["sites"].items()}
+        """Every block that was timed or scored in this round, in order of execution."""
+        ms = {path: entry["ms"] for path, entry in (self.latency or {"sites": {}})["sites"].items()}
         score = (self.scores or {"sites": {}})["sites"]
-        sites = list(ms) + [site for site in score if site not in ms]
+        paths = list(ms) + [path for path in score if path not in ms]
         empty = {"delta_clip": None, "se": None}
-        return {s: Block(s, score.get(s, empty)["delta_clip"], score.get(s, empty)["se"], ms.get(s)) for s in sites}
+        return {p: Block(p, score.get(p, empty)["delta_clip"], score.get(p, empty)["se"], ms.get(p)) for p in paths}
 
     @property
     def architecture(self) -> Architecture:
@@ -85,12 +85,12 @@ class RunRecord:
 
     @property
     def latest_blocks(self) -> dict[str, Block]:
-        """Every site as it was last measured: a removed block keeps the value it was removed with."""
-        return {site: block for r in self.rounds for site, block in r.blocks.items()}
+        """Every block as it was last measured: a removed block keeps the value it was removed with."""
+        return {path: block for r in self.rounds for path, block in r.blocks.items()}
 
     @property
     def removed_in(self) -> dict[str, int]:
-        """For each site that is gone, the number of the round whose decision removed it."""
+        """For each block that is gone, the number of the round whose decision removed it."""
         gone: dict[str, int] = {}
         for number, r in enumerate(self.rounds):
             after = r.architecture

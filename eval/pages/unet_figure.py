@@ -30,17 +30,17 @@ def unet_figure(
     removed_in: Mapping[str, int] | None = None,
     latent_size: int | None = None,
 ) -> Figure:
-    """Every site's value at its place in the U; removed sites struck out (with the round), copied ones doubled."""
+    """Every block's value at its place in the U; removed ones struck out (with the round), copied ones doubled."""
     corners, levels = places(tuple(blocks)), num_levels(blocks)
     width = max(x for x, _ in corners.values()) + BOX_W
     figure, (axes,) = canvas(0.98 * width + 1.2, 0.98 * (levels + 1) * PITCH + 0.9)
     axes.set_axis_off()
     norm = value_norm(list(blocks.values()))
-    repeats = {site: repeats_of(site, architecture, unet_levels(levels)) for site in blocks}
+    repeats = {path: repeats_of(path, architecture, unet_levels(levels)) for path in blocks}
     draw_wiring(axes, corners, levels, latent_size)
-    for site, corner in corners.items():
-        layers = [(blocks[s], repeats[s]) for s in blocks if holds(site, s)]
-        draw_box(axes, corner, blocks[site], repeats[site], (removed_in or {}).get(site), norm)
+    for path, corner in corners.items():
+        layers = [(blocks[inner], repeats[inner]) for inner in blocks if holds(path, inner)]
+        draw_box(axes, corner, blocks[path], repeats[path], (removed_in or {}).get(path), norm)
         draw_layers(axes, corner, layers, norm)
     axes.set_xlim(-0.75, width + 0.1)
     axes.set_ylim(-(levels + 0.2) * PITCH, BOX_H + 0.14)
@@ -50,16 +50,16 @@ def unet_figure(
     return figure
 
 
-def places(sites: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """The lower left corner of each site's box: down on the left, the middle at the bottom, up on the right.
+def places(blocks: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """The lower left corner of each block's box: down on the left, the middle at the bottom, up on the right.
 
-    Sites come in order of execution, which runs left to right within a level. A transformer's layers have no box.
+    Blocks come in order of execution, which runs left to right within a level. A transformer's layers have no box.
     """
-    sites = [site for site in sites if holder_of(site, sites) is None]
-    levels = num_levels(sites)
+    paths = [path for path in blocks if holder_of(path, blocks) is None]
+    levels = num_levels(paths)
     rows: dict[tuple[str, int], list[str]] = {}
-    for site in sites:
-        rows.setdefault((site.split(".")[0], level_of(site, levels)), []).append(site)
+    for path in paths:
+        rows.setdefault((path.split(".")[0], level_of(path, levels)), []).append(path)
     step = BOX_W + GAP
     down, up = (
         max((len(row) * step + INDENT * level for (s, level), row in rows.items() if s == side), default=0)
@@ -74,7 +74,7 @@ def places(sites: Sequence[str]) -> dict[str, tuple[float, float]]:
             x = right - INDENT * level - len(row) * step
         else:
             x = down + MIDDLE / 2 - len(row) * step / 2
-        corners |= {site: (x + k * step, -level * PITCH) for k, site in enumerate(row)}
+        corners |= {path: (x + k * step, -level * PITCH) for k, path in enumerate(row)}
     return corners
 
 
@@ -92,8 +92,8 @@ Spans = dict[tuple[str, int], tuple[float, float]]
 def rows_of(corners: Mapping[str, tuple[float, float]]) -> Spans:
     """{(side, level): (left end, right end)} of the rows of boxes."""
     spans: Spans = {}
-    for site, (x, y) in corners.items():
-        key = site.split(".")[0], round(-y / PITCH)
+    for path, (x, y) in corners.items():
+        key = path.split(".")[0], round(-y / PITCH)
         left, right = spans.get(key, (x, x + BOX_W))
         spans[key] = min(left, x), max(right, x + BOX_W)
     return spans
@@ -138,7 +138,7 @@ def ink_on(fill: tuple[float, float, float, float]) -> str:
 
 
 def draw_box(axes: Axes, corner: tuple[float, float], block: Block, repeats: int, gone_in: int | None, norm: FuncNorm):
-    """One site: kind, CLIP lost ± se, milliseconds; `gone_in` is the number of the round that removed it."""
+    """One block: kind, CLIP lost ± se, milliseconds; `gone_in` is the number of the round that removed it."""
     (x, y), fill, alive = corner, colour_of(block, norm), repeats > 0
 
     def outline(shift: float, **style) -> None:
@@ -155,9 +155,9 @@ def draw_box(axes: Axes, corner: tuple[float, float], block: Block, repeats: int
     else:
         outline(0, facecolor=(*fill[:3], 0.16), edgecolor=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
         axes.plot([x + 0.05, x + BOX_W - 0.05], [y + 0.05, y + BOX_H - 0.05], color=STUDENT, linewidth=1, alpha=0.6)
-    kind = "ResNet" if ".resnets." in block.site else "attn"
+    kind = "ResNet" if ".resnets." in block.path else "attn"
     note = f"  ×{repeats}" if repeats > 1 else f"  r{gone_in}" if gone_in is not None and not alive else ""
-    text(0.07, BOX_H - 0.06, f"{kind} {block.site.rsplit('.', 1)[1]}{note}", 6, ha="left", va="top")
+    text(0.07, BOX_H - 0.06, f"{kind} {block.path.rsplit('.', 1)[1]}{note}", 6, ha="left", va="top")
     score = signed(block.delta_clip) if finite(block.delta_clip) else "not scored"
     text(BOX_W / 2, 0.335, score, 9 if finite(block.delta_clip) else 7, ha="center", va="center", weight="bold")
     error = f"±{block.se:.2f}" if finite(block.se) else ""

@@ -38,7 +38,7 @@ STEPPING = {
 class Knowing(nn.Module):
     """x̂ is `x0` where given, and `tell` + a function of latents, timestep and text otherwise; off by `off` as told."""
 
-    kinds, kept_sites, dtype = {"a": "resnet", "b": "attention"}, ("a", "b"), torch.float32
+    kinds, kept_blocks, dtype = {"a": "resnet", "b": "attention"}, ("a", "b"), torch.float32
 
     def __init__(self, schedule, x0=None, off=0.0, gain=1.0, width=0):
         super().__init__()

@@ -25,7 +25,7 @@ def tracked_run(path, kind, step):
     run = Run(path, accelerator, tracker)
     run.log("round-00", step, {"loss": 0.5 / step})
     tracker.images("images/student", [Image.new("RGB", (4, 4))], ["a cat"])
-    tracker.table("round-00/blocks", ["site", "ms"], [["mid_block.attentions.0", 1.5]])
+    tracker.table("round-00/blocks", ["block", "ms"], [["mid_block.attentions.0", 1.5]])
     tracker.finish()
 
 

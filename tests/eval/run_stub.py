@@ -1,4 +1,4 @@
-"""A run directory as the pruning job leaves it, with made-up numbers: SD-1.5's 38 sites, two rounds, a few images."""
+"""A run directory as the pruning job leaves it, with made-up numbers: SD-1.5's 38 blocks, two rounds, a few images."""
 
 import json
 from pathlib import Path
@@ -18,17 +18,17 @@ PROMPTS = [
 ]
 
 
-def sd15_sites() -> list[str]:
-    """The sites of SD-1.5's UNet in order of execution."""
-    sites = []
+def sd15_blocks() -> list[str]:
+    """The blocks of SD-1.5's UNet in order of execution."""
+    blocks = []
     for level in range(4):
         for i in range(2):
-            sites += [f"down_blocks.{level}.resnets.{i}"] + [f"down_blocks.{level}.attentions.{i}"] * (level < 3)
-    sites += ["mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"]
+            blocks += [f"down_blocks.{level}.resnets.{i}"] + [f"down_blocks.{level}.attentions.{i}"] * (level < 3)
+    blocks += ["mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"]
     for level in range(4):
         for i in range(3):
-            sites += [f"up_blocks.{level}.resnets.{i}"] + [f"up_blocks.{level}.attentions.{i}"] * (level > 0)
-    return sites
+            blocks += [f"up_blocks.{level}.resnets.{i}"] + [f"up_blocks.{level}.attentions.{i}"] * (level > 0)
+    return blocks
 
 
 def write(path: Path, value) -> None:
@@ -40,16 +40,16 @@ def write_run(folder: Path, seed: int = 0, finished: bool = True, n: int = 64) -
     """A finished run, or one that was stopped before its evaluation."""
     draw, depths, ms_now = np.random.default_rng(seed), {}, 10.0
     for number in range(2):
-        kept = [site for site in sd15_sites() if depths.get(site, 1)]
-        ms = {site: float(draw.uniform(0.05, 0.45)) for site in kept}
-        loss = {site: float(draw.gamma(0.6, 1.5) - 0.15) for site in kept}
+        kept = [block for block in sd15_blocks() if depths.get(block, 1)]
+        ms = {block: float(draw.uniform(0.05, 0.45)) for block in kept}
+        loss = {block: float(draw.gamma(0.6, 1.5) - 0.15) for block in kept}
         stage = folder / f"round-{number:02d}"
         removed_ms = [{"removed": kept[:k], "predicted_ms": ms_now - 0.2 * k, "measured_ms": ms_now - 0.2 * k
                        + float(draw.normal(0, 0.15))} for k in range(2, 22)]  # fmt: skip
         write(stage / "latency.json", {
             "method": "in_place_hooks", "device": "cpu", "dtype": "float32", "batch": 2, "latent_size": 8,
             "mode": "eager", "threads": 1, "torch": "2.15.0", "full_ms": ms_now,
-            "sites": {site: {"ms": x} for site, x in ms.items()},
+            "sites": {block: {"ms": x} for block, x in ms.items()},
             "additive_error": {"n": 20, "median": 0.021, "p95": 0.06}, "samples": removed_ms,
         })  # fmt: skip
         write(stage / "scores.json", {
@@ -57,16 +57,17 @@ def write_run(folder: Path, seed: int = 0, finished: bool = True, n: int = 64) -
             "base": {"clip": 31.0, "se": 0.2}, "rank_agreement_of_halves": 0.93,
             "sites": {s: {"delta_clip": x, "se": 0.05 + 0.1 * abs(x), "n": n, "psnr": 20.0} for s, x in loss.items()},
         })  # fmt: skip
-        cheapest = sorted(kept, key=lambda site: loss[site] / ms[site])[:6]
+        cheapest = sorted(kept, key=lambda block: loss[block] / ms[block])[:6]
         actions = []
-        for site in cheapest:
-            ms_now -= ms[site]
-            actions.append({"action": "remove", "site": site, "delta_clip": loss[site], "se": 0.1, "saved_ms": ms[site],
-                            "value": loss[site] / ms[site], "why": f"{loss[site] / ms[site]:.2f} CLIP per ms",
+        for block in cheapest:
+            ms_now -= ms[block]
+            actions.append({"action": "remove", "site": block, "delta_clip": loss[block], "se": 0.1,
+                            "saved_ms": ms[block], "value": loss[block] / ms[block],
+                            "why": f"{loss[block] / ms[block]:.2f} CLIP per ms",
                             "predicted_ms": ms_now})  # fmt: skip
         before, depths = dict(depths), {**depths, **dict.fromkeys(cheapest, 0)}
         if number == 1:
-            best = max(kept, key=lambda site: loss[site] / ms[site])
+            best = max(kept, key=lambda block: loss[block] / ms[block])
             depths[best] = 2
             ms_now += ms[best]
             actions.append({"action": "copy", "site": best, "delta_clip": loss[best], "se": 0.1, "saved_ms": ms[best],

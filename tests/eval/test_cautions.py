@@ -18,8 +18,8 @@ def block(lost, se=1.0, **more):
 
 
 def scores(agreement=0.9, losses=(5, 6, 7), **more):
-    sites = {f"block {k}": block(lost, **more) for k, lost in enumerate(losses)}
-    return {"rank_agreement_of_halves": agreement, "sites": sites}
+    blocks = {f"block {k}": block(lost, **more) for k, lost in enumerate(losses)}
+    return {"rank_agreement_of_halves": agreement, "sites": blocks}
 
 
 def versus(own, shuffled, se):

@@ -62,13 +62,13 @@ def test_rows_of_mixed_parts_do_not_see_each_other(sampler, parts_of_two, thread
 def test_a_network_without_closed_blocks_is_the_masked_one(sampler, architecture):
     unet = sampler.pipeline.unet.with_architecture(architecture, copy_init="same")
     inputs = small_inputs(unet)
-    for n, site in enumerate(unet.kept_sites):
-        mask = torch.ones(len(inputs["sample"]), len(unet.kept_sites), dtype=torch.bool)
+    for n, block in enumerate(unet.kept_blocks):
+        mask = torch.ones(len(inputs["sample"]), len(unet.kept_blocks), dtype=torch.bool)
         mask[:, n] = False
         without = twin(unet)
-        remove(without, [site])
+        remove(without, [block])
         with torch.no_grad():
-            assert torch.equal(without(**inputs).sample, unet(**inputs, block_mask=mask).sample), site
+            assert torch.equal(without(**inputs).sample, unet(**inputs, block_mask=mask).sample), block
 
 
 def test_a_twin_shares_every_weight(sampler):

@@ -7,7 +7,7 @@ from slimstep.eval.pages.runs import Block
 from slimstep.eval.pages.text import digits, signed
 from slimstep.eval.pages.unet_figure import BOX_H, BOX_W, places, unet_figure, value_norm
 from slimstep.models.architecture import as_architecture
-from tests.eval.run_stub import sd15_sites
+from tests.eval.run_stub import sd15_blocks
 
 SDXL = ("down_blocks.0.resnets.0", "down_blocks.1.resnets.0", "down_blocks.1.attentions.0",
         *(f"down_blocks.1.attentions.0.transformer_blocks.{k}" for k in range(2)), "mid_block.resnets.0",
@@ -19,19 +19,19 @@ def words(figure) -> list[str]:
 
 
 def test_boxes_do_not_overlap_and_levels_go_down_and_up_again():
-    corners = places(sd15_sites())
-    assert set(corners) == set(sd15_sites())
+    corners = places(sd15_blocks())
+    assert set(corners) == set(sd15_blocks())
     boxes = sorted(corners.values())
     for i, (x, y) in enumerate(boxes):
         assert all(abs(x - u) >= BOX_W or abs(y - v) >= BOX_H for u, v in boxes[i + 1 :])
-    height = {site: y for site, (_, y) in corners.items()}
+    height = {block: y for block, (_, y) in corners.items()}
     assert height["down_blocks.0.resnets.0"] == height["up_blocks.3.resnets.0"] == 0
     assert height["down_blocks.3.resnets.0"] == height["up_blocks.0.resnets.0"] > height["mid_block.resnets.0"]
     assert corners["down_blocks.2.attentions.1"][0] < corners["up_blocks.1.resnets.0"][0]
 
 
 def test_a_box_shows_the_blocks_numbers_and_what_became_of_it():
-    blocks = {site: Block(site, 1.25, 0.1, 0.5) for site in sd15_sites()}
+    blocks = {block: Block(block, 1.25, 0.1, 0.5) for block in sd15_blocks()}
     blocks["down_blocks.0.resnets.0"] = Block("down_blocks.0.resnets.0", -0.5, 0.2, 0.25)
     architecture = as_architecture({"down_blocks.0.resnets.0": 0, "up_blocks.3.attentions.2": 2})
     shown = words(unet_figure(blocks, architecture, {"down_blocks.0.resnets.0": 1}, latent_size=64))
@@ -41,12 +41,12 @@ def test_a_box_shows_the_blocks_numbers_and_what_became_of_it():
 
 
 def test_blocks_that_were_not_scored_are_drawn_without_a_value():
-    blocks = {site: Block(site, ms=0.5) for site in sd15_sites()}
+    blocks = {block: Block(block, ms=0.5) for block in sd15_blocks()}
     assert words(unet_figure(blocks, {})).count("not scored") == len(blocks)
 
 
 def test_transformer_layers_are_cells_under_their_block():
-    blocks = {site: Block(site, 1.0, 0.1, 0.5) for site in SDXL}
+    blocks = {block: Block(block, 1.0, 0.1, 0.5) for block in SDXL}
     assert len(places(SDXL)) == len(SDXL) - 2
     figure = unet_figure(blocks, as_architecture({"down_blocks.1.attentions.0.transformer_blocks.1": 0}))
     assert sum(type(patch).__name__ == "Rectangle" for patch in figure.axes[0].patches) == 2

@@ -12,7 +12,7 @@ from slimstep.eval.pages.comparison import compare_runs
 from slimstep.eval.pages.run_page import write_report
 from slimstep.eval.pages.runs import read_run, run_names
 from slimstep.eval.pages.text import count, flatten
-from tests.eval.run_stub import PROMPTS, sd15_sites, write_run
+from tests.eval.run_stub import PROMPTS, sd15_blocks, write_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -87,10 +87,10 @@ def test_prompts_are_text_not_markup(tmp_path):
 
 def test_the_record_knows_when_each_block_went(finished):
     run = read_run(finished)
-    assert list(run.latest_blocks) == sd15_sites()
+    assert list(run.latest_blocks) == sd15_blocks()
     assert sorted(run.removed_in.values()) == [0] * 6 + [1] * 6
-    for site, number in run.removed_in.items():
-        assert site in run.rounds[number].blocks and run.architecture[site].repeats == 0
+    for block, number in run.removed_in.items():
+        assert block in run.rounds[number].blocks and run.architecture[block].repeats == 0
 
 
 def test_a_comparison_pairs_students_by_prompt(finished, tmp_path):

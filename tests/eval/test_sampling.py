@@ -155,10 +155,10 @@ def test_a_closed_gate_samples_as_the_pruned_unet_does():
     pipeline = tiny_pipeline()
     unet = PrunableUNet2DConditionModel.from_unet(pipeline.unet).eval()
     sampler = Sampler(pipeline, steps=3, guidance_scale=3.0)
-    mask = torch.ones(2, len(unet.kept_sites), dtype=torch.bool)
+    mask = torch.ones(2, len(unet.kept_blocks), dtype=torch.bool)
     mask[0, 1] = False
     masked = sampler.images(unet, PROMPTS, [1, 1], block_mask_BN=mask)
-    pruned = sampler.images(unet.with_architecture({unet.kept_sites[1]: 0}), PROMPTS, [1, 1])
+    pruned = sampler.images(unet.with_architecture({unet.kept_blocks[1]: 0}), PROMPTS, [1, 1])
     assert torch.equal(masked[0], pruned[0])
     assert torch.equal(masked[1], sampler.images(unet, PROMPTS, [1, 1])[1])
     assert not torch.equal(masked[0], masked[1])
@@ -169,7 +169,7 @@ def test_all_steps_and_batches_share_one_compiled_graph():
     pipeline = tiny_pipeline()
     unet = PrunableUNet2DConditionModel.from_unet(pipeline.unet).eval()
     sampler = Sampler(pipeline, steps=3, guidance_scale=3.0)
-    mask = torch.ones(2, len(unet.kept_sites), dtype=torch.bool)
+    mask = torch.ones(2, len(unet.kept_blocks), dtype=torch.bool)
     graphs = CompileCounter()
     compiled = torch.compile(unet, fullgraph=True, backend=graphs)
     for closed in range(2):

@@ -10,11 +10,11 @@ from tests.models.conftest import small_inputs, small_stock_unet
 
 def random_mask(unet, seed: int, batch: int = 3, open_prob: float = 0.6) -> torch.Tensor:
     draw = torch.Generator().manual_seed(seed)
-    return torch.rand(batch, len(unet.kept_sites), generator=draw) < open_prob
+    return torch.rand(batch, len(unet.kept_blocks), generator=draw) < open_prob
 
 
-def closed_sites(unet, row: torch.Tensor) -> dict[str, int]:
-    return {site: 0 for site, is_open in zip(unet.kept_sites, row.tolist(), strict=True) if not is_open}
+def closed_blocks_of(unet, row: torch.Tensor) -> dict[str, int]:
+    return {block: 0 for block, is_open in zip(unet.kept_blocks, row.tolist(), strict=True) if not is_open}
 
 
 def run(unet, **inputs):
@@ -33,20 +33,20 @@ def test_closed_blocks_are_the_pruned_unet_in_every_row_of_a_mixed_batch(stock, 
     mask = random_mask(unet, 1)
     masked = run(unet, block_mask=mask)
     for b, row in enumerate(mask):
-        assert torch.equal(run(unet.with_architecture(closed_sites(unet, row)))[b], masked[b])
+        assert torch.equal(run(unet.with_architecture(closed_blocks_of(unet, row)))[b], masked[b])
 
 
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
 def test_each_site_alone_closed_is_the_unet_without_it(stock, every):
     unet = PrunableUNet2DConditionModel.from_unet(stock)
-    for column, site in list(enumerate(unet.sites))[::every]:
-        mask = torch.ones(3, len(unet.sites), dtype=torch.bool)
+    for column, block in list(enumerate(unet.blocks))[::every]:
+        mask = torch.ones(3, len(unet.blocks), dtype=torch.bool)
         mask[1, column] = False
-        without = run(unet.with_architecture({site: 0}))
-        assert torch.equal(run(unet, block_mask=mask)[1], without[1]), site
+        without = run(unet.with_architecture({block: 0}))
+        assert torch.equal(run(unet, block_mask=mask)[1], without[1]), block
 
 
-def test_masks_of_a_pruned_and_copied_unet_follow_its_kept_sites():
+def test_masks_of_a_pruned_and_copied_unet_follow_its_kept_blocks():
     whole = PrunableUNet2DConditionModel.from_unet(small_stock_unet("sdxl"))
     attention = "mid_block.attentions.0"
     architecture = {attention: 2, f"{attention}.transformer_blocks.0": 2, "up_blocks.0.resnets.1": 0}
@@ -55,19 +55,19 @@ def test_masks_of_a_pruned_and_copied_unet_follow_its_kept_sites():
     mask = random_mask(unet, 2)
     masked = run(unet, block_mask=mask)
     for b, row in enumerate(mask):
-        assert torch.equal(run(unet.with_architecture(closed_sites(unet, row)))[b], masked[b])
+        assert torch.equal(run(unet.with_architecture(closed_blocks_of(unet, row)))[b], masked[b])
 
 
 def test_a_closed_layer_is_closed_in_the_copies_of_its_transformer():
     whole = PrunableUNet2DConditionModel.from_unet(small_stock_unet("sdxl"))
     unet = whole.with_architecture({"mid_block.attentions.0": 3}, copy_init="same")
     layer = "mid_block.attentions.0.transformer_blocks.1"
-    mask = torch.tensor([[site != layer for site in unet.kept_sites]] * 3)
+    mask = torch.tensor([[block != layer for block in unet.kept_blocks]] * 3)
     assert torch.equal(run(unet, block_mask=mask), run(unet.with_architecture({layer: 0})))
 
 
 def test_a_closed_branch_that_overflows_does_no_harm(unet):
-    column = unet.kept_sites.index("mid_block.resnets.0")
+    column = unet.kept_blocks.index("mid_block.resnets.0")
     with torch.no_grad():
         unet.mid_block.resnets[0].conv2.weight.fill_(torch.inf)
     mask = torch.ones(3, 38, dtype=torch.bool)
@@ -85,7 +85,7 @@ def test_masks_leave_no_trace(unet):
 
 
 def test_masks_of_the_wrong_shape_are_refused(unet):
-    with pytest.raises(AssertionError, match=r"a block mask \(3, 37\) for a batch of 3 and 38 kept sites"):
+    with pytest.raises(AssertionError, match=r"block mask \(3, 37\) for a batch of 3 and 38 kept blocks"):
         run(unet, block_mask=torch.ones(3, 37, dtype=torch.bool))
 
 
@@ -94,7 +94,7 @@ def test_open_masks_are_the_stock_unet_under_autocast(unet):
         assert torch.equal(run(unet, block_mask=random_mask(unet, 0, open_prob=1.1)), run(unet))
 
 
-def test_sites_are_still_the_stock_classes_and_names(unet):
+def test_blocks_are_still_the_stock_classes_and_names(unet):
     assert isinstance(unet.down_blocks[0].resnets[0], ResnetBlock2D)
     assert unet.state_dict().keys() == small_stock_unet().state_dict().keys()
 
@@ -141,7 +141,7 @@ def test_every_parameter_gets_a_gradient_whatever_the_mask(unet):
 
 def test_a_closed_sample_gives_its_block_no_gradient(unet):
     mask = torch.ones(3, 38, dtype=torch.bool)
-    mask[:, unet.kept_sites.index("mid_block.attentions.0")] = False
+    mask[:, unet.kept_blocks.index("mid_block.attentions.0")] = False
     grads = gradients(unet, True, [mask])
     inside = [grad for name, grad in grads.items() if name.startswith("mid_block.attentions.0.")]
     assert inside and not any(grad.any() for grad in inside)

@@ -35,24 +35,24 @@ def test_on_the_unpruned_unet_all_of_it_fits(pipeline, lora_folder):
 
 
 def test_what_was_pruned_is_listed_and_the_rest_is_applied(pipeline, lora_folder):
-    site = "mid_block.attentions.0"
-    pruned = prunable(pipeline, {site: 0})
+    block = "mid_block.attentions.0"
+    pruned = prunable(pipeline, {block: 0})
     before = paint(pruned)
     fit = fuse_lora(pruned, lora_folder)
-    assert len(fit.left_out) == 6 and all(path.startswith(f"{site}.") for path in fit.left_out)
+    assert len(fit.left_out) == 6 and all(path.startswith(f"{block}.") for path in fit.left_out)
     adapted = paint(pruned)
     assert not torch.equal(adapted, before)
     whole = prunable(pipeline, {})
     fuse_lora(whole, lora_folder)
-    mask = torch.tensor([[s != site for s in whole.unet.kept_sites]] * 2)
+    mask = torch.tensor([[s != block for s in whole.unet.kept_blocks]] * 2)
     plain = whole.unet.forward
     whole.unet.forward = lambda *args, **kwargs: plain(*args, block_mask=mask, **kwargs)
     assert torch.equal(paint(whole), adapted), "pruned, then adapted, is not adapted, then pruned"
 
 
 def test_copies_stay_as_they_are(pipeline, lora_folder):
-    site = "mid_block.attentions.0"
-    deeper = prunable(pipeline, {site: 2})
+    block = "mid_block.attentions.0"
+    deeper = prunable(pipeline, {block: 2})
     before = {key: value.clone() for key, value in deeper.unet.state_dict().items()}
     fit = fuse_lora(deeper, lora_folder)
     assert not fit.left_out and not [path for path in fit.applied if ".copies." in path]
@@ -63,4 +63,4 @@ def test_copies_stay_as_they_are(pipeline, lora_folder):
 def test_a_lora_of_which_nothing_fits_is_an_error(pipeline, lora_folder):
     unet = PrunableUNet2DConditionModel.from_unet(small_stock_unet())
     with pytest.raises(ValueError, match="has no weights for this UNet"):
-        fuse_lora(with_unet(pipeline, unet.with_architecture(dict.fromkeys(unet.sites, 0))), lora_folder)
+        fuse_lora(with_unet(pipeline, unet.with_architecture(dict.fromkeys(unet.blocks, 0))), lora_folder)

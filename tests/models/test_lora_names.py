@@ -100,13 +100,13 @@ def test_alphas_of_half_precision_are_exact(dtype, tmp_path):
 
 
 def test_of_kohyas_lora_what_was_pruned_is_left_out_and_the_rest_is_right(tmp_path):
-    pipeline, site = make_small_pipeline(), "down_blocks.1.attentions.0"
+    pipeline, block = make_small_pipeline(), "down_blocks.1.attentions.0"
     pairs = draw_pairs(pipeline.unet, 0)
     file = kohya_file(pipeline, {"unet": pairs}, tmp_path / "kohya.safetensors")
-    pruned = prunable(pipeline, {site: 0})
-    kept = {path: pair for path, pair in pairs.items() if not path.startswith(f"{site}.")}
+    pruned = prunable(pipeline, {block: 0})
+    kept = {path: pair for path, pair in pairs.items() if not path.startswith(f"{block}.")}
     wanted = expected(pruned.unet, kept)
-    assert set(fuse_lora(prunable(pipeline, {site: 0}), file).left_out) == pairs.keys() - kept.keys()
+    assert set(fuse_lora(prunable(pipeline, {block: 0}), file).left_out) == pairs.keys() - kept.keys()
     assert_fused(pruned, file, {"unet": wanted})
 
 
@@ -190,8 +190,8 @@ def test_metadata_of_one_part_says_nothing_of_the_other(tmp_path):
 
 
 def test_told_alphas_hold_for_a_pruned_unet(tmp_path):
-    file, site = write_told(tmp_path, ("unet",)), "down_blocks.1.attentions.0"
-    whole, pruned = prunable(make_small_pipeline()), prunable(make_small_pipeline(), {site: 0})
+    file, block = write_told(tmp_path, ("unet",)), "down_blocks.1.attentions.0"
+    whole, pruned = prunable(make_small_pipeline()), prunable(make_small_pipeline(), {block: 0})
     for pipeline in (whole, pruned):
         fuse_loras(pipeline, [{"path": str(file)}])
     theirs = whole.unet.state_dict()

@@ -18,7 +18,7 @@ MID = dict.fromkeys(("mid_block.resnets.0", "mid_block.attentions.0", "mid_block
 def one_layer_less(unet, down_layer: int = 1, up_layer: int = 1) -> dict[str, int]:
     """BK-SDM's rule: a layer out of every level, on the way down and on the way up."""
     ends = {"down_blocks": f".{down_layer}", "up_blocks": f".{up_layer}"}
-    blocks = [s for s in unet.sites if s not in unet.parents and not s.startswith("mid")]
+    blocks = [s for s in unet.blocks if s not in unet.parents and not s.startswith("mid")]
     return {s: 0 for s in blocks if s.endswith(ends[s.split(".")[0]])}
 
 
@@ -106,7 +106,7 @@ def test_a_level_may_lose_all_its_layers():
 
 
 def test_levels_without_attention_and_the_mid_block_s_forms():
-    attentions = [s for s in pruned({}).sites if "attentions" in s]
+    attentions = [s for s in pruned({}).blocks if "attentions" in s]
     level = dict.fromkeys((s for s in attentions if s.startswith(("down_blocks.0", "up_blocks.1"))), 0)
     config = assert_stock(pruned(level))
     assert config["down_block_types"][0] == "DownBlock2D" and config["up_block_types"][1] == "UpBlock2D"
@@ -142,12 +142,12 @@ OBSTACLES = {
 }
 
 
-@pytest.mark.parametrize("site", OBSTACLES)
-def test_obstacles_name_the_site_and_the_reason(site):
-    verdict = stock_config(pruned({site: 0}))
-    assert verdict.config is None and OBSTACLES[site] in verdict.obstacles[0]
+@pytest.mark.parametrize("block", OBSTACLES)
+def test_obstacles_name_the_block_and_the_reason(block):
+    verdict = stock_config(pruned({block: 0}))
+    assert verdict.config is None and OBSTACLES[block] in verdict.obstacles[0]
     with pytest.raises(ValueError, match="no stock UNet2DConditionModel is this network, because of"):
-        to_stock(pruned({site: 0}))
+        to_stock(pruned({block: 0}))
 
 
 def test_copies_and_the_mid_block_s_own_depth_are_obstacles():
@@ -162,10 +162,10 @@ def random_table(unet, draw: random.Random) -> dict[str, int]:
     for level, up in ((level, len(unet.config.block_out_channels) - 1 - level) for level in range(4)):
         for _ in range(draw.choice((0, 1, 1, 2))):
             down_layer, up_layer = draw.randrange(2), draw.randrange(3)
-            for site in (f"down_blocks.{level}.%s.{down_layer}", f"up_blocks.{up}.%s.{up_layer}"):
-                architecture |= {site % kind: 0 for kind in ("resnets", "attentions")}
+            for block in (f"down_blocks.{level}.%s.{down_layer}", f"up_blocks.{up}.%s.{up_layer}"):
+                architecture |= {block % kind: 0 for kind in ("resnets", "attentions")}
     architecture |= draw.choice(({}, MID, {"mid_block.attentions.0": 0, "mid_block.resnets.1": 0}))
-    return {site: 0 for site in architecture if site in unet.sites}
+    return {block: 0 for block in architecture if block in unet.blocks}
 
 
 @pytest.mark.slow

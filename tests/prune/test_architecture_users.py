@@ -23,8 +23,8 @@ def whole_unet(name: str) -> PrunableUNet2DConditionModel:
 def random_actions(unet, draw: random.Random):
     """Removals and copies of blocks, perhaps of levels, in a random order."""
     levels = list(unet.levels)[: draw.choice((0, 0, 1, len(unet.levels)))]
-    removed = [*levels, *draw.sample(unet.sites, draw.randint(0, 6))]
-    copied = draw.choices(unet.copyable_sites, k=draw.randint(0, 4))
+    removed = [*levels, *draw.sample(unet.blocks, draw.randint(0, 6))]
+    copied = draw.choices(unet.copyable_blocks, k=draw.randint(0, 4))
     actions = [(removal, block) for block in removed] + [(copy, b) for b in copied if b not in removed]
     draw.shuffle(actions)
     return [action(BlockValue(block, 1.0, 0.1, 1.0), latency_ms=100.0) for action, block in actions]
@@ -48,11 +48,11 @@ def test_network_search_table_and_pages_agree_on_any_architecture(name, seed, tm
     with torch.device("meta"):
         unet = PrunableUNet2DConditionModel(**SMALL_CONFIGS[name], depths=decided)
 
-    kept = tuple(block for block in unet.sites if runs_in(unet, block))
-    assert unet.kept_sites == kept
+    kept = tuple(block for block in unet.blocks if runs_in(unet, block))
+    assert unet.kept_blocks == kept
 
     written = json.loads(json.dumps(as_json(decided)))
-    times = {block: {"ms": 1.0} for block in whole.sites}
+    times = {block: {"ms": 1.0} for block in whole.blocks}
     rounds = (Round("round-00", {"sites": times}, None, {"after": written}),)
     run = RunRecord(tmp_path, rounds, None, (), {}, None, None)
     assert run.architecture == as_architecture(written) == decided
@@ -62,7 +62,7 @@ def test_network_search_table_and_pages_agree_on_any_architecture(name, seed, tm
         copied = getattr(unet.get_submodule(block), "copies", ())
         return len(copied) if isinstance(copied, nn.ModuleList) else 0
 
-    gone = [block for block in unet.sites if block not in kept]
+    gone = [block for block in unet.blocks if block not in kept]
     outermost = [block for block in gone if not any(nested(block, other) for other in gone if len(other) < len(block))]
     expected = 100 - len(outermost) + sum(map(copies, kept))
     assert predicted_ms({"full_ms": 100.0, "sites": times}, unet) == expected

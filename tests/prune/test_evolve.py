@@ -14,8 +14,8 @@ from slimstep.prune.scores import picture_error
 from slimstep.prune.search import InOrder, Manual, RandomRemoval, Situation, SnapFusionSearch
 
 
-def value(site, delta_clip, saved_ms):
-    return BlockValue(site, delta_clip, se=0.1, saved_ms=saved_ms)
+def value(block, delta_clip, saved_ms):
+    return BlockValue(block, delta_clip, se=0.1, saved_ms=saved_ms)
 
 
 VALUES = (value("a", 4.0, 2.0), value("b", 1.0, 2.0), value("c", 3.0, 1.0), value("d", 0.2, 1.0))
@@ -25,31 +25,31 @@ def situation(latency_ms=10.0, target_ms=8.0, round_index=0, rounds=1, values=VA
     return Situation(values, {}, latency_ms, target_ms, copyable, round_index, rounds)
 
 
-def sites(actions):
-    return [action.site for action in actions]
+def chosen(actions):
+    return [action.block for action in actions]
 
 
 def test_the_worst_bargains_go_first_until_the_target_is_met():
     actions = choose_removals(VALUES, latency_ms=10, target_ms=7.5)
-    assert sites(actions) == ["d", "b"]
+    assert chosen(actions) == ["d", "b"]
     assert actions[-1].predicted_ms == pytest.approx(7.0)
 
 
 def test_blocks_whose_removal_does_no_harm_go_first_the_slowest_of_them_before_the_others():
     free = (value("x", -0.1, 0.5), value("y", -3.0, 0.2), value("z", 0.0, 0.9))
-    assert sites(choose_removals((*VALUES, *free), latency_ms=10, target_ms=0)) == ["z", "x", "y", "d", "b", "a", "c"]
+    assert chosen(choose_removals((*VALUES, *free), latency_ms=10, target_ms=0)) == ["z", "x", "y", "d", "b", "a", "c"]
 
 
-def seen(site, delta_clip, se, error, saved_ms=1.0):
+def seen(block, delta_clip, se, error, saved_ms=1.0):
     """A block whose removal changes the picture so far."""
-    return BlockValue(site, delta_clip, se, saved_ms, picture_error=error)
+    return BlockValue(block, delta_clip, se, saved_ms, picture_error=error)
 
 
 def test_a_block_whose_removal_destroys_the_picture_is_not_free():
     kept, destroyed = seen("kept", -1.0, 2.0, 0.001), seen("destroyed", -9.0, 2.0, 0.6, saved_ms=5.0)
     dear = seen("dear", 8.0, 1.0, 0.02)
     first, second, last = choose_removals([destroyed, dear, kept], latency_ms=10, target_ms=0)
-    assert (first.site, second.site, last.site) == ("kept", "destroyed", "dear")  # 8.0 for 5 ms, and for 1 ms
+    assert (first.block, second.block, last.block) == ("kept", "destroyed", "dear")  # 8.0 for 5 ms, and for 1 ms
     assert first.why.startswith("free") and "60% of an unrelated one's: taken to lose 8.00" in second.why
     assert last.value == 8.0 and second.delta_clip == -9.0  # what was measured is told as it was
 
@@ -59,31 +59,31 @@ def test_the_less_of_the_picture_is_kept_the_later_it_goes_where_the_scorer_know
     errors = [10 ** (-k / 4) for k in range(20)]
     losses = torch.randn(20, generator=draw).tolist()
     blocks = [seen(f"{k}", lost, 1.0, error) for k, (lost, error) in enumerate(zip(losses, errors, strict=True))]
-    order = [int(site) for site in sites(choose_removals(blocks, latency_ms=100, target_ms=0))]
+    order = [int(block) for block in chosen(choose_removals(blocks, latency_ms=100, target_ms=0))]
     destroyed = [k for k, error in enumerate(errors) if error >= 0.05]
     assert len(destroyed) == 6 and not set(order[:12]) & set(destroyed)
 
 
 def test_a_clear_loss_stands_whatever_became_of_the_picture():
     values = [seen("a", 4.0, 1.0, 0.9), seen("b", 5.0, 1.0, 0.001), seen("c", 2.5, 1.0, 0.5)]
-    assert sites(choose_removals(values, latency_ms=10, target_ms=0)) == ["c", "a", "b"]
+    assert chosen(choose_removals(values, latency_ms=10, target_ms=0)) == ["c", "a", "b"]
 
 
 def test_where_no_picture_was_measured_the_score_decides_alone():
     free, dear = BlockValue("free", -9.0, 2.0, 1.0), seen("dear", 8.0, 1.0, 0.5)
-    assert sites(choose_removals([dear, free], latency_ms=10, target_ms=0)) == ["free", "dear"]
+    assert chosen(choose_removals([dear, free], latency_ms=10, target_ms=0)) == ["free", "dear"]
 
 
 def test_a_block_without_a_clear_loss_is_not_copied_for_its_picture():
-    assert sites(choose_copies([seen("a", -1.0, 2.0, 0.9), seen("b", 1.0, 0.1, 0.1)], 4, 8, ("a", "b"))) == ["b"]
+    assert chosen(choose_copies([seen("a", -1.0, 2.0, 0.9), seen("b", 1.0, 0.1, 0.1)], 4, 8, ("a", "b"))) == ["b"]
 
 
 def test_the_second_judge_changes_nothing_on_the_shipped_model():
     scores = json.loads((Path(__file__).parents[2] / "benchmarks/prune-baselines/block-scores.json").read_text())
     others = 6.9  # dB, of its base images to those of other prompts
     blocks = [
-        BlockValue(site, b["delta_clip"], b["se"], 1.0, picture_error=picture_error(b["psnr"], others))
-        for site, b in scores["sites"].items()
+        BlockValue(block, b["delta_clip"], b["se"], 1.0, picture_error=picture_error(b["psnr"], others))
+        for block, b in scores["sites"].items()
     ]
     assert sum(block.picture_error >= 0.05 for block in blocks) == 5
     unseen = [replace(block, picture_error=math.nan) for block in blocks]
@@ -95,20 +95,20 @@ def test_a_block_that_saves_no_time_is_never_removed():
 
 
 def test_ties_go_to_the_earlier_block():
-    assert sites(choose_removals([value("b", 1, 1), value("a", 1, 1)], latency_ms=10, target_ms=9)) == ["b"]
+    assert chosen(choose_removals([value("b", 1, 1), value("a", 1, 1)], latency_ms=10, target_ms=9)) == ["b"]
 
 
 def test_a_transformer_and_its_layer_do_not_go_in_one_round():
     layers = [value("up.attentions.0.transformer_blocks.1", 0.1, 1.0), value("up.attentions.0", 0.3, 2.0)]
-    assert sites(choose_removals([*layers, value("up.attentions.01", 9, 1)], latency_ms=10, target_ms=0)) == [
+    assert chosen(choose_removals([*layers, value("up.attentions.01", 9, 1)], latency_ms=10, target_ms=0)) == [
         "up.attentions.0.transformer_blocks.1", "up.attentions.01"]  # fmt: skip
 
 
 def test_the_most_valuable_block_that_fits_is_copied():
-    assert sites(choose_copies(VALUES, latency_ms=6.5, target_ms=8, copyable=("a", "b", "c"))) == ["c"]
-    assert sites(choose_copies(VALUES, latency_ms=7.5, target_ms=8, copyable=("a", "b", "c"))) == []
-    assert sites(choose_copies(VALUES, latency_ms=4, target_ms=8, copyable=("a",), at_most=3)) == ["a"]
-    assert sites(choose_copies([value("a", -1.0, 1.0)], latency_ms=4, target_ms=8, copyable=("a",))) == []
+    assert chosen(choose_copies(VALUES, latency_ms=6.5, target_ms=8, copyable=("a", "b", "c"))) == ["c"]
+    assert chosen(choose_copies(VALUES, latency_ms=7.5, target_ms=8, copyable=("a", "b", "c"))) == []
+    assert chosen(choose_copies(VALUES, latency_ms=4, target_ms=8, copyable=("a",), at_most=3)) == ["a"]
+    assert chosen(choose_copies([value("a", -1.0, 1.0)], latency_ms=4, target_ms=8, copyable=("a",))) == []
 
 
 def test_a_copy_of_a_copied_block_costs_what_one_of_them_takes():
@@ -130,24 +130,24 @@ def test_algorithm_1_removes_over_the_target_and_copies_under_it():
 
 def test_a_group_is_at_most_as_large_as_asked_except_in_the_last_round():
     search = SnapFusionSearch(group_size=1)
-    assert sites(search(situation(target_ms=6, rounds=2))) == ["d"]
-    assert sites(search(situation(target_ms=6, rounds=2, round_index=1))) == ["d", "b", "a"]
+    assert chosen(search(situation(target_ms=6, rounds=2))) == ["d"]
+    assert chosen(search(situation(target_ms=6, rounds=2, round_index=1))) == ["d", "b", "a"]
 
 
 def test_a_random_removal_depends_on_its_seed_alone_and_meets_the_target():
     first, again = RandomRemoval(seed=1)(situation()), RandomRemoval(seed=1)(situation())
     assert first == again and first[-1].predicted_ms <= 8
-    assert len({tuple(sites(RandomRemoval(seed)(situation()))) for seed in range(20)}) > 1
+    assert len({tuple(chosen(RandomRemoval(seed)(situation()))) for seed in range(20)}) > 1
 
 
 def test_a_given_order_is_cut_where_the_target_is_met():
-    assert sites(InOrder(["c", "a", "b"])(situation())) == ["c", "a"]
+    assert chosen(InOrder(["c", "a", "b"])(situation())) == ["c", "a"]
 
 
 def test_a_table_by_hand_is_taken_whole_and_says_what_is_unknown():
     actions = Manual(remove=["a"], depths={"c": 3, "level": 0})(situation())
     assert as_json(apply({}, actions)) == {"a": 0, "c": 3, "level": 0}
-    unknown = next(action for action in actions if action.site == "level")
+    unknown = next(action for action in actions if action.block == "level")
     assert math.isnan(unknown.saved_ms) and unknown.as_json()["saved_ms"] is None
 
 
@@ -162,8 +162,8 @@ def test_after_a_transformer_its_layers_are_no_longer_there_to_remove():
     values = (value("a.attentions.0", 0.1, 2.0), value(layer, 0.1, 1.0), value("b", 1, 1))
     first = situation(target_ms=0.1, values=values)
     taken = choose_removals(values, 10, 9)
-    assert sites(taken) == ["a.attentions.0"]
-    assert [v.site for v in first.after(taken, measured_ms=8.0).values] == ["b"]
+    assert chosen(taken) == ["a.attentions.0"]
+    assert [v.block for v in first.after(taken, measured_ms=8.0).values] == ["b"]
 
 
 def test_a_broken_or_impossible_table_is_named(tmp_path):

@@ -104,9 +104,9 @@ def test_a_tampered_export_is_refused_and_a_missing_one_made_again(finished, tin
 
 def test_decisions_follow_a_table_made_elsewhere(tmp_path, tiny_model):
     """As from a phone: one block costs all the time, so it is the one that goes; the prediction is exact."""
-    sites = {site: {"ms": 0.0} for site in PrunableUNet2DConditionModel.from_unet(tiny_unet()).sites}
-    sites["mid_block.attentions.0"]["ms"] = 5.0
-    (tmp_path / "latency.json").write_text(json.dumps({"full_ms": 10.0, "sites": sites}))
+    blocks = {block: {"ms": 0.0} for block in PrunableUNet2DConditionModel.from_unet(tiny_unet()).blocks}
+    blocks["mid_block.attentions.0"]["ms"] = 5.0
+    (tmp_path / "latency.json").write_text(json.dumps({"full_ms": 10.0, "sites": blocks}))
     table = ["+experiment=prune_unet", "search.rounds=1", f"latency.table={tmp_path / 'latency.json'}"]
     done = run(*table, "search.target_fraction=0.6", f"root={tmp_path}", *tiny_model)
     assert done.returncode == 0, done.stderr

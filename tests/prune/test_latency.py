@@ -27,7 +27,7 @@ def table(unet):
 
 
 def test_every_kept_site_has_an_entry_and_the_entries_fit_into_the_whole(unet, table):
-    assert tuple(table["sites"]) == unet.kept_sites
+    assert tuple(table["sites"]) == unet.kept_blocks
     assert 0 < sum(entry["ms"] for entry in table["sites"].values()) < table["full_ms"]
 
 
@@ -70,10 +70,10 @@ def test_whole_unets_are_compared_under_their_names(unet):
 
 def test_a_table_made_elsewhere_counts_removals_and_copies_and_a_removed_transformer_once():
     unet = PrunableUNet2DConditionModel.from_unet(small_stock_unet("sdxl"))
-    table = {"full_ms": 100.0, "sites": {site: {"ms": 1.0} for site in unet.sites}}
+    table = {"full_ms": 100.0, "sites": {block: {"ms": 1.0} for block in unet.blocks}}
     transformer = "mid_block.attentions.0"
     layer = f"{transformer}.transformer_blocks.1"
-    copied = next(site for site in unet.copyable_sites if not site.startswith(transformer))
+    copied = next(block for block in unet.copyable_blocks if not block.startswith(transformer))
     expected = [({}, 100), ({transformer: 0}, 99), ({layer: 0}, 99), ({copied: 3}, 102), ({copied: 2, layer: 0}, 100)]
     for architecture, ms in expected:
         pruned = unet.with_architecture(architecture)
@@ -94,8 +94,8 @@ def test_slow_networks_are_timed_by_fewer_calls_but_three():
 
 
 @pytest.mark.slow
-def test_a_compiled_table_has_every_site(unet):
-    small = unet.with_architecture(dict.fromkeys(unet.sites[2:], 0))
+def test_a_compiled_table_has_every_block(unet):
+    small = unet.with_architecture(dict.fromkeys(unet.blocks[2:], 0))
     table = latency_table(small, LatencyConfig(iterations=3, additive_samples=1, compile=True), CPU)
     assert table["mode"] == "compiled" and table["method"] == "difference"
-    assert tuple(table["sites"]) == small.kept_sites
+    assert tuple(table["sites"]) == small.kept_blocks

@@ -37,7 +37,7 @@ class Recorder(nn.Module):
 
     def __init__(self, unet):
         super().__init__()
-        self.kinds, self.kept_sites, self.masks = unet.kinds, unet.kept_sites, []
+        self.kinds, self.kept_blocks, self.masks = unet.kinds, unet.kept_blocks, []
 
     def forward(self, noisy, t, text, block_mask, return_dict):
         self.masks.append(block_mask)
@@ -49,7 +49,7 @@ def test_blocks_are_skipped_at_the_probability_of_their_kind_independently_per_s
     for seed in range(50):
         robust(recorder, batch(16), torch.Generator().manual_seed(seed))
     open_BN = torch.cat(recorder.masks).float()
-    is_resnet = torch.tensor([unet.kinds[site] == "resnet" for site in unet.kept_sites])
+    is_resnet = torch.tensor([unet.kinds[block] == "resnet" for block in unet.kept_blocks])
     assert (1 - open_BN[:, is_resnet]).mean() == pytest.approx(0.3, abs=0.02)
     assert (1 - open_BN[:, ~is_resnet]).mean() == pytest.approx(0.1, abs=0.02)
     assert len({tuple(row) for row in open_BN.tolist()}) > 700, "rows share their mask"

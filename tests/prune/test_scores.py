@@ -39,7 +39,7 @@ def test_a_block_scores_what_the_pruned_unet_loses(parts, table):
     base = scorer.score(sampler.images(unet, PROMPTS.prompts, range(4)), texts)
     torch.testing.assert_close(table.base_P, base)
     for n in (0, 1, 20, 37):
-        pruned = unet.with_architecture({table.sites[n]: 0})
+        pruned = unet.with_architecture({table.blocks[n]: 0})
         without = scorer.score(sampler.images(pruned, PROMPTS.prompts, range(4)), texts)
         torch.testing.assert_close(table.loss_NP[n], base - without, atol=0.05, rtol=0)
 
@@ -53,7 +53,7 @@ def test_the_batch_size_changes_scores_by_rounding_alone(parts, table, batch_siz
 
 def test_the_record_holds_paired_means_errors_and_the_protocol(table):
     record = table.record({"steps": 2})
-    first = record["sites"][table.sites[0]]
+    first = record["sites"][table.blocks[0]]
     assert first["delta_clip"] == pytest.approx(table.loss_NP[0].mean().item(), abs=1e-5)
     assert first["se"] == pytest.approx(table.loss_NP[0].std().item() / 2, abs=1e-5)
     assert record["protocol"] == {"steps": 2} and first["n"] == 4 and -1 <= record["rank_agreement_of_halves"] <= 1
