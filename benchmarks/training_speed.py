@@ -74,7 +74,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3, help="the first is not timed")
     parser.add_argument("--precision", choices=DTYPES, default="no")
     parser.add_argument("--optimizer", default="adamw")
-    parser.add_argument("--ema-decay", type=float, default=0.999, help="0 keeps no averages")
+    parser.add_argument("--ema-decay", type=float, default=0.999, help="0 keeps no EMA")
     parser.add_argument("--checkpointing", action="store_true", help="gradient checkpointing")
     parser.add_argument("--compile", action="store_true", help="but recovery, which reads features with hooks")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/training-speed"), help="where the results go")

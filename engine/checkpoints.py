@@ -7,22 +7,23 @@ from pathlib import Path
 
 import torch
 
-from slimstep.engine.averages import DeviceEMA
+from slimstep.engine.ema import DeviceEMA
 from slimstep.engine.files import digest, digests, unwritable, write_text
 from slimstep.engine.objective import STUDENT
 from slimstep.engine.sharding import is_deepspeed, is_sharded
 
 log = logging.getLogger("slimstep")
 MADE_BY = "made_by.json"
-AVERAGES = "averages.pt"
-FORMER_AVERAGES = "custom_checkpoint_0.pkl"  # accelerate's name, of checkpoints before there was one of ours
+EMA_WEIGHTS = "ema.pt"
+FORMER_EMA_WEIGHTS = "averages.pt"  # of earlier versions
+FIRST_EMA_WEIGHTS = "custom_checkpoint_0.pkl"  # accelerate's name, of checkpoints before there was one of ours
 
 
 class Checkpoints:
     """Accelerate states under `folder/step-00001000`, written aside and renamed; the newest `keep` are kept.
 
-    The averages of the weights, where there are any, lie beside them: rank 0 alone gathers and writes them. accelerate
-    would ask every rank for a whole copy.
+    The EMA of the weights, where there is one, lies beside them: rank 0 alone gathers and writes it. accelerate would
+    ask every rank for a whole copy.
 
     `made_by.json`, written last, holds the number of processes, the names of the trained networks in the order in which
     accelerate numbers them, and the digest of every file: what a full disk or a power cut left of a checkpoint is told
@@ -34,10 +35,10 @@ class Checkpoints:
         folder: Path,
         keep: int,
         accelerator,
-        averages: DeviceEMA | None = None,
+        ema: DeviceEMA | None = None,
         networks: tuple[str, ...] = (STUDENT,),
     ):
-        self.folder, self.keep, self.accelerator, self.averages = folder, keep, accelerator, averages
+        self.folder, self.keep, self.accelerator, self.ema = folder, keep, accelerator, ema
         self.networks = networks
 
     def steps(self) -> list[int]:
@@ -55,7 +56,7 @@ class Checkpoints:
         self.accelerator.wait_for_everyone()
         with unwritable(aside):
             self.accelerator.save_state(str(aside))
-            self.save_averages(aside / AVERAGES)
+            self.save_ema(aside / EMA_WEIGHTS)
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             made_by = {"processes": self.accelerator.num_processes, "networks": self.networks, "files": digests(aside)}
@@ -89,27 +90,27 @@ class Checkpoints:
         self.load_state(path)
         return step
 
-    def save_averages(self, file: Path) -> None:
-        if self.averages:
+    def save_ema(self, file: Path) -> None:
+        if self.ema:
             writes = self.accelerator.is_main_process
-            state = self.averages.state_dict(keep=writes)  # all ranks together: it gathers shards
+            state = self.ema.state_dict(keep=writes)  # all ranks together: it gathers shards
             if writes:
                 torch.save(state, file)
 
     def load_state(self, path: Path) -> None:
         """Ranks of a machine that read whole states do so in turn: its memory holds one copy, and not one for each."""
-        accelerator, former = self.accelerator, self.averages and (path / FORMER_AVERAGES).exists()
-        if former:
-            accelerator.register_for_checkpointing(self.averages)
+        accelerator, first = self.accelerator, self.ema and (path / FIRST_EMA_WEIGHTS).exists()
+        if first:
+            accelerator.register_for_checkpointing(self.ema)
         together = is_sharded(accelerator) or is_deepspeed(accelerator)  # these read a shard each, and wait for others
         for turn in range(1 if together else accelerator.num_processes):
             if together or accelerator.local_process_index == turn:
                 accelerator.load_state(str(path))
             accelerator.wait_for_everyone()
         accelerator._custom_objects.clear()
-        if self.averages and not former:
-            state = torch.load(path / AVERAGES, map_location="cpu", weights_only=True, mmap=True)
-            self.averages.load_state_dict(state)
+        if self.ema and not first:
+            file = next(path / name for name in (EMA_WEIGHTS, FORMER_EMA_WEIGHTS) if (path / name).exists())
+            self.ema.load_state_dict(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
 
     def newest_whole(self) -> int:
         """The newest step whose files are those that were written; torn checkpoints are named and removed."""

@@ -26,7 +26,7 @@ class TrainConfig:
 
     `batch_size` is per process and micro-step; `optimizer` is one of engine/optimizers.py, which says what each keeps;
     `learning_rates` are those of networks that the objective trains beside the student, where they differ from its own;
-    `ema_decay` 0 keeps no averages; `compile` is torch.compile; `channels_last` is the memory format of convolutions
+    `ema_decay` 0 keeps no EMA; `compile` is torch.compile; `channels_last` is the memory format of convolutions
     that GPUs, and some CPUs, are faster with.
     """
 

@@ -19,9 +19,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Sampler, default_collate
 
-from slimstep.engine.averages import DeviceEMA
 from slimstep.engine.checkpoints import Checkpoints
 from slimstep.engine.config import TrainConfig
+from slimstep.engine.ema import DeviceEMA
 from slimstep.engine.files import damaged, unwritable, write_tensors
 from slimstep.engine.objective import (
     STUDENT,

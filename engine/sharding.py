@@ -1,8 +1,8 @@
 """Training whose weights, gradients or optimiser states are spread over processes, as accelerate's files ask.
 
-FSDP2 cuts weights, gradients and moments; the loop trains a copy, and reads its finished weights in one piece. No rank
-but the first holds a whole network in main memory.
-DeepSpeed's ZeRO-2 cuts gradients and moments, and clips and steps inside `accelerator.backward`.
+FSDP2 cuts weights, gradients and optimizer states; the loop trains a copy, and reads its finished weights in one piece.
+No rank but the first holds a whole network in main memory.
+DeepSpeed's ZeRO-2 cuts gradients and optimizer states, and clips and steps inside `accelerator.backward`.
 """
 
 import copy

@@ -39,7 +39,7 @@ from scripts.shapes_objectives import (
 )
 from slimstep.data.shapes import ShapesPairs, caption
 from slimstep.data.shapes_tokenizer import build_tokenizer
-from slimstep.engine.checkpoints import AVERAGES
+from slimstep.engine.checkpoints import EMA_WEIGHTS
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.files import write_json, write_tensors
 from slimstep.engine.loop import train
@@ -187,10 +187,10 @@ def load_newest(model: torch.nn.Module, folder: Path) -> None:
     if (folder / "weights.safetensors").exists():
         model.load_state_dict(load_file(folder / "weights.safetensors"))
     elif checkpoints := sorted((folder / "checkpoints").glob("step-*")):
-        state = torch.load(checkpoints[-1] / AVERAGES, weights_only=True)
+        state = torch.load(checkpoints[-1] / EMA_WEIGHTS, weights_only=True)
         model.load_state_dict(load_file(checkpoints[-1] / "model.safetensors"))
-        for parameter, average in zip(model.parameters(), state["shadow_params"], strict=True):
-            parameter.data.copy_(average)
+        for parameter, weight in zip(model.parameters(), state["shadow_params"], strict=True):
+            parameter.data.copy_(weight)
 
 
 class CachedScenes(Dataset):

@@ -1,8 +1,8 @@
 """Trains the embedded world from nothing: VAE, scorer, text encoder and UNet, and writes them to assets/.
 
-    python scripts/train_shapes.py                      # every stage, one process
-    python scripts/train_shapes.py stage=vae            # one stage; the same command continues a killed one
-    ACCELERATE_USE_CPU=true torchrun --nproc_per_node=2 scripts/train_shapes.py stage=unet
+python scripts/train_shapes.py                      # every stage, one process
+python scripts/train_shapes.py stage=vae            # one stage; the same command continues a killed one
+ACCELERATE_USE_CPU=true torchrun --nproc_per_node=2 scripts/train_shapes.py stage=unet
 """
 
 import os

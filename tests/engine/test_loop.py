@@ -11,10 +11,10 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from torch import nn
 
-import slimstep.engine.averages as averages
-from slimstep.engine.averages import DeviceEMA
-from slimstep.engine.checkpoints import AVERAGES, FORMER_AVERAGES, Checkpoints
+import slimstep.engine.ema as ema_module
+from slimstep.engine.checkpoints import EMA_WEIGHTS, FIRST_EMA_WEIGHTS, FORMER_EMA_WEIGHTS, Checkpoints
 from slimstep.engine.config import OPTIMIZERS, TrainConfig
+from slimstep.engine.ema import DeviceEMA
 from slimstep.engine.loop import StepBatches, learning_rate_at, train
 from slimstep.engine.preemption import CONTINUE_ME, Preempted, leave_on_sigterm
 from slimstep.engine.run import Run
@@ -94,7 +94,7 @@ def test_every_optimizer_learns_and_goes_on_where_it_was(tmp_path, optimizer):
     assert sum(losses[-5:]) < sum(losses[:5])
 
 
-def test_averages_are_those_of_their_definition():
+def test_an_ema_is_that_of_its_definition():
     weights = [nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5))]
     ema, expected = DeviceEMA(weights, decay=0.9), [w.detach().clone() for w in weights]
     for step in range(20):
@@ -106,43 +106,44 @@ def test_averages_are_those_of_their_definition():
     torch.testing.assert_close(ema.shadow_params, expected)
 
 
-def test_a_rank_that_writes_no_checkpoint_gathers_averages_and_keeps_none(monkeypatch):
+def test_a_rank_that_writes_no_checkpoint_gathers_the_ema_and_keeps_none_of_it(monkeypatch):
     weights = [nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2))]
     ema, asked = DeviceEMA(weights, decay=0.9), []
-    monkeypatch.setattr(averages, "whole", lambda *args, real=averages.whole: asked.append(args) or real(*args))
+    monkeypatch.setattr(ema_module, "whole", lambda *args, real=ema_module.whole: asked.append(args) or real(*args))
     assert ema.state_dict(keep=False)["shadow_params"] == [] and len(asked) == 2  # it gave its shard of each
     kept = ema.state_dict(keep=True)
     assert all(torch.equal(a, b) for a, b in zip(kept["shadow_params"], weights, strict=True))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_every_rank_is_asked_for_averages_and_one_keeps_and_writes_them(tmp_path, rank):
+def test_every_rank_is_asked_for_the_ema_and_one_keeps_and_writes_it(tmp_path, rank):
     ema, asked = DeviceEMA([nn.Parameter(torch.randn(3))], decay=0.9), []
     ema.state_dict = lambda keep, real=ema.state_dict: asked.append(keep) or real(keep)
-    Checkpoints(tmp_path, 1, SimpleNamespace(is_main_process=rank == 0), ema).save_averages(tmp_path / "averages.pt")
-    assert asked == [rank == 0] and (tmp_path / "averages.pt").exists() == (rank == 0)
+    Checkpoints(tmp_path, 1, SimpleNamespace(is_main_process=rank == 0), ema).save_ema(tmp_path / EMA_WEIGHTS)
+    assert asked == [rank == 0] and (tmp_path / EMA_WEIGHTS).exists() == (rank == 0)
 
 
-def test_averages_are_read_into_the_memory_that_they_had():
+def test_an_ema_is_read_into_the_memory_that_it_had():
     weights, others = ([nn.Parameter(torch.randn(3, 4)), nn.Parameter(torch.randn(5))] for _ in range(2))
     ema, saved = DeviceEMA(weights, decay=0.9), DeviceEMA(others, decay=0.9)
     saved.step(others)
-    places = [average.data_ptr() for average in ema.shadow_params]
+    places = [weight.data_ptr() for weight in ema.shadow_params]
     ema.load_state_dict(saved.state_dict())
-    assert [average.data_ptr() for average in ema.shadow_params] == places and ema.optimization_step == 1
+    assert [weight.data_ptr() for weight in ema.shadow_params] == places and ema.optimization_step == 1
     torch.testing.assert_close(ema.shadow_params, saved.shadow_params, rtol=0, atol=0)
-    with pytest.raises(AssertionError, match=r"an average of \(1,\) for \(5,\)"):  # which would spread over all five
+    with pytest.raises(AssertionError, match=r"EMA weights of \(1,\) for \(5,\)"):  # which would spread over all five
         ema.load_state_dict({**saved.state_dict(), "shadow_params": [torch.zeros(3, 4), torch.zeros(1)]})
 
 
-def test_a_checkpoint_with_averages_of_the_former_name_goes_on(tmp_path):
+@pytest.mark.parametrize("former", [FORMER_EMA_WEIGHTS, FIRST_EMA_WEIGHTS])
+def test_a_checkpoint_whose_ema_has_a_former_name_goes_on(tmp_path, former):
     quiet = run_once(tmp_path / "quiet", CONFIG)
     with pytest.raises(Killed):
         run_once(tmp_path / "killed", CONFIG, killed_at(20))
     newest = tmp_path / "killed/stage/checkpoints/step-00000014"
-    (newest / AVERAGES).rename(newest / FORMER_AVERAGES)
+    (newest / EMA_WEIGHTS).rename(newest / former)
     made_by = json.loads((newest / "made_by.json").read_text())
-    made_by["files"][FORMER_AVERAGES] = made_by["files"].pop(AVERAGES)
+    made_by["files"][former] = made_by["files"].pop(EMA_WEIGHTS)
     (newest / "made_by.json").write_text(json.dumps(made_by))
     seen = []
     continued = run_once(tmp_path / "killed", CONFIG, lambda *args: seen.append(args) or denoise(*args))
@@ -200,7 +201,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     torch.testing.assert_close(kept["batches"][0]["x"][:, 0], torch.tensor(eleventh) / 37)
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "averages.pt", "made_by.json"])
+@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.bin", "ema.pt", "made_by.json"])
 @pytest.mark.parametrize("damage", ["cut", "gone", "flipped"])
 def test_a_torn_checkpoint_is_named_and_the_one_before_it_used(tmp_path, caplog, name, damage):
     quiet = run_once(tmp_path / "quiet", CONFIG)

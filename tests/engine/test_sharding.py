@@ -59,7 +59,7 @@ def test_a_killed_training_of_two_ranks_ends_with_the_bits_of_a_quiet_one(tmp_pa
     assert run(tmp_path / "quiet", network, way).returncode == 0
     assert run(tmp_path / "killed", network, way, "kill_at=5").returncode != 0
     (last, *_) = sorted((tmp_path / "killed/stage/checkpoints").iterdir(), reverse=True)
-    assert last.name == "step-00000004" and (last / "averages.pt").is_file()
+    assert last.name == "step-00000004" and (last / "ema.pt").is_file()
     assert (last / "pytorch_model_fsdp_0").is_dir() == (way == "fsdp")
     continued = run(tmp_path / "killed", network, way)
     assert continued.returncode == 0, continued.stderr

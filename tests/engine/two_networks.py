@@ -30,7 +30,7 @@ class FakeScore:
     def loss(
         self, networks: Mapping[str, nn.Module], batch: Batch, generator: torch.Generator, update: str
     ) -> tuple[Tensor, Metrics]:
-        noise = torch.randn(batch["x"].shape, generator=generator)
+        noise = torch.randn(batch["x"].shape, generator=generator, device=generator.device)
         with torch.set_grad_enabled(update == STUDENT):
             fake = networks[STUDENT](batch["x"] + noise)
         error = (networks["fake_score"](fake + noise) - fake).square().mean()

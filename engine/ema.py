@@ -1,4 +1,4 @@
-"""Moving averages of the weights, whole or in shards, as a checkpoint keeps them."""
+"""The exponential moving average (EMA) of the weights, whole or in shards, as a checkpoint keeps it."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class DeviceEMA(EMAModel):
-    """EMAModel whose averages lie where and as the parameters lie; its state holds whole tensors, on the CPU.
+    """EMAModel whose weights lie where and as the parameters lie; its state holds whole tensors, on the CPU.
 
     A step is one interpolation in place: EMAModel's own holds all differences at once, another copy of the network.
     """
@@ -19,7 +19,7 @@ class DeviceEMA(EMAModel):
     def step(self, parameters: Iterable[nn.Parameter]) -> None:
         self.optimization_step += 1
         self.cur_decay_value = self.get_decay(self.optimization_step)
-        torch._foreach_lerp_([local(a) for a in self.shadow_params], [local(p) for p in parameters],
+        torch._foreach_lerp_([local(s) for s in self.shadow_params], [local(p) for p in parameters],
                              1 - self.cur_decay_value)  # fmt: skip
 
     def state_dict(self, keep: bool = True) -> dict[str, Any]:
@@ -27,18 +27,18 @@ class DeviceEMA(EMAModel):
 
         A rank that does not `keep` them has no tensor, so that one copy of the network lies in a machine's memory.
         """
-        gathered = (whole(average, keep) for average in self.shadow_params)
-        return {**super().state_dict(), "shadow_params": [average for average in gathered if average is not None]}
+        gathered = (whole(weight, keep) for weight in self.shadow_params)
+        return {**super().state_dict(), "shadow_params": [weight for weight in gathered if weight is not None]}
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Copies the averages in place, tensor by tensor; they may lie in a file that is mapped into memory."""
-        averages, places = state_dict["shadow_params"], self.shadow_params
+        """Copies the EMA weights in place, tensor by tensor; they may lie in a file that is mapped into memory."""
+        saved, places = state_dict["shadow_params"], self.shadow_params
         super().load_state_dict({**state_dict, "shadow_params": []})  # which would copy all of them
         self.shadow_params = places
-        for average, place in zip(averages, places, strict=True):
-            assert average.shape == place.shape, f"an average of {tuple(average.shape)} for {tuple(place.shape)}"
-            local(place).copy_(local(as_before(average, place)))
+        for weight, place in zip(saved, places, strict=True):
+            assert weight.shape == place.shape, f"EMA weights of {tuple(weight.shape)} for {tuple(place.shape)}"
+            local(place).copy_(local(as_before(weight, place)))
 
 
 def local(tensor: Tensor) -> Tensor:
