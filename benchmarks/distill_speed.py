@@ -32,6 +32,8 @@ from slimstep.engine.console import open_console
 from slimstep.engine.environment import environment
 from slimstep.engine.files import write_json
 from slimstep.eval.pages.tables import markdown_table
+from slimstep.models.conditioning import Conditioning
+from slimstep.models.denoiser import denoiser_of
 from slimstep.models.noise_schedule import add_noise, ddim_step, schedule_of, snr, x0_between, x0_of
 from slimstep.models.pipeline import load_pipeline
 from slimstep.models.reference import CLIP_L, random_unet, random_vae
@@ -75,14 +77,15 @@ class Networks:
         return {"latents": latents, "text": self.text_encoder(self.ids)[0]}
 
     @torch.no_grad()
-    def empty_text(self) -> Tensor:
-        return self.text_encoder(self.empty_ids)[0][0]
+    def unconditional(self) -> Conditioning:
+        return Conditioning({"text": self.text_encoder(self.empty_ids)[0]})
 
 
 def our_loop(networks: Networks, guided_share: float) -> Callable[[], None]:
     """One training step of ours: cached latents and texts, guidance branches in one batch."""
     options = {"guided_share": guided_share, "guidance_range": GUIDANCE, "caption_dropout": 0.0}
-    objective = StepDistillation(networks.schedule, networks.empty_text(), networks.teacher, networks.rung, **options)
+    given = denoiser_of(networks.teacher), networks.schedule, networks.unconditional(), networks.teacher, networks.rung
+    objective = StepDistillation(*given, **options)
     cached, draw = networks.encoded(), torch.Generator(networks.device).manual_seed(0)
     return training_step(networks, lambda student: objective(student, cached, draw)[0])
 

@@ -1,4 +1,4 @@
-"""Latents and text states, made once by the frozen VAE and text encoder and read from disk ever after.
+"""Latents and conditioning, made once by the frozen VAE and text encoder and read from disk ever after.
 
 A cache lives in `FOLDER/<key>`; the key hashes what made it: pairs, VAE, text encoder, tokenizer, storage. What lies in
 it is told in `data/shards.py`. A killed caching goes on at the shard it was killed in.
@@ -26,6 +26,8 @@ from slimstep.models.decoding import STATISTICS, has_statistics
 __all__ = ["CachedPairs", "cache_pairs"]
 
 FORMAT = 1
+# Beside it in the key of a cache of SDXL, whose captions have a size; PACKED where all was in rows of the text states.
+SIZED, PACKED = "conditioning_of_size", "told_size"
 log = logging.getLogger("slimstep")
 
 
@@ -59,6 +61,8 @@ def cache_pairs(
     folder.mkdir(parents=True, exist_ok=True)
     shards, empty = shards_of(pairs, folder, shard_size), folder / "empty.safetensors"
     with alone(folder / ".lock") if rank == 0 else nullcontext():
+        if rank == 0:
+            _tell_old_form(made_from, folder)
         _wait(accelerator)  # for rank 0, which may have waited for another job
         missing = shards.missing(rank, world, verify)
         no_empty = rank == 0 and not is_intact(empty, verify)
@@ -93,9 +97,9 @@ def described_cache(pairs, pipeline, dtype: str, shard_size: int) -> dict[str, s
     counted = {} if isinstance(pairs, Stream) else {"num_pairs": len(pairs)}
     if counted.get("num_pairs") == 0:
         raise ValueError(f"the data set {pairs.fingerprint} holds no pairs")
-    told = {"told_size": pipeline.unet.config.sample_size} if len(text_encoders(pipeline)) > 1 else {}
+    sized = {SIZED: pipeline.unet.config.sample_size} if len(text_encoders(pipeline)) > 1 else {}
     return {
-        **told,
+        **sized,
         **scale_of_latents(pipeline),
         "format": FORMAT,
         "pairs": pairs.fingerprint,
@@ -145,6 +149,14 @@ def alone(lock: Path) -> Iterator[None]:
 def _wait(accelerator) -> None:
     if accelerator:
         accelerator.wait_for_everyone()
+
+
+def _tell_old_form(made_from: dict[str, str | int], folder: Path) -> None:
+    """One line where a cache of the same is there that packs SDXL's pooled states into the text states."""
+    if SIZED in made_from and not (folder / "index.json").exists():
+        old = {PACKED if key == SIZED else key: value for key, value in made_from.items()}
+        if (packed := folder.parent / cache_key(old)).exists():
+            log.info(f"the cache {packed} is of an earlier form, and is made again; nothing reads it any more")
 
 
 def _tell_speed(encoded: int, seconds: float, world: int) -> None:

@@ -1,18 +1,18 @@
 """What the frozen half of a pipeline (VAE, tokenizer, text encoder) makes of images and captions; what it hashes to.
 
-Axes: B batch, C channels, H and W image (h and w latent) height and width, L tokens, E text width.
+Axes: B batch, C channels, H and W image (h and w latent) height and width.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from slimstep.models.conditioning import empty_text_state, text_encoders, text_states
+from slimstep.models.conditioning import Conditioning, encode_prompts, encode_unconditional, text_encoders
 from slimstep.models.decoding import has_statistics, scaled, statistics
 
 PIXELS_AT_ONCE = 4 * 512**2  # of an autoencoder: some 3 GB in float32 at the 256 channels of Stable Diffusion's
@@ -41,14 +41,14 @@ def rows_at_once(pipeline, height: int, width: int) -> int:
     return max(1, PIXELS_AT_ONCE // (height * width * pipeline.vae_scale_factor**2))
 
 
-def encode_captions(pipeline, captions: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-    """What is kept of captions: text states [B, L, E], with SDXL's added conditions in the last rows."""
-    return finite({"text": text_states(pipeline, captions, device)}, pipeline.text_encoder)
+def encode_captions(pipeline, captions: Sequence[str], device: torch.device) -> Conditioning:
+    """What is kept of captions, a row for each."""
+    return Conditioning(finite(encode_prompts(pipeline, captions, device).tensors, pipeline.text_encoder))
 
 
-def encode_nothing(pipeline, device: torch.device) -> dict[str, Tensor]:
-    """What guidance steers away from, [1, L, E]."""
-    return finite({"text": empty_text_state(pipeline, device)}, pipeline.text_encoder)
+def encode_nothing(pipeline, device: torch.device) -> Conditioning:
+    """What guidance steers away from, one row."""
+    return Conditioning(finite(encode_unconditional(pipeline, device).tensors, pipeline.text_encoder))
 
 
 def is_truncated(tokenizer, caption: str) -> bool:
@@ -70,7 +70,7 @@ def check_size(pipeline, height: int, width: int) -> None:
         )
 
 
-def finite(encoded: dict[str, Tensor], module: nn.Module) -> dict[str, Tensor]:
+def finite(encoded: Mapping[str, Tensor], module: nn.Module) -> Mapping[str, Tensor]:
     """`encoded` itself, or a ValueError: half-precision encoders overflow on some inputs."""
     for name, tensor in encoded.items():
         if not tensor.isfinite().all():

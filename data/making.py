@@ -1,6 +1,6 @@
 """Batches of images and captions in, a written shard out: what every way of caching shares."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -22,7 +22,8 @@ class ShardMaker:
         self.encoded, self.broken = 0, []
 
     def write_empty(self, path: Path) -> None:
-        write_shard(path, shard_tensors({}, self._stored([encode_nothing(self.pipeline, self.device)]), [], [""]), {})
+        nothing = self._stored([encode_nothing(self.pipeline, self.device).tensors])
+        write_shard(path, shard_tensors({}, nothing, [], [""]), {})
 
     def write(self, path: Path, batches: Iterable[list[dict | BrokenImageError]], bar, check, record: dict) -> None:
         """One shard of the samples {"image", "caption", "index"}; `check(broken)` says when there are too many.
@@ -44,12 +45,12 @@ class ShardMaker:
         self.broken += broken
         self.encoded += len(indices)
         distinct = list(dict.fromkeys(captions))
-        texts = [encode_captions(self.pipeline, some, self.device) for some in cut(distinct, self.batch_size)]
+        texts = [encode_captions(self.pipeline, some, self.device).tensors for some in cut(distinct, self.batch_size)]
         long = {caption for caption in distinct if is_truncated(self.pipeline.tokenizer, caption)}
         counts = {"samples": len(indices), "truncated": sum(c in long for c in captions), "broken": broken}
         write_shard(path, shard_tensors(self._stored(latents), self._stored(texts), indices, captions), counts | record)
 
-    def _stored(self, encoded: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    def _stored(self, encoded: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         names = encoded[0] if encoded else ()
         return {name: torch.cat([part[name] for part in encoded]).cpu().to(self.dtype) for name in names}
 

@@ -2,17 +2,19 @@
 
     shard-00000.safetensors    a row per sample (`sample.*`), a row per distinct caption (`caption.*`), whose is whose
     shard-00000.json           its checksum and what was skipped, written after it: without it there is no shard
-    empty.safetensors, .json   the text states of "", for caption dropout and guidance
+    empty.safetensors, .json   the conditioning without a caption, for caption dropout and guidance
     index.json                 every shard's record and what made them, written last
 
-Axes: C channels, h and w latent height and width, L tokens, E text width.
+A caption's tensors are named as in models/conditioning.py: text [L, E] and, of SDXL, pooled [P] and time_ids [6].
+
+Axes: C channels, h and w latent height and width, L tokens, E text width, P pooled width.
 """
 
 import bisect
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -24,6 +26,7 @@ from torch.utils.data import Dataset
 
 from slimstep.data.config import STORAGE_DTYPES
 from slimstep.engine.files import digest, json_bytes, write_json, write_tensors
+from slimstep.models.conditioning import Conditioning
 
 OPEN_SHARDS = 128
 DTYPES = {name: getattr(torch, name) for name in STORAGE_DTYPES}
@@ -32,6 +35,7 @@ DTYPES = {name: getattr(torch, name) for name in STORAGE_DTYPES}
 class CachedPairs(Dataset):
     """The finished cache in `folder`; item i: {"latents": [C, h, w], "text": [L, E], "index": int}, float32 on the CPU.
 
+    Of SDXL it has "pooled" [P] and "time_ids" [6], too; `conditioning_of` makes a batch's conditioning of such items.
     "index" is the pair's index in the data set that was cached (broken images leave gaps), of a stream a number of its
     part and position. A sample is read from its memory-mapped shard when asked for, so memory does not grow with the
     data set; workers open their own files.
@@ -65,10 +69,10 @@ class CachedPairs(Dataset):
             yield from _Shard(self.folder / name).captions
 
     @property
-    def empty_text(self) -> Tensor:
-        """Text states [L, E] of the empty caption, as guidance uses them."""
-        with safe_open(self.folder / "empty.safetensors", "pt") as file:
-            return file.get_tensor("caption.text")[0].to(torch.float32, copy=True)
+    def unconditional(self) -> Conditioning:
+        """One row: the conditioning without a caption, as guidance uses it."""
+        rows = _Shard(self.folder / "empty.safetensors").rows
+        return Conditioning({name: tensor[:].to(torch.float32, copy=True) for _, name, tensor in rows})
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -116,7 +120,7 @@ class _Shard:
     def __init__(self, path: Path) -> None:
         self._file = safe_open(path, "pt")
         names = self._file.keys()
-        self._rows = [(*name.split("."), self._file.get_slice(name)) for name in names if "." in name]
+        self.rows = [(*name.split("."), self._file.get_slice(name)) for name in names if "." in name]
         self.index: list[int] = self._file.get_tensor("index").tolist()
         self.caption_of: list[int] = self._file.get_tensor("caption_of").tolist()
 
@@ -127,13 +131,13 @@ class _Shard:
     def sample(self, row: int) -> dict[str, Tensor | int]:
         at = {"sample": row, "caption": self.caption_of[row]}
         item: dict[str, Tensor | int] = {"index": self.index[row]}
-        for per, name, tensor in self._rows:
+        for per, name, tensor in self.rows:
             item[name] = tensor[at[per]].to(torch.float32, copy=True)
         return item
 
 
 def shard_tensors(
-    samples: dict[str, Tensor], texts: dict[str, Tensor], indices: list[int], captions: list[str]
+    samples: Mapping[str, Tensor], texts: Mapping[str, Tensor], indices: list[int], captions: list[str]
 ) -> dict[str, Tensor]:
     """The tensors of a shard: `samples` has a row per index, `texts` one per distinct caption, by first appearance."""
     distinct = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}

@@ -23,7 +23,8 @@ from slimstep.engine.files import damaged
 from slimstep.engine.objective import Objective, requirements
 from slimstep.eval.bench import Bench, clip_line
 from slimstep.eval.overlap import among
-from slimstep.models.guidance import told_guidance_width, with_told_guidance
+from slimstep.models.denoiser import guidance_embed_dim
+from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.noise_schedule import NoiseSchedule, schedule_of
 from slimstep.models.pipeline import export_pipeline, load_pipeline, one_line, with_unet
 from slimstep.models.schedulers import check_noise_schedule, check_sampling, on_same_schedule, stated
@@ -146,7 +147,7 @@ class DistillBench(Bench):
             except ValueError as error:
                 raise ValueError(f"curves.steps={list(self.config.curves.steps)}: {one_line(error)}") from error
         if self.ladder.guidance_width:
-            with_told_guidance(networks["student"], self.ladder.guidance_width)
+            with_guidance_embedding(networks["student"], self.ladder.guidance_width)
 
     def check_agreement(self) -> None:
         """ValueError where the objective does not make the students that the ladder asks for."""
@@ -162,7 +163,7 @@ class DistillBench(Bench):
             "ladder.repair": self.ladder.repair,
         }
         silent = [name for name, is_asked in silent_trainings.items() if is_asked]
-        told = [name for name, unet in self.networks.items() if told_guidance_width(unet)]
+        told = [name for name, unet in self.networks.items() if guidance_embed_dim(unet)]
         if silent and told:
             who, what = " and ".join(told), " and ".join(silent)
             raise ValueError(f"its guidance scale is told to the {who}, and {what} would not tell it")
@@ -236,7 +237,7 @@ class DistillBench(Bench):
     def climb(self, climb: Climb) -> None:
         """Trains and exports one rung; where it exists it is loaded."""
         unet, width = self.networks[climb.start], self.ladder.guidance_width
-        unet = with_told_guidance(unet, width) if width else unet
+        unet = with_guidance_embedding(unet, width) if width else unet
         log.info(f"{climb.name}: from {climb.start}, taught by {climb.teacher} with {climb.teacher_steps} steps")
         training = self.training(climb.name)
         given = {"teacher": self.at_work(climb.teacher, training.compile), "rung": self.rung(climb)}
@@ -266,7 +267,7 @@ class DistillBench(Bench):
         """The pairs; with the teacher's answers, where the objective asks for them beforehand."""
         if (cached := requirements(objective).cached_targets) is None:
             return self.pairs
-        draws = FixedDraws(self.pairs, cached, self.pairs.empty_text, self.run.seed)
+        draws = FixedDraws(self.pairs, cached, self.pairs.unconditional, self.run.seed)
         batch_size, keep = self.config.eval.batch_size, self.partial(f"{stage}-answers")
         return taught_pairs(draws, cached.compute, self.run, stage, batch_size, keep)
 

@@ -1,14 +1,16 @@
 """Latent consistency distillation: students for diffusers' LCMScheduler.
 
-Axes: B batch, N steps of the grid, K bounds of a step, C channels, H and W latent size, L text tokens, E text width.
+Axes: B batch, N steps of the grid, K bounds of a step, C channels, H and W latent size.
 """
 
 import torch
 from torch import Tensor, nn
 
-from slimstep.distill.teaching import Rung, draw_guidance, draw_steps, known_range, predict, predict_told
+from slimstep.distill.teaching import Rung, draw_guidance, draw_steps, known_range
 from slimstep.engine.objective import Batch, Metrics, Requirements
-from slimstep.models.guidance import told_guidance_width
+from slimstep.models.conditioning import Conditioning, conditioning_of
+from slimstep.models.denoiser import Denoiser, guidance_embed_dim
+from slimstep.models.guidance import guided
 from slimstep.models.noise_schedule import VariancePreserving, ddim_step, each, nested_steps, x0_of
 
 
@@ -31,40 +33,42 @@ class ConsistencyDistillation:
 
     def __init__(
         self,
+        denoiser: Denoiser,
         schedule: VariancePreserving,
-        empty_text_LE: Tensor,
+        uncond: Conditioning,
         teacher: nn.Module,
         rung: Rung,
         grid_steps: int = 50,
         guidance_range: tuple[float, float] = (1.0, 8.0),
         huber: float = 0.001,
     ):
-        self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
-        if told_guidance_width(teacher):
+        self.denoiser, self.schedule, self.uncond, self.teacher = denoiser, schedule, uncond, teacher
+        if guidance_embed_dim(teacher):
             raise ValueError("objective=lcm has one rung, as ladder.steps=[32,4]: a student of it cannot be a teacher")
         grid = nested_steps(schedule, rung.teacher_scheduler, grid_steps, rung.teacher_scheduler, grid_steps)
         if len(schedule) % grid_steps or grid[0, 0] != len(schedule) - 1:
             raise ValueError(f"objective.grid_steps={grid_steps} must divide {len(schedule)}, on a trailing grid")
-        self.bounds_NK = grid.to(empty_text_LE.device)
+        self.bounds_NK = grid.to(next(teacher.parameters()).device)
         self.guidance_range, self.huber = known_range(guidance_range), huber
 
-    def answer(self, unet: nn.Module, z_BCHW: Tensor, t_B: Tensor, text_BLE: Tensor, w_B: Tensor) -> Tensor:
+    def answer(self, unet: nn.Module, z_BCHW: Tensor, t_B: Tensor, cond: Conditioning, w_B: Tensor) -> Tensor:
         """f(z, t): clean latents; z itself at t = 0."""
         level, kind = self.schedule.alpha_sigma(t_B), self.schedule.prediction_type
-        x0_BCHW = x0_of(predict_told(unet, z_BCHW, t_B, text_BLE, w_B), z_BCHW, level, kind)
+        x0_BCHW = x0_of(self.denoiser(unet, z_BCHW, t_B, cond, guidance_B=w_B), z_BCHW, level, kind)
         scaled_B111 = self.TIMESTEP_SCALING * each(t_B, z_BCHW)
         variance_B111 = scaled_B111**2 + self.DATA_STD**2
         return self.DATA_STD**2 / variance_B111 * z_BCHW + scaled_B111 / variance_B111**0.5 * x0_BCHW
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         schedule = self.schedule
-        draw = draw_steps(batch, schedule, self.bounds_NK, batch["text"], generator)
+        draw = draw_steps(batch, schedule, self.bounds_NK, conditioning_of(batch, like=self.uncond), generator)
         w_B = draw_guidance(len(draw.t_B), self.guidance_range, generator)
         with torch.no_grad():
-            pred_BCHW, _ = predict(self.teacher, draw.z_BCHW, draw.t_B, draw.text_BLE, self.empty_text_LE, w_B)
+            inputs = draw.z_BCHW, draw.t_B, draw.cond
+            pred_BCHW, _ = guided(self.denoiser, self.teacher, *inputs, self.uncond, w_B)
             start, end = schedule.alpha_sigma(draw.t_B), schedule.alpha_sigma(draw.end_B)
             z_s_BCHW = ddim_step(pred_BCHW, draw.z_BCHW, start, end, schedule.prediction_type)
-            target_BCHW = self.answer(unet, z_s_BCHW, draw.end_B.clamp(min=0), draw.text_BLE, w_B)
-        answer_BCHW = self.answer(unet, draw.z_BCHW, draw.t_B, draw.text_BLE, w_B)
+            target_BCHW = self.answer(unet, z_s_BCHW, draw.end_B.clamp(min=0), draw.cond, w_B)
+        answer_BCHW = self.answer(unet, draw.z_BCHW, draw.t_B, draw.cond, w_B)
         loss = (((answer_BCHW - target_BCHW) ** 2 + self.huber**2) ** 0.5 - self.huber).mean()
         return loss, {}

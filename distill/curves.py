@@ -18,9 +18,10 @@ from slimstep.engine.parallel import map_batches
 from slimstep.eval.judge import write_pictures
 from slimstep.eval.metrics.clip import psnr
 from slimstep.eval.metrics.compare import mean_and_error, paired_difference, paired_ratio
-from slimstep.eval.sampling import Sampler, Texts
+from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import compare_teacher
 from slimstep.eval.timing.latency import compare_ms
+from slimstep.models.conditioning import Conditioning
 from slimstep.models.pipeline import on_device
 from slimstep.models.unet import PrunableUNet2DConditionModel
 
@@ -73,7 +74,7 @@ class Curves:
         return sorted({*self.bench.config.curves.steps, *more}, reverse=True)
 
     @cached_property
-    def texts(self) -> Texts:
+    def encoded(self) -> Conditioning:
         return self.sampler(self.judged[0], 1, 1.0).encode(self.prompts.prompts)
 
     @cached_property
@@ -90,7 +91,7 @@ class Curves:
 
         def draw(indices: list[int]) -> Tensor:
             noise, draws = torch.stack([sampler.noise(i) for i in indices]), sampler.generators(indices)
-            return sampler.latents(unet, self.texts.rows(indices), noise, generators=draws).float()
+            return sampler.latents(unet, self.encoded.rows(indices), noise, generators=draws).float()
 
         what, keep = f"{model.name}, {steps} steps, guidance {guidance:g}", f"{model.name}-{steps}-{guidance}"
         size, accelerator = len(self.prompts.prompts), bench.run.accelerator

@@ -1,6 +1,6 @@
 """Guided distillation: one evaluation per step, by a UNet that is told its guidance scale.
 
-Axes: B batch, N steps of the student, K bounds of a step, C channels, H and W latent size, L text tokens, E text width.
+Axes: B batch, N steps of the student, K bounds of a step, C channels, H and W latent size.
 """
 
 import torch
@@ -13,10 +13,11 @@ from slimstep.distill.teaching import (
     error_in_x,
     known_range,
     known_weighting,
-    predict_told,
     teacher_target,
 )
 from slimstep.engine.objective import Batch, Metrics, Requirements
+from slimstep.models.conditioning import Conditioning, conditioning_of
+from slimstep.models.denoiser import Denoiser
 from slimstep.models.noise_schedule import NoiseSchedule
 
 
@@ -31,21 +32,22 @@ class GuidanceDistillation:
 
     def __init__(
         self,
+        denoiser: Denoiser,
         schedule: NoiseSchedule,
-        empty_text_LE: Tensor,
+        uncond: Conditioning,
         teacher: nn.Module,
         rung: Rung,
         guidance_range: tuple[float, float] = (1.0, 8.0),
         weighting: str = "relative",
     ):
-        self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
-        self.bounds_NK = rung.bounds(schedule).to(empty_text_LE.device)
+        self.denoiser, self.schedule, self.uncond, self.teacher = denoiser, schedule, uncond, teacher
+        self.bounds_NK = rung.bounds(schedule).to(next(teacher.parameters()).device)
         self.guidance_range, self.weighting = known_range(guidance_range), known_weighting(weighting, rung)
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         schedule = self.schedule
-        draw = draw_steps(batch, schedule, self.bounds_NK, batch["text"], generator)
+        draw = draw_steps(batch, schedule, self.bounds_NK, conditioning_of(batch, like=self.uncond), generator)
         w_B = draw_guidance(len(draw.t_B), self.guidance_range, generator)
-        target = teacher_target(self.teacher, schedule, draw, self.empty_text_LE, w_B)
-        pred_BCHW = predict_told(unet, draw.z_BCHW, draw.t_B, draw.text_BLE, w_B)
+        target = teacher_target(self.denoiser, self.teacher, schedule, draw, self.uncond, w_B)
+        pred_BCHW = self.denoiser(unet, draw.z_BCHW, draw.t_B, draw.cond, guidance_B=w_B)
         return error_in_x(pred_BCHW, target, draw, schedule, self.weighting), {}

@@ -15,6 +15,7 @@ from slimstep.engine.objective import CachedTargets
 from slimstep.engine.parallel import map_batches
 from slimstep.engine.run import Run
 from slimstep.engine.seeding import generator
+from slimstep.models.conditioning import Conditioning
 
 ANSWERS = "answers.safetensors"
 
@@ -22,11 +23,12 @@ ANSWERS = "answers.safetensors"
 class FixedDraws(Dataset):
     """Every pair `cached.per_image` times; sample j is pair j mod P with a noise, a step and a caption, functions of j.
 
-    An item is the pair's, with "noise" [C, H, W] and "step", and the empty caption in a share of the samples.
+    An item is the pair's, with "noise" [C, H, W] and "step", and without a caption in a share of the samples.
     """
 
-    def __init__(self, pairs, cached: CachedTargets, empty_text: Tensor, seed: int):
-        self.pairs, self.cached, self.empty_text, self.seed = pairs, cached, empty_text, seed
+    def __init__(self, pairs, cached: CachedTargets, uncond: Conditioning, seed: int):
+        self.pairs, self.cached, self.seed = pairs, cached, seed
+        self.nothing = uncond.map(lambda tensor: tensor[0]).tensors
 
     def __len__(self) -> int:
         return self.cached.per_image * len(self.pairs)
@@ -36,7 +38,7 @@ class FixedDraws(Dataset):
         noise = torch.randn(pair["latents"].shape, generator=draw)
         step = torch.randint(self.cached.num_steps, (), generator=draw)
         dropped = torch.rand((), generator=draw) < self.cached.caption_dropout
-        return {**pair, "noise": noise, "step": step, "text": self.empty_text if dropped else pair["text"]}
+        return {**pair, "noise": noise, "step": step, **(self.nothing if dropped else {})}
 
 
 class TaughtPairs(Dataset):

@@ -1,6 +1,6 @@
 """From ε to v: before its steps are distilled, a network learns to predict v (SnapFusion, section 4).
 
-Axes: B batch, C channels, H and W latent size, L text tokens, E text width.
+Axes: B batch, C channels, H and W latent size.
 """
 
 import torch
@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from slimstep.engine.checks import check_fraction
 from slimstep.engine.objective import Batch, Metrics
+from slimstep.models.conditioning import Conditioning
+from slimstep.models.denoiser import Denoiser
 from slimstep.models.denoising import draw_noisy
 from slimstep.models.noise_schedule import NoiseSchedule
 
@@ -16,11 +18,16 @@ class Denoising:
     """L_ori: the denoising loss of what `schedule` says the network predicts."""
 
     def __init__(
-        self, schedule: NoiseSchedule, empty_text_LE: Tensor, teacher: nn.Module, caption_dropout: float = 0.1
+        self,
+        denoiser: Denoiser,
+        schedule: NoiseSchedule,
+        uncond: Conditioning,
+        teacher: nn.Module,
+        caption_dropout: float = 0.1,
     ):
         check_fraction("velocity.objective", caption_dropout=caption_dropout)
-        self.schedule, self.empty_text_LE, self.caption_dropout = schedule, empty_text_LE, caption_dropout
+        self.denoiser, self.schedule, self.uncond, self.caption_dropout = denoiser, schedule, uncond, caption_dropout
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
-        noisy = draw_noisy(batch, self.schedule, self.empty_text_LE, self.caption_dropout, generator)
-        return nn.functional.mse_loss(unet(*noisy.inputs, return_dict=False)[0].float(), noisy.target_BCHW), {}
+        noisy = draw_noisy(batch, self.schedule, self.uncond, self.caption_dropout, generator)
+        return nn.functional.mse_loss(self.denoiser(unet, *noisy.inputs), noisy.target_BCHW), {}

@@ -1,6 +1,6 @@
 """Recovery: a pruned UNet learns to give its teacher's output and features again (BK-SDM, section 3.2).
 
-Axes: B batch, C channels, H and W latent size, L text tokens, E text width.
+Axes: B batch, C channels, H and W latent size.
 """
 
 from collections.abc import Iterator
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from slimstep.engine.checks import check_fraction, check_not_negative
 from slimstep.engine.objective import Batch, Metrics, Requirements
+from slimstep.models.conditioning import Conditioning
+from slimstep.models.denoiser import Denoiser
 from slimstep.models.denoising import draw_noisy
 from slimstep.models.noise_schedule import NoiseSchedule
 
@@ -26,8 +28,9 @@ class Recovery:
 
     def __init__(
         self,
+        denoiser: Denoiser,
         schedule: NoiseSchedule,
-        empty_text_LE: Tensor,
+        uncond: Conditioning,
         teacher: nn.Module,
         output_weight: float = 1.0,
         feature_weight: float = 0.5,
@@ -35,16 +38,16 @@ class Recovery:
     ):
         check_fraction("recovery.objective", caption_dropout=caption_dropout)
         check_not_negative("recovery.objective", output_weight=output_weight, feature_weight=feature_weight)
-        self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
+        self.denoiser, self.schedule, self.uncond, self.teacher = denoiser, schedule, uncond, teacher
         self.output_weight, self.feature_weight = output_weight, feature_weight
         self.caption_dropout = caption_dropout
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
-        noisy = draw_noisy(batch, self.schedule, self.empty_text_LE, self.caption_dropout, generator)
+        noisy = draw_noisy(batch, self.schedule, self.uncond, self.caption_dropout, generator)
         with features_of(self.teacher) as taught, torch.no_grad():
-            taught_BCHW = self.teacher(*noisy.inputs_in(self.teacher.dtype), return_dict=False)[0].float()
+            taught_BCHW = self.denoiser(self.teacher, *noisy.inputs)
         with features_of(unet) as own:
-            pred_BCHW = unet(*noisy.inputs, return_dict=False)[0].float()
+            pred_BCHW = self.denoiser(unet, *noisy.inputs)
         # Where a level is gone, the one above it no longer shrinks what it gives.
         shared = [name for name in own if own[name].shape == taught[name].shape]
         metrics = {

@@ -1,7 +1,6 @@
 """Step distillation (SnapFusion, section 4): one step of the student lands where several of the teacher land.
 
-Axes: B batch, G guided rows, N steps of the student, K bounds of a step, C channels, H and W latent size, L text
-tokens, E text width.
+Axes: B batch, G guided rows, N steps of the student, K bounds of a step, C channels, H and W latent size.
 """
 
 import math
@@ -20,11 +19,13 @@ from slimstep.distill.teaching import (
     error_in_x,
     known_range,
     known_weighting,
-    predict,
     teacher_target,
 )
 from slimstep.engine.checks import check_fraction, check_not_negative
 from slimstep.engine.objective import Batch, CachedTargets, Metrics, Requirements
+from slimstep.models.conditioning import Conditioning, conditioning_of
+from slimstep.models.denoiser import Denoiser
+from slimstep.models.guidance import guided
 from slimstep.models.noise_schedule import NoiseSchedule, add_noise, target_of
 
 
@@ -44,8 +45,9 @@ class StepDistillation:
 
     def __init__(
         self,
+        denoiser: Denoiser,
         schedule: NoiseSchedule,
-        empty_text_LE: Tensor,
+        uncond: Conditioning,
         teacher: nn.Module,
         rung: Rung,
         guided_share: float = 0.1,
@@ -59,8 +61,8 @@ class StepDistillation:
         check_not_negative("objective", original_weight=original_weight, cached_draws=cached_draws)
         if cached_draws and guided_share:
             raise ValueError(f"objective.cached_draws={cached_draws} needs guided_share=0, and it is {guided_share}")
-        self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
-        self.bounds_NK = rung.bounds(schedule).to(empty_text_LE.device)
+        self.denoiser, self.schedule, self.uncond, self.teacher = denoiser, schedule, uncond, teacher
+        self.bounds_NK = rung.bounds(schedule).to(next(teacher.parameters()).device)
         self.guided_share, self.guidance_range = guided_share, known_range(guidance_range)
         self.weighting, self.original_weight = known_weighting(weighting, rung), original_weight
         self.caption_dropout, self.cached_draws = caption_dropout, cached_draws
@@ -69,16 +71,17 @@ class StepDistillation:
             self.requires = replace(self.requires, cached_targets=cached)
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
-        schedule, empty_text_LE, rows = self.schedule, self.empty_text_LE, len(batch["text"])
+        schedule, rows = self.schedule, len(batch["latents"])
         if self.cached_draws:
             draw, target, w_G = self.fixed_draw(batch), Target(batch["target"], batch["gap"]), self.unguided
         else:
-            guided = math.ceil(self.guided_share * rows)
-            text_BLE = drop_captions(batch["text"], empty_text_LE, self.caption_dropout, guided, generator)
-            draw = draw_steps(batch, schedule, self.bounds_NK, text_BLE, generator)
-            w_G = self.draw_guidance(guided, rows, generator)
-            target = teacher_target(self.teacher, schedule, draw, empty_text_LE, w_G)
-        guided_BCHW, plain_BCHW = predict(unet, draw.z_BCHW, draw.t_B, draw.text_BLE, empty_text_LE, w_G)
+            guided_rows = math.ceil(self.guided_share * rows)
+            cond = drop_captions(batch, self.uncond, self.caption_dropout, guided_rows, generator)
+            draw = draw_steps(batch, schedule, self.bounds_NK, cond, generator)
+            w_G = self.draw_guidance(guided_rows, rows, generator)
+            target = teacher_target(self.denoiser, self.teacher, schedule, draw, self.uncond, w_G)
+        inputs = draw.z_BCHW, draw.t_B, draw.cond
+        guided_BCHW, plain_BCHW = guided(self.denoiser, unet, *inputs, self.uncond, w_G)
         distillation = error_in_x(guided_BCHW, target, draw, schedule, self.weighting)
         level = schedule.alpha_sigma(draw.t_B)
         denoised_BCHW = target_of(draw.x0_BCHW, draw.noise_BCHW, level, schedule.prediction_type)
@@ -89,22 +92,22 @@ class StepDistillation:
     @property
     def unguided(self) -> Tensor:
         """No guidance scales at all."""
-        return self.empty_text_LE.new_zeros(0)
+        return torch.zeros(0, device=self.bounds_NK.device)
 
     def fixed_draw(self, batch: Batch) -> Draw:
         """The noisy latents of a batch of distill.pairs.FixedDraws."""
         x0_BCHW, noise_BCHW, bounds_BK = batch["latents"], batch["noise"], self.bounds_NK[batch["step"]]
         z_BCHW = add_noise(x0_BCHW, noise_BCHW, self.schedule.alpha_sigma(bounds_BK[:, 0]))
-        return Draw(x0_BCHW, noise_BCHW, z_BCHW, bounds_BK, batch["text"])
+        return Draw(x0_BCHW, noise_BCHW, z_BCHW, bounds_BK, conditioning_of(batch, like=self.uncond))
 
     def compute_targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The teacher target x̃ [B, C, H, W] of fixed draws, and the gap [B] of the teacher's going there at once."""
         draw = self.fixed_draw(batch)
-        target = teacher_target(self.teacher, self.schedule, draw, self.empty_text_LE, self.unguided)
+        target = teacher_target(self.denoiser, self.teacher, self.schedule, draw, self.uncond, self.unguided)
         return target.x0_BCHW, target.gap_B
 
-    def draw_guidance(self, guided: int, rows: int, generator: torch.Generator) -> Tensor:
+    def draw_guidance(self, guided_rows: int, rows: int, generator: torch.Generator) -> Tensor:
         """w of the rows that may be guided; 1, which is no guidance, where the coin says so."""
-        w_G = draw_guidance(guided, self.guidance_range, generator)
-        coin_G = torch.rand(guided, generator=generator, device=generator.device) * guided
+        w_G = draw_guidance(guided_rows, self.guidance_range, generator)
+        coin_G = torch.rand(guided_rows, generator=generator, device=generator.device) * guided_rows
         return torch.where(coin_G < self.guided_share * rows, w_G, 1.0)

@@ -1,7 +1,7 @@
 """What every distillation of steps is made of: noisy starts, guided predictions, and where the teacher lands.
 
 Axes: B batch, G guided rows, N steps of the student, K bounds of the teacher's steps within one of them, C channels,
-H and W latent size, L text tokens, E text width.
+H and W latent size.
 """
 
 from dataclasses import dataclass
@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from slimstep.engine.objective import Batch
-from slimstep.models.guidance import guidance_embedding, told_guidance_width
+from slimstep.models.conditioning import Conditioning, conditioning_of
+from slimstep.models.denoiser import Denoiser, guidance_embed_dim
+from slimstep.models.guidance import guided
 from slimstep.models.noise_schedule import (
     NoiseSchedule,
     add_noise,
@@ -47,7 +49,7 @@ class Draw:
     noise_BCHW: Tensor
     z_BCHW: Tensor
     bounds_BK: Tensor
-    text_BLE: Tensor
+    cond: Conditioning
 
     @property
     def t_B(self) -> Tensor:
@@ -59,7 +61,7 @@ class Draw:
 
 
 def draw_steps(
-    batch: Batch, schedule: NoiseSchedule, bounds_NK: Tensor, text_BLE: Tensor, generator: torch.Generator
+    batch: Batch, schedule: NoiseSchedule, bounds_NK: Tensor, cond: Conditioning, generator: torch.Generator
 ) -> Draw:
     """A random step for every sample, and latents noised to where it starts."""
     x0_BCHW = batch["latents"]
@@ -67,42 +69,15 @@ def draw_steps(
     bounds_BK = bounds_NK.to(x0_BCHW.device)[torch.randint(len(bounds_NK), (len(x0_BCHW),), **draw)]
     noise_BCHW = torch.randn(x0_BCHW.shape, **draw)
     z_BCHW = add_noise(x0_BCHW, noise_BCHW, schedule.alpha_sigma(bounds_BK[:, 0]))
-    return Draw(x0_BCHW, noise_BCHW, z_BCHW, bounds_BK, text_BLE)
+    return Draw(x0_BCHW, noise_BCHW, z_BCHW, bounds_BK, cond)
 
 
-def drop_captions(text_BLE: Tensor, empty_text_LE: Tensor, dropout: float, spared: int, generator) -> Tensor:
-    """The texts, some replaced by the empty caption, but not in the first `spared` rows, which are guided."""
-    dropped_B = torch.rand(len(text_BLE), generator=generator, device=text_BLE.device) < dropout
-    dropped_B[:spared] = False
-    return torch.where(dropped_B[:, None, None], empty_text_LE, text_BLE)
-
-
-def predict(
-    unet: nn.Module, z_BCHW: Tensor, t_B: Tensor, text_BLE: Tensor, empty_text_LE: Tensor, w_G: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(guided, plain) float32 predictions; in the first G rows guided is w·pred(c) − (w − 1)·pred(∅), in one batch.
-
-    Inputs are cast to the UNet's own dtype: a teacher may be in bfloat16, a student keeps float32 weights.
-    """
-    guided, rows, dtype = len(w_G), len(z_BCHW), next(unet.parameters()).dtype
-    z_BCHW, text_BLE = z_BCHW.to(dtype), text_BLE.to(dtype)
-    if not guided:
-        plain_BCHW = unet(z_BCHW, t_B, text_BLE, return_dict=False)[0].float()
-        return plain_BCHW, plain_BCHW
-    empty_GLE = empty_text_LE.expand(guided, -1, -1).to(dtype)
-    inputs = torch.cat([z_BCHW, z_BCHW[:guided]]), torch.cat([t_B, t_B[:guided]]), torch.cat([text_BLE, empty_GLE])
-    plain_BCHW, empty_GCHW = unet(*inputs, return_dict=False)[0].float().split([rows, guided])
-    w_G111 = w_G[:, None, None, None]
-    guided_GCHW = w_G111 * plain_BCHW[:guided] - (w_G111 - 1) * empty_GCHW
-    return torch.cat([guided_GCHW, plain_BCHW[guided:]]), plain_BCHW
-
-
-def predict_told(unet: nn.Module, z_BCHW: Tensor, t_B: Tensor, text_BLE: Tensor, w_B: Tensor) -> Tensor:
-    """The prediction, float32, of a UNet that is told its guidance scale: one evaluation."""
-    dtype = next(unet.parameters()).dtype
-    embedding = guidance_embedding(w_B, told_guidance_width(unet)).to(dtype)
-    pred_BCHW = unet(z_BCHW.to(dtype), t_B, text_BLE.to(dtype), timestep_cond=embedding, return_dict=False)[0]
-    return pred_BCHW.float()
+def drop_captions(batch: Batch, uncond: Conditioning, dropout: float, spared: int, generator) -> Conditioning:
+    """A batch's conditioning, some rows without a caption, but not the first `spared` ones, which are guided."""
+    rows, device = len(batch["latents"]), batch["latents"].device
+    keep_B = torch.rand(rows, generator=generator, device=device) >= dropout
+    keep_B[:spared] = True
+    return conditioning_of(batch, like=uncond).where(keep_B, uncond)
 
 
 @dataclass(frozen=True)
@@ -118,15 +93,15 @@ class Target:
 
 @torch.no_grad()
 def teacher_target(
-    teacher: nn.Module, schedule: NoiseSchedule, draw: Draw, empty_text_LE: Tensor, w_G: Tensor
+    denoiser: Denoiser, teacher: nn.Module, schedule: NoiseSchedule, draw: Draw, uncond: Conditioning, w_G: Tensor
 ) -> Target:
     """Where the teacher's steps from z_t lead."""
     z_BCHW, at_once_BCHW, kind = draw.z_BCHW, None, schedule.prediction_type
     for t_B, s_B in zip(draw.bounds_BK.T[:-1], draw.bounds_BK.T[1:], strict=True):
-        if told_guidance_width(teacher):
-            pred_BCHW = predict_told(teacher, z_BCHW, t_B, draw.text_BLE, w_G)
+        if guidance_embed_dim(teacher):
+            pred_BCHW = denoiser(teacher, z_BCHW, t_B, draw.cond, guidance_B=w_G)
         else:
-            pred_BCHW, _ = predict(teacher, z_BCHW, t_B, draw.text_BLE, empty_text_LE, w_G)
+            pred_BCHW, _ = guided(denoiser, teacher, z_BCHW, t_B, draw.cond, uncond, w_G)
         if at_once_BCHW is None:
             at_once_BCHW = x0_of(pred_BCHW, z_BCHW, schedule.alpha_sigma(t_B), kind)
         z_BCHW = ddim_step(pred_BCHW, z_BCHW, schedule.alpha_sigma(t_B), schedule.alpha_sigma(s_B), kind)

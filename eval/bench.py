@@ -34,7 +34,8 @@ from slimstep.eval.overlap import among
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.timing.precision import settled
 from slimstep.models.card import Origin, origin_of, write_card
-from slimstep.models.cost import NUM_TOKENS
+from slimstep.models.conditioning import Conditioning
+from slimstep.models.denoiser import NUM_TOKENS, denoiser_of
 from slimstep.models.noise_schedule import schedule_of
 from slimstep.models.pipeline import networks, upcast_vae
 from slimstep.models.sizes import native_pixels, set_resolution
@@ -217,13 +218,14 @@ class Bench:
         return Sampler(self.pipeline, *settings, precision=self.precision)
 
     def objective(self, config, **given) -> Objective:
-        """An objective of the loop from its `_target_`; each takes the schedule, the empty text and a teacher.
+        """An objective of the loop from its `_target_`; each takes denoiser, schedule, unconditional and teacher.
 
         ValueError where its arguments are not what the class takes.
         """
         given = {"schedule": schedule_of(self.pipeline.scheduler, self.device), **given}
-        if "empty_text_LE" not in given:
-            given["empty_text_LE"] = self.pairs.empty_text.to(self.device)
+        given = {"denoiser": denoiser_of(self.teacher, given["schedule"].prediction_type), **given}
+        if "uncond" not in given:
+            given["uncond"] = self.pairs.unconditional.to(self.device)
         if "teacher" not in given:
             given["teacher"] = self.working_teacher
         return self.made_objective(config, **given)
@@ -238,7 +240,7 @@ class Bench:
     def check_objective(self, key: str, config, training: TrainConfig, **given) -> None:
         """ValueError for the objective under `key` if it cannot be, or be trained in this way; no data are touched."""
         check(config, key)
-        given = {"teacher": self.teacher, "empty_text_LE": torch.zeros(1, 1, device=self.device), **given}
+        given = {"teacher": self.teacher, "uncond": Conditioning(), **given}
         check_requirements(self.objective(config, **given), training, self.run.accelerator)
 
     def check_inputs(self) -> None:

@@ -48,12 +48,12 @@ def planned(bench: Bench) -> Plan:
 
 
 def sample_bytes(bench: Bench) -> tuple[int, int]:
-    """Bytes of the latents of an image, and of the text states of a caption."""
+    """Bytes of the latents of an image, and of the conditioning of a caption."""
     pipeline, one = bench.pipeline, DTYPES[bench.storage.dtype].itemsize
     side = bench.config.data.resolution // pipeline.vae_scale_factor
     with at_work(pipeline, bench.device):
-        text = encode_nothing(pipeline, bench.device)["text"]
-    return one * pipeline.vae.config.latent_channels * side**2, one * text.numel()
+        tensors = encode_nothing(pipeline, bench.device).tensors.values()
+    return one * pipeline.vae.config.latent_channels * side**2, one * sum(tensor.numel() for tensor in tensors)
 
 
 def made(cached: CachedPairs) -> str:

@@ -50,9 +50,9 @@ def sampled_latents(
         missing = [k for k in range(rank, len(shards), world) if not is_intact(shards[k], verify=True)]
         for k in progress(missing, desc="sampling latents", unit="batch", disable=rank > 0 or not missing):
             indices = list(range(k * batch_size, (k + 1) * batch_size))
-            texts = sampler.encode_rows(prompts.prompts, [i % len(prompts) for i in indices])
+            cond = sampler.encode_rows(prompts.prompts, [i % len(prompts) for i in indices])
             noise_BCHW = torch.stack([sampler.noise(i) for i in indices])
-            latents_BCHW = sampler.latents(unet, texts, noise_BCHW, generators=sampler.generators(indices)).float()
+            latents_BCHW = sampler.latents(unet, cond, noise_BCHW, generators=sampler.generators(indices)).float()
             record = {"samples": len(indices), "truncated": 0, "broken": []}
             captions = [""] * len(indices)
             write_shard(shards[k], shard_tensors({"latents": latents_BCHW.cpu()}, {}, indices, captions), record)

@@ -1,16 +1,15 @@
-"""Sampling inside the framework: what the stock pipeline would draw, for any UNet, with block masks.
+"""Sampling inside the framework: what the stock pipeline would draw, for any network, with a block mask per sample.
 
 Timesteps, scheduler, guidance rule and rounding to 8 bits are those of `StableDiffusionPipeline.__call__`; what differs
 is the noise, which belongs to the prompt: image i is a function of (seed, i), whatever batch or process draws it.
 
-Axes: B batch, L text tokens, E text width, C channels, H and W height and width, N kept blocks, S steps.
+Axes: B batch, C channels, H and W height and width, N blocks that the network kept, S steps.
 """
 
 import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import torch
@@ -21,31 +20,13 @@ from slimstep.data.encoding import finite, rows_at_once
 from slimstep.engine.seeding import generator
 from slimstep.eval.cpu_parts import can_be_parted, draw_in_parts
 from slimstep.eval.timing.precision import computing, products_on
-from slimstep.models.conditioning import empty_text_state, text_states
+from slimstep.models.conditioning import Conditioning, encode_prompts, encode_unconditional
 from slimstep.models.decoding import has_statistics, statistics, unscaled
-from slimstep.models.guidance import guidance_embedding, told_guidance_width
+from slimstep.models.denoiser import Denoiser, denoiser_of, guidance_embed_dim
+from slimstep.models.guidance import guided
 from slimstep.models.schedulers import check_sampling, used_spacing
 
 TEXTS_PER_BATCH = 64  # cut by index, so that a prompt's state does not depend on who asks for it
-
-
-@dataclass(frozen=True)
-class Texts:
-    """What a UNet is told: one text state per prompt, and the state of the empty prompt for guidance."""
-
-    states_BLE: Tensor
-    empty_1LE: Tensor
-
-    def __len__(self) -> int:
-        return len(self.states_BLE)
-
-    def rows(self, indices: Sequence[int]) -> "Texts":
-        """The prompts `indices`, in that order; an index may come more than once."""
-        return Texts(self.states_BLE[list(indices)], self.empty_1LE)
-
-    def with_unconditional(self) -> Tensor:
-        """[2B, L, E]: the empty prompt B times, then the prompts, as diffusers orders guidance batches."""
-        return torch.cat([self.empty_1LE.expand_as(self.states_BLE), self.states_BLE])
 
 
 class Sampler:
@@ -77,12 +58,12 @@ class Sampler:
         self.seed = seed
         self.precision = precision
         self.scheduler = scheduler or pipeline.scheduler
-        self._texts: dict[tuple[str, ...], Texts] = {}
+        self._encoded: dict[tuple[str, ...], Conditioning] = {}
         self._copies: dict[tuple, Tensor] = {}
 
     def guides(self, unet: nn.Module) -> bool:
         """Whether each step runs the UNet with the empty prompt, too."""
-        return self.guidance_scale > 1 and not told_guidance_width(unet)
+        return self.guidance_scale > 1 and not guidance_embed_dim(unet)
 
     def evaluations(self, unet: nn.Module) -> int:
         """How often the UNet is asked for one image; some schedulers ask more than once a step."""
@@ -112,12 +93,14 @@ class Sampler:
         return self.precision if dtype == torch.float32 else str(dtype).removeprefix("torch.")
 
     @property
-    def latent_shape(self) -> tuple[int, int, int]:
+    def denoiser(self) -> Denoiser:
+        """How the pipeline's UNet, and any that takes its place, is called."""
+        return denoiser_of(self.pipeline.unet, self.scheduler.config.get("prediction_type"))
+
+    @property
+    def latent_shape(self) -> tuple[int, ...]:
         """C, H, W of the latents the pipeline's UNet was made for."""
-        config = self.pipeline.unet.config
-        size = config.sample_size
-        height, width = (size, size) if isinstance(size, int) else size
-        return config.in_channels, height, width
+        return self.denoiser.sample_shape
 
     def noise(self, index: int) -> Tensor:
         """Unit noise [C, H, W] of image `index`, float32 on the CPU: the same for every device, batch and process."""
@@ -127,36 +110,30 @@ class Sampler:
         """What stochastic schedulers draw from for the images `indices`, one each."""
         return [generator("scheduler", self.seed, index) for index in indices]
 
-    def encode(self, prompts: Sequence[str]) -> Texts:
-        """The text states of `prompts` on the CPU, computed once per prompt set."""
+    def encode(self, prompts: Sequence[str]) -> Conditioning:
+        """The conditioning of `prompts` on the CPU, computed once per prompt set."""
         key = tuple(prompts)
-        if key not in self._texts:
-            states = [self.encode_batch(key, k) for k in range(-(-len(key) // TEXTS_PER_BATCH))]
-            self._texts[key] = Texts(torch.cat(states), self.empty_1LE)
-        return self._texts[key]
+        if key not in self._encoded:
+            batches = [self.encode_batch(key, k) for k in range(-(-len(key) // TEXTS_PER_BATCH))]
+            self._encoded[key] = Conditioning.cat(*batches)
+        return self._encoded[key]
 
-    def encode_rows(self, prompts: Sequence[str], indices: Sequence[int]) -> Texts:
-        """`encode(prompts).rows(indices)` without the states of all others, in memory or at all."""
-        states = {k: self.encode_batch(prompts, k) for k in {i // TEXTS_PER_BATCH for i in indices}}
-        rows = [states[i // TEXTS_PER_BATCH][i % TEXTS_PER_BATCH] for i in indices]
-        return Texts(torch.stack(rows), self.empty_1LE)
+    def encode_rows(self, prompts: Sequence[str], indices: Sequence[int]) -> Conditioning:
+        """`encode(prompts).rows(indices)` without all others, in memory or at all."""
+        batches = {k: self.encode_batch(prompts, k) for k in {i // TEXTS_PER_BATCH for i in indices}}
+        return Conditioning.cat(*(batches[i // TEXTS_PER_BATCH].rows([i % TEXTS_PER_BATCH]) for i in indices))
 
     @torch.no_grad()
-    def encode_batch(self, prompts: Sequence[str], k: int) -> Tensor:
-        """The states of the k-th TEXTS_PER_BATCH prompts, on the CPU."""
+    def encode_batch(self, prompts: Sequence[str], k: int) -> Conditioning:
+        """The conditioning of the k-th TEXTS_PER_BATCH prompts, on the CPU."""
         batch = prompts[k * TEXTS_PER_BATCH : (k + 1) * TEXTS_PER_BATCH]
-        return text_states(self.pipeline, batch, self.pipeline.text_encoder.device).cpu()
+        return encode_prompts(self.pipeline, batch, self.pipeline.text_encoder.device).to("cpu")
 
     @cached_property
     @torch.no_grad()
-    def empty_1LE(self) -> Tensor:
-        """The state of the empty prompt, on the CPU."""
-        return empty_text_state(self.pipeline, self.pipeline.text_encoder.device).cpu()
-
-    def told_scale(self, width: int, device: torch.device, dtype: torch.dtype) -> Tensor:
-        """[1, width]: the guidance scale, as a UNet is told it."""
-        scale = torch.tensor([float(self.guidance_scale)])
-        return self.copied_once(("scale", device, dtype), lambda: guidance_embedding(scale, width).to(device, dtype))
+    def unconditional(self) -> Conditioning:
+        """The conditioning of the empty prompt, one row, on the CPU."""
+        return encode_unconditional(self.pipeline, self.pipeline.text_encoder.device).to("cpu")
 
     def copied_once(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
         """What every call needs on the device: a captured loop could not copy it there."""
@@ -177,25 +154,29 @@ class Sampler:
     def denoise(
         self,
         unet: nn.Module,
-        texts: Texts,
+        cond: Conditioning,
         noise_BCHW: Tensor,
         block_mask_BN: Tensor | None = None,
         generators: Sequence[torch.Generator] | None = None,
+        uncond: Conditioning | None = None,
     ) -> Tensor:
         """Denoised latents [B, C, H, W] from unit noise, on the UNet's device and in its dtype.
 
-        `block_mask_BN` (bool, False where a row skips a block) is repeated for both halves of a guidance batch.
-        `generators`, one per row, feed stochastic schedulers; by default they are seeded by the row.
+        `block_mask_BN`: bool, False where a row skips a block. `generators`, one per row, feed stochastic schedulers;
+        by default they are seeded by the row. `uncond` takes the place of `unconditional`, from which guidance leads.
         """
         parameter = next(unet.parameters())
         place = {"device": parameter.device, "dtype": parameter.dtype}
-        guided, width = self.guides(unet), told_guidance_width(unet)
-        text_BLE = (texts.with_unconditional() if guided else texts.states_BLE).to(**place)
-        options = {}
+        denoiser, is_guided, guidance_B = self.denoiser, self.guides(unet), None
+        cond = cond.to(**place)
+        if is_guided:
+            uncond = (self.unconditional if uncond is None else uncond).to(**place)
         if block_mask_BN is not None:
-            options["block_mask"] = both_halves(block_mask_BN, guided).to(parameter.device)
-        if width:
-            options["timestep_cond"] = self.told_scale(width, **place).expand(len(noise_BCHW), -1)
+            block_mask_BN = block_mask_BN.to(parameter.device)
+        if guidance_embed_dim(unet):
+            scale = {"fill_value": float(self.guidance_scale), "device": parameter.device}
+            guidance_B = self.copied_once(("scale", parameter.device), lambda: torch.full((1,), **scale))
+            guidance_B = guidance_B.expand(len(noise_BCHW))
         if generators is None:
             generators = self.generators(range(len(noise_BCHW)))
         scheduler = copy.deepcopy(self.scheduler)  # it counts steps, and some keep past predictions
@@ -206,13 +187,14 @@ class Sampler:
 
         z_BCHW = noise_BCHW.to(**place) * scheduler.init_noise_sigma
         for t, t_unet in zip(scheduler.timesteps, timesteps_S, strict=True):
-            input_BCHW = scheduler.scale_model_input(both_halves(z_BCHW, guided), t)
+            x_t = scheduler.scale_model_input(z_BCHW, t)
             with computing(self.precision, parameter):
-                pred_BCHW = unet(input_BCHW, t_unet, encoder_hidden_states=text_BLE, return_dict=False, **options)[0]
-            pred_BCHW = pred_BCHW.to(z_BCHW.dtype)
-            if guided:
-                empty_BCHW, told_BCHW = pred_BCHW.chunk(2)
-                pred_BCHW = empty_BCHW + self.guidance_scale * (told_BCHW - empty_BCHW)
+                if is_guided:
+                    inputs = x_t, t_unet, cond, uncond, self.guidance_scale
+                    pred_BCHW, _ = guided(denoiser, unet, *inputs, block_mask_BN=block_mask_BN)
+                else:
+                    own = {"guidance_B": guidance_B, "block_mask_BN": block_mask_BN}
+                    pred_BCHW = denoiser(unet, x_t, t_unet, cond, **own)
             z_BCHW = scheduler.step(pred_BCHW, t, z_BCHW, return_dict=False, **step_options)[0]
         return z_BCHW
 
@@ -241,13 +223,14 @@ class Sampler:
 
         An index may come several times, with different masks: every ablation of a prompt starts from the same noise.
         """
-        texts = self.encode(prompts).rows(indices)
+        cond = self.encode(prompts).rows(indices)
+        uncond = self.unconditional if self.guides(unet) else None  # here, not by as many threads as draw
 
         def draw(network: nn.Module, rows: list[int], block_mask_BN: Tensor | None) -> Tensor:
-            chosen = [indices[row] for row in rows]
-            noise_BCHW = torch.stack([self.noise(i) for i in chosen])
-            given = texts.rows(rows), noise_BCHW, block_mask_BN, self.generators(chosen)
-            return self.decode(self.latents(network, *given))
+            numbers = [indices[row] for row in rows]
+            noise_BCHW = torch.stack([self.noise(i) for i in numbers])
+            given = cond.rows(rows), noise_BCHW, block_mask_BN, self.generators(numbers)
+            return self.decode(self.latents(network, *given, uncond=uncond))
 
         if can_be_parted(unet):
             return draw_in_parts(draw, unet, len(indices), block_mask_BN, math.prod(self.latent_shape[1:]))
@@ -257,10 +240,6 @@ class Sampler:
 def eight_bits(pixels_BCHW: Tensor) -> Tensor:
     """uint8, from -1 to 1."""
     return ((pixels_BCHW * 0.5 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)
-
-
-def both_halves(rows: Tensor, guided: bool) -> Tensor:
-    return torch.cat([rows, rows]) if guided else rows
 
 
 def extra_step_options(scheduler, generators: Sequence[torch.Generator]) -> dict:

@@ -29,7 +29,7 @@ from slimstep.eval.timing.first_image import compile_cost
 from slimstep.eval.timing.setups import Setup, all_setups
 from slimstep.eval.timing.speed import Subject, Variant, matmul_peak_tflops, measure, reason
 from slimstep.models.cost import count_gflops
-from slimstep.models.guidance import told_guidance_width
+from slimstep.models.denoiser import guidance_embed_dim
 from slimstep.models.pipeline import with_unet
 
 log = logging.getLogger("slimstep")
@@ -140,7 +140,7 @@ class SpeedBench(EvaluationBench):
     def unet_gflops(self, subject: Subject) -> float:
         """10⁹ operations of one step of the whole batch."""
         unet = getattr(subject.pipeline.unet, "_orig_mod", subject.pipeline.unet)  # without torch.compile around it
-        guided = 1 if told_guidance_width(unet) else image_rows(1, subject.guidance_scale)
+        guided = 1 if guidance_embed_dim(unet) else image_rows(1, subject.guidance_scale)
         key = str(dict(unet.config))
         if key not in self.row_gflops:
             self.row_gflops[key] = count_gflops(unet, None, 1, subject.pipeline.tokenizer.model_max_length)

@@ -6,12 +6,11 @@ from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
 from slimstep.engine.config import TrainConfig
 from slimstep.eval.bench import Bench
 from slimstep.eval.timing.precision import computing
-from slimstep.models.cost import unet_inputs
+from slimstep.models.denoiser import denoiser_of
 
 SECONDS, CALLS = 4.0, 3  # about as long a timed call may take, and how many there are
 
@@ -44,12 +43,14 @@ def sampling_rate(bench: Bench, training: TrainConfig) -> float:
 
 
 def evaluation_rate(bench: Bench, precision: Callable[[], AbstractContextManager], batch: int) -> float:
+    denoiser = denoiser_of(bench.unet)
+
     def forward(rows: int) -> Callable[[], None]:
-        inputs = random_inputs(bench, rows)
+        inputs = denoiser.example(bench.unet, rows, tokens=bench.text_length)
 
         def call() -> None:
             with torch.inference_mode(), precision():
-                bench.unet(**inputs, return_dict=False)
+                denoiser(bench.unet, *inputs)
 
         return call
 
@@ -58,13 +59,13 @@ def evaluation_rate(bench: Bench, precision: Callable[[], AbstractContextManager
 
 def training_rate(bench: Bench, training: TrainConfig) -> float:
     """Forward and backward; an optimiser's step is small beside them."""
-    unet = bench.unet
+    unet, denoiser = bench.unet, denoiser_of(bench.unet)
     if training.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
 
     def forward(rows: int) -> Callable[[], Tensor]:
-        inputs = random_inputs(bench, rows)
-        return lambda: unet(**inputs, return_dict=False)[0]
+        inputs = denoiser.example(unet, rows, tokens=bench.text_length)
+        return lambda: denoiser(unet, *inputs)
 
     measured = backward_rate(bench, unet.train(), forward, training.batch_size)
     unet.eval().disable_gradient_checkpointing()
@@ -73,8 +74,7 @@ def training_rate(bench: Bench, training: TrainConfig) -> float:
 
 def decoding_rate(bench: Bench, training: TrainConfig) -> float:
     """The wide decoder's forward and backward: more than the narrow one's and the wide one's forward."""
-    vae, config = bench.pipeline.vae, bench.unet.config
-    shape = config.in_channels, config.sample_size, config.sample_size
+    vae, shape = bench.pipeline.vae, denoiser_of(bench.unet).sample_shape
 
     def forward(rows: int) -> Callable[[], Tensor]:
         latents = torch.randn(rows, *shape, device=bench.device)
@@ -128,10 +128,3 @@ def seconds_of(call: Callable[[], None], device: torch.device) -> float:
 def synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def random_inputs(bench: Bench, rows: int) -> dict:
-    unet = bench.unet
-    inputs = unet_inputs(unet, unet.config.sample_size, rows, bench.text_length)
-    inputs = tree_map(lambda x: torch.randn(x.shape).to(unet.device, unet.dtype), inputs)
-    return {**inputs, "timestep": torch.full((rows,), 500, device=unet.device)}

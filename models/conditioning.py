@@ -1,22 +1,75 @@
-"""What a UNet is told beside latents and timestep, as one tensor per prompt.
+"""What a batch is conditioned on beside latents and timesteps: named tensors, one row for each sample.
 
-SDXL's UNets also take a pooled text state and six numbers of size and crop. These lie behind the text states, in as
-many further rows as they fill, so that whatever caches, drops, repeats or moves captions knows one tensor only; the
-prunable UNet takes it apart again (`slimstep.models.unet.apart`).
+    "text"        text states [B, L, E]
+    "pooled"      SDXL's pooled text state [B, P]
+    "time_ids"    SDXL's original size, crop and target size [B, 6]
 
-Axes: B batch, L tokens, R further rows, E text width, P pooled width.
+An unconditional model has none of them. Under these names the latent cache keeps the tensors and the training loop's
+batches carry them; which argument of a network each becomes, its denoiser knows (models/denoiser.py).
+
+Axes: B batch, L tokens, E text width, P pooled width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
-from slimstep.models.unet import pooled_width
-
 ONE_IMAGE = {"num_images_per_prompt": 1}
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """Named tensors, batch first. Without any it is that of an unconditional model, and any number of rows."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        """Rows; 0 where there are no tensors."""
+        return len(next(iter(self.tensors.values()), ()))
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> "Conditioning":
+        return Conditioning({name: function(tensor) for name, tensor in self.tensors.items()})
+
+    def rows(self, index: Sequence[int] | slice | Tensor) -> "Conditioning":
+        """These rows in that order; an index may come more than once."""
+        index = index if isinstance(index, (slice, Tensor)) else list(index)
+        return self.map(lambda tensor: tensor[index])
+
+    def expand(self, rows: int) -> "Conditioning":
+        """A conditioning of one row as so many, without a copy."""
+        return self.map(lambda tensor: tensor.expand(rows, *tensor.shape[1:]))
+
+    def to(self, device: str | torch.device | None = None, dtype: torch.dtype | None = None) -> "Conditioning":
+        """On the device, and, where its numbers are not whole ones, in the dtype."""
+        return self.map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
+
+    def where(self, keep_B: Tensor, other: "Conditioning") -> "Conditioning":
+        """Own rows where `keep_B`, else those of `other`, which has as many or one: dropped captions."""
+        self._check(other)
+
+        def chosen(name: str) -> Tensor:
+            own = self.tensors[name]
+            return torch.where(keep_B.view(-1, *[1] * (own.ndim - 1)), own, other.tensors[name])
+
+        return Conditioning({name: chosen(name) for name in self.tensors})
+
+    @staticmethod
+    def cat(*parts: "Conditioning") -> "Conditioning":
+        """The rows of all parts, in that order."""
+        for part in parts[1:]:
+            parts[0]._check(part)
+        return Conditioning({name: torch.cat([part.tensors[name] for part in parts]) for name in parts[0].tensors})
+
+    def _check(self, other: "Conditioning") -> None:
+        assert self.tensors.keys() == other.tensors.keys(), f"{[*self.tensors]} beside {[*other.tensors]}"
+
+
+def conditioning_of(batch: Mapping[str, Tensor], like: Conditioning) -> Conditioning:
+    """What a batch of the training loop is conditioned on: its tensors under the names that `like` has."""
+    return Conditioning({name: batch[name] for name in like.tensors})
 
 
 def text_encoders(pipeline: DiffusionPipeline) -> list[nn.Module]:
@@ -24,31 +77,31 @@ def text_encoders(pipeline: DiffusionPipeline) -> list[nn.Module]:
     return [pipeline.text_encoder, *filter(None, [getattr(pipeline, "text_encoder_2", None)])]
 
 
-def text_states(pipeline: DiffusionPipeline, prompts: Sequence[str], device: str | torch.device) -> Tensor:
-    """[B, L + R, E] from the pipeline's own `encode_prompt`, cut where it cuts."""
+def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], device: str | torch.device) -> Conditioning:
+    """A row for each prompt from the pipeline's own `encode_prompt`, which cuts long ones."""
     encoded = pipeline.encode_prompt(list(prompts), device=device, do_classifier_free_guidance=False, **ONE_IMAGE)
-    return together(pipeline, encoded[0], encoded[2] if is_told_sizes(pipeline) else None)
+    return named(pipeline, encoded[0], encoded[2] if pooled_width(pipeline.unet) else None)
 
 
-def empty_text_state(pipeline: DiffusionPipeline, device: str | torch.device) -> Tensor:
-    """[1, L + R, E]: what guidance steers away from, the pipeline's answer when no negative prompt is given."""
+def encode_unconditional(pipeline: DiffusionPipeline, device: str | torch.device) -> Conditioning:
+    """One row: what guidance steers away from, the pipeline's own answer where no negative prompt is given."""
     encoded = pipeline.encode_prompt("", device=device, do_classifier_free_guidance=True, **ONE_IMAGE)
-    return together(pipeline, encoded[1], encoded[3] if is_told_sizes(pipeline) else None)
+    return named(pipeline, encoded[1], encoded[3] if pooled_width(pipeline.unet) else None)
 
 
-def is_told_sizes(pipeline: DiffusionPipeline) -> bool:
-    return pooled_width(pipeline.unet) > 0
-
-
-def together(pipeline: DiffusionPipeline, states_BLE: Tensor, pooled_BP: Tensor | None) -> Tensor:
-    """States, pooled state, and the size: uncropped images of the size that the UNet makes, as in `__call__`."""
+def named(pipeline: DiffusionPipeline, text_BLE: Tensor, pooled_BP: Tensor | None) -> Conditioning:
+    """The conditioning of images that are not cropped and have the size that the UNet makes, as in SDXL's pipelines."""
     if pooled_BP is None:
-        return states_BLE
-    if (given := pooled_BP.shape[1]) != (wanted := pooled_width(pipeline.unet)):
-        raise ValueError(f"{type(pipeline).__name__} pools {given} numbers of a caption, its UNet takes {wanted}")
+        return Conditioning({"text": text_BLE})
+    if (width := pooled_BP.shape[1]) != (expected := pooled_width(pipeline.unet)):
+        raise ValueError(f"{type(pipeline).__name__} pools {width} numbers of a caption, its UNet takes {expected}")
     size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    sizes_B6 = pooled_BP.new_tensor([size, size, 0, 0, size, size]).expand(len(pooled_BP), -1)
-    more_BN = torch.cat([pooled_BP, sizes_B6], dim=1)
-    width = states_BLE.shape[2]
-    rows_BRE = F.pad(more_BN, (0, -more_BN.shape[1] % width)).unflatten(1, (-1, width))
-    return torch.cat([states_BLE, rows_BRE.to(states_BLE)], dim=1)
+    time_ids_B6 = text_BLE.new_tensor([size, size, 0, 0, size, size]).expand(len(text_BLE), -1)
+    return Conditioning({"text": text_BLE, "pooled": pooled_BP.to(text_BLE.dtype), "time_ids": time_ids_B6})
+
+
+def pooled_width(unet: nn.Module) -> int:
+    """P, the numbers of the pooled text state that SDXL's UNets take; 0 for others."""
+    if unet.config.addition_embed_type != "text_time":
+        return 0
+    return unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim

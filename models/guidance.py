@@ -1,33 +1,56 @@
-"""UNets that are told their guidance scale, as diffusers' pipelines tell it: one evaluation per step instead of two."""
+"""Classifier-free guidance (Ho & Salimans 2022): the one rule, and networks that take its scale as an input instead.
 
-import math
+Axes: B batch, G guided rows.
+"""
 
 import torch
-from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
+from slimstep.models.conditioning import Conditioning
+from slimstep.models.denoiser import Denoiser, guidance_embed_dim
 from slimstep.models.unet import PrunableUNet2DConditionModel
 
 
-def told_guidance_width(unet: nn.Module) -> int:
-    """The width of the guidance embedding a UNet is fed, 0 for one that is guided from outside."""
-    return extract_model_from_parallel(unet, keep_torch_compile=False).config.time_cond_proj_dim or 0
+def guided(
+    denoiser: Denoiser,
+    network: nn.Module,
+    x_t: Tensor,
+    t_B: Tensor,
+    cond: Conditioning,
+    uncond: Conditioning,
+    w: float | Tensor,
+    *,
+    block_mask_BN: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(guided, plain): pred(∅) + w·(pred(c) − pred(∅)) and pred(c), from one batch of the network, ∅'s rows last.
+
+    uncond: ∅, one row. w: a scale for all rows, which is rounded as in diffusers' pipelines; or the scales w_G of the
+    first G rows, the others stay plain. These are w·pred(c) − (w − 1)·pred(∅), so that w = 1 is no guidance to the bit.
+    """
+    rows = len(w) if isinstance(w, Tensor) else len(x_t)
+    if not rows:
+        plain = denoiser(network, x_t, t_B, cond, block_mask_BN=block_mask_BN)
+        return plain, plain
+
+    def again(x: Tensor | None) -> Tensor | None:
+        """With the first rows once more, for ∅; a timestep of no axis is for all rows."""
+        return torch.cat([x, x[:rows]]) if x is not None and x.ndim else x
+
+    inputs = again(x_t), again(t_B), Conditioning.cat(cond, uncond.expand(rows))
+    preds = denoiser(network, *inputs, block_mask_BN=again(block_mask_BN))
+    plain, empty_G = preds.split([len(x_t), rows])
+    if not isinstance(w, Tensor):
+        return empty_G + w * (plain - empty_G), plain
+    w_G = w.view(-1, *[1] * (x_t.ndim - 1))
+    return torch.cat([w_G * plain[:rows] - (w_G - 1) * empty_G, plain[rows:]]), plain
 
 
-def guidance_embedding(w_B: Tensor, width: int) -> Tensor:
-    """[B, width]: the sinusoids of 1000·(w − 1) that diffusers' pipelines pass as `timestep_cond`; width is even."""
-    half = width // 2
-    frequencies = torch.exp(torch.arange(half, device=w_B.device) * -(math.log(10000) / (half - 1)))
-    angles_BF = 1000 * (w_B - 1)[:, None] * frequencies
-    return torch.cat([angles_BF.sin(), angles_BF.cos()], dim=1)
-
-
-def with_told_guidance(unet: PrunableUNet2DConditionModel, width: int) -> PrunableUNet2DConditionModel:
+def with_guidance_embedding(unet: PrunableUNet2DConditionModel, width: int) -> PrunableUNet2DConditionModel:
     """A copy that is told its guidance scale, and does not listen yet: its answers are those of `unet`.
 
     One that is told already is given back as it is; ValueError where its embedding has another width.
     """
-    if (own := told_guidance_width(unet)) not in (0, width):
+    if (own := guidance_embed_dim(unet)) not in (0, width):
         raise ValueError(f"ladder.guidance_width={width}, but the network is told its guidance in a width of {own}")
     if own:
         return unet

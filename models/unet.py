@@ -5,8 +5,8 @@ cross-attention (Transformer2DModel) or, where a cross-attention holds several, 
 names included, is the stock UNet. One file travels with exports: this one with architecture.py in the place of its
 import, so that it holds all that the class needs and imports nothing but torch and diffusers.
 
-Axes: B batch, C channels, H and W latent height and width, N kept blocks, L text tokens, R rows of added conditions, E
-text width, P pooled width. Some features are [B, C, H, W], some tokens.
+Axes: B batch, C channels, H and W latent height and width, N kept blocks, L text tokens, E text width. Some features
+are [B, C, H, W], some tokens.
 """
 
 import copy
@@ -194,12 +194,7 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
     def forward(
         self, sample: Tensor, timestep, encoder_hidden_states: Tensor, *args, block_mask: Tensor | None = None, **kwargs
     ):
-        """UNet2DConditionModel's forward. block_mask: Bool[B, N]; where False, that sample skips that kept block.
-
-        Where SDXL's added conditions are not given, they are the last rows of the text states.
-        """
-        if kwargs.get("added_cond_kwargs") is None and pooled_width(self):
-            encoder_hidden_states, kwargs["added_cond_kwargs"] = apart(self, encoder_hidden_states)
+        """UNet2DConditionModel's forward. block_mask: Bool[B, N]; where False, that sample skips that kept block."""
         args = (timestep, encoder_hidden_states, *args)
         if block_mask is None:
             return super().forward(sample, *args, **kwargs)
@@ -215,21 +210,6 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
     def enable_gradient_checkpointing(self, gradient_checkpointing_func: Callable | None = None) -> None:
         """As in diffusers; a block that is run again in the backward pass sees the mask it saw in the forward."""
         super().enable_gradient_checkpointing(CheckpointWithMask(self._running, gradient_checkpointing_func))
-
-
-def pooled_width(unet: UNet2DConditionModel) -> int:
-    """P, the numbers of the pooled text state that SDXL's UNets take; 0 for others."""
-    if unet.config.addition_embed_type != "text_time":
-        return 0
-    return unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-
-
-def apart(unet: UNet2DConditionModel, text: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-    """[B, L + R, E] as text states [B, L, E], and what the last rows hold: pooled state [B, P], size, crop [B, 6]."""
-    numbers = pooled_width(unet) + 6
-    rows = -(-numbers // text.shape[2])
-    more = text[:, -rows:].flatten(1)
-    return text[:, :-rows], {"text_embeds": more[:, : numbers - 6], "time_ids": more[:, numbers - 6 : numbers]}
 
 
 # ---- the parts of a running UNet ----

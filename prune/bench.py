@@ -23,7 +23,7 @@ from slimstep.eval.pages.runs import read_run
 from slimstep.eval.scorer_check import check_teacher
 from slimstep.eval.timing.latency import compare_ms
 from slimstep.models.cost import count_gflops
-from slimstep.models.guidance import told_guidance_width
+from slimstep.models.denoiser import guidance_embed_dim
 from slimstep.models.pipeline import export_pipeline, with_unet
 from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.prune.latency import latency_table, predicted_ms, read_table, table_without
@@ -42,7 +42,7 @@ class PruneBench(Bench):
 
     def check(self) -> None:
         """ValueError, before anything is made, for a search, data, objectives or a scorer that will not do."""
-        if told_guidance_width(self.teacher):
+        if guidance_embed_dim(self.teacher):
             raise ValueError(f"{self.config.model.name_or_path} is told its guidance scale: prune it before that")
         known = (*self.teacher.blocks, *self.teacher.levels)
         if unknown := sorted(set(self.search.named_blocks) - set(known)):

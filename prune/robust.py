@@ -1,6 +1,6 @@
 """Robust training (SnapFusion, section 3.1, eq. 5): the UNet learns to live without any of its blocks.
 
-Axes: B batch, N blocks, C channels, H and W latent size, L text tokens, E text width.
+Axes: B batch, N blocks, C channels, H and W latent size.
 """
 
 from collections.abc import Mapping
@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from slimstep.engine.checks import check_fraction
 from slimstep.engine.objective import Batch, Metrics
+from slimstep.models.conditioning import Conditioning
+from slimstep.models.denoiser import Denoiser
 from slimstep.models.denoising import draw_noisy
 from slimstep.models.noise_schedule import NoiseSchedule
 
@@ -30,8 +32,9 @@ class RobustTraining:
 
     def __init__(
         self,
+        denoiser: Denoiser,
         schedule: NoiseSchedule,
-        empty_text_LE: Tensor,
+        uncond: Conditioning,
         teacher: nn.Module,
         skip_prob: Mapping[str, float],
         ramp: str = "constant",
@@ -43,7 +46,8 @@ class RobustTraining:
         if ramp not in RAMPS:
             raise ValueError(f"objective.ramp={ramp!r} is unknown; choose from {RAMPS}")
         check_fraction("objective", caption_dropout=caption_dropout, teacher_weight=teacher_weight)
-        self.schedule, self.empty_text_LE, self.skip_prob, self.ramp = schedule, empty_text_LE, skip_prob, ramp
+        self.denoiser, self.schedule, self.uncond = denoiser, schedule, uncond
+        self.skip_prob, self.ramp = skip_prob, ramp
         self.caption_dropout, self.teacher_weight = caption_dropout, teacher_weight
         self.teacher = teacher if teacher_weight else None
         self.copied: dict[tuple, Tensor] = {}
@@ -58,17 +62,17 @@ class RobustTraining:
         return self.copied[key] * progress if self.ramp == "time" else self.copied[key]
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
-        noisy = draw_noisy(batch, self.schedule, self.empty_text_LE, self.caption_dropout, generator)
+        noisy = draw_noisy(batch, self.schedule, self.uncond, self.caption_dropout, generator)
         bare = extract_model_from_parallel(unet, keep_torch_compile=False)
         kinds = [bare.kinds[block] for block in bare.kept_blocks]
         probs_N = self.skip_probs(kinds, batch["progress"], noisy.t_B.device)
         uniform_BN = torch.rand((len(noisy.t_B), len(kinds)), generator=generator, device=noisy.t_B.device)
-        pred_BCHW = unet(*noisy.inputs, block_mask=uniform_BN >= probs_N, return_dict=False)[0].float()
+        pred_BCHW = self.denoiser(unet, *noisy.inputs, block_mask_BN=uniform_BN >= probs_N)
         loss = nn.functional.mse_loss(pred_BCHW, noisy.target_BCHW)
         metrics = {"denoising": loss}
         if self.teacher_weight:
             with torch.no_grad():
-                taught_BCHW = self.teacher(*noisy.inputs_in(self.teacher.dtype), return_dict=False)[0].float()
+                taught_BCHW = self.denoiser(self.teacher, *noisy.inputs)
             metrics["to_teacher"] = nn.functional.mse_loss(pred_BCHW, taught_BCHW)
             loss = torch.lerp(loss, metrics["to_teacher"], self.teacher_weight)
         return loss, metrics

@@ -160,9 +160,9 @@ class VaeBench(Bench):
             sampler = self.sampler(config)
 
             def draw(indices: list[int]) -> Tensor:
-                texts = sampler.encode(prompts.prompts).rows(indices)
+                cond = sampler.encode(prompts.prompts).rows(indices)
                 noise, draws = torch.stack([sampler.noise(i) for i in indices]), sampler.generators(indices)
-                return sampler.latents(self.teacher, texts, noise, generators=draws).float()
+                return sampler.latents(self.teacher, cond, noise, generators=draws).float()
 
             size, keep = len(prompts), self.partial("heldout")
             sampled = map_batches(draw, size, config.batch_size, run.accelerator, "held-out latents", keep)

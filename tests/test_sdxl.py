@@ -13,7 +13,6 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, Stabl
 from slimstep.data.shards import CachedPairs
 from slimstep.eval.sampling import Sampler
 from slimstep.models.pipeline import export_pipeline, load_pipeline, upcast_vae
-from slimstep.models.unet import apart
 from tests.tiny import tiny_sdxl_pipeline
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -64,10 +63,10 @@ def test_it_is_pruned_at_another_resolution_and_keeps_its_own_scheduler(tmp_path
     path = run(tmp_path, "prune_unet", *sdxl, *TRAINED, *search)
     (folder,) = (tmp_path / "cache").iterdir()
     pairs, pipeline = CachedPairs(folder), load_pipeline(path / "export")
-    _, told = apart(pipeline.unet, pairs[0]["text"][None])
-    assert told["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]] and told["text_embeds"].any()
-    text, told = apart(pipeline.unet, pairs.empty_text[None])
-    assert not text.any() and not told["text_embeds"].any()  # force_zeros_for_empty_prompt
+    pair, nothing = pairs[0], pairs.unconditional.tensors
+    assert pair["time_ids"].tolist() == [32, 32, 0, 0, 32, 32] and pair["pooled"].any()
+    assert nothing["time_ids"].tolist() == [[32, 32, 0, 0, 32, 32]]
+    assert not nothing["text"].any() and not nothing["pooled"].any()  # force_zeros_for_empty_prompt
     assert isinstance(pipeline.scheduler, EulerDiscreteScheduler) and pipeline.vae.config.force_upcast
     assert (pipeline.tokenizer.pad_token, pipeline.tokenizer_2.pad_token) == ("<|endoftext|>", "!")
     drawn_by_stock(path / "export", 2)

@@ -17,7 +17,16 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+from slimstep.models.conditioning import Conditioning
+from slimstep.models.denoiser import UNet2DConditionDenoiser
+
 WIDTH, MAX_TOKENS = 16, 16
+DENOISER = UNet2DConditionDenoiser("v_prediction", (4, 8, 8))
+
+
+def no_caption(tokens: int = 5) -> Conditioning:
+    """What guidance steers away from, in tests that encode nothing."""
+    return Conditioning({"text": torch.zeros(1, tokens, WIDTH)})
 
 
 def tiny_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:

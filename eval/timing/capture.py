@@ -3,7 +3,7 @@
 What the host costs an eager loop at every step, this one costs it once an image. The graph is that of one batch size,
 one number of steps and one guidance scale; new prompts and new noise are copied into its inputs.
 
-Axes: B batch, C channels, H and W height and width, L tokens, E text width.
+Axes: B batch, C channels, H and W height and width.
 """
 
 from collections.abc import Sequence
@@ -13,10 +13,10 @@ from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
-from slimstep.eval.sampling import Sampler, Texts, eight_bits
+from slimstep.eval.sampling import Sampler, eight_bits
 from slimstep.eval.timing.graphs import CannotCaptureError, CapturedCall
 from slimstep.eval.timing.setups import CannotRunError
-from slimstep.models.conditioning import empty_text_state, text_states
+from slimstep.models.conditioning import Conditioning, encode_prompts, encode_unconditional
 
 
 class CapturedSampler:
@@ -33,22 +33,23 @@ class CapturedSampler:
     def draw(self, prompts: Sequence[str], noise_BCHW: Tensor) -> list[Image.Image]:
         """The images of these prompts from this noise; always as many as at the first call."""
         device = self.pipeline.unet.device
-        texts = Texts(text_states(self.pipeline, prompts, device), empty_text_state(self.pipeline, device))
+        both = encode_prompts(self.pipeline, prompts, device), encode_unconditional(self.pipeline, device)
         if self.graph is None:
-            self.capture(texts, noise_BCHW)
-        self.texts.states_BLE.copy_(texts.states_BLE)
-        self.texts.empty_1LE.copy_(texts.empty_1LE)
+            self.capture(*both, noise_BCHW)
+        for kept, new in zip((self.cond, self.uncond), both, strict=True):
+            for name, tensor in new.tensors.items():
+                kept.tensors[name].copy_(tensor)
         self.noise_BCHW.copy_(noise_BCHW)
         self.graph()
         return [to_pil_image(image) for image in self.images_B3HW.cpu()]
 
-    def capture(self, texts: Texts, noise_BCHW: Tensor) -> None:
+    def capture(self, cond: Conditioning, uncond: Conditioning, noise_BCHW: Tensor) -> None:
         unet = self.pipeline.unet
-        self.texts = Texts(texts.states_BLE.clone(), texts.empty_1LE.clone())
+        self.cond, self.uncond = cond.map(Tensor.clone), uncond.map(Tensor.clone)
         self.noise_BCHW = noise_BCHW.to(unet.device, unet.dtype)
 
         def sample() -> None:
-            latents_BCHW = self.sampler.denoise(unet, self.texts, self.noise_BCHW)
+            latents_BCHW = self.sampler.denoise(unet, self.cond, self.noise_BCHW, uncond=self.uncond)
             self.images_B3HW = eight_bits(self.sampler.pixels(latents_BCHW))
 
         try:

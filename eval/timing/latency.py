@@ -12,13 +12,12 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
-from torch.utils._pytree import tree_map
 
 from slimstep.engine.progress import progress
 from slimstep.engine.seeding import generator
 from slimstep.eval.config import LatencyConfig
 from slimstep.eval.timing.graphs import CannotCaptureError, CapturedCall
-from slimstep.models.cost import NUM_TOKENS, unet_inputs
+from slimstep.models.denoiser import NUM_TOKENS, denoiser_of
 from slimstep.models.sizes import latent_side
 from slimstep.models.unet import PrunableUNet2DConditionModel
 
@@ -67,17 +66,16 @@ def forward_call(unet: PrunableUNet2DConditionModel, config: LatencyConfig) -> C
 
     Raises CannotCaptureError where it is to be a CUDA graph and cannot.
     """
-    size, draw = config.latent_size or latent_side(unet, WAY), generator("latency", config.seed)
-    inputs = unet_inputs(unet, size, config.batch, config.text_length or NUM_TOKENS)
-    inputs = tree_map(lambda x: torch.randn(x.shape, generator=draw).to(unet.device, unet.dtype), inputs)
-    inputs["timestep"] = torch.full((config.batch,), 500, device=unet.device)
+    denoiser, draw = denoiser_of(unet), generator("latency", config.seed)
+    shape = {"side": config.latent_size or latent_side(unet, WAY), "tokens": config.text_length or NUM_TOKENS}
+    inputs = denoiser.example(unet, config.batch, **shape, generator=draw)
     if config.compile:
         torch.compiler.reset()  # every network is its own graph; more than eight of one class would be refused
     run = torch.compile(unet, fullgraph=True) if config.compile else unet
 
     def call() -> None:
         with torch.inference_mode():
-            run(**inputs, return_dict=False)
+            denoiser(run, *inputs)
 
     return CapturedCall(call) if config.cuda_graph else call
 

@@ -18,13 +18,13 @@ from slimstep.engine.config import TrainConfig
 from slimstep.engine.loop import train
 from slimstep.engine.run import Run
 from slimstep.models.decoding import ImageDecoder
-from slimstep.models.guidance import with_told_guidance
+from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.noise_schedule import schedule_of
 from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.prune.robust import RobustTraining
 from tests.cuda_dry_run.conftest import small_pipeline
 from tests.engine.two_networks import FakeScore, network
-from tests.tiny import WIDTH
+from tests.tiny import DENOISER, WIDTH, no_caption
 
 SKIPS = {"resnet": 0.2, "attention": 0.2}
 OBJECTIVES = {
@@ -53,11 +53,11 @@ def subject(name, precision):
         return ImageDecoder(small_pipeline().vae), kind(wide, **options)
     student = PrunableUNet2DConditionModel.from_unet(pipeline.unet).requires_grad_()
     if name in GUIDED:
-        student = with_told_guidance(student, 8).requires_grad_()
+        student = with_guidance_embedding(student, 8).requires_grad_()
     teacher = PrunableUNet2DConditionModel.from_unet(pipeline.unet).to("cuda", DTYPES[precision]).requires_grad_(False)
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False,
                               timestep_spacing="trailing", rescale_betas_zero_snr=True)  # fmt: skip
-    given = [schedule_of(scheduler, "cuda"), torch.zeros(5, WIDTH, device="cuda"), teacher]
+    given = [DENOISER, schedule_of(scheduler, "cuda"), no_caption().to("cuda"), teacher]
     if kind in (StepDistillation, GuidanceDistillation, ConsistencyDistillation):
         given.append(Rung(scheduler, 4, scheduler, 2))
     return student, kind(*given, **options)

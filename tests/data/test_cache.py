@@ -12,9 +12,10 @@ from torch.utils.data import DataLoader
 
 from slimstep.data import cache as cache_module
 from slimstep.data import shards as shards_module
-from slimstep.data.cache import CachedPairs, cache_pairs, text_hashes
+from slimstep.data.cache import CachedPairs, cache_pairs, described_cache, text_hashes
 from slimstep.data.encoding import tokenizer_hash
-from tests.tiny import tiny_sdxl_pipeline, tiny_tokenizer
+from slimstep.data.shards import cache_key
+from tests.tiny import WIDTH, tiny_sdxl_pipeline, tiny_tokenizer
 
 
 def folder_bytes(folder):
@@ -37,7 +38,7 @@ def test_text_states_are_those_of_the_pipelines_encode_prompt(pipeline, noise_pa
     pipeline.text_encoder.eval()
     text, negative = pipeline.encode_prompt(captions, "cpu", 1, do_classifier_free_guidance=True)
     torch.testing.assert_close(torch.stack([cached[i]["text"] for i in range(10)]), text.detach(), atol=1e-6, rtol=0)
-    torch.testing.assert_close(cached.empty_text, negative[0].detach(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(cached.unconditional.tensors["text"][0], negative[0].detach(), atol=1e-6, rtol=0)
 
 
 def test_items_keep_their_order_index_and_caption(pipeline, noise_pairs, tmp_path):
@@ -181,7 +182,7 @@ def test_the_key_does_not_change_with_a_reload_of_the_pipeline(pipeline, noise_p
 def test_half_precision_is_of_storage_alone(pipeline, noise_pairs, tmp_path):
     full = cache_pairs(noise_pairs(), pipeline, tmp_path)
     half = cache_pairs(noise_pairs(), pipeline, tmp_path, dtype="float16")
-    assert half[3]["latents"].dtype == half.empty_text.dtype == torch.float32
+    assert half[3]["latents"].dtype == half.unconditional.tensors["text"].dtype == torch.float32
     torch.testing.assert_close(half[3]["latents"], full[3]["latents"], rtol=2**-11, atol=1e-6)
     with pytest.raises(ValueError, match="float8.*choose from float32, float16"):
         cache_pairs(noise_pairs(), pipeline, tmp_path, dtype="float8")
@@ -262,3 +263,17 @@ def test_another_padding_token_or_empty_prompt_is_another_cache():
     zeros, words = tiny_sdxl_pipeline(), tiny_sdxl_pipeline()
     words.register_to_config(force_zeros_for_empty_prompt=False)
     assert text_hashes(zeros) != text_hashes(words)
+
+
+def test_a_cache_that_packs_the_pooled_states_is_made_again_with_a_line(noise_pairs, tmp_path, caplog):
+    caplog.set_level("INFO", "slimstep")
+    sdxl, pairs = tiny_sdxl_pipeline(), noise_pairs(2)
+    fields = described_cache(pairs, sdxl, "float32", 512)
+    packed = tmp_path / cache_key({"told_size": fields.pop("conditioning_of_size"), **fields})
+    packed.mkdir()
+    cached = cache_pairs(pairs, sdxl, tmp_path)
+    assert cached[0]["pooled"].shape == (WIDTH,) and cached[0]["time_ids"].tolist() == [16, 16, 0, 0, 16, 16]
+    assert cached.unconditional.tensors.keys() == {"text", "pooled", "time_ids"}
+    cache_pairs(pairs, sdxl, tmp_path)
+    told = [record.getMessage() for record in caplog.records if "earlier form" in record.getMessage()]
+    assert len(told) == 1 and str(packed) in told[0]

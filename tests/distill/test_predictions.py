@@ -15,13 +15,14 @@ from slimstep.distill.prediction import Denoising
 from slimstep.distill.recovery import Recovery
 from slimstep.distill.steps import StepDistillation
 from slimstep.distill.teaching import WEIGHTINGS, Rung
-from slimstep.eval.sampling import Sampler, Texts
+from slimstep.eval.sampling import Sampler
+from slimstep.models.conditioning import Conditioning
 from slimstep.models.noise_schedule import PREDICTION_TYPES, pred_of, schedule_of
 from slimstep.models.schedulers import swapped_scheduler
 from slimstep.prune.robust import RobustTraining
-from tests.tiny import WIDTH, tiny_pipeline
+from tests.tiny import DENOISER, WIDTH, no_caption, tiny_pipeline
 
-EMPTY, OFF = torch.zeros(5, WIDTH), 0.1
+EMPTY, OFF = no_caption(), 0.1
 SIMPLE = {
     "denoising": Denoising,
     "recovery": Recovery,
@@ -46,10 +47,10 @@ class Knowing(nn.Module):
         self.gain, self.mid_block = nn.Parameter(torch.tensor(gain)), nn.Identity()
         self.config = SimpleNamespace(time_cond_proj_dim=width, in_channels=4, sample_size=8)
 
-    def forward(self, z_BCHW, t, text_BLE=None, encoder_hidden_states=None, timestep_cond=None, block_mask=None, **_):
-        text_BLE = encoder_hidden_states if text_BLE is None else text_BLE
+    def forward(self, z_BCHW, t, encoder_hidden_states, timestep_cond=None, block_mask=None, **_):
         t_B, self.z = t.long().expand(len(z_BCHW)), self.mid_block(z_BCHW)
-        own = text_BLE.mean((1, 2))[:, None, None, None] + (1e-3 * t_B[:, None, None, None] + 0.5 * z_BCHW).tanh()
+        own_B111 = encoder_hidden_states.mean((1, 2))[:, None, None, None]
+        own = own_B111 + (1e-3 * t_B[:, None, None, None] + 0.5 * z_BCHW).tanh()
         if timestep_cond is not None:
             own = own + 0.1 * timestep_cond.mean(1)[:, None, None, None]
         x0_BCHW = self.gain * own if self.x0 is None else self.x0.repeat(2, 1, 1, 1)[: len(z_BCHW)]
@@ -76,7 +77,7 @@ def stepping(name, prediction_type, x0=None, off=0.0, **options):
     schedule = schedule_of(one)
     teacher = Knowing(schedule, x0)
     student = Knowing(schedule, x0, off, 1.2, width)
-    objective = kind(schedule, EMPTY, teacher, Rung(one, 10, one, 5), **own, **options)
+    objective = kind(DENOISER, schedule, EMPTY, teacher, Rung(one, 10, one, 5), **own, **options)
     loss, metrics = objective(student, batch(), torch.Generator().manual_seed(0))
     return schedule, objective, student, loss, metrics
 
@@ -86,7 +87,7 @@ def stepping(name, prediction_type, x0=None, off=0.0, **options):
 def test_the_loss_of_a_perfect_prediction_is_zero_and_else_its_squared_error(name, prediction_type):
     schedule = schedule_of(scheduler(prediction_type))
     perfect = Knowing(schedule, batch()["latents"])
-    objective = SIMPLE[name](schedule, EMPTY, perfect)
+    objective = SIMPLE[name](DENOISER, schedule, EMPTY, perfect)
     loss, _ = objective(perfect, batch(), torch.Generator().manual_seed(0))
     assert loss == pytest.approx(0, abs=1e-6)
     near = Knowing(schedule, batch()["latents"], OFF)
@@ -151,7 +152,7 @@ def test_sampling_draws_the_same_whatever_the_network_predicts(name, guidance_sc
         pipeline.register_modules(scheduler=swapped_scheduler(pipeline.scheduler, name))
         sampler = Sampler(pipeline, 4, guidance_scale)
         noise = torch.stack([sampler.noise(i) for i in range(3)])
-        drawn.append(sampler.latents(Knowing(schedule), Texts(batch(3)["text"], EMPTY[None]), noise))
+        drawn.append(sampler.latents(Knowing(schedule), Conditioning({"text": batch(3)["text"]}), noise, uncond=EMPTY))
     assert drawn[0].isfinite().all() and drawn[0].std() > 0.1
     for other in drawn[1:]:
         torch.testing.assert_close(other, drawn[0], rtol=1e-2, atol=1e-2)

@@ -6,7 +6,7 @@ import torch
 from slimstep.distill.recovery import Recovery, features_of, relative_error
 from slimstep.models.noise_schedule import schedule_of
 from slimstep.models.unet import PrunableUNet2DConditionModel
-from tests.tiny import WIDTH, tiny_pipeline
+from tests.tiny import DENOISER, WIDTH, no_caption, tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def teacher(pipeline):
 
 @pytest.fixture
 def recovery(pipeline, teacher):
-    return Recovery(schedule_of(pipeline.scheduler), torch.zeros(4, WIDTH), teacher)
+    return Recovery(DENOISER, schedule_of(pipeline.scheduler), no_caption(4), teacher)
 
 
 def batch():

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 
 from slimstep.distill.bench import DistillBench
 from slimstep.distill.config import LadderConfig
-from slimstep.models.guidance import with_told_guidance
+from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.pipeline import load_pipeline, with_unet
 from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.prune.bench import PruneBench
@@ -81,7 +81,7 @@ def test_what_only_another_solver_reads_is_not_handed_on():
 
 
 def test_a_teacher_that_is_told_its_guidance_is_refused_where_nothing_tells_it():
-    told = with_told_guidance(PrunableUNet2DConditionModel.from_unet(tiny_unet()), 32)
+    told = with_guidance_embedding(PrunableUNet2DConditionModel.from_unet(tiny_unet()), 32)
     ladder, pruning = object.__new__(DistillBench), object.__new__(PruneBench)
     ladder.config = OmegaConf.create({"objective": {"_target_": "slimstep.distill.steps.StepDistillation"}})
     ladder.ladder, ladder.climbs = LadderConfig(), ()

@@ -21,21 +21,21 @@ from slimstep.distill.teaching import (
     Draw,
     Rung,
     Target,
-    predict,
-    predict_told,
     teacher_target,
     weights,
 )
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.loop import train
 from slimstep.engine.run import Run
-from slimstep.models.guidance import guidance_embedding, with_told_guidance
+from slimstep.models.conditioning import conditioning_of
+from slimstep.models.denoiser import guidance_embedding
+from slimstep.models.guidance import guided, with_guidance_embedding
 from slimstep.models.noise_schedule import PREDICTION_TYPES, add_noise, ddim_step, pred_of, schedule_of, snr
 from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.models.conftest import small_stock_unet
-from tests.tiny import WIDTH
+from tests.tiny import DENOISER, WIDTH, no_caption
 
-EMPTY = torch.zeros(5, WIDTH)
+EMPTY = no_caption()
 NO_GUIDANCE = torch.empty(0)
 
 
@@ -63,6 +63,10 @@ def batch(size=6):
     }
 
 
+def cond(size=6):
+    return conditioning_of(batch(size), like=EMPTY)
+
+
 class Samples(torch.utils.data.Dataset):
     """Six pairs that are encoded already."""
 
@@ -74,7 +78,7 @@ class Samples(torch.utils.data.Dataset):
 
 
 def objective(kind, teacher, way, **options):
-    return kind(schedule_of(way.student_scheduler), EMPTY, teacher, way, **options)
+    return kind(DENOISER, schedule_of(way.student_scheduler), EMPTY, teacher, way, **options)
 
 
 @pytest.fixture(scope="module")
@@ -96,16 +100,16 @@ def test_one_step_to_the_target_lands_where_the_teachers_two_steps_land(unet, pr
     # Every step of the student, the first and the last included.
     bounds_NK = way.bounds(schedule)
     z = add_noise(x0, noise, schedule.alpha_sigma(bounds_NK[:, 0]))
-    start = Draw(x0, noise, z, bounds_NK, batch(4)["text"])
+    start = Draw(x0, noise, z, bounds_NK, cond(4))
     w_G = NO_GUIDANCE if w is None else torch.full((4,), w)
-    target = teacher_target(unet, schedule, start, EMPTY, w_G)
+    target = teacher_target(DENOISER, unet, schedule, start, EMPTY, w_G)
     assert target.x0_BCHW.isfinite().all() and (target.gap_B > 0).all()
     z = start.z_BCHW
     for t_B, s_B in zip(start.bounds_BK.T[:-1], start.bounds_BK.T[1:], strict=True):
         with torch.no_grad():
-            pred = unet(z, t_B, start.text_BLE).sample
+            pred = unet(z, t_B, start.cond.tensors["text"]).sample
             if w is not None:
-                empty = unet(z, t_B, EMPTY.expand(4, -1, -1)).sample  # a pass of its own
+                empty = unet(z, t_B, EMPTY.expand(4).tensors["text"]).sample  # a pass of its own
                 pred = empty + w * (pred - empty)
         z = ddim_step(pred, z, schedule.alpha_sigma(t_B), schedule.alpha_sigma(s_B), prediction_type)
     first, last = schedule.alpha_sigma(start.t_B), schedule.alpha_sigma(start.end_B)
@@ -115,18 +119,20 @@ def test_one_step_to_the_target_lands_where_the_teachers_two_steps_land(unet, pr
 
 
 def test_guidance_of_one_is_no_guidance_bit_for_bit(unet):
-    inputs = batch()["latents"], torch.full((6,), 500), batch()["text"]
+    inputs = batch()["latents"], torch.full((6,), 500), cond()
     with torch.no_grad():
-        guided, plain = predict(unet, *inputs, EMPTY, torch.ones(6))
-    assert torch.equal(guided, plain)
+        led, plain = guided(DENOISER, unet, *inputs, EMPTY, torch.ones(6))
+    assert torch.equal(led, plain)
 
 
 def test_only_the_first_rows_are_guided(unet):
-    inputs = batch()["latents"], torch.full((6,), 500), batch()["text"]
+    inputs = batch()["latents"], torch.full((6,), 500), cond()
     with torch.no_grad():
-        guided, plain = predict(unet, *inputs, EMPTY, torch.full((2,), 5.0))
-    assert torch.equal(guided[2:], plain[2:])
-    assert (guided[:2] != plain[:2]).any()
+        led, plain = guided(DENOISER, unet, *inputs, EMPTY, torch.full((2,), 5.0))
+        all_rows, _ = guided(DENOISER, unet, *inputs, EMPTY, 5.0)
+    assert torch.equal(led[2:], plain[2:])
+    assert (led[:2] != plain[:2]).any()
+    torch.testing.assert_close(led[:2], all_rows[:2])
 
 
 @pytest.mark.parametrize("weighting", ["truncated_snr", "snr_plus_one", "uniform"])
@@ -159,7 +165,8 @@ def test_a_teacher_that_goes_at_once_leaves_all_of_its_own_error(unet):
 def test_truncated_snr_is_at_least_one():
     schedule, t_B = schedule_of(scheduler()), torch.arange(1000)
     nothing = torch.zeros(1000)
-    start, target = Draw(nothing, nothing, nothing, t_B[:, None], nothing), Target(nothing, torch.full((1000,), 0.25))
+    start = Draw(nothing, nothing, nothing, t_B[:, None], EMPTY)
+    target = Target(nothing, torch.full((1000,), 0.25))
     snr_B = snr(schedule.alpha_sigma(t_B))
     assert torch.equal(weights(schedule, start, target, "truncated_snr"), snr_B.clamp(min=1))
     assert torch.equal(weights(schedule, start, target, "snr_plus_one"), snr_B + 1)
@@ -180,16 +187,17 @@ def test_a_student_that_is_told_begins_as_it_was(unet):
     prunable = PrunableUNet2DConditionModel.from_unet(unet).with_architecture({"mid_block.attentions.0": 0})
     z, t_B, text = batch()["latents"], torch.full((6,), 500), batch()["text"]
     with torch.no_grad():
-        answer = predict_told(with_told_guidance(prunable, 32), z, t_B, text, torch.full((6,), 7.5))
+        student, w_B = with_guidance_embedding(prunable, 32), torch.full((6,), 7.5)
+        answer = DENOISER(student, z, t_B, cond(), guidance_B=w_B)
         assert torch.equal(answer, prunable(z, t_B, text).sample)
 
 
 def test_a_student_is_told_the_guidance_as_the_pipeline_tells_it(told):
     pipeline_says = StableDiffusionPipeline.get_guidance_scale_embedding(None, torch.tensor([6.5]), embedding_dim=32)
     assert torch.equal(guidance_embedding(torch.tensor([7.5]), 32), pipeline_says)
-    z, t_B, text = batch()["latents"], torch.full((6,), 500), batch()["text"]
+    inputs = batch()["latents"], torch.full((6,), 500), cond()
     with torch.no_grad():
-        answers = [predict_told(told, z, t_B, text, torch.full((6,), w)) for w in (2.0, 7.5)]
+        answers = [DENOISER(told, *inputs, guidance_B=torch.full((6,), w)) for w in (2.0, 7.5)]
     assert (answers[0] != answers[1]).any()
 
 
@@ -198,14 +206,14 @@ def test_a_consistency_answer_is_what_lcm_scheduler_takes_it_for(unet, told):
     lcm.set_timesteps(4)
     assert set(lcm.timesteps.tolist()) <= set(rung(50, 50).bounds(schedule_of(lcm))[:, 0].tolist())
     consistency = objective(ConsistencyDistillation, unet, rung(50, 50))
-    z, text, w_B = batch()["latents"], batch()["text"], torch.full((6,), 3.0)
+    z, w_B = batch()["latents"], torch.full((6,), 3.0)
     for t in lcm.timesteps:
         t_B = t.expand(6)
         with torch.no_grad():
-            pred = predict_told(told, z, t_B, text, w_B)
-            answer = consistency.answer(told, z, t_B, text, w_B)
+            pred = DENOISER(told, z, t_B, cond(), guidance_B=w_B)
+            answer = consistency.answer(told, z, t_B, cond(), w_B)
         torch.testing.assert_close(answer, lcm.step(pred, t, z, generator=draw()).denoised, rtol=1e-4, atol=1e-4)
-    assert torch.equal(consistency.answer(told, z, torch.zeros(6, dtype=torch.long), text, w_B).detach(), z)
+    assert torch.equal(consistency.answer(told, z, torch.zeros(6, dtype=torch.long), cond(), w_B).detach(), z)
 
 
 def test_consistency_is_taught_from_outside_and_learnt_with_the_guidance(unet, told):
@@ -219,10 +227,8 @@ def test_consistency_is_taught_from_outside_and_learnt_with_the_guidance(unet, t
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 1.0])
 def test_rows_are_guided_as_often_as_asked_whatever_the_batch(unet, share):
     teach = objective(StepDistillation, unet, rung(4, 8), guided_share=share)
-    guided = [
-        (teach.draw_guidance(math.ceil(share * 4), 4, draw(seed)) != 1).sum().item() for seed in range(2000)
-    ]  # fmt: skip
-    assert sum(guided) / (4 * 2000) == pytest.approx(share, abs=0.02)
+    led = [(teach.draw_guidance(math.ceil(share * 4), 4, draw(seed)) != 1).sum().item() for seed in range(2000)]
+    assert sum(led) / (4 * 2000) == pytest.approx(share, abs=0.02)
 
 
 def test_answers_given_beforehand_are_those_of_the_moment(tmp_path, unet):
@@ -234,7 +240,7 @@ def test_answers_given_beforehand_are_those_of_the_moment(tmp_path, unet):
     run = Run(tmp_path, Accelerator(cpu=True))
     pairs = taught_pairs(draws, cached.compute_targets, run, *asked)
     again = taught_pairs(draws, lambda batch: pytest.fail("asked twice"), run, *asked)
-    assert len(pairs) == 12 and {bool((pairs[j]["text"] == EMPTY).all()) for j in range(12)} == {True, False}
+    assert len(pairs) == 12 and {bool((pairs[j]["text"] == 0).all()) for j in range(12)} == {True, False}
     told = torch.utils.data.default_collate([again[j] for j in range(12)])
     target, gap = cached.compute_targets(told)
     torch.testing.assert_close(told["target"], target, rtol=1e-4, atol=1e-4)

@@ -24,11 +24,12 @@ from slimstep.engine.loop import train
 from slimstep.engine.objective import STUDENT, Objective, PlainObjective, as_objective
 from slimstep.engine.run import Run
 from slimstep.models.decoding import ImageDecoder
+from slimstep.models.denoiser import denoiser_of
 from slimstep.models.noise_schedule import schedule_of
 from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.prune.robust import RobustTraining
 from tests.engine import two_networks
-from tests.tiny import WIDTH, tiny_pipeline, tiny_sdxl_pipeline
+from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
 
 SHORT = {"steps": 6, "batch_size": 2, "warmup_steps": 0, "log_every": 1, "checkpoint_every": 2}
 
@@ -81,10 +82,10 @@ def subject(name: str) -> tuple[nn.Module, Objective | PlainObjective, StackData
     if name == "two":
         points = torch.randn((16, 3), generator=torch.Generator().manual_seed(0))
         return two_networks.network(seed=0), two_networks.FakeScore(), StackDataset(x=points)
-    pipeline, rows, width = (tiny_sdxl_pipeline(), 17, 2 * WIDTH) if name == "sdxl" else (tiny_pipeline(), 16, WIDTH)
-    draw = torch.Generator().manual_seed(0)
-    latents, text = (torch.randn(shape, generator=draw) for shape in ((16, 4, 8, 8), (16, rows, width)))
-    samples = StackDataset(latents=latents, text=text)
+    pipeline, draw = (tiny_sdxl_pipeline if name == "sdxl" else tiny_pipeline)(), torch.Generator().manual_seed(0)
+    denoiser = denoiser_of(pipeline.unet)
+    latents, _, cond = denoiser.example(pipeline.unet, 16, tokens=16, generator=draw)
+    samples = StackDataset(latents=latents, **cond.tensors)
     pipeline.vae.requires_grad_(False)
     if name == "decoder":
         student = ImageDecoder(tiny_pipeline().vae.requires_grad_(False))
@@ -92,7 +93,8 @@ def subject(name: str) -> tuple[nn.Module, Objective | PlainObjective, StackData
         return student, DecoderDistillation(ImageDecoder(pipeline.vae)), samples
     unet = PrunableUNet2DConditionModel.from_unet(pipeline.unet)
     schedule = schedule_of(pipeline.scheduler)
-    given = schedule, torch.zeros(rows, width), pipeline.unet.requires_grad_(False)
+    uncond = cond.rows([0]).map(torch.zeros_like)
+    given = denoiser, schedule, uncond, pipeline.unet.requires_grad_(False)
     if name == "recovery":
         return unet, Recovery(*given), samples
     return unet, RobustTraining(*given, skip_prob={"resnet": 0.2, "attention": 0.2}), samples

@@ -18,7 +18,7 @@ from torch._dynamo.testing import CompileCounter
 
 from slimstep.data.encoding import encode_images
 from slimstep.eval.sampling import Sampler
-from slimstep.models.guidance import with_told_guidance
+from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.tiny import tiny_pipeline
 
@@ -60,7 +60,7 @@ def test_any_scheduler_of_the_pipeline_draws_as_in_the_pipeline(scheduler):
 def test_a_unet_that_is_told_its_guidance_draws_as_in_the_pipeline():
     pipeline = tiny_pipeline()
     torch.manual_seed(1)
-    pipeline.unet = with_told_guidance(pipeline.unet, 32)
+    pipeline.unet = with_guidance_embedding(pipeline.unet, 32)
     torch.nn.init.normal_(pipeline.unet.time_embedding.cond_proj.weight)
     sampler, other = (Sampler(pipeline, steps=3, guidance_scale=w) for w in (3.0, 6.0))
     images = sampler.images(pipeline.unet, PROMPTS, [0, 1, 2])
@@ -100,7 +100,7 @@ class SpyUNet(nn.Module):
         return (sample,)
 
 
-def test_gates_reach_both_halves_of_a_guidance_batch():
+def test_block_masks_reach_both_halves_of_a_guidance_batch():
     unet = SpyUNet()
     sampler = Sampler(tiny_pipeline(), steps=2, guidance_scale=3.0)
     mask = torch.tensor([[True, False, True], [False, True, True]])
@@ -108,7 +108,7 @@ def test_gates_reach_both_halves_of_a_guidance_batch():
     for call in unet.calls:
         assert torch.equal(call["mask"], torch.cat([mask, mask]))
         assert isinstance(call["t"], torch.Tensor)
-        assert torch.equal(call["text"][0], call["text"][1]) and not torch.equal(call["text"][1], call["text"][2])
+        assert torch.equal(call["text"][2], call["text"][3]) and not torch.equal(call["text"][1], call["text"][2])
     assert len(unet.calls) == 2
 
 
@@ -125,7 +125,7 @@ def test_texts_are_encoded_once_per_prompt_set(monkeypatch):
     texts = sampler.encode(PROMPTS)
     monkeypatch.setattr(pipeline, "encode_prompt", lambda *_, **__: pytest.fail("encoded again"))
     assert sampler.encode(list(PROMPTS)) is texts and len(texts) == len(PROMPTS)
-    assert torch.equal(texts.rows([2, 0]).states_BLE, texts.states_BLE[[2, 0]])
+    assert torch.equal(texts.rows([2, 0]).tensors["text"], texts.tensors["text"][[2, 0]])
 
 
 def test_decoding_rounds_as_the_pipelines_image_processor():
@@ -242,4 +242,4 @@ def test_rows_of_texts_are_those_of_all_bit_for_bit(monkeypatch):
     monkeypatch.setattr("slimstep.eval.sampling.TEXTS_PER_BATCH", 3)
     sampler = Sampler(tiny_pipeline(), steps=1, guidance_scale=3.0)
     whole, some = sampler.encode(PROMPTS).rows([3, 0, 3]), sampler.encode_rows(PROMPTS, [3, 0, 3])
-    assert torch.equal(whole.states_BLE, some.states_BLE) and torch.equal(whole.empty_1LE, some.empty_1LE)
+    assert torch.equal(whole.tensors["text"], some.tensors["text"])

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from slimstep.models.cost import count_activation_bytes, count_gflops, unet_inputs
+from slimstep.models.cost import count_activation_bytes, count_gflops
+from slimstep.models.denoiser import denoiser_of
 from slimstep.models.reference import CONFIGS
 from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.models.conftest import small_stock_unet
@@ -27,7 +28,8 @@ def test_cost_grows_with_the_batch_and_falls_with_a_block():
 
 def test_counted_activations_are_those_a_forward_on_the_cpu_keeps():
     stock = small_stock_unet().train()
-    inputs = {name: torch.randn_like(value) for name, value in unet_inputs(stock, 8, 2, 5).items()}
+    denoiser = denoiser_of(stock)
+    inputs = denoiser.example(stock, 2, tokens=5)
     kept: dict[int, torch.UntypedStorage] = {}
 
     def keep(tensor):
@@ -35,8 +37,7 @@ def test_counted_activations_are_those_a_forward_on_the_cpu_keeps():
 
     own = {parameter.untyped_storage().data_ptr() for parameter in stock.parameters()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        stock(**inputs)
+        denoiser(stock, *inputs)
     there = sum(storage.nbytes() for address, storage in kept.items() if address not in own)
-    stock.register_to_config(sample_size=8)
     assert count_activation_bytes(stock, 2, tokens=5) == pytest.approx(there, rel=0.1)
     assert count_activation_bytes(stock, 4, 5) == pytest.approx(2 * count_activation_bytes(stock, 2, 5), rel=0.01)

@@ -7,7 +7,7 @@ from torch import nn
 from slimstep.models.noise_schedule import schedule_of
 from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.prune.robust import RobustTraining
-from tests.tiny import WIDTH, tiny_pipeline
+from tests.tiny import DENOISER, WIDTH, no_caption, tiny_pipeline
 
 
 @pytest.fixture(scope="module")
@@ -22,8 +22,7 @@ def unet(pipeline):
 
 def objective(pipeline, unet, **options):
     options = {"skip_prob": {"resnet": 0.3, "attention": 0.1}, **options}
-    schedule = schedule_of(pipeline.scheduler)
-    return RobustTraining(schedule, torch.zeros(4, WIDTH), unet, **options)
+    return RobustTraining(DENOISER, schedule_of(pipeline.scheduler), no_caption(4), unet, **options)
 
 
 def batch(size=4):
@@ -38,8 +37,9 @@ class Recorder(nn.Module):
     def __init__(self, unet):
         super().__init__()
         self.kinds, self.kept_blocks, self.masks = unet.kinds, unet.kept_blocks, []
+        self.weight = nn.Parameter(torch.zeros(1))
 
-    def forward(self, noisy, t, text, block_mask, return_dict):
+    def forward(self, noisy, t, encoder_hidden_states, block_mask, return_dict):
         self.masks.append(block_mask)
         return (noisy,)
 

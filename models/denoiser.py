@@ -1,0 +1,127 @@
+"""`Denoiser`: the one way in which sampling, training, timing and counting call a network.
+
+    prediction = denoiser(network, x_t, t_B, cond, guidance_B=None, block_mask_BN=None)
+
+A denoiser knows how its kind of network wants its arguments named and shaped; it holds no weights, so that it calls the
+teacher, its students, compiled and sharded wrappers of them alike. A further kind of network is a further class with
+`prediction_type`, `sample_shape`, `__call__` and `example`, and a line of `denoiser_of`.
+
+Axes: B batch, N prunable blocks that a network kept.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from torch import Tensor, nn
+
+from slimstep.models.conditioning import Conditioning, pooled_width
+
+NUM_TOKENS = 77
+
+
+class Denoiser(Protocol):
+    """How a kind of network is called.
+
+    prediction_type: what its answer means: epsilon, v_prediction, sample. sample_shape: that of one sample, as
+    (4, 64, 64) latents or (3, 32, 32) pixels.
+    """
+
+    prediction_type: str
+    sample_shape: tuple[int, ...]
+
+    def __call__(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t_B: Tensor,
+        cond: Conditioning,
+        *,
+        guidance_B: Tensor | None = None,
+        block_mask_BN: Tensor | None = None,
+    ) -> Tensor:
+        """The prediction at x_t [B, *sample_shape], in x_t's dtype; inputs are cast to the network's.
+
+        t_B: one timestep for each row, or one of no axis for all. cond: as many rows, or no tensors. guidance_B: the
+        guidance scales, for networks that are distilled to take one. block_mask_BN: bool, False where a row skips a
+        block.
+        """
+        ...
+
+    def example(
+        self, network: nn.Module, batch: int, *, side: int | None = None, tokens: int = NUM_TOKENS,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor, Conditioning]:  # fmt: skip
+        """Random x_t, t_B and cond of the shapes that the network takes, on its device and in its dtype.
+
+        side: the height and width in place of sample_shape's. tokens: those of a prompt.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class UNet2DConditionDenoiser:
+    """diffusers' UNet2DConditionModel and its prunable subclass, SDXL's included."""
+
+    prediction_type: str
+    sample_shape: tuple[int, int, int]
+
+    def __call__(
+        self,
+        network: nn.Module,
+        x_t: Tensor,
+        t_B: Tensor,
+        cond: Conditioning,
+        *,
+        guidance_B: Tensor | None = None,
+        block_mask_BN: Tensor | None = None,
+    ) -> Tensor:
+        dtype, options = next(network.parameters()).dtype, {}
+        tensors = cond.to(dtype=dtype).tensors
+        if "pooled" in tensors:
+            options["added_cond_kwargs"] = {"text_embeds": tensors["pooled"], "time_ids": tensors["time_ids"]}
+        if guidance_B is not None:
+            options["timestep_cond"] = guidance_embedding(guidance_B, guidance_embed_dim(network)).to(dtype)
+        if block_mask_BN is not None:
+            options["block_mask"] = block_mask_BN
+        text = {"encoder_hidden_states": tensors["text"]}
+        return network(x_t.to(dtype), t_B, **text, return_dict=False, **options)[0].to(x_t.dtype)
+
+    def example(
+        self, network: nn.Module, batch: int, *, side: int | None = None, tokens: int = NUM_TOKENS,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, Tensor, Conditioning]:  # fmt: skip
+        config, (channels, *sides) = network.config, self.sample_shape
+
+        def random(*shape: int) -> Tensor:
+            return torch.randn(batch, *shape, generator=generator).to(network.device, network.dtype)
+
+        x_t = random(channels, *([side, side] if side else sides))
+        tensors = {"text": random(tokens, config.encoder_hid_dim or config.cross_attention_dim)}
+        if pooled := pooled_width(network):
+            tensors |= {"pooled": random(pooled), "time_ids": random(6)}
+        return x_t, torch.full((batch,), 500, device=network.device), Conditioning(tensors)
+
+
+def denoiser_of(network: nn.Module, prediction_type: str = "epsilon") -> Denoiser:
+    """The denoiser of a network by its class; `prediction_type` is its scheduler's, and any where none is trained."""
+    config = extract_model_from_parallel(network, keep_torch_compile=False).config
+    size = config.sample_size
+    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    return UNet2DConditionDenoiser(prediction_type, (config.in_channels, *sides))
+
+
+def guidance_embed_dim(unet: nn.Module) -> int:
+    """The width of the guidance embedding a UNet takes, 0 for one that is guided from outside."""
+    config = extract_model_from_parallel(unet, keep_torch_compile=False).config
+    return getattr(config, "time_cond_proj_dim", None) or 0
+
+
+def guidance_embedding(w_B: Tensor, width: int) -> Tensor:
+    """[B, width]: the sinusoids of 1000·(w − 1) that diffusers' pipelines pass as `timestep_cond`; width is even."""
+    half = width // 2
+    frequencies = torch.exp(torch.arange(half, device=w_B.device) * -(math.log(10000) / (half - 1)))
+    angles_BF = 1000 * (w_B - 1)[:, None] * frequencies
+    return torch.cat([angles_BF.sin(), angles_BF.cos()], dim=1)
