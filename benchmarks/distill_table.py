@@ -111,7 +111,7 @@ def write_cut(folder: Path) -> None:
     if (folder / "export").exists():
         return
     teacher = load_pipeline(TEACHER)
-    bare = PrunableUNet2DConditionModel.from_unet(teacher.unet, bypass="drop_skip")
+    bare = PrunableUNet2DConditionModel.from_unet(teacher.unet, skip_rule="drop_skip")
     cut = bare.with_architecture(dict.fromkeys(CUT, 0))
     export_pipeline(with_unet(teacher, cut), folder / "export")
 

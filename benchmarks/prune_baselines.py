@@ -2,7 +2,7 @@
 
     python benchmarks/prune_baselines.py --root runs/baselines --fraction 0.75
 
-Every run is the pruning job with one round and BK-SDM's bypass. All start from the same robustly trained UNet (the
+Every run is the pruning job with one round and BK-SDM's skip rule. All start from the same robustly trained UNet (the
 first run's, whose weights the others find in their place), are cut to the same measured latency, recover for the same
 number of steps, and are judged on the same prompts, which no block was ranked on. To --out go the table with paired
 differences, the picture of CLIP against latency, every run's evaluation per prompt, and the scores of all blocks.
@@ -62,9 +62,9 @@ def run_rule(rule: str, overrides: list[str], options: argparse.Namespace) -> No
     if options.processes > 1:
         python = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={options.processes}"]
     command = [
-        *python, str(REPOSITORY / "train.py"), "+experiment=prune_unet", "search.rounds=1", "search.bypass=drop_skip",
-        f"search.target_fraction={options.fraction}", f"root={options.root}", f"name={rule}",
-        *overrides, *options.overrides,
+        *python, str(REPOSITORY / "train.py"), "+experiment=prune_unet", "search.rounds=1",
+        "search.skip_rule=drop_skip", f"search.target_fraction={options.fraction}", f"root={options.root}",
+        f"name={rule}", *overrides, *options.overrides,
     ]  # fmt: skip
     print("$", " ".join(command), flush=True)
     on_cpu = {"ACCELERATE_USE_CPU": "true"} if not os.path.exists("/dev/nvidia0") else {}

@@ -20,7 +20,7 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.types import Override
 
-from slimstep.engine.renamed import is_same
+from slimstep.engine.renamed import is_same, with_new_keys
 
 SCORER_CHECK = "scorer_check.json"  # what eval/scorer_check.py has measured
 GROWING = ("ladder.steps", "curves.steps", "curves.guidance")
@@ -116,6 +116,8 @@ def has_grown(key: str, old: Any, new: Any) -> bool:
 
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """{dotted key: (old, new)} of all leaves in which two nested dicts differ; None stands for a missing one."""
+    if not prefix:
+        old = with_new_keys(old)
     tables = [value for value in (old, new) if isinstance(value, dict)]
     if not tables or not all(value is None or isinstance(value, dict) for value in (old, new)):
         return {} if is_same(prefix, old, new) else {prefix: (old, new)}

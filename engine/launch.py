@@ -22,6 +22,7 @@ from slimstep.engine.identity import existing_run, run_name
 from slimstep.engine.launcher import check_launcher, is_on
 from slimstep.engine.preemption import CONTINUE_ME, leave_on_sigterm, was_preempted
 from slimstep.engine.quiet import bounded, one_line
+from slimstep.engine.renamed import with_new_key
 from slimstep.engine.tested import outside_the_tested_set
 from slimstep.engine.words import is_readable, parsed, quoted
 
@@ -47,6 +48,7 @@ def main() -> None:
             fail(f"the environment's {name}={os.environ[name]} is no number; launchers set it, unset it otherwise")
     set_up()
     sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in MULTIRUN)  # argparse wants it before the overrides
+    sys.argv[1:] = [with_new_key(word) for word in sys.argv[1:]]
     sys.argv[1:] = [quoted(word, sweeps=bool(MULTIRUN & set(sys.argv))) for word in sys.argv[1:]]
     # A stage's table names some of its keys; the others are added.
     sys.argv[1:] = [f"++{word}" if word.startswith("stages.") else word for word in sys.argv[1:]]

@@ -1,9 +1,18 @@
-"""Jobs and components of earlier versions' configurations, and where they lie now."""
+"""Keys, jobs and components of earlier versions' configurations, and what they are called now."""
 
+import logging
 import re
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+
+log = logging.getLogger("slimstep")
+KEYS = {
+    "search.bypass": "search.skip_rule",
+    "search.method.depths": "search.method.architecture",
+    "search.method.sites": "search.method.blocks",
+}
+OLD_KEY = re.compile(rf"([+~]*(?:stages\.[^.=]+\.)?)({'|'.join(map(re.escape, KEYS))})(?=[.=]|$)")
 
 MOVED = {
     "engine.handover.hand_over": "slimstep.eval.handover.hand_over",
@@ -12,6 +21,39 @@ MOVED = {
 }
 BARE = re.compile(r"(data|distill|engine|eval|models|prune)\.\w+(\.\w+)+")  # paths from before the one import root
 ADDED = {"evaluation.preferences.hpsv2.quick_gelu": False}  # what earlier versions did without saying it
+
+
+def with_new_key(word: str) -> str:
+    """An override of the command line with its key's present name; a line says so where that is another."""
+    if not (match := OLD_KEY.match(word)):
+        return word
+    tell(match[2])
+    return f"{match[1]}{KEYS[match[2]]}{word[match.end():]}"
+
+
+def rename_keys(config: DictConfig) -> None:
+    """Moves the values of old keys of a configuration to where they are read; a line for each."""
+    for key, new in KEYS.items():
+        if (value := OmegaConf.select(config, key)) is not None:
+            tell(key)
+            parent, _, leaf = key.rpartition(".")
+            with open_dict(config):
+                OmegaConf.update(config, new, value)
+                del OmegaConf.select(config, parent)[leaf]
+
+
+def with_new_keys(table: Any, prefix: str = "") -> Any:
+    """The configuration that an earlier version wrote, with the keys as they are called now."""
+    if not isinstance(table, dict):
+        return table
+    return {
+        KEYS[f"{prefix}{key}"].removeprefix(prefix) if f"{prefix}{key}" in KEYS else key:
+        with_new_keys(value, f"{prefix}{key}.") for key, value in table.items()
+    }  # fmt: skip
+
+
+def tell(key: str) -> None:
+    log.warning(f"{key} is called {KEYS[key]} now; the old name works for one version")
 
 
 def at_their_place(value: Any) -> Any:

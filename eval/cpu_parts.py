@@ -84,7 +84,7 @@ def remove(unet: PrunableUNet2DConditionModel, blocks: list[str]) -> None:
     for block in sorted(blocks, key=lambda block: block not in unet.parents):
         for path in unet.instances(block):
             module = unet.get_submodule(path)
-            unet.set_submodule(path, Removed(module, unet.bypass.get(block, "identity")))
+            unet.set_submodule(path, Removed(module, unet.skip_rules.get(block, "identity")))
 
 
 def twin(network: nn.Module) -> nn.Module:

@@ -180,7 +180,7 @@ class Level:
                 plan.obstruct(block, f"is removed from a {self.block_type}, whose other parts stay")
         for block in (s for s in (*resnets, *attentions) if unet.repeats(s) > 1):
             plan.obstruct(block, "is copied")
-        for block in (s for s in resnets if not unet.repeats(s) and unet.bypass.get(s) == "shortcut"):
+        for block in (s for s in resnets if not unet.repeats(s) and unet.skip_rules.get(s) == "shortcut"):
             plan.obstruct(block, "is removed but for its 1×1 shortcut")
         for i, block in enumerate(attentions):
             if unet.repeats(block) and i not in self.kept:

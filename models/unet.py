@@ -59,18 +59,18 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
 
     depths: the architecture, as config.json holds it: {block: repeats}. It may also name an innermost level as a whole
         (`down_blocks.3: 0`): both its blocks, the mid block, and the resampling into it and out of it go.
-    bypass: what is left of a removed ResNet whose channels change: 'shortcut' keeps its 1×1 convolution; 'drop_skip'
-        (up path, where the incoming features have the output's width) passes them on and drops the skip connection.
-        One rule for all blocks ('drop_skip' then means: wherever it is possible), or {block: rule} for some.
+    bypass: the skip rule, what is left of a removed ResNet whose channels change: 'shortcut' keeps its 1×1 convolution;
+        'drop_skip' (up path, where the incoming features have the output's width) passes them on and drops the skip
+        connection. One rule for all blocks ('drop_skip' then means wherever it is possible), or {block: rule} for some.
     auto_map: written by save_config, so that diffusers' AutoModel finds this file beside the weights.
     Every other removed block is the identity. All other arguments are UNet2DConditionModel's.
-    Raises ValueError for unknown blocks, for copies of a ResNet that changes channels, and for an impossible bypass.
+    Raises ValueError for unknown blocks, for copies of a ResNet that changes channels, and for an impossible skip rule.
 
     architecture: {block: BlockSpec}, in order of execution and without what says nothing.
     blocks: all prunable paths in order of execution, removed ones included. kept_blocks: those that run.
     kinds: {block: 'resnet' or 'attention'}. parents: {layer: the transformer that holds it}; a removed or closed
     transformer takes its layers along. copyable_blocks: those that can run more than once.
-    bypass_choices: {block: the rules possible there}, for ResNets that change channels; bypass: {block: its rule}.
+    skip_rules: {block: its rule}, for ResNets that change channels; skip_rule_choices: {block: those possible there}.
     levels: the innermost levels that can go as a whole, from the inside out.
     """
 
@@ -92,8 +92,8 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
         self.parents = {s: parent for s in modules if (parent := holder_of(s, modules))}
         self.levels = removable_levels(self.config.block_out_channels)
         self.copyable_blocks = tuple(s for s, m in modules.items() if not changes_channels(m))
-        self.bypass_choices = {s: bypass_choices(self, s) for s, m in modules.items() if changes_channels(m)}
-        self.bypass = self._bypass_of_each_block(bypass)
+        self.skip_rule_choices = {s: skip_rule_choices(self, s) for s, m in modules.items() if changes_channels(m)}
+        self.skip_rules = self._skip_rule_of_each_block(bypass)
         self.architecture = canonical(as_architecture(depths or {}), self.blocks, self.levels, self.copyable_blocks)
         self.kept_blocks = kept(self.blocks, self.architecture, self.levels)
         written = {"depths": as_json(self.architecture), "bypass": bypass if isinstance(bypass, str) else dict(bypass)}
@@ -119,18 +119,18 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
         """The block itself, and, for a layer, its twins in the copies of the transformer that holds it."""
         return instances(block, self.architecture, self.parents.get(block))
 
-    def _bypass_of_each_block(self, bypass: str | Mapping[str, str]) -> dict[str, str]:
+    def _skip_rule_of_each_block(self, rule: str | Mapping[str, str]) -> dict[str, str]:
         """{block: rule} for every ResNet that changes channels."""
-        if isinstance(bypass, str):
-            if bypass not in ("shortcut", "drop_skip"):
-                raise ValueError(f"bypass is {bypass!r}; choose 'shortcut', 'drop_skip', or a table {{block: rule}}")
-            return {s: bypass if bypass in choices else "shortcut" for s, choices in self.bypass_choices.items()}
-        for block, rule in bypass.items():
-            choices = self.bypass_choices.get(block, ())
-            if rule not in choices:
-                able = tuple(s for s, rules in self.bypass_choices.items() if rule in rules)
-                raise ValueError(f"bypass {rule!r} is impossible at {block}, which has {choices}; possible at {able}")
-        return {block: bypass.get(block, "shortcut") for block in self.bypass_choices}
+        if isinstance(rule, str):
+            if rule not in ("shortcut", "drop_skip"):
+                raise ValueError(f"the skip rule is {rule!r}; choose 'shortcut', 'drop_skip', or {{block: rule}}")
+            return {s: rule if rule in choices else "shortcut" for s, choices in self.skip_rule_choices.items()}
+        for block, own in rule.items():
+            choices = self.skip_rule_choices.get(block, ())
+            if own not in choices:
+                able = tuple(s for s, rules in self.skip_rule_choices.items() if own in rules)
+                raise ValueError(f"skip rule {own!r} is impossible at {block}, which has {choices}; possible at {able}")
+        return {block: rule.get(block, "shortcut") for block in self.skip_rule_choices}
 
     # ---- travelling ----
 
@@ -148,12 +148,12 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
         cls,
         unet: UNet2DConditionModel,
         architecture: Mapping[str, int | Mapping | BlockSpec] | None = None,
-        bypass: str | Mapping[str, str] | None = None,
+        skip_rule: str | Mapping[str, str] | None = None,
         copy_init: str = "zero",
     ) -> "PrunableUNet2DConditionModel":
         """A prunable UNet with copies of the weights of any other; where None, `unet`'s own table and rule, if any."""
         table = unet.config.get("depths") if architecture is None else architecture
-        return build_from(unet, None, table, bypass, copy_init)
+        return build_from(unet, None, table, skip_rule, copy_init)
 
     def with_architecture(
         self,
@@ -175,7 +175,7 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
         for block in sorted(self.architecture.keys() & modules.keys(), key=lambda s: s not in self.parents):
             repeats = self.architecture[block].repeats
             if repeats == 0:
-                self.set_submodule(block, Removed(modules[block], self.bypass.get(block, "identity")))
+                self.set_submodule(block, Removed(modules[block], self.skip_rules.get(block, "identity")))
             else:
                 copies = [copy.deepcopy(modules[block]) for _ in range(repeats - 1)]
                 modules[block].copies = nn.ModuleList(map(silence, copies))
@@ -185,7 +185,8 @@ class PrunableUNet2DConditionModel(UNet2DConditionModel):
         for column, block in enumerate(self.kept_blocks):
             for module in map(self.get_submodule, self.instances(block)):
                 module.__class__ = MASKED[type(module)]
-                module.running, module.column, module.rule = self._running, column, self.bypass.get(block, "identity")
+                module.running, module.column = self._running, column
+                module.rule = self.skip_rules.get(block, "identity")
                 if self.repeats(block) == 1:
                     module.copies = ()
 
@@ -238,7 +239,7 @@ class MaskedBlock:
         y = output[0] if isinstance(output, tuple) else output
         open_B = self.running.mask_BN[:, self.column]
         # where, not a product: 0 * inf in a closed branch would still be nan.
-        y = torch.where(open_B.view(-1, *[1] * (y.ndim - 1)), y, way_around(self, self.rule, x))
+        y = torch.where(open_B.view(-1, *[1] * (y.ndim - 1)), y, skipped(self, self.rule, x))
         return (y,) if isinstance(output, tuple) else y
 
 
@@ -258,7 +259,7 @@ MASKED = {ResnetBlock2D: MaskedResnet, Transformer2DModel: MaskedTransformer, Ba
 
 
 class Removed(nn.Module):
-    """What is left of a removed block: its way around."""
+    """What is left of a removed block: what its skip rule gives."""
 
     def __init__(self, removed: nn.Module, rule: str):
         super().__init__()
@@ -268,11 +269,11 @@ class Removed(nn.Module):
             self.conv_shortcut = removed.conv_shortcut
 
     def forward(self, x: Tensor, *args, **kwargs):
-        y = way_around(self, self.rule, x)
+        y = skipped(self, self.rule, x)
         return (y,) if self.is_transformer else y
 
 
-def way_around(module: nn.Module, rule: str, x: Tensor) -> Tensor:
+def skipped(module: nn.Module, rule: str, x: Tensor) -> Tensor:
     """What a removed or closed block gives for the features x (on the way up: features and skip, concatenated)."""
     if rule == "shortcut":
         return module.conv_shortcut(x)
@@ -345,7 +346,7 @@ def changes_channels(module: nn.Module) -> bool:
     return isinstance(module, ResnetBlock2D) and module.in_channels != module.out_channels
 
 
-def bypass_choices(unet: UNet2DConditionModel, block: str) -> tuple[str, ...]:
+def skip_rule_choices(unet: UNet2DConditionModel, block: str) -> tuple[str, ...]:
     """The rules possible at a ResNet that changes channels."""
     side, level, _, index = block.split(".")
     widths, level = list(reversed(unet.config.block_out_channels)), int(level)
@@ -360,16 +361,16 @@ def build_from(
     unet: UNet2DConditionModel,
     source: UNet2DConditionModel | None,
     architecture: Mapping[str, int | Mapping | BlockSpec] | None,
-    bypass: str | Mapping[str, str] | None,
+    skip_rule: str | Mapping[str, str] | None,
     copy_init: str,
 ) -> PrunableUNet2DConditionModel:
     """A new prunable UNet: weights of `unet`, else of `source` (blocks put back), else of the block that is copied."""
     if copy_init not in ("zero", "same"):
         raise ValueError(f"copy_init is {copy_init!r}; choose 'zero' or 'same'")
-    bypass = unet.config.get("bypass", "shortcut") if bypass is None else bypass
+    rule = unet.config.get("bypass", "shortcut") if skip_rule is None else skip_rule
     table = as_json(as_architecture(architecture or {}))
     with torch.device("meta"):
-        new = PrunableUNet2DConditionModel.from_config(dict(unet.config), depths=table, bypass=bypass)
+        new = PrunableUNet2DConditionModel.from_config(dict(unet.config), depths=table, bypass=rule)
     own, more = unet.state_dict(), source.state_dict() if source is not None else {}
     before = as_architecture(unet.config.get("depths") or {})
     back = tuple(f"{s}." for s in new.kept_blocks if s in before and before[s].repeats == 0)

@@ -47,12 +47,12 @@ class PruneBench(Bench):
         known = (*self.teacher.blocks, *self.teacher.levels)
         if unknown := sorted(set(self.search.named_blocks) - set(known)):
             raise ValueError(f"search.method names unknown blocks {unknown}; this network has {known}")
-        if (decided := getattr(self.search, "bypass", None)) not in (None, self.bypass):
-            raise ValueError(f"search.method.depths was decided with search.bypass={decided}; set the same here")
+        if (decided := getattr(self.search, "skip_rule", None)) not in (None, self.skip_rule):
+            raise ValueError(f"search.method.architecture was decided with search.skip_rule={decided}; set it here")
         if self.known_latencies:
             table_without(self.known_latencies, self.teacher)
         with torch.device("meta"):
-            bare = PrunableUNet2DConditionModel.from_config(dict(self.teacher.config), bypass=self.bypass)
+            bare = PrunableUNet2DConditionModel.from_config(dict(self.teacher.config), bypass=self.skip_rule)
             PrunableUNet2DConditionModel.from_config(dict(bare.config), depths=getattr(self.search, "architecture", {}))
         for key, stage in {"objective": self.config, "recovery.objective": self.config.recovery}.items():
             self.check_objective(key, stage.objective, stage.train)
@@ -61,14 +61,14 @@ class PruneBench(Bench):
             self.sampler(self.config.scoring)
 
     @property
-    def bypass(self) -> str | dict[str, str]:
-        """What is left of removed ResNets, as search.bypass says."""
-        bypass = self.config.search.bypass
-        return OmegaConf.to_container(bypass) if OmegaConf.is_config(bypass) else bypass
+    def skip_rule(self) -> str | dict[str, str]:
+        """What is left of removed ResNets, as search.skip_rule says."""
+        rule = self.config.search.skip_rule
+        return OmegaConf.to_container(rule) if OmegaConf.is_config(rule) else rule
 
     def student(self) -> PrunableUNet2DConditionModel:
         """A trainable copy of the teacher, in float32."""
-        return PrunableUNet2DConditionModel.from_unet(self.teacher, bypass=self.bypass).float().requires_grad_()
+        return PrunableUNet2DConditionModel.from_unet(self.teacher, skip_rule=self.skip_rule).float().requires_grad_()
 
     @cached_property
     def known_latencies(self) -> dict | None:

@@ -21,15 +21,15 @@ class SearchConfig:
     target_fraction: float | None = 0.75
     target_ms: float | None = None
     rounds: int = 2
-    bypass: Any = "shortcut"
+    skip_rule: Any = "shortcut"
     copy_init: str = "zero"
 
     def __post_init__(self) -> None:
         check_minimum("search", self, 1, "rounds")
         if self.rounds > MOST_ROUNDS:
             raise ValueError(f"search.rounds={self.rounds} is more than {MOST_ROUNDS}: no UNet has so many blocks")
-        if not isinstance(self.bypass, (str, dict)) and not OmegaConf.is_dict(self.bypass):
-            raise ValueError(f"search.bypass={self.bypass} must be shortcut, drop_skip or a table {{block: rule}}")
+        if not isinstance(self.skip_rule, (str, dict)) and not OmegaConf.is_dict(self.skip_rule):
+            raise ValueError(f"search.skip_rule={self.skip_rule} must be shortcut, drop_skip or {{block: rule}}")
         if self.copy_init not in ("zero", "same"):
             raise ValueError(f"search.copy_init={self.copy_init!r} is unknown; choose zero or same")
         for name in ("target_fraction", "target_ms"):

@@ -23,7 +23,7 @@ def make_family(size: str, folder: Path) -> dict[str, str]:
         return {name: str(place) for name, place in folders.items()}
     pipeline = load_pipeline(ROOT / "assets/shapes") if size == "shapes" else random_pipeline(size, torch.float16)
     unet = pipeline.unet
-    order = list(OmegaConf.load(ROOT / "configs/search/bk_sdm.yaml").method.sites)
+    order = list(OmegaConf.load(ROOT / "configs/search/bk_sdm.yaml").method.blocks)
     blocks = [block for block in order[: order.index(LAST) + 1] if block in unet.kept_blocks]
     pruned = unet.with_architecture(dict.fromkeys(blocks, 0))
     widths = narrow_widths(pipeline.vae, 0.5)

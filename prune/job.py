@@ -99,7 +99,7 @@ def decide(bench, unet, table: dict, scores: dict | None, previous: dict | None,
     return {
         "before": as_json(unet.architecture),
         "after": as_json(after),
-        "bypass": bench.bypass,
+        "bypass": bench.skip_rule,
         "actions": [action.as_json() for action in actions],
         "values": [record_json(value) for value in values],
         "not_copyable": [block for block in unet.kept_blocks if block not in unet.copyable_blocks],

@@ -2,7 +2,7 @@
 
 On a GPU an entry is the whole UNet minus the UNet without the block, each a CUDA graph (CUDA events, interleaved,
 medians): launched kernel by kernel, two blocks of as many kernels cost alike. On a CPU such differences drown in noise:
-there an entry is the thread's CPU time spent inside the block of the running network, less what its bypass still costs.
+there an entry is the thread's CPU time spent inside the block of the running network, less what its skip rule costs.
 Blocks run alone are never timed: launch gaps, fusion and concatenations do not add up.
 """
 
@@ -123,21 +123,21 @@ def paired_ms(unet, pruned, config: LatencyConfig, desc: str) -> dict[str, float
 
 
 def in_place_times(unet: PrunableUNet2DConditionModel, config: LatencyConfig) -> tuple[float, dict[str, float]]:
-    """Per block, the median CPU time between entering and leaving it, less the time in what its bypass would keep."""
+    """Per block, the median CPU time between entering and leaving it, less the time in what its skip rule keeps."""
     timed = {path: (block, unet.get_submodule(path)) for block in unet.kept_blocks for path in unet.instances(block)}
-    bypassed = {block: timed[block][1].conv_shortcut for block in timed if unet.bypass.get(block) == "shortcut"}
+    kept = {block: timed[block][1].conv_shortcut for block in timed if unet.skip_rules.get(block) == "shortcut"}
     inside = {path: [] for path in timed}
-    bypass = {block: [] for block in bypassed}
+    beside = {block: [] for block in kept}
     whole: list[float] = []
     call = forward_call(unet, config)
     _, iterations = affordable(warm_up_ms(call, unet.device), config)
-    with timing_hooks({p: module for p, (_, module) in timed.items()}, inside), timing_hooks(bypassed, bypass):
+    with timing_hooks({p: module for p, (_, module) in timed.items()}, inside), timing_hooks(kept, beside):
         for _ in progress(range(iterations), desc="latency table"):
             whole.append(thread_ms(call))
     medians = dict.fromkeys(unet.kept_blocks, 0.0)
     for path, (block, _) in timed.items():
         medians[block] += statistics.median(inside[path])
-    for block, times in bypass.items():
+    for block, times in beside.items():
         medians[block] -= statistics.median(times)
     return statistics.median(whole), medians
 

@@ -77,12 +77,12 @@ class SnapFusionSearch:
 
 
 class InOrder:
-    """Removes `sites` in the order given until the target is met: a hand-picked rule cut to any latency."""
+    """Removes `blocks` in the order given until the target is met: a hand-picked rule cut to any latency."""
 
     needs_scores = False
 
-    def __init__(self, sites: Sequence[str]):
-        self.named_blocks = tuple(sites)
+    def __init__(self, blocks: Sequence[str]):
+        self.named_blocks = tuple(blocks)
 
     def __call__(self, situation: Situation) -> list[Action]:
         values = {value.block: value for value in situation.values}
@@ -105,23 +105,23 @@ class RandomRemoval:
 
 
 class Manual:
-    """An architecture given by hand: `remove` lists blocks, `depths` is a table {block: repeats}, or its JSON file.
+    """An architecture given by hand: `remove` lists blocks, `architecture` is a table {block: repeats}, or its file.
 
-    The latency target is not looked at. Raises FileNotFoundError where `depths` names a file that does not exist, and
-    ValueError where it is no such table.
+    The latency target is not looked at. Raises FileNotFoundError where `architecture` names a file that does not exist,
+    and ValueError where it is no such table.
     """
 
     needs_scores = False
 
-    def __init__(self, remove: Sequence[str] = (), depths: Mapping[str, Any] | str | None = None):
-        self.bypass = None  # what the file's architecture was decided with, where it tells
-        if isinstance(depths, str):
-            depths, self.bypass = read_architecture(Path(depths))
+    def __init__(self, remove: Sequence[str] = (), architecture: Mapping[str, Any] | str | None = None):
+        self.skip_rule = None  # what the file's architecture was decided with, where it tells
+        if isinstance(architecture, str):
+            architecture, self.skip_rule = read_architecture(Path(architecture))
         remove = [remove] if isinstance(remove, str) else remove
         try:
-            self.architecture = as_architecture({**dict(depths or {}), **dict.fromkeys(remove, 0)})
+            self.architecture = as_architecture({**dict(architecture or {}), **dict.fromkeys(remove, 0)})
         except ValueError as error:
-            raise ValueError(f"search.method.depths: {error}") from error
+            raise ValueError(f"search.method.architecture: {error}") from error
         self.named_blocks = tuple(self.architecture)
 
     def __call__(self, situation: Situation) -> list[Action]:
@@ -139,13 +139,13 @@ class Manual:
 
 
 def read_architecture(path: Path) -> tuple[dict[str, Any], str | dict[str, str] | None]:
-    """The table in a JSON file, and the bypass it was decided with: a run's decision.json tells, a plain table not."""
+    """The table in a JSON file, and the skip rule it was decided with, which a run's decision.json tells alone."""
+    key = f"search.method.architecture={str(path)!r}"
     if not path.is_file():
-        missing = f"search.method.depths={str(path)!r} does not exist"
-        raise FileNotFoundError(f"{missing}; give a JSON file {{block: repeats}}")
+        raise FileNotFoundError(f"{key} does not exist; give a JSON file {{block: repeats}}")
     try:
         record = json.loads(path.read_text())
         decided = "after" in record
         return dict(record["after"] if decided else record), record.get("bypass") if decided else None
     except (json.JSONDecodeError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"search.method.depths={str(path)!r} is no JSON table {{block: repeats}}: {error}") from error
+        raise ValueError(f"{key} is no JSON table {{block: repeats}}: {error}") from error

@@ -10,7 +10,7 @@ from omegaconf import OmegaConf
 from slimstep.engine.checked import run_path
 from slimstep.engine.identity import differences, run_name
 from slimstep.engine.launch import main
-from slimstep.engine.renamed import replace_moved
+from slimstep.engine.renamed import KEYS, rename_keys, replace_moved, with_new_key
 from slimstep.engine.words import parsed
 
 BARE = ["+experiment=prune_unet"]
@@ -144,3 +144,33 @@ def test_moved_paths_are_read_wherever_they_stand():
     assert OmegaConf.to_container(config) == expected
     for target in (new["_target_"], handed["job"]):
         assert callable(hydra.utils.get_object(target))
+
+
+def test_an_old_key_is_read_with_a_line_that_names_the_new_one(folder_of, caplog):
+    new = folder_of(*BARE, "search=bk_sdm", "search.skip_rule=shortcut", "search.method.blocks=[mid_block.resnets.0]")
+    assert "is called" not in caplog.text
+    old = [*BARE, "search=bk_sdm", "search.bypass=shortcut", "search.method.sites=[mid_block.resnets.0]"]
+    assert folder_of(*old) == new
+    assert {record.message for record in caplog.records if record.levelname == "WARNING"} == {
+        f"{key} is called {KEYS[key]} now; the old name works for one version"
+        for key in ("search.bypass", "search.method.sites")
+    }
+
+
+def test_a_run_that_an_earlier_version_began_has_old_keys():
+    before = {"search": {"bypass": "shortcut", "method": {"depths": {"a.b": 0}, "remove": []}}, "bypass": 1}
+    now = {"search": {"skip_rule": "shortcut", "method": {"architecture": {"a.b": 0}, "remove": []}}, "bypass": 1}
+    assert differences(before, now) == {}
+    now["search"]["skip_rule"] = "drop_skip"
+    assert differences(before, now) == {"search.skip_rule": ("shortcut", "drop_skip")}
+
+
+@pytest.mark.parametrize("key", KEYS)
+def test_old_keys_are_read_in_files_and_in_the_table_of_a_stage(key):
+    config = OmegaConf.create({"search": {"method": {"_target_": "x"}}})
+    OmegaConf.update(config, key, ["a"])
+    OmegaConf.set_struct(config, True)
+    rename_keys(config)
+    assert OmegaConf.select(config, KEYS[key]) == ["a"] and OmegaConf.select(config, key) is None
+    assert with_new_key(f"++stages.prune_unet.{key}=[a]") == f"++stages.prune_unet.{KEYS[key]}=[a]"
+    assert with_new_key(f"{key}_of_mine=1") == f"{key}_of_mine=1"

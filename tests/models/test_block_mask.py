@@ -27,9 +27,9 @@ def test_open_masks_are_the_stock_unet(stock):
     assert torch.equal(run(unet, block_mask=random_mask(unet, 0, open_prob=1.1)), run(stock))
 
 
-@pytest.mark.parametrize("bypass", ["shortcut", "drop_skip"])
-def test_closed_blocks_are_the_pruned_unet_in_every_row_of_a_mixed_batch(stock, bypass):
-    unet = PrunableUNet2DConditionModel.from_unet(stock, bypass=bypass)
+@pytest.mark.parametrize("skip_rule", ["shortcut", "drop_skip"])
+def test_closed_blocks_are_the_pruned_unet_in_every_row_of_a_mixed_batch(stock, skip_rule):
+    unet = PrunableUNet2DConditionModel.from_unet(stock, skip_rule=skip_rule)
     mask = random_mask(unet, 1)
     masked = run(unet, block_mask=mask)
     for b, row in enumerate(mask):

@@ -22,8 +22,8 @@ def one_layer_less(unet, down_layer: int = 1, up_layer: int = 1) -> dict[str, in
     return {s: 0 for s in blocks if s.endswith(ends[s.split(".")[0]])}
 
 
-def pruned(architecture, name="sd15", bypass="drop_skip"):
-    return PrunableUNet2DConditionModel.from_unet(small_stock_unet(name), architecture, bypass)
+def pruned(architecture, name="sd15", skip_rule="drop_skip"):
+    return PrunableUNet2DConditionModel.from_unet(small_stock_unet(name), architecture, skip_rule)
 
 
 def run(unet):

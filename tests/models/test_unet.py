@@ -158,25 +158,25 @@ def test_shortcut_keeps_only_the_1x1_convolution(unet):
 
 def test_drop_skip_passes_the_incoming_features_on(unet):
     block = "up_blocks.3.resnets.1"
-    pruned = PrunableUNet2DConditionModel.from_unet(unet, {block: 0}, bypass={block: "drop_skip"})
+    pruned = PrunableUNet2DConditionModel.from_unet(unet, {block: 0}, skip_rule={block: "drop_skip"})
     features, skip = torch.randn(2, 8, 4, 4), torch.randn(2, 8, 4, 4)
     assert torch.equal(pruned.get_submodule(block)(torch.cat([features, skip], 1), None), features)
     assert not [k for k in pruned.state_dict() if k.startswith(block)]
 
 
 def test_drop_skip_as_the_general_rule_holds_wherever_it_is_possible(unet):
-    bypass = PrunableUNet2DConditionModel.from_unet(unet, bypass="drop_skip").bypass
-    shortcut = {s for s, rule in bypass.items() if rule == "shortcut"}
+    rules = PrunableUNet2DConditionModel.from_unet(unet, skip_rule="drop_skip").skip_rules
+    shortcut = {s for s, rule in rules.items() if rule == "shortcut"}
     assert shortcut == {"down_blocks.1.resnets.0", "up_blocks.3.resnets.0"}
-    assert len(bypass) == 13
+    assert len(rules) == 13
 
 
 def test_an_impossible_drop_skip_names_the_block_and_the_alternatives(unet):
     message = r"impossible at up_blocks.3.resnets.0, which has \('shortcut',\); possible at"
     with pytest.raises(ValueError, match=message):
-        PrunableUNet2DConditionModel.from_unet(unet, bypass={"up_blocks.3.resnets.0": "drop_skip"})
-    with pytest.raises(ValueError, match="bypass is 'none'; choose"):
-        PrunableUNet2DConditionModel.from_unet(unet, bypass="none")
+        PrunableUNet2DConditionModel.from_unet(unet, skip_rule={"up_blocks.3.resnets.0": "drop_skip"})
+    with pytest.raises(ValueError, match="the skip rule is 'none'; choose"):
+        PrunableUNet2DConditionModel.from_unet(unet, skip_rule="none")
 
 
 def test_the_innermost_level_goes_with_its_resampling(unet):
@@ -211,7 +211,7 @@ def test_mistakes_in_the_table_are_named(unet, architecture, message):
 
 
 def test_save_and_load_keep_table_weights_and_output(stock, tmp_path):
-    whole = PrunableUNet2DConditionModel.from_unet(stock, bypass="drop_skip")
+    whole = PrunableUNet2DConditionModel.from_unet(stock, skip_rule="drop_skip")
     unet = whole.with_architecture(
         {whole.blocks[1]: 0, whole.blocks[-2]: 0, whole.copyable_blocks[-1]: 3, whole.blocks[4]: 1}
     )
@@ -220,7 +220,7 @@ def test_save_and_load_keep_table_weights_and_output(stock, tmp_path):
         load = PrunableUNet2DConditionModel.from_pretrained
         loaded, info = load(tmp_path, output_loading_info=True, disable_mmap=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
-        assert (loaded.architecture, loaded.bypass) == (unet.architecture, unet.bypass)
+        assert (loaded.architecture, loaded.skip_rules) == (unet.architecture, unet.skip_rules)
         assert loaded.kept_blocks == unet.kept_blocks
         assert torch.equal(run(loaded), run(unet))
         unet = loaded

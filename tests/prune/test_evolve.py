@@ -145,7 +145,7 @@ def test_a_given_order_is_cut_where_the_target_is_met():
 
 
 def test_a_table_by_hand_is_taken_whole_and_says_what_is_unknown():
-    actions = Manual(remove=["a"], depths={"c": 3, "level": 0})(situation())
+    actions = Manual(remove=["a"], architecture={"c": 3, "level": 0})(situation())
     assert as_json(apply({}, actions)) == {"a": 0, "c": 3, "level": 0}
     unknown = next(action for action in actions if action.block == "level")
     assert math.isnan(unknown.saved_ms) and unknown.as_json()["saved_ms"] is None
@@ -153,7 +153,7 @@ def test_a_table_by_hand_is_taken_whole_and_says_what_is_unknown():
 
 def test_a_table_by_hand_that_is_reached_asks_for_nothing_more():
     first = situation(target_ms=0.1)
-    manual = Manual(remove=["a"], depths={"c": 3})
+    manual = Manual(remove=["a"], architecture={"c": 3})
     assert manual(first.after(manual(first), measured_ms=9.0)) == []
 
 
@@ -167,16 +167,16 @@ def test_after_a_transformer_its_layers_are_no_longer_there_to_remove():
 
 
 def test_a_broken_or_impossible_table_is_named(tmp_path):
-    (tmp_path / "depths.json").write_text("{")
-    with pytest.raises(ValueError, match=r"depths.json.*no JSON table"):
-        Manual(depths=str(tmp_path / "depths.json"))
+    (tmp_path / "architecture.json").write_text("{")
+    with pytest.raises(ValueError, match=r"architecture.json.*no JSON table"):
+        Manual(architecture=str(tmp_path / "architecture.json"))
     with pytest.raises(ValueError, match=r"gives a repeats='0'"):
-        Manual(depths={"a": "0"})
+        Manual(architecture={"a": "0"})
 
 
-def test_a_missing_depths_file_is_named():
+def test_a_missing_architecture_file_is_named():
     with pytest.raises(FileNotFoundError, match="nowhere.json"):
-        Manual(depths="nowhere.json")
+        Manual(architecture="nowhere.json")
 
 
 def test_undoing_a_removal_gives_the_table_back():

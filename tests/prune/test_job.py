@@ -65,7 +65,7 @@ def test_the_decision_is_reproduced_by_hand(finished, tmp_path, tiny_model):
     """search=manual with the evolved table goes the same path to the same architecture."""
     path, _ = finished
     decision = path / "round-01/decision.json"
-    by_hand = ["search=manual", f"search.method.depths={decision}", f"root={tmp_path}"]
+    by_hand = ["search=manual", f"search.method.architecture={decision}", f"root={tmp_path}"]
     done = run("+experiment=prune_unet", *by_hand, *tiny_model)
     assert done.returncode == 0, done.stderr
     by_hand = json.loads((tmp_path / "prune_unet/round-00/decision.json").read_text())
