@@ -31,8 +31,8 @@ from slimstep.eval.pages.figures import save_png
 from slimstep.eval.pages.runs import read_json
 from slimstep.eval.pages.steps_page import curves_figure, display, distance_figure, ratio_text
 from slimstep.eval.pages.tables import markdown_table
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
-from slimstep.models.unet import PrunableUNet2DConditionModel
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 TEACHER = REPOSITORY / "assets/shapes"

@@ -24,12 +24,12 @@ from slimstep.engine.objective import Objective, requirements
 from slimstep.eval.bench import Bench, clip_line
 from slimstep.eval.overlap import among
 from slimstep.models.denoiser import guidance_embed_dim
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.noise_schedule import NoiseSchedule, schedule_of
 from slimstep.models.pipeline import export_pipeline, load_pipeline, one_line, with_unet
 from slimstep.models.schedulers import check_noise_schedule, check_sampling, on_same_schedule, stated
 from slimstep.models.sizes import set_resolution
-from slimstep.models.unet import PrunableUNet2DConditionModel
 
 log = logging.getLogger("slimstep")
 SOLVERS_OWN = (

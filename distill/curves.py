@@ -22,8 +22,8 @@ from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import compare_teacher
 from slimstep.eval.timing.latency import compare_ms
 from slimstep.models.conditioning import Conditioning
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.pipeline import on_device
-from slimstep.models.unet import PrunableUNet2DConditionModel
 
 SAMPLERS, EVALUATION = ("teacher", "teacher-dpm"), "evaluation.json"
 

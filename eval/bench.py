@@ -36,10 +36,10 @@ from slimstep.eval.timing.precision import settled
 from slimstep.models.card import Origin, origin_of, write_card
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.denoiser import NUM_TOKENS, denoiser_of
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.noise_schedule import schedule_of
 from slimstep.models.pipeline import networks, upcast_vae
 from slimstep.models.sizes import native_pixels, set_resolution
-from slimstep.models.unet import PrunableUNet2DConditionModel
 
 log = logging.getLogger("slimstep")
 TRAINED_ON = "trained_on.json"

@@ -16,7 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from slimstep.models.unet import PrunableUNet2DConditionModel, Removed
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel, Removed
 
 LATENT_PIXELS = 4096  # of a part: 16 images of 16×16, one of 64×64
 

@@ -13,7 +13,7 @@ from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 
 from slimstep.engine.quiet import one_line, preview
-from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 
 LOADABLE_UNETS = (UNet2DConditionModel.__name__, PrunableUNet2DConditionModel.__name__)
 WEIGHTS = re.compile(r"(diffusion_pytorch_model|pytorch_model|model)[.-].*(safetensors|bin)")

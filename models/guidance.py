@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.denoiser import Denoiser, guidance_embed_dim
-from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 
 
 def guided(

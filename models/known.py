@@ -20,8 +20,8 @@ import slimstep.models.reference as reference
 from slimstep.engine.files import write_json
 from slimstep.engine.quiet import quiet
 from slimstep.engine.seeding import seed_of
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.schedulers import swapped_scheduler
-from slimstep.models.unet import PrunableUNet2DConditionModel
 
 TEXT_ENCODERS = {"text_encoder": "CLIPTextModel", "text_encoder_2": "CLIPTextModelWithProjection"}
 CLIP_TOKENS, NUM_MERGES = 77, 49152 - 256 - 2

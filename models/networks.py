@@ -14,8 +14,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slimstep.engine.quiet import one_line, preview
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.folder import final_folder, folder_of, is_pickled, parts_of, variant_of, weight_files
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.models.vae import NarrowAutoencoderKL
 
 log = logging.getLogger("slimstep")

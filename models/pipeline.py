@@ -21,6 +21,7 @@ from slimstep.models.autoencoder import load_vae
 from slimstep.models.card import Origin, write_card
 from slimstep.models.checkpoint import is_single_file
 from slimstep.models.decoding import has_statistics
+from slimstep.models.families.unet2d.stock import stock_config, to_stock
 from slimstep.models.folder import (
     check_folder,
     check_pickles,
@@ -34,7 +35,6 @@ from slimstep.models.networks import check_tokenizers, load_networks, without_me
 from slimstep.models.schedulers import replacement, scheduler_class, swapped_scheduler
 from slimstep.models.single_file import check_single_file, load_single_file
 from slimstep.models.sizes import settle_sizes
-from slimstep.models.stock import stock_config, to_stock
 from slimstep.models.vae import NarrowAutoencoderKL
 
 DType = Literal["float32", "float16", "bfloat16"]

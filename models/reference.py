@@ -4,7 +4,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from slimstep.engine.seeding import seed_of
-from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 
 SD15 = {
     "sample_size": 64,

@@ -20,10 +20,10 @@ from slimstep.engine.quiet import one_line
 from slimstep.models.autoencoder import load_vae
 from slimstep.models.checkpoint import check_file, read_weights, told_scheduling
 from slimstep.models.conversion import LackingError, converted, text_encoder
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.folder import cached_configuration, check_folder, hub_configuration, without_checker
 from slimstep.models.known import KNOWN, known_by, write_configuration
 from slimstep.models.schedulers import built, fields_of, stated
-from slimstep.models.unet import PrunableUNet2DConditionModel
 
 log = logging.getLogger("slimstep")
 PARTS = {"UNet": ("model.diffusion_model.",), "VAE": ("first_stage_model.", "vae."),

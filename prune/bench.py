@@ -24,8 +24,8 @@ from slimstep.eval.scorer_check import check_teacher
 from slimstep.eval.timing.latency import compare_ms
 from slimstep.models.cost import count_gflops
 from slimstep.models.denoiser import guidance_embed_dim
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.pipeline import export_pipeline, with_unet
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.prune.latency import latency_table, predicted_ms, read_table, table_without
 from slimstep.prune.scores import score_blocks
 

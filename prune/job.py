@@ -8,7 +8,7 @@ from slimstep.engine.run import Run
 from slimstep.eval.plan import planned, scorer_stage
 from slimstep.eval.scorer_check import check_scorer
 from slimstep.models.architecture import as_json
-from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.prune.bench import PruneBench
 from slimstep.prune.config import Config
 from slimstep.prune.evolve import Action, BlockValue, apply, record_json

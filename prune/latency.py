@@ -33,8 +33,8 @@ from slimstep.eval.timing.latency import (
     warm_up_ms,
 )
 from slimstep.models.architecture import holds
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.sizes import latent_side
-from slimstep.models.unet import PrunableUNet2DConditionModel
 
 
 def read_table(path: str | Path) -> dict:

@@ -23,7 +23,7 @@ from slimstep.eval.metrics.clip import CLOSEST_MSE, ClipScorer, psnr
 from slimstep.eval.metrics.compare import mean_and_error, split_half_agreement
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import shuffles
-from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 
 
 @dataclass(frozen=True)

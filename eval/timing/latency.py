@@ -18,8 +18,8 @@ from slimstep.engine.seeding import generator
 from slimstep.eval.config import LatencyConfig
 from slimstep.eval.timing.graphs import CannotCaptureError, CapturedCall
 from slimstep.models.denoiser import NUM_TOKENS, denoiser_of
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.sizes import latent_side
-from slimstep.models.unet import PrunableUNet2DConditionModel
 
 WAY = "latency.latent_size=N"
 log = logging.getLogger("slimstep")

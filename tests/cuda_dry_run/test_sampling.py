@@ -5,8 +5,8 @@ import torch
 
 from slimstep.eval.metrics.clip import ClipScorer
 from slimstep.eval.sampling import Sampler
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.schedulers import swapped_scheduler
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.cuda_dry_run.conftest import small_pipeline
 from tests.tiny import tiny_sdxl_pipeline
 

@@ -18,9 +18,9 @@ from slimstep.engine.config import TrainConfig
 from slimstep.engine.loop import train
 from slimstep.engine.run import Run
 from slimstep.models.decoding import ImageDecoder
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.noise_schedule import schedule_of
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.prune.robust import RobustTraining
 from tests.cuda_dry_run.conftest import small_pipeline
 from tests.engine.two_networks import FakeScore, network

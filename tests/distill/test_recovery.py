@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from slimstep.distill.recovery import Recovery, features_of, relative_error
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.noise_schedule import schedule_of
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.tiny import DENOISER, WIDTH, no_caption, tiny_pipeline
 
 

@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 
 from slimstep.distill.bench import DistillBench
 from slimstep.distill.config import LadderConfig
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.pipeline import load_pipeline, with_unet
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.prune.bench import PruneBench
 from tests.tiny import tiny_pipeline, tiny_unet
 

@@ -29,9 +29,9 @@ from slimstep.engine.loop import train
 from slimstep.engine.run import Run
 from slimstep.models.conditioning import conditioning_of
 from slimstep.models.denoiser import guidance_embedding
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.guidance import guided, with_guidance_embedding
 from slimstep.models.noise_schedule import PREDICTION_TYPES, add_noise, ddim_step, pred_of, schedule_of, snr
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.models.conftest import small_stock_unet
 from tests.tiny import DENOISER, WIDTH, no_caption
 

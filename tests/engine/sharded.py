@@ -25,8 +25,8 @@ from slimstep.engine.objective import STUDENT, Objective, PlainObjective, as_obj
 from slimstep.engine.run import Run
 from slimstep.models.decoding import ImageDecoder
 from slimstep.models.denoiser import denoiser_of
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.noise_schedule import schedule_of
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.prune.robust import RobustTraining
 from tests.engine import two_networks
 from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline

@@ -10,9 +10,9 @@ from omegaconf import OmegaConf
 
 from slimstep.distill.bench import DistillBench
 from slimstep.eval.bench import Bench
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.pipeline import with_unet
 from slimstep.models.sizes import set_resolution
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.tiny import tiny_pipeline, tiny_unet
 
 

@@ -6,7 +6,7 @@ import torch
 import slimstep.eval.cpu_parts
 from slimstep.eval.cpu_parts import remove, twin
 from slimstep.eval.sampling import Sampler
-from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from tests.models.conftest import small_inputs
 from tests.tiny import tiny_pipeline
 

@@ -12,7 +12,7 @@ import slimstep.eval.timing.latency as latency
 from slimstep.eval.config import LatencyConfig
 from slimstep.eval.timing.graphs import WARMUP, CannotCaptureError, CapturedCall
 from slimstep.eval.timing.latency import compare_ms, forward_call, settled_launch
-from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.prune.latency import method_of
 from tests.tiny import tiny_unet
 

@@ -18,8 +18,8 @@ from torch._dynamo.testing import CompileCounter
 
 from slimstep.data.encoding import encode_images
 from slimstep.eval.sampling import Sampler
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.guidance import with_guidance_embedding
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.tiny import tiny_pipeline
 
 PROMPTS = ("a red circle", "a blue square above a green star", "two yellow triangles", "a small red star")

@@ -6,8 +6,8 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline, UNet2DConditio
 
 import slimstep.models.known
 import slimstep.models.reference as reference
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.known import random_pipeline
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.tiny import WIDTH, tiny_pipeline, tiny_tokenizer
 
 SMALL = {"sample_size": 8, "block_out_channels": (8, 16, 16, 16), "norm_num_groups": 4, "cross_attention_dim": WIDTH}

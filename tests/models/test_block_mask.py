@@ -4,7 +4,7 @@ import pytest
 import torch
 from diffusers.models.resnet import ResnetBlock2D
 
-from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from tests.models.conftest import small_inputs, small_stock_unet
 
 

@@ -4,8 +4,8 @@ import pytest
 from huggingface_hub import ModelCard
 
 from slimstep.models.card import Origin, origin_of, write_card
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.pipeline import export_pipeline, with_unet
-from slimstep.models.unet import PrunableUNet2DConditionModel
 
 DEPTHS = {"down_blocks.0.attentions.1": 0, "mid_block.attentions.0": 3}
 

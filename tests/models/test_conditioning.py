@@ -7,8 +7,8 @@ from slimstep.data.encoding import encode_captions, encode_nothing
 from slimstep.eval.sampling import Sampler
 from slimstep.models.conditioning import Conditioning, conditioning_of, encode_prompts
 from slimstep.models.denoiser import denoiser_of
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.pipeline import load_pipeline
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.tiny import WIDTH, tiny_pipeline, tiny_sdxl_pipeline
 
 PROMPTS = ["a cat", "two dogs and a cow"]

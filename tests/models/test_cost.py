@@ -5,8 +5,8 @@ import torch
 
 from slimstep.models.cost import count_activation_bytes, count_gflops
 from slimstep.models.denoiser import denoiser_of
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.reference import CONFIGS
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.models.conftest import small_stock_unet
 
 

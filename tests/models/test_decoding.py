@@ -15,8 +15,8 @@ from slimstep.eval.handover import joined
 from slimstep.eval.sampling import Sampler
 from slimstep.models.autoencoder import load_vae
 from slimstep.models.decoding import ImageDecoder, has_statistics, scaled, statistics, unscaled
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.prune.decoder import choose_channels, narrowed
 from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
 

@@ -5,9 +5,9 @@ import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.utils import convert_state_dict_to_diffusers
 
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.lora import fuse_lora
 from slimstep.models.pipeline import with_unet
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.loras import draw_lora
 from tests.models.conftest import paint, small_stock_unet
 

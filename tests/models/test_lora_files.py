@@ -8,9 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.lora import fuse_lora, fuse_loras
 from slimstep.models.pipeline import with_unet
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.loras import draw_lora
 from tests.models.conftest import make_small_pipeline
 from tests.models.test_lora_names import draw_pairs, kohya_file

@@ -14,10 +14,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.lora import fuse_lora, fuse_loras
 from slimstep.models.original_layout import unet_name
 from slimstep.models.pipeline import with_unet
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.loras import draw_lora
 from tests.models.conftest import make_small_pipeline
 from tests.tiny import tiny_sdxl_pipeline

@@ -5,10 +5,10 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file, save_file
 
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.known import write_configuration
 from slimstep.models.original_layout import original_weights, write_original
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.prune.decoder import choose_channels, narrow_widths, narrowed
 from tests.models.conftest import assert_equal_weights, small_kind
 

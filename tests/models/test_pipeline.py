@@ -27,9 +27,9 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPConfig, CLIPImageProcessor
 
 from slimstep.engine.files import write_text
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.original_layout import write_original
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.models.conftest import assert_equal_weights, paint, small_stock_unet
 
 ONE_ATTENTION = {"down_blocks.0.attentions.1": 0}  # no stock config says this

@@ -11,11 +11,11 @@ from diffusers import DiffusionPipeline, StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 
 import slimstep.models.folder
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.known import write_configuration
 from slimstep.models.original_layout import clip_weights, original_weights, write_original
 from slimstep.models.pickles import load_pickled
 from slimstep.models.pipeline import export_pipeline, load_pipeline
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.models.conftest import assert_equal_weights, paint, small_kind
 
 

@@ -8,8 +8,8 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from slimstep.models.cost import count_parameters
-from slimstep.models.stock import stock_config, to_stock
-from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
+from slimstep.models.families.unet2d.stock import stock_config, to_stock
 from tests.models.conftest import small_inputs, small_stock_unet
 
 MID = dict.fromkeys(("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1"), 0)

@@ -8,8 +8,8 @@ from diffusers import UNet2DConditionModel
 
 from slimstep.models.architecture import BlockSpec
 from slimstep.models.cost import count_parameters
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.reference import CONFIGS
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from tests.models.conftest import small_inputs, small_stock_unet
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
 
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.models.vae import NarrowAutoencoderKL
 from slimstep.prune.decoder import choose_channels, narrow_widths, narrowed
 from tests.models.conftest import paint

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from tests.tiny import tiny_unet
 
 ROOT = Path(__file__).resolve().parents[2]

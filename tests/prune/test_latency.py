@@ -7,7 +7,7 @@ import torch
 
 from slimstep.eval.config import LatencyConfig
 from slimstep.eval.timing.latency import affordable, compare_ms, thread_ms
-from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.prune.latency import latency_table, predicted_ms, table_without, timing_hooks
 from tests.models.conftest import small_stock_unet
 from tests.tiny import tiny_pipeline

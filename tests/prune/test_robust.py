@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.noise_schedule import schedule_of
-from slimstep.models.unet import PrunableUNet2DConditionModel
 from slimstep.prune.robust import RobustTraining
 from tests.tiny import DENOISER, WIDTH, no_caption, tiny_pipeline
 

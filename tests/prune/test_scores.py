@@ -9,7 +9,7 @@ from accelerate import Accelerator
 from slimstep.data.prompts import PromptSet
 from slimstep.eval.metrics.clip import ClipScorer, psnr
 from slimstep.eval.sampling import Sampler
-from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.prune.scores import picture_error, psnr_of_others, score_blocks
 from tests.tiny import tiny_pipeline
 

@@ -47,7 +47,9 @@ def travelling_text() -> str:
     imported = re.search(r"^from slimstep\.models\.architecture import \(.*?\)\n", own, flags=re.M | re.S)
     if imported is None:  # an export's own file
         return own
-    return own.replace(imported[0], Path(__file__).with_name("architecture.py").read_text(encoding="utf-8"), 1)
+    return own.replace(
+        imported[0], Path(__file__).parents[2].joinpath("architecture.py").read_text(encoding="utf-8"), 1
+    )
 
 
 # The name under which it travels: diffusers keys imported files by their names alone.

@@ -14,7 +14,7 @@ import torch
 from diffusers import UNet2DConditionModel
 
 from slimstep.models.architecture import copies
-from slimstep.models.unet import PrunableUNet2DConditionModel
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 
 WITHOUT_ATTENTION = {"CrossAttnDownBlock2D": "DownBlock2D", "CrossAttnUpBlock2D": "UpBlock2D"}
 PER_LEVEL = ("attention_head_dim", "num_attention_heads", "cross_attention_dim", "only_cross_attention")
