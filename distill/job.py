@@ -1,45 +1,262 @@
-"""The distilling job (SnapFusion, section 4): from a teacher's 32 steps down a ladder, every rung a pipeline."""
+"""The distilling job (SnapFusion, section 4): from a teacher's 32 steps to few in stages, each a pipeline."""
 
+import copy
+import json
 import logging
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
 
+import diffusers
+import torch
 from PIL import Image
+from torch import Tensor
 
-from slimstep.distill.bench import DistillBench
+from slimstep.data.cache import CachedPairs
+from slimstep.data.folder import few
+from slimstep.data.prompts import PromptSet
 from slimstep.distill.config import Config
-from slimstep.distill.curves import Curves
+from slimstep.distill.ladder import Climb
+from slimstep.distill.network import Distillation, check, distillation_of
+from slimstep.distill.pairs import FixedDraws, taught_pairs
 from slimstep.distill.plan import distilling_stages, trainings
+from slimstep.engine.environment import environment
+from slimstep.engine.files import damaged
+from slimstep.engine.objective import Objective, requirements
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
+from slimstep.eval.evaluator import PARTIAL, Candidate, Evaluator, forget_partial, read_finished
+from slimstep.eval.exporting import clip_line, export, write_results
+from slimstep.eval.inputs import (
+    load_metrics,
+    load_prompts,
+    load_scorer,
+    load_teacher,
+    note_trained_on,
+    offloadable,
+    seen_prompts,
+    training_data,
+)
+from slimstep.eval.metrics.metric import FeatureSimilarity, Psnr, SampleError
+from slimstep.eval.overlap import among
 from slimstep.eval.pages.steps_page import HEADER, curves_table, point_rows, timed_points, write_steps_report
 from slimstep.eval.plan import planned, scorer_stage
+from slimstep.eval.record import Evaluation, Point
+from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import check_scorer
+from slimstep.eval.timing.latency import compare_ms
+from slimstep.eval.training import compute_copy, train_stage
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
+from slimstep.models.guidance import with_guidance_embedding
+from slimstep.models.pipeline import on_device, with_unet
 
 log = logging.getLogger("slimstep")
+UNets = dict[str, PrunableUNet2DConditionModel]
 
 
 def distill_steps(config: Config, run: Run) -> int | Plan:
     """Runs or continues the job, or tells what it would do; returns exit code 0."""
-    bench = DistillBench(config, run)
-    bench.check()
+    job = distillation_of(load_teacher(config, run))
+    check(job)
+    (_, prompts), scorer = load_prompts(job.teacher), load_scorer(config, run.accelerator.device)
+    calibration = calibration_prompts(job, prompts)
     if config.plan:
-        return planned(bench, [*scorer_stage(bench), *distilling_stages(bench)], trainings(bench))
-    check_scorer(bench)
-    bench.learn_velocity()
-    bench.repair()
-    for climb in bench.climbs:
-        bench.climb(climb)
-    curves, page = Curves(bench), run.path / "report.html"
-    evaluation = curves.evaluate()
-    bench.write_cards(evaluation)
-    curves.measure_unets()
-    new = not run.made(page.name)
+        return planned(job.teacher, [*scorer_stage(run), *distilling_stages(job)], trainings(job))
+    check_scorer(job.teacher.config, run, scorer)
+
+    @cache
+    def pairs() -> CachedPairs:
+        data = training_data(job.teacher)
+        note_trained_on(run, prompts, data.distinct_captions())
+        return data
+
+    train = partial(trained_copy, job, pairs, [*offloadable(job.teacher.pipeline, scorer)])
+    unets = converted_to_v(job, train)
+    if job.ladder.repair:
+        recovery, teaching = config.recovery, partial(compute_copy, unets["teacher"], job.teacher)
+        unets["student"] = train(unets["student"], recovery.objective, recovery.train, "repair", teaching=teaching)
+    for climb in job.climbs:
+        unets[climb.name] = distilled(job, climb, unets, pairs, train)
+        student = with_unet(job.teacher.pipeline, unets[climb.name], scheduler=job.student_scheduler)
+        export(student, f"{climb.name}/export", job.teacher, config.eval, climb.steps)
+    evaluation = evaluated(job, unets, prompts, scorer, calibration)
+    for point in evaluation.points:
+        if point.model == f"steps-{point.steps}" and point.guidance == config.eval.guidance_scale:
+            line = f"{clip_line(point.clip)} (the teacher at {job.ladder.steps[0]} steps)"
+            write_results(run, f"{point.model}/export", [line])
+    measure_unets(job, unets)
+    report(run, evaluation)
+    return 0
+
+
+# ---- training ----
+
+
+def trained_copy(
+    job: Distillation,
+    pairs: Callable[[], CachedPairs],
+    idle: list[torch.nn.Module],
+    unet: PrunableUNet2DConditionModel,
+    objective: Mapping[str, Any],
+    config: Any,
+    stage: str,
+    **given: Any,
+) -> PrunableUNet2DConditionModel:
+    """A copy of the network in float32, trained on the job's noise schedule; it lies on the CPU afterwards."""
+    copied = copy.deepcopy(unet).to(job.teacher.device, torch.float32).requires_grad_()
+    given = {"schedule": job.schedule, **given}
+    trained = train_stage(copied, stage, objective, config, job.teacher, pairs, idle, **given)
+    return trained.requires_grad_(False).to("cpu")
+
+
+def converted_to_v(job: Distillation, train: Callable[..., PrunableUNet2DConditionModel]) -> UNets:
+    """The teacher and the student; where they predict ε they learn to predict v first: x̂ from ε is lost in noise."""
+    unets = {"teacher": job.teacher.unet, "student": job.student}
+    if job.predicts_v:
+        return unets
+    velocity = job.teacher.config.velocity
+    learnt: dict[int, PrunableUNet2DConditionModel] = {}  # the student may be the teacher
+    for name, unet in unets.items():
+        if id(unet) not in learnt:
+            learnt[id(unet)] = train(unet, velocity.objective, velocity.train, f"velocity-{name}")
+    return {name: learnt[id(unet)] for name, unet in unets.items()}
+
+
+def distilled(
+    job: Distillation,
+    climb: Climb,
+    unets: UNets,
+    pairs: Callable[[], CachedPairs],
+    train: Callable[..., PrunableUNet2DConditionModel],
+) -> PrunableUNet2DConditionModel:
+    """The network that one stage trains; where it exists it is loaded."""
+    unet, training, teacher = unets[climb.start], job.training(climb.name), job.teacher
+    if job.ladder.guidance_width:
+        unet = with_guidance_embedding(unet, job.ladder.guidance_width)
+    log.info(f"{climb.name}: from {climb.start}, taught by {climb.teacher} with {climb.teacher_steps} steps")
+
+    def teaching() -> PrunableUNet2DConditionModel:
+        if not training.compile:
+            return compute_copy(unets[climb.teacher], teacher)
+        compiled = copy.deepcopy(unets[climb.teacher]).to(teacher.device, teacher.compute_dtype)
+        compiled.compile(dynamic=False)
+        return compiled
+
+    def samples(objective: Objective):
+        """The pairs; with the teacher's targets, where the objective asks for them beforehand."""
+        if (cached := requirements(objective).cached_targets) is None:
+            return pairs()
+        run, batch_size = teacher.run, teacher.config.eval.batch_size
+        draws = FixedDraws(pairs(), cached, pairs().unconditional, run.seed)
+        keep = run.path / PARTIAL / f"{climb.name}-answers"
+        return taught_pairs(draws, cached.compute, run, climb.name, batch_size, keep)
+
+    return train(unet, job.objective(climb), training, climb.name, teaching=teaching, samples=samples,
+                 rung=job.rung(climb))  # fmt: skip
+
+
+# ---- evaluation ----
+
+
+def calibration_prompts(job: Distillation, prompts: PromptSet) -> list[str] | None:
+    """The eval prompts that the student's blocks were ranked on, as the run that pruned it tells; logged.
+
+    None where the student is no export of prune_unet's.
+    """
+    file = Path(job.ladder.student or "").parent / "prompts.json"
+    if not job.ladder.student or not file.is_file():
+        return None
+    with damaged(file):
+        both = among(prompts, json.loads(file.read_text())["ranked_on"])
+    if both:
+        told = f"{len(both)} of {len(prompts.distinct)} prompts of the evaluation"
+        log.warning(f"{told} are among those that the student's blocks were ranked on: {few(both)}")
+    return both
+
+
+def evaluated(
+    job: Distillation, unets: UNets, prompts: PromptSet, scorer: Any, calibration: list[str] | None
+) -> Evaluation:
+    """The teacher (DDIM, and DPM++ 2M, what a user would pick) and every student at many settings, from the same noise
+    per prompt; distances are to the latents of the teacher's first number of steps at the same guidance scale."""
+    config, teacher, run = job.teacher.config, job.teacher, job.teacher.run
+    models = sampled_models(job, unets)
+
+    def candidate(name: str, steps: int, guidance: float) -> Candidate:
+        unet, scheduler = models[name]
+        sampler = Sampler(teacher.pipeline, steps, guidance, config.eval.seed, scheduler, teacher.precision)
+
+        def draw(indices: list[int]) -> Tensor:
+            cond = sampler.encode(prompts.prompts).rows(indices)
+            noise, draws = torch.stack([sampler.noise(i) for i in indices]), sampler.generators(indices)
+            with on_device(unet, teacher.device) as network:
+                return sampler.latents(network, cond, noise, generators=draws).float()
+
+        return Candidate(draw, sampler.protocol, {"evaluations": sampler.evaluations(unet)}, sampler.decode)
+
+    near = {"psnr": Psnr(), "features": FeatureSimilarity(scorer), "latent_error": SampleError()}
+    metrics = {**load_metrics(config, scorer, teacher.device), **near}
+    evaluator = Evaluator(run, candidate, prompts, metrics, scorer, ("teacher", job.ladder.steps[0]),
+                          config.eval.batch_size, config.eval.pictures, finished=read_finished(run))  # fmt: skip
+    points = [evaluator.point(*key) for key in settings(job)]
+    forget_times_of_others(run, evaluator.finished, points)
+    protocol = {**scorer.protocol, "seed": config.eval.seed}
+    seen = seen_prompts(run) | ({} if calibration is None else {"prompts_in_calibration": len(calibration)})
+    return evaluator.evaluate(points, {name: name for name in models}, protocol, seen)
+
+
+def sampled_models(job: Distillation, unets: UNets) -> dict[str, tuple[PrunableUNet2DConditionModel, Any]]:
+    """{name: a network and the scheduler that it is sampled with}, in the order in which they are evaluated."""
+    ddim = job.teacher.pipeline.scheduler
+    solver = job.on_the_grid(diffusers.DPMSolverMultistepScheduler, ddim)
+    models = {"teacher": (job.teacher.unet, ddim), "teacher-dpm": (job.teacher.unet, solver)}
+    if not job.predicts_v:
+        models["teacher-v"] = (unets["teacher"], job.scheduler)
+    return models | {name: (unets[name], job.student_scheduler) for name in job.evaluated if name not in models}
+
+
+def settings(job: Distillation) -> list[tuple[str, int, float]]:
+    """Model, steps and guidance scale of every point; most steps first, the teacher at the reference's, too."""
+    return [(name, steps, guidance) for guidance in job.teacher.config.curves.guidance for name in job.evaluated
+            for steps in job.evaluated_steps(name)]  # fmt: skip
+
+
+def forget_times_of_others(run: Run, finished: Evaluation | None, points: list[Point]) -> None:
+    """Where more stages or other points are asked for than were, the times are measured again."""
+    grown = finished and [p.key for p in finished.points] != [p.key for p in points]
+    if grown and run.accelerator.is_main_process:
+        (run.path / "unet_ms.json").unlink(missing_ok=True)
+    run.accelerator.wait_for_everyone()
+
+
+def measure_unets(job: Distillation, unets: UNets) -> None:
+    """unet_ms.json: {rows: {network: ms}} of evaluations of one row and of two, interleaved; rank 0 alone."""
+    teacher, run = job.teacher, job.teacher.run
+
+    def make() -> dict:
+        timed = {name: unet for name, (unet, _) in sampled_models(job, unets).items() if name != "teacher-dpm"}
+        ms = {rows: compare_ms(timed, replace(teacher.latency, batch=rows), teacher.device) for rows in (1, 2)}
+        return {"ms": ms, "protocol": asdict(teacher.latency), "environment": environment()}
+
+    run.json("unet_ms.json", lambda: run.agreed(make() if run.accelerator.is_main_process else None))
+
+
+# ---- the report ----
+
+
+def report(run: Run, evaluation: Evaluation) -> None:
+    """report.html and its pictures, once; the same to the tracker; the table is printed."""
+    page, new = run.path / "report.html", not run.made("report.html")
+    if new:
+        forget_partial(run)
     if run.accelerator.is_main_process:
         if new:
-            write_steps_report(run.path, lambda: track(run))
-        print(curves_table(evaluation))
+            write_steps_report(run.path, partial(track, run))
+        print(curves_table(evaluation.points))
         log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
     run.accelerator.wait_for_everyone()
-    return 0
 
 
 def track(run: Run) -> None:

@@ -56,7 +56,8 @@ def check_given(config: DictConfig) -> None:
     """ValueError for a key without a value that has to have one, with what its file says of it."""
     for key in missing(OmegaConf.to_container(config, resolve=False, structured_config_mode=SCMode.DICT)):
         leaf = key.rpartition(".")[2]
-        for file in sorted(CONFIGS.glob(f"{key.split('.')[0]}/*.yaml")) + sorted(CONFIGS.glob("preference/*.yaml")):
+        groups = (key.split(".")[0], "metric", "preference")
+        for file in sorted(path for group in groups for path in CONFIGS.glob(f"{group}/*.yaml")):
             line = re.search(rf"^{leaf}: \?\?\?[ \t]*(# (.*))?$", file.read_text(), re.MULTILINE)
             if line and describes(file, config, key):
                 way = line[2] or file.read_text().partition("\n")[0].removeprefix("# ")

@@ -20,7 +20,8 @@ MOVED = {
     "eval.preference.PickScore": "slimstep.eval.metrics.preference.PickScore",
 }
 BARE = re.compile(r"(data|distill|engine|eval|models|prune)\.\w+(\.\w+)+")  # paths from before the one import root
-ADDED = {"evaluation.preferences.hpsv2.quick_gelu": False}  # what earlier versions did without saying it
+# What earlier versions did without saying it.
+ADDED = {"evaluation.preferences.hpsv2.quick_gelu": False, "search.metric": "clip"}
 
 
 def with_new_key(word: str) -> str:

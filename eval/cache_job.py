@@ -1,13 +1,16 @@
 """The caching job: latents and text states of the configured data, made before anything trains on them."""
 
+from pathlib import Path
+
 from slimstep.data.cache import described_cache
 from slimstep.data.encoding import at_work, check_size, encode_nothing
 from slimstep.data.shards import DTYPES, CachedPairs, cache_key, is_intact
 from slimstep.data.streams import Stream
+from slimstep.engine.components import component
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
-from slimstep.eval.bench import Bench
 from slimstep.eval.config import Config
+from slimstep.eval.inputs import Teacher, check_data, load_teacher, storage, training_data
 from slimstep.eval.plan import size
 
 
@@ -16,24 +19,25 @@ def cache_latents(config: Config, run: Run) -> int | Plan:
 
     Any job of the same data and model finds it. Raises ValueError for data or a model that cannot be had.
     """
-    bench = Bench(config, run)
-    bench.check_data()
-    check_size(bench.pipeline, config.data.resolution, config.data.resolution)
+    teacher = load_teacher(config, run)
+    check_data(teacher)
+    pixels = teacher.config.data.resolution
+    check_size(teacher.pipeline, pixels, pixels)
     if config.plan:
-        return planned(bench)
-    told = made(bench.pairs)
+        return planned(teacher)
+    told = made(training_data(teacher))
     if run.accelerator.is_main_process:
         print(told)
     return 0
 
 
-def planned(bench: Bench) -> Plan:
+def planned(teacher: Teacher) -> Plan:
     """Where the cache would lie, how many samples it would have, how much disk they take, and what of it is there."""
-    storage, pairs = bench.storage, bench.component("data.pairs")
-    made_from = described_cache(pairs, bench.pipeline, storage.dtype, storage.shard_size)
-    folder = bench.cache_folder / cache_key(made_from)
+    options, pairs = storage(teacher.config), component(teacher.config, "data.pairs")
+    made_from = described_cache(pairs, teacher.pipeline, options.dtype, options.shard_size)
+    folder = Path(options.folder) / cache_key(made_from)
     there = [path for path in folder.glob("*-*.safetensors") if is_intact(path, verify=False)]
-    latents, text = sample_bytes(bench)
+    latents, text = sample_bytes(teacher)
     if isinstance(pairs, Stream):
         samples, total = f"not known before they are read, in {len(pairs.parts)} parts", ""
     else:
@@ -42,17 +46,17 @@ def planned(bench: Bench) -> Plan:
         f"cache      {folder}",
         f"samples    {samples}",
         f"disk       {total}{size(1_000_000 * (latents + text))} a million: {size(latents)} an image, {size(text)} "
-        f"a caption in {storage.dtype}; captions that a shard repeats are kept once",
+        f"a caption in {options.dtype}; captions that a shard repeats are kept once",
         f"there      {len(there)} shards, {size(sum(path.stat().st_size for path in there))}",
     ]))  # fmt: skip
 
 
-def sample_bytes(bench: Bench) -> tuple[int, int]:
+def sample_bytes(teacher: Teacher) -> tuple[int, int]:
     """Bytes of the latents of an image, and of the conditioning of a caption."""
-    pipeline, one = bench.pipeline, DTYPES[bench.storage.dtype].itemsize
-    side = bench.config.data.resolution // pipeline.vae_scale_factor
-    with at_work(pipeline, bench.device):
-        tensors = encode_nothing(pipeline, bench.device).tensors.values()
+    pipeline, one = teacher.pipeline, DTYPES[storage(teacher.config).dtype].itemsize
+    side = teacher.config.data.resolution // pipeline.vae_scale_factor
+    with at_work(pipeline, teacher.device):
+        tensors = encode_nothing(pipeline, teacher.device).tensors.values()
     return one * pipeline.vae.config.latent_channels * side**2, one * sum(tensor.numel() for tensor in tensors)
 
 

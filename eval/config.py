@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import OmegaConf
-
 import slimstep.data.config
 from slimstep.engine.checks import as_table, check_minimum
 
@@ -92,8 +90,8 @@ class LatentsConfig(SamplingConfig):
 @dataclass
 class EvaluationConfig:
     """What is measured beside CLIP score: with `distribution` the distance of the scorer's features to those of
-    `real_images` held-out images; and of Inception features, FID and KID, where `inception` is a file of its weights;
-    and `preferences`, {name: what makes it}, which +preference=NAME fills in. With `compile`, UNet and VAE decoder are
+    `real_images` held-out images; and of Inception features, FID and KID, where `inception` is a file of its weights.
+    `preferences` is what `metrics` was in earlier versions. With `compile`, UNet and VAE decoder are
     compiled graphs, kept in `artifacts` for the next evaluation and the other processes. Prompts that a
     network's blocks were chosen by are left out where `ranked_on` is the prompts.json of the run that chose them.
     """
@@ -110,8 +108,6 @@ class EvaluationConfig:
         check_minimum("evaluation", self, 2, "real_images")
         if self.inception is not None and not self.distribution:
             raise ValueError(f"evaluation.inception={self.inception} needs evaluation.distribution=true")
-        if not isinstance(self.preferences, (dict, type(None))) and not OmegaConf.is_dict(self.preferences):
-            raise ValueError(f"evaluation.preferences={self.preferences} must be a table, as +preference=NAME gives it")
 
 
 @dataclass
@@ -226,12 +222,13 @@ class RatesConfig:
 
 @dataclass
 class Config(slimstep.data.config.Config):
-    """The keys of jobs that draw, score, time and show."""
+    """The keys of jobs that draw, score, time and show. `metrics`, {name: what makes it}, is filled by +metric=NAME."""
 
     sampling: DrawingConfig = field(default_factory=DrawingConfig)
     scoring: ScoringConfig = field(default_factory=ScoringConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     scorer: Any = None
+    metrics: Any = None
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     latency: LatencyConfig = field(default_factory=LatencyConfig)
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)

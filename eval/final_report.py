@@ -33,7 +33,7 @@ def report(config: Config, run: Run) -> int | Plan:
     if run.accelerator.is_main_process:
         outcome = Outcome(page.evaluation, page.benchmark)
         write_page(outcome, run, page.stages)
-        if origin_of(student := Path(str(outcome.evaluation["models"][outcome.student_name]))):
+        if origin_of(student := Path(str(outcome.evaluation.models[outcome.student_name]))):
             write_card(student, outcome.results())
         print(outcome.console_text())
         log.info(f"report: {(run.path / 'report.html').resolve()}")
@@ -52,18 +52,18 @@ def write_page(outcome: Outcome, run: Run, stages: Sequence[str]) -> None:
         run.tracker.table("student against teacher", AGAINST, outcome.against_rows())
         for name in figures:
             run.tracker.images(f"report/{name}", [Image.open(folder / f"report/{name}.png").convert("RGB")], [name])
-    evaluation = outcome.evaluation
+    evaluation, facts = outcome.evaluation, ("models", "prompts", "n", "protocol", "environment")
     page = render(
         "final.html.j2",
         cautions=cautions_of({name: folder.parent / name for name in stages}),
         name=folder.parent.name,
         outcome=outcome,
-        seen=overlap_sentence(evaluation),
+        seen=overlap_sentence(evaluation.n, evaluation.seen),
         against_header=AGAINST,
         figures={name: Markup(themed(figure, name)) for name, figure in figures.items()},
         clock=outcome.benchmark["protocol"]["clock"],
         stages=[(name, command(folder.parent, name), link(folder.parent, name)) for name in stages],
-        facts=flatten({key: evaluation[key] for key in ("models", "prompts", "n", "protocol", "environment")}),
+        facts=flatten({key: getattr(evaluation, key) for key in facts}),
     )
     write_text(folder / "report.html", page)
 

@@ -1,19 +1,49 @@
 """The evaluation job: finished pipelines, ours or not, on the same prompts from the same noise."""
 
+import copy
+import hashlib
+import json
 import logging
+import time
+from collections.abc import Iterator
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any
 
+import torch
+from diffusers import DiffusionPipeline
+from omegaconf import OmegaConf
 from PIL import Image
+from torch import Tensor
 
+from slimstep.data.encoding import described
+from slimstep.data.images import BrokenImageError
+from slimstep.data.prompts import PromptSet
+from slimstep.engine.components import component
 from slimstep.engine.console import print_for_programs
+from slimstep.engine.files import damaged, digest
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
+from slimstep.engine.seeding import generator
 from slimstep.eval.config import Config
-from slimstep.eval.evaluation import EvaluationBench
+from slimstep.eval.evaluator import Candidate, Evaluator, forget_partial, place, read_finished
+from slimstep.eval.given import GivenModels, given_models, resolution_of
+from slimstep.eval.inputs import Teacher, heldout_pairs, load_metrics, load_scorer, read_prompt_set, storage
+from slimstep.eval.metrics.clip import ClipScorer
+from slimstep.eval.metrics.inception import Inception
+from slimstep.eval.metrics.metric import FeatureDistance, FeatureSimilarity, InceptionDistance, Psnr
+from slimstep.eval.overlap import among, known_captions
 from slimstep.eval.pages.evaluation_page import header, rows, summary, write_evaluation_report
 from slimstep.eval.pages.tables import console_table
 from slimstep.eval.pages.text import overlap_sentence
 from slimstep.eval.plan import Stage, image_rows, scorer_stage, stages_table, time_line
+from slimstep.eval.record import Evaluation, read_evaluation
+from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import check_scorer
+from slimstep.eval.timing.first_image import compile_first
+from slimstep.eval.timing.precision import settled
+from slimstep.eval.timing.setups import Setup, compile_networks
+from slimstep.models.cost import count_parameters
 
 log = logging.getLogger("slimstep")
 
@@ -23,42 +53,174 @@ def evaluate(config: Config, run: Run) -> int | Plan:
 
     The last line printed is JSON, where stdout is no terminal.
     """
-    bench = EvaluationBench(config, run)
-    bench.check()
+    models = given_models(config, config.curves.steps, "evaluate")
+    models.check()
+    config = copy.deepcopy(config)
+    config.data.resolution = resolution_of(models)
+    prompts, scorer = eval_prompts(config), load_scorer(config, run.accelerator.device)
+    evaluator = evaluator_of(models, config, run, prompts, scorer)
+    has_images = not config.data.prompt_file or config.evaluation.distribution
     if config.plan:
-        checked = scorer_stage(bench) if bench.has_images else []
-        stages = [*checked, *evaluation_stages(bench)]
-        time, hours = time_line(bench, stages, [])
-        return Plan(f"{stages_table(run, stages)}\n{time}", hours)
-    check_scorer(bench, has_images=bench.has_images)
-    results, page = bench.evaluate(), run.path / "report.html"
-    new = not run.made(page.name)
-    if run.accelerator.is_main_process:
-        if new:
-            if seen := overlap_sentence(results):
-                log.info(seen)
-            write_evaluation_report(run.path, lambda: track(run))
-        print(console_table(header(results), rows(results), labels=3))
-        log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
-        print_for_programs({"run": str(run.path.resolve()), **summary(results)})
-    run.accelerator.wait_for_everyone()
+        stages = [*(scorer_stage(run) if has_images else []), *evaluation_stages(models, config)]
+        reference = models.load(models.paths[models.reference[0]]).to(run.accelerator.device)
+        line, hours = time_line(Teacher(reference, config, run), stages, [])
+        return Plan(f"{stages_table(run, stages)}\n{line}", hours)
+    check_scorer(config, run, scorer, has_images=has_images)
+    points = [evaluator.point(*key) for key in settings(models, config)]
+    seen = seen_in_training(config, prompts) if has_images else {}
+    report(run, evaluator.evaluate(points, models.paths, protocol(config, scorer), seen))
     return 0
 
 
-def evaluation_stages(bench: EvaluationBench):
+def settings(models: GivenModels, config: Config) -> list[tuple[str, int, float]]:
+    """Model, sampling steps and guidance scale of every point."""
+    return [(name, steps, guidance) for name in models.models for guidance in config.curves.guidance
+            for steps in models.steps(name)]  # fmt: skip
+
+
+def evaluation_stages(models: GivenModels, config: Config) -> Iterator[Stage]:
     """One product per model and setting."""
-    for name in bench.models:
-        for guidance, steps in bench.settings_of(name):
-            prompts = bench.config.eval.prompts
-            product = f"judged/{name}/guidance-{guidance}-steps-{steps}.json"
-            yield Stage(product, f"{prompts} images", prompts * image_rows(steps, guidance))
+    for name, steps, guidance in settings(models, config):
+        prompts = config.eval.prompts
+        yield Stage(place(name, steps, guidance), f"{prompts} images", prompts * image_rows(steps, guidance))
     yield Stage("report.html", "")
+
+
+def protocol(config: Config, scorer: ClipScorer) -> dict[str, Any]:
+    """What makes scores comparable beside the prompts."""
+    described = {**(config.evaluation.preferences or {}), **(config.metrics or {})}
+    file = config.evaluation.inception
+    return {
+        **scorer.protocol,
+        "seed": config.eval.seed,
+        "inception": file and digest(Path(file))[:12],
+        "metrics": OmegaConf.to_container(OmegaConf.create(described), resolve=True),
+    }
+
+
+# ---- prompts ----
+
+
+def eval_prompts(config: Config) -> PromptSet:
+    """The prompts that are asked for, without those that a network's blocks were ranked on."""
+    prompts, count = read_prompt_set(config), config.eval.prompts
+    if ranked_on := config.evaluation.ranked_on:
+        return prompts.without(ranking_prompts(Path(ranked_on)), count)
+    fewer = f"eval.prompts={len(prompts)} or fewer, or " if len(prompts) > 1 else ""
+    return prompts.take(count, way=f"{fewer}data.prompt_file=FILE with more")
+
+
+def ranking_prompts(file: Path) -> frozenset[str]:
+    """What prune_unet's prompts.json says that blocks were ranked on."""
+    if not file.is_file():
+        raise FileNotFoundError(f"evaluation.ranked_on={file} does not exist; give prune_unet's prompts.json")
+    with damaged(file):
+        return frozenset(json.loads(file.read_text())["ranked_on"])
+
+
+def seen_in_training(config: Config, prompts: PromptSet) -> dict[str, int]:
+    """How many prompts the training images of the data have as captions; nothing where that is not known."""
+    try:
+        captions = known_captions(component(config, "data.pairs"), Path(storage(config).folder))
+    except ValueError:
+        return {}  # all images are held out, or the data have no other split
+    return {} if captions is None else {"prompts_in_training_split": len(among(prompts, captions))}
+
+
+# ---- models and metrics ----
+
+
+def evaluator_of(
+    models: GivenModels, config: Config, run: Run, prompts: PromptSet, scorer: ClipScorer
+) -> Evaluator:
+    """Raises ValueError, before anything is drawn, for a precision, metrics or real images that cannot be had."""
+    device, evaluation = run.accelerator.device, config.evaluation
+    precision = settled(config.sampling.precision, device)
+    metrics = {**load_metrics(config, scorer, device), "psnr": Psnr(), "features": FeatureSimilarity(scorer)}
+    if evaluation.distribution:
+        metrics["fd"] = FeatureDistance(scorer)
+        if len(heldout_pairs(config, evaluation.real_images)) < 2:
+            raise ValueError("fewer than 2 held-out images are too few for FID: evaluation.distribution=false")
+    if evaluation.inception:
+        metrics["fid"] = InceptionDistance(Inception(evaluation.inception, device))
+
+    def sampler(pipeline: DiffusionPipeline, steps: int, guidance: float) -> Sampler:
+        return Sampler(pipeline, steps, guidance, config.eval.seed, precision=precision)
+
+    @lru_cache(1)  # one model is in memory at a time
+    def pipeline_of(name: str) -> DiffusionPipeline:
+        pipeline = models.load(models.paths[name]).to(device)
+        if evaluation.compile:
+            first = sampler(pipeline, models.steps(name)[0], config.curves.guidance[0])
+            compile_pipeline(name, pipeline, first, prompts, config, run)
+        return pipeline
+
+    def candidate(name: str, steps: int, guidance: float) -> Candidate:
+        pipeline = pipeline_of(name)
+        drawn = sampler(pipeline, steps, guidance)
+        facts = {"parameters": {"UNet": count_parameters(pipeline.unet),
+                                "decoder": count_parameters(pipeline.vae.decoder)},
+                 "evaluations": drawn.evaluations(pipeline.unet)}  # fmt: skip
+        return Candidate(partial(drawn.images, pipeline.unet, prompts.prompts), drawn.protocol, facts)
+
+    return Evaluator(run, candidate, prompts, metrics, scorer, models.reference, config.eval.batch_size,
+                     config.eval.pictures, partial(real_images, config), read_finished(run))  # fmt: skip
+
+
+def compile_pipeline(
+    name: str, pipeline: DiffusionPipeline, sampler: Sampler, prompts: PromptSet, config: Config, run: Run
+) -> None:
+    """Compiles UNet and VAE decoder by drawing a batch, with the graphs that an earlier process has left."""
+    size, networks = min(config.eval.batch_size, len(prompts)), [described(pipeline.unet), described(pipeline.vae)]
+    guided = [guidance > 1 for guidance in config.curves.guidance]
+    key = [*networks, size, guided, torch.__version__, run.accelerator.device.type]
+    key += [] if sampler.precision == "float32" else [sampler.precision]
+    file = Path(config.evaluation.artifacts) / f"{hashlib.sha256(str(key).encode()).hexdigest()[:16]}.bin"
+    compile_networks(pipeline, Setup(compile="default"))
+    kept, start = run.agreed(file.exists()), time.perf_counter()
+    compile_first(file, lambda: sampler.images(pipeline.unet, prompts.prompts, range(size)), run.accelerator)
+    way = f"with {file}" if kept else f"which left {file}"
+    log.info(f"{name}: first batch of compiled networks in {time.perf_counter() - start:.0f} s, {way}")
+
+
+def real_images(config: Config) -> Tensor:
+    """Held-out images that can be read, uint8 [R, 3, H, W], in a fixed shuffled order."""
+    count = config.evaluation.real_images
+    pairs = heldout_pairs(config, count)
+    found = []
+    for index in torch.randperm(len(pairs), generator=generator("real images")).tolist():
+        try:
+            found.append(pairs[index]["image"])
+        except BrokenImageError as error:
+            log.warning(f"left out: {error}")
+        if len(found) == count:
+            break
+    return torch.stack(found)
+
+
+# ---- the report ----
+
+
+def report(run: Run, evaluation: Evaluation) -> None:
+    """report.html and its pictures, once; the same to the tracker; the table is printed."""
+    page, new = run.path / "report.html", not run.made("report.html")
+    if new:
+        forget_partial(run)
+    if run.accelerator.is_main_process:
+        if new:
+            if seen := overlap_sentence(evaluation.n, evaluation.seen):
+                log.info(seen)
+            write_evaluation_report(run.path, partial(track, run))
+        print(console_table(header(evaluation.points), rows(evaluation.points), labels=3))
+        log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
+        print_for_programs({"run": str(run.path.resolve()), **summary(evaluation)})
+    run.accelerator.wait_for_everyone()
 
 
 def track(run: Run) -> None:
     """The table, and the report's pictures, for a tracker if there is one."""
     if run.tracker:
-        results = run.load("results.json")
-        run.tracker.table("models", header(results), rows(results))
+        points = read_evaluation(run.path).points
+        run.tracker.table("models", header(points), rows(points))
         for path in sorted((run.path / "report").glob("*.png")):
             run.tracker.images(f"report/{path.stem}", [Image.open(path).convert("RGB")], [path.stem])

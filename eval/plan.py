@@ -7,7 +7,7 @@ from slimstep.engine.config import TrainConfig
 from slimstep.engine.identity import SCORER_CHECK
 from slimstep.engine.planning import Plan, duration
 from slimstep.engine.run import FINISHED, Run
-from slimstep.eval.bench import Bench
+from slimstep.eval.inputs import Teacher
 from slimstep.eval.pages.tables import markdown_table
 from slimstep.eval.pages.text import count
 from slimstep.eval.throughput import hours
@@ -34,28 +34,28 @@ class Stage:
     decoded: int = 0
 
 
-def training(stage: str, config: TrainConfig, bench: Bench, taught: int = 1, work: str = "") -> Stage:
+def training(stage: str, config: TrainConfig, teacher: Teacher, taught: int = 1, work: str = "") -> Stage:
     """A stage of the loop whose objective runs `taught` teacher rows per sample; no student is larger than the teacher.
 
     Rows that are guided, and so run twice, are not counted.
     """
-    samples = config.steps * config.batch_size * config.accumulation * bench.run.accelerator.num_processes
-    size = BYTES * bench.teacher.num_parameters()
+    samples = config.steps * config.batch_size * config.accumulation * teacher.run.accelerator.num_processes
+    size = BYTES * teacher.unet.num_parameters()
     kept = CHECKPOINT_COPIES * size * min(config.keep_checkpoints, (config.steps - 1) // config.checkpoint_every)
     told = ", ".join(filter(None, [f"{config.steps} steps, {samples} samples", work]))
     return Stage(f"{stage}/weights.safetensors", told, samples * taught, size + kept, trained=samples)
 
 
-def export(product: str, bench: Bench) -> Stage:
+def export(product: str, teacher: Teacher) -> Stage:
     """A diffusers folder: the UNet, and what it is handed over with."""
-    parts = sum(p.numel() for network in networks(bench.pipeline) for p in network.parameters())
+    parts = sum(p.numel() for network in networks(teacher.pipeline) for p in network.parameters())
     return Stage(product, "", 0, BYTES * parts)
 
 
-def scorer_stage(bench: Bench) -> list[Stage]:
+def scorer_stage(run: Run) -> list[Stage]:
     """The check of the scorer, which costs seconds; a finished run is not checked again."""
     work = "up to 256 of the data's images, with their own captions and with shuffled ones"
-    return [] if bench.run.made(FINISHED) else [Stage(SCORER_CHECK, work)]
+    return [] if run.made(FINISHED) else [Stage(SCORER_CHECK, work)]
 
 
 def image_rows(steps: int, guidance_scale: float) -> int:
@@ -63,11 +63,11 @@ def image_rows(steps: int, guidance_scale: float) -> int:
     return steps * (2 if guidance_scale > 1 else 1)
 
 
-def planned(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainConfig]) -> Plan:
+def planned(teacher: Teacher, stages: Sequence[Stage], trainings: Sequence[TrainConfig]) -> Plan:
     """The stages as a table, then the teacher and the estimates."""
-    time, hours = time_line(bench, stages, trainings)
-    table = stages_table(bench.run, stages)
-    return Plan("\n".join([table, *estimates(bench, stages, trainings, time)]), hours)
+    time, hours = time_line(teacher, stages, trainings)
+    table = stages_table(teacher.run, stages)
+    return Plan("\n".join([table, *estimates(teacher, stages, trainings, time)]), hours)
 
 
 def stages_table(run: Run, stages: Sequence[Stage]) -> str:
@@ -85,12 +85,12 @@ def state(run: Run, stage: Stage) -> str:
     return "done" if (run.path / stage.product).exists() else "to do"
 
 
-def estimates(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainConfig], time: str) -> list[str]:
+def estimates(teacher: Teacher, stages: Sequence[Stage], trainings: Sequence[TrainConfig], time: str) -> list[str]:
     """The run's place, its UNet, and what is left to do in time, memory and disk."""
-    unet, tokens = bench.unet, bench.text_length
+    unet, tokens = teacher.unet, teacher.text_length
     weights = BYTES * unet.num_parameters()
     lines = [
-        f"run        {bench.run.path}",
+        f"run        {teacher.run.path}",
         f"teacher    {count(unet.num_parameters())} parameters, {len(unet.kept_blocks)} blocks, "
         f"{count_gflops(unet, tokens=tokens):.2f} GFLOPs a forward",
         time,
@@ -106,9 +106,9 @@ def estimates(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainCo
     return lines
 
 
-def time_line(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainConfig]) -> tuple[str, float]:
+def time_line(teacher: Teacher, stages: Sequence[Stage], trainings: Sequence[TrainConfig]) -> tuple[str, float]:
     """What is left to do in rows and hours, told, and the hours."""
-    left = [stage for stage in stages if state(bench.run, stage) == "to do"]
+    left = [stage for stage in stages if state(teacher.run, stage) == "to do"]
     rows = {
         "forward": sum(s.forwards for s in left if s.trained),  # of a teacher, in the precision that is trained in
         "sampling": sum(s.forwards for s in left if not s.trained),
@@ -117,9 +117,11 @@ def time_line(bench: Bench, stages: Sequence[Stage], trainings: Sequence[TrainCo
     }
     if not any(rows.values()):
         return "to do      nothing that takes long", 0.0
-    time, rates = hours(bench, rows, max(trainings, key=lambda config: config.batch_size, default=bench.config.train))
-    told = ", ".join(f"{rows[kind]:,} rows of {kind} at {rate:.3g}/s" for kind, rate in rates.items())
-    return f"to do      about {duration(time)} on {bench.run.accelerator.num_processes} process(es): {told} each", time
+    largest = max(trainings, key=lambda config: config.batch_size, default=teacher.config.train)
+    time, rates = hours(teacher, rows, largest)
+    work = ", ".join(f"{rows[kind]:,} rows of {kind} at {rate:.3g}/s" for kind, rate in rates.items())
+    count = teacher.run.accelerator.num_processes
+    return f"to do      about {duration(time)} on {count} process(es): {work} each", time
 
 
 def size(count_bytes: int) -> str:

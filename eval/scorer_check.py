@@ -10,11 +10,12 @@ Axes: N images, R shuffles, D feature width.
 
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 from typing import Any
 
 import torch
+from accelerate import Accelerator
 from omegaconf import OmegaConf
 from torch import Tensor
 
@@ -25,8 +26,9 @@ from slimstep.engine.components import component
 from slimstep.engine.files import write_json
 from slimstep.engine.identity import SCORER_CHECK
 from slimstep.engine.parallel import map_batches
-from slimstep.engine.run import FINISHED
+from slimstep.engine.run import FINISHED, Run
 from slimstep.engine.seeding import generator
+from slimstep.eval.config import Config
 from slimstep.eval.metrics.clip import BATCH, ClipScorer
 from slimstep.eval.metrics.compare import mean_and_error
 from slimstep.eval.overlap import plain
@@ -83,22 +85,22 @@ def against_shuffled(image_ND: Tensor, text_ND: Tensor, texts: Sequence[str], sc
 # ---- the data ----
 
 
-def check_scorer(bench, has_images: bool = True) -> None:
+def check_scorer(config: Config, run: Run, scorer: ClipScorer, has_images: bool = True) -> None:
     """Measures, or reads in scorer_check.json, whether the scorer can judge the data of a job that is about to begin.
 
     Raises ValueError where it cannot and scorer.force is not set. A finished run is not looked at again.
     """
-    run = bench.run
     if run.made(FINISHED):
         return
-    pairs = OmegaConf.to_container(bench.config.data.pairs, resolve=True)
-    measured_on = json.loads(json.dumps({"scorer": bench.scorer.protocol, "pairs": pairs}))
+    pairs = OmegaConf.to_container(config.data.pairs, resolve=True)
+    measured_on = json.loads(json.dumps({"scorer": scorer.protocol, "pairs": pairs}))
     record = run.load(SCORER_CHECK) if run.made(SCORER_CHECK) else {}
     new = any(record.get(key) != value for key, value in measured_on.items())
     if new:
-        record = run.agreed({**measured_on, **(measured(bench) if has_images else unchecked(prompts_alone(bench)))})
+        found = measured(config, run, scorer) if has_images else unchecked(prompts_alone(config))
+        record = run.agreed({**measured_on, **found})
     sentence = data_sentence(record)
-    if sentence and "unchecked" not in record and not bench.scorer.force:
+    if sentence and "unchecked" not in record and not scorer.force:
         way = "choose one that knows them, as scorer=openclip scorer.model=ViT-g-14 scorer.pretrained=laion2b_s34b_b88k"
         raise ValueError(f"{sentence}: {way}; scorer.force=true goes on with this one")
     if new and run.accelerator.is_main_process:
@@ -110,13 +112,15 @@ def check_scorer(bench, has_images: bool = True) -> None:
         log.info(f"the scorer knows these data: {told(record, 'captions')}" if "own" in record else record["unchecked"])
 
 
-def measured(bench) -> dict[str, Any]:
+def measured(config: Config, run: Run, scorer: ClipScorer) -> dict[str, Any]:
     """What scorer_check.json says of the scorer and the first of the data's images, held-out ones before others."""
-    images, captions = own_images(bench, IMAGES)
+    images, captions = own_images(config, IMAGES)
     if not images:
         return unchecked("whether the scorer can judge these data is not known: none of their images can be read", True)
-    features = image_features(bench, torch.stack(images)), bench.scorer.text(captions).float().cpu()
-    record = against_shuffled(*features, captions, bench.scorer)
+    images_N3HW = torch.stack(images)
+    rate = lambda indices: scorer.image(images_N3HW[indices]).float()  # noqa: E731
+    image_ND = map_batches(rate, len(images), BATCH, run.accelerator, "images as the scorer sees them")
+    record = against_shuffled(image_ND, scorer.text(captions).float().cpu(), captions, scorer)
     same = f"whether the scorer can judge these data is not known: all {len(images)} images have one caption"
     if record is None:
         return unchecked(same, True)
@@ -131,19 +135,19 @@ def unchecked(why: str, is_doubtful: bool = False) -> dict[str, Any]:
     return {"unchecked": why, "doubtful": is_doubtful}
 
 
-def prompts_alone(bench) -> str:
-    file = bench.config.data.prompt_file
+def prompts_alone(config: Config) -> str:
+    file = config.data.prompt_file
     return f"whether the scorer can judge them is not known before images are drawn: {file} has prompts alone"
 
 
-def own_images(bench, count: int) -> tuple[list[Tensor], list[str]]:
+def own_images(config: Config, count: int) -> tuple[list[Tensor], list[str]]:
     """Up to `count` images of the data, uint8 [3, H, W], and their captions, in a fixed shuffled order."""
     images: list[Tensor] = []
     captions: list[str] = []
     for split in ("heldout", "train"):
         if len(images) == count:
             break
-        chosen = OmegaConf.merge(bench.config, {"data": {"pairs": {"split": split}}})
+        chosen = OmegaConf.merge(config, {"data": {"pairs": {"split": split}}})
         try:
             pairs = at_random_access(component(chosen, "data.pairs"), count - len(images))
         except ValueError:  # the split is empty: none is held out where prompts are a file's, or all are
@@ -165,25 +169,17 @@ def readable(pairs) -> Iterator[dict[str, Any]]:
             continue
 
 
-def image_features(bench, images_N3HW: Tensor) -> Tensor:
-    """Unit features [N, D] of uint8 images, float32 on the CPU, the same for any number of processes."""
-    rate = lambda indices: bench.scorer.image(images_N3HW[indices]).float()  # noqa: E731
-    return map_batches(rate, len(images_N3HW), BATCH, bench.run.accelerator, "images as the scorer sees them")
-
-
 # ---- the teacher ----
 
 
-def check_teacher(bench, images_N3HW: Tensor, prompts: PromptSet) -> dict | None:
-    """The scores of the teacher's first images with their own prompts and with shuffled ones; logged at chance."""
-    return compare_teacher(image_features(bench, images_N3HW[:IMAGES]), prompts, bench.scorer)
-
-
-def compare_teacher(image_ND: Tensor, prompts: PromptSet, scorer: ClipScorer) -> dict | None:
-    """The same from the features of its images."""
+def compare_teacher(
+    features: Callable[[list[int]], Tensor], prompts: PromptSet, scorer: ClipScorer, accelerator: Accelerator
+) -> dict | None:
+    """The scores of the teacher's first images, of which `features(indices)` gives the scorer's, with their own prompts
+    and with shuffled ones; logged at chance."""
     texts = prompts.prompts[:IMAGES]
-    text_ND = scorer.text(texts).float().cpu()
-    record = against_shuffled(image_ND[: len(texts)].float().cpu(), text_ND, texts, scorer)
+    image_ND = map_batches(features, len(texts), BATCH, accelerator, "the teacher's images as the scorer sees them")
+    record = against_shuffled(image_ND.float(), scorer.text(texts).float().cpu(), texts, scorer)
     if sentence := teacher_sentence(record):
         log.warning(sentence)
     return record

@@ -3,6 +3,7 @@
 A row is a file that is not made again. What a device cannot run is a row that says why.
 """
 
+import copy
 import gc
 import logging
 import re
@@ -20,8 +21,10 @@ from slimstep.engine.environment import environment
 from slimstep.engine.files import damaged, write_tensors
 from slimstep.engine.names import disk_name
 from slimstep.engine.run import Run
-from slimstep.eval.config import Config
-from slimstep.eval.evaluation import LONGEST_NAME, EvaluationBench
+from slimstep.eval.config import Config, LatencyConfig
+from slimstep.eval.given import LONGEST_NAME, given_models, resolution_of
+from slimstep.eval.inputs import load_scorer
+from slimstep.eval.job import eval_prompts
 from slimstep.eval.metrics.clip import psnr
 from slimstep.eval.metrics.compare import mean_and_error, paired_difference
 from slimstep.eval.plan import image_rows
@@ -37,30 +40,39 @@ SETUP_FIELDS = [field.name for field in fields(Setup)]
 CHOICES = [name for name in SETUP_FIELDS if name != "capture"]  # what config.benchmark lists values of
 
 
-class SpeedBench(EvaluationBench):
+class SpeedBench:
     """Pipelines by name, what they are timed in, and what their images are compared with."""
 
     def __init__(self, config: Config, run: Run):
-        super().__init__(config, run)
+        """Raises ValueError, before anything is timed, for models or prompts that cannot be had."""
+        if run.accelerator.num_processes > 1 and not config.plan:
+            raise ValueError("times are those of one process: start the benchmark without accelerate launch's others")
+        self.given = given_models(config, [config.eval.steps], "time")
+        self.given.check()
+        if (images := config.benchmark.images) > (prompts := config.eval.prompts):
+            raise ValueError(f"benchmark.images={images} is more than eval.prompts={prompts}")
+        self.config, self.run, self.device = copy.deepcopy(config), run, run.accelerator.device
+        self.config.data.resolution = resolution_of(self.given)
+        _ = self.base, self.setups
+        self.prompts, self.scorer = eval_prompts(self.config), load_scorer(config, self.device)
         self.peaks: dict[str, float] = {}  # what was measured once, by dtype
         self.row_gflops: dict[str, float] = {}  # what was counted once, by the UNet's configuration
 
-    def check(self) -> None:
-        """ValueError, before anything is timed, for models or prompts that cannot be had."""
-        if self.run.accelerator.num_processes > 1 and not self.config.plan:
-            raise ValueError("times are those of one process: start the benchmark without accelerate launch's others")
-        if not self.models:
-            raise ValueError("models names nothing to time: models=[FOLDER,…] or models={teacher: FOLDER, …}")
-        self.check_models()
-        self.check_steps()
-        self.settle_resolution()
-        if (images := self.config.benchmark.images) > (prompts := self.config.eval.prompts):
-            raise ValueError(f"benchmark.images={images} is more than eval.prompts={prompts}")
-        _ = self.base, self.setups, self.prompt_set, self.scorer
+    @property
+    def models(self) -> dict[str, str]:
+        """{name: folder or hub id}."""
+        return self.given.paths
+
+    @property
+    def reference(self) -> str:
+        return self.given.reference[0]
 
     def steps_of(self, name: str) -> list[int]:
-        """The numbers of sampling steps that a model is timed at, most first: its own, or `eval.steps`."""
-        return sorted(set(self.given[name].steps or [self.config.eval.steps]), reverse=True)
+        return self.given.steps(name)
+
+    @property
+    def latency(self) -> LatencyConfig:
+        return OmegaConf.to_object(self.config.latency)
 
     @property
     def base(self) -> Setup:
@@ -77,15 +89,15 @@ class SpeedBench(EvaluationBench):
 
     def assembled(self, variant: Variant) -> DiffusionPipeline:
         """A new pipeline, with parts of others where the variant names them."""
-        pipeline = self.loaded(variant.model)
-        unet = self.loaded(variant.unet).unet if variant.unet else pipeline.unet
-        vae = self.loaded(variant.vae).vae if variant.vae else pipeline.vae
+        pipeline = self.given.load(variant.model)
+        unet = self.given.load(variant.unet).unet if variant.unet else pipeline.unet
+        vae = self.given.load(variant.vae).vae if variant.vae else pipeline.vae
         return with_unet(pipeline, unet, vae=vae)
 
     def subject(self, variant: Variant, batch: int, pipeline: DiffusionPipeline | None = None, **given: Any) -> Subject:
         """A pipeline made ready to be timed. Raises CannotRunError."""
         pipeline, config = pipeline or self.assembled(variant), self.config.eval
-        return Subject(pipeline, variant.setup, self.prompt_set.prompts, variant.steps, config.guidance_scale,
+        return Subject(pipeline, variant.setup, self.prompts.prompts, variant.steps, config.guidance_scale,
                        self.device, batch, config.seed, given)  # fmt: skip
 
     # ---- rows ----
@@ -131,9 +143,9 @@ class SpeedBench(EvaluationBench):
         config, name = self.config.eval, f"first-image/{file}.json"
         parts = (variant.model, variant.unet, variant.vae)
         request = {**asdict(variant), "batch": batch, "guidance_scale": config.guidance_scale, "seed": config.seed,
-                   "prompts": list(self.prompt_set.prompts[:batch]), "device": str(self.device),
-                   "options": {where: self.options_of(where) for where in parts if where},
-                   "resolution": self.asked_resolution}  # fmt: skip
+                   "prompts": list(self.prompts.prompts[:batch]), "device": str(self.device),
+                   "options": {where: self.given.options(where) for where in parts if where},
+                   "resolution": self.given.pixels}  # fmt: skip
         self.free_memory()  # the processes want it
         return self.run.json(name, lambda: compile_cost(request, self.run.path / f"artifacts/{file}.bin"))
 
@@ -154,7 +166,7 @@ class SpeedBench(EvaluationBench):
 
     def quality(self, images: Tensor, reference: Tensor) -> dict[str, Any]:
         """PSNR in dB to the reference's images from the same noise, and CLIP score, paired with theirs."""
-        prompts = self.prompt_set.prompts[: len(images)]
+        prompts = self.prompts.prompts[: len(images)]
         text = self.scorer.text(prompts)
         scores, base = (self.scorer.score(x, text).tolist() for x in (images, reference))
         near = psnr(images, reference).tolist() if images.shape == reference.shape else None
@@ -181,7 +193,7 @@ class SpeedBench(EvaluationBench):
             "rows": rows,
             "protocol": {"base": asdict(self.base), "warmup": config.latency.warmup, "seconds": config.latency.seconds,
                          "steps": config.eval.steps, "guidance_scale": config.eval.guidance_scale,
-                         "seed": config.eval.seed, "images": config.benchmark.images, "prompts": self.prompt_set.hash,
+                         "seed": config.eval.seed, "images": config.benchmark.images, "prompts": self.prompts.hash,
                          "clock": "wall" if self.device.type == "cuda" else "CPU time of one thread",
                          "iterations": config.latency.iterations, "scorer": self.scorer.protocol},
             "environment": environment(),

@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 
 from slimstep.engine.config import TrainConfig
-from slimstep.eval.bench import Bench
+from slimstep.eval.inputs import Teacher
 from slimstep.eval.timing.precision import computing
 from slimstep.models.denoiser import denoiser_of
 
 SECONDS, CALLS = 4.0, 3  # about as long a timed call may take, and how many there are
 
 
-def hours(bench: Bench, rows: dict[str, int], training: TrainConfig) -> tuple[float, dict[str, float]]:
+def hours(teacher: Teacher, rows: dict[str, int], training: TrainConfig) -> tuple[float, dict[str, float]]:
     """How long all processes take for rows of each kind, and the rates behind it, in rows a second of one process.
 
     rows: {"forward": a teacher's UNet evaluations, "sampling": those that draw images, "training": those with a
@@ -26,65 +26,65 @@ def hours(bench: Bench, rows: dict[str, int], training: TrainConfig) -> tuple[fl
     measures = {
         "forward": forward_rate, "sampling": sampling_rate, "training": training_rate, "decoding": decoding_rate,
     }  # fmt: skip
-    given = bench.config.rates
-    rates = {kind: given[kind] or measures[kind](bench, training) for kind, count in rows.items() if count}
-    seconds = sum(rows[kind] / rate for kind, rate in rates.items()) / bench.run.accelerator.num_processes
+    given = teacher.config.rates
+    rates = {kind: given[kind] or measures[kind](teacher, training) for kind, count in rows.items() if count}
+    seconds = sum(rows[kind] / rate for kind, rate in rates.items()) / teacher.run.accelerator.num_processes
     return seconds / 3600, rates
 
 
-def forward_rate(bench: Bench, training: TrainConfig) -> float:
-    return evaluation_rate(bench, bench.run.accelerator.autocast, training.batch_size)
+def forward_rate(teacher: Teacher, training: TrainConfig) -> float:
+    return evaluation_rate(teacher, teacher.run.accelerator.autocast, training.batch_size)
 
 
-def sampling_rate(bench: Bench, training: TrainConfig) -> float:
+def sampling_rate(teacher: Teacher, training: TrainConfig) -> float:
     """Images are drawn in the precision of `sampling`, two rows each where they are guided."""
-    weights = next(bench.unet.parameters())
-    return evaluation_rate(bench, lambda: computing(bench.precision, weights), 2 * bench.config.eval.batch_size)
+    weights = next(teacher.unet.parameters())
+    return evaluation_rate(teacher, lambda: computing(teacher.precision, weights), 2 * teacher.config.eval.batch_size)
 
 
-def evaluation_rate(bench: Bench, precision: Callable[[], AbstractContextManager], batch: int) -> float:
-    denoiser = denoiser_of(bench.unet)
+def evaluation_rate(teacher: Teacher, precision: Callable[[], AbstractContextManager], batch: int) -> float:
+    denoiser = denoiser_of(teacher.unet)
 
     def forward(rows: int) -> Callable[[], None]:
-        inputs = denoiser.example(bench.unet, rows, tokens=bench.text_length)
+        inputs = denoiser.example(teacher.unet, rows, tokens=teacher.text_length)
 
         def call() -> None:
             with torch.inference_mode(), precision():
-                denoiser(bench.unet, *inputs)
+                denoiser(teacher.unet, *inputs)
 
         return call
 
-    return rate(forward, batch, bench.device)
+    return rate(forward, batch, teacher.device)
 
 
-def training_rate(bench: Bench, training: TrainConfig) -> float:
+def training_rate(teacher: Teacher, training: TrainConfig) -> float:
     """Forward and backward; an optimiser's step is small beside them."""
-    unet, denoiser = bench.unet, denoiser_of(bench.unet)
+    unet, denoiser = teacher.unet, denoiser_of(teacher.unet)
     if training.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
 
     def forward(rows: int) -> Callable[[], Tensor]:
-        inputs = denoiser.example(unet, rows, tokens=bench.text_length)
+        inputs = denoiser.example(unet, rows, tokens=teacher.text_length)
         return lambda: denoiser(unet, *inputs)
 
-    measured = backward_rate(bench, unet.train(), forward, training.batch_size)
+    measured = backward_rate(teacher, unet.train(), forward, training.batch_size)
     unet.eval().disable_gradient_checkpointing()
     return measured
 
 
-def decoding_rate(bench: Bench, training: TrainConfig) -> float:
+def decoding_rate(teacher: Teacher, training: TrainConfig) -> float:
     """The wide decoder's forward and backward: more than the narrow one's and the wide one's forward."""
-    vae, shape = bench.pipeline.vae, denoiser_of(bench.unet).sample_shape
+    vae, shape = teacher.pipeline.vae, denoiser_of(teacher.unet).sample_shape
 
     def forward(rows: int) -> Callable[[], Tensor]:
-        latents = torch.randn(rows, *shape, device=bench.device)
+        latents = torch.randn(rows, *shape, device=teacher.device)
         return lambda: vae.decoder(latents)
 
-    return backward_rate(bench, vae.decoder, forward, training.batch_size)
+    return backward_rate(teacher, vae.decoder, forward, training.batch_size)
 
 
 def backward_rate(
-    bench: Bench, network: nn.Module, forward: Callable[[int], Callable[[], Tensor]], batch: int
+    teacher: Teacher, network: nn.Module, forward: Callable[[int], Callable[[], Tensor]], batch: int
 ) -> float:
     """Rows a second; the network is frozen afterwards, as it was."""
 
@@ -92,7 +92,7 @@ def backward_rate(
         ahead = forward(rows)
 
         def call() -> None:
-            with bench.run.accelerator.autocast():
+            with teacher.run.accelerator.autocast():
                 loss = ahead().float().square().mean()
             loss.backward()
             network.zero_grad(set_to_none=True)
@@ -101,7 +101,7 @@ def backward_rate(
 
     network.requires_grad_(True)
     try:
-        return rate(both, batch, bench.device)
+        return rate(both, batch, teacher.device)
     finally:
         network.requires_grad_(False)
 

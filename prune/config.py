@@ -15,12 +15,14 @@ MOST_ROUNDS = 200
 
 @dataclass
 class SearchConfig:
-    """How an architecture is chosen. `target_ms` wins over `target_fraction`, a share of the teacher's UNet latency."""
+    """How an architecture is chosen. `target_ms` wins over `target_fraction`, a share of the teacher's UNet latency;
+    blocks are ranked by `metric`, CLIP score or a per-image one of `metrics`."""
 
     method: Any = None
     target_fraction: float | None = 0.75
     target_ms: float | None = None
     rounds: int = 2
+    metric: str = "clip"
     skip_rule: Any = "shortcut"
     copy_init: str = "zero"
 

@@ -1,19 +1,47 @@
 """The pruning job: Algorithm 1 of SnapFusion, from a teacher pipeline to a slim diffusers folder and its report."""
 
 import logging
-import math
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from typing import Any
 
+import torch
+from PIL import Image
+
+from slimstep.data.prompts import PromptSet
+from slimstep.engine.components import component
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
+from slimstep.eval.evaluator import Candidate, Evaluator, forget_partial, read_finished
+from slimstep.eval.exporting import clip_line, export, write_results
+from slimstep.eval.inputs import (
+    Teacher,
+    check_inputs,
+    load_metrics,
+    load_prompts,
+    load_scorer,
+    load_teacher,
+    note_trained_on,
+    offloadable,
+    seen_prompts,
+    training_data,
+)
+from slimstep.eval.metrics.metric import Metric, Psnr, of_kind
+from slimstep.eval.pages.comparison import run_table
+from slimstep.eval.pages.run_page import write_report
+from slimstep.eval.pages.runs import read_run
 from slimstep.eval.plan import planned, scorer_stage
+from slimstep.eval.record import Evaluation
 from slimstep.eval.scorer_check import check_scorer
-from slimstep.models.architecture import as_json
+from slimstep.eval.training import check_objective, train_stage
+from slimstep.models.cost import count_gflops, count_parameters
+from slimstep.models.denoiser import guidance_embed_dim
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
-from slimstep.prune.bench import PruneBench
+from slimstep.models.pipeline import with_unet
 from slimstep.prune.config import Config
-from slimstep.prune.evolve import Action, BlockValue, apply, record_json
+from slimstep.prune.latency import table_without
 from slimstep.prune.plan import latency_stage, pruning_stages
-from slimstep.prune.search import Situation
+from slimstep.prune.rounds import Measures, decide, known_latencies, skip_rule, tell
 
 log = logging.getLogger("slimstep")
 TARGET_MISSED = 3
@@ -21,122 +49,157 @@ TARGET_MISSED = 3
 
 def prune_unet(config: Config, run: Run) -> int | Plan:
     """Runs or continues the job, or tells what it would do; returns the exit code: 0, or 3 for a missed target."""
-    bench = PruneBench(config, run)
-    bench.check()
+    teacher, search = load_teacher(config, run), component(config, "search.method", _convert_="all")
+    check(teacher, search)
+    (calibration, prompts), scorer = load_prompts(teacher), load_scorer(config, run.accelerator.device)
+    unets = {"teacher": teacher.unet}
+    evaluator = evaluator_of(teacher, unets, prompts, scorer)
+    check_metric(config, evaluator.metrics)
     if config.plan:
-        return planned(bench, [*scorer_stage(bench), *pruning_stages(bench)], [config.train, config.recovery.train])
-    check_scorer(bench)
-    bench.keep_prompts()
-    judged = [bench.judge("teacher", bench.teacher)]
-    unet, decision, measured_ms = bench.student(), None, {}
+        stages = [*scorer_stage(run), *pruning_stages(teacher, search.needs_scores)]
+        return planned(teacher, stages, [config.train, config.recovery.train])
+    check_scorer(teacher.config, run, scorer)
+    ranked_on = list(calibration.distinct) if search.needs_scores else []
+    run.json("prompts.json", lambda: {"ranked_on": ranked_on, "judged_on": list(prompts.distinct)})
+
+    @cache
+    def pairs():
+        data = training_data(teacher)
+        note_trained_on(run, prompts, data.distinct_captions())
+        return data
+
+    train = partial(train_stage, teacher=teacher, pairs=pairs, offloadable=offloadable(teacher.pipeline, scorer))
+    setting = config.eval.steps, config.eval.guidance_scale
+    points, times = [evaluator.point("teacher", *setting)], {}
+    measures = Measures(teacher, search, calibration, evaluator.metrics)
+    unet, decision = prunable_copy(teacher), None
     for r in range(config.search.rounds):
-        unet, decision = evolve(bench, unet, decision, r)
-        judged.append(bench.judge(f"round-{r:02d}", unet))
-        measured_ms |= {"teacher": decision["teacher_ms"], f"round-{r:02d}": decision["measured_ms"]}
-    bench.export(unet, "evolved")  # what recovery begins with: others can be recovered from it
-    student = bench.train(unet, config.recovery.objective, config.recovery.train, "recovery").requires_grad_(False)
-    judged.append(bench.judge("student", student))
-    bench.export(student)
-    bench.write_card(bench.evaluate(judged, {**measured_ms, "student": decision["measured_ms"]}))
-    bench.report()
-    if decision["target_ms"] and decision["measured_ms"] > decision["target_ms"]:
-        log.warning(
-            f"the latency target of {decision['target_ms']:.2f} ms was not reached: {decision['measured_ms']:.2f} ms "
-            f"is the best effort, exported to {run.path / 'export'}; raise search.target_fraction or search.target_ms"
-        )
-        return TARGET_MISSED
-    return 0
+        stage = f"round-{r:02d}"
+        unet = train(unet, stage, config.objective, config.train)
+        decision = decide(measures, unet, decision, r)
+        tell(stage, decision)
+        unet = unets[stage] = unet.with_architecture(decision["after"], copy_init=config.search.copy_init)
+        points.append(evaluator.point(stage, *setting))
+        times |= {"teacher": decision["teacher_ms"], stage: decision["measured_ms"]}
+    export(with_unet(teacher.pipeline, unet), "evolved", teacher, config.eval)  # others can be recovered from it
+    unet = unets["student"] = train(unet, "recovery", config.recovery.objective, config.recovery.train)
+    points.append(evaluator.point("student", *setting))
+    export(with_unet(teacher.pipeline, unet.requires_grad_(False)), "export", teacher, config.eval)
+    times["student"] = decision["measured_ms"]
+    protocol = {**scorer.protocol, **teacher.sampler(config.eval).protocol}
+    evaluation = evaluator.evaluate(points, dict(zip(unets, unets, strict=True)), protocol, seen_prompts(run), ms=times)
+    write_results(run, "export", results(teacher, evaluation))
+    report(run)
+    return missed_target(run, decision)
 
 
 def make_latency_table(config: Config, run: Run) -> int | Plan:
     """The latency table of a model on its own, written to latency.json and printed."""
-    bench = PruneBench(config, run)
+    teacher = Teacher(component(config, "model"), config, run)
     if config.plan:
-        return planned(bench, [latency_stage(bench)], [])
-    table = run.json("latency.json", lambda: bench.measure_latencies(bench.unet))
+        return planned(teacher, [latency_stage(teacher)], [])
+    table = run.json("latency.json", lambda: Measures(teacher).latencies(teacher.unet))
     for block, entry in table["sites"].items():
         log.info(f"{block:<52} {entry['ms']:9.3f} ms  {entry['ms'] / table['full_ms']:6.1%}")
-    log.info(f"{run.path / 'latency.json'}: {table['full_ms']:.2f} ms for a batch of {bench.latency.batch}")
+    log.info(f"{run.path / 'latency.json'}: {table['full_ms']:.2f} ms for a batch of {teacher.latency.batch}")
     return 0
 
 
-def evolve(
-    bench: PruneBench, unet: PrunableUNet2DConditionModel, previous: dict | None, r: int
-) -> tuple[PrunableUNet2DConditionModel, dict]:
-    """One round: robust training, block scores, latency table, decision, surgery."""
-    config, run, stage = bench.config, bench.run, f"round-{r:02d}"
-    unet = bench.train(unet, config.objective, config.train, stage)
-    table = run.json(f"{stage}/latency.json", lambda: bench.measure_latencies(unet))
-    scores = run.json(f"{stage}/scores.json", lambda: bench.score(unet, stage)) if bench.search.needs_scores else None
-    followed = [f"judged/{stage}.json", f"round-{r + 1:02d}/weights.safetensors", "recovery/weights.safetensors"]
-    if not run.made(f"{stage}/decision.json") and (orphans := [name for name in followed if run.made(name)]):
-        raise ValueError(
-            f"{run.path / stage}/decision.json is gone, and {', '.join(orphans)} follow from it: remove them too"
-        )
-    decision = run.json(f"{stage}/decision.json", lambda: decide(bench, unet, table, scores, previous, r))
-    tell(stage, decision)
-    return unet.with_architecture(decision["after"], copy_init=config.search.copy_init), decision
+def check(teacher: Teacher, search: Any) -> None:
+    """ValueError, before anything is made, for a search, data or objectives that will not do."""
+    config, unet = teacher.config, teacher.unet
+    if guidance_embed_dim(unet):
+        raise ValueError(f"{config.model.name_or_path} is told its guidance scale: prune it before that")
+    known = (*unet.blocks, *unet.levels)
+    if unknown := sorted(set(search.named_blocks) - set(known)):
+        raise ValueError(f"search.method names unknown blocks {unknown}; this network has {known}")
+    if (decided := getattr(search, "skip_rule", None)) not in (None, skip_rule(config)):
+        raise ValueError(f"search.method.architecture was decided with search.skip_rule={decided}; set it here")
+    if table := known_latencies(config):
+        table_without(table, unet)
+    with torch.device("meta"):
+        bare = PrunableUNet2DConditionModel.from_config(dict(unet.config), bypass=skip_rule(config))
+        PrunableUNet2DConditionModel.from_config(dict(bare.config), depths=getattr(search, "architecture", {}))
+    for key, stage in {"objective": config, "recovery.objective": config.recovery}.items():
+        check_objective(key, stage.objective, stage.train, teacher)
+    check_inputs(teacher)
+    if search.needs_scores:
+        teacher.sampler(config.scoring)
 
 
-def decide(bench, unet, table: dict, scores: dict | None, previous: dict | None, r: int) -> dict:
-    """A round's actions as JSON. The last round goes on until the *measured* latency meets the target."""
-    config = bench.config.search
-    teacher_ms = previous["teacher_ms"] if previous else table["full_ms"]
-    latency_ms = previous["measured_ms"] if previous else table["full_ms"]
-    target_ms = config.target_ms or (config.target_fraction and config.target_fraction * teacher_ms)
-    values = block_values(unet, table, scores, scale=latency_ms / table["full_ms"])
-    target = target_ms or math.inf
-    situation = Situation(values, unet.architecture, latency_ms, target, unet.copyable_blocks, r, config.rounds)
-    actions: list[Action] = []
-    after, measured_ms = unet.architecture, latency_ms
-    while more := bench.search(situation):
-        actions += more
-        after = apply(unet.architecture, actions)
-        measured_ms = bench.measure_ms(unet.with_architecture(after), teacher_ms)
-        if r < config.rounds - 1 or measured_ms <= situation.target_ms:
-            break
-        situation = situation.after(more, measured_ms)
-    return {
-        "before": as_json(unet.architecture),
-        "after": as_json(after),
-        "bypass": bench.skip_rule,
-        "actions": [action.as_json() for action in actions],
-        "values": [record_json(value) for value in values],
-        "not_copyable": [block for block in unet.kept_blocks if block not in unet.copyable_blocks],
-        "teacher_ms": teacher_ms,
-        "target_ms": target_ms,
-        "predicted_ms": actions[-1].as_json()["predicted_ms"] if actions else latency_ms,
-        "measured_ms": measured_ms,
-        "clock": "latency.table" if bench.known_latencies else "measured",
-    }
+def check_metric(config: Config, metrics: Mapping[str, Metric]) -> None:
+    """ValueError where blocks cannot be ranked by the metric that search.metric names."""
+    known = of_kind(metrics, "per_image")
+    if config.search.metric not in known:
+        raise ValueError(f"search.metric={config.search.metric} scores no single images; choose from {list(known)}")
 
 
-def block_values(
-    unet: PrunableUNet2DConditionModel, table: dict, scores: dict | None, scale: float
-) -> tuple[BlockValue, ...]:
-    """Scores and milliseconds side by side; `scale` carries the table over to the teacher's clock."""
-    unknown = {"delta_clip": math.nan, "se": math.nan}
-    return tuple(
-        BlockValue(
-            block,
-            score["delta_clip"],
-            score["se"],
-            entry["ms"] * scale,
-            unet.repeats(block),
-            math.nan if score.get("picture_error") is None else score["picture_error"],
-        )
-        for block, entry in table["sites"].items()
-        for score in [unknown if scores is None else scores["sites"][block]]
+def prunable_copy(teacher: Teacher) -> PrunableUNet2DConditionModel:
+    """A trainable copy of the teacher's UNet, in float32."""
+    unet = PrunableUNet2DConditionModel.from_unet(teacher.unet, skip_rule=skip_rule(teacher.config))
+    return unet.float().requires_grad_()
+
+
+def evaluator_of(
+    teacher: Teacher, unets: Mapping[str, PrunableUNet2DConditionModel], prompts: PromptSet, scorer: Any
+) -> Evaluator:
+    """Every UNet in the teacher's pipeline; `unets` grows while the job goes on."""
+    config, run = teacher.config, teacher.run
+    sampler = teacher.sampler(config.eval)
+    decoder = count_parameters(teacher.pipeline.vae.decoder)
+
+    def candidate(name: str, *_: Any) -> Candidate:
+        unet = unets[name]
+        facts = {"parameters": {"UNet": unet.num_parameters(), "decoder": decoder},
+                 "gflops": count_gflops(unet, tokens=teacher.text_length),
+                 "evaluations": sampler.evaluations(unet)}  # fmt: skip
+        return Candidate(partial(sampler.images, unet, prompts.prompts), sampler.protocol, facts)
+
+    metrics = {**load_metrics(config, scorer, teacher.device), "psnr": Psnr()}
+    return Evaluator(run, candidate, prompts, metrics, scorer, ("teacher", config.eval.steps), config.eval.batch_size,
+                     config.eval.pictures, finished=read_finished(run))  # fmt: skip
+
+
+def results(teacher: Teacher, evaluation: Evaluation) -> Sequence[str]:
+    """The student's scores and milliseconds, for its model card."""
+    config, ms = teacher.config.latency, evaluation.facts["ms"]
+    times = f"UNet: {ms['student']:.2f} ms, the teacher's {ms['teacher']:.2f} ms, for a batch of {config.batch}"
+    clock = f"by the table {config.table}" if config.table else f"measured on {evaluation.environment['device']}"
+    return [clip_line(evaluation.points[-1].clip), f"{times} ({clock})"]
+
+
+def report(run: Run) -> None:
+    """report.html and its pictures, once; the same to the tracker; the table is printed."""
+    page, new = run.path / "report.html", not run.made("report.html")
+    if new:
+        forget_partial(run)
+    if run.accelerator.is_main_process:
+        if new:
+            track(run)
+            write_report(run.path)
+        print(run_table(run.path))
+        log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
+    run.accelerator.wait_for_everyone()
+
+
+def track(run: Run) -> None:
+    """Block values as tables and the pictures of every model, for a tracker if there is one."""
+    if run.tracker is None:
+        return
+    record = read_run(run.path)
+    for r in record.rounds:
+        rows = [[b.path, b.ms, b.delta_clip, b.se, b.clip_per_ms] for b in r.blocks.values()]
+        run.tracker.table(f"{r.name}/blocks", ["block", "ms", "CLIP lost", "se", "CLIP lost per ms"], rows)
+    for name, paths in record.images.items():
+        run.tracker.images(f"images/{name}", [Image.open(path) for path in paths], list(record.prompts))
+
+
+def missed_target(run: Run, decision: Mapping[str, Any]) -> int:
+    """The exit code: 3 where the last round did not reach the latency target, else 0."""
+    if not decision["target_ms"] or decision["measured_ms"] <= decision["target_ms"]:
+        return 0
+    log.warning(
+        f"the latency target of {decision['target_ms']:.2f} ms was not reached: {decision['measured_ms']:.2f} ms "
+        f"is the best effort, exported to {run.path / 'export'}; raise search.target_fraction or search.target_ms"
     )
-
-
-def tell(stage: str, decision: dict) -> None:
-    """The round as a story: what was done to which block, and why; the latency predicted, then measured."""
-    for action in decision["actions"]:
-        verb = {"remove": "removes", "copy": "copies"}[action["action"]]
-        predicted = "" if action["predicted_ms"] is None else f" → predicted {action['predicted_ms']:.2f} ms"
-        log.info(f"{stage} {verb} {action['site']:<32} {action['why']}{predicted}")
-    share = decision["measured_ms"] / decision["teacher_ms"]
-    target = f"target {decision['target_ms']:.2f} ms" if decision["target_ms"] else "no target"
-    how = "measured" if decision["clock"] == "measured" else "by the table"
-    log.info(f"{stage} {how} {decision['measured_ms']:.2f} ms, {share:.1%} of the teacher's ({target})")
+    return TARGET_MISSED

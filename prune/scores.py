@@ -10,6 +10,7 @@ prompts are from each other. A scorer that is at chance loses nothing when a pic
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,9 +19,9 @@ from torch import Tensor
 
 from slimstep.data.prompts import PromptSet
 from slimstep.engine.parallel import map_batches
-from slimstep.eval.judge import clip_scores, draw_images
-from slimstep.eval.metrics.clip import CLOSEST_MSE, ClipScorer, psnr
+from slimstep.eval.metrics.clip import CLOSEST_MSE, psnr
 from slimstep.eval.metrics.compare import mean_and_error, split_half_agreement
+from slimstep.eval.metrics.metric import Metric
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import shuffles
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
@@ -78,19 +79,20 @@ def known(value: float) -> float | None:
 def score_blocks(
     unet: PrunableUNet2DConditionModel,
     sampler: Sampler,
-    scorer: ClipScorer,
+    metric: Metric,
     prompts: PromptSet,
     batch_size: int,
     accelerator: Accelerator,
     keep: Path | None = None,
 ) -> ScoreTable:
-    """Every removal on every prompt: (1 + blocks) · prompts images. `batch_size` counts images.
+    """Every removal on every prompt by a per-image metric: (1 + blocks) · prompts images. `batch_size` counts images.
 
     Finished batches lie under `keep` until all are there.
     """
-    texts, features = prompts.prompts, scorer.text(prompts.prompts)
-    blocks = tuple(unet.kept_blocks)
-    base = draw_images("the base", unet, sampler, prompts, batch_size, accelerator, keep and keep / "base")
+    texts, blocks = prompts.prompts, tuple(unet.kept_blocks)
+    metric.prepare(texts)
+    draw, shared = partial(sampler.images, unet, texts), (batch_size, accelerator)
+    base = map_batches(draw, len(texts), *shared, "images of the base", keep and keep / "base")
 
     def ablate(items: list[int]) -> Tensor:
         """Shape [items, 2]: CLIP score without the block, and PSNR to the base image."""
@@ -99,13 +101,14 @@ def score_blocks(
         mask_BN[torch.arange(len(items)), list(columns)] = False
         images = sampler.images(unet, texts, indices, block_mask_BN=mask_BN.to(unet.device)).cpu()
         rows = list(indices)
-        return torch.stack([scorer.score(images, features[rows]), psnr(images, base[rows])], dim=1)
+        return torch.stack([metric(images, [texts[i] for i in rows]), psnr(images, base[rows])], dim=1)
 
-    base_P = clip_scores(base, features, scorer, batch_size, accelerator)
+    base_P = map_batches(lambda rows: metric(base[rows], [texts[i] for i in rows]), len(texts), *shared, "the base")
     items, parts = len(blocks) * len(texts), keep and keep / "blocks"
-    values = map_batches(ablate, items, batch_size, accelerator, "block scores", parts)
-    clip_NP, psnr_NP = values.reshape(len(blocks), len(texts), 2).unbind(-1)
-    losses = prompts.by_text(base_P), prompts.by_text(base_P - clip_NP)
+    values = map_batches(ablate, items, *shared, "block scores", parts)
+    score_NP, psnr_NP = values.reshape(len(blocks), len(texts), 2).unbind(-1)
+    lost_NP = base_P - score_NP if metric.better == "high" else score_NP - base_P
+    losses = prompts.by_text(base_P), prompts.by_text(lost_NP)
     return ScoreTable(blocks, *losses, prompts.by_text(psnr_NP), psnr_of_others(base, texts))
 
 

@@ -1,51 +1,416 @@
-"""The decoder job (SnapFusion, section 3.2): channels of the VAE decoder go, and the rest learns its images again."""
+"""The decoder job (SnapFusion, section 3.2): channels of the VAE decoder go, and the rest learns its images again.
 
-from collections.abc import Iterator
+Axes: P latents, C channels, H and W height and width.
+"""
 
+import copy
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL
+from omegaconf import OmegaConf
+from PIL import Image
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+from slimstep.data.encoding import encode_images
+from slimstep.data.images import BrokenImageError
+from slimstep.data.latents import LatentMix
+from slimstep.data.prompts import PromptSet, heldout_prompts, read_prompts
+from slimstep.engine.components import check, component
+from slimstep.engine.environment import environment
+from slimstep.engine.files import damaged, write_tensors
+from slimstep.engine.loop import load_trained, train, trained
+from slimstep.engine.objective import check_requirements
+from slimstep.engine.parallel import map_batches
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
-from slimstep.eval.plan import BYTES, CHECKPOINT_COPIES, Stage, export, image_rows, planned, scorer_stage
+from slimstep.engine.seeding import generator
+from slimstep.eval.config import LatentsConfig
+from slimstep.eval.decoders import compare_decoders
+from slimstep.eval.evaluator import PARTIAL, Candidate, Evaluator, forget_partial, read_finished, write_pictures
+from slimstep.eval.exporting import clip_line, export, write_results
+from slimstep.eval.inputs import (
+    Teacher,
+    check_data,
+    check_inputs,
+    heldout_pairs,
+    load_metrics,
+    load_prompts,
+    load_scorer,
+    load_teacher,
+    note_trained_on,
+    offloadable,
+    seen_prompts,
+    training_data,
+)
+from slimstep.eval.latents import sampled_latents
+from slimstep.eval.metrics.compare import mean_and_error
+from slimstep.eval.metrics.metric import FeatureSimilarity, Metric, Psnr, Ssim
+from slimstep.eval.pages.vae_page import HEADER, quality_rows, vae_table, write_vae_report
+from slimstep.eval.plan import BYTES, CHECKPOINT_COPIES, Stage, image_rows, planned, scorer_stage
+from slimstep.eval.plan import export as export_stage
+from slimstep.eval.record import Evaluation, Values, read_evaluation
+from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import check_scorer
+from slimstep.eval.training import make_objective, offloaded
 from slimstep.models.cost import count_parameters
-from slimstep.prune.config import Config
-from slimstep.prune.vae_bench import HELDOUT, VaeBench
+from slimstep.models.decoding import ImageDecoder, has_statistics
+from slimstep.models.pipeline import with_unet
+from slimstep.models.vae import NarrowAutoencoderKL
+from slimstep.prune.config import Config, DecoderConfig
+from slimstep.prune.decoder import CHOICES, NORM_GROUPS, choose_channels, narrow_widths, narrowed
+
+log = logging.getLogger("slimstep")
+HELDOUT = "heldout.safetensors"
 
 
 def prune_vae(config: Config, run: Run) -> int | Plan:
     """Runs or continues the job, or tells what it would do; returns exit code 0."""
-    bench = VaeBench(config, run)
-    bench.check()
+    teacher = load_teacher(config, run)
+    teacher.pipeline.vae.float()  # there it is pruned, and taught from
+    check_decoder(teacher)
+    job = DecoderPruning(teacher, heldout_pairs(teacher.config, config.eval.prompts), training_prompts(teacher.config))
+    check_job(job)
+    (_, prompts), scorer = load_prompts(teacher), load_scorer(config, run.accelerator.device)
     if config.plan:
-        return planned(bench, [*scorer_stage(bench), *decoder_stages(bench)], [])
-    check_scorer(bench)
-    sliced = bench.sliced()
-    judged = [bench.judge("wide", bench.wide), bench.judge("sliced", sliced)]
-    narrow = bench.distil(sliced)
-    judged.append(bench.judge("narrow", narrow))
-    bench.export(narrow)
-    times = bench.measure(narrow)
-    bench.write_card(bench.evaluate(judged), times)
-    bench.report()
+        return planned(teacher, [*scorer_stage(run), *decoder_stages(job)], [])
+    check_scorer(teacher.config, run, scorer)
+    data = cache(partial(training_data, teacher))
+    pruned = pruned_decoder(job, data)
+    vaes = {"teacher": teacher.pipeline.vae, "pruned": pruned}
+    evaluation = evaluator_of(job, vaes, prompts, scorer)
+    setting = config.eval.steps, config.eval.guidance_scale
+    points = [evaluation.point(name, *setting) for name in vaes]
+    student = vaes["student"] = distilled(job, pruned, prompts, data, offloadable(teacher.pipeline, scorer))
+    points.append(evaluation.point("student", *setting))
+    export(with_unet(teacher.pipeline, teacher.unet, vae=student), "export", teacher, config.eval)
+    times = measure(job, student)
+    held = heldout(job, prompts)
+    run.folder("images/real", partial(write_pictures, held["images"][: config.eval.pictures]))
+    widths = {"teacher": list(teacher.pipeline.vae.config.block_out_channels), "student": list(job.widths)}
+    protocol = {**scorer.protocol, **teacher.sampler(config.eval).protocol}
+    found = evaluation.evaluate(points, dict(zip(vaes, vaes, strict=True)), protocol, seen_prompts(run),
+                                n_real=len(held["real"]), widths=widths)  # fmt: skip
+    write_results(run, "export", results(found, times))
+    report(run)
     return 0
 
 
-def decoder_stages(bench: VaeBench) -> Iterator[Stage]:
+@dataclass(frozen=True)
+class DecoderPruning:
+    """What all steps of the job share: the teacher, whose decoder is frozen; images that nothing is trained on; and the
+    prompts that latents are sampled from, None where all latents are those of images."""
+
+    teacher: Teacher
+    heldout_pairs: Dataset
+    prompts: PromptSet | None
+
+    @property
+    def run(self) -> Run:
+        return self.teacher.run
+
+    @property
+    def vae(self) -> AutoencoderKL:
+        return self.teacher.pipeline.vae
+
+    @property
+    def decoder(self) -> DecoderConfig:
+        return OmegaConf.to_object(self.teacher.config.decoder)
+
+    @property
+    def latents(self) -> LatentsConfig:
+        return OmegaConf.to_object(self.teacher.config.latents)
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return narrow_widths(self.vae, self.decoder.width, self.decoder.norm_groups)
+
+
+def parts(latents: LatentsConfig, r: int) -> tuple[int, int]:
+    """How many sampled latents and how many encoded images round r learns from."""
+    total = -(-latents.count * (r + 1) // latents.rounds)
+    real = round(total * latents.real_share)
+    return total - real, real
+
+
+def training_prompts(config: Config) -> PromptSet | None:
+    """The captions of training images, or those of a file; None where no latents are sampled."""
+    asked: LatentsConfig = OmegaConf.to_object(config.latents)
+    if parts(asked, asked.rounds - 1)[0] == 0:
+        return None
+    if asked.prompt_file:
+        prompts = read_prompts(asked.prompt_file, asked.prompt_column, "latents.prompt_column")
+        return prompts.take(asked.prompts, way=f"latents.prompts={len(prompts)} or fewer, or a longer file")
+    return heldout_prompts(component(config, "data.pairs"), asked.prompts, name="training captions")
+
+
+def check_decoder(teacher: Teacher) -> None:
+    """ValueError for a decoder that cannot be pruned, or not so."""
+    vae, asked = teacher.pipeline.vae, OmegaConf.to_object(teacher.config.decoder)
+    if type(vae) is not AutoencoderKL:
+        kind = type(vae).__name__
+        raise ValueError(f"the model's VAE is {kind}; a decoder is narrowed from diffusers' own AutoencoderKL")
+    if asked.norm_groups not in NORM_GROUPS:
+        raise ValueError(f"decoder.norm_groups={asked.norm_groups!r} is unknown; choose from {NORM_GROUPS}")
+    narrow_widths(vae, asked.width, asked.norm_groups)
+    if asked.choice not in CHOICES:
+        raise ValueError(f"decoder.choice={asked.choice!r} is unknown; choose from {CHOICES}")
+    check_data(teacher)
+
+
+def check_job(job: DecoderPruning) -> None:
+    """ValueError, before anything is made, for latents, data or an objective that will not do."""
+    config = job.teacher.config
+    check(config.objective, "objective")
+    check_requirements(objective_of(job), config.train, job.run.accelerator)
+    if job.teacher.latency.iterations < 2:
+        raise ValueError("latency.iterations=1: a ratio is told with its quartiles, of 2 timings and more")
+    check_inputs(job.teacher)
+    job.teacher.sampler(job.latents)
+    if (count := len(job.heldout_pairs)) < 2:
+        known = f"the data hold {count} held-out images; a decoder is judged on 2 and more"
+        raise ValueError(f"{known}: a higher data.heldout_fraction")
+
+
+# ---- latents ----
+
+
+def latent_mix(job: DecoderPruning, r: int, data: Callable[[], Dataset]) -> LatentMix:
+    """What round r learns from: its sampled latents, from the cache or made now, and its encoded images."""
+    num_sampled, num_real = parts(job.latents, r)
+    sampled = sampled_for_training(job, num_sampled) if num_sampled else ()
+    return LatentMix(sampled, num_sampled, data() if num_real else (), num_real)
+
+
+def sampled_for_training(job: DecoderPruning, count: int) -> Dataset:
+    """At least so many latents of the teacher."""
+    teacher, folder = job.teacher, Path(job.teacher.config.data.cache.folder)
+    teacher.pipeline.to(teacher.device)
+    sampler, size = teacher.sampler(job.latents), job.latents.batch_size
+    return sampled_latents(sampler, teacher.unet, job.prompts, count, size, folder, job.run.accelerator)
+
+
+def heldout(job: DecoderPruning, prompts: PromptSet) -> dict[str, Tensor]:
+    """What decoders are evaluated on: `sampled` latents of the eval prompts, `real` ones of held-out images, and those
+    images, uint8 [P, 3, H, W]."""
+    run, teacher, config = job.run, job.teacher, job.teacher.config.eval
+    if not run.made(HELDOUT):
+        real = heldout_images(job, len(prompts)) if run.accelerator.is_main_process else {}
+        teacher.pipeline.to(teacher.device)
+        sampler = teacher.sampler(config)
+
+        def draw(indices: list[int]) -> Tensor:
+            cond = sampler.encode(prompts.prompts).rows(indices)
+            noise, draws = torch.stack([sampler.noise(i) for i in indices]), sampler.generators(indices)
+            return sampler.latents(teacher.unet, cond, noise, generators=draws).float()
+
+        size, keep = len(prompts), run.path / PARTIAL / "heldout"
+        sampled = map_batches(draw, size, config.batch_size, run.accelerator, "held-out latents", keep)
+        if run.accelerator.is_main_process:
+            write_tensors(run.path / HELDOUT, {"sampled": sampled, **real})
+        run.accelerator.wait_for_everyone()
+    with damaged(run.path / HELDOUT):
+        return load_file(run.path / HELDOUT)
+
+
+def heldout_images(job: DecoderPruning, count: int) -> dict[str, Tensor]:
+    """Up to `count` held-out images that can be read, in a fixed shuffled order, and their latents."""
+    teacher, pairs = job.teacher, job.heldout_pairs
+    order = torch.randperm(len(pairs), generator=generator("held-out images")).tolist()
+    images = []
+    for index in order:
+        try:
+            images.append(pairs[index]["image"])
+        except BrokenImageError as error:
+            log.warning(f"left out: {error}")
+        if len(images) == count:
+            break
+    if len(images) < 2:
+        known = f"{len(images)} held-out images can be read; a decoder is judged on 2 and more"
+        raise ValueError(f"{known}: repair them, or a higher data.heldout_fraction")
+    images_P3HW = torch.stack(images)
+    latents = [
+        encode_images(teacher.pipeline, batch, teacher.device)["latents"].float().cpu()
+        for batch in images_P3HW.split(teacher.config.data.cache.batch_size)
+    ]
+    return {"real": torch.cat(latents), "images": images_P3HW}
+
+
+# ---- the pruned decoder ----
+
+
+def pruned_decoder(job: DecoderPruning, data: Callable[[], Dataset]) -> NarrowAutoencoderKL:
+    """The chosen channels of the teacher's decoder, untrained; the choice is in channels.json."""
+    asked, run, vae = job.decoder, job.run, job.vae
+    if not run.made("channels.json"):
+        mix = latent_mix(job, 0, data) if asked.choice in ("taylor", "energy") else None
+        # Channels are chosen by the first latents that training sees.
+        latents = mix and torch.stack([mix[i]["latents"] for i in range(min(asked.samples, len(mix)))])
+
+    def choose() -> dict:
+        statistics = has_statistics(job.teacher.pipeline)
+        return choose_channels(vae, job.widths, asked.choice, latents, run.seed, asked.norm_groups, statistics)
+
+    channels = run.json("channels.json", lambda: choose() if run.accelerator.is_main_process else None)
+    log.info(f"decoder: {tuple(vae.config.block_out_channels)} → {job.widths} channels, by {asked.choice}")
+    with damaged(run.path / "channels.json"):
+        return narrowed(vae, channels, job.widths, asked.norm_groups)
+
+
+def distilled(
+    job: DecoderPruning, pruned: NarrowAutoencoderKL, prompts: PromptSet, data: Callable[[], Dataset],
+    offloadable: Sequence[nn.Module],
+) -> NarrowAutoencoderKL:  # fmt: skip
+    """Trained round by round, each a training of its own on more latents; a finished round is loaded."""
+    run, config = job.run, job.teacher.config
+    vae = copy.deepcopy(pruned).requires_grad_(False)
+    student = ImageDecoder(vae, has_statistics(job.teacher.pipeline))
+    student.decoder.requires_grad_(True)
+    for r in range(job.latents.rounds):
+        stage = f"round-{r:02d}"
+        if trained(run, stage):
+            load_trained(student, run, stage)
+            continue
+        objective, mix = objective_of(job), latent_mix(job, r, data)
+        note_trained_on(run, prompts, job.prompts or ())
+        with offloaded(offloadable, job.teacher.device):  # the decoder that teaches is a copy
+            train(student, objective, mix, config.train, run, stage)
+    return vae.requires_grad_(False).eval()
+
+
+def objective_of(job: DecoderPruning) -> Any:
+    """The loss, with the teacher's decoder as training runs it. ValueError where its arguments will not do."""
+    # Autoencoders are known to overflow in float16: there the teacher's stays in float32.
+    teacher, config = job.teacher, job.teacher.config
+    dtype = torch.bfloat16 if teacher.compute_dtype == torch.bfloat16 else torch.float32
+    wide = ImageDecoder(copy.deepcopy(job.vae), has_statistics(teacher.pipeline)).to(teacher.device, dtype)
+    if config.train.channels_last:
+        wide.to(memory_format=torch.channels_last)
+    if config.train.compile:
+        wide.compile(dynamic=False)
+    return make_objective(config.objective, wide=wide)
+
+
+# ---- what it is worth ----
+
+
+def evaluator_of(job: DecoderPruning, vaes: dict[str, AutoencoderKL], prompts: PromptSet, scorer: Any) -> Evaluator:
+    """Every decoder on the same latents: sampled ones by the evaluator, real ones beside it. `vaes` grows while the
+    job goes on."""
+    teacher, run, config = job.teacher, job.run, job.teacher.config.eval
+    held = cache(lambda: heldout(job, prompts))
+    near = {"psnr": Psnr(), "ssim": Ssim(), "features": FeatureSimilarity(scorer)}
+
+    def candidate(name: str, *_: Any) -> Candidate:
+        sampler = sampler_with(job, vaes[name])
+        facts = {"parameters": {"decoder": count_parameters(vaes[name].decoder)}}
+        more = partial(nearness_on_real, job, sampler, name, held()["real"], near)
+        return Candidate(lambda indices: sampler.decode(held()["sampled"][indices]), sampler.protocol, facts,
+                         more=lambda: more(sampler_with(job, job.vae), held()["images"]))  # fmt: skip
+
+    metrics = {**load_metrics(teacher.config, scorer, teacher.device), **near}
+    return Evaluator(run, candidate, prompts, metrics, scorer, ("teacher", config.steps), config.batch_size,
+                     config.pictures, finished=read_finished(run))  # fmt: skip
+
+
+def sampler_with(job: DecoderPruning, vae: nn.Module) -> Sampler:
+    """The pipeline's sampler around another VAE."""
+    teacher = job.teacher
+    return teacher.sampler(teacher.config.eval, with_unet(teacher.pipeline, teacher.unet, vae=vae))
+
+
+def nearness_on_real(
+    job: DecoderPruning, sampler: Sampler, name: str, latents: Tensor, metrics: dict[str, Metric], wide: Sampler,
+    images: Tensor,
+) -> dict[str, Values]:  # fmt: skip
+    """A decoder's images of real latents beside the teacher decoder's (`real_…`) and beside the images (`image_…`)."""
+    run, config = job.run, job.teacher.config.eval
+    run.folder(f"images/{name}/real", lambda path: write_pictures(sampler.decode(latents[: config.pictures]), path))
+
+    def rate(indices: list[int]) -> Tensor:
+        own, theirs = sampler.decode(latents[indices]), wide.decode(latents[indices])
+        columns = [m(own, (), other) for other in (theirs, images[indices].to(own.device)) for m in metrics.values()]
+        return torch.stack([column.float().cpu() for column in columns], 1)
+
+    values = map_batches(rate, len(latents), config.batch_size, run.accelerator, f"{name}: images of real latents").T
+    names = [f"{prefix}{key}" for prefix in ("real_", "image_") for key in metrics]
+    found = {key: {"kind": "paired", **asdict(mean_and_error(v.tolist())), "per_prompt": v.tolist()}
+             for key, v in zip(names, values, strict=True)}  # fmt: skip
+    return {key: None if name == "teacher" and key.startswith("real_") else own for key, own in found.items()}
+
+
+def measure(job: DecoderPruning, student: NarrowAutoencoderKL) -> dict:
+    """vae_ms.json: both decoders' milliseconds and the ratio, interleaved; rank 0 alone."""
+    native, run, teacher = job.teacher.unet.config.sample_size, job.run, job.teacher
+    sizes = job.decoder.latent_sizes or [native, 2 * native]
+
+    def make() -> dict:
+        config = replace(teacher.latency, batch=1)
+        vaes = {"teacher": job.vae, "student": student}
+        rows = compare_decoders(vaes, sizes, job.decoder.batches, config, teacher.device)
+        return {"rows": rows, "protocol": asdict(config), "environment": environment()}
+
+    return run.json("vae_ms.json", lambda: run.agreed(make() if run.accelerator.is_main_process else None))
+
+
+def results(evaluation: Evaluation, times: Values) -> Sequence[str]:
+    """The pruned decoder's scores and times, for the model card."""
+    row = times["rows"][0]
+    faster = f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}] times as fast as the teacher's"
+    where = f"on {times['environment']['device']}, {row['mode']}, {times['protocol']['dtype']}"
+    place = f"latents of {row['latent_size']}×{row['latent_size']}, batch {row['batch']}"
+    return [clip_line(evaluation.points[-1].clip), f"VAE decoder: {faster} ({place}, {where})"]
+
+
+def report(run: Run) -> None:
+    """report.html and its pictures, once; the same to the tracker; the table is printed."""
+    page, new = run.path / "report.html", not run.made("report.html")
+    if new:
+        forget_partial(run)
+    if run.accelerator.is_main_process:
+        if new:
+            write_vae_report(run.path, partial(track, run))
+        print(vae_table(run.path))
+        log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
+    run.accelerator.wait_for_everyone()
+
+
+def track(run: Run) -> None:
+    """The table, and the report's pictures, for a tracker if there is one."""
+    if run.tracker:
+        run.tracker.table("decoders", HEADER, quality_rows(read_evaluation(run.path)))
+        for path in sorted((run.path / "report").glob("*.png")):
+            run.tracker.images(f"report/{path.stem}", [Image.open(path).convert("RGB")], [path.stem])
+
+
+# ---- the plan ----
+
+
+def decoder_stages(job: DecoderPruning) -> Iterator[Stage]:
     """The products in the order in which they are made; decoders are not counted among UNet forwards,
     latents as if none were in the cache."""
-    latents, judged, config = bench.latents, bench.config.eval, bench.config.train
-    size = BYTES * count_parameters(bench.wide.decoder)
+    latents, teacher = job.latents, job.teacher
+    evaluated, config = teacher.config.eval, teacher.config.train
+    size = BYTES * count_parameters(job.vae.decoder)
     kept = CHECKPOINT_COPIES * size * min(config.keep_checkpoints, (config.steps - 1) // config.checkpoint_every)
-    samples = config.steps * config.batch_size * config.accumulation * bench.run.accelerator.num_processes
-    yield Stage("channels.json", f"{bench.widths} channels, by {bench.decoder.choice}")
-    held = judged.prompts * image_rows(judged.steps, judged.guidance_scale)
-    yield Stage(HELDOUT, f"{judged.prompts} held-out latents of {judged.steps} steps", held)
+    samples = config.steps * config.batch_size * config.accumulation * job.run.accelerator.num_processes
+    yield Stage("channels.json", f"{job.widths} channels, by {job.decoder.choice}")
+    held = evaluated.prompts * image_rows(evaluated.steps, evaluated.guidance_scale)
+    yield Stage(HELDOUT, f"{evaluated.prompts} held-out latents of {evaluated.steps} steps", held)
     before = 0
     for r in range(latents.rounds):
-        sampled, real = bench.parts(r)
+        sampled, real = parts(latents, r)
         rows = (sampled - before) * image_rows(latents.steps, latents.guidance_scale)
         work = f"{config.steps} steps, {samples} samples of {sampled} sampled latents and {real} images"
         yield Stage(f"round-{r:02d}/weights.safetensors", work, rows, size + kept, decoded=samples)
         before = sampled
-    yield export("export", bench)
+    yield export_stage("export", teacher)
     yield Stage("vae_ms.json", "both decoders, interleaved")
     yield Stage("report.html", "")

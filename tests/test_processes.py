@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from slimstep.eval.evaluator import place
 from tests.distill.test_ladder_job import SMALL as DISTILLING
 from tests.eval.test_evaluation import ANY_DATA as EVALUATING
 from tests.prune.test_job import ROOT, SMALL
@@ -48,7 +49,7 @@ def test_two_and_three_processes_score_as_one_does(tmp_path, tiny_model):
         (root / "prune_unet/round-00").mkdir(parents=True)
         shutil.copy(one / "round-00/weights.safetensors", root / "prune_unet/round-00")  # the same network to score
         several = launch(processes, root, *job)
-        for product in ("scorer_check.json", "round-00/scores.json", "judged/teacher.json"):
+        for product in ("scorer_check.json", "round-00/scores.json", place("teacher", 2, 2.5)):
             assert (several / product).read_bytes() == (one / product).read_bytes(), (processes, product)
 
 
@@ -61,7 +62,7 @@ def test_two_and_three_processes_judge_a_ladder_as_one_does(tmp_path, tiny_model
         shutil.copytree(one / "steps-2", root / "distill_steps/steps-2")  # the same student to judge
         (root / "distill_steps/steps-2/export.sealed.json").unlink()
         several = launch(processes, root, *job)
-        products = sorted(path.relative_to(one) for path in one.glob("judged/*/*.json"))
+        products = sorted(path.relative_to(one) for path in one.glob("evaluation/*/*.json"))
         products += sorted(path.relative_to(one) for path in one.glob("images/**/*.png"))
         assert len(products) == 3 * 2 + 1 + 2 * 7
         for product in products:
@@ -73,12 +74,12 @@ def test_two_processes_evaluate_as_one_does(tmp_path, tiny_model):
     job = [*EVALUATING, "eval.prompts=5", "eval.batch_size=2", *tiny_model]
     one, two = (launch(processes, tmp_path / str(processes), *job) for processes in (1, 2))
     products = sorted(
-        path.relative_to(one) for kind in ("judged/*/*.json", "images/**/*.png") for path in one.glob(kind)
+        path.relative_to(one) for kind in ("evaluation/*/*.json", "images/**/*.png") for path in one.glob(kind)
     )
     assert len(products) == 4 + 4 * 2
-    for product in [*products, "real-features.safetensors", "table.md", "results.csv"]:
+    for product in [*products, "reference/real-fd.safetensors", "table.md", "results.csv"]:
         assert (two / product).read_bytes() == (one / product).read_bytes(), product
-    ours, theirs = (json.loads((run / "results.json").read_text()) for run in (one, two))
+    ours, theirs = (json.loads((run / "evaluation.json").read_text()) for run in (one, two))
     assert ours.pop("environment") != theirs.pop("environment") and ours == theirs
 
 

@@ -111,7 +111,7 @@ def test_a_pruned_student_of_it_is_repaired(tmp_path, sdxl):
 def test_it_is_evaluated_beside_a_pruned_one(tmp_path, sdxl):
     judged = ["data.resolution=16", "curves.steps=[1,2]", "curves.guidance=[1,3]", "evaluation.real_images=8"]
     path = run(tmp_path, "evaluate", *sdxl, *judged)
-    points = json.loads((path / "results.json").read_text())["points"]
+    points = json.loads((path / "evaluation.json").read_text())["points"]
     assert len(points) == 4 and {point["protocol"]["scheduler"] for point in points} == {"EulerDiscreteScheduler"}
 
 

@@ -65,7 +65,7 @@ def test_the_last_page_has_every_product_and_the_student_against_the_teacher(fin
 def test_the_student_is_judged_on_no_prompt_that_blocks_were_ranked_on(finished):
     path, _ = finished
     ranked_on = json.loads((path / "prune_unet/prompts.json").read_text())["ranked_on"]
-    shown = json.loads((path / "evaluate/results.json").read_text())["shown"]
+    shown = json.loads((path / "evaluate/evaluation.json").read_text())["shown"]
     assert len(ranked_on) == 4 and len(shown) == 2 and not set(ranked_on) & set(shown)
 
 

@@ -11,6 +11,7 @@ import difflib
 import hashlib
 import json
 import logging
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
@@ -90,6 +91,7 @@ class ClipScorer:
             check_safe(model, pretrained)
         self.model_name, self.pretrained, self.prefix, self.scale = model, pretrained, prefix, scale
         self.force, self.device = force, torch.device(device)
+        self.latest: list[tuple[weakref.ref, Tensor]] = []  # images as last seen, and their features
         options = {"device": self.device, "require_pretrained": True}
         options |= trained_with(model, pretrained, quick_gelu, normalisation)
         with quiet_root_logger():
@@ -149,8 +151,13 @@ class ClipScorer:
 
     @torch.inference_mode()
     def image(self, images_B3HW: Tensor) -> Tensor:
-        """Unit features [B, D] of uint8 images of any size."""
-        return torch.cat([unit(self.model.encode_image(self.prepare(batch))) for batch in batches(images_B3HW)])
+        """Unit features [B, D] of uint8 images of any size; several metrics of the same tensor compute them once."""
+        for images, features_BD in self.latest:
+            if images() is images_B3HW:
+                return features_BD
+        features_BD = torch.cat([unit(self.model.encode_image(self.prepare(batch))) for batch in batches(images_B3HW)])
+        self.latest = [(weakref.ref(images_B3HW), features_BD), *self.latest[:1]]
+        return features_BD
 
     def prepare(self, images_B3HW: Tensor) -> Tensor:
         """uint8 images as the model's input: open_clip's own evaluation transform, which works on PIL images."""

@@ -11,7 +11,7 @@ are above chance with their texts where neither is so:
   which 64 prompts tell from nothing, but not from its half.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from scipy import stats
 
 from slimstep.engine.identity import SCORER_CHECK
 from slimstep.eval.pages.runs import read_json
+from slimstep.eval.record import read_evaluation
 
 Record = Mapping[str, Any]
 CONFIDENCE, LEAST_SHARE = 0.99, 2 / 3
@@ -47,17 +48,10 @@ def cautions_of(folders: Mapping[str, str | Path]) -> list[str]:
 def found(folder: Path) -> Iterator[str]:
     if record := read_json(folder / SCORER_CHECK):
         yield data_sentence(record)
-    for file in ("evaluation.json", "results.json"):
-        evaluation = read_json(folder / file) or {}
-        judged = [one for key in ("models", "points", "decoders") for one in listed(evaluation, key)]
-        yield from dict.fromkeys(teacher_sentence(one.get("against_shuffled")) for one in judged)
+    points = evaluation.points if (evaluation := read_evaluation(folder)) else ()
+    yield from dict.fromkeys(teacher_sentence(point.facts.get("against_shuffled")) for point in points)
     for path in sorted(folder.glob("round-*/scores.json")):
         yield from (f"{path.parent.name}: {sentence}" for sentence in score_cautions(read_json(path)))
-
-
-def listed(evaluation: Mapping[str, Any], key: str) -> Sequence[Mapping[str, Any]]:
-    """The records under a key; an evaluation's `models` may be a table of paths."""
-    return evaluation[key] if isinstance(evaluation.get(key), list) else []
 
 
 def score_cautions(scores: Mapping[str, Any]) -> list[str]:

@@ -13,7 +13,7 @@ from slimstep.eval.pages.evaluation_page import difference
 from slimstep.eval.pages.figures import SERIES, TEACHER, Point, pareto_figure, save_png, themed
 from slimstep.eval.pages.html import render
 from slimstep.eval.pages.run_page import facts
-from slimstep.eval.pages.runs import RunRecord, read_run, run_names
+from slimstep.eval.pages.runs import Model, RunRecord, read_run, run_names
 from slimstep.eval.pages.tables import console_table, markdown_table
 from slimstep.eval.pages.text import count, digits, display_name, percent
 
@@ -24,7 +24,7 @@ COLUMNS = ["parameters", "GFLOPs", "UNet ms", "of teacher", "CLIP ± se", "again
 def run_table(folder: str | Path) -> str:
     """The models of one finished run as a table for a terminal: the teacher, every round, the student."""
     models = finished_run(folder).models
-    rows = [cells(display_name(model["name"]), model, models[0], model["versus_teacher"]) for model in models]
+    rows = [cells(display_name(model.name), model, models[0], model.versus_teacher) for model in models]
     return console_table(["model", *COLUMNS], rows)
 
 
@@ -67,7 +67,7 @@ def finished_run(folder: str | Path) -> RunRecord:
 
 def metric(run: RunRecord) -> tuple[str, dict[str, Any]]:
     """What makes the scores of two runs comparable: the prompts, and the protocol."""
-    return run.evaluation["prompts_hash"], {**BEFORE_A_CHOICE, **run.evaluation["protocol"]}
+    return run.evaluation.prompts_hash, {**BEFORE_A_CHOICE, **run.evaluation.protocol}
 
 
 def protocol_differences(metrics: Mapping[str, tuple[str, Mapping[str, Any]]]) -> list[str]:
@@ -89,7 +89,7 @@ def run_rows(name: str, run: RunRecord, first: RunRecord) -> list[dict[str, Any]
         {"name": f"teacher of {name}", "kind": "teacher", "model": teacher,
          "cells": [*cells(f"teacher of {name}", teacher, teacher, None), difference(None)]},
         {"name": name, "kind": "student", "model": student,
-         "cells": [*cells(name, student, teacher, student["versus_teacher"]), difference(versus_first(run, first))]},
+         "cells": [*cells(name, student, teacher, student.versus_teacher), difference(versus_first(run, first))]},
     ]  # fmt: skip
 
 
@@ -97,19 +97,19 @@ def versus_first(run: RunRecord, first: RunRecord) -> dict[str, float] | None:
     """The paired difference to the first run's student, where there is one."""
     if run is first or metric(run) != metric(first):
         return None
-    scores = [r.models[-1]["clip"]["per_prompt"] for r in (run, first)]
+    scores = [r.models[-1].clip["per_prompt"] for r in (run, first)]
     return vars(paired_difference(*scores))
 
 
-def cells(name: str, model: Mapping, teacher: Mapping, to_teacher: Mapping | None) -> list[str]:
+def cells(name: str, model: Model, teacher: Model, to_teacher: Mapping | None) -> list[str]:
     """A model's line: `COLUMNS`, after its name."""
     return [
         name,
-        count(model["parameters"]),
-        digits(model["gflops"]),
-        digits(model["ms"]),
-        percent(model["ms"] / teacher["ms"]),
-        f"{model['clip']['mean']:.2f} ± {model['clip']['se']:.2f}",
+        count(model.parameters),
+        digits(model.gflops),
+        digits(model.ms),
+        percent(model.ms / teacher.ms),
+        f"{model.clip['mean']:.2f} ± {model.clip['se']:.2f}",
         difference(to_teacher),
     ]
 
@@ -131,7 +131,7 @@ def without_repeated_teachers(rows: Sequence[dict[str, Any]]) -> list[dict[str, 
     seen: list[Any] = []
     kept = []
     for row in rows:
-        scores = row["model"]["clip"]["per_prompt"]
+        scores = row["model"].clip["per_prompt"]
         if row["kind"] == "teacher" and scores in seen:
             continue
         seen += [scores] if row["kind"] == "teacher" else []
@@ -146,5 +146,5 @@ def points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
     for row in rows:
         model = row["model"]
         colour = TEACHER if row["kind"] == "teacher" else SERIES[students.index(row["name"]) % len(SERIES)]
-        made.append(Point(row["name"], model["ms"], model["clip"]["mean"], model["clip"]["se"], row["kind"], colour))
+        made.append(Point(row["name"], model.ms, model.clip["mean"], model.clip["se"], row["kind"], colour))
     return made

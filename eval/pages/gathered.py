@@ -3,13 +3,11 @@
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from slimstep.eval.pages.pareto import Condition, Key, Timing, join, key, shown_conditions
-from slimstep.eval.pages.results import ResultRun, Results, gather, is_reference, read_results
+from slimstep.eval.pages.results import ResultRun, Results, Row, gather, read_results
 from slimstep.eval.pages.runs import run_names
-
-Row = Mapping[str, Any]
+from slimstep.eval.record import Evaluation
 
 
 class Gathered:
@@ -23,29 +21,29 @@ class Gathered:
         return {name: run.results for name, run in self.runs.items() if run.kind == kind}
 
     @cached_property
-    def evaluations(self) -> dict[str, Results]:
+    def evaluations(self) -> dict[str, Evaluation]:
         return self.of_kind("evaluation")
 
     @cached_property
-    def points(self) -> list[dict[str, Any]]:
+    def points(self) -> list[Row]:
         """Every model at every setting of all evaluations."""
         return gather(self.evaluations) if self.evaluations else []
 
     @cached_property
-    def compared(self) -> list[dict[str, Any]]:
+    def compared(self) -> list[Row]:
         """Those whose scores are of the first evaluation's metric."""
-        return [point for point in self.points if point["compared"]]
+        return [point for point in self.points if point.compared]
 
     @cached_property
     def reference(self) -> Row:
         """The first evaluation's reference, at the first guidance scale where it was timed, if it was."""
         first = next(iter(self.evaluations.values()))
-        references = [point for point in self.points if is_reference(point, first)]
+        references = [point for point in self.points if first.is_reference(point)]
         return next((point for point in references if self.time(point)), references[0])
 
     def reference_of(self, point: Row) -> Key:
         """What the point's score is compared with."""
-        return self.reference["label"], point["guidance"], self.reference["steps"]
+        return self.reference.label, point.guidance, self.reference.steps
 
     # ---- times ----
 

@@ -6,11 +6,10 @@ from typing import Any
 from slimstep.eval.pages.evaluation_page import difference
 from slimstep.eval.pages.gathered import Gathered
 from slimstep.eval.pages.pareto import speedup
-from slimstep.eval.pages.results import setting, told
+from slimstep.eval.pages.results import Row, setting, setting_text
 from slimstep.eval.pages.speed_page import ratio
 from slimstep.eval.pages.text import digits
 
-Row = Mapping[str, Any]
 Tile = Mapping[str, str]
 
 
@@ -26,21 +25,21 @@ def headline(found: Gathered) -> str:
 
 def evaluation_sentence(found: Gathered) -> str:
     reference = found.reference
-    base = f"{reference['label']} at {told(setting(reference))}"
+    base = f"{reference.label} at {setting_text(setting(reference))}"
     if found.reference_time(reference) is None:
         untimed = "the reference was not timed" if found.timed else "no model was timed"
         return f"CLIP scores against {base}; {untimed} at its steps and guidance scale, so there are no speed-ups."
     best = leader(found)
     if best is None:
-        return f"No other point timed at guidance {reference['guidance']:g} is faster than {base}."
-    versus = best["versus_reference"]
+        return f"No other point timed at guidance {reference.guidance:g} is faster than {base}."
+    versus = best.versus_reference
     fate = (
         "no loss of CLIP score can be told"
         if fastest_not_worse(found)
         else "like every faster one, it loses CLIP score"
     )
     return (
-        f"{best['label']} at {best['steps']} steps draws an image {speed_of(found, best)} as fast as {base}; {fate}: "
+        f"{best.label} at {best.steps} steps draws an image {speed_of(found, best)} as fast as {base}; {fate}: "
         f"{difference(versus)}, paired over {versus['n']} prompts."
     )
 
@@ -53,21 +52,21 @@ def leader(found: Gathered) -> Row | None:
 def faster_points(found: Gathered) -> list[Row]:
     """The timed points at the reference's guidance scale that take less time than it, fastest first."""
     reference = found.reference
-    own = [p for p in found.compared if p["guidance"] == reference["guidance"] and found.time(p)]
+    own = [p for p in found.compared if p.guidance == reference.guidance and found.time(p)]
     faster = [p for p in own if found.time(p).ms < found.reference_time(reference).ms]
     return sorted(faster, key=lambda p: found.time(p).ms)
 
 
 def fastest_not_worse(found: Gathered) -> Row | None:
     """The fastest point whose paired interval reaches zero."""
-    return next((p for p in faster_points(found) if p["versus_reference"]["high"] >= 0), None)
+    return next((p for p in faster_points(found) if p.versus_reference["high"] >= 0), None)
 
 
 def speed_of(found: Gathered, point: Row) -> str:
     return speedup(found.time(point), found.reference_time(point))
 
 
-def last_kept(results: Mapping[str, Any]) -> Row | None:
+def last_kept(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
     """What the ladder came to; None where nothing was built upon its first row."""
     return next((row for row in reversed(results["rows"]) if row["kept"] and "first" in row["speedup"]), None)
 
@@ -95,12 +94,12 @@ def tile(label: str, value: str, note: str) -> Tile:
 
 
 def evaluation_tiles(found: Gathered) -> list[Tile]:
-    reference, clip = found.reference, found.reference["clip"]
-    note = f"± {clip['se']:.2f}, {len(clip['per_prompt'])} prompts, {told(setting(reference))}"
-    shown = [tile(f"CLIP, {reference['label']}", f"{clip['mean']:.2f}", note)]
+    reference, clip = found.reference, found.reference.clip
+    note = f"± {clip['se']:.2f}, {len(clip['per_prompt'])} prompts, {setting_text(setting(reference))}"
+    shown = [tile(f"CLIP, {reference.label}", f"{clip['mean']:.2f}", note)]
     best = leader(found) if found.reference_time(reference) else None
     if best:
-        name, versus = f"{best['label']}, {best['steps']} steps", difference(best["versus_reference"])
+        name, versus = f"{best.label}, {best.steps} steps", difference(best.versus_reference)
         mean, interval = versus.split(" ", 1)
         times = f"{digits(found.time(best).ms)} of {digits(found.reference_time(best).ms)} ms an image"
         shown += [tile(f"CLIP, paired: {name}", mean, f"95 %: {interval}"),

@@ -19,8 +19,8 @@ from slimstep.eval.pages.results_figures import draw_time
 from slimstep.eval.pages.speed_page import ratio
 from slimstep.eval.pages.tables import console_table, markdown_table
 from slimstep.eval.pages.text import count, percent
+from slimstep.eval.record import Point
 
-Point = Mapping[str, Any]
 AGAINST = ["teacher at", "its CLIP ± se", "student − teacher, paired [95 %]", "times as fast [95 %]"]
 PRODUCTS = ["model", "steps", "UNet", "decoder", "CLIP ± se"]
 
@@ -37,11 +37,11 @@ class Outcome:
         if not self.evaluation or not self.benchmark:
             raise ValueError(f"{evaluation} must hold an evaluation, and {benchmark} a benchmark")
         self.check()
-        self.teacher, *_, self.student_name = self.evaluation["models"]
+        self.teacher, *_, self.student_name = self.evaluation.models
 
     def check(self) -> None:
         """ValueError where the benchmark has other models than the evaluation, or not the teacher and the student."""
-        judged, timed = self.evaluation["models"], self.benchmark["models"]
+        judged, timed = self.evaluation.models, self.benchmark["models"]
         ends = {*list(judged)[:1], *list(judged)[-1:]}
         if len(judged) < 2 or not ends <= set(timed) <= set(judged) or any(timed[m] != judged[m] for m in timed):
             raise ValueError(f"a benchmark of {timed} does not belong to an evaluation of {judged}")
@@ -49,51 +49,51 @@ class Outcome:
     @cached_property
     def points(self) -> list[Point]:
         """At the first guidance scale: the teacher at each of its steps, then every product."""
-        first = self.evaluation["points"][0]["guidance"]
-        return [point for point in self.evaluation["points"] if point["guidance"] == first]
+        first = self.evaluation.points[0].guidance
+        return [point for point in self.evaluation.points if point.guidance == first]
 
     @cached_property
     def teachers(self) -> list[Point]:
-        return [point for point in self.points if point["model"] == self.teacher]
+        return [point for point in self.points if point.model == self.teacher]
 
     @cached_property
     def student(self) -> Point:
-        return next(point for point in self.points if point["model"] == self.student_name)
+        return next(point for point in self.points if point.model == self.student_name)
 
     def row(self, point: Point) -> Mapping[str, Any] | None:
         """How long the point takes, in the setup that the teacher is timed in; None where it was not timed."""
-        base, wanted = self.benchmark["protocol"]["base"], (point["model"], point["steps"])
+        base, wanted = self.benchmark["protocol"]["base"], (point.model, point.steps)
         rows = (row for row in self.benchmark["rows"] if not row["cannot"] and row["setup"] == base)
         return next((row for row in rows if (row["model"], row["steps"]) == wanted), None)
 
     def faster(self, point: Point, teacher: Point) -> Mapping[str, float] | None:
         """How many times as fast a point is as the teacher at one of its steps."""
         row = self.row(point)
-        return row and row["speedup"].get(f"{self.teacher}, {teacher['steps']} steps")
+        return row and row["speedup"].get(f"{self.teacher}, {teacher.steps} steps")
 
     # ---- tables ----
 
     def against_rows(self) -> list[list[str]]:
-        return [[f"{t['steps']} steps", score(t), difference(self.versus(self.student, t)),
+        return [[f"{t.steps} steps", score(t), difference(self.versus(self.student, t)),
                  ratio(self.faster(self.student, t))] for t in self.teachers]  # fmt: skip
 
     def products_header(self) -> list[str]:
-        most = self.teachers[0]["steps"]
+        most = self.teachers[0].steps
         return [*PRODUCTS, f"against {most} steps, paired [95 %]", "ms an image", f"× {most} steps [95 %]"]
 
     def product_rows(self) -> list[list[str]]:
         return [self.product_row(point) for point in self.points]
 
     def product_row(self, point: Point) -> list[str]:
-        row, most, own = self.row(point), self.teachers[0], point["parameters"]
+        row, most, own = self.row(point), self.teachers[0], point.facts["parameters"]
         versus = None if point is most else self.versus(point, most)
         ms = f"{row['ms']['median'] / row['batch']:.0f}" if row else "–"
-        return [point["model"], str(point["steps"]), count(own["UNet"]), count(own["decoder"]), score(point),
+        return [point.model, str(point.steps), count(own["UNet"]), count(own["decoder"]), score(point),
                 difference(versus), ms, ratio(self.faster(point, most))]  # fmt: skip
 
     @staticmethod
     def versus(point: Point, other: Point) -> dict[str, Any]:
-        return asdict(paired_difference(point["clip"]["per_prompt"], other["clip"]["per_prompt"]))
+        return asdict(paired_difference(point.clip["per_prompt"], other.clip["per_prompt"]))
 
     def text(self) -> str:
         return "\n".join(markdown_table(*table) for table in self.tables())
@@ -108,34 +108,34 @@ class Outcome:
 
     def results(self) -> list[str]:
         """For a model card: the student's score, and what it is beside the teacher at each of its numbers of steps."""
-        own, n, where = self.student, self.evaluation["n"], self.benchmark["environment"]["device"]
+        own, n, where = self.student, self.evaluation.n, self.benchmark["environment"]["device"]
         lines = [f"CLIP score {score(own)} on {n} prompts"]
         for t in self.teachers:
-            line = f"against {t['steps']} steps of the teacher: CLIP {difference(self.versus(own, t))}, paired"
+            line = f"against {t.steps} steps of the teacher: CLIP {difference(self.versus(own, t))}, paired"
             lines.append(f"{line}; {ratio(self.faster(own, t))} times as fast an image")
         return [*lines, *([f"{self.row(own)['ms']['median']:.0f} ms an image on {where}"] if self.row(own) else [])]
 
     def sentence(self) -> str:
         """The outcome, against the teacher's second number of steps where it has several."""
         teacher, student = self.teachers[min(1, len(self.teachers) - 1)], self.student
-        share = percent(student["parameters"]["UNet"] / teacher["parameters"]["UNet"])
+        share = percent(student.facts["parameters"]["UNet"] / teacher.facts["parameters"]["UNet"])
         faster, versus = self.faster(student, teacher), self.versus(student, teacher)
         times = f"{faster['ratio']:.1f} times as fast" if faster else "not timed"
         return (
-            f"With {share} of the UNet's parameters and {student['steps']} steps the student draws an image {times} as "
-            f"the teacher with {teacher['steps']}; CLIP {difference(versus)}, paired over {versus['n']} prompts."
+            f"With {share} of the UNet's parameters and {student.steps} steps the student draws an image {times} as "
+            f"the teacher with {teacher.steps}; CLIP {difference(versus)}, paired over {versus['n']} prompts."
         )
 
     def tiles(self) -> list[dict[str, str]]:
         """Label, value, explanation: the large numbers of the page."""
-        own, steps, n = self.student["clip"], self.student["steps"], self.evaluation["n"]
+        own, steps, n = self.student.clip, self.student.steps, self.evaluation.n
         shown = [(f"CLIP, student, {steps} steps", f"{own['mean']:.2f}", f"± {own['se']:.2f}, {n} prompts")]
         for teacher in self.teachers:
             value, interval = difference(self.versus(self.student, teacher)).split(" ", 1)
-            shown.append((f"CLIP against {teacher['steps']} steps", value, f"95 %: {interval}"))
+            shown.append((f"CLIP against {teacher.steps} steps", value, f"95 %: {interval}"))
             if faster := self.faster(self.student, teacher):
                 value, interval = ratio(faster).split(" ", 1)
-                shown.append((f"speed against {teacher['steps']} steps", f"{value}×", f"95 %: {interval}"))
+                shown.append((f"speed against {teacher.steps} steps", f"{value}×", f"95 %: {interval}"))
         return [dict(zip(("label", "value", "note"), tile, strict=True)) for tile in shown]
 
     def summary(self) -> dict[str, Any]:
@@ -143,25 +143,25 @@ class Outcome:
         student, teachers = self.student, self.teachers
         against = [
             {
-                "steps": teacher["steps"],
+                "steps": teacher.steps,
                 "clip": without_prompts(teacher),
                 "difference": self.versus(student, teacher),
                 "speedup": self.faster(student, teacher),
             }
             for teacher in teachers
         ]
-        told = {"steps": student["steps"], "clip": without_prompts(student), "parameters": student["parameters"]}
+        told = {"steps": student.steps, "clip": without_prompts(student), "parameters": student.facts["parameters"]}
         return {"student": told, "against": against}
 
     def figures(self) -> dict[str, Figure]:
         drawn = [draw_time(self.found, condition) for condition in self.found.conditions]
         pictures = {picture.name: picture.figure for picture in drawn}
-        return pictures | ({"images": images_figure(self.folder, self.evaluation)} if self.evaluation["shown"] else {})
+        return pictures | ({"images": images_figure(self.folder, self.evaluation)} if self.evaluation.shown else {})
 
 
 def score(point: Point) -> str:
-    return f"{point['clip']['mean']:.2f} ± {point['clip']['se']:.2f}"
+    return f"{point.clip['mean']:.2f} ± {point.clip['se']:.2f}"
 
 
 def without_prompts(point: Point) -> dict[str, float]:
-    return {key: point["clip"][key] for key in ("mean", "se")}
+    return {key: point.clip[key] for key in ("mean", "se")}

@@ -6,15 +6,13 @@ clock, setup and batch are the same.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from matplotlib.figure import Figure
 
 from slimstep.eval.pages.figures import DASHES, MUTED, PAPER, SERIES, Point, canvas, label_points, pareto_front, styled
-from slimstep.eval.pages.results import Results, same_path, setting
+from slimstep.eval.pages.results import Results, Row, same_path, setting
 
 Key = tuple[str, float, int]  # label, guidance scale, sampling steps
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -43,7 +41,7 @@ class Timing:
 
 
 def key(point: Row) -> Key:
-    return (point["label"], *setting(point))
+    return (point.label, *setting(point))
 
 
 def join(points: Sequence[Row], benchmarks: Mapping[str, Results]) -> dict[Condition, dict[Key, Timing]]:
@@ -58,7 +56,7 @@ def join(points: Sequence[Row], benchmarks: Mapping[str, Results]) -> dict[Condi
             timed_setting = protocol["guidance_scale"], row["steps"]
             where, timing = results["models"][row["model"]], Timing(row["ms"]["median"] / row["batch"], run)
             for point in points:
-                if setting(point) == timed_setting and same_path(point["where"], where):
+                if setting(point) == timed_setting and same_path(point.where, where):
                     timings.setdefault(condition, {}).setdefault(key(point), timing)
     return timings
 
@@ -88,18 +86,18 @@ def speedup(timing: Timing, reference: Timing | None) -> str:
 
 def plane(points: Sequence[Row], timed: Mapping[Key, Timing], reference: Key) -> dict[str, list[Point]]:
     """{model: its timed points, fastest first} in the plane of time and score; a label says what differs within."""
-    models = list(dict.fromkeys(point["label"] for point in points))
+    models = list(dict.fromkeys(point.label for point in points))
     shown = sorted((point for point in points if key(point) in timed), key=lambda point: timed[key(point)].ms)
-    differ = {name for name in ("guidance", "steps") if len({point[name] for point in shown}) > 1}
-    lines: dict[str, list[Point]] = {model: [] for model in models if any(p["label"] == model for p in shown)}
+    differ = {name for name in ("guidance", "steps") if len({getattr(point, name) for point in shown}) > 1}
+    lines: dict[str, list[Point]] = {model: [] for model in models if any(p.label == model for p in shown)}
     for point in shown:
-        words = [f"{point['steps']} steps"] if "steps" in differ else []
-        words += [f"guidance {point['guidance']:g}"] if "guidance" in differ else []
-        colour = SERIES[models.index(point["label"]) % len(SERIES)]
-        kind, clip = "teacher" if key(point) == reference else "student", point["clip"]
-        label = ", ".join(words) or point["label"]
+        words = [f"{point.steps} steps"] if "steps" in differ else []
+        words += [f"guidance {point.guidance:g}"] if "guidance" in differ else []
+        colour = SERIES[models.index(point.label) % len(SERIES)]
+        kind, clip = "teacher" if key(point) == reference else "student", point.clip
+        label = ", ".join(words) or point.label
         made = Point(label, timed[key(point)].ms, clip["mean"], clip["se"], kind, colour)
-        lines[point["label"]].append(made)
+        lines[point.label].append(made)
     return lines
 
 

@@ -7,10 +7,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from slimstep.eval.pages.evaluation_page import curve_figure
-from slimstep.eval.pages.gathered import Gathered, Row
+from slimstep.eval.pages.gathered import Gathered
 from slimstep.eval.pages.html import data_uri
 from slimstep.eval.pages.pareto import Condition, plane, time_figure
-from slimstep.eval.pages.results import Results, Setting, setting, told
+from slimstep.eval.pages.results import Results, Row, Setting, setting, setting_text
 from slimstep.eval.pages.speed_page import draw_figures, parts_figure
 
 NUM_PICTURES = 8  # prompts in the grid
@@ -29,7 +29,7 @@ def draw_sections(found: Gathered) -> dict[str, list[Picture]]:
     """{section of the page: its pictures}, empty where nothing was measured for it."""
     return {
         "time": [draw_time(found, condition) for condition in found.conditions],
-        "curves": draw_curves([{**point, "model": point["label"]} for point in found.compared]),
+        "curves": draw_curves(found.compared),
         "ladder": draw_speed(found, "ladder"),
         "benchmark": [p for run, results in found.of_kind("benchmark").items() for p in draw_parts(run, results)],
         "pipelines": draw_speed(found, "pipelines"),
@@ -50,7 +50,7 @@ def draw_curves(points: Sequence[Row]) -> list[Picture]:
     return [
         Picture(f"clip-against-{x}", f"over {label}", curve_figure(points, x, other, label))
         for x, other, label in axes
-        if len({point[x] for point in points}) > 1
+        if len({getattr(point, x) for point in points}) > 1
     ]
 
 
@@ -81,7 +81,7 @@ def untimed(found: Gathered) -> list[str]:
     models: dict[Setting, list[str]] = {}
     for point in found.compared:
         if not found.time(point):
-            models.setdefault(setting(point), []).append(point["label"])
+            models.setdefault(setting(point), []).append(point.label)
     steps: dict[tuple[float, str], list[str]] = {}
     for (guidance, number), labels in models.items():
         steps.setdefault((guidance, ", ".join(labels)), []).append(str(number))
@@ -95,14 +95,14 @@ def image_grid(found: Gathered) -> dict[str, Any] | None:
     """
     kept: dict[Setting, list[dict[str, Any]]] = {}
     for point in found.compared:
-        folder = found.runs[point["run"]].path / "images" / point["model"]
-        paths = sorted((folder / f"steps-{point['steps']}-guidance-{point['guidance']}").glob("*.png"))[:NUM_PICTURES]
+        folder = found.runs[point.run].path / "images" / point.model
+        paths = sorted((folder / f"steps-{point.steps}-guidance-{point.guidance}").glob("*.png"))[:NUM_PICTURES]
         if paths:
-            kept.setdefault(setting(point), []).append({"label": point["label"], "run": point["run"], "paths": paths})
+            kept.setdefault(setting(point), []).append({"label": point.label, "run": point.run, "paths": paths})
     if not kept:
         return None
     chosen = max(kept, key=lambda at: (len(kept[at]), at == setting(found.reference)))
     rows, count = kept[chosen], min(len(row["paths"]) for row in kept[chosen])
     for row in rows:
         row["images"] = [data_uri(path) for path in row["paths"][:count]]
-    return {"at": told(chosen), "rows": rows, "prompts": found.evaluations[rows[0]["run"]]["shown"][:count]}
+    return {"at": setting_text(chosen), "rows": rows, "prompts": found.evaluations[rows[0]["run"]].shown[:count]}

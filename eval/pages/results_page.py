@@ -1,10 +1,9 @@
 """Evaluations, benchmarks, ladders and pipelines tables on one page: what images lose, and what time is saved."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from markupsafe import Markup
 
@@ -18,14 +17,12 @@ from slimstep.eval.pages.gathered import Gathered
 from slimstep.eval.pages.headline import headline, tiles
 from slimstep.eval.pages.html import render
 from slimstep.eval.pages.pareto import key, speedup
-from slimstep.eval.pages.results import SPEED_KINDS, common_settings, metric, pair_matrix, setting, told
+from slimstep.eval.pages.results import SPEED_KINDS, common_settings, metric, pair_matrix, setting, setting_text
 from slimstep.eval.pages.results_figures import draw_sections, image_grid, untimed
 from slimstep.eval.pages.speed_page import LABELS, NOTES, cells
 from slimstep.eval.pages.speed_page import header as speed_header
 from slimstep.eval.pages.tables import console_table, markdown_table
 from slimstep.eval.pages.text import digits
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -89,8 +86,8 @@ def title(found: Gathered) -> str:
     """The models by name where they are few; runs, where nothing was evaluated."""
     if not found.points:
         return ", ".join(found.runs)
-    reference = found.reference["label"]
-    others = list(dict.fromkeys(p["label"] for p in found.compared if p["label"] != reference))
+    reference = found.reference.label
+    others = list(dict.fromkeys(p.label for p in found.compared if p.label != reference))
     if not others:
         return reference
     return f"{', '.join(others) if len(others) < 5 else f'{len(others)} models'} against {reference}"
@@ -103,14 +100,14 @@ def models_table(found: Gathered) -> list[Table]:
     """All models at all settings, with their times where they were timed; no table where nothing was evaluated."""
     if not found.points:
         return []
-    shown = {"model": lambda p: p["label"]}
-    shown |= {name: cell for name, cell in columns({"points": found.points}).items() if name != "model"}
+    shown = {"model": lambda p: p.label}
+    shown |= {name: cell for name, cell in columns(found.points).items() if name != "model"}
     if found.timed:
         shown["ms an image"] = lambda p: digits(found.time(p).ms) if found.time(p) else "–"
         shown["speed-up"] = lambda p: speedup(found.time(p), found.reference_time(p)) if found.time(p) else "–"
     if len(found.evaluations) > 1:
-        shown["evaluation"] = lambda p: p["run"]
-    classes = ["teacher" if key(p) == found.reference_of(p) else "" if p["compared"] else "step" for p in found.points]
+        shown["evaluation"] = lambda p: p.run
+    classes = ["teacher" if key(p) == found.reference_of(p) else "" if p.compared else "step" for p in found.points]
     rows = [[cell(p) for cell in shown.values()] for p in found.points]
     return [Table("All models", list(shown), rows, 3, row_classes=classes)]
 
@@ -120,11 +117,11 @@ def pair_tables(found: Gathered) -> list[Table]:
     tables = []
     for chosen in common_settings(found.compared):
         points = [point for point in found.compared if setting(point) == chosen]
-        matrix, labels = pair_matrix(points), [point["label"] for point in points]
+        matrix, labels = pair_matrix(points), [point.label for point in points]
         rows = [[label, *map(pair_cell, line)] for label, line in zip(labels, matrix, strict=True)]
-        classes = [["", *map(verdict, line)] for line in matrix]
+        classes = [["", *map(side, line)] for line in matrix]
         header = ["row − column", *labels]
-        tables.append(Table(f"Every two models at {told(chosen)}", header, rows, cell_classes=classes))
+        tables.append(Table(f"Every two models at {setting_text(chosen)}", header, rows, cell_classes=classes))
     return tables
 
 
@@ -132,7 +129,7 @@ def pair_cell(d: PairedDifference | None) -> str:
     return difference(d and vars(d))
 
 
-def verdict(d: PairedDifference | None) -> str:
+def side(d: PairedDifference | None) -> str:
     """Whether the interval excludes zero, and on which side."""
     if d is None or d.low <= 0 <= d.high:
         return ""

@@ -4,7 +4,7 @@ It is drawn from the run's files alone, so it can be made at any time, of a run 
 whose files do not exist yet is left out, and the page says what is missing.
 """
 
-from collections.abc import Mapping
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from slimstep.eval.pages.figures import (
     themed,
 )
 from slimstep.eval.pages.html import data_uri, render
-from slimstep.eval.pages.runs import RunRecord, read_run
-from slimstep.eval.pages.text import SEEN, count, digits, display_name, flatten, overlap_sentence, percent, signed
+from slimstep.eval.pages.runs import Model, RunRecord, read_run
+from slimstep.eval.pages.text import count, digits, display_name, flatten, overlap_sentence, percent, signed
 from slimstep.eval.pages.unet_figure import unet_figure
 from slimstep.models.architecture import kept
 
@@ -47,7 +47,7 @@ def write_report(folder: str | Path) -> Path:
         cautions=cautions(run.path),
         run=run,
         headline=headline(run),
-        seen=overlap_sentence(run.evaluation) if run.evaluation else "",
+        seen=overlap_sentence(run.evaluation.n, run.evaluation.seen) if run.evaluation else "",
         tiles=tiles(run),
         rows=[model_row(model, run.models[0]) for model in run.models],
         figures={name: Markup(themed(figure, name)) for name, figure in figures.items() if name != "images"},
@@ -68,13 +68,13 @@ def headline(run: RunRecord) -> str:
         decided = sum(r.decision is not None for r in run.rounds)
         return f"This run is under way: {decided} of its rounds are decided, and the models have not been compared yet."
     teacher, student = run.models[0], run.models[-1]
-    versus = student["versus_teacher"]
+    versus = student.versus_teacher
     outcome = "cannot be told from its teacher's on these prompts"
     if versus["low"] > 0 or versus["high"] < 0:
         outcome = f"is {abs(versus['mean']):.2f} {'above' if versus['low'] > 0 else 'below'} its teacher's"
-    time, size = (percent(student[key] / teacher[key]) for key in ("ms", "parameters"))
+    time, size = (percent(getattr(student, key) / getattr(teacher, key)) for key in ("ms", "parameters"))
     return (
-        f"The student takes {time} of the teacher's UNet time ({digits(student['ms'])} of {digits(teacher['ms'])} ms) "
+        f"The student takes {time} of the teacher's UNet time ({digits(student.ms)} of {digits(teacher.ms)} ms) "
         f"and has {size} of its parameters. Its CLIP score {outcome}."
     )
 
@@ -84,30 +84,31 @@ def tiles(run: RunRecord) -> list[dict[str, str]]:
     if not run.evaluation:
         return []
     teacher, student = run.models[0], run.models[-1]
-    versus, blocks = student["versus_teacher"], run.latest_blocks
+    versus, blocks = student.versus_teacher, run.latest_blocks
     num_kept = len(kept(blocks, run.architecture, run.levels))
     copied = sum(spec.repeats > 1 for spec in run.architecture.values())
     interval = f"{signed(versus['low'])} to {signed(versus['high'])} (95 %)"
     shares = (
-        ("UNet time", "ms", digits, " ms"),
-        ("parameters", "parameters", count, ""),
-        ("GFLOPs", "gflops", digits, ""),
+        ("UNet time", attrgetter("ms"), digits, " ms"),
+        ("parameters", attrgetter("parameters"), count, ""),
+        ("GFLOPs", attrgetter("gflops"), digits, ""),
     )
     return [
-        *({"label": label, "value": percent(student[key] / teacher[key]),
-           "note": f"{form(student[key])} of {form(teacher[key])}{unit}"} for label, key, form, unit in shares),
+        *({"label": label, "value": percent(own(student) / own(teacher)),
+           "note": f"{form(own(student))} of {form(own(teacher))}{unit}"} for label, own, form, unit in shares),
         {"label": "blocks kept", "value": f"{num_kept} / {len(blocks)}", "note": f"{copied} copied"},
         {"label": "CLIP, paired", "value": signed(versus["mean"]), "note": interval},
     ]  # fmt: skip
 
 
-def model_row(model: Mapping[str, Any], teacher: Mapping[str, Any]) -> dict[str, Any]:
+def model_row(model: Model, teacher: Model) -> dict[str, Any]:
     """A model's line of the table."""
     return {
-        **model,
-        "name": display_name(model["name"]),
-        "kind": KINDS.get(model["name"], ("step",))[0],
-        "share": model["ms"] / teacher["ms"],
+        "name": display_name(model.name),
+        "kind": KINDS.get(model.name, ("step",))[0],
+        "share": model.ms / teacher.ms,
+        "psnr": model.point.mean("psnr"),
+        **{key: getattr(model, key) for key in ("parameters", "gflops", "ms", "clip", "versus_teacher")},
     }
 
 
@@ -117,13 +118,13 @@ def facts(run: RunRecord) -> dict[str, dict[str, Any]]:
     ranking = (
         {**scores["protocol"], "agreement of halves (ρ)": scores.get("rank_agreement_of_halves")} if scores else {}
     )
-    result = run.evaluation or {}
-    left_out = ("sites", "samples")
+    left_out, found = ("sites", "samples"), run.evaluation
+    evaluated = {**found.protocol, "prompts_hash": found.prompts_hash, "n": found.n, **found.seen} if found else {}
     tables = {
-        "Evaluation": {**result.get("protocol", {}), **{key: result.get(key) for key in ("prompts_hash", "n", *SEEN)}},
+        "Evaluation": evaluated,
         "Block scores": ranking,
         "Latency": {k: v for k, v in (first_latency(run) or {}).items() if k not in left_out},
-        "Environment": result.get("environment", {}),
+        "Environment": run.evaluation.environment if run.evaluation else {},
     }
     flat = {title: flatten(table) for title, table in tables.items()}
     return {title: table for title, table in flat.items() if any(value is not None for value in table.values())}
@@ -142,7 +143,7 @@ def draw_figures(run: RunRecord) -> dict[str, Figure]:
         predicted = {r.name: r.decision["predicted_ms"] for r in run.rounds if r.decision} if run.evaluation else {}
         target = next((r.decision["target_ms"] for r in reversed(run.rounds) if r.decision), None)
         figures["evolution"] = evolution_figure(
-            points, target, [predicted.get(m["name"]) for m in run.models] or [None]
+            points, target, [predicted.get(m.name) for m in run.models] or [None]
         )
         figures["pareto"] = pareto_figure(points)
     if (timed := first_latency(run)) and "samples" in timed:  # a table made elsewhere may hold nothing but its entries
@@ -163,8 +164,8 @@ def stages(run: RunRecord) -> list[Point]:
     if run.evaluation:
         points = []
         for m in run.models:
-            kind, colour = KINDS.get(m["name"], ("step", STEP))
-            points.append(Point(display_name(m["name"]), m["ms"], m["clip"]["mean"], m["clip"]["se"], kind, colour))
+            kind, colour = KINDS.get(m.name, ("step", STEP))
+            points.append(Point(display_name(m.name), m.ms, m.clip["mean"], m.clip["se"], kind, colour))
         return points
     found = [(f"before {display_name(r.name)}", r) for r in run.rounds if r.latency and r.scores]
     return [

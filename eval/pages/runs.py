@@ -2,7 +2,7 @@
 
 round-NN/latency.json, scores.json, decision.json   what blocks cost and give, and what was decided
 evaluation.json                                     the models side by side on prompts they were not chosen on
-images/prompts.json, images/MODEL/NNN.png           the same prompts and noise through each model
+images/MODEL/…/NNN.png                              the same prompts and noise through each model
 export/verdict.json, config.yaml                    the hand-over, and what was asked for
 """
 
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slimstep.engine.files import damaged
+from slimstep.eval.record import Evaluation, Point, read_evaluation
 from slimstep.models.architecture import Architecture, Levels, as_architecture, is_removed, num_levels, unet_levels
 
 
@@ -57,12 +58,40 @@ class Round:
 
 
 @dataclass(frozen=True)
+class Model:
+    """An evaluated model of a pruning run, with the milliseconds of its UNet."""
+
+    point: Point
+    ms: float
+
+    @property
+    def name(self) -> str:
+        return self.point.model
+
+    @property
+    def clip(self) -> Mapping[str, Any]:
+        return self.point.clip
+
+    @property
+    def versus_teacher(self) -> Mapping[str, float] | None:
+        return self.point.versus_reference
+
+    @property
+    def parameters(self) -> int:
+        return self.point.facts["parameters"]["UNet"]
+
+    @property
+    def gflops(self) -> float:
+        return self.point.facts["gflops"]
+
+
+@dataclass(frozen=True)
 class RunRecord:
     """All that a run directory says."""
 
     path: Path
     rounds: tuple[Round, ...]
-    evaluation: dict[str, Any] | None
+    evaluation: Evaluation | None
     prompts: tuple[str, ...]
     images: Mapping[str, tuple[Path, ...]]
     verdict: dict[str, Any] | None
@@ -73,9 +102,12 @@ class RunRecord:
         return self.path.name
 
     @property
-    def models(self) -> tuple[dict[str, Any], ...]:
+    def models(self) -> tuple["Model", ...]:
         """The evaluated models: the teacher first, the student last."""
-        return tuple(self.evaluation["models"]) if self.evaluation else ()
+        if not self.evaluation:
+            return ()
+        times = self.evaluation.facts["ms"]
+        return tuple(Model(point, times[point.model]) for point in self.evaluation.points)
 
     @property
     def architecture(self) -> Architecture:
@@ -103,8 +135,8 @@ class RunRecord:
 
 
 def is_search(path: str | Path) -> bool:
-    """Whether a folder is a pruning run, or at least has an evaluation.json as those have."""
-    return (Path(path) / "evaluation.json").is_file() or any(Path(path).glob("round-*/"))
+    """Whether a folder is a pruning run: one that has rounds."""
+    return any(Path(path).glob("round-*/"))
 
 
 def read_run(path: str | Path) -> RunRecord:
@@ -118,18 +150,18 @@ def read_run(path: str | Path) -> RunRecord:
     folders = sorted(p for p in path.glob("round-*") if p.is_dir())
     names = ("latency", "scores", "decision")
     rounds = tuple(Round(p.name, *(read_json(p / f"{name}.json") for name in names)) for p in folders)
-    evaluation = read_json(path / "evaluation.json")
+    evaluation = read_evaluation(path)
     if not folders and evaluation is None:
         raise FileNotFoundError(f"{path} holds no round-00 and no evaluation.json; give one that train.py wrote")
-    if evaluation and "models" not in evaluation:
+    if evaluation and "ms" not in evaluation.facts:
         raise ValueError(f"{path} is no run of prune_unet: its report.html and evaluation.json stand for themselves")
-    images = {p.name: tuple(sorted(p.glob("*.png"))) for p in sorted((path / "images").glob("*")) if p.is_dir()}
+    images = {p.name: tuple(sorted(p.rglob("*.png"))) for p in sorted((path / "images").glob("*")) if p.is_dir()}
     config = path / "config.yaml"
     return RunRecord(
         path,
         rounds,
         evaluation,
-        tuple(read_json(path / "images" / "prompts.json") or ()),
+        tuple(read_json(path / "images" / "prompts.json") or (evaluation.shown if evaluation else ())),
         images,
         read_json(path / "export" / "verdict.json"),
         config.read_text() if config.is_file() else None,

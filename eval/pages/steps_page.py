@@ -1,6 +1,7 @@
 """The report of a distillation: CLIP and distance against steps, CLIP against time, the images, all on one page."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,24 +11,27 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 from slimstep.engine.files import write_text
+from slimstep.eval.metrics.compare import paired_ratio
 from slimstep.eval.pages.cautions import cautions
+from slimstep.eval.pages.evaluation_page import difference
 from slimstep.eval.pages.figures import MUTED, SERIES, grid_figure, save_figures, styled, themed
 from slimstep.eval.pages.html import render
 from slimstep.eval.pages.runs import read_json
 from slimstep.eval.pages.tables import console_table
 from slimstep.eval.pages.text import flatten, overlap_sentence
+from slimstep.eval.record import Point, read_evaluation
 
-Point = Mapping[str, Any]
+SAMPLERS = ("teacher", "teacher-dpm")
 NAMES = {"teacher": "teacher, DDIM", "teacher-dpm": "teacher, DPM++ 2M", "teacher-v": "teacher, v"}
 
 
 def write_steps_report(folder: str | Path, track: Callable[[], None] = lambda: None) -> Path:
-    """Makes `folder`/report.html and `folder`/report/*.png anew from evaluation.json and the pictures.
+    """Makes `folder`/report.html and `folder`/report/*.png anew from the evaluation and the pictures.
 
     `track` is called when the pictures are there; the page, which says that all is done, comes last.
     """
     folder = Path(folder)
-    evaluation, points = read_json(folder / "evaluation.json"), timed_points(folder)
+    evaluation, points = read_evaluation(folder), timed_points(folder)
     figures = {
         "clip-against-steps": curves_figure(points, "steps", "sampling steps"),
         "clip-against-time": curves_figure(points, "unet_ms", "UNet time of an image, ms"),
@@ -42,32 +46,38 @@ def write_steps_report(folder: str | Path, track: Callable[[], None] = lambda: N
         name=folder.name,
         figures={name: Markup(themed(figure, name)) for name, figure in figures.items()},
         pictures={name: Markup(themed(figure, name)) for name, figure in pictures.items()},
-        seen=overlap_sentence(evaluation),
+        seen=overlap_sentence(evaluation.n, evaluation.seen),
         header=HEADER,
         rows=point_rows(points),
-        facts=flatten({"n": evaluation["n"], **evaluation["protocol"], **evaluation["environment"]}),
+        facts=flatten({"n": evaluation.n, **evaluation.protocol, **evaluation.environment}),
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
 
 
-def timed_points(folder: Path) -> list[Point]:
-    """The points of evaluation.json with the time of an image."""
+@dataclass(frozen=True)
+class TimedPoint(Point):
+    """A point with the milliseconds of all UNet evaluations of one image."""
+
+    unet_ms: float = 0.0
+
+
+def timed_points(folder: Path) -> list[TimedPoint]:
+    """The points of the run's evaluation with the time of an image."""
     unet_ms = read_json(folder / "unet_ms.json")["ms"]
-    return [{**p, "unet_ms": image_ms(p, unet_ms)} for p in read_json(folder / "evaluation.json")["points"]]
+    return [TimedPoint(**vars(point), unet_ms=image_ms(point, unet_ms)) for point in read_evaluation(folder).points]
 
 
 def image_ms(point: Point, unet_ms: Mapping[str, Mapping[str, float]]) -> float:
     """Milliseconds of all UNet evaluations of one image."""
-    rows = point["evaluations"] // point["steps"]
-    return point["steps"] * unet_ms[str(rows)][point["model"].removesuffix("-dpm")]
+    rows = point.facts["evaluations"] // point.steps
+    return point.steps * unet_ms[str(rows)][point.model.removesuffix("-dpm")]
 
 
-def curves_table(evaluation: Mapping[str, Any]) -> str:
+def curves_table(points: Sequence[Point]) -> str:
     """Per guidance scale and model: CLIP ± standard error at every number of steps."""
-    points = evaluation["points"]
-    steps = sorted({point["steps"] for point in points})
-    cells = {key(point): f"{point['clip']['mean']:.1f} ± {point['clip']['se']:.1f}" for point in points}
+    steps = sorted({point.steps for point in points})
+    cells = {key(point): f"{point.clip['mean']:.1f} ± {point.clip['se']:.1f}" for point in points}
     rows = [
         [display(model), f"{guidance:g}", *(cells.get((guidance, model, n), "") for n in steps)]
         for guidance in guidances(points)
@@ -85,18 +95,29 @@ def point_rows(points: Sequence[Point]) -> list[list[str]]:
 
     The latent error is also told in units of the teacher's own at as many steps, with DDIM and with DPM++ 2M.
     """
-    rows = []
+    by_key, rows = {key(p): p for p in points}, []
     for p in points:
-        d, psnr = p["versus_teacher"], p["psnr_to_teacher"]
+        over = [error_over(p, by_key.get((p.guidance, sampler, p.steps))) for sampler in SAMPLERS]
         rows.append([
-            display(p["model"]), f"{p['guidance']:g}", str(p["steps"]), str(p["evaluations"]), f"{p['unet_ms']:.1f}",
-            f"{p['clip']['mean']:.2f} ± {p['clip']['se']:.2f}",
-            f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]".replace("-", "−"),
-            f"{p['latent_error_to_teacher']['mean']:.4f}", *map(ratio_text, p["latent_error_over"].values()),
-            "–" if psnr is None else f"{psnr:.1f}",
-            f"{p['feature_cosine_to_teacher']:.3f}",
+            display(p.model), f"{p.guidance:g}", str(p.steps), str(p.facts["evaluations"]), f"{p.unet_ms:.1f}",
+            f"{p.clip['mean']:.2f} ± {p.clip['se']:.2f}", difference(p.versus_reference),
+            number(p, "latent_error", ".4f"), *over, number(p, "psnr", ".1f"), number(p, "features", ".3f"),
         ])  # fmt: skip
     return rows
+
+
+def number(point: Point, metric: str, form: str) -> str:
+    """The mean of a metric; a dash for the reference, which is compared with nothing."""
+    mean = point.mean(metric)
+    return "–" if mean is None else format(mean, form)
+
+
+def error_over(point: Point, other: Point | None) -> str:
+    """The latent error in units of another point's, prompt by prompt; a dash where either has none."""
+    errors, others = (p and p.metrics.get("latent_error") for p in (point, other))
+    if not errors or not others or not others["mean"]:
+        return "–"
+    return ratio_text(vars(paired_ratio(errors["per_prompt"], others["per_prompt"])))
 
 
 def ratio_text(ratio: Mapping[str, float] | None) -> str:
@@ -108,16 +129,16 @@ def display(model: str) -> str:
 
 
 def key(point: Point) -> tuple[float, str, int]:
-    return point["guidance"], point["model"], point["steps"]
+    return point.guidance, point.model, point.steps
 
 
 def guidances(points: Sequence[Point]) -> list[float]:
-    return sorted({point["guidance"] for point in points})
+    return sorted({point.guidance for point in points})
 
 
 def models(points: Sequence[Point]) -> list[str]:
     """In the order in which they were judged."""
-    return list(dict.fromkeys(point["model"] for point in points))
+    return list(dict.fromkeys(point.model for point in points))
 
 
 def colours(points: Sequence[Point]) -> dict[str, str]:
@@ -139,8 +160,8 @@ def panels(points: Sequence[Point], x_label: str, y_label: str) -> tuple[Figure,
 
 def lines(points: Sequence[Point], guidance: float) -> dict[str, list[Point]]:
     """Each model's points at one guidance scale, fewest steps first."""
-    mine = [point for point in points if point["guidance"] == guidance]
-    return {name: sorted((p for p in mine if p["model"] == name), key=key) for name in models(points)}
+    mine = [point for point in points if point.guidance == guidance]
+    return {name: sorted((p for p in mine if p.model == name), key=key) for name in models(points)}
 
 
 def style_of(model: str, colour: str) -> dict[str, Any]:
@@ -154,9 +175,9 @@ def curves_figure(points: Sequence[Point], x: str, x_label: str) -> Figure:
     figure, charts = panels(points, x_label, "CLIP score ± se")
     for guidance, axes in charts.items():
         for model, line in lines(points, guidance).items():
-            clip = [p["clip"] for p in line]
+            places, clip = [getattr(p, x) for p in line], [p.clip for p in line]
             style = style_of(model, colours(points)[model])
-            axes.errorbar([p[x] for p in line], [c["mean"] for c in clip], [c["se"] for c in clip], capsize=2, **style)
+            axes.errorbar(places, [c["mean"] for c in clip], [c["se"] for c in clip], capsize=2, **style)
     finish(charts, points, x)
     return figure
 
@@ -168,8 +189,7 @@ def distance_figure(points: Sequence[Point]) -> Figure:
     for guidance, axes in charts.items():
         axes.set_yscale("log")
         for model, line in lines(points, guidance).items():
-            apart = [(p["steps"], p["latent_error_to_teacher"]["mean"]) for p in line]
-            apart = [(steps, error) for steps, error in apart if error > 0]
+            apart = [(p.steps, error) for p in line if (error := p.mean("latent_error"))]
             axes.plot(*zip(*apart, strict=True), **style_of(model, colours(points)[model]))
     finish(charts, points, "steps")
     return figure
@@ -179,7 +199,7 @@ def finish(charts: Mapping[float, Axes], points: Sequence[Point], x: str) -> Non
     """Plain numbers on the axis, and one legend."""
     for axes in charts.values():
         if x == "steps":
-            axes.set_xticks(sorted({point["steps"] for point in points}))
+            axes.set_xticks(sorted({point.steps for point in points}))
         axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.xaxis.set_minor_formatter(NullFormatter())
     charts[max(charts)].legend(frameon=False, fontsize=8)
@@ -187,7 +207,7 @@ def finish(charts: Mapping[float, Axes], points: Sequence[Point], x: str) -> Non
 
 def images_figure(folder: Path, points: Sequence[Point], guidance: float) -> Figure:
     """Rows are models, columns numbers of steps; the first prompt, always from the same noise."""
-    steps = sorted({point["steps"] for point in points})
+    steps = sorted({point.steps for point in points})
     judged = {key(point) for point in points}
 
     def path(model: str, n: int) -> Path | None:

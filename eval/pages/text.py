@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-# {key of evaluation.json, the number of such prompts: what they were seen as}
+# {key of an evaluation's `seen`, the number of such prompts: what they were seen as}
 SEEN = {
     "prompts_in_training": "captions that were trained on",
     "prompts_in_calibration": "prompts that blocks were ranked on",
@@ -50,9 +50,9 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def overlap_sentence(evaluation: Mapping[str, Any]) -> str:
-    """What an evaluation says of its prompts; empty where it says nothing, as those of older runs."""
-    n, known = evaluation["n"], {what: evaluation[key] for key, what in SEEN.items() if evaluation.get(key) is not None}
+def overlap_sentence(n: int, seen: Mapping[str, int]) -> str:
+    """What an evaluation says of its `n` prompts; empty where it says nothing, as those of older runs."""
+    known = {what: seen[key] for key, what in SEEN.items() if seen.get(key) is not None}
     if not known:
         return ""
     if not any(known.values()):

@@ -1,5 +1,6 @@
-"""The report of a narrow decoder: how near its images are, crops with their errors, and the time it saves."""
+"""The report of a pruned decoder: how near its images are, crops with their errors, and the time it saves."""
 
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,18 +12,21 @@ from PIL import Image
 
 from slimstep.engine.files import write_text
 from slimstep.eval.pages.cautions import cautions
+from slimstep.eval.pages.evaluation_page import difference
 from slimstep.eval.pages.figures import MUTED, STUDENT, canvas, save_figures, styled, themed
 from slimstep.eval.pages.html import render
 from slimstep.eval.pages.runs import read_json
 from slimstep.eval.pages.tables import console_table
 from slimstep.eval.pages.text import count, digits, flatten, overlap_sentence
+from slimstep.eval.record import Evaluation, Point, read_evaluation
 
-Evaluation = Mapping[str, Any]
+FORMER = {"teacher": "wide", "pruned": "sliced", "student": "narrow"}  # decoders as earlier versions called them
+PREFIXES = {"sampled": "", "real": "real_"}  # of metrics
 KINDS = {"sampled": "sampled latents", "real": "latents of real images"}
 CROP, AMPLIFIED, SHOWN = 128, 8, 4
-HEADER = ["decoder", "parameters", "CLIP ± se", "against the wide one", "sampled: PSNR", "SSIM", "features",
+HEADER = ["decoder", "parameters", "CLIP ± se", "against the teacher's", "sampled: PSNR", "SSIM", "features",
           "real: PSNR", "SSIM", "features", "to the real image: PSNR", "SSIM", "features"]  # fmt: skip
-TIME_HEADER = ["mode", "latents", "batch", "wide, ms", "narrow, ms", "ratio", "quartiles", "FLOP ratio", "of it"]
+TIME_HEADER = ["mode", "latents", "batch", "teacher, ms", "student, ms", "ratio", "quartiles", "FLOP ratio", "of it"]
 
 
 def write_vae_report(folder: str | Path, track: Callable[[], None] = lambda: None) -> Path:
@@ -31,7 +35,7 @@ def write_vae_report(folder: str | Path, track: Callable[[], None] = lambda: Non
     `track` is called when the pictures are there; the page, which says that all is done, comes last.
     """
     folder = Path(folder)
-    evaluation, times = read_json(folder / "evaluation.json"), read_json(folder / "vae_ms.json")
+    evaluation, times = read_evaluation(folder), read_times(folder)
     figures = {"nearness": nearness_figure(evaluation)}
     figures |= {f"crops-{kind}": crops_figure(folder, evaluation, kind) for kind in KINDS}
     save_figures(folder / "report", figures)
@@ -40,15 +44,16 @@ def write_vae_report(folder: str | Path, track: Callable[[], None] = lambda: Non
         "vae.html.j2",
         cautions=cautions(folder),
         name=folder.name,
-        widths=evaluation["widths"],
-        seen=overlap_sentence(evaluation),
+        widths=evaluation.facts["widths"],
+        seen=overlap_sentence(evaluation.n, evaluation.seen),
         header=HEADER,
         rows=quality_rows(evaluation),
         time_header=TIME_HEADER,
         time_rows=time_rows(times["rows"]),
         kinds=KINDS,
         figures={name: Markup(themed(figure, name)) for name, figure in figures.items()},
-        facts=flatten({key: evaluation[key] for key in ("n", "n_real", "protocol", "environment")}),
+        facts=flatten({"n": evaluation.n, "n_real": evaluation.facts["n_real"], "protocol": evaluation.protocol,
+                       "environment": evaluation.environment}),  # fmt: skip
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
@@ -56,30 +61,26 @@ def write_vae_report(folder: str | Path, track: Callable[[], None] = lambda: Non
 
 def vae_table(folder: Path) -> str:
     """Quality, then time, as text for a terminal."""
-    evaluation, times = read_json(folder / "evaluation.json"), read_json(folder / "vae_ms.json")
-    quality, time = quality_rows(evaluation), time_rows(times["rows"])
+    quality, time = quality_rows(read_evaluation(folder)), time_rows(read_times(folder)["rows"])
     return f"{console_table(HEADER, quality)}\n{console_table(TIME_HEADER, time, labels=3)}"
 
 
 def quality_rows(evaluation: Evaluation) -> list[list[str]]:
     """A line per decoder; means over the held-out latents."""
     rows = []
-    for decoder in evaluation["decoders"]:
-        near, d = decoder["nearness"], decoder["versus_wide"]
-        versus = "–" if d is None else f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]".replace("-", "−")
-        clip = decoder["clip"]
+    for p in evaluation.points:
         rows.append([
-            decoder["name"], count(decoder["parameters"]), f"{clip['mean']:.2f} ± {clip['se']:.2f}", versus,
-            *measures(near["sampled_to_wide"]), *measures(near["real_to_wide"]), *measures(near["real_to_image"]),
+            p.model, count(p.facts["parameters"]["decoder"]), f"{p.clip['mean']:.2f} ± {p.clip['se']:.2f}",
+            difference(p.versus_reference), *measures(p, ""), *measures(p, "real_"), *measures(p, "image_"),
         ])  # fmt: skip
     return rows
 
 
-def measures(near: Mapping[str, Any] | None) -> list[str]:
+def measures(point: Point, prefix: str) -> list[str]:
     """PSNR ± standard error in dB, SSIM, cosine of features."""
-    if near is None:
+    if not point.metrics.get(f"{prefix}psnr"):
         return ["–"] * 3
-    psnr, ssim, features = near["psnr"], near["ssim"], near["features"]
+    psnr, ssim, features = (point.metrics[f"{prefix}{name}"] for name in ("psnr", "ssim", "features"))
     return [f"{psnr['mean']:.2f} ± {psnr['se']:.2f}", f"{ssim['mean']:.4f}", f"{features['mean']:.4f}"]
 
 
@@ -88,8 +89,8 @@ def time_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     return [
         [row["mode"], f"{row['latent_size']}×{row['latent_size']}", str(row["batch"]), row["skipped"], *["–"] * 5]
         if "skipped" in row else
-        [row["mode"], f"{row['latent_size']}×{row['latent_size']}", str(row["batch"]), digits(row["ms"]["wide"]),
-         digits(row["ms"]["narrow"]), f"{row['ratio']:.2f}", f"[{row['low']:.2f}, {row['high']:.2f}]",
+        [row["mode"], f"{row['latent_size']}×{row['latent_size']}", str(row["batch"]), digits(row["ms"]["teacher"]),
+         digits(row["ms"]["student"]), f"{row['ratio']:.2f}", f"[{row['low']:.2f}, {row['high']:.2f}]",
          f"{row['flop_ratio']:.2f}", f"{row['of_flops']:.0%}"]
         for row in rows
     ]  # fmt: skip
@@ -97,32 +98,31 @@ def time_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
 
 @styled
 def nearness_figure(evaluation: Evaluation) -> Figure:
-    """PSNR to the wide decoder's image, latent by latent: before training and after."""
+    """PSNR to the teacher decoder's image, latent by latent: before training and after."""
     figure, (axes,) = canvas(6.4, 3.6)
-    narrow = [decoder for decoder in evaluation["decoders"] if decoder["nearness"]["sampled_to_wide"]]
-    lines = [(d, kind) for d in narrow for kind in KINDS]
-    for decoder, kind in lines:
-        values = sorted(decoder["nearness"][f"{kind}_to_wide"]["psnr"]["per_item"])
+    pruned = [point for point in evaluation.points if point.metrics.get("psnr")]
+    for point, (kind, prefix) in itertools.product(pruned, PREFIXES.items()):
+        values = sorted(point.metrics[f"{prefix}psnr"]["per_prompt"])
         share = np.arange(1, len(values) + 1) / len(values)
-        colour, line = (STUDENT if decoder["name"] == "narrow" else MUTED), ("-" if kind == "sampled" else ":")
-        axes.step(values, share, color=colour, linestyle=line, label=f"{decoder['name']}, {KINDS[kind]}")
-    axes.set(xlabel="PSNR to the wide decoder's image, dB", ylabel="share of latents below", ylim=(0, 1))
+        colour, line = (STUDENT if point.model == "student" else MUTED), ("-" if kind == "sampled" else ":")
+        axes.step(values, share, color=colour, linestyle=line, label=f"{point.model}, {KINDS[kind]}")
+    axes.set(xlabel="PSNR to the teacher decoder's image, dB", ylabel="share of latents below", ylim=(0, 1))
     axes.legend(frameon=False, fontsize=8)
     return figure
 
 
 @styled
 def crops_figure(folder: Path, evaluation: Evaluation, kind: str) -> Figure:
-    """Crops of the first images: real, wide, narrow before and after training, and the last one's error, amplified."""
-    names = [decoder["name"] for decoder in evaluation["decoders"]]
+    """Crops of the first images: real ones, the teacher's, the student's before and after training, and the last one's
+    error, amplified."""
     columns = {"real image": folder / "images/real"} if kind == "real" else {}
-    columns |= {name: folder / "images" / name / kind for name in names}
-    shown = min(SHOWN, len(list((folder / "images" / names[0] / kind).glob("*.png"))))
+    columns |= {point.model: picture_folder(folder, point, kind) for point in evaluation.points}
+    shown = min(SHOWN, len(list(columns["teacher"].glob("*.png"))))
     figure = Figure(figsize=(1.7 * (len(columns) + 1), 1.75 * shown + 0.2), layout="constrained")
     cells = figure.subplots(shown, len(columns) + 1, squeeze=False)
     for i, line in enumerate(cells):
         crops = [crop(path / f"{i:03d}.png") for path in columns.values()]
-        error = np.abs(crops[-1].astype(float) - crops[list(columns).index("wide")].astype(float))
+        error = np.abs(crops[-1].astype(float) - crops[list(columns).index("teacher")].astype(float))
         titles = [*columns, f"its error × {AMPLIFIED}"]
         for axes, title, image in zip(
             line, titles, [*crops, np.clip(AMPLIFIED * error, 0, 255).astype("uint8")], strict=True
@@ -133,6 +133,22 @@ def crops_figure(folder: Path, evaluation: Evaluation, kind: str) -> Figure:
             if i == 0:
                 axes.set_title(title, fontsize=9)
     return figure
+
+
+def picture_folder(folder: Path, point: Point, kind: str) -> Path:
+    """Where a decoder's images lie; earlier versions called decoders otherwise."""
+    place = f"steps-{point.steps}-guidance-{point.guidance}" if kind == "sampled" else kind
+    here = folder / "images" / point.model / place
+    return here if here.exists() else folder / "images" / FORMER[point.model] / kind
+
+
+def read_times(folder: Path) -> dict[str, Any]:
+    """vae_ms.json, with the decoders' names of today."""
+    times = read_json(folder / "vae_ms.json")
+    names = {old: new for new, old in FORMER.items()}
+    for row in times["rows"]:
+        row["ms"] = {names.get(name, name): ms for name, ms in row.get("ms", {}).items()}
+    return times
 
 
 def crop(path: Path) -> np.ndarray:

@@ -32,7 +32,7 @@ def no_ranking(monkeypatch):
 def test_latents_are_cached_and_images_evaluated(run, tmp_path):
     assert run("cache_latents")[0] == 0
     code, waits = run("evaluate", *EVAL, *CURVES)
-    assert code == 0 and list((tmp_path / "runs").glob("evaluate*/results.json"))
+    assert code == 0 and list((tmp_path / "runs").glob("evaluate*/evaluation.json"))
     assert any("eval/metrics/clip.py" in wait for wait in waits)
 
 

@@ -12,6 +12,8 @@ import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 
+from slimstep.eval.pages.steps_page import error_over
+from slimstep.eval.record import read_evaluation
 from slimstep.eval.sampling import Sampler
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.tiny import tiny_pipeline
@@ -76,20 +78,16 @@ def test_every_rung_is_a_stock_pipeline_that_draws_what_we_judged(finished):
 
 def test_the_judgement_holds_every_point_paired_with_the_teacher(finished):
     path, done = finished
-    points = json.loads((path / "evaluation.json").read_text())["points"]
+    points = read_evaluation(path).points
     judged = {(model, steps) for model in ("teacher", "teacher-dpm", "steps-2", "steps-1") for steps in (1, 2)}
-    assert {(p["model"], p["steps"]) for p in points} == {*judged, ("teacher", 4)}
-    reference = next(p for p in points if p["model"] == "teacher" and p["steps"] == 4)
-    assert reference["latent_error_to_teacher"]["mean"] == 0 and reference["versus_teacher"]["mean"] == 0
-    assert all(p["latent_error_to_teacher"]["mean"] > 0 for p in points if p is not reference)
-    assert {p["evaluations"] for p in points} == {2, 4, 8}
-    student = next(p for p in points if p["model"] == "steps-2" and p["steps"] == 2)
-    ddim = next(p for p in points if p["model"] == "teacher" and p["steps"] == 2)
-    errors = [p["latent_error_to_teacher"]["mean"] for p in (student, ddim)]
-    nearer = student["latent_error_over"]["teacher"]
-    assert nearer["ratio"] == pytest.approx(errors[0] / errors[1])
-    assert nearer["low"] <= nearer["ratio"] <= nearer["high"]
-    assert reference["latent_error_over"] == {"teacher": None, "teacher-dpm": None}
+    assert {(p.model, p.steps) for p in points} == {*judged, ("teacher", 4)}
+    reference = next(p for p in points if p.model == "teacher" and p.steps == 4)
+    assert reference.mean("latent_error") is None and reference.versus_reference is None
+    assert all(p.mean("latent_error") > 0 and p.versus_reference["n"] == 4 for p in points if p is not reference)
+    assert {p.facts["evaluations"] for p in points} == {2, 4, 8}
+    student, ddim = (next(p for p in points if p.model == model and p.steps == 2) for model in ("steps-2", "teacher"))
+    ratio = student.mean("latent_error") / ddim.mean("latent_error")
+    assert error_over(student, ddim).startswith(f"{ratio:.2f} [") and error_over(reference, reference) == "–"
     assert "| steps-1 " in done.stdout
     page = (path / "report.html").read_text()
     assert "None of the 4 prompts is among the captions that were trained on." in page
@@ -118,7 +116,7 @@ def test_a_finished_ladder_makes_nothing_anew(finished, tiny_model):
 def test_a_ladder_grows_and_what_is_there_is_not_made_again(tmp_path, tiny_model):
     path, job = tmp_path / "distill_steps", [*tiny_model, f"root={tmp_path}"]
     assert run(*job, "ladder.steps=[4,2]", "curves.steps=[2]").returncode == 0
-    kept = ["steps-2/weights.safetensors", "judged/teacher/steps-4-guidance-2.5.json",
+    kept = ["steps-2/weights.safetensors", "evaluation/teacher/guidance-2.5-steps-4.json",
             "reference/guidance-2.5.safetensors"]  # fmt: skip
     before = [(path / name).stat().st_mtime_ns for name in kept]
     grown = run(*job, "ladder.steps=[4,2,1]", "curves.steps=[2,1]")
@@ -180,7 +178,7 @@ def test_students_that_are_told_their_guidance_need_one_evaluation_a_step(tmp_pa
     done = run(*tiny_model, f"root={tmp_path}", *told)
     assert done.returncode == 0, done.stderr
     points = json.loads((tmp_path / "distill_steps/evaluation.json").read_text())["points"]
-    assert all(p["evaluations"] == p["steps"] for p in points if p["model"] == "steps-2")
+    assert all(p["facts"]["evaluations"] == p["steps"] for p in points if p["model"] == "steps-2")
     stock = StableDiffusionPipeline.from_pretrained(tmp_path / "distill_steps/steps-2/export")
     assert stock.unet.config.time_cond_proj_dim == 32
     assert isinstance(stock.scheduler, LCMScheduler) == (objective == "lcm")

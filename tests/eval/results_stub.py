@@ -7,6 +7,7 @@ import numpy as np
 from PIL import Image
 
 from slimstep.eval.metrics.compare import mean_and_error, paired_difference
+from slimstep.eval.record import former
 from slimstep.eval.timing.setups import Setup
 from tests.eval.run_stub import PROMPTS, write
 
@@ -39,11 +40,11 @@ def write_evaluation(folder: Path, models: dict[str, str], clip: dict[tuple[str,
             path = folder / f"images/{model}/steps-{steps}-guidance-2.5/{i:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (8, 8), (40 * i, 20 * steps, 90)).save(path)
-    write(folder / "results.json", {
+    write(folder / "evaluation.json", former({
         "models": models, "reference": {"model": reference[0], "steps": reference[1]}, "prompts": "shapes",
         "prompts_hash": "0bd7cd5da5da", "shown": PROMPTS, "n": N, "points": points, "environment": ENVIRONMENT,
         "protocol": {**SCORER, "seed": 1, "inception": None, "preferences": None}, **changes,
-    })  # fmt: skip
+    }).as_json())  # fmt: skip
     return folder
 
 

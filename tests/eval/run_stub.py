@@ -1,12 +1,14 @@
 """A run directory as the pruning job leaves it, with made-up numbers: SD-1.5's 38 blocks, two rounds, a few images."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from slimstep.eval.metrics.compare import mean_and_error, paired_difference
+from slimstep.eval.record import former
 
 PROTOCOL = {
     "model": "local-dir:assets/shapes-clip", "pretrained": None, "prefix": "", "scale": 100.0,
@@ -106,10 +108,8 @@ def write_outcome(folder: Path, draw: np.random.Generator, student_ms: float, n:
             path = folder / "images" / name / f"{i:03d}.png"
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(draw.integers(0, 256, size=(16, 16, 3), dtype=np.uint8)).save(path)
-    write(folder / "evaluation.json", {
-        "prompts_hash": "ba9876543210", "n": n, "protocol": {**PROTOCOL, "steps": 16, "seed": 1}, "models": models,
-    })  # fmt: skip
-    write(folder / "images" / "prompts.json", PROMPTS)
+    value = {"prompts_hash": "ba9876543210", "n": n, "protocol": {**PROTOCOL, "steps": 16, "seed": 1}, "models": models}
+    write(folder / "evaluation.json", replace(former(value), shown=PROMPTS).as_json())
     write(folder / "export" / "verdict.json", {
         "is_stock": False, "obstacles": ["up_blocks.1.attentions.2 is removed, its neighbours are not"],
         "load": "DiffusionPipeline.from_pretrained('export', trust_remote_code=True)",

@@ -16,7 +16,9 @@ from slimstep.data.webdataset import WebDatasetPairs
 from slimstep.engine.checked import CONFIGS
 from slimstep.engine.launch import main
 from slimstep.engine.run import Run
-from slimstep.prune.bench import PruneBench
+from slimstep.eval.inputs import load_teacher, training_data
+from slimstep.eval.training import train_stage
+from slimstep.prune.job import prunable_copy
 from tests.data.tars import captioned, picture, sound, write_tar, write_tars
 from tests.mistakes import told
 from tests.test_mistakes import JOB
@@ -91,10 +93,11 @@ def test_training_from_the_cache_touches_neither_vae_nor_text_encoder(cache, tar
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         composed = hydra.compose("train", [*overrides, *tars, *tiny_model])
     config = OmegaConf.merge(OmegaConf.structured(Config), composed)
-    bench = PruneBench(config, Run(tmp_path / "runs/prune_unet", Accelerator(cpu=True)))
-    bench.train(bench.student(), config.objective, config.train, "round-00")
+    teacher = load_teacher(config, Run(tmp_path / "runs/prune_unet", Accelerator(cpu=True)))
+    pairs = training_data(teacher)
+    train_stage(prunable_copy(teacher), "round-00", config.objective, config.train, teacher, lambda: pairs, ())
     assert (tmp_path / "runs/prune_unet/round-00/weights.safetensors").is_file()
-    assert str(bench.pairs.folder.resolve()) == made["cache"]
+    assert str(pairs.folder.resolve()) == made["cache"]
 
 
 @pytest.mark.slow

@@ -51,12 +51,16 @@ def test_blocks_that_change_no_image_are_within_their_error_rightly():
     assert score_cautions(scores(losses=(0, 0, 0), picture_error=None)) != []
 
 
+def of_teacher(record):
+    return lambda evaluation: evaluation["points"][0]["facts"].update(against_shuffled=record)
+
+
 def test_the_sentences_stand_at_the_head_of_every_page(tmp_path):
     run = write_run(tmp_path / "prune_unet")
     quiet = write_report(run).read_text()
     assert 'class="caution"' not in quiet and cautions(run) == []
     (run / "scorer_check.json").write_text(json.dumps({"scorer": {"model": "shapes-clip"}, **versus(2.0, 1.9, 1.0)}))
-    edit(run / "evaluation.json", lambda value: value["models"][0].update(against_shuffled=versus(4.0, 4.5, 1.0)))
+    edit(run / "evaluation.json", of_teacher(versus(4.0, 4.5, 1.0)))
     edit(run / "round-00/scores.json", lambda value: value.update(rank_agreement_of_halves=0.2))
     head = write_report(run).read_text().partition("<h1>")[0]
     for said in ("the scorer shapes-clip cannot judge these data", "the teacher is at chance", "round-00: two halves"):
@@ -68,7 +72,7 @@ def test_the_sentences_stand_at_the_head_of_every_page(tmp_path):
 
 def test_a_teacher_above_chance_is_not_told(tmp_path):
     run = write_run(tmp_path / "prune_unet")
-    edit(run / "evaluation.json", lambda value: value["models"][0].update(against_shuffled=versus(30.0, 10.0, 1.0)))
+    edit(run / "evaluation.json", of_teacher(versus(30.0, 10.0, 1.0)))
     assert cautions(run) == []
 
 

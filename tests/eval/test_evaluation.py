@@ -21,7 +21,7 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from slimstep.data.prompts import PromptSet
 from slimstep.engine.files import digest
-from slimstep.eval.evaluation import EvaluationBench, GivenModel, name_models
+from slimstep.eval.given import GivenModel, GivenModels, given_models, name_models
 from slimstep.eval.metrics.compare import paired_difference
 from slimstep.eval.metrics.distribution import frechet_distance
 from slimstep.eval.metrics.inception import Inception
@@ -60,7 +60,7 @@ def finished(tmp_path_factory, tiny_model, models):
 
 def test_it_leaves_results_tables_pictures_and_a_last_line_for_programs(finished):
     path, done = finished
-    results, last = json.loads((path / "results.json").read_text()), json.loads(done.stdout.splitlines()[-1])
+    results, last = json.loads((path / "evaluation.json").read_text()), json.loads(done.stdout.splitlines()[-1])
     assert list(results["models"]) == ["pipeline", "student"] and results["reference"]["model"] == "pipeline"
     assert len(results["points"]) == len(last["points"]) == 2 * 2 * 2
     with open(path / "results.csv") as file:
@@ -77,7 +77,7 @@ def test_a_model_may_have_its_own_numbers_of_steps(leave, tmp_path, tiny_model, 
     models = f"models={{a: {{path: {tiny_pipeline_folder}, steps: [1, 3]}}, b: {tiny_pipeline_folder}}}"
     code, stderr = leave(*tiny_model, *SMALL, models, "curves.guidance=[3]", "evaluation.distribution=false")
     assert code == 0, stderr
-    results = json.loads((tmp_path / "runs/evaluate/results.json").read_text())
+    results = json.loads((tmp_path / "runs/evaluate/evaluation.json").read_text())
     assert [(p["model"], p["steps"]) for p in results["points"]] == [("a", 3), ("a", 1), ("b", 2), ("b", 1)]
     assert results["reference"] == {"model": "a", "steps": 3}
 
@@ -86,7 +86,7 @@ def test_every_model_is_judged_at_the_resolution_that_is_asked_for(leave, tmp_pa
     judged = ["evaluation.distribution=false", "curves.guidance=[3]", "curves.steps=[2]"]
     code, stderr = leave(*tiny_model, *SMALL, models, *judged, "data.resolution=32")
     assert code == 0, stderr
-    points = json.loads((tmp_path / "runs/evaluate/results.json").read_text())["points"]
+    points = json.loads((tmp_path / "runs/evaluate/evaluation.json").read_text())["points"]
     assert [point["protocol"]["latents"] for point in points] == [[4, 16, 16]] * 2
     assert "multiples of 16" in told(*leave(*tiny_model, *SMALL, models, *judged, "data.resolution=20", "name=other"))
 
@@ -100,31 +100,34 @@ def test_a_model_that_is_told_wrongly_is_named(leave, tiny_model, tiny_pipeline_
 
 
 def test_differences_are_paired_with_the_reference_at_its_most_steps(finished):
-    points = json.loads((finished[0] / "results.json").read_text())["points"]
+    points = json.loads((finished[0] / "evaluation.json").read_text())["points"]
     base = next(p for p in points if (p["model"], p["steps"], p["guidance"]) == ("pipeline", 2, 3.0))
-    assert base["versus_reference"] is None and base["to_reference"]["psnr"]["mean"] > 58
+    assert base["metrics"]["clip"]["versus_reference"] is None and base["metrics"]["psnr"] is None
     for point in points:
         if point["guidance"] == 3.0 and point is not base:
-            difference = np.subtract(point["clip"]["per_prompt"], base["clip"]["per_prompt"])
-            assert point["versus_reference"]["mean"] == pytest.approx(difference.mean())
-            assert point["to_reference"]["psnr"]["mean"] < 58
+            difference = np.subtract(*(p["metrics"]["clip"]["per_prompt"] for p in (point, base)))
+            assert point["metrics"]["clip"]["versus_reference"]["mean"] == pytest.approx(difference.mean())
+            assert point["metrics"]["psnr"]["mean"] < 58
 
 
 def test_a_setting_that_is_judged_is_not_judged_again(finished, tiny_model, models):
     path, _ = finished
-    before = {file: file.stat().st_mtime_ns for file in path.glob("judged/**/*.json")}
-    gone = path / "judged/student/guidance-3.0-steps-1.json"
-    content = gone.read_bytes()
+    before = {file: file.stat().st_mtime_ns for file in path.glob("evaluation/**/*.json")}
+    gone = path / "evaluation/student/guidance-3.0-steps-1.json"
+    content, evaluation = gone.read_bytes(), json.loads((path / "evaluation.json").read_text())
     gone.unlink()
+    (path / "evaluation.json").unlink()
     again = run(*tiny_model, models, f"root={path.parent}")
     assert again.returncode == 0, again.stderr
-    after = {file: file.stat().st_mtime_ns for file in path.glob("judged/**/*.json")}
+    after = {file: file.stat().st_mtime_ns for file in path.glob("evaluation/**/*.json")}
     assert [file for file in before if after[file] != before[file]] == [gone] and gone.read_bytes() == content
+    made = json.loads((path / "evaluation.json").read_text())
+    assert made | {"environment": {}} == evaluation | {"environment": {}}
 
 
 def test_a_plan_draws_nothing(tmp_path, tiny_model, models):
     plan = run(*tiny_model, models, f"root={tmp_path}", "plan=true")
-    assert plan.returncode == 0 and "judged/student/guidance-3.0-steps-1.json" in plan.stdout
+    assert plan.returncode == 0 and "evaluation/student/guidance-3.0-steps-1.json" in plan.stdout
     assert not list(tmp_path.iterdir())
 
 
@@ -152,12 +155,12 @@ ONE = ["curves.steps=[1]", "curves.guidance=[1]"]
 
 @pytest.fixture
 def results(leave, tiny_model, tmp_path):
-    """Runs the job in this process at one setting, unless told otherwise; what results.json then holds."""
+    """Runs the job in this process at one setting, unless told otherwise; what evaluation.json then holds."""
 
     def run(*overrides, job=SMALL, name="evaluate"):
         code, stderr = leave(*job, *ONE, *tiny_model, f"name={name}", *map(str, overrides))
         assert code == 0, stderr
-        return json.loads((tmp_path / f"runs/{name}/results.json").read_text())
+        return json.loads((tmp_path / f"runs/{name}/evaluation.json").read_text())
 
     return run
 
@@ -169,7 +172,7 @@ def test_a_data_set_of_the_hub_gives_the_prompts_and_the_real_images(results, tm
     datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features=features)).save_to_disk(tmp_path / "set")
     found = results("data=hub", f"data.source={tmp_path / 'set'}", "data.heldout_fraction=0.5", job=ANY_DATA)
     assert all(re.fullmatch(r"row \d+", text) for text in found["shown"]) and found["n"] == 4
-    assert found["points"][0]["distribution"]["n_real"] == 8
+    assert found["points"][0]["metrics"]["fd"]["n_real"] == 8
 
 
 @pytest.mark.parametrize("kind", [".parquet", ".json"])
@@ -193,22 +196,24 @@ def test_what_blocks_were_ranked_on_is_not_judged_on(results, tmp_path):
 
 
 def scores(found):
-    return [point["clip"]["per_prompt"] for point in found["points"]]
+    return [point["metrics"]["clip"]["per_prompt"] for point in found["points"]]
 
 
 def test_the_batch_size_changes_no_more_than_rounding(results):
     three, one = (results("curves.steps=[2]", f"eval.batch_size={n}", name=n) for n in (3, 1))
     np.testing.assert_allclose(scores(three), scores(one), atol=0.02)
     for key in ("fd", "kd"):
-        ours, theirs = (found["points"][0]["distribution"][key] for found in (three, one))
+        ours, theirs = (found["points"][0]["metrics"]["fd"][key] for found in (three, one))
         assert ours == pytest.approx(theirs, rel=1e-2, abs=1e-5)
 
 
 def test_a_model_under_two_names_does_not_differ_from_itself(results, tiny_pipeline_folder):
     found = results(f"models={{a: {tiny_pipeline_folder}, b: {tiny_pipeline_folder}}}")
     a, b = found["points"]
-    assert a["clip"] == b["clip"] and a["distribution"] == b["distribution"]
-    assert b["versus_reference"] == {"mean": 0.0, "se": 0.0, "low": 0.0, "high": 0.0, "n": 4}
+    assert a["metrics"]["fd"] == b["metrics"]["fd"]
+    versus = b["metrics"]["clip"].pop("versus_reference")
+    assert a["metrics"]["clip"].pop("versus_reference") is None and a["metrics"]["clip"] == b["metrics"]["clip"]
+    assert versus == {"mean": 0.0, "se": 0.0, "low": 0.0, "high": 0.0, "n": 4}
 
 
 def test_a_model_at_two_seeds_does_not_differ_from_itself_beyond_chance(results):
@@ -234,15 +239,15 @@ def test_the_scores_are_those_of_open_clip_on_the_pictures(results, tmp_path, ti
 def test_fid_and_kid_stand_beside_the_distances_of_the_scorer(results, tmp_path, inception_file):
     found = results(f"evaluation.inception={inception_file}", "evaluation.real_images=4", "eval.pictures=4")
     plain = results("evaluation.real_images=4", "eval.pictures=4", name="plain")
-    distances, without = (both["points"][0]["distribution"] for both in (found, plain))
-    assert set(distances) - set(without) == {"fid", "kid", "kid_se"}
+    distances, without = (both["points"][0]["metrics"] for both in (found, plain))
+    assert set(distances) - set(without) == {"fid"} and {"fid", "kid", "kid_se"} < set(distances["fid"])
     assert without == {key: distances[key] for key in without}
     assert found["protocol"]["inception"] == digest(inception_file)[:12] and plain["protocol"]["inception"] is None
     folder = tmp_path / "runs/evaluate"
     images = torch.stack([pil_to_tensor(Image.open(file)) for file in sorted(folder.glob("images/*/*/*.png"))])
     made = Inception(inception_file)(images)
-    real = load_file(folder / "real-features.safetensors")["inception"]
-    assert distances["fid"] == pytest.approx(frechet_distance(made, real), rel=1e-3)
+    real = load_file(folder / "reference/real-fid.safetensors")["features"]
+    assert distances["fid"]["fid"] == pytest.approx(frechet_distance(made, real), rel=1e-3)
     headings = [(tmp_path / f"runs/{name}/table.md").read_text().splitlines()[0] for name in ("evaluate", "plain")]
     assert ["FID" in heading and "KID ×1000 ± sd" in heading for heading in headings] == [True, False]
 
@@ -256,12 +261,9 @@ def test_a_single_file_is_evaluated_as_the_folder_of_the_same_model(results, tmp
     assert ours == theirs
 
 
-def bench_of(models, **model) -> EvaluationBench:
-    """As far as models are loaded."""
+def given(models, **model) -> GivenModels:
     model = {**OmegaConf.to_container(OmegaConf.load(ROOT / "configs/model/path.yaml")), **model}
-    bench = EvaluationBench.__new__(EvaluationBench)
-    bench.config, bench.asked_resolution = OmegaConf.create({"models": models, "model": model}), None
-    return bench
+    return given_models(OmegaConf.create({"models": models, "model": model, "data": {"resolution": None}}), [8], "test")
 
 
 def test_what_belongs_to_the_teacher_is_not_given_to_its_students(tiny_pipeline_folder, tmp_path):
@@ -272,9 +274,9 @@ def test_what_belongs_to_the_teacher_is_not_given_to_its_students(tiny_pipeline_
     site = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora"
     save_file({f"{site}_A.weight": down, f"{site}_B.weight": up}, lora)
     own = {"name_or_path": teacher, "loras": [{"path": str(lora)}], "scheduler": "euler", "vae": student}
-    bench = bench_of({"teacher": teacher, "student": student}, dtype="bfloat16", **own)
-    bench.check_models()
-    loaded = {name: bench.loaded(where) for name, where in bench.models.items()}
+    models = given({"teacher": teacher, "student": student}, dtype="bfloat16", **own)
+    models.check()
+    loaded = {name: models.load(path) for name, path in models.paths.items()}
     assert {type(p.scheduler).__name__ for p in loaded.values()} == {"EulerDiscreteScheduler", "DDIMScheduler"}
     attention = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight"
     plain = load_pipeline(teacher, "bfloat16").unet.state_dict()
@@ -287,7 +289,7 @@ def test_what_belongs_to_the_teacher_is_not_given_to_its_students(tiny_pipeline_
 def test_options_of_a_model_that_is_not_evaluated_are_told(tiny_pipeline_folder):
     for own in ({"scheduler": "euler"}, {"scheduler": "euler", "name_or_path": "elsewhere"}):
         with pytest.raises(ValueError, match="model.scheduler=euler is of model.name_or_path=.*not among models="):
-            bench_of([str(tiny_pipeline_folder)], **own).check_models()
+            given([str(tiny_pipeline_folder)], **own).check()
 
 
 @pytest.mark.parametrize(("pictures", "kept"), [(0, 0), (3, 3), (99, 4)])
@@ -337,7 +339,7 @@ def test_compiled_networks_judge_alike_and_leave_their_graphs_for_the_next(finis
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     (file,) = (tmp_path / "artifacts").iterdir()
     assert "which left" in first.stderr + first.stdout and f"with {file}" in second.stderr + second.stdout
-    eager = next(p for p in json.loads((finished[0] / "results.json").read_text())["points"]
+    eager = next(p for p in json.loads((finished[0] / "evaluation.json").read_text())["points"]
                  if (p["model"], p["steps"], p["guidance"]) == ("pipeline", 2, 3.0))  # fmt: skip
-    (point,) = json.loads((tmp_path / "second/results.json").read_text())["points"]
-    assert point["clip"]["per_prompt"] == pytest.approx(eager["clip"]["per_prompt"], abs=0.05)
+    (point,) = json.loads((tmp_path / "second/evaluation.json").read_text())["points"]
+    assert point["metrics"]["clip"]["per_prompt"] == pytest.approx(eager["metrics"]["clip"]["per_prompt"], abs=0.05)

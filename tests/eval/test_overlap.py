@@ -12,14 +12,15 @@ from slimstep.data.cache import cache_pairs
 from slimstep.data.prompts import PromptSet
 from slimstep.data.shapes import ShapesPairs
 from slimstep.data.webdataset import WebDatasetPairs
-from slimstep.distill.bench import DistillBench
+from slimstep.distill.job import calibration_prompts
 from slimstep.engine.run import Run
-from slimstep.eval.bench import Bench
-from slimstep.eval.evaluation import EvaluationBench
+from slimstep.eval.config import LatentsConfig
+from slimstep.eval.inputs import note_trained_on, seen_prompts
+from slimstep.eval.job import seen_in_training
 from slimstep.eval.overlap import among, known_captions
 from slimstep.eval.pages.run_page import write_report
 from slimstep.eval.pages.text import overlap_sentence
-from slimstep.prune.vae_bench import VaeBench
+from slimstep.prune.vae_job import training_prompts
 from tests.data.tars import picture, write_tar
 from tests.eval.run_stub import write_run
 from tests.tiny import tiny_pipeline
@@ -32,21 +33,15 @@ def test_a_prompt_is_the_caption_that_a_tokenizer_takes_it_for():
     assert among(PROMPTS, []) == [] and among(PROMPTS, iter(PROMPTS)) == list(PROMPTS.distinct)
 
 
-def bench_of(kind, run_path, **given):
-    bench = object.__new__(kind)
-    vars(bench).update(run=Run(run_path, Accelerator(cpu=True)), prompts=(PROMPTS, PROMPTS), **given)
-    return bench
-
-
 @pytest.mark.parametrize("captions", [["a dog"], ["a bird", "a cat"], list(PROMPTS)])
 def test_what_is_trained_on_is_told_before_the_first_training_and_kept(tmp_path, caplog, captions):
     caplog.set_level("INFO")
-    bench = bench_of(Bench, tmp_path, pairs=SimpleNamespace(distinct_captions=lambda: captions))
-    assert bench.seen_prompts == {}  # of a run from before this was counted nothing is said
+    run = Run(tmp_path, Accelerator(cpu=True))
+    assert seen_prompts(run) == {}  # of a run from before this was counted nothing is said
     for _ in range(2):
-        bench.note_trained_on()
+        note_trained_on(run, PROMPTS, captions)
     expected = {1: 0, 2: 2, 5: 4}[len(captions)]
-    assert bench.seen_prompts == {"prompts_in_training": expected}
+    assert seen_prompts(run) == {"prompts_in_training": expected}
     (record,) = caplog.records
     assert record.levelname == ("WARNING" if expected else "INFO")
     assert record.message.startswith(f"{expected or 'none'} of ")
@@ -54,35 +49,31 @@ def test_what_is_trained_on_is_told_before_the_first_training_and_kept(tmp_path,
 
 
 def test_a_decoder_trains_on_the_captions_its_latents_are_sampled_from(tmp_path):
-    parts = SimpleNamespace(count=8, rounds=1, real_share=0.0)
-    bench = bench_of(VaeBench, tmp_path, latents=parts, training_prompts=PromptSet(("a fish", "x"), "training"))
-    assert among(PROMPTS, bench.training_captions()) == ["a fish"]
-    parts.real_share = 1.0
-    assert among(PROMPTS, bench.training_captions()) == []
+    file = tmp_path / "prompts.txt"
+    file.write_text("a fish\nx\n")
+    latents = LatentsConfig(count=8, prompts=2, prompt_file=str(file))
+    config = OmegaConf.create({"latents": OmegaConf.structured(latents)})
+    assert among(PROMPTS, training_prompts(config)) == ["a fish"]
+    config.latents.real_share = 1.0
+    assert training_prompts(config) is None
 
 
 def test_a_pruned_students_calibration_prompts_are_looked_up(tmp_path):
     (tmp_path / "prune/export").mkdir(parents=True)
-    bench = bench_of(DistillBench, tmp_path, ladder=SimpleNamespace(student=str(tmp_path / "prune/export")))
-    assert bench.seen_prompts == {}
+    job = SimpleNamespace(ladder=SimpleNamespace(student=str(tmp_path / "prune/export")))
+    assert calibration_prompts(job, PROMPTS) is None
     (tmp_path / "prune/prompts.json").write_text(json.dumps({"ranked_on": ["a cat", "x"]}))
-    vars(bench).pop("calibration_prompts")
-    assert bench.seen_prompts == {"prompts_in_calibration": 1}
+    assert calibration_prompts(job, PROMPTS) == ["a cat"]
 
 
-def test_an_evaluation_counts_held_out_captions_that_training_images_have(tmp_path):
+def test_an_evaluation_counts_held_out_captions_that_training_images_have(tmp_path, monkeypatch):
     class Pairs(list):
         caption = list.__getitem__
 
-    def seen(pairs, prompt_file=None, distribution=True):
-        data = {"prompt_file": prompt_file, "cache": {"folder": str(tmp_path / "cache")}}
-        config = OmegaConf.create({"data": data, "evaluation": {"distribution": distribution}})
-        given = {"config": config, "prompt_set": PROMPTS, "component": lambda key: pairs}
-        return bench_of(EvaluationBench, tmp_path, **given).seen_prompts()
-
-    assert seen(Pairs(["a cat", "a fish"])) == {"prompts_in_training_split": 2}
-    assert seen(Pairs(["a cat"]), "file.txt") == {"prompts_in_training_split": 1}
-    assert seen(Pairs(["a cat"]), "file.txt", distribution=False) == {}  # the data may not be there
+    config = OmegaConf.create({"data": {"cache": {"folder": str(tmp_path / "cache")}}})
+    for captions, seen in ((["a cat", "a fish"], 2), (["a cat"], 1)):
+        monkeypatch.setattr("slimstep.eval.job.component", lambda *_, captions=captions: Pairs(captions))
+        assert seen_in_training(config, PROMPTS) == {"prompts_in_training_split": seen}
 
 
 def test_of_a_stream_the_cache_is_looked_up(tmp_path):
@@ -119,13 +110,14 @@ def test_a_caption_is_read_without_drawing_or_encoding_an_image(tmp_path):
     ],
 )
 def test_the_sentence_says_what_the_evaluation_knows_and_nothing_else(seen, said):
-    sentence = overlap_sentence({"n": 8, **seen})
+    sentence = overlap_sentence(8, seen)
     assert re.match(said, sentence) and bool(sentence) == bool(said)
 
 
 def test_the_page_carries_the_sentence_and_claims_nothing_of_older_runs(tmp_path):
     folder = write_run(tmp_path / "run", n=8)
     assert "trained on" not in write_report(folder).read_text()
-    evaluation = json.loads((folder / "evaluation.json").read_text()) | {"prompts_in_training": 3}
+    seen = {"prompts_in_training": 3}
+    evaluation = json.loads((folder / "evaluation.json").read_text()) | {"seen": seen}
     (folder / "evaluation.json").write_text(json.dumps(evaluation))
-    assert overlap_sentence(evaluation) in write_report(folder).read_text()
+    assert overlap_sentence(8, seen) in write_report(folder).read_text()

@@ -59,9 +59,9 @@ def test_pickscore_is_the_published_formula_image_by_image(pick_folder):
 @pytest.fixture
 def evaluated(leave, tiny_model, tmp_path, pick_folder, tiny_clip_folder):
     """A finished evaluation at two numbers of steps with PickScore, and a model of open_clip in HPSv2's place."""
-    pick, hps = "evaluation.preferences.pickscore", "evaluation.preferences.hpsv2"
+    pick, hps = "metrics.pickscore", "metrics.hpsv2"
     code, stderr = leave(
-        *SMALL, *tiny_model, "curves.guidance=[1]", "eval.pictures=4", "+preference=[pickscore,hpsv2]",
+        *SMALL, *tiny_model, "curves.guidance=[1]", "eval.pictures=4", "+metric=[pickscore,hpsv2]",
         f"{pick}.model={pick_folder}", f"{pick}.processor={pick_folder}",
         f"{hps}.model=local-dir:{tiny_clip_folder}", f"{hps}.pretrained=null",
     )  # fmt: skip
@@ -70,7 +70,7 @@ def evaluated(leave, tiny_model, tmp_path, pick_folder, tiny_clip_folder):
 
 
 def test_preferences_stand_beside_clip_with_paired_differences(evaluated, pick_folder, tiny_clip_folder):
-    results = json.loads((evaluated / "results.json").read_text())
+    results = json.loads((evaluated / "evaluation.json").read_text())
     two, one = results["points"]
     files = {steps: sorted(evaluated.glob(f"images/*/steps-{steps}-*/*.png")) for steps in (1, 2)}
     images = {steps: torch.stack([pil_to_tensor(Image.open(file)) for file in files[steps]]) for steps in files}
@@ -78,30 +78,32 @@ def test_preferences_stand_beside_clip_with_paired_differences(evaluated, pick_f
     for name, prefer in by_hand.items():
         for point in (one, two):
             expected = prefer(images[point["steps"]], results["shown"])
-            np.testing.assert_allclose(point["preferences"][name]["per_prompt"], expected, rtol=1e-4, atol=1e-4)
-        own, other = (np.array(point["preferences"][name]["per_prompt"]) for point in (one, two))
-        assert two["preferences"][name]["versus_reference"] is None
-        assert one["preferences"][name]["versus_reference"]["mean"] == pytest.approx((own - other).mean())
-        assert one["preferences"][name]["se"] == pytest.approx(own.std(ddof=1) / 2)
-    assert results["protocol"]["preferences"]["pickscore"]["model"] == pick_folder
+            np.testing.assert_allclose(point["metrics"][name]["per_prompt"], expected, rtol=1e-4, atol=1e-4)
+        own, other = (np.array(point["metrics"][name]["per_prompt"]) for point in (one, two))
+        assert two["metrics"][name]["versus_reference"] is None
+        assert one["metrics"][name]["versus_reference"]["mean"] == pytest.approx((own - other).mean())
+        assert one["metrics"][name]["se"] == pytest.approx(own.std(ddof=1) / 2)
+    assert results["protocol"]["metrics"]["pickscore"]["model"] == pick_folder
     heading = (evaluated / "table.md").read_text().splitlines()[0]
     for column in ("pickscore ± se", "pickscore against the reference", "hpsv2 ± se"):
         assert column in heading and column in (evaluated / "report.html").read_text()
-    assert "preferences.hpsv2.versus_reference.low" in (evaluated / "results.csv").read_text().splitlines()[0]
+    assert "hpsv2.versus_reference.low" in (evaluated / "results.csv").read_text().splitlines()[0]
 
 
 @pytest.mark.parametrize(
     ("overrides", "expected"),
     [
         (
-            ["+preference=pickscore"],
+            ["+metric=pickscore"],
             "PickScore: yuvalkirstain/PickScore_v1 or laion.*not in the hub cache.*give folders",
         ),
+        (["+metric=hpsv2"], "metrics.hpsv2.pretrained"),
         (["+preference=hpsv2"], "evaluation.preferences.hpsv2.pretrained"),
         (["+preference=hpsv2", "evaluation.preferences.hpsv2.pretrained=/no/HPS.pt"], "no weights '/no/HPS.pt'; give"),
-        (["+preference=imagereward"], "Available options in 'preference': hpsv2 pickscore"),
-        (["+preference=beauty"], "Available options in 'preference': hpsv2 pickscore"),
-        (["evaluation.preferences=[pickscore]"], "must be a table, as \\+preference=NAME gives it"),
+        (["+metric=imagereward"], "Available options in 'metric': hpsv2 pickscore ssim"),
+        (["+metric=beauty"], "Available options in 'metric': hpsv2 pickscore ssim"),
+        (["metrics=[pickscore]"], "must be a table, as \\+metric=NAME gives it"),
+        (["evaluation.preferences=[pickscore]"], "must be a table, as \\+metric=NAME gives it"),
     ],
 )
 def test_what_cannot_be_had_ends_in_a_line_before_anything_is_drawn(overrides, expected, leave, tiny_model, tmp_path):

@@ -40,7 +40,7 @@ def test_the_page_needs_nothing_beside_itself(finished):
 def test_the_page_tells_the_outcome_and_how_it_was_measured(finished):
     page = (finished / "report.html").read_text()
     student = read_run(finished).models[-1]
-    for said in (f"{student['clip']['mean']:.2f}", "round 1", "26 / 38", "2.09 M", "ba9876543210", "in_place_hooks",
+    for said in (f"{student.clip['mean']:.2f}", "round 1", "26 / 38", "2.09 M", "ba9876543210", "in_place_hooks",
                  "trust_remote_code=True", "its neighbours are not", "shapes-clip", *PROMPTS):  # fmt: skip
         assert said in page, said
 
@@ -81,7 +81,7 @@ def test_a_run_by_hand_is_reported_without_scores(tmp_path):
 
 def test_prompts_are_text_not_markup(tmp_path):
     folder = write_run(tmp_path / "prune_unet")
-    edit(folder / "images" / "prompts.json", lambda prompts: prompts.__setitem__(0, "<b>bold</b> & $x_"))
+    edit(folder / "evaluation.json", lambda evaluation: evaluation["shown"].__setitem__(0, "<b>bold</b> & $x_"))
     assert "&lt;b&gt;bold&lt;/b&gt; &amp; $x_" in write_report(folder).read_text()
 
 
@@ -95,10 +95,10 @@ def test_the_record_knows_when_each_block_went(finished):
 
 def test_a_comparison_pairs_students_by_prompt(finished, tmp_path):
     other = write_run(tmp_path / "random", seed=1)
-    scores = json.loads((finished / "evaluation.json").read_text())["models"][-1]["clip"]["per_prompt"]
+    scores = json.loads((finished / "evaluation.json").read_text())["points"][-1]["metrics"]["clip"]["per_prompt"]
 
     def slightly_worse(evaluation):
-        evaluation["models"][-1]["clip"]["per_prompt"] = [score - 0.5 for score in scores]
+        evaluation["points"][-1]["metrics"]["clip"]["per_prompt"] = [score - 0.5 for score in scores]
 
     edit(other / "evaluation.json", slightly_worse)
     table = compare_runs([finished, other], tmp_path / "out")
@@ -131,7 +131,7 @@ def test_scores_of_another_metric_are_not_compared(finished, tmp_path):
 @pytest.mark.parametrize("case", ["missing", "empty", "unfinished", "another job"])
 def test_a_run_that_cannot_be_compared_is_one_clear_line(tmp_path, case):
     folder = tmp_path / "prune_unet"
-    expected = {"missing": "there is no run in", "empty": "holds no results.json", "unfinished": "is not finished",
+    expected = {"missing": "there is no run in", "empty": "holds no evaluation.json", "unfinished": "is not finished",
                 "another job": "is no run of prune_unet"}[case]  # fmt: skip
     if case == "empty":
         folder.mkdir()
@@ -139,7 +139,7 @@ def test_a_run_that_cannot_be_compared_is_one_clear_line(tmp_path, case):
         write_run(folder, finished=False)
     elif case == "another job":
         write_run(folder)
-        (folder / "evaluation.json").write_text('{"points": [1]}')
+        edit(folder / "evaluation.json", lambda evaluation: evaluation["facts"].pop("ms"))
     command = [sys.executable, "-m", "slimstep", "report", folder, "--out", tmp_path / "out"]
     call = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert call.returncode == 1 and not call.stdout

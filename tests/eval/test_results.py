@@ -52,8 +52,8 @@ def one(folder, name, where, clip, **changes):
 def test_one_model_in_two_evaluations_under_two_names_does_not_differ_from_itself(tmp_path):
     folders = [one(tmp_path / name, name, "/model", scores()) for name in ("a", "b")]
     a, b = Gathered(folders).points
-    assert (a["label"], b["label"]) == ("a", "b")
-    assert b["versus_reference"] == {"mean": 0.0, "se": 0.0, "low": 0.0, "high": 0.0, "n": 16}
+    assert (a.label, b.label) == ("a", "b")
+    assert b.versus_reference == {"mean": 0.0, "se": 0.0, "low": 0.0, "high": 0.0, "n": 16}
 
 
 def test_one_model_in_two_evaluations_under_one_name_is_listed_once(tmp_path):
@@ -64,7 +64,7 @@ def test_one_model_in_two_evaluations_under_one_name_is_listed_once(tmp_path):
 @pytest.mark.parametrize(("where", "clip"), [("/other", scores()), ("/model", scores(seed=5))])
 def test_one_name_of_two_models_or_two_outcomes_is_told_apart(tmp_path, where, clip):
     folders = [one(tmp_path / "a", "model", "/model", scores()), one(tmp_path / "b", "model", where, clip)]
-    assert [point["label"] for point in Gathered(folders).points] == ["model", "model (b)"]
+    assert [point.label for point in Gathered(folders).points] == ["model", "model (b)"]
 
 
 @pytest.mark.parametrize(("changes", "told"), [
@@ -84,11 +84,11 @@ def test_scores_of_another_metric_are_listed_and_not_compared(tmp_path, evaluati
 
 
 def test_what_leaves_clip_scores_alone_does_not_keep_them_from_being_compared(tmp_path, evaluation):
-    protocol = json.loads((evaluation / "results.json").read_text())["protocol"] | {"inception": "6726825d"}
+    protocol = json.loads((evaluation / "evaluation.json").read_text())["protocol"] | {"inception": "6726825d"}
     other = one(tmp_path / "other", "new", "/new", scores(1), protocol=protocol)
     point = Gathered([evaluation, other]).points[-1]
-    assert point["versus_reference"] == vars(paired_difference(scores(1), CLIP["teacher", 8]))
-    assert point["to_reference"] is None  # it was measured to the other evaluation's reference
+    assert point.versus_reference == vars(paired_difference(scores(1), CLIP["teacher", 8]))
+    assert point.metrics["psnr"] is None  # it was measured to the other evaluation's reference
 
 
 @pytest.mark.parametrize(("weights", "compared"), [("v1", True), ("v2", False)])
@@ -96,14 +96,14 @@ def test_preferences_are_compared_where_one_scorer_judged(tmp_path, weights, com
     folders = []
     for name, given, shift in (("a", "v1", 0), ("b", weights, 2)):
         folder = one(tmp_path / name, name, f"/{name}", scores(shift))
-        results = json.loads((folder / "results.json").read_text())
-        results["protocol"]["preferences"] = {"hps": given}
-        own = {"mean": shift, "se": 1, "per_prompt": scores(shift), "versus_reference": None}
-        results["points"][0]["preferences"] = {"hps": own}
-        (folder / "results.json").write_text(json.dumps(results))
+        results = json.loads((folder / "evaluation.json").read_text())
+        results["protocol"]["metrics"] = {"hps": given}
+        own = {"kind": "per_image", "mean": shift, "se": 1, "per_prompt": scores(shift), "versus_reference": None}
+        results["points"][0]["metrics"]["hps"] = own
+        (folder / "evaluation.json").write_text(json.dumps(results))
         folders.append(folder)
     _, point = Gathered(folders).points
-    versus = point["preferences"]["hps"]["versus_reference"]
+    versus = point.metrics["hps"]["versus_reference"]
     assert versus["mean"] == pytest.approx(2) if compared else versus is None
     compare_results(folders, tmp_path / "out")
     assert "hps against the reference" in (tmp_path / "out/table.md").read_text()
@@ -115,7 +115,7 @@ def test_the_difference_of_two_models_turns_its_sign_with_them(evaluation):
     matrix = pair_matrix(points)
     for i, line in enumerate(matrix):
         for j, cell in enumerate(line):
-            ours, theirs = (points[k]["clip"]["per_prompt"] for k in (i, j))
+            ours, theirs = (points[k].clip["per_prompt"] for k in (i, j))
             if i != j:
                 assert vars(cell) == pytest.approx(vars(paired_difference(ours, theirs)), abs=1e-9)
                 assert cell.mean == -matrix[j][i].mean and cell.low == -matrix[j][i].high
@@ -168,7 +168,7 @@ def test_a_speedup_between_runs_is_marked():
 def test_the_headline_is_the_fastest_model_without_a_visible_loss(evaluation, benchmark):
     found = Gathered([evaluation, benchmark])
     best = fastest_not_worse(found)
-    assert (best["label"], best["steps"]) == ("pruned", 8)  # tiny is faster and worse
+    assert (best.label, best.steps) == ("pruned", 8)  # tiny is faster and worse
     assert "pruned at 8 steps draws an image 1.67× as fast as teacher" in headline(found)
     assert "no loss of CLIP score can be told" in headline(found)
     assert "no model was timed" in headline(Gathered([evaluation]))
@@ -226,17 +226,17 @@ def test_what_differs_between_runs_is_named(tmp_path, evaluation):
 def test_a_run_that_cannot_be_shown_is_one_clear_line(tmp_path, monkeypatch, capsys, evaluation, case):
     folder, expected = tmp_path / "run", {
         "missing": "there is no run in", "unfinished": "not finished; its command again continues it",
-        "damaged": "results.json is damaged", "cut": "it lacks environment", "another job": "it lacks points",
+        "damaged": "evaluation.json is damaged", "cut": "it lacks environment", "another job": "it holds no evaluation",
         "mixed": "is a pruning run",
     }[case]  # fmt: skip
     if case != "missing":
         folder.mkdir()
     if case == "mixed":
         write_run(folder)
-    text = {"damaged": '{"models": {', "cut": (evaluation / "results.json").read_text().replace("environment", "x"),
+    text = {"damaged": '{"models": {', "cut": (evaluation / "evaluation.json").read_text().replace("environment", "x"),
             "another job": '{"models": 1, "protocol": 1, "environment": 1}'}  # fmt: skip
     if case in text:
-        (folder / "results.json").write_text(text[case])
+        (folder / "evaluation.json").write_text(text[case])
     monkeypatch.setattr(sys, "argv", ["report.py", str(evaluation), str(folder), "--out", str(tmp_path / "out")])
     assert main() == 1
     out, err = capsys.readouterr()

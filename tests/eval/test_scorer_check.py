@@ -117,17 +117,20 @@ def test_a_teacher_at_chance_is_told_with_the_way_out(caplog, monkeypatch):
     image_ND, text_ND = drawn(TEXTS[:20], 0)
     scorer.text = lambda texts: text_ND[: len(texts)]
     prompts = PromptSet(tuple(TEXTS[:20]), "twenty")
-    assert not is_above_chance(compare_teacher(image_ND, prompts, scorer))
+    def record(features_ND):
+        return compare_teacher(features_ND.__getitem__, prompts, scorer, Accelerator(cpu=True))
+
+    assert not is_above_chance(record(image_ND))
     assert "the teacher is at chance" in caplog.text and "more eval.prompts, another scorer" in caplog.text
     caplog.clear()
-    assert is_above_chance(compare_teacher(text_ND, prompts, scorer)) and not caplog.text
+    assert is_above_chance(record(text_ND)) and not caplog.text
 
 
 # ---- in a run ----
 
 
 @pytest.fixture
-def bench(tmp_path):
+def job(tmp_path):
     """A job on 24 drawn images whose scorer reads their mean colour: it knows them, or with `knows` false nothing."""
     pairs = {"_target_": "slimstep.data.shapes.ShapesPairs", "split": "train", "size": 24, "resolution": 8}
     scorer = SimpleNamespace(protocol={"model": "colours"}, force=False, knows=True, similarity=Features().similarity)
@@ -143,89 +146,89 @@ def bench(tmp_path):
     return SimpleNamespace(run=Run(tmp_path / "run", Accelerator(cpu=True)), config=config, scorer=scorer)
 
 
-def made(bench):
-    file = bench.run.path / "scorer_check.json"
+def made(job):
+    file = job.run.path / "scorer_check.json"
     return json.loads(file.read_text()) if file.exists() else None
 
 
-def test_a_scorer_that_knows_the_data_passes_and_says_so_once(bench, caplog, monkeypatch):
+def test_a_scorer_that_knows_the_data_passes_and_says_so_once(job, caplog, monkeypatch):
     caplog.set_level("INFO", "slimstep")
-    check_scorer(bench)
-    assert made(bench)["prefer_own"] > 0.95 and "the scorer knows these data" in caplog.text
-    monkeypatch.setattr(scorer_check, "measured", lambda _: pytest.fail("a resumed run measures again"))
+    check_scorer(job.config, job.run, job.scorer)
+    assert made(job)["prefer_own"] > 0.95 and "the scorer knows these data" in caplog.text
+    monkeypatch.setattr(scorer_check, "measured", lambda *_: pytest.fail("a resumed run measures again"))
     caplog.clear()
-    check_scorer(bench)
-    assert not caplog.text and not cautions(bench.run.path)
+    check_scorer(job.config, job.run, job.scorer)
+    assert not caplog.text and not cautions(job.run.path)
 
 
-def test_one_that_does_not_ends_the_run_in_one_line_and_leaves_nothing(bench):
-    bench.scorer.knows = False
+def test_one_that_does_not_ends_the_run_in_one_line_and_leaves_nothing(job):
+    job.scorer.knows = False
     with pytest.raises(ValueError, match=r"^the scorer colours cannot judge these data: .*scorer=openclip.*force=true"):
-        check_scorer(bench)
-    assert not bench.run.path.exists()
+        check_scorer(job.config, job.run, job.scorer)
+    assert not job.run.path.exists()
 
 
-def test_a_forced_run_goes_on_with_the_sentence_and_stops_again_without_the_word(bench, caplog):
-    bench.scorer.knows, bench.scorer.force = False, True
-    check_scorer(bench)
-    (sentence,) = cautions(bench.run.path)
+def test_a_forced_run_goes_on_with_the_sentence_and_stops_again_without_the_word(job, caplog):
+    job.scorer.knows, job.scorer.force = False, True
+    check_scorer(job.config, job.run, job.scorer)
+    (sentence,) = cautions(job.run.path)
     assert sentence.startswith("the scorer colours cannot judge these data") and sentence in caplog.text
-    bench.scorer.force = False
+    job.scorer.force = False
     with pytest.raises(ValueError, match="cannot judge these data"):
-        check_scorer(bench)
+        check_scorer(job.config, job.run, job.scorer)
 
 
 @pytest.mark.parametrize("other", ["scorer", "data"])
-def test_another_scorer_or_other_data_are_measured_anew(bench, other):
-    check_scorer(bench)
+def test_another_scorer_or_other_data_are_measured_anew(job, other):
+    check_scorer(job.config, job.run, job.scorer)
     if other == "scorer":
-        bench.scorer.protocol = {"model": "shapes"}
+        job.scorer.protocol = {"model": "shapes"}
     else:
-        bench.config.data.pairs.size = 12
-    bench.scorer.knows = False
+        job.config.data.pairs.size = 12
+    job.scorer.knows = False
     with pytest.raises(ValueError, match="cannot judge these data"):
-        check_scorer(bench)
+        check_scorer(job.config, job.run, job.scorer)
 
 
-def test_a_finished_run_is_left_alone(bench):
-    bench.scorer.knows = False
-    bench.run.path.mkdir()
-    (bench.run.path / "report.html").write_text("done")
-    check_scorer(bench)
-    assert made(bench) is None
+def test_a_finished_run_is_left_alone(job):
+    job.scorer.knows = False
+    job.run.path.mkdir()
+    (job.run.path / "report.html").write_text("done")
+    check_scorer(job.config, job.run, job.scorer)
+    assert made(job) is None
 
 
-def test_prompts_without_images_are_told_and_not_measured(bench, caplog):
+def test_prompts_without_images_are_told_and_not_measured(job, caplog):
     caplog.set_level("INFO", "slimstep")
-    bench.config.data.prompt_file, bench.scorer.knows = "prompts.txt", False
-    check_scorer(bench, has_images=False)
+    job.config.data.prompt_file, job.scorer.knows = "prompts.txt", False
+    check_scorer(job.config, job.run, job.scorer, has_images=False)
     assert "not known before images are drawn: prompts.txt has prompts alone" in caplog.text
-    assert not cautions(bench.run.path)
+    assert not cautions(job.run.path)
 
 
-def test_data_of_one_caption_are_told_on_the_page_too(bench, monkeypatch, caplog):
+def test_data_of_one_caption_are_told_on_the_page_too(job, monkeypatch, caplog):
     monkeypatch.setattr(
         scorer_check, "own_images", lambda *_: ([torch.zeros(3, 8, 8, dtype=torch.uint8)] * 3, ["x"] * 3)
     )
-    check_scorer(bench)
-    assert cautions(bench.run.path) == [
+    check_scorer(job.config, job.run, job.scorer)
+    assert cautions(job.run.path) == [
         "whether the scorer can judge these data is not known: all 3 images have one caption"]  # fmt: skip
-    assert cautions(bench.run.path)[0] in caplog.text
+    assert cautions(job.run.path)[0] in caplog.text
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])  # of either split
-def test_of_few_captions_nothing_can_be_told_and_the_run_goes_on(count, bench, caplog):
-    bench.config.data.pairs.size, bench.scorer.knows = count, False
-    check_scorer(bench)
-    (sentence,) = cautions(bench.run.path)
+def test_of_few_captions_nothing_can_be_told_and_the_run_goes_on(count, job, caplog):
+    job.config.data.pairs.size, job.scorer.knows = count, False
+    check_scorer(job.config, job.run, job.scorer)
+    (sentence,) = cautions(job.run.path)
     assert "is not known" in sentence and "captions" in sentence and sentence in caplog.text
 
 
-def test_a_plan_names_the_check_unless_the_run_is_finished(bench):
-    assert [stage.product for stage in scorer_stage(bench)] == ["scorer_check.json"]
-    bench.run.path.mkdir()
-    (bench.run.path / "report.html").write_text("done")
-    assert scorer_stage(bench) == []
+def test_a_plan_names_the_check_unless_the_run_is_finished(job):
+    assert [stage.product for stage in scorer_stage(job.run)] == ["scorer_check.json"]
+    job.run.path.mkdir()
+    (job.run.path / "report.html").write_text("done")
+    assert scorer_stage(job.run) == []
 
 
 # ---- the jobs ----
@@ -253,14 +256,14 @@ JOBS = {
 }
 
 
-def test_images_are_those_of_training_where_none_is_held_out(bench, own_images):
+def test_images_are_those_of_training_where_none_is_held_out(job, own_images):
     pairs = {"_target_": "slimstep.data.images.ImageFolderPairs", "root": str(own_images), "split": "train"}
     pairs["resolution"] = 16
     for fraction, readable in ((0, 39), (0.3, 39), (0.999999, 39)):
-        bench.config.data.pairs = {**pairs, "heldout_fraction": fraction, "max_broken": 1}
-        images, captions = scorer_check.own_images(bench, 64)
+        job.config.data.pairs = {**pairs, "heldout_fraction": fraction, "max_broken": 1}
+        images, captions = scorer_check.own_images(job.config, 64)
         assert len(images) == len(captions) == readable, fraction
-    assert len(scorer_check.own_images(bench, 8)[0]) == 8
+    assert len(scorer_check.own_images(job.config, 8)[0]) == 8
 
 
 @pytest.mark.parametrize("job", JOBS)

@@ -8,6 +8,7 @@ from accelerate import Accelerator
 
 from slimstep.data.prompts import PromptSet
 from slimstep.eval.metrics.clip import ClipScorer, psnr
+from slimstep.eval.metrics.metric import as_metric
 from slimstep.eval.sampling import Sampler
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.prune.scores import picture_error, psnr_of_others, score_blocks
@@ -25,7 +26,7 @@ def parts(tiny_clip_folder):
 
 def score(parts, batch_size):
     unet, sampler, scorer = parts
-    return score_blocks(unet, sampler, scorer, PROMPTS, batch_size, Accelerator(cpu=True))
+    return score_blocks(unet, sampler, as_metric(scorer), PROMPTS, batch_size, Accelerator(cpu=True))
 
 
 @pytest.fixture(scope="module")

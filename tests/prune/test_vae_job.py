@@ -18,7 +18,9 @@ from slimstep.data.latents import LatentMix
 from slimstep.data.prompts import PromptSet
 from slimstep.distill.decoder import DecoderDistillation
 from slimstep.engine.loop import WEIGHTS
+from slimstep.eval.evaluator import place
 from slimstep.eval.latents import sampled_latents
+from slimstep.eval.record import read_evaluation
 from slimstep.eval.sampling import Sampler
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 from slimstep.models.vae import NarrowAutoencoderKL
@@ -51,19 +53,20 @@ def test_the_run_holds_what_it_promises(finished):
     for name in ("channels.json", f"round-00/{WEIGHTS}", "evaluation.json", "vae_ms.json", "report.html",
                  "export/verdict.json", "report/crops-real.png", "report/crops-sampled.png"):  # fmt: skip
         assert (path / name).is_file(), name
-    assert "| narrow" in done.stdout and "FLOP ratio" in done.stdout
+    assert "| student" in done.stdout and "FLOP ratio" in done.stdout
     assert "None of the 4 prompts is among the captions that were trained on." in (path / "report.html").read_text()
     evaluation = json.loads((path / "evaluation.json").read_text())
-    wide, sliced, narrow = evaluation["decoders"]
-    assert evaluation["widths"] == {"wide": [8, 8], "narrow": [4, 4]}
-    assert narrow["parameters"] == sliced["parameters"] < 0.35 * wide["parameters"]
-    assert wide["versus_wide"] is None and narrow["versus_wide"]["n"] == 4
+    assert [point["model"] for point in evaluation["points"]] == ["teacher", "pruned", "student"]
+    assert evaluation["facts"]["widths"] == {"teacher": [8, 8], "student": [4, 4]}
+    teacher, pruned, student = (point["facts"]["parameters"]["decoder"] for point in evaluation["points"])
+    assert student == pruned < 0.35 * teacher
+    clip = [point["metrics"]["clip"]["versus_reference"] for point in evaluation["points"]]
+    assert clip[0] is None and clip[2]["n"] == 4
 
 
 def test_training_brings_the_narrow_decoder_nearer(finished):
-    _, sliced, narrow = json.loads((finished[0] / "evaluation.json").read_text())["decoders"]
-    before, after = (decoder["nearness"]["sampled_to_wide"]["psnr"]["mean"] for decoder in (sliced, narrow))
-    assert after > before + 1, (before, after)
+    _, pruned, student = read_evaluation(finished[0]).points
+    assert student.mean("psnr") > pruned.mean("psnr") + 1 and student.mean("real_psnr") > pruned.mean("real_psnr")
 
 
 def test_the_export_is_the_teacher_around_the_trained_decoder(finished, tiny_pipeline_folder):
@@ -250,7 +253,7 @@ def test_two_processes_judge_and_sample_as_one_does(tmp_path, tiny_model):
     products = [
         "channels.json",
         "heldout.safetensors",
-        *(f"judged/{name}.json" for name in ("wide", "sliced", "narrow")),
+        *(place(name, 2, 2.5) for name in ("teacher", "pruned", "student")),
     ]
     for product in products:
         assert (two / product).read_bytes() == (one / product).read_bytes(), product

@@ -1,0 +1,232 @@
+"""The one evaluator: models at settings, on the same prompts from the same noise, measured by metrics.
+
+Image i of a model is a function of (seed, prompt i, setting) alone, whatever batch or process draws it. A point that is
+there is not made again, and a killed one goes on at the batch where it stopped.
+
+Axes: P prompts, R real images, D features, H and W height and width in pixels.
+"""
+
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torchvision.transforms.functional import to_pil_image
+
+from slimstep.data.prompts import PromptSet
+from slimstep.engine.environment import environment
+from slimstep.engine.files import damaged, write_tensors
+from slimstep.engine.parallel import map_batches
+from slimstep.engine.run import Run
+from slimstep.eval.metrics.clip import ClipScorer
+from slimstep.eval.metrics.compare import mean_and_error, paired_difference
+from slimstep.eval.metrics.metric import DistributionMetric, Metric, of_kind
+from slimstep.eval.record import FILE, Evaluation, Key, Point, Values, read_evaluation
+from slimstep.eval.scorer_check import compare_teacher
+
+PARTIAL = "partial"  # where unfinished work lies, batch by batch
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A model at one setting. `draw(indices)` gives its samples of these prompts, `images(samples)` uint8 images
+    [B, 3, H, W] of them; of all candidates of an evaluation `images` does the same to equal samples. `more()` gives
+    metrics of the job's own."""
+
+    draw: Callable[[list[int]], Tensor]
+    protocol: Values
+    facts: Values
+    images: Callable[[Tensor], Tensor] = lambda images: images
+    more: Callable[[], Mapping[str, Values | None]] = dict
+
+
+@dataclass(frozen=True)
+class Evaluator:
+    """What all points of an evaluation share.
+
+    `candidate(model, steps, guidance)` is asked for points that are not there yet. `reference` is the model and the
+    number of steps that others are compared with, at the same guidance scale. `real_images` gives uint8 [R, 3, H, W]
+    for distribution metrics. The first `pictures` images are kept. `finished` is what the run holds already.
+    """
+
+    run: Run
+    candidate: Callable[[str, int, float], Candidate]
+    prompts: PromptSet
+    metrics: Mapping[str, Metric]
+    scorer: ClipScorer
+    reference: tuple[str, int]
+    batch_size: int
+    pictures: int
+    real_images: Callable[[], Tensor] | None = None
+    finished: Evaluation | None = None
+
+    def point(self, model: str, steps: int, guidance: float) -> Point:
+        """A model at a setting, in evaluation/MODEL/guidance-G-steps-N.json."""
+        if known := self.finished and self.finished.find(model, steps, guidance):
+            return known
+        key = model, steps, guidance
+        value = self.run.json(place(*key), lambda: asdict(self.measured(key)))
+        with damaged(self.run.path / place(*key)):
+            return Point(**value)
+
+    def measured(self, key: Key) -> Point:
+        model, steps, guidance = key
+        candidate, is_reference = self.candidate(*key), key[:2] == self.reference
+        reference = self.reference_samples(guidance, candidate if is_reference else None)
+        samples = reference if is_reference else self.draw(key, candidate)
+        beside = None if is_reference or reference.shape != samples.shape else reference
+        kept = samples[: self.pictures]
+        if self.pictures:
+            folder = f"images/{model}/steps-{steps}-guidance-{guidance}"
+            self.run.folder(folder, lambda path: write_pictures(candidate.images(kept), path))
+        metrics = self.measure(f"{model}, {steps} steps, guidance {guidance:g}", candidate, samples, beside)
+        metrics |= candidate.more()
+        shuffled = {"against_shuffled": self.against_shuffled(candidate, samples)} if is_reference else {}
+        return Point(model, steps, guidance, metrics, candidate.protocol, {**candidate.facts, **shuffled})
+
+    def draw(self, key: Key, candidate: Candidate) -> Tensor:
+        """Samples of all prompts, shared among the processes, on the CPU."""
+        model, steps, guidance = key
+        what, keep = f"{model}, {steps} steps, guidance {guidance:g}", f"{model}-{steps}-{guidance}"
+        return self.mapped(candidate.draw, f"images of {what}", self.run.path / PARTIAL / keep)
+
+    def mapped(self, fn: Callable[[list[int]], Tensor], what: str, keep: Path | None = None) -> Tensor:
+        return map_batches(fn, len(self.prompts), self.batch_size, self.run.accelerator, what, keep)
+
+    def reference_samples(self, guidance: float, candidate: Candidate | None = None) -> Tensor:
+        """What the reference draws, kept in a file."""
+        run, file = self.run, f"reference/guidance-{guidance}.safetensors"
+        if not run.made(file):
+            key = (*self.reference, guidance)
+            samples = self.draw(key, candidate or self.candidate(*key))
+            if run.accelerator.is_main_process:
+                write_tensors(run.path / file, {"samples": samples})
+            run.accelerator.wait_for_everyone()
+        with damaged(run.path / file):
+            (samples,) = load_file(run.path / file).values()
+        return samples
+
+    # ---- metrics ----
+
+    def measure(self, what: str, candidate: Candidate, samples: Tensor, reference: Tensor | None) -> dict[str, Any]:
+        """{metric: what it says}, all in one pass over the images; None for paired ones without a reference."""
+        scores = of_kind(self.metrics, "per_image", *(["paired"] if reference is not None else []))
+        distances = of_kind(self.metrics, "distribution")
+        texts = self.prompts.prompts
+        for metric in scores.values():
+            metric.prepare(texts)
+
+        def rate(indices: list[int]) -> Tensor:
+            """[B, scores + features of all distribution metrics]"""
+            own, prompts = {"samples": samples[indices]}, [texts[i] for i in indices]
+            own["images"], other = candidate.images(own["samples"]), {"samples": None, "images": None}
+            if reference is not None and of_kind(scores, "paired"):
+                other = {"samples": reference[indices], "images": candidate.images(reference[indices])}
+            columns = [m(own[m.reads], prompts, other[m.reads]).float().cpu()[:, None] for m in scores.values()]
+            return torch.cat(columns + [m.features(own["images"]).float().cpu() for m in distances.values()], 1)
+
+        values = self.mapped(rate, f"measuring {what}")
+        found = {name: self.score(m, column) for (name, m), column in zip(scores.items(), values.T, strict=False)}
+        start = len(scores)
+        for name, metric in distances.items():
+            real_RD = self.real_features(name, metric)
+            made_PD = values[:, start : start + real_RD.shape[1]]
+            start += real_RD.shape[1]
+            counts = {"n": len(made_PD), "n_real": len(real_RD)}
+            found[name] = {"kind": metric.kind, **metric.distances(made_PD, real_RD), **counts}
+        return {name: found.get(name) for name in self.metrics}
+
+    def score(self, metric: Metric, values_P: Tensor) -> Values:
+        """A value per distinct prompt, their mean and its error."""
+        values = self.prompts.by_text(values_P).tolist()
+        mean = mean_and_error(values)
+        return {"kind": metric.kind, "mean": mean.mean, "se": mean.se, "per_prompt": values}
+
+    def real_features(self, name: str, metric: DistributionMetric) -> Tensor:
+        """[R, D] of real images, kept in a file."""
+        run, file = self.run, f"reference/real-{name}.safetensors"
+        if not run.made(file):
+            images = self.real_images()
+            rate = lambda indices: metric.features(images[indices])  # noqa: E731
+            features = map_batches(rate, len(images), self.batch_size, run.accelerator, f"{name} of real images")
+            if run.accelerator.is_main_process:
+                write_tensors(run.path / file, {"features": features})
+            run.accelerator.wait_for_everyone()
+        with damaged(run.path / file):
+            return load_file(run.path / file)["features"]
+
+    def against_shuffled(self, candidate: Candidate, samples: Tensor) -> Values | None:
+        """Whether the reference's images fit their prompts better than others' (eval/scorer_check.py)."""
+        rate = lambda indices: self.scorer.image(candidate.images(samples[indices])).float()  # noqa: E731
+        return compare_teacher(rate, self.prompts, self.scorer, self.run.accelerator)
+
+    # ---- all together ----
+
+    def evaluate(
+        self, points: Iterable[Point], models: Mapping[str, str], protocol: Values, seen: Values, **facts: Any
+    ) -> Evaluation:
+        """The points, paired with the reference at the same guidance scale: evaluation.json.
+
+        What an earlier command of the run evaluated is returned as it is, or made again where other points are asked
+        for now.
+        """
+        points, run = list(points), self.run
+        if self.finished and [p.key for p in self.finished.points] == [p.key for p in points]:
+            return self.finished
+        base = {p.guidance: p for p in points if (p.model, p.steps) == self.reference}
+        model, steps = self.reference
+        if run.accelerator.is_main_process:
+            (run.path / FILE).unlink(missing_ok=True)
+        run.accelerator.wait_for_everyone()
+        run.json(FILE, lambda: Evaluation(
+            models=dict(models),
+            reference={"model": model, "steps": steps},
+            prompts=self.prompts.name,
+            prompts_hash=self.prompts.hash,
+            n=len(self.prompts.distinct),
+            shown=self.prompts.prompts[: self.pictures],
+            protocol=protocol,
+            points=tuple(compared(point, base[point.guidance]) for point in points),
+            environment=environment(),
+            seen=seen,
+            facts=facts,
+        ).as_json())  # fmt: skip
+        return read_evaluation(run.path)
+
+
+def read_finished(run: Run) -> Evaluation | None:
+    """What a finished run of this or an earlier version holds."""
+    return read_evaluation(run.path) if run.made(FILE) or run.made("results.json") else None
+
+
+def place(model: str, steps: int, guidance: float) -> str:
+    """The file of a point within its run."""
+    return f"evaluation/{model}/guidance-{guidance}-steps-{steps}.json"
+
+
+def compared(point: Point, reference: Point) -> Point:
+    """The point with the paired differences of its per-image scores; the reference itself has none."""
+
+    def with_difference(name: str, own: Values) -> Values:
+        other = reference.metrics.get(name)
+        is_pair = own and own["kind"] == "per_image" and other and point.key != reference.key
+        return {**own, "versus_reference": asdict(paired_difference(own["per_prompt"], other["per_prompt"]))
+                if is_pair else None} if own and own["kind"] == "per_image" else own  # fmt: skip
+
+    return replace(point, metrics={name: with_difference(name, own) for name, own in point.metrics.items()})
+
+
+def write_pictures(images_B3HW: Tensor, folder: Path) -> None:
+    """The images as FOLDER/000.png, 001.png, …"""
+    for i, image in enumerate(images_B3HW):
+        to_pil_image(image).save(folder / f"{i:03d}.png")
+
+
+def forget_partial(run: Run) -> None:
+    """What was kept of unfinished work, once all is done."""
+    if run.accelerator.is_main_process:
+        shutil.rmtree(run.path / PARTIAL, ignore_errors=True)

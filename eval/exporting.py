@@ -1,0 +1,43 @@
+"""Students as diffusers folders, with what is said of them."""
+
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from diffusers import DiffusionPipeline
+
+from slimstep.engine.run import FINISHED, Run
+from slimstep.eval.config import SamplingConfig
+from slimstep.eval.inputs import Teacher
+from slimstep.eval.record import Values
+from slimstep.models.card import Origin, origin_of, write_card
+from slimstep.models.pipeline import export_pipeline
+
+log = logging.getLogger("slimstep")
+
+
+def export(
+    student: DiffusionPipeline, name: str, teacher: Teacher, sampling: SamplingConfig, steps: int | None = None
+) -> None:
+    """The folder `name` of the run: the student as it was evaluated, but for its own `steps`."""
+    origin = Origin(str(teacher.config.model.name_or_path), steps or sampling.steps, sampling.guidance_scale)
+
+    def write(folder: Path) -> None:
+        log.info(f"exported: {export_pipeline(student, folder, origin=origin).load}")
+
+    teacher.run.sealed_folder(name, write)
+
+
+def write_results(run: Run, name: str, results: Sequence[str]) -> None:
+    """A line for every result in the model card of the export `name`; once the report is there it stays."""
+    folder = run.path / name
+    if run.accelerator.is_main_process and origin_of(folder) and not (run.path / FINISHED).exists():
+        write_card(folder, results)
+
+
+def clip_line(clip: Mapping[str, Values]) -> str:
+    """A score with its standard error, and the difference to the teacher's with its interval."""
+    against = clip["versus_reference"]
+    paired = f"{against['mean']:+.2f} [{against['low']:+.2f}, {against['high']:+.2f}]"
+    score = f"CLIP score {clip['mean']:.2f} ± {clip['se']:.2f}"
+    return f"{score}; minus the teacher's, paired over {against['n']} prompts: {paired}"

@@ -1,0 +1,139 @@
+"""Finished pipelines as `models` of the configuration names them: their names, numbers of steps, and how they load."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from omegaconf import OmegaConf
+
+from slimstep.data.encoding import check_size
+from slimstep.engine.components import check
+from slimstep.engine.names import check_name, disk_name
+from slimstep.eval.config import Config
+from slimstep.eval.inputs import frozen
+from slimstep.models.pipeline import check_pipeline, load_pipeline, stored_scheduler
+from slimstep.models.schedulers import check_sampling
+from slimstep.models.sizes import native_pixels, set_resolution
+
+LONGEST_NAME = 200  # bytes of a model's: steps and guidance scale follow it in names of files
+ITS_OWN = ("variant", "scheduler", "loras", "vae")  # keys of `model` that are of this one model
+CHECKED = ("variant", "allow_pickle", "single_file_config", "scheduler", "loras")
+
+
+@dataclass(frozen=True)
+class GivenModel:
+    """A model as `models` names it: a path alone, or {path: …, steps: […]}, its own numbers of sampling steps."""
+
+    path: str
+    steps: tuple[int, ...] = ()
+
+    @classmethod
+    def of(cls, name: str, value: Any) -> "GivenModel":
+        check_name(name, "models", LONGEST_NAME)
+        if not isinstance(value, Mapping):
+            return cls(str(value))
+        steps = value.get("steps", [])
+        if set(value) - {"path", "steps"} or not value.get("path") or not isinstance(steps, list):
+            raise ValueError(f"models.{name}={value} must be a path, or {{path: FOLDER, steps: [32, 8]}}")
+        if not all(isinstance(n, int) and n >= 1 for n in steps):
+            raise ValueError(f"models.{name}.steps={steps} must be numbers from 1 up")
+        return cls(str(value["path"]), tuple(steps))
+
+
+@dataclass(frozen=True)
+class GivenModels:
+    """The models by name, the reference first; those without steps of their own are sampled at `default_steps`.
+
+    `model` is that section of the configuration; `pixels` the resolution that is asked for, None for every model's own.
+    """
+
+    models: Mapping[str, GivenModel]
+    default_steps: tuple[int, ...]
+    model: Mapping[str, Any]
+    pixels: int | None
+
+    @property
+    def paths(self) -> dict[str, str]:
+        """{name: folder or hub id}."""
+        return {name: given.path for name, given in self.models.items()}
+
+    @property
+    def reference(self) -> tuple[str, int]:
+        """The first model, and its most steps: what others are compared with."""
+        name = next(iter(self.models))
+        return name, self.steps(name)[0]
+
+    def steps(self, name: str) -> list[int]:
+        """The numbers of sampling steps of a model, most first."""
+        return sorted(set(self.models[name].steps or self.default_steps), reverse=True)
+
+    def options(self, path: str) -> dict[str, Any]:
+        """How a model is loaded: as `model` says, where it is that one; other models share but the way of reading.
+
+        So nothing is fused into a student that its teacher is fused with.
+        """
+        others = () if path == self.model["name_or_path"] else ITS_OWN
+        return {key: value for key, value in self.model.items() if key not in ("_target_", "name_or_path", *others)}
+
+    def load(self, path: str) -> DiffusionPipeline:
+        """A pipeline as it was exported, its own scheduler included, at the resolution that is asked for."""
+        pipeline = load_pipeline(path, **self.options(path))
+        if self.pixels:
+            check_size(pipeline, self.pixels, self.pixels)
+            set_resolution(pipeline, self.pixels)
+        return frozen(pipeline)
+
+    def check(self) -> None:
+        """ValueError for a model that is no pipeline or cannot be sampled at its steps, and for what `model` says
+        beside its name and of none of them."""
+        astray = [key for key in ITS_OWN if self.model.get(key)]
+        if astray and (named := self.model["name_or_path"]) not in self.paths.values():
+            said = f"model.{astray[0]}={self.model[astray[0]]} is of model.name_or_path={named}"
+            raise ValueError(f"{said}, which is not among models={self.paths}: name it there")
+        for path in set(self.paths.values()):
+            check_pipeline(path, **{key: value for key, value in self.options(path).items() if key in CHECKED})
+        for name, path in self.paths.items():
+            scheduler = stored_scheduler(path, self.options(path).get("scheduler"))
+            for steps in self.steps(name) if scheduler else ():
+                try:
+                    check_sampling(scheduler, steps)
+                except ValueError as error:
+                    raise ValueError(f"{path} cannot be sampled at {steps} steps: {error}") from error
+
+
+def given_models(config: Config, default_steps: list[int], purpose: str) -> GivenModels:
+    """What `models` names, or `model` where it names nothing; null leaves one out. A missing name is made of the path.
+
+    Raises ValueError where nothing is left, or a name or a number of steps cannot be. `purpose` is what models are for.
+    """
+    check(config.model, "model")
+    model = OmegaConf.to_container(config.model, resolve=True)
+    if "name_or_path" not in model:
+        raise ValueError(f"model={model} is a UNet alone; give models=… or model=… that are pipelines")
+    named = model["name_or_path"] if config.models is None else config.models
+    named = OmegaConf.to_container(named) if OmegaConf.is_config(named) else [named] if named else []
+    if not isinstance(named, Mapping):
+        named = name_models([str(path) for path in named])
+    models = {str(name): GivenModel.of(str(name), value) for name, value in named.items() if value is not None}
+    if not models:
+        raise ValueError(f"models names nothing to {purpose}: models=[FOLDER,…] or models={{teacher: FOLDER, …}}")
+    return GivenModels(models, tuple(default_steps), model, config.data.resolution)
+
+
+def resolution_of(models: GivenModels) -> int:
+    """The pixels that are asked for, or the first model's own."""
+    return models.pixels or native_pixels(models.load(models.paths[models.reference[0]]))
+
+
+def name_models(paths: list[str]) -> dict[str, str]:
+    """{name: path} with the shortest names that tell the paths apart; an export is called as its run."""
+    if len(set(map(Path, paths))) < len(paths):
+        raise ValueError(f"models={paths} names one of them twice")
+    parts = {path: [p for p in Path(path).parts if p not in ("export", "/")] or [path] for path in paths}
+    for length in range(1, 1 + max(map(len, parts.values()), default=0)):
+        names = {disk_name("-".join(own[-length:]), LONGEST_NAME): path for path, own in parts.items()}
+        if len(names) == len(parts):
+            return names
+    return {disk_name(path.replace("..", "_"), LONGEST_NAME): path for path in paths}

@@ -1,0 +1,209 @@
+"""What a job begins with: its teacher, prompts, a scorer, and the data that it trains on."""
+
+import logging
+import os
+from collections.abc import Iterable
+from copy import deepcopy
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from diffusers import DiffusionPipeline
+from omegaconf import OmegaConf
+from torch import nn
+from torch.utils.data import Dataset
+
+from slimstep.data.cache import CachedPairs, cache_pairs
+from slimstep.data.config import CacheConfig
+from slimstep.data.encoding import is_truncated
+from slimstep.data.folder import few
+from slimstep.data.prompts import PromptSet, disjoint_prompts, read_prompts
+from slimstep.data.streams import at_random_access
+from slimstep.engine.checks import check_minimum
+from slimstep.engine.components import component
+from slimstep.engine.run import Run
+from slimstep.engine.sharding import autocast_dtype
+from slimstep.eval.config import Config, LatencyConfig, SamplingConfig
+from slimstep.eval.metrics.clip import ClipScorer
+from slimstep.eval.metrics.metric import Metric, as_metric
+from slimstep.eval.overlap import among
+from slimstep.eval.sampling import Sampler
+from slimstep.eval.timing.precision import settled
+from slimstep.models.denoiser import NUM_TOKENS
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
+from slimstep.models.noise_schedule import NoiseSchedule, schedule_of
+from slimstep.models.pipeline import networks, upcast_vae
+from slimstep.models.sizes import native_pixels, set_resolution
+
+log = logging.getLogger("slimstep")
+TRAINED_ON = "trained_on.json"
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A job's teacher: a pipeline, frozen on the device, whose UNet is prunable; or, for what needs no more than
+    that, a UNet alone. `config` is the job's, with the resolution that the data left open."""
+
+    pipeline: DiffusionPipeline | PrunableUNet2DConditionModel
+    config: Config
+    run: Run
+
+    @property
+    def unet(self) -> PrunableUNet2DConditionModel:
+        return getattr(self.pipeline, "unet", self.pipeline)
+
+    @property
+    def device(self) -> torch.device:
+        return self.run.accelerator.device
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """What mixed precision computes in."""
+        return autocast_dtype(self.run.accelerator)
+
+    @property
+    def precision(self) -> str:
+        """What all images are drawn in. ValueError where the device has no such thing."""
+        return settled(self.config.sampling.precision, self.device)
+
+    @property
+    def schedule(self) -> NoiseSchedule:
+        return schedule_of(self.pipeline.scheduler, self.device)
+
+    @property
+    def text_length(self) -> int:
+        """Tokens of a prompt: the model's own, 77 for a UNet alone."""
+        return self.pipeline.tokenizer.model_max_length if hasattr(self.pipeline, "tokenizer") else NUM_TOKENS
+
+    @property
+    def latency(self) -> LatencyConfig:
+        config = OmegaConf.to_object(self.config.latency)
+        return replace(config, text_length=config.text_length or self.text_length)
+
+    def sampler(self, settings: SamplingConfig, pipeline: DiffusionPipeline | None = None) -> Sampler:
+        """What draws images as a section of the configuration says."""
+        values = settings.steps, settings.guidance_scale, settings.seed
+        return Sampler(pipeline or self.pipeline, *values, precision=self.precision)
+
+
+def load_teacher(config: Config, run: Run) -> Teacher:
+    """The configuration's model as a teacher. Raises ValueError as `teacher_of` does, and for what cannot be loaded."""
+    return teacher_of(component(config, "model"), config, run)
+
+
+def teacher_of(pipeline: DiffusionPipeline, config: Config, run: Run) -> Teacher:
+    """Raises ValueError for what is no pipeline, or has no noise schedule to train on."""
+    if not isinstance(pipeline, DiffusionPipeline):
+        raise ValueError(f"{config.model} is a UNet alone; it serves +experiment=latency_table only")
+    schedule_of(pipeline.scheduler)  # ValueError for one without betas
+    pipeline.to(run.accelerator.device)
+    config = deepcopy(config)
+    if config.data.resolution is None:
+        config.data.resolution = native_pixels(pipeline)
+    set_resolution(pipeline, config.data.resolution)
+    return Teacher(frozen(pipeline), config, run)
+
+
+def frozen(pipeline: DiffusionPipeline) -> DiffusionPipeline:
+    """The pipeline for evaluations alone, with a VAE that does not overflow."""
+    upcast_vae(pipeline)
+    for network in networks(pipeline):
+        network.requires_grad_(False).eval()
+    return pipeline
+
+
+# ---- prompts ----
+
+
+def read_prompt_set(config: Config) -> PromptSet:
+    """The prompts of the file that the configuration names, else the data's held-out captions."""
+    file, column = (OmegaConf.select(config, f"data.{key}") for key in ("prompt_file", "prompt_column"))
+    if not file and column:
+        raise ValueError(f"data.prompt_column={column} is of data.prompt_file, and none is given")
+    return read_prompts(str(file), column) if file else component(config, "data.prompts")
+
+
+def load_prompts(teacher: Teacher) -> tuple[PromptSet, PromptSet]:
+    """The calibration prompts, which blocks are ranked on, and others, the eval prompts."""
+    config, prompts = teacher.config, read_prompt_set(teacher.config)
+    cut = sum(is_truncated(teacher.pipeline.tokenizer, prompt) for prompt in prompts.prompts)
+    if cut:
+        log.warning(f"{cut} of {len(prompts)} prompts are longer than the text encoder takes, and are cut")
+    return disjoint_prompts(prompts, config.scoring.prompts, config.eval.prompts)
+
+
+def note_trained_on(run: Run, prompts: PromptSet, captions: Iterable[str]) -> None:
+    """trained_on.json: the eval prompts that are captions of the training, logged before the first training."""
+    new = not run.made(TRAINED_ON)
+    seen = run.json(TRAINED_ON, lambda: {"prompts": among(prompts, captions)})["prompts"]
+    if new and seen:
+        count = f"{len(seen)} of {len(prompts.distinct)} prompts of the evaluation are trained on as captions, too"
+        log.warning(f"{count} ({few(seen)}): the scores say less of new ones; data.prompt_file=FILE gives others")
+    elif new:
+        log.info(f"none of the {len(prompts.distinct)} prompts of the evaluation is trained on as a caption")
+
+
+def seen_prompts(run: Run) -> dict[str, int]:
+    """What an evaluation says of its prompts; nothing where the trainings were finished before it was counted."""
+    return {"prompts_in_training": len(run.load(TRAINED_ON)["prompts"])} if run.made(TRAINED_ON) else {}
+
+
+# ---- scorer and metrics ----
+
+
+def load_scorer(config: Config, device: torch.device) -> ClipScorer:
+    return component(config, "scorer", device=device)
+
+
+def load_metrics(config: Config, scorer: ClipScorer, device: torch.device) -> dict[str, Metric]:
+    """{name: metric}: clip, and those that `metrics` of the configuration describes."""
+    given = {"metrics": config.metrics, "evaluation.preferences": config.evaluation.preferences}
+    for key, names in given.items():
+        if names is not None and not OmegaConf.is_dict(names):
+            raise ValueError(f"{key}={names} must be a table, as +metric=NAME gives it")
+    if given["evaluation.preferences"]:
+        log.warning("evaluation.preferences is now metrics: +metric=NAME instead of +preference=NAME")
+    made = {str(name): as_metric(component(config, f"{key}.{name}", device=device))
+            for key, names in given.items() for name in names or {}}  # fmt: skip
+    return {"clip": as_metric(scorer), **made}
+
+
+# ---- data ----
+
+
+def storage(config: Config) -> CacheConfig:
+    """Where and how latents and text states are cached."""
+    return CacheConfig(**config.data.cache)
+
+
+def training_data(teacher: Teacher) -> CachedPairs:
+    """Latents and text states of the training images, encoded once."""
+    pairs, options = component(teacher.config, "data.pairs"), vars(storage(teacher.config))
+    return cache_pairs(pairs, teacher.pipeline, **options, accelerator=teacher.run.accelerator)
+
+
+def heldout_pairs(config: Config, enough: int | None = None) -> Dataset:
+    """Images that nothing is trained on."""
+    held = component(OmegaConf.merge(config, {"data": {"pairs": {"split": "heldout"}}}), "data.pairs")
+    return at_random_access(held, enough) if enough else held
+
+
+def check_inputs(teacher: Teacher) -> None:
+    """ValueError, before anything is made, for a precision, steps or data that cannot be had."""
+    check_minimum("eval", teacher.config.eval, 1, "pictures")  # the job's report shows some
+    teacher.sampler(teacher.config.eval)
+    check_data(teacher)
+
+
+def check_data(teacher: Teacher) -> None:
+    """ValueError for data that cannot be had, or cached."""
+    component(teacher.config, "data.pairs")
+    folder = Path(storage(teacher.config).folder)
+    existing = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        raise ValueError(f"data.cache.folder={folder} cannot be made: nothing can be written into {existing}")
+
+
+def offloadable(pipeline: DiffusionPipeline, scorer: ClipScorer) -> list[nn.Module]:
+    """The networks of a job that a training may not need."""
+    return [*networks(pipeline), scorer.model]

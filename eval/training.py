@@ -1,0 +1,89 @@
+"""A stage of training within a job: its objective, its data, and where frozen networks lie meanwhile."""
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from torch import nn
+from torch.utils.data import Dataset
+
+from slimstep.data.cache import CachedPairs
+from slimstep.engine.components import check
+from slimstep.engine.config import TrainConfig
+from slimstep.engine.loop import load_trained, train, trained
+from slimstep.engine.objective import Objective, check_requirements
+from slimstep.eval.inputs import Teacher
+from slimstep.models.conditioning import Conditioning
+from slimstep.models.denoiser import denoiser_of
+
+
+def train_stage(
+    unet: nn.Module,
+    stage: str,
+    description: Mapping[str, Any],
+    config: TrainConfig,
+    teacher: Teacher,
+    pairs: Callable[[], CachedPairs],
+    offloadable: Iterable[nn.Module],
+    teaching: Callable[[], nn.Module] | None = None,
+    samples: Callable[[Objective], Dataset] | None = None,
+    **given: Any,
+) -> nn.Module:
+    """The UNet, trained in place with the objective that is described; a finished stage makes no data and no objective.
+
+    `teaching()` gives the network that the objective has as its teacher, by default the job's; of `offloadable` all
+    others lie on the CPU meanwhile. `samples(objective)` gives what it learns from, by default the `pairs`. `given` are
+    further arguments of the objective.
+    """
+    if trained(teacher.run, stage):
+        return load_trained(unet, teacher.run, stage)
+    taught_by = teaching() if teaching else compute_copy(teacher.unet, teacher)
+    uncond = pairs().unconditional.to(teacher.device)
+    given = {"schedule": teacher.schedule, "uncond": uncond, "teacher": taught_by, **given}
+    given = {"denoiser": denoiser_of(teacher.unet, given["schedule"].prediction_type), **given}
+    objective = make_objective(description, **given)
+    data = samples(objective) if samples else pairs()
+    with offloaded([network for network in offloadable if network is not taught_by], teacher.device):
+        return train(unet, objective, data, config, teacher.run, stage)
+
+
+@contextmanager
+def offloaded(networks: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """Frozen networks on the CPU for a while: what trains needs the device more."""
+    networks = list(networks)
+    for network in networks:
+        network.to("cpu")
+    try:
+        yield
+    finally:
+        for network in networks:
+            network.to(device)
+
+
+def compute_copy(network: nn.Module, teacher: Teacher) -> nn.Module:
+    """A frozen network as mixed precision runs it: on the device, cast once and not at every evaluation."""
+    here = torch.empty(0, device=teacher.device).device  # "cuda" is a place only once it has a number
+    if (network.device, network.dtype) == (here, teacher.compute_dtype):
+        return network
+    return copy.deepcopy(network).to(teacher.device, teacher.compute_dtype)
+
+
+def make_objective(description: Mapping[str, Any], **given: Any) -> Objective:
+    """An objective of the loop from its `_target_`. ValueError where its arguments are not what the class takes."""
+    try:
+        return instantiate(description, _partial_=True, _convert_="all")(**given)
+    except (TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
+        raise ValueError(f"objective {description['_target_']}: {type(error).__name__}: {error}") from error
+
+
+def check_objective(
+    key: str, description: Mapping[str, Any], training: TrainConfig, teacher: Teacher, **given: Any
+) -> None:
+    """ValueError for the objective under `key` if it cannot be, or be trained in this way; no data are touched."""
+    check(description, key)
+    given = {"schedule": teacher.schedule, "teacher": teacher.unet, "uncond": Conditioning(), **given}
+    given = {"denoiser": denoiser_of(teacher.unet, given["schedule"].prediction_type), **given}
+    check_requirements(make_objective(description, **given), training, teacher.run.accelerator)

@@ -1,0 +1,178 @@
+"""One round of the search: block scores, latency table, decision; each a file of the round that is not made again."""
+
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from slimstep.data.prompts import PromptSet
+from slimstep.eval.evaluator import PARTIAL
+from slimstep.eval.inputs import Teacher
+from slimstep.eval.metrics.metric import Metric
+from slimstep.eval.pages.cautions import score_cautions
+from slimstep.eval.timing.latency import compare_ms
+from slimstep.models.architecture import as_json
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
+from slimstep.prune.config import Config
+from slimstep.prune.evolve import Action, BlockValue, apply, record_json
+from slimstep.prune.latency import latency_table, predicted_ms, read_table, table_without
+from slimstep.prune.scores import score_blocks
+from slimstep.prune.search import Situation
+
+log = logging.getLogger("slimstep")
+
+
+def known_latencies(config: Config) -> dict | None:
+    """The table of the teacher that the configuration names, if it names one."""
+    return read_table(config.latency.table) if config.latency.table else None
+
+
+def skip_rule(config: Config) -> str | dict[str, str]:
+    """What is left of removed ResNets, as search.skip_rule says."""
+    rule = config.search.skip_rule
+    return OmegaConf.to_container(rule) if OmegaConf.is_config(rule) else rule
+
+
+@dataclass(frozen=True)
+class Measures:
+    """What rounds measure networks by; blocks by `search.metric`, one of `metrics`. For a latency table alone the
+    teacher is enough."""
+
+    teacher: Teacher
+    search: Any = None
+    calibration: PromptSet | None = None
+    metrics: Mapping[str, Metric] = field(default_factory=dict)
+
+    def latencies(self, unet: PrunableUNet2DConditionModel) -> dict:
+        """The latency table of `unet`: measured by rank 0 for all, or taken from the table there is."""
+        teacher = self.teacher
+        if known := known_latencies(teacher.config):
+            return table_without(known, unet)
+        is_main = teacher.run.accelerator.is_main_process
+        table = teacher.run.agreed(latency_table(unet, teacher.latency, teacher.device) if is_main else None)
+        error = table["additive_error"]
+        say = log.warning if error["median"] > 0.1 else log.info
+        say(
+            f"latency table ({table['method']}, {table['mode']}): {table['full_ms']:.2f} ms; sums of its entries miss "
+            f"the measured time by {error['median']:.1%} (median), {error['p95']:.1%} (95 %) on {error['n']} removals"
+        )
+        return table
+
+    def ms(self, unet: PrunableUNet2DConditionModel, teacher_ms: float) -> float:
+        """The latency of `unet` on the teacher's clock: the ratio of the two, interleaved, times `teacher_ms`.
+
+        Timed by rank 0 alone; predicted where the table was made elsewhere.
+        """
+        teacher = self.teacher
+        if known := known_latencies(teacher.config):
+            return predicted_ms(known, unet)
+        unets, is_main = {"teacher": teacher.unet, "unet": unet}, teacher.run.accelerator.is_main_process
+        times = teacher.run.agreed(compare_ms(unets, teacher.latency, teacher.device) if is_main else None)
+        return teacher_ms * times["unet"] / times["teacher"]
+
+    def scores(self, unet: PrunableUNet2DConditionModel, stage: str) -> dict:
+        """The block scores of `unet` with their protocol."""
+        teacher, scoring, prompts = self.teacher, self.teacher.config.scoring, self.calibration
+        sampler, keep = teacher.sampler(scoring), teacher.run.path / PARTIAL / stage
+        accelerator, name = teacher.run.accelerator, teacher.config.search.metric
+        metric = self.metrics[name]
+        table = score_blocks(unet, sampler, metric, prompts, scoring.batch_size, accelerator, keep=keep)
+        asked = {"name": scoring.protocol, "prompts_hash": prompts.hash, "n": len(prompts.distinct)}
+        asked |= {} if name == "clip" else {"metric": name}
+        record = table.record({**asked, **metric.protocol, **sampler.protocol})
+        heading = "CLIP" if name == "clip" else name
+        log.info(
+            f"{heading} {record['base']['clip']:.2f} ± {record['base']['se']:.2f}; two halves of the prompts rank the "
+            f"blocks alike with ρ = {record['rank_agreement_of_halves']:.2f}"
+        )
+        for doubt in score_cautions(record):
+            log.warning(f"{stage}: {doubt}")
+        return record
+
+
+def decide(measures: Measures, unet: PrunableUNet2DConditionModel, previous: dict | None, r: int) -> dict:
+    """What the round's latencies and scores say to do, in its decision.json."""
+    run, stage = measures.teacher.run, f"round-{r:02d}"
+    table = run.json(f"{stage}/latency.json", lambda: measures.latencies(unet))
+    needs_scores = measures.search.needs_scores
+    scores = run.json(f"{stage}/scores.json", lambda: measures.scores(unet, stage)) if needs_scores else None
+    followed = [f"evaluation/{stage}", f"round-{r + 1:02d}/weights.safetensors", "recovery/weights.safetensors"]
+    if not run.made(f"{stage}/decision.json") and (orphans := [name for name in followed if run.made(name)]):
+        raise ValueError(
+            f"{run.path / stage}/decision.json is gone, and {', '.join(orphans)} follow from it: remove them too"
+        )
+    return run.json(f"{stage}/decision.json", lambda: decision(measures, unet, table, scores, previous, r))
+
+
+def decision(
+    measures: Measures,
+    unet: PrunableUNet2DConditionModel,
+    table: dict,
+    scores: dict | None,
+    previous: dict | None,
+    r: int,
+) -> dict:
+    """A round's actions as JSON. The last round goes on until the *measured* latency meets the target."""
+    config = measures.teacher.config.search
+    teacher_ms = previous["teacher_ms"] if previous else table["full_ms"]
+    latency_ms = previous["measured_ms"] if previous else table["full_ms"]
+    target_ms = config.target_ms or (config.target_fraction and config.target_fraction * teacher_ms)
+    values = block_values(unet, table, scores, scale=latency_ms / table["full_ms"])
+    target = target_ms or math.inf
+    situation = Situation(values, unet.architecture, latency_ms, target, unet.copyable_blocks, r, config.rounds)
+    actions: list[Action] = []
+    after, measured_ms = unet.architecture, latency_ms
+    while more := measures.search(situation):
+        actions += more
+        after = apply(unet.architecture, actions)
+        measured_ms = measures.ms(unet.with_architecture(after), teacher_ms)
+        if r < config.rounds - 1 or measured_ms <= situation.target_ms:
+            break
+        situation = situation.after(more, measured_ms)
+    return {
+        "before": as_json(unet.architecture),
+        "after": as_json(after),
+        "bypass": skip_rule(measures.teacher.config),
+        "actions": [action.as_json() for action in actions],
+        "values": [record_json(value) for value in values],
+        "not_copyable": [block for block in unet.kept_blocks if block not in unet.copyable_blocks],
+        "teacher_ms": teacher_ms,
+        "target_ms": target_ms,
+        "predicted_ms": actions[-1].as_json()["predicted_ms"] if actions else latency_ms,
+        "measured_ms": measured_ms,
+        "clock": "latency.table" if known_latencies(measures.teacher.config) else "measured",
+    }
+
+
+def block_values(
+    unet: PrunableUNet2DConditionModel, table: dict, scores: dict | None, scale: float
+) -> tuple[BlockValue, ...]:
+    """Scores and milliseconds side by side; `scale` carries the table over to the teacher's clock."""
+    unknown = {"delta_clip": math.nan, "se": math.nan}
+    return tuple(
+        BlockValue(
+            block,
+            score["delta_clip"],
+            score["se"],
+            entry["ms"] * scale,
+            unet.repeats(block),
+            math.nan if score.get("picture_error") is None else score["picture_error"],
+        )
+        for block, entry in table["sites"].items()
+        for score in [unknown if scores is None else scores["sites"][block]]
+    )
+
+
+def tell(stage: str, decision: dict) -> None:
+    """The round as a story: what was done to which block, and why; the latency predicted, then measured."""
+    for action in decision["actions"]:
+        verb = {"remove": "removes", "copy": "copies"}[action["action"]]
+        predicted = "" if action["predicted_ms"] is None else f" → predicted {action['predicted_ms']:.2f} ms"
+        log.info(f"{stage} {verb} {action['site']:<32} {action['why']}{predicted}")
+    share = decision["measured_ms"] / decision["teacher_ms"]
+    target = f"target {decision['target_ms']:.2f} ms" if decision["target_ms"] else "no target"
+    how = "measured" if decision["clock"] == "measured" else "by the table"
+    log.info(f"{stage} {how} {decision['measured_ms']:.2f} ms, {share:.1%} of the teacher's ({target})")
