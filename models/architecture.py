@@ -6,7 +6,7 @@ block's `repeats`. 0 removes the block, 1 keeps it (and is not written down), 2 
 of a UNet both its ways and the middle.
 
 Network, search, latency table and pages share this file. It imports the standard library alone, so that reading results
-loads no torch, and exports carry it inside their class file (models/families/unet2d/network.py).
+loads no torch, and exports carry it inside their class file (models/families/prunable.py).
 """
 
 from collections.abc import Iterable, Iterator, Mapping

@@ -1,142 +1,55 @@
-"""Which pruned UNets diffusers' own UNet2DConditionModel can express, and the conversion to it.
-
-A stock configuration says: how many layers (ResNet and cross-attention, or ResNet alone) each level has on the way
-down, one more on the way up; how many layers each transformer has; whether there is a mid block. A pruned UNet fits
-when its kept blocks, renumbered, are such a network *and* every kept up ResNet gets the very skip connection it had: a
-removed down layer is the identity, so it leaves its predecessor's features a second time on the stack of skip
-connections, and one of the two up ResNets that would consume them has to be gone with `drop_skip`.
-"""
+"""Which pruned UNets diffusers' UNet2DConditionModel can express (families/stock.py)."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import torch
 from diffusers import UNet2DConditionModel
 
-from slimstep.models.architecture import copies
+from slimstep.models.families.stock import StockPlan, StockVerdict, count_layers, public_fields, simplest
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 
-WITHOUT_ATTENTION = {"CrossAttnDownBlock2D": "DownBlock2D", "CrossAttnUpBlock2D": "UpBlock2D"}
 PER_LEVEL = ("attention_head_dim", "num_attention_heads", "cross_attention_dim", "only_cross_attention")
-
-
-@dataclass(frozen=True)
-class StockVerdict:
-    """config: UNet2DConditionModel's, or None where `obstacles` (one block and its reason each) prevent it."""
-
-    config: dict | None
-    obstacles: tuple[str, ...]
 
 
 def stock_config(unet: UNet2DConditionModel) -> StockVerdict:
     """The stock configuration with the pruned UNet's output, or the blocks that have no place in one."""
-    if not isinstance(unet, PrunableUNet2DConditionModel):
-        return StockVerdict(public_fields(unet), ())
-    plan = StockPlan(unet)
-    return StockVerdict(None if plan.obstacles else plan.config, tuple(plan.obstacles))
+    is_prunable = isinstance(unet, PrunableUNet2DConditionModel)
+    return UNet2DConditionPlan(unet).verdict if is_prunable else StockVerdict(public_fields(unet), ())
 
 
 def to_stock(unet: UNet2DConditionModel) -> UNet2DConditionModel:
     """The stock UNet with the pruned UNet's output: copies of its weights, renumbered; ValueError if there is none."""
-    plan = StockPlan(unet)
-    if plan.obstacles:
-        raise ValueError(f"no stock UNet2DConditionModel is this network, because of {'; '.join(plan.obstacles)}")
-    with torch.device("meta"):
-        stock = UNet2DConditionModel.from_config(plan.config)
-    stock.load_state_dict({plan.renamed(k): w.detach().clone() for k, w in unet.state_dict().items()}, assign=True)
-    return stock.train(unet.training)
+    return UNet2DConditionPlan(unet).network()
 
 
-def public_fields(unet: UNet2DConditionModel) -> dict:
-    """The stock fields of a UNet's config."""
-    own = ("depths", "bypass", "auto_map")
-    return {k: v for k, v in unet.config.items() if not k.startswith("_") and k not in own}
+class UNet2DConditionPlan(StockPlan):
+    """Levels may have different numbers of layers, and transformers in them; of the middle, one ResNet may stay."""
 
+    WITHOUT_ATTENTION = {"CrossAttnDownBlock2D": "DownBlock2D", "CrossAttnUpBlock2D": "UpBlock2D"}
 
-class StockPlan:
-    """One conversion: the stock config, the new path of each module that moves, and what stands in the way."""
-
-    def __init__(self, unet: PrunableUNet2DConditionModel):
-        self.unet, self.obstacles, self.paths = unet, [], {}
-        self.num_removed_levels = sum(level in unet.architecture for level in unet.levels)
-        self.num_levels = len(unet.config.down_block_types) - self.num_removed_levels
-        self.down = [Level(self, f"down_blocks.{i}", f"down_blocks.{i}") for i in range(self.num_levels)]
-        self.up = [
-            Level(self, f"up_blocks.{i + self.num_removed_levels}", f"up_blocks.{i}") for i in range(self.num_levels)
-        ]
-        mid_block_type = self.mid_block_type()
-        if not self.obstacles:
-            self.check_skip_connections()
-        self.config = public_fields(unet) | self.level_fields() | {"mid_block_type": mid_block_type}
-        self.config |= self.transformer_fields(has_mid_attention=mid_block_type == "UNetMidBlock2DCrossAttn")
-
-    def renamed(self, key: str) -> str:
-        """A weight's name in the stock UNet."""
-        parts = key.split(".")
-        for n in range(len(parts), 0, -1):
-            if (path := ".".join(parts[:n])) in self.paths:
-                return ".".join((self.paths[path], *parts[n:]))
-        return key
-
-    def obstruct(self, block: str, reason: str) -> None:
-        self.obstacles.append(f"{block} ({reason})")
-
-    def mid_block_type(self) -> str | None:
+    def mid_fields(self) -> dict:
         """All of the mid block, one ResNet of it, or none."""
-        blocks = [s for s in self.unet.blocks if s.startswith("mid_block.") and s not in self.unet.parents]
-        kept = [s for s in blocks if self.unet.repeats(s)]
-        for block in kept:
-            if self.unet.kinds[block] == "attention":
-                number_layers(self, block, block)
-            if self.unet.repeats(block) > 1:
-                self.obstruct(block, "is copied")
+        blocks, kept = self.middle()
         if not kept:
-            return None
-        if kept == blocks:
-            return self.unet.config.mid_block_type
-        if len(kept) == 1 and self.unet.kinds[kept[0]] == "resnet":
+            return {"mid_block_type": None}
+        if kept != blocks and len(kept) == 1 and self.unet.kinds[kept[0]] == "resnet":
             self.paths[kept[0]] = "mid_block.resnets.0"
-            return "UNetMidBlock2D"
+            return {"mid_block_type": "UNetMidBlock2D"}
         for block in (s for s in blocks if s not in kept):
             self.obstruct(block, "is removed; of a stock mid block all stays, or one ResNet, or nothing")
-        return self.unet.config.mid_block_type
-
-    def check_skip_connections(self) -> None:
-        """Every kept up ResNet must find on the stock UNet's stack of skip connections what it had on this one's."""
-        stack, stock_stack = ["conv_in"], ["conv_in"]
-        for i, level in enumerate(self.down):
-            for layer in range(level.num_layers):
-                stack.append(f"{level.path}.resnets.{layer}" if layer in level.kept else stack[-1])
-            stack += [f"{level.path}.downsamplers.0"] * (i < self.num_levels - 1)
-        stock_stack = list(dict.fromkeys(stack))
-        for up, down in zip(self.up, reversed(self.down), strict=True):
-            if len(up.kept) != len(down.kept) + 1:
-                numbers = f"keeps {len(up.kept)} layers where {down.path} keeps {len(down.kept)}"
-                self.obstruct(up.path, f"{numbers}; a stock UNet has one more on the way up")
-                return
-            for layer in range(up.num_layers):
-                skip = stack.pop()
-                if layer in up.kept and skip != stock_stack.pop():
-                    self.obstruct(f"{up.path}.resnets.{layer}", f"would lose its skip connection from {skip}")
-                    return
+        return {"mid_block_type": self.unet.config.mid_block_type}
 
     def level_fields(self) -> dict:
-        """Everything the config says about each level, but how many layers its transformers have."""
         fields = {name: self.unet.config[name] for name in PER_LEVEL if name in self.unet.config}
         fields = {k: list(v[: self.num_levels]) for k, v in fields.items() if isinstance(v, Sequence)}
-        return fields | {
-            "block_out_channels": list(self.unet.config.block_out_channels[: self.num_levels]),
-            "layers_per_block": simplest([len(level.kept) for level in self.down]),
-            "down_block_types": [level.block_type for level in self.down],
-            "up_block_types": [level.block_type for level in self.up],
-        }
+        layers = {"layers_per_block": simplest([len(level.kept) for level in self.down])}
+        return super().level_fields() | fields | layers | self.transformer_fields()
 
-    def transformer_fields(self, has_mid_attention: bool) -> dict:
+    def transformer_fields(self) -> dict:
         """transformer_layers_per_block, and its mirror image where the way up is not the way down reversed."""
         default = self.unet.config.transformer_layers_per_block
         defaults = [default] * self.num_levels if isinstance(default, int) else list(default[: self.num_levels])
         down = [simplest(level.transformer_layers) or d for level, d in zip(self.down, defaults, strict=True)]
-        if has_mid_attention:
+        if self.mid["mid_block_type"] == "UNetMidBlock2DCrossAttn":
             layers = count_layers(self.unet, "mid_block.attentions.0")
             if not self.down[-1].transformer_layers:
                 down[-1] = layers
@@ -147,65 +60,3 @@ class StockPlan:
         mirrored = up == down[::-1] and all(isinstance(d, int) for d in up)
         fields = {"transformer_layers_per_block": simplest(down) if isinstance(default, int) else down}
         return fields | {"reverse_transformer_layers_per_block": None if mirrored else up}
-
-
-class Level:
-    """The layers of one down or up block that stay: `kept` their indices, `transformer_layers` of each attention."""
-
-    def __init__(self, plan: StockPlan, path: str, new_path: str):
-        self.path, unet = path, plan.unet
-        index = int(path.split(".")[1])
-        self.num_layers = sum(s.startswith(f"{path}.resnets.") for s in unet.blocks)
-        resnets = [f"{path}.resnets.{i}" for i in range(self.num_layers)]
-        attentions = [s for s in (f"{path}.attentions.{i}" for i in range(self.num_layers)) if s in unet.blocks]
-        self.kept = [i for i, block in enumerate(resnets) if unet.repeats(block)]
-        self.transformer_layers = [count_layers(unet, block) for block in attentions if unet.repeats(block)]
-        types = unet.config.down_block_types if path.startswith("down") else unet.config.up_block_types
-        self.block_type = WITHOUT_ATTENTION.get(types[index], types[index])
-        if self.transformer_layers:
-            self.block_type = types[index]
-
-        plan.paths[path] = new_path
-        for new, old in enumerate(self.kept):
-            plan.paths[resnets[old]] = f"{new_path}.resnets.{new}"
-            if attentions and unet.repeats(attentions[old]):
-                number_layers(plan, attentions[old], f"{new_path}.attentions.{new}")
-        self.check(plan, resnets, attentions)
-
-    def check(self, plan: StockPlan, resnets: list[str], attentions: list[str]) -> None:
-        """Name the blocks of this level that fit no stock configuration."""
-        unet = plan.unet
-        if self.block_type not in (*WITHOUT_ATTENTION, *WITHOUT_ATTENTION.values()):
-            for block in (s for s in resnets if not unet.repeats(s)):
-                plan.obstruct(block, f"is removed from a {self.block_type}, whose other parts stay")
-        for block in (s for s in (*resnets, *attentions) if unet.repeats(s) > 1):
-            plan.obstruct(block, "is copied")
-        for block in (s for s in resnets if not unet.repeats(s) and unet.skip_rules.get(s) == "shortcut"):
-            plan.obstruct(block, "is removed but for its 1×1 shortcut")
-        for i, block in enumerate(attentions):
-            if unet.repeats(block) and i not in self.kept:
-                plan.obstruct(block, "stays without its ResNet")
-            elif not unet.repeats(block) and i in self.kept and self.transformer_layers:
-                plan.obstruct(block, "is removed while another of its level stays")
-
-
-def count_layers(unet: PrunableUNet2DConditionModel, attention: str) -> int:
-    """How many layers a kept transformer has; copies of layers count."""
-    layers = [s for s, parent in unet.parents.items() if parent == attention]
-    return sum(map(unet.repeats, layers)) if layers else 1
-
-
-def number_layers(plan: StockPlan, attention: str, new_path: str) -> None:
-    """Renumber a transformer and its layers, copies in line behind what they copy."""
-    plan.paths[attention] = new_path
-    new = 0
-    for layer in (s for s, parent in plan.unet.parents.items() if parent == attention):
-        running = [layer, *copies(layer, plan.unet.architecture)] if plan.unet.repeats(layer) else []
-        for path in running:
-            plan.paths[path] = f"{new_path}.transformer_blocks.{new}"
-            new += 1
-
-
-def simplest(values: list):
-    """One value where all are equal, else the list; None for an empty list."""
-    return values[0] if values and all(v == values[0] for v in values) else values or None
