@@ -1,7 +1,7 @@
 """Latents and conditioning, made once by the frozen VAE and text encoder and read from disk ever after.
 
 A cache lives in `FOLDER/<key>`; the key hashes what made it: pairs, VAE, text encoder, tokenizer, storage. What lies in
-it is told in `data/shards.py`. A killed caching goes on at the shard it was killed in.
+it is written in `data/shards.py`. A killed caching goes on at the shard it was killed in.
 """
 
 import fcntl

@@ -33,7 +33,7 @@ class Sampler:
     """Draws images with the scheduler, text encoder and VAE of `pipeline`, and any UNet that fits between them.
 
     `guidance_scale` 1 runs the UNet once per image and step; above 1 each step is one UNet batch of 2B. A UNet with
-    `time_cond_proj_dim` is told the scale instead, and runs once. `scheduler` takes the place of the pipeline's own.
+    guidance embedding takes the scale instead, and runs once. `scheduler` takes the place of the pipeline's own.
     Stochastic schedulers draw from one generator per image, so they are as reproducible as the others (η is 0).
     `precision` is that of networks whose weights are float32: float32 strictly, tf32, or the UNet in bfloat16 by
     autocast and the decoder in TF32 where the device has it.

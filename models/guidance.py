@@ -46,16 +46,16 @@ def guided(
 
 
 def with_guidance_embedding(unet: PrunableUNet2DConditionModel, width: int) -> PrunableUNet2DConditionModel:
-    """A copy that is told its guidance scale, and does not listen yet: its answers are those of `unet`.
+    """A copy that takes its guidance scale as an input, of zero weight still: its predictions are those of `unet`.
 
-    One that is told already is given back as it is; ValueError where its embedding has another width.
+    A network that has an embedding is given back as it is; ValueError where it has another width.
     """
-    if (own := guidance_embed_dim(unet)) not in (0, width):
-        raise ValueError(f"ladder.guidance_width={width}, but the network is told its guidance in a width of {own}")
-    if own:
+    if (existing := guidance_embed_dim(unet)) not in (0, width):
+        raise ValueError(f"ladder.guidance_width={width}, but the network's guidance embedding has {existing} numbers")
+    if existing:
         return unet
-    told = PrunableUNet2DConditionModel.from_config(dict(unet.config), time_cond_proj_dim=width)
-    missing, unexpected = told.load_state_dict(unet.state_dict(), strict=False)
+    new = PrunableUNet2DConditionModel.from_config(dict(unet.config), time_cond_proj_dim=width)
+    missing, unexpected = new.load_state_dict(unet.state_dict(), strict=False)
     assert not unexpected and set(missing) <= {"time_embedding.cond_proj.weight"}, (missing, unexpected)
-    nn.init.zeros_(told.time_embedding.cond_proj.weight)
-    return told.to(next(unet.parameters()).device).train(unet.training)
+    nn.init.zeros_(new.time_embedding.cond_proj.weight)
+    return new.to(next(unet.parameters()).device).train(unet.training)
