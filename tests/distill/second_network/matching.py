@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from slimstep.distill.teaching import Rung
 from slimstep.engine.objective import STUDENT, Batch, Metrics, Requirements
+from slimstep.models.conditioning import Conditioning
+from slimstep.models.denoiser import Denoiser
 from slimstep.models.denoising import draw_noisy
 from slimstep.models.noise_schedule import NoiseSchedule
 
@@ -19,9 +21,15 @@ class Matching:
     requires = Requirements(distils_steps=True)
 
     def __init__(
-        self, schedule: NoiseSchedule, empty_text_LE: Tensor, teacher: nn.Module, rung: Rung, score_updates: int = 2
+        self,
+        denoiser: Denoiser,
+        schedule: NoiseSchedule,
+        uncond: Conditioning,
+        teacher: nn.Module,
+        rung: Rung,
+        score_updates: int = 2,
     ):
-        self.schedule, self.empty_text_LE, self.teacher = schedule, empty_text_LE, teacher
+        self.denoiser, self.schedule, self.uncond, self.teacher = denoiser, schedule, uncond, teacher
         self.networks = {"fake_score": copy.deepcopy(teacher).float().requires_grad_()}
         self.score_updates = score_updates
 
@@ -31,13 +39,13 @@ class Matching:
     def loss(
         self, networks: Mapping[str, nn.Module], batch: Batch, generator: torch.Generator, update: str
     ) -> tuple[Tensor, Metrics]:
-        noisy = draw_noisy(batch, self.schedule, self.empty_text_LE, 0.0, generator)
+        noisy = draw_noisy(batch, self.schedule, self.uncond, 0.0, generator)
         with torch.set_grad_enabled(update == STUDENT):
-            student = networks[STUDENT](*noisy.inputs, return_dict=False)[0].float()
+            student = self.denoiser(networks[STUDENT], *noisy.inputs)
         with torch.set_grad_enabled(update != STUDENT):
-            fake = networks["fake_score"](*noisy.inputs, return_dict=False)[0].float()
+            fake = self.denoiser(networks["fake_score"], *noisy.inputs)
         if update != STUDENT:
             return nn.functional.mse_loss(fake, student), {}
         with torch.no_grad():
-            real = self.teacher(*noisy.inputs_in(self.teacher.dtype), return_dict=False)[0].float()
+            real = self.denoiser(self.teacher, *noisy.inputs)
         return nn.functional.mse_loss(student, (student - fake + real).detach()), {}
