@@ -16,7 +16,8 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel, Removed
+from slimstep.models.families.prunable import Removed
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 
 LATENT_PIXELS = 4096  # of a part: 16 images of 16×16, one of 64×64
 
