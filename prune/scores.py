@@ -19,9 +19,9 @@ from torch import Tensor
 
 from slimstep.data.prompts import PromptSet
 from slimstep.engine.parallel import map_batches
-from slimstep.eval.metrics.clip import CLOSEST_MSE, psnr
+from slimstep.eval.metrics.clip import CLOSEST_MSE, ClipScorer, psnr
 from slimstep.eval.metrics.compare import mean_and_error, split_half_agreement
-from slimstep.eval.metrics.metric import Metric
+from slimstep.eval.metrics.metric import Metric, as_metric
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import shuffles
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
@@ -79,10 +79,10 @@ def known(value: float) -> float | None:
 def score_blocks(
     unet: PrunableUNet2DConditionModel,
     sampler: Sampler,
-    metric: Metric,
+    metric: Metric | ClipScorer,
     prompts: PromptSet,
     batch_size: int,
-    accelerator: Accelerator,
+    accelerator: Accelerator | None = None,
     keep: Path | None = None,
 ) -> ScoreTable:
     """Every removal on every prompt by a per-image metric: (1 + blocks) · prompts images. `batch_size` counts images.
@@ -90,8 +90,9 @@ def score_blocks(
     Finished batches lie under `keep` until all are there.
     """
     texts, blocks = prompts.prompts, tuple(unet.kept_blocks)
+    metric, draw = as_metric(metric), partial(sampler.images, unet, texts)
     metric.prepare(texts)
-    draw, shared = partial(sampler.images, unet, texts), (batch_size, accelerator)
+    shared = batch_size, accelerator or Accelerator()
     base = map_batches(draw, len(texts), *shared, "images of the base", keep and keep / "base")
 
     def ablate(items: list[int]) -> Tensor:
