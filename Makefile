@@ -27,7 +27,7 @@ $(READY): pyproject.toml slimstep/constraints.txt
 	rm -f $(VENV)/ready*
 	touch $@
 
-.PHONY: help setup demo test slow huge lint docs tested clean
+.PHONY: help setup demo test slow huge lint types docs tested clean
 
 help:  ## explain the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -49,14 +49,17 @@ huge: setup  ## ten minutes and 15 GB of memory: steps of every training of a ra
 lint: setup  ## ruff
 	$(BIN)/ruff check .
 
+types: setup $(SOURCES)  ## mypy, over the interfaces that pyproject.toml lists
+	$(BIN)/mypy
+
 docs: setup $(SOURCES)  ## the documentation as a site, site/index.html; a dead link inside it is an error
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 tested:  ## raise slimstep/constraints.txt: every test with the newest releases, the file and README's line, the fast ones with the oldest torch
 	rm -rf .venv-latest .venv-oldest
-	$(MAKE) lint docs test slow VENV=.venv-latest LATEST=1
+	$(MAKE) lint types docs test slow VENV=.venv-latest LATEST=1
 	.venv-latest/bin/python scripts/tested_set.py
 	$(MAKE) test VENV=.venv-oldest TORCH=$(OLDEST_TORCH)
 
 clean:  ## remove runs, caches and the environment
-	rm -rf $(VENV) .venv-latest .venv-oldest runs outputs site $(SOURCES) .pytest_cache .ruff_cache
+	rm -rf $(VENV) .venv-latest .venv-oldest runs outputs site $(SOURCES) .mypy_cache .pytest_cache .ruff_cache

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate import Accelerator
@@ -30,6 +30,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from slimstep import ROOT
 from slimstep.engine.components import named_job
+from slimstep.engine.config import as_dict
 from slimstep.engine.files import whole_folder, write_json
 from slimstep.engine.identity import WATCHING
 from slimstep.engine.planning import Plan, duration
@@ -84,7 +85,7 @@ class Chain:
         table = self.config.stages[name]
         if not OmegaConf.is_dict(table):
             raise ValueError(f"stages.{name}={table} must be a table of what changes in +experiment={name}")
-        told = OmegaConf.to_container(table, resolve=True)
+        told = as_dict(table)
         own = f"{self.path}/"
         inputs = tuple(dict.fromkeys(text.removeprefix(own) for text in strings(told) if text.startswith(own)))
         if placed := {"root", "name"} & set(told):
@@ -95,7 +96,7 @@ class Chain:
                 raise ValueError(f"stages.{name} is made from {self.path / product}, which no stage before it makes")
         place = {"root": str(self.path), "name": name}
         cache = {"data": {"cache": {"folder": str(self.config.data.cache.folder)}}}
-        words = stage_words(name, OmegaConf.to_container(OmegaConf.merge(cache, told)))
+        words = stage_words(name, as_dict(cast(DictConfig, OmegaConf.merge(cache, told)), resolve=False))
         return Stage(name, (*words, *(f"{key}={hydra_value(value)}" for key, value in place.items())), inputs)
 
     def composed(self, stage: Stage) -> DictConfig:
@@ -173,7 +174,7 @@ class Chain:
 
     def planned(self, stage: Stage, **changes: Any) -> DictConfig:
         """With plan=true. The teacher, as large as any, stands for models that are not made yet; null for files."""
-        config = OmegaConf.to_container(self.configs[stage.name], resolve=False)
+        config = as_dict(self.configs[stage.name], resolve=False)
         teacher = self.config.model.get("name_or_path")
         stand_ins = {str(self.path / name): None if Path(name).suffix else teacher for name in self.absent(stage)}
         return self.checked(OmegaConf.create({**with_texts(config, stand_ins), "plan": True, **changes}))
@@ -279,7 +280,7 @@ class Chain:
             record = self.record(stage.name)
             if record.get("files") != self.sizes(stage.name):
                 return False
-            config = OmegaConf.to_container(self.configs[stage.name], resolve=True)
+            config = as_dict(self.configs[stage.name])
             same = not Run(self.path / stage.name, self.accelerator).changed(config, WATCHING)
             return same and record["inputs"] == self.seen_inputs(stage)
 

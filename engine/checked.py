@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
@@ -17,7 +17,7 @@ from yaml import YAMLError
 
 from slimstep import ROOT
 from slimstep.engine.checks import check_minimum
-from slimstep.engine.config import schema
+from slimstep.engine.config import Config, schema
 from slimstep.engine.names import check_name, disk_name
 from slimstep.engine.renamed import rename_keys, replace_moved
 
@@ -31,7 +31,7 @@ def checked_config(config: DictConfig) -> DictConfig:
     rename_keys(config)
     if unknown := list(unknown_keys(schema(), config)):
         raise ValueError(f"the configuration has no key {unknown[0]}, which +{unknown[0]}=… would add")
-    config = OmegaConf.merge(schema(), config)
+    config = cast(DictConfig, OmegaConf.merge(schema(), config))
     replace_moved(config)
     check_given(config)
     for section in config:
@@ -47,7 +47,7 @@ def checked_config(config: DictConfig) -> DictConfig:
         raise ValueError(f"mixed_precision={config.mixed_precision!r} is unknown{given}; choose from {PRECISIONS}")
     if config.mixed_precision == "fp16" and not has_gpu():
         raise ValueError("mixed_precision=fp16 needs a GPU, and there is none; choose bf16, or no for float32")
-    OmegaConf.get_type(config).check(config)
+    cast(type[Config], OmegaConf.get_type(config)).check(config)
     run_path(config)
     return config
 
@@ -91,7 +91,7 @@ def has_gpu() -> bool:
 
 def unknown_keys(schema: DictConfig, config: DictConfig, prefix: str = "") -> Iterator[str]:
     """Keys that a `+` added to the typed part of the configuration, where nothing would read them."""
-    for key in config:
+    for key in map(str, config):
         if key not in schema:
             yield f"{prefix}{key}"
         elif is_dataclass(OmegaConf.get_type(schema, key)):

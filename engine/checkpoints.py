@@ -3,9 +3,11 @@
 import json
 import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
 
 from slimstep.engine.ema import DeviceEMA
 from slimstep.engine.files import digest, digests, unwritable, write_text
@@ -34,7 +36,7 @@ class Checkpoints:
         self,
         folder: Path,
         keep: int,
-        accelerator,
+        accelerator: Accelerator,
         ema: DeviceEMA | None = None,
         networks: tuple[str, ...] = (STUDENT,),
     ):
@@ -66,7 +68,7 @@ class Checkpoints:
                 shutil.rmtree(self.path(old))
         self.accelerator.wait_for_everyone()
 
-    def load_newest(self, agreed) -> int:
+    def load_newest(self, agreed: Callable[[int | None], int]) -> int:
         """Loads the newest whole checkpoint and returns its step, 0 where there is none; names the torn ones.
 
         `agreed` gives rank 0's word to all: it alone reads the digests.

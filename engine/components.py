@@ -10,10 +10,13 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+from slimstep.engine.config import as_dict
+from slimstep.engine.planning import Plan
+
 ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
 
 
-def component(config: DictConfig, key: str, **given) -> Any:
+def component(config: DictConfig, key: str, **given: Any) -> Any:
     """What `key` of the configuration describes; ValueError where it describes nothing, or with wrong values.
 
     What its constructor raises for a user's mistake is raised as it is, without Hydra's words around it.
@@ -37,7 +40,7 @@ def check(described: Any, key: str) -> None:
     except (ImportError, ValueError) as error:
         raise ValueError(f"{key}._target_={described['_target_']}: {str(error).splitlines()[0]}") from error
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    for name, value in OmegaConf.to_container(described, resolve=True).items():
+    for name, value in as_dict(described).items():
         if name not in hints or (isinstance(value, dict) and "_target_" in value):
             continue  # unknown names are told when it is made; what has a target is checked by its own
         try:
@@ -46,7 +49,7 @@ def check(described: Any, key: str) -> None:
             raise ValueError(f"{key}.{name}={value!r}: {error.errors()[0]['msg']}") from error
 
 
-def named_job(name: str) -> Callable[..., int]:
+def named_job(name: str) -> Callable[..., int | Plan]:
     """The function that the configuration names. ValueError where there is none, or it is no job."""
     try:
         job = hydra.utils.get_method(name)

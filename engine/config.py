@@ -6,7 +6,7 @@ Every folder adds those of its jobs in a config.py of its own, and configs/schem
 import math
 import os
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
@@ -119,6 +119,11 @@ class Config:
     @staticmethod
     def check(config: DictConfig) -> None:
         """ValueError for what no single field can tell; the folders above have their own."""
+
+
+def as_dict(section: DictConfig, resolve: bool = True) -> dict[str, Any]:
+    """A section of the configuration as a plain table; what refers to other keys is filled in, unless not `resolve`."""
+    return cast(dict[str, Any], OmegaConf.to_container(section, resolve=resolve))
 
 
 def schema() -> DictConfig:

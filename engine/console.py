@@ -10,7 +10,10 @@ import json
 import locale
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 SPELT = {
     "→": "->", "←": "<-", "−": "-", "–": "-", "—": "-", "─": "-", "│": "|", "…": "...", "±": "+/-", "×": "x", "·": "*",
@@ -21,8 +24,9 @@ SPELT = {
 HANDLER = "slimstep.spelt"
 
 
-def spelt(error: UnicodeEncodeError) -> tuple[str, int]:
+def spelt(error: UnicodeError) -> tuple[str, int]:
     """The error handler of an encoding: what it lacks as letters that it has, and as an escape where we know none."""
+    assert isinstance(error, UnicodeEncodeError), f"{error!r} is of reading, and this handler of writing"
     lacking = error.object[error.start : error.end]
     return "".join(SPELT.get(sign) or sign.encode("ascii", "backslashreplace").decode() for sign in lacking), error.end
 
@@ -30,14 +34,14 @@ def spelt(error: UnicodeEncodeError) -> tuple[str, int]:
 class LeftReader(io.FileIO):
     """A descriptor that is written to for as long as anybody reads it; what comes after that is dropped."""
 
-    def write(self, data) -> int | None:
+    def write(self, data: "ReadableBuffer", /) -> int:
         try:
             return super().write(data)
         except BrokenPipeError:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self.fileno())
             os.close(nowhere)
-            return len(data)
+            return memoryview(data).nbytes
 
 
 def open_console() -> None:
@@ -53,7 +57,7 @@ def open_console() -> None:
     sys.stdout, sys.stderr = lasting(sys.stdout, live=False), lasting(sys.stderr, live=True)
 
 
-def lasting(stream: io.TextIOWrapper | None, live: bool) -> io.TextIOWrapper | None:
+def lasting(stream: TextIO | None, live: bool) -> TextIO | None:
     """`stream` over the same descriptor, with an encoding that lacks nothing; None where there is none (`>&-`).
 
     `live`: every line is written at once, as on a terminal; everything is where PYTHONUNBUFFERED asks for it.

@@ -15,6 +15,8 @@ class DeviceEMA(EMAModel):
     A step is one interpolation in place: EMAModel's own holds all differences at once, another copy of the network.
     """
 
+    shadow_params: list[Tensor]
+
     @torch.no_grad()
     def step(self, parameters: Iterable[nn.Parameter]) -> None:
         self.optimization_step += 1
@@ -43,7 +45,8 @@ class DeviceEMA(EMAModel):
 
 def local(tensor: Tensor) -> Tensor:
     """This rank's shard, or the tensor itself."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    detached = tensor.detach()
+    return detached.to_local() if isinstance(detached, DTensor) else detached
 
 
 def whole(tensor: Tensor, keep: bool) -> Tensor | None:

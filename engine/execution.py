@@ -20,14 +20,14 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import InitProcessGroupKwargs
 from hydra.errors import InstantiationException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from slimstep import ROOT
 from slimstep.engine.chain import Chain
 from slimstep.engine.checked import MISTAKES, checked_config, run_path
 from slimstep.engine.components import named_job
-from slimstep.engine.config import Config
+from slimstep.engine.config import as_dict
 from slimstep.engine.files import damaged
 from slimstep.engine.identity import SCORER_CHECK, WATCHING
 from slimstep.engine.planning import Plan
@@ -47,7 +47,7 @@ def quiet_libraries() -> None:
     diffusers.utils.logging.disable_progress_bar()
 
 
-def execute(config: Config) -> int:
+def execute(config: DictConfig) -> int:
     """Runs one job, or a chain of them, and returns its exit code, 1 after a mistake."""
     quiet_libraries()
     try:
@@ -69,7 +69,7 @@ def execute(config: Config) -> int:
         GradientState._reset_state()
 
 
-def told(error: Exception, config: DictConfig) -> str:
+def told(error: BaseException, config: DictConfig) -> str:
     """One line for what ended a job, and in which stage. The traceback of what nobody foresaw is kept in the run's
     directory."""
     stage = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
@@ -89,17 +89,17 @@ def told(error: Exception, config: DictConfig) -> str:
     return f"error: {what}  (not foreseen; its traceback is in {kept})"
 
 
-def is_lost_connection(error: Exception) -> bool:
+def is_lost_connection(error: BaseException) -> bool:
     """Whether a collective failed since a neighbour is gone: NCCL and the store have types for it, gloo has none."""
     return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def run_chain(config: Config) -> int:
+def run_chain(config: DictConfig) -> int:
     """Every stage in turn. A stage has its own configuration and its own tracker; the chain has neither."""
     return Chain(config, run_path(config), make_accelerator(config), run_job, planned_job, checked_config).execute()
 
 
-def make_accelerator(config: Config, **options) -> Accelerator:
+def make_accelerator(config: DictConfig, **options: Any) -> Accelerator:
     forget_accelerator()  # of the stage before, which may have had another precision
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.mixed_precision,
                        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **options)  # fmt: skip
@@ -111,7 +111,7 @@ def forget_accelerator() -> None:
     GradientState._reset_state()
 
 
-def make_run(config: Config) -> Run:
+def make_run(config: DictConfig) -> Run:
     if config.threads:
         torch.set_num_threads(config.threads)
     path = run_path(config)
@@ -119,22 +119,24 @@ def make_run(config: Config) -> Run:
     return Run(path, accelerator, seed=config.seed)
 
 
-def planned_job(config: Config, strict: bool = False) -> Plan:
+def planned_job(config: DictConfig, strict: bool = False) -> Plan:
     """What a job would do; nothing is written. Where its directory is another configuration's a plan is that of a new
     run, and says so; ValueError there if it is `strict`."""
     run = make_run(config)
     try:
         if not config.run.overwrite:
-            run.check_config(OmegaConf.to_container(config, resolve=True), ignoring=WATCHING)
+            run.check_config(as_dict(config), ignoring=WATCHING)
     except ValueError as error:
         if strict:
             raise
         log.warning(f"{one_line(error)}. This is the plan of a new run")
         run.path = run.path.with_name(f"{run.path.name}.new")
-    return named_job(config.job)(config, run)
+    plan = named_job(config.job)(config, run)
+    assert isinstance(plan, Plan), f"{config.job} gave {plan!r} for plan=true"
+    return plan
 
 
-def run_job(config: Config) -> int:
+def run_job(config: DictConfig) -> int:
     """Runs or continues a job and returns its exit code; under plan=true it tells what it would do."""
     if config.plan:
         plan = planned_job(config)
@@ -142,7 +144,7 @@ def run_job(config: Config) -> int:
             print(plan.text)
         return 0
     run, job = make_run(config), named_job(config.job)
-    resolved = OmegaConf.to_container(config, resolve=True)
+    resolved = as_dict(config)
     with leaving_nothing(run):
         return run_kept(config, run, job, resolved)
 
@@ -162,7 +164,7 @@ def leaving_nothing(run: Run) -> Iterator[None]:
         raise
 
 
-def run_kept(config: Config, run: Run, job: Callable[..., int], resolved: dict[str, Any]) -> int:
+def run_kept(config: DictConfig, run: Run, job: Callable[..., int | Plan], resolved: dict[str, Any]) -> int:
     """Runs or continues a job in its directory, which keeps its configuration; returns the job's exit code."""
     path = run.path
     run.keep_config(resolved, ignoring=WATCHING, overwrite=config.run.overwrite)
@@ -175,6 +177,7 @@ def run_kept(config: Config, run: Run, job: Callable[..., int], resolved: dict[s
         run.tracker = Tracker(run.accelerator, config.tracker, path, resolved, run_id)
     with logging_redirect_tqdm():
         code = job(config, run)
+    assert isinstance(code, int), f"{config.job} gave {code!r}, which is no exit code"
     if run.tracker:
         run.tracker.finish()
     return code

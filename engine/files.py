@@ -48,7 +48,8 @@ def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.aside")
     with unwritable(aside):
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, metadata)
+        kept = None if metadata is None else dict(metadata)
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, aside, kept)
     aside.chmod(0o644)
     flush(aside)
     os.replace(aside, path)

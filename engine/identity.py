@@ -21,6 +21,7 @@ import yaml
 from hydra.core.override_parser.types import Override
 
 from slimstep.engine.renamed import is_same, with_new_keys
+from slimstep.engine.words import as_typed
 
 SCORER_CHECK = "scorer_check.json"  # what eval/scorer_check.py has measured
 GROWING = ("ladder.steps", "curves.steps", "curves.guidance")
@@ -64,7 +65,7 @@ def value_text(word: Override) -> str:
     """What stands behind the equals sign, without quotes around all of it."""
     if word.is_delete():
         return "none"
-    text = word.input_line.partition("=")[2].strip()
+    text = as_typed(word).partition("=")[2].strip()
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
@@ -121,7 +122,8 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
     tables = [value for value in (old, new) if isinstance(value, dict)]
     if not tables or not all(value is None or isinstance(value, dict) for value in (old, new)):
         return {} if is_same(prefix, old, new) else {prefix: (old, new)}
-    old, new, found = old or {}, new or {}, {}
+    old, new = old or {}, new or {}
+    found: dict[str, tuple[Any, Any]] = {}
     for key in {**old, **new}:
         found |= differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
     return found

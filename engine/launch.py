@@ -7,6 +7,7 @@ import difflib
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import hydra
@@ -18,6 +19,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from slimstep import ROOT
 from slimstep.engine.checked import CONFIGS, MISTAKES, checked_config, run_path
+from slimstep.engine.config import as_dict
 from slimstep.engine.identity import existing_run, run_name
 from slimstep.engine.launcher import check_launcher, is_on
 from slimstep.engine.preemption import CONTINUE_ME, leave_on_sigterm, was_preempted
@@ -237,7 +239,7 @@ def named(config: DictConfig) -> DictConfig:
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         same = HydraConfig.get().job.config.override_dirname.exclude_keys
         words, below = [word for word in words if word.key_or_group in same], run_path(config).name
-    content = OmegaConf.to_container(config, resolve=True)
+    content = as_dict(config)
     config.name = existing_run(Path(config.root), config.name, below, content) or run_name(config.name, words)
     return config
 
@@ -246,7 +248,7 @@ def check_chosen(config: DictConfig) -> None:
     """ValueError for own images or prompts without a word of the model and the scorer: those that stand where none is
     named know drawn shapes alone, and what they make and say of photographs is noise."""
     keys = {parsed(word).key_or_group for word in HydraConfig.get().overrides.task}
-    asks = ASKING.get(str(config.job), () if config.job else ("model", "scorer"))
+    asks: Sequence[str] = ASKING.get(str(config.job), () if config.job else ("model", "scorer"))
     if OmegaConf.select(config.data, "pairs._target_") != "slimstep.data.shapes.ShapesPairs":
         own = f"data={HydraConfig.get().runtime.choices.get('data')}"
     else:

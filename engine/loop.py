@@ -12,8 +12,10 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any, Protocol, cast
 
 import torch
+from accelerate import Accelerator
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -41,6 +43,13 @@ from slimstep.engine.sharding import as_number, copy_to_shard, is_sharded, whole
 from slimstep.engine.trained import prepared
 
 WEIGHTS = "weights.safetensors"
+
+
+class Samples(Protocol):
+    """What is trained on: samples by index, and how many there are. Where it has `collate`, that makes its batches."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Any: ...
 
 
 class StepBatches(Sampler[list[int]]):
@@ -84,7 +93,7 @@ class StepBatches(Sampler[list[int]]):
 class RunningMeans:
     """The metrics since they were last logged; every checkpoint follows a log line, so none of this is saved."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.sums: dict[str, Tensor] = {}
         self.counts: dict[str, int] = {}
         self.finite: list[Tensor] = []  # per step: whether its losses and gradients were finite on this rank
@@ -108,7 +117,7 @@ class RunningMeans:
         self.finite.append(torch.stack(self.checked).isfinite().all())
         self.checked = []
 
-    def take(self, accelerator) -> tuple[dict[str, float], int | None]:
+    def take(self, accelerator: Accelerator) -> tuple[dict[str, float], int | None]:
         """The means since the last call over all processes, and a new start.
 
         Beside them which of the steps, counted from 0, was the first that was not finite on this rank, if one was.
@@ -128,7 +137,7 @@ def logged_name(update: str, metric: str) -> str:
 class Speedometer:
     """Samples per second since it was last asked."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.samples, self.seconds = 0, time.perf_counter()
 
     def samples_per_second(self) -> float:
@@ -147,7 +156,7 @@ def learning_rate_at(step: int, config: TrainConfig, network: str = STUDENT) -> 
 
 
 def train(
-    model: nn.Module, objective: Objective | PlainObjective, dataset: Dataset, config: TrainConfig, run: Run, stage: str
+    model: nn.Module, objective: Objective | PlainObjective, dataset: Samples, config: TrainConfig, run: Run, stage: str
 ) -> nn.Module:
     """Trains `model` in place under `runs/<name>/<stage>/` and returns it in eval mode, with its EMA weights.
 
@@ -157,7 +166,7 @@ def train(
     Raises FloatingPointError when the loss is not finite, ValueError when the checkpoint was made by another number of
     processes or with other networks, the data set is empty, or the objective cannot be trained in this way.
     """
-    config = OmegaConf.to_object(config) if OmegaConf.is_config(config) else config
+    config = cast(TrainConfig, OmegaConf.to_object(config)) if OmegaConf.is_config(config) else config
     folder = run.path / stage
     if trained(run, stage):
         return load_trained(model, run, stage)
@@ -165,7 +174,7 @@ def train(
         raise ValueError(f"the data set of stage {stage!r} is empty; look at data=...")
     check_requirements(objective, config, run.accelerator)
     if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
+        model.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' networks have it
     if config.channels_last:
         model.to(memory_format=torch.channels_last)
     folder.mkdir(parents=True, exist_ok=True)
@@ -182,7 +191,7 @@ def train(
     if config.compile:
         torch.compiler.reset()  # dynamo keeps eight graphs of a forward, whosever it is: the next stage wants its own
     if config.gradient_checkpointing:
-        model.disable_gradient_checkpointing()
+        model.disable_gradient_checkpointing()  # type: ignore[operator]
     if config.channels_last:
         model.to(memory_format=torch.contiguous_format)
     return model.eval()
@@ -209,7 +218,7 @@ def load_trained(model: nn.Module, run: Run, stage: str) -> nn.Module:
 def _run_steps(
     student: nn.Module,
     objective: Objective,
-    dataset: Dataset,
+    dataset: Samples,
     config: TrainConfig,
     run: Run,
     stage: str,
@@ -288,11 +297,11 @@ def _run_steps(
 
 
 def _batches(
-    dataset: Dataset, objective: Objective, config: TrainConfig, seed: int, first_step: int, accelerator
+    dataset: Samples, objective: Objective, config: TrainConfig, seed: int, first_step: int, accelerator: Accelerator
 ) -> Iterator[Batch]:
     rank, world = accelerator.process_index, accelerator.num_processes
     loader = DataLoader(
-        dataset,
+        cast(Dataset, dataset),
         batch_sampler=StepBatches(
             len(dataset), config, seed, first_step, rank, world, lambda step: len(objective.updates(step))
         ),
@@ -306,7 +315,7 @@ def _batches(
         yield {k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
 
 
-def _stop_at(step: int, dataset: Dataset, objective: Objective, config: TrainConfig, run: Run, stage: str) -> None:
+def _stop_at(step: int, dataset: Samples, objective: Objective, config: TrainConfig, run: Run, stage: str) -> None:
     """Keeps this rank's samples of a step whose loss or gradient is not finite, and raises FloatingPointError."""
     accelerator, folder = run.accelerator, run.path / stage
     rank = accelerator.process_index

@@ -6,7 +6,7 @@ more networks, as a discriminator or the score of the student's own images, foll
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from accelerate import Accelerator
@@ -101,7 +101,9 @@ def requirements(objective: Any) -> Requirements:
 
 def as_objective(objective: Objective | PlainObjective) -> Objective:
     """The objective itself, or the plain callable as one."""
-    return objective if hasattr(objective, "loss") else StudentObjective(objective)
+    if hasattr(objective, "loss"):
+        return cast(Objective, objective)
+    return StudentObjective(objective)
 
 
 def check_requirements(objective: Objective | PlainObjective, config: TrainConfig, accelerator: Accelerator) -> None:

@@ -23,12 +23,12 @@ def make_optimizer(parameters: list[nn.Parameter], config: TrainConfig) -> torch
     if config.optimizer == "adafactor":
         own_rate = {"scale_parameter": False, "relative_step": False, "warmup_init": False}
         return Adafactor(parameters, config.learning_rate, weight_decay=decay, **own_rate)
-    options = {"betas": tuple(config.betas), "weight_decay": decay}
+    first, second = config.betas
     if config.optimizer == "adamw8bit":
         from torchao.optim import AdamW8bit
 
-        return AdamW8bit(parameters, config.learning_rate, **options)
-    return torch.optim.AdamW(parameters, config.learning_rate, fused=True, **options)
+        return AdamW8bit(parameters, config.learning_rate, betas=(first, second), weight_decay=decay)
+    return torch.optim.AdamW(parameters, config.learning_rate, (first, second), weight_decay=decay, fused=True)
 
 
 def check_optimizer(config: TrainConfig) -> None:

@@ -48,14 +48,17 @@ def gathered(mine: list[Tensor], batches: list[Tensor], world: int) -> Tensor:
 
     Over gloo, for NCCL would take the GPUs' memory, and a batch of every rank at a time: all at once is many copies.
     """
-    values, mine = None, mine[::-1]
+    values: Tensor | None = None
+    mine = mine[::-1]
     for first in range(0, len(batches), world):
         of_ranks: list[Tensor | None] = [None] * world
         torch.distributed.all_gather_object(of_ranks, mine.pop() if mine else None, group=sleeping_ranks())
         for indices, given in zip(batches[first : first + world], of_ranks, strict=False):
+            assert given is not None, "a rank gave no values for its batch"
             if values is None:
                 values = given.new_empty(sum(map(len, batches)), *given.shape[1:])
             values[indices] = given
+    assert values is not None, "there are no batches"
     return values
 
 

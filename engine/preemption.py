@@ -5,7 +5,14 @@ so at once, for what is not whole yet is made again. The same command continues.
 """
 
 import signal
+from collections.abc import Callable
+from types import FrameType
+from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+Handler = Callable[[int, FrameType | None], Any] | int | None  # what signal.signal takes and returns
 CONTINUE_ME = 75  # EX_TEMPFAIL of sysexits.h: failed for now, the caller is invited to try again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # everybody's, and submitit's, which then puts the job back into the queue
 
@@ -20,7 +27,7 @@ class Preempted(SystemExit):
 def leave_on_sigterm() -> None:
     """From now on SIGTERM raises Preempted in the main thread."""
 
-    def leave(signum, frame):
+    def leave(signum: int, frame: FrameType | None) -> None:
         raise Preempted
 
     signal.signal(signal.SIGTERM, leave)
@@ -36,23 +43,23 @@ class NotedSignals:
 
     def __init__(self) -> None:
         self.came: list[int] = []
-        self.handlers = {}
+        self.handlers: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> "NotedSignals":
         self.handlers = {wanted: signal.signal(wanted, self.note) for wanted in SIGNALS}
         return self
 
-    def note(self, signum: int, frame) -> None:
+    def note(self, signum: int, frame: FrameType | None) -> None:
         self.came.append(signum)
 
-    def __exit__(self, error: type | None, *details) -> None:
+    def __exit__(self, error: type | None, *details: object) -> None:
         for wanted, handler in self.handlers.items():
             signal.signal(wanted, handler)
         if error is None:
             for signum in self.came:
                 signal.raise_signal(signum)
 
-    def on_any_rank(self, accelerator) -> list[int]:
+    def on_any_rank(self, accelerator: "Accelerator") -> list[int]:
         """The signals that came on this rank or another; all ranks ask together, so that all take the same way."""
         import torch  # here, since whoever only leaves by signal does without it
 

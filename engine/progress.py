@@ -1,6 +1,8 @@
 """Progress bars: live in a terminal, a line now and then in a log file, nothing for work of a moment."""
 
 import sys
+from collections.abc import Callable, Iterable
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
@@ -10,8 +12,10 @@ SECONDS, SECONDS_IN_LOGS = 0.2, 10
 class LinesInLogs(tqdm):
     """A bar whose every state is a line of its own: a log file knows no carriage return."""
 
+    disable: bool
+
     @staticmethod
-    def status_printer(file):
+    def status_printer(file: TextIO) -> Callable[[str], None]:
         def write(line: str) -> None:
             if line:
                 file.write(f"{line}\n")
@@ -32,7 +36,7 @@ class LinesInLogs(tqdm):
         self._decr_instances(self)
 
 
-def progress(iterable=None, **options) -> tqdm:
+def progress(iterable: Iterable | None = None, **options: Any) -> tqdm:
     """tqdm with this project's manners; takes tqdm's own arguments."""
     live = sys.stderr.isatty()
     seconds = SECONDS if live else SECONDS_IN_LOGS

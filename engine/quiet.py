@@ -8,7 +8,7 @@ from logging import CRITICAL
 LINE, HEAD, SHOWN, NAME = 600, 420, 3, 100  # characters; characters; names; characters
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """What an error says, in a bounded line. The whole text is in the exception."""
     return bounded(str(error))
 

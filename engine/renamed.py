@@ -2,6 +2,7 @@
 
 import logging
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -70,7 +71,8 @@ def at_their_place(value: Any) -> Any:
 
 def replace_moved(config: DictConfig | ListConfig) -> None:
     """Points `job` and every `_target_` of a configuration to where it lies now."""
-    for key in range(len(config)) if OmegaConf.is_list(config) else config:
+    keys: Iterable[Any] = range(len(config)) if OmegaConf.is_list(config) else config
+    for key in keys:
         if OmegaConf.is_missing(config, key) or OmegaConf.is_interpolation(config, key):
             continue
         if OmegaConf.is_config(config[key]):

@@ -184,4 +184,6 @@ class Run:
 @cache
 def sleeping_ranks() -> torch.distributed.ProcessGroup:
     """All ranks over gloo: those that wait for NCCL spin."""
-    return torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
+    assert isinstance(group, torch.distributed.ProcessGroup), "every rank belongs to it"
+    return group

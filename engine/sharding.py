@@ -47,8 +47,8 @@ def check_sharding(config: TrainConfig, accelerator: Accelerator, networks: Iter
 def tell_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
     """What DeepSpeed, where it is at work, has to know before it prepares a network: it clips by itself."""
     if is_deepspeed(accelerator):
-        told = {"train_micro_batch_size_per_gpu": config.batch_size, "gradient_accumulation_steps": 1}
-        told["gradient_clipping"] = config.max_grad_norm
+        told = {"train_micro_batch_size_per_gpu": config.batch_size, "gradient_accumulation_steps": 1,
+                "gradient_clipping": config.max_grad_norm}  # fmt: skip
         accelerator.state.deepspeed_plugin.deepspeed_config.update(told)
 
 

@@ -17,7 +17,7 @@ def direct_requirements() -> Iterator[Requirement]:
     """What pyproject.toml asks for, the optional parts included; an installed copy keeps it as its metadata."""
     file = ROOT / "pyproject.toml"
     if not file.exists():
-        yield from map(Requirement, requires("slimstep"))
+        yield from map(Requirement, requires("slimstep") or [])
         return
     project = tomllib.loads(file.read_text())["project"]
     for line in [*project["dependencies"], *(x for group in project["optional-dependencies"].values() for x in group)]:

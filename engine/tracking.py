@@ -21,13 +21,15 @@ class Tracker:
         self, accelerator: Accelerator, config: TrackerConfig, run_path: Path, run_config: dict[str, Any], run_id: str
     ):
         self.accelerator = accelerator
+        assert config.log_with, "a tracker of no kind"
         self.kind = config.log_with
         if find_spec(self.kind) is None:
             raise ValueError(f"tracker={self.kind} is not installed; pip install {self.kind}, or choose tracker=none")
         mode = os.environ.get("WANDB_MODE", config.mode)
         hparams = run_config if self.kind == "wandb" else None  # TensorBoard takes flat scalars only
         name, group = (disk_name(path.name, LONGEST_OF_WANDB) for path in (run_path, run_path.parent))
-        wandb = {"dir": str(run_path), "name": name, "group": group, "id": run_id, "mode": mode, "resume": "allow"}
+        wandb: dict[str, Any] = {"dir": str(run_path), "name": name, "group": group, "id": run_id, "mode": mode}
+        wandb["resume"] = "allow"
         if self.kind == "wandb":
             import wandb as library
 

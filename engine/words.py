@@ -25,7 +25,7 @@ FUNCTIONS = "bool choice extend_list float glob int interval json_str range shuf
 STRUCTURED = re.compile(rf"\s*([{{'\"]|\[(?!\w*\][^,\[\]]+$)|({FUNCTIONS})\()")
 
 
-def compose(words: tuple[str, ...], **options) -> DictConfig:
+def compose(words: tuple[str, ...], **options: Any) -> DictConfig:
     """The configuration that these words make."""
     if GlobalHydra.instance().is_initialized():
         return hydra.compose("train", overrides=list(words), **options)
@@ -47,7 +47,7 @@ def stage_words(name: str, table: Mapping[str, Any]) -> tuple[str, ...]:
     base = experiment(name)
     of_table = dict(flat(table, base))
     given = [parsed(word) for word in HydraConfig.get().overrides.task]
-    general = [word.input_line for word in given if goes_to_all(word, base.hydra.runtime.choices)]
+    general = [as_typed(word) for word in given if goes_to_all(word, base.hydra.runtime.choices)]
     own = {word.key_or_group.removeprefix(f"stages.{name}."): word.value() for word in given
            if word.key_or_group.startswith(f"stages.{name}.")}  # fmt: skip
     # A group's choice is gone from the table where another word is about a key in it.
@@ -111,6 +111,12 @@ def is_readable(word: str) -> bool:
 
 def parsed(word: str) -> Override:
     return OverridesParser.create().parse_override(word)
+
+
+def as_typed(word: Override) -> str:
+    """The override as it stood on the command line."""
+    assert word.input_line is not None, f"{word} was not parsed"
+    return word.input_line
 
 
 def strings(value: Any) -> Iterator[str]:
