@@ -24,7 +24,6 @@ from omegaconf import DictConfig
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from slimstep import ROOT
-from slimstep.engine.chain import Chain
 from slimstep.engine.checked import MISTAKES, checked_config, run_path
 from slimstep.engine.components import named_job
 from slimstep.engine.config import as_dict
@@ -35,6 +34,7 @@ from slimstep.engine.preemption import Preempted, was_preempted
 from slimstep.engine.quiet import one_line
 from slimstep.engine.run import FINISHED, PATIENCE, TRACEBACK, Run
 from slimstep.engine.tracking import Tracker
+from slimstep.engine.workflow import Chain
 
 log = logging.getLogger("slimstep")
 

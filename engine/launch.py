@@ -22,11 +22,11 @@ from slimstep.engine.checked import CONFIGS, MISTAKES, checked_config, run_path
 from slimstep.engine.config import as_dict
 from slimstep.engine.identity import existing_run, run_name
 from slimstep.engine.launcher import check_launcher, is_on
+from slimstep.engine.overrides import is_readable, parsed, quoted
 from slimstep.engine.preemption import CONTINUE_ME, leave_on_sigterm, was_preempted
 from slimstep.engine.quiet import bounded, one_line
 from slimstep.engine.renamed import with_new_key
 from slimstep.engine.tested import outside_the_tested_set
-from slimstep.engine.words import is_readable, parsed, quoted
 
 MULTIRUN = {"-m", "--multirun"}
 ASKING = {  # what a job makes of own images: a chain, which has no job, both

@@ -16,9 +16,10 @@ KEYS = {
 OLD_KEY = re.compile(rf"([+~]*(?:stages\.[^.=]+\.)?)({'|'.join(map(re.escape, KEYS))})(?=[.=]|$)")
 
 MOVED = {
-    "engine.handover.hand_over": "slimstep.eval.handover.hand_over",
-    "eval.clip.ClipScorer": "slimstep.eval.metrics.clip.ClipScorer",
-    "eval.preference.PickScore": "slimstep.eval.metrics.preference.PickScore",
+    "slimstep.engine.handover.hand_over": "slimstep.eval.export_job.hand_over",
+    "slimstep.eval.clip.ClipScorer": "slimstep.eval.metrics.clip.ClipScorer",
+    "slimstep.eval.handover.hand_over": "slimstep.eval.export_job.hand_over",
+    "slimstep.eval.preference.PickScore": "slimstep.eval.metrics.preference.PickScore",
 }
 BARE = re.compile(r"(data|distill|engine|eval|models|prune)\.\w+(\.\w+)+")  # paths from before the one import root
 # What earlier versions did without saying it.
@@ -66,7 +67,8 @@ def at_their_place(value: Any) -> Any:
         return [at_their_place(inner) for inner in value]
     if not isinstance(value, str):
         return value
-    return MOVED.get(value) or (f"slimstep.{value}" if BARE.fullmatch(value) else value)
+    path = f"slimstep.{value}" if BARE.fullmatch(value) else value
+    return MOVED.get(path, path)
 
 
 def replace_moved(config: DictConfig | ListConfig) -> None:

@@ -16,10 +16,10 @@ import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
 
+from slimstep.engine.artifacts import CARD
 from slimstep.engine.files import damaged, digests, whole_folder, write_json, write_text
 from slimstep.engine.identity import differences, has_begun, has_grown
 from slimstep.engine.names import disk_name
-from slimstep.engine.products import CARD
 from slimstep.engine.tracking import Tracker
 
 log = logging.getLogger("slimstep")

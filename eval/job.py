@@ -40,7 +40,7 @@ from slimstep.eval.plan import Stage, image_rows, scorer_stage, stages_table, ti
 from slimstep.eval.record import Evaluation, read_evaluation
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import check_scorer
-from slimstep.eval.timing.first_image import compile_first
+from slimstep.eval.timing.cold_start import compile_first
 from slimstep.eval.timing.precision import settled
 from slimstep.eval.timing.setups import Setup, compile_networks
 from slimstep.models.cost import count_parameters

@@ -7,9 +7,9 @@ from PIL import Image
 from slimstep.engine.console import print_for_programs
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
+from slimstep.eval.benchmarking import SpeedBench
 from slimstep.eval.config import Config
 from slimstep.eval.pages.speed_page import cells, console_text, header, summary, write_speed_report
-from slimstep.eval.speed_bench import SpeedBench
 from slimstep.eval.speed_tables import TABLES
 
 log = logging.getLogger("slimstep")

@@ -8,7 +8,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from slimstep.eval.speed_bench import SETUP_FIELDS, SpeedBench, file_name
+from slimstep.eval.benchmarking import SETUP_FIELDS, SpeedBench, file_name
 from slimstep.eval.timing.setups import CannotRunError, Setup
 from slimstep.eval.timing.speed import Subject, Variant
 from slimstep.eval.timing.tasks import TASKS, task_pipeline

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from slimstep.engine.artifacts import CARD
 from slimstep.engine.files import write_text
-from slimstep.engine.products import CARD
 from slimstep.models.architecture import as_architecture
 
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")

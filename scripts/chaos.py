@@ -26,10 +26,10 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from slimstep.engine.artifacts import CARD
 from slimstep.engine.console import open_console
 from slimstep.engine.files import digest
 from slimstep.engine.preemption import CONTINUE_ME
-from slimstep.engine.products import CARD
 
 ROOT = Path(__file__).resolve().parents[1]
 # Accumulation, a worker in the loader, and 64 pairs in batches of 8: epochs end within the stage.

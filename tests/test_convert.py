@@ -10,9 +10,9 @@ from safetensors.torch import load_file, save_file
 from slimstep.commands.convert import main
 from slimstep.models.convert import left_out
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
-from tests.mistakes import told
 from tests.models.conftest import assert_equal_weights
 from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
+from tests.user_errors import told
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 from diffusers import DiffusionPipeline
 from safetensors.torch import load_file
 
-from tests.test_mistakes import JOB
+from tests.test_user_errors import JOB
 
 SHORT = ["data.pairs.size=16", "train.steps=2", "train.batch_size=4", "eval.prompts=4", "eval.batch_size=4"]
 JOBS = {

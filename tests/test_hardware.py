@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 import slimstep.engine.launch  # noqa: F401  registers the resolvers
 from slimstep.engine.checked import CONFIGS
-from tests.mistakes import told
+from tests.user_errors import told
 
 HARDWARE = sorted(path.stem for path in (CONFIGS / "hardware").glob("*.yaml"))
 TRAINING = ("prune_unet", "prune_vae", "distill_steps")

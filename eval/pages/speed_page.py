@@ -17,7 +17,7 @@ from slimstep.eval.pages.runs import read_json
 from slimstep.eval.pages.tables import console_table, csv_table, markdown_table
 from slimstep.eval.pages.text import digits, flatten, percent, signed
 from slimstep.eval.plan import size
-from slimstep.eval.timing.stopwatch import PARTS
+from slimstep.eval.timing.stage_timer import PARTS
 
 Row = Mapping[str, Any]
 Results = Mapping[str, Any]

@@ -31,7 +31,7 @@ from slimstep.eval.timing.capture import CapturedSampler
 from slimstep.eval.timing.latency import interleaved_times, one_thread
 from slimstep.eval.timing.memory import MemoryFrom
 from slimstep.eval.timing.setups import CannotRunError, Setup, prepare, running
-from slimstep.eval.timing.stopwatch import watched
+from slimstep.eval.timing.stage_timer import watched
 from slimstep.models.pipeline import networks
 
 # What torch says where a device has no kernel for a dtype, a size or an operation.

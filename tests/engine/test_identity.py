@@ -10,8 +10,8 @@ from omegaconf import OmegaConf
 from slimstep.engine.checked import run_path
 from slimstep.engine.identity import differences, run_name
 from slimstep.engine.launch import main
+from slimstep.engine.overrides import parsed
 from slimstep.engine.renamed import KEYS, rename_keys, replace_moved, with_new_key
-from slimstep.engine.words import parsed
 
 BARE = ["+experiment=prune_unet"]
 
@@ -118,7 +118,7 @@ def test_a_chain_keeps_the_name_of_its_experiment(folder_of):
 def test_a_moved_job_is_the_same_job():
     """As a run has it that an earlier version began."""
     before = {"job": "engine.handover.hand_over", "handover": {"model": "a"}, "list": ["engine.handover.hand_over"]}
-    job = "slimstep.eval.handover.hand_over"
+    job = "slimstep.eval.export_job.hand_over"
     now = {"job": job, "handover": {"model": "b"}, "list": [job]}
     assert differences(before, now) == {"handover.model": ("a", "b")}
     assert differences({"job": "distill.job.distill_steps"}, {"job": "slimstep.distill.job.distill_steps"}) == {}
@@ -136,7 +136,7 @@ def test_what_an_earlier_version_did_without_saying_it_is_the_same():
 
 def test_moved_paths_are_read_wherever_they_stand():
     old, new = {"_target_": "eval.clip.ClipScorer"}, {"_target_": "slimstep.eval.metrics.clip.ClipScorer"}
-    handed = {"job": "slimstep.eval.handover.hand_over", "model": "???", "same": "${job}"}
+    handed = {"job": "slimstep.eval.export_job.hand_over", "model": "???", "same": "${job}"}
     before = {**handed, "job": "eval.handover.hand_over", "scorer": old, "more": {"list": [old, [old]]}}
     config = OmegaConf.create(before)
     replace_moved(config)

@@ -7,7 +7,7 @@ import pytest
 from slimstep.engine.checked import CONFIGS
 from slimstep.engine.execution import make_accelerator
 from slimstep.engine.launcher import check_launcher
-from tests.mistakes import told
+from tests.user_errors import told
 
 ZERO2 = CONFIGS / "accelerate/zero2.json"
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}

@@ -20,9 +20,9 @@ from slimstep.eval.inputs import load_teacher, training_data
 from slimstep.eval.training import train_stage
 from slimstep.prune.job import prunable_copy
 from tests.data.tars import captioned, picture, sound, write_tar, write_tars
-from tests.mistakes import told
-from tests.test_mistakes import JOB
 from tests.test_processes import launch
+from tests.test_user_errors import JOB
+from tests.user_errors import told
 
 CACHE = "+experiment=cache_latents"
 

@@ -27,7 +27,7 @@ from slimstep.eval.metrics.distribution import frechet_distance
 from slimstep.eval.metrics.inception import Inception
 from slimstep.models.original_layout import original_weights
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
-from tests.mistakes import told
+from tests.user_errors import told
 
 ROOT = Path(__file__).resolve().parents[2]
 ANY_DATA = [

@@ -13,8 +13,8 @@ from slimstep.eval.latents import sampled_latents
 from slimstep.eval.pages.comparison import metric, protocol_differences
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.timing.precision import products, settled
-from tests.mistakes import told
 from tests.tiny import tiny_pipeline
+from tests.user_errors import told
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 PROMPTS = ["a cat", "two dogs"]

@@ -14,8 +14,8 @@ from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcesso
 from slimstep.eval.metrics.clip import ClipScorer
 from slimstep.eval.metrics.preference import PickScore
 from tests.eval.test_evaluation import SMALL
-from tests.mistakes import told
 from tests.tiny import MAX_TOKENS, WIDTH, tiny_tokenizer
+from tests.user_errors import told
 
 PROMPTS = ["a cat", "two dogs on a very long road", "b", "a cat"]
 

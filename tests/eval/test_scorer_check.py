@@ -16,7 +16,7 @@ from slimstep.eval import scorer_check
 from slimstep.eval.pages.cautions import cautions, is_above_chance
 from slimstep.eval.plan import scorer_stage
 from slimstep.eval.scorer_check import against_shuffled, check_scorer, compare_teacher, shuffles
-from tests.mistakes import told
+from tests.user_errors import told
 
 WIDTH = 64
 TEXTS = [f"thing {k}" for k in range(200)]

@@ -13,11 +13,11 @@ from diffusers import LCMScheduler
 from slimstep.eval.config import LatencyConfig
 from slimstep.eval.timing.setups import Setup
 from slimstep.eval.timing.speed import Subject, measure, speedup
-from slimstep.eval.timing.stopwatch import watched
+from slimstep.eval.timing.stage_timer import watched
 from slimstep.eval.timing.tasks import TASKS, task_pipeline
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
-from tests.mistakes import told
 from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
+from tests.user_errors import told
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parents[2]
 SMALL = ["eval.prompts=4", "benchmark.images=2", "eval.steps=2", "latency.iterations=3", "latency.warmup=1"]

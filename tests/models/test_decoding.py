@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from slimstep.data.cache import described_cache
 from slimstep.data.encoding import encode_images
-from slimstep.eval.handover import joined
+from slimstep.eval.export_job import joined
 from slimstep.eval.sampling import Sampler
 from slimstep.models.autoencoder import load_vae
 from slimstep.models.decoding import ImageDecoder, has_statistics, scaled, statistics, unscaled

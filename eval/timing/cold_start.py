@@ -90,7 +90,7 @@ def new_process(request: Mapping[str, Any], cache: Path) -> dict[str, Any]:
     caches = {name: str(cache / name.lower()) for name in CACHES}
     try:
         return child_result(
-            [sys.executable, "-m", "slimstep.eval.timing.first_image"],
+            [sys.executable, "-m", "slimstep.eval.timing.cold_start"],
             input=json.dumps(request), cwd=Path(slimstep.__file__).parents[1], env={**os.environ, **caches},
         )  # fmt: skip
     except CannotRunError as error:

@@ -8,10 +8,10 @@ import pytest
 import torch
 from torch._inductor.exc import InductorError
 
-import slimstep.eval.timing.first_image as first_image
+import slimstep.eval.timing.cold_start as cold_start
 from slimstep.eval.pages.speed_page import FIRST_IMAGE, first_image_rows
 from slimstep.eval.timing.child import child_result, reason_in
-from slimstep.eval.timing.first_image import compile_cost
+from slimstep.eval.timing.cold_start import compile_cost
 from slimstep.eval.timing.setups import CannotRunError
 from slimstep.eval.timing.speed import reason
 
@@ -93,7 +93,7 @@ def cost_where(monkeypatch, tmp_path, failing):
             Path(request["save"]).touch()
         return FAILED if kind(request) in failing else {**GOOD, "steady_ms": 30.0 if kind(request) == "eager" else 10.0}
 
-    monkeypatch.setattr(first_image, "new_process", process)
+    monkeypatch.setattr(cold_start, "new_process", process)
     return compile_cost(REQUEST, tmp_path / "artifacts.bin"), started
 
 
@@ -111,12 +111,12 @@ def test_a_way_that_failed_says_so_and_the_page_is_drawn(monkeypatch, tmp_path, 
 
 def test_a_process_that_dies_is_the_row_of_its_own(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, "executable", "/bin/false")
-    assert "exit code 1" in first_image.new_process(REQUEST, tmp_path)["cannot"]
+    assert "exit code 1" in cold_start.new_process(REQUEST, tmp_path)["cannot"]
 
 
 def test_a_new_process_begins_where_this_checkout_lies(monkeypatch, tmp_path):
     """Elsewhere it would find the modules of an installed copy, or none."""
     asked = {}
-    monkeypatch.setattr(first_image, "child_result", lambda command, **options: asked.update(options) or {})
-    first_image.new_process({}, tmp_path)
+    monkeypatch.setattr(cold_start, "child_result", lambda command, **options: asked.update(options) or {})
+    cold_start.new_process({}, tmp_path)
     assert (Path(asked["cwd"]) / "train.py").is_file()

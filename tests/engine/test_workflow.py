@@ -12,14 +12,14 @@ from accelerate import Accelerator
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from omegaconf import OmegaConf
 
-import slimstep.engine.chain
 import slimstep.engine.execution
+import slimstep.engine.workflow
 from slimstep.engine.checked import run_path
 from slimstep.engine.execution import make_accelerator
 from slimstep.engine.launch import main
+from slimstep.engine.overrides import hydra_value
 from slimstep.engine.planning import Plan
-from slimstep.engine.words import hydra_value
-from tests.mistakes import told
+from tests.user_errors import told
 
 STAGES = ("prune_unet", "prune_vae", "distill_steps", "handover", "evaluate", "benchmark", "report")
 
@@ -51,9 +51,9 @@ def chain(monkeypatch, capfd, tmp_path):
         config_of[path.name] = config
         return 3 if path.name == "prune_unet" else 0
 
-    config_of, composed = {}, functools.cache(slimstep.engine.chain.compose)
-    monkeypatch.setattr(slimstep.engine.chain, "compose", lambda words: copy.deepcopy(composed(tuple(words))))
-    monkeypatch.setattr(slimstep.engine.chain, "free_memory", lambda: None)  # nothing was loaded
+    config_of, composed = {}, functools.cache(slimstep.engine.workflow.compose)
+    monkeypatch.setattr(slimstep.engine.workflow, "compose", lambda words: copy.deepcopy(composed(tuple(words))))
+    monkeypatch.setattr(slimstep.engine.workflow, "free_memory", lambda: None)  # nothing was loaded
     monkeypatch.setattr(slimstep.engine.execution, "run_job", job)
     plan = lambda config, strict=False: Plan(run_path(config).name, 1.0)  # noqa: E731
     monkeypatch.setattr(slimstep.engine.execution, "planned_job", plan)

@@ -15,8 +15,8 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from tests.mistakes import told
 from tests.tiny import tiny_pipeline, tiny_tokenizer
+from tests.user_errors import told
 
 JOB = [
     "+experiment=prune_unet", "search.rounds=1", "train.steps=3", "train.batch_size=4", "recovery.train.steps=3",

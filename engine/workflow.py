@@ -29,14 +29,14 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from slimstep import ROOT
+from slimstep.engine.artifacts import changed, files_of, seen
 from slimstep.engine.components import named_job
 from slimstep.engine.config import as_dict
 from slimstep.engine.files import whole_folder, write_json
 from slimstep.engine.identity import WATCHING
+from slimstep.engine.overrides import compose, hydra_value, stage_words, strings, with_texts
 from slimstep.engine.planning import Plan, duration
-from slimstep.engine.products import changed, files_of, seen
 from slimstep.engine.run import Run
-from slimstep.engine.words import compose, hydra_value, stage_words, strings, with_texts
 
 OF_LAUNCHERS = (
     "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "TORCHELASTIC_", "GROUP_", "ROLE_", "SLURM_", "SUBMITIT_",

@@ -28,7 +28,7 @@ from slimstep.eval.job import eval_prompts
 from slimstep.eval.metrics.clip import psnr
 from slimstep.eval.metrics.compare import mean_and_error, paired_difference
 from slimstep.eval.plan import image_rows
-from slimstep.eval.timing.first_image import compile_cost
+from slimstep.eval.timing.cold_start import compile_cost
 from slimstep.eval.timing.setups import Setup, all_setups
 from slimstep.eval.timing.speed import Subject, Variant, matmul_peak_tflops, measure, reason
 from slimstep.models.cost import count_gflops
