@@ -20,8 +20,8 @@ from typing import Any
 import yaml
 from hydra.core.override_parser.types import Override
 
+from slimstep.engine.overrides import as_typed
 from slimstep.engine.renamed import is_same, with_new_keys
-from slimstep.engine.words import as_typed
 
 SCORER_CHECK = "scorer_check.json"  # what eval/scorer_check.py has measured
 GROWING = ("ladder.steps", "curves.steps", "curves.guidance")
