@@ -11,7 +11,6 @@ from typing import Any
 
 import diffusers
 import torch
-from PIL import Image
 from torch import Tensor
 
 from slimstep.data.cache import CachedPairs
@@ -27,7 +26,7 @@ from slimstep.engine.files import damaged
 from slimstep.engine.objective import Objective, requirements
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
-from slimstep.eval.evaluator import PARTIAL, Candidate, Evaluator, forget_partial, read_finished
+from slimstep.eval.evaluator import PARTIAL, Candidate, Evaluator, read_finished
 from slimstep.eval.exporting import clip_line, export, write_results
 from slimstep.eval.inputs import (
     load_metrics,
@@ -44,6 +43,7 @@ from slimstep.eval.overlap import among
 from slimstep.eval.pages.steps_page import HEADER, curves_table, point_rows, timed_points, write_steps_report
 from slimstep.eval.plan import planned, scorer_stage
 from slimstep.eval.record import Evaluation, Point
+from slimstep.eval.reporting import report, track_table
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import check_scorer
 from slimstep.eval.timing.latency import compare_ms
@@ -87,7 +87,7 @@ def distill_steps(config: Config, run: Run) -> int | Plan:
             line = f"{clip_line(point.clip)} (the teacher at {job.ladder.steps[0]} steps)"
             write_results(run, f"{point.model}/export", [line])
     measure_unets(job, unets)
-    report(run, evaluation)
+    report(run, lambda: write_steps_report(run.path, partial(track, run)), lambda: curves_table(evaluation.points))
     return 0
 
 
@@ -243,25 +243,6 @@ def measure_unets(job: Distillation, unets: UNets) -> None:
     run.json("unet_ms.json", lambda: run.agreed(make() if run.accelerator.is_main_process else None))
 
 
-# ---- the report ----
-
-
-def report(run: Run, evaluation: Evaluation) -> None:
-    """report.html and its pictures, once; the same to the tracker; the table is printed."""
-    page, new = run.path / "report.html", not run.made("report.html")
-    if new:
-        forget_partial(run)
-    if run.accelerator.is_main_process:
-        if new:
-            write_steps_report(run.path, partial(track, run))
-        print(curves_table(evaluation.points))
-        log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
-    run.accelerator.wait_for_everyone()
-
-
 def track(run: Run) -> None:
     """The curves as a table, and the report's pictures, for a tracker if there is one."""
-    if run.tracker:
-        run.tracker.table("curves", HEADER, point_rows(timed_points(run.path)))
-        for path in sorted((run.path / "report").glob("*.png")):
-            run.tracker.images(f"report/{path.stem}", [Image.open(path).convert("RGB")], [path.stem])
+    track_table(run, "curves", HEADER, point_rows(timed_points(run.path)))

@@ -6,7 +6,6 @@ there is not made again, and a killed one goes on at the batch where it stopped.
 Axes: P prompts, R real images, D features, H and W height and width in pixels.
 """
 
-import shutil
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -224,9 +223,3 @@ def write_pictures(images_B3HW: Tensor, folder: Path) -> None:
     """The images as FOLDER/000.png, 001.png, …"""
     for i, image in enumerate(images_B3HW):
         to_pil_image(image).save(folder / f"{i:03d}.png")
-
-
-def forget_partial(run: Run) -> None:
-    """What was kept of unfinished work, once all is done."""
-    if run.accelerator.is_main_process:
-        shutil.rmtree(run.path / PARTIAL, ignore_errors=True)

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from omegaconf import OmegaConf
-from PIL import Image
 from torch import Tensor
 
 from slimstep.data.encoding import described
@@ -26,7 +25,7 @@ from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
 from slimstep.engine.seeding import generator
 from slimstep.eval.config import Config
-from slimstep.eval.evaluator import Candidate, Evaluator, forget_partial, place, read_finished
+from slimstep.eval.evaluator import Candidate, Evaluator, place, read_finished
 from slimstep.eval.given import GivenModels, given_models, resolution_of
 from slimstep.eval.inputs import Teacher, heldout_pairs, load_metrics, load_scorer, read_prompt_set, storage
 from slimstep.eval.metrics.clip import ClipScorer
@@ -37,7 +36,8 @@ from slimstep.eval.pages.evaluation_page import header, rows, summary, write_eva
 from slimstep.eval.pages.tables import console_table
 from slimstep.eval.pages.text import overlap_sentence
 from slimstep.eval.plan import Stage, image_rows, scorer_stage, stages_table, time_line
-from slimstep.eval.record import Evaluation, read_evaluation
+from slimstep.eval.record import Evaluation
+from slimstep.eval.reporting import report, track_table
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import check_scorer
 from slimstep.eval.timing.cold_start import compile_first
@@ -68,7 +68,10 @@ def evaluate(config: Config, run: Run) -> int | Plan:
     check_scorer(config, run, scorer, has_images=has_images)
     points = [evaluator.point(*key) for key in settings(models, config)]
     seen = seen_in_training(config, prompts) if has_images else {}
-    report(run, evaluator.evaluate(points, models.paths, protocol(config, scorer), seen))
+    evaluation = evaluator.evaluate(points, models.paths, protocol(config, scorer), seen)
+    report(run, partial(write_page, run, evaluation), lambda: table(evaluation))
+    if run.accelerator.is_main_process:
+        print_for_programs({"run": str(run.path.resolve()), **summary(evaluation)})
     return 0
 
 
@@ -201,26 +204,12 @@ def real_images(config: Config) -> Tensor:
 # ---- the report ----
 
 
-def report(run: Run, evaluation: Evaluation) -> None:
-    """report.html and its pictures, once; the same to the tracker; the table is printed."""
-    page, new = run.path / "report.html", not run.made("report.html")
-    if new:
-        forget_partial(run)
-    if run.accelerator.is_main_process:
-        if new:
-            if seen := overlap_sentence(evaluation.n, evaluation.seen):
-                log.info(seen)
-            write_evaluation_report(run.path, partial(track, run))
-        print(console_table(header(evaluation.points), rows(evaluation.points), labels=3))
-        log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
-        print_for_programs({"run": str(run.path.resolve()), **summary(evaluation)})
-    run.accelerator.wait_for_everyone()
+def table(evaluation: Evaluation) -> str:
+    return console_table(header(evaluation.points), rows(evaluation.points), labels=3)
 
 
-def track(run: Run) -> None:
-    """The table, and the report's pictures, for a tracker if there is one."""
-    if run.tracker:
-        points = read_evaluation(run.path).points
-        run.tracker.table("models", header(points), rows(points))
-        for path in sorted((run.path / "report").glob("*.png")):
-            run.tracker.images(f"report/{path.stem}", [Image.open(path).convert("RGB")], [path.stem])
+def write_page(run: Run, evaluation: Evaluation) -> None:
+    if seen := overlap_sentence(evaluation.n, evaluation.seen):
+        log.info(seen)
+    track = partial(track_table, run, "models", header(evaluation.points), rows(evaluation.points))
+    write_evaluation_report(run.path, track)

@@ -1,8 +1,6 @@
 """The speed jobs: benchmark, ladder, pipelines. One process, one device, every row a file."""
 
-import logging
-
-from PIL import Image
+from functools import partial
 
 from slimstep.engine.console import print_for_programs
 from slimstep.engine.planning import Plan
@@ -10,9 +8,8 @@ from slimstep.engine.run import Run
 from slimstep.eval.benchmarking import SpeedBench
 from slimstep.eval.config import Config
 from slimstep.eval.pages.speed_page import cells, console_text, header, summary, write_speed_report
+from slimstep.eval.reporting import report, track_table
 from slimstep.eval.speed_tables import TABLES
-
-log = logging.getLogger("slimstep")
 
 
 def benchmark(config: Config, run: Run) -> int | Plan:
@@ -40,19 +37,8 @@ def make_table(kind: str, config: Config, run: Run) -> int | Plan:
     if config.plan:
         made = len(list(run.path.glob("rows/**/*.json")))
         return Plan(f"run   {run.path}\nrows  {made} made; each takes at most {config.latency.seconds:g} s of timing")
-    results, page = bench.results(kind, TABLES[kind](bench)), run.path / "report.html"
-    if new := not page.exists():
-        write_speed_report(run.path, lambda: track(run, kind))
-    print(console_text(results))
-    log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
+    results = bench.results(kind, TABLES[kind](bench))
+    track = partial(track_table, run, kind, header(results), cells(results))
+    report(run, partial(write_speed_report, run.path, track), partial(console_text, results))
     print_for_programs({"run": str(run.path.resolve()), **summary(results)})
     return 0
-
-
-def track(run: Run, kind: str) -> None:
-    """The table, and the report's pictures, for a tracker if there is one."""
-    if run.tracker:
-        results = run.load("results.json")
-        run.tracker.table(kind, header(results), cells(results))
-        for path in sorted((run.path / "report").glob("*.png")):
-            run.tracker.images(f"report/{path.stem}", [Image.open(path).convert("RGB")], [path.stem])

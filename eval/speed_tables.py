@@ -136,7 +136,7 @@ def pipelines_rows(bench: SpeedBench) -> Rows:
         variant = Variant(where, bench.steps_of(name)[0], bench.base)
 
         def subject(variant: Variant, task=task, batch=batch) -> Subject:
-            pipeline, given = task_pipeline(bench.loaded(variant.model), task, batch)
+            pipeline, given = task_pipeline(bench.given.load(variant.model), task, batch)
             return bench.subject(variant, batch, pipeline, **given)
 
         eager = cache(lambda subject=subject, variant=variant: subject(variant))

@@ -12,7 +12,7 @@ from slimstep.data.prompts import PromptSet
 from slimstep.engine.components import component
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
-from slimstep.eval.evaluator import Candidate, Evaluator, forget_partial, read_finished
+from slimstep.eval.evaluator import Candidate, Evaluator, read_finished
 from slimstep.eval.exporting import clip_line, export, write_results
 from slimstep.eval.inputs import (
     Teacher,
@@ -32,6 +32,7 @@ from slimstep.eval.pages.run_page import write_report
 from slimstep.eval.pages.runs import read_run
 from slimstep.eval.plan import planned, scorer_stage
 from slimstep.eval.record import Evaluation
+from slimstep.eval.reporting import report
 from slimstep.eval.scorer_check import check_scorer
 from slimstep.eval.training import check_objective, train_stage
 from slimstep.models.cost import count_gflops, count_parameters
@@ -89,7 +90,7 @@ def prune_unet(config: Config, run: Run) -> int | Plan:
     protocol = {**scorer.protocol, **teacher.sampler(config.eval).protocol}
     evaluation = evaluator.evaluate(points, dict(zip(unets, unets, strict=True)), protocol, seen_prompts(run), ms=times)
     write_results(run, "export", results(teacher, evaluation))
-    report(run)
+    report(run, partial(write_page, run), partial(run_table, run.path))
     return missed_target(run, decision)
 
 
@@ -168,18 +169,9 @@ def results(teacher: Teacher, evaluation: Evaluation) -> Sequence[str]:
     return [clip_line(evaluation.points[-1].clip), f"{times} ({clock})"]
 
 
-def report(run: Run) -> None:
-    """report.html and its pictures, once; the same to the tracker; the table is printed."""
-    page, new = run.path / "report.html", not run.made("report.html")
-    if new:
-        forget_partial(run)
-    if run.accelerator.is_main_process:
-        if new:
-            track(run)
-            write_report(run.path)
-        print(run_table(run.path))
-        log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
-    run.accelerator.wait_for_everyone()
+def write_page(run: Run) -> None:
+    track(run)
+    write_report(run.path)
 
 
 def track(run: Run) -> None:

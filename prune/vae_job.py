@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from omegaconf import OmegaConf
-from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
@@ -34,7 +33,7 @@ from slimstep.engine.run import Run
 from slimstep.engine.seeding import generator
 from slimstep.eval.config import LatentsConfig
 from slimstep.eval.decoders import compare_decoders
-from slimstep.eval.evaluator import PARTIAL, Candidate, Evaluator, forget_partial, read_finished, write_pictures
+from slimstep.eval.evaluator import PARTIAL, Candidate, Evaluator, read_finished, write_pictures
 from slimstep.eval.exporting import clip_line, export, write_results
 from slimstep.eval.inputs import (
     Teacher,
@@ -56,7 +55,8 @@ from slimstep.eval.metrics.metric import FeatureSimilarity, Metric, Psnr, Ssim
 from slimstep.eval.pages.vae_page import HEADER, quality_rows, vae_table, write_vae_report
 from slimstep.eval.plan import BYTES, CHECKPOINT_COPIES, Stage, image_rows, planned, scorer_stage
 from slimstep.eval.plan import export as export_stage
-from slimstep.eval.record import Evaluation, Values, read_evaluation
+from slimstep.eval.record import Evaluation, Values
+from slimstep.eval.reporting import report, track_table
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import check_scorer
 from slimstep.eval.training import make_objective, offloaded
@@ -99,7 +99,8 @@ def prune_vae(config: Config, run: Run) -> int | Plan:
     found = evaluation.evaluate(points, dict(zip(vaes, vaes, strict=True)), protocol, seen_prompts(run),
                                 n_real=len(held["real"]), widths=widths)  # fmt: skip
     write_results(run, "export", results(found, times))
-    report(run)
+    track = partial(track_table, run, "decoders", HEADER, quality_rows(found))
+    report(run, partial(write_vae_report, run.path, track), partial(vae_table, run.path))
     return 0
 
 
@@ -367,27 +368,6 @@ def results(evaluation: Evaluation, times: Values) -> Sequence[str]:
     where = f"on {times['environment']['device']}, {row['mode']}, {times['protocol']['dtype']}"
     place = f"latents of {row['latent_size']}×{row['latent_size']}, batch {row['batch']}"
     return [clip_line(evaluation.points[-1].clip), f"VAE decoder: {faster} ({place}, {where})"]
-
-
-def report(run: Run) -> None:
-    """report.html and its pictures, once; the same to the tracker; the table is printed."""
-    page, new = run.path / "report.html", not run.made("report.html")
-    if new:
-        forget_partial(run)
-    if run.accelerator.is_main_process:
-        if new:
-            write_vae_report(run.path, partial(track, run))
-        print(vae_table(run.path))
-        log.info(f"report: {page.resolve()}{'' if new else ' (finished before; nothing was made anew)'}")
-    run.accelerator.wait_for_everyone()
-
-
-def track(run: Run) -> None:
-    """The table, and the report's pictures, for a tracker if there is one."""
-    if run.tracker:
-        run.tracker.table("decoders", HEADER, quality_rows(read_evaluation(run.path)))
-        for path in sorted((run.path / "report").glob("*.png")):
-            run.tracker.images(f"report/{path.stem}", [Image.open(path).convert("RGB")], [path.stem])
 
 
 # ---- the plan ----
