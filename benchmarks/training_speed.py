@@ -37,7 +37,7 @@ from slimstep.engine.run import Run
 from slimstep.eval.decoders import decoder_gflops
 from slimstep.eval.pages.tables import markdown_table
 from slimstep.eval.timing.child import child_result
-from slimstep.eval.timing.setups import CannotRunError, Setup
+from slimstep.eval.timing.inference import CannotRunError, InferenceConfig
 from slimstep.eval.timing.speed import matmul_peak_tflops
 from slimstep.models.cost import count_gflops
 from slimstep.models.known import random_pipeline
@@ -119,7 +119,7 @@ def measure(options: argparse.Namespace) -> dict:
     if seconds is None:
         seconds = options.batch / statistics.median(rates.seen[1:])
     memory = peak_memory(accelerator.device)  # of the training: the matrix products below take memory, too
-    peak = matmul_peak_tflops(Setup(dtype=DTYPES[options.precision]), accelerator.device)
+    peak = matmul_peak_tflops(InferenceConfig(dtype=DTYPES[options.precision]), accelerator.device)
     tflops = gflops / 1e3 / seconds
     return {
         "part": options.alone,

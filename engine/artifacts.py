@@ -1,4 +1,4 @@
-"""What a stage of a chain has made: its files, their digests, and which products are not what they were."""
+"""What a stage of a workflow has made: its files, their digests, and which products are not what they were."""
 
 from functools import cache
 from pathlib import Path

@@ -22,7 +22,9 @@ from slimstep.engine.names import check_name, disk_name
 from slimstep.engine.renamed import rename_keys, replace_moved
 
 CONFIGS = ROOT / "configs"
-MISTAKES = (ValueError, OSError, FloatingPointError, SafetensorError, YAMLError, HydraException, OmegaConfBaseException)
+USER_ERRORS = (
+    ValueError, OSError, FloatingPointError, SafetensorError, YAMLError, HydraException, OmegaConfBaseException,
+)  # fmt: skip
 PRECISIONS = ("no", "bf16", "fp16")
 
 
@@ -38,7 +40,7 @@ def checked_config(config: DictConfig) -> DictConfig:
         if OmegaConf.is_config(config[section]):
             OmegaConf.to_container(config[section], structured_config_mode=SCMode.INSTANTIATE)  # the typed ones check
     if config.job is not None:
-        config.stages = None  # a budget has values for chains, too
+        config.stages = None  # a budget has values for workflows, too
     check_minimum("the configuration", config, 0, "threads")
     if config.threads > (cores := os.cpu_count() or 1):
         raise ValueError(f"threads={config.threads}, but there are {cores} cores; 0 leaves the choice to torch")
@@ -109,6 +111,6 @@ def run_path(config: DictConfig) -> Path:
     check_name(config.name, "name")
     path = Path(config.root) / config.name
     swept = disk_name(HydraConfig.get().job.override_dirname)
-    if HydraConfig.get().mode != RunMode.MULTIRUN or swept in Path(config.root).parts:  # as a chain's stage is already
+    if HydraConfig.get().mode != RunMode.MULTIRUN or swept in Path(config.root).parts:  # a stage's is
         return path
     return path / swept

@@ -24,7 +24,7 @@ from omegaconf import DictConfig
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from slimstep import ROOT
-from slimstep.engine.checked import MISTAKES, checked_config, run_path
+from slimstep.engine.checked import USER_ERRORS, checked_config, run_path
 from slimstep.engine.components import named_job
 from slimstep.engine.config import as_dict
 from slimstep.engine.files import damaged
@@ -34,7 +34,7 @@ from slimstep.engine.preemption import Preempted, was_preempted
 from slimstep.engine.quiet import one_line
 from slimstep.engine.run import FINISHED, PATIENCE, TRACEBACK, Run
 from slimstep.engine.tracking import Tracker
-from slimstep.engine.workflow import Chain
+from slimstep.engine.workflow import Workflow
 
 log = logging.getLogger("slimstep")
 
@@ -48,7 +48,7 @@ def quiet_libraries() -> None:
 
 
 def execute(config: DictConfig) -> int:
-    """Runs one job, or a chain of them, and returns its exit code, 1 after a mistake."""
+    """Runs one job, or a workflow of them, and returns its exit code, 1 after a mistake."""
     quiet_libraries()
     try:
         return run_chain(config) if config.stages else run_job(config)
@@ -73,9 +73,9 @@ def told(error: BaseException, config: DictConfig) -> str:
     """One line for what ended a job, and in which stage. The traceback of what nobody foresaw is kept in the run's
     directory."""
     stage = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
-    if isinstance(error, InstantiationException) and isinstance(error.__cause__, MISTAKES):
+    if isinstance(error, InstantiationException) and isinstance(error.__cause__, USER_ERRORS):
         error = error.__cause__  # what the component says, without Hydra's frame around it
-    if isinstance(error, MISTAKES):
+    if isinstance(error, USER_ERRORS):
         return f"error: {stage}{one_line(error)}  (debug=true shows where)"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and is_lost_connection(error):
         return "stopped: another rank is gone; what it said of itself tells why. The same command continues"
@@ -95,8 +95,8 @@ def is_lost_connection(error: BaseException) -> bool:
 
 
 def run_chain(config: DictConfig) -> int:
-    """Every stage in turn. A stage has its own configuration and its own tracker; the chain has neither."""
-    return Chain(config, run_path(config), make_accelerator(config), run_job, planned_job, checked_config).execute()
+    """Every stage in turn. A stage has its own configuration and its own tracker; the workflow has neither."""
+    return Workflow(config, run_path(config), make_accelerator(config), run_job, planned_job, checked_config).execute()
 
 
 def make_accelerator(config: DictConfig, **options: Any) -> Accelerator:
@@ -169,8 +169,8 @@ def run_kept(config: DictConfig, run: Run, job: Callable[..., int | Plan], resol
     path = run.path
     run.keep_config(resolved, ignoring=WATCHING, overwrite=config.run.overwrite)
     if config.tracker.log_with and getattr(job, "is_tracked", True) and not run.made(FINISHED):
-        in_chain = (path.parent / "stages").is_dir()  # many runs cannot share one id
-        given = None if in_chain else os.environ.get("WANDB_RUN_ID")  # by a W&B sweep's agent
+        in_workflow = (path.parent / "stages").is_dir()  # many runs cannot share one id
+        given = None if in_workflow else os.environ.get("WANDB_RUN_ID")  # by a W&B sweep's agent
         identity = run.json("tracker.json", lambda: {"id": given or secrets.token_hex(4)})  # a continued run keeps it
         with damaged(path / "tracker.json"):
             run_id = identity["id"]

@@ -5,8 +5,8 @@
     +experiment=distill_steps ladder.student=a/b/export      runs/distill_steps-student-b-5f3a91c2
 
 A name is letters, digits and `._+-`, so that it needs no quotes in the next command. What a name leaves out of a value
-(folders of a path, the end of a long one) is in the hash at its end. A chain has the name that its experiment says: its
-stages are compared one by one, and what is changed in one of them has to find the others.
+(folders of a path, the end of a long one) is in the hash at its end. A workflow has the name that its experiment says:
+its stages are compared one by one, and what is changed in one of them has to find the others.
 """
 
 import hashlib

@@ -18,27 +18,27 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from slimstep import ROOT
-from slimstep.engine.checked import CONFIGS, MISTAKES, checked_config, run_path
+from slimstep.engine.checked import CONFIGS, USER_ERRORS, checked_config, run_path
 from slimstep.engine.config import as_dict
 from slimstep.engine.identity import existing_run, run_name
 from slimstep.engine.launcher import check_launcher, is_on
 from slimstep.engine.overrides import is_readable, parsed, quoted
 from slimstep.engine.preemption import CONTINUE_ME, leave_on_sigterm, was_preempted
 from slimstep.engine.quiet import bounded, one_line
-from slimstep.engine.renamed import with_new_key
+from slimstep.engine.renamed import EXPERIMENTS, with_new_key
 from slimstep.engine.tested import outside_the_tested_set
 
 MULTIRUN = {"-m", "--multirun"}
-ASKING = {  # what a job makes of own images: a chain, which has no job, both
+ASKING = {  # what a job makes of own images: a workflow, which has no job, both
     "slimstep.eval.cache_job.cache_latents": ("model",),
     **dict.fromkeys(("slimstep.prune.job.prune_unet", "slimstep.prune.vae_job.prune_vae",
                      "slimstep.distill.job.distill_steps", "slimstep.eval.job.evaluate",
-                     "slimstep.eval.speed_job.ladder"), ("model", "scorer")),
+                     "slimstep.eval.speed_job.cumulative"), ("model", "scorer")),
 }  # fmt: skip
 log = logging.getLogger("slimstep")
 
 OmegaConf.register_new_resolver("here", lambda path: str(ROOT / path), replace=True)
-# In a chain: a product of another stage, and the last of a list.
+# In a workflow: a product of another stage, and the last of a list.
 OmegaConf.register_new_resolver("made", lambda product, *, _root_: str(run_path(_root_) / product), replace=True)
 OmegaConf.register_new_resolver("last", lambda values: values[-1], replace=True)
 
@@ -128,7 +128,7 @@ def check_overrides(overrides: list[str]) -> None:
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             hydra.compose("train", overrides)
-        except MISTAKES as error:
+        except USER_ERRORS as error:
             fail(explain(error, overrides) if int(os.environ.get("RANK", 0)) == 0 else "")
 
 
@@ -151,7 +151,7 @@ def explain(error: Exception, overrides: list[str]) -> str:
     for k, override in enumerate(ordered):
         try:
             hydra.compose("train", ordered[: k + 1])
-        except MISTAKES as culprit:
+        except USER_ERRORS as culprit:
             parent, _, leaf = override.partition("=")[0].lstrip("+~").rpartition(".")
             before = hydra.compose("train", ordered[:k])
             section = OmegaConf.select(before, parent) if parent else before
@@ -210,7 +210,7 @@ def start(config: DictConfig) -> int:
         checked = named(checked_config(config))
         check_chosen(checked)
         check_launcher(os.environ, checked)
-    except MISTAKES as error:  # the same on every rank, and told by one
+    except USER_ERRORS as error:  # the same on every rank, and told by one
         if config.debug:
             raise
         if os.environ.get("RANK", "0") == "0":
@@ -240,7 +240,9 @@ def named(config: DictConfig) -> DictConfig:
         same = HydraConfig.get().job.config.override_dirname.exclude_keys
         words, below = [word for word in words if word.key_or_group in same], run_path(config).name
     content = as_dict(config)
-    config.name = existing_run(Path(config.root), config.name, below, content) or run_name(config.name, words)
+    defaults = (config.name, *(old for old, new in EXPERIMENTS.items() if new == config.name))
+    runs = (existing_run(Path(config.root), default, below, content) for default in defaults)
+    config.name = next(filter(None, runs), None) or run_name(config.name, words)
     return config
 
 

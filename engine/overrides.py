@@ -1,4 +1,4 @@
-"""The words of a stage's command: a table of what changes as Hydra overrides, and which words of the chain go along."""
+"""The overrides of a stage's command: what its table changes, and which overrides of the workflow apply to it."""
 
 import re
 from collections.abc import Iterator, Mapping
@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from slimstep import ROOT
 
 CONFIGS = ROOT / "configs"
-OF_THE_CHAIN = ("name", "root", "experiment", "restart", "stages", "plan")
+OF_THE_WORKFLOW = ("name", "root", "experiment", "restart", "stages", "plan")
 PLAIN = re.compile(r"[A-Za-z_/.][\w./-]*", re.ASCII)
 SPECIAL = ("true", "false", "null", "nan", "inf")
 WORD = re.compile(r"(?P<key>[+~]*[A-Za-z_][\w./@:$-]*)=(?P<value>.*)", re.DOTALL | re.ASCII)
@@ -40,9 +40,9 @@ def experiment(name: str) -> DictConfig:
 
 
 def stage_words(name: str, table: Mapping[str, Any]) -> tuple[str, ...]:
-    """+experiment=NAME and what changes in it: by the chain's table, by the command line for all stages, and for this.
+    """+experiment=NAME and its overrides: the workflow's table, the command line's for all stages, and for this one.
 
-    A group of the chain's (`data=…`, `budget=…`) goes to the stages that have it.
+    A group that the workflow chooses (`data=…`, `budget=…`) applies to the stages that have it.
     """
     base = experiment(name)
     of_table = dict(flat(table, base))
@@ -60,9 +60,9 @@ def stage_words(name: str, table: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def goes_to_all(word: Override, choices: Mapping[str, Any]) -> bool:
-    """Whether a word of the chain's command is one of the stage's with these groups."""
+    """Whether a word of the workflow's command is one of the stage's with these groups."""
     key = word.key_or_group
-    if key.split(".")[0] in OF_THE_CHAIN:
+    if key.split(".")[0] in OF_THE_WORKFLOW:
         return False
     return word.is_add() or not (CONFIGS / key).is_dir() or key in choices
 

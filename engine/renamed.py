@@ -1,4 +1,4 @@
-"""Keys, jobs and components of earlier versions' configurations, and what they are called now."""
+"""Experiments, keys, jobs and components of earlier versions' configurations, and what they are called now."""
 
 import logging
 import re
@@ -8,17 +8,23 @@ from typing import Any
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 log = logging.getLogger("slimstep")
+EXPERIMENTS = {"handover": "export_student", "ladder": "cumulative"}
 KEYS = {
+    "benchmark.first_image": "benchmark.cold_start",
+    "handover": "export",
     "search.bypass": "search.skip_rule",
     "search.method.depths": "search.method.architecture",
     "search.method.sites": "search.method.blocks",
 }
+OLD_EXPERIMENT = re.compile(rf"(\+experiment=|restart=|[+~]*stages\.)({'|'.join(EXPERIMENTS)})(?=[.=]|$)")
+OLD_STAGE = re.compile(rf"(?<![^/])({'|'.join(EXPERIMENTS)})(?=/export|$)")  # a folder of a workflow, or its name alone
 OLD_KEY = re.compile(rf"([+~]*(?:stages\.[^.=]+\.)?)({'|'.join(map(re.escape, KEYS))})(?=[.=]|$)")
 
 MOVED = {
-    "slimstep.engine.handover.hand_over": "slimstep.eval.export_job.hand_over",
+    "slimstep.engine.handover.hand_over": "slimstep.eval.export_job.export_student",
     "slimstep.eval.clip.ClipScorer": "slimstep.eval.metrics.clip.ClipScorer",
-    "slimstep.eval.handover.hand_over": "slimstep.eval.export_job.hand_over",
+    "slimstep.eval.handover.hand_over": "slimstep.eval.export_job.export_student",
+    "slimstep.eval.speed_job.ladder": "slimstep.eval.speed_job.cumulative",
     "slimstep.eval.preference.PickScore": "slimstep.eval.metrics.preference.PickScore",
 }
 BARE = re.compile(r"(data|distill|engine|eval|models|prune)\.\w+(\.\w+)+")  # paths from before the one import root
@@ -27,22 +33,26 @@ ADDED = {"evaluation.preferences.hpsv2.quick_gelu": False, "search.metric": "cli
 
 
 def with_new_key(word: str) -> str:
-    """An override of the command line with its key's present name; a line says so where that is another."""
+    """An override of the command line with the present name of its experiment and its key; a line says so where one is
+    another."""
+    if match := OLD_EXPERIMENT.match(word):
+        tell(match[2], EXPERIMENTS[match[2]])
+        word = f"{match[1]}{EXPERIMENTS[match[2]]}{word[match.end() :]}"
     if not (match := OLD_KEY.match(word)):
         return word
-    tell(match[2])
-    return f"{match[1]}{KEYS[match[2]]}{word[match.end():]}"
+    tell(match[2], KEYS[match[2]])
+    return f"{match[1]}{KEYS[match[2]]}{word[match.end() :]}"
 
 
 def rename_keys(config: DictConfig) -> None:
     """Moves the values of old keys of a configuration to where they are read; a line for each."""
     for key, new in KEYS.items():
         if (value := OmegaConf.select(config, key)) is not None:
-            tell(key)
+            tell(key, new)
             parent, _, leaf = key.rpartition(".")
             with open_dict(config):
                 OmegaConf.update(config, new, value)
-                del OmegaConf.select(config, parent)[leaf]
+                del (OmegaConf.select(config, parent) if parent else config)[leaf]
 
 
 def with_new_keys(table: Any, prefix: str = "") -> Any:
@@ -55,20 +65,30 @@ def with_new_keys(table: Any, prefix: str = "") -> Any:
     }  # fmt: skip
 
 
-def tell(key: str) -> None:
-    log.warning(f"{key} is called {KEYS[key]} now; the old name works for one version")
+def tell(old: str, new: str) -> None:
+    log.warning(f"{old} is called {new} now; the old name works for one version")
+
+
+def with_new_kind(results: dict[str, Any]) -> dict[str, Any]:
+    """The results.json of a timed run, its kind as it is called now."""
+    return {**results, "kind": EXPERIMENTS.get(results["kind"], results["kind"])} if "kind" in results else results
 
 
 def at_their_place(value: Any) -> Any:
-    """A nested value with every moved path replaced."""
+    """A nested value with every moved path replaced, and stages called as they are now."""
     if isinstance(value, dict):
         return {key: at_their_place(inner) for key, inner in value.items()}
     if isinstance(value, list):
         return [at_their_place(inner) for inner in value]
     if not isinstance(value, str):
         return value
-    path = f"slimstep.{value}" if BARE.fullmatch(value) else value
+    path = f"slimstep.{value}" if BARE.fullmatch(value) else OLD_STAGE.sub(lambda old: EXPERIMENTS[old[0]], value)
     return MOVED.get(path, path)
+
+
+def with_new_products(record: dict[str, Any]) -> dict[str, Any]:
+    """{product: what is known of it}, where the products' first folders are stages, called as they are now."""
+    return {at_their_place(product): value for product, value in record.items()}
 
 
 def replace_moved(config: DictConfig | ListConfig) -> None:

@@ -67,6 +67,6 @@ class Tracker:
             self.accelerator.get_tracker("tensorboard", unwrap=True).add_text(name, "\n".join(lines))
 
     def finish(self) -> None:
-        """Closes the trackers. The processes stay connected, for a chain's next stage: not accelerator.end_training."""
+        """Closes the trackers. The processes stay connected, for the next stage: not accelerator.end_training."""
         for tracker in self.accelerator.trackers:
             tracker.finish()

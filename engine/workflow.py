@@ -1,4 +1,4 @@
-"""A chain of jobs: each stage is an experiment with a run directory of its own, RUN/STAGE, that others build upon.
+"""A workflow of jobs: each stage is an experiment with a run directory of its own, RUN/STAGE, that others build upon.
 
     stages:
       prune_unet: {search: {target_fraction: 0.75}}                   # what changes in +experiment=prune_unet
@@ -36,6 +36,7 @@ from slimstep.engine.files import whole_folder, write_json
 from slimstep.engine.identity import WATCHING
 from slimstep.engine.overrides import compose, hydra_value, stage_words, strings, with_texts
 from slimstep.engine.planning import Plan, duration
+from slimstep.engine.renamed import EXPERIMENTS, with_new_products
 from slimstep.engine.run import Run
 
 OF_LAUNCHERS = (
@@ -47,7 +48,7 @@ log = logging.getLogger("slimstep")
 
 @dataclass(frozen=True)
 class Stage:
-    """`words` are its command's; `inputs` the products of earlier stages that they name, relative to the chain."""
+    """`words` are its command's; `inputs` the products of earlier stages that they name, relative to the workflow."""
 
     name: str
     words: tuple[str, ...]
@@ -58,7 +59,7 @@ class Stage:
         return shlex.join(["python", "train.py", *self.words])
 
 
-class Chain:
+class Workflow:
     """The stages of one configuration, in their order, under `path`.
 
     run_job runs one checked configuration and returns its exit code, planned_job tells what it would do, or with strict
@@ -89,7 +90,7 @@ class Chain:
         own = f"{self.path}/"
         inputs = tuple(dict.fromkeys(text.removeprefix(own) for text in strings(told) if text.startswith(own)))
         if placed := {"root", "name"} & set(told):
-            raise ValueError(f"stages.{name}.{min(placed)}: a stage lies under its chain, in {self.path / name}")
+            raise ValueError(f"stages.{name}.{min(placed)}: a stage lies under its workflow, in {self.path / name}")
         before = list(self.config.stages)[: list(self.config.stages).index(name)]
         for product in inputs:
             if product.split("/")[0] not in before and not (self.path / product).exists():
@@ -115,6 +116,7 @@ class Chain:
         self.configs = {stage.name: self.composed(stage) for stage in self.stages}
         if self.config.plan:
             return self.plan()
+        self.adopt_renamed_stages()
         own = self.path / "export"
         if own.is_dir() and not own.is_symlink() and not self.export_file.is_file():
             raise ValueError(f"{own} is a folder that this run has not made, where the student belongs: rename it")
@@ -127,6 +129,15 @@ class Chain:
         if self.accelerator.is_main_process:
             self.restart_file.unlink(missing_ok=True)
         return max(codes)
+
+    def adopt_renamed_stages(self) -> None:
+        """A stage that an earlier version has made under another name is this one's; its old folder is a link to it."""
+        for old, new in EXPERIMENTS.items() if self.accelerator.is_main_process else ():
+            if self.record_file(old).is_file() and not (self.path / new).exists():
+                shutil.copy(self.record_file(old), self.record_file(new))
+                (self.path / old).rename(self.path / new)
+                (self.path / old).symlink_to(new)
+        self.accelerator.wait_for_everyone()
 
     @property
     def restart_file(self) -> Path:
@@ -206,7 +217,7 @@ class Chain:
 
     @contextmanager
     def leaving_nothing(self, stage: Stage) -> Iterator[None]:
-        """A stage that fails before it has made anything leaves no record, and a chain without any no directory."""
+        """A stage that fails before it has made anything leaves no record, and a workflow without any no directory."""
         try:
             yield
         except Exception:
@@ -261,7 +272,7 @@ class Chain:
         return self.path / "stages" / "export.json"
 
     def export_record(self) -> dict[str, Any] | None:
-        return json.loads(self.export_file.read_text()) if self.export_file.is_file() else None
+        return with_new_products(json.loads(self.export_file.read_text())) if self.export_file.is_file() else None
 
     # ---- what is there ----
 
@@ -271,7 +282,8 @@ class Chain:
     def record(self, name: str) -> dict[str, Any]:
         """What is known of a stage: its command and inputs; once it is finished its exit code and files."""
         file = self.record_file(name)
-        return self.run.load(str(file.relative_to(self.path))) if file.exists() else {}
+        record = self.run.load(str(file.relative_to(self.path))) if file.exists() else {}
+        return {**record, "inputs": with_new_products(record["inputs"])} if "inputs" in record else record
 
     def is_done(self, stage: Stage) -> bool:
         """Whether the stage is finished, by this configuration, from the inputs that are there."""

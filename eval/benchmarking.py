@@ -1,4 +1,4 @@
-"""The benchmarks' rows: one pipeline in one setup, timed beside others, with what its images lost by it.
+"""The benchmarks' rows: one pipeline in one inference config, timed beside others, with what its images lost by it.
 
 A row is a file that is not made again. What a device cannot run is a row that says why.
 """
@@ -29,18 +29,18 @@ from slimstep.eval.metrics.clip import psnr
 from slimstep.eval.metrics.compare import mean_and_error, paired_difference
 from slimstep.eval.plan import image_rows
 from slimstep.eval.timing.cold_start import compile_cost
-from slimstep.eval.timing.setups import Setup, all_setups
-from slimstep.eval.timing.speed import Subject, Variant, matmul_peak_tflops, measure, reason
+from slimstep.eval.timing.inference import InferenceConfig, combinations
+from slimstep.eval.timing.speed import BenchmarkCase, TimedPipeline, matmul_peak_tflops, measure, reason
 from slimstep.models.cost import count_gflops
 from slimstep.models.denoiser import guidance_embed_dim
 from slimstep.models.pipeline import with_unet
 
 log = logging.getLogger("slimstep")
-SETUP_FIELDS = [field.name for field in fields(Setup)]
-CHOICES = [name for name in SETUP_FIELDS if name != "capture"]  # what config.benchmark lists values of
+CONFIG_FIELDS = [field.name for field in fields(InferenceConfig)]
+CHOICES = [name for name in CONFIG_FIELDS if name != "capture"]  # what config.benchmark lists values of
 
 
-class SpeedBench:
+class Benchmark:
     """Pipelines by name, what they are timed in, and what their images are compared with."""
 
     def __init__(self, config: Config, run: Run):
@@ -53,7 +53,7 @@ class SpeedBench:
             raise ValueError(f"benchmark.images={images} is more than eval.prompts={prompts}")
         self.config, self.run, self.device = copy.deepcopy(config), run, run.accelerator.device
         self.config.data.resolution = resolution_of(self.given)
-        _ = self.base, self.setups
+        _ = self.base, self.inference_configs
         self.prompts, self.scorer = eval_prompts(self.config), load_scorer(config, self.device)
         self.peaks: dict[str, float] = {}  # what was measured once, by dtype
         self.row_gflops: dict[str, float] = {}  # what was counted once, by the UNet's configuration
@@ -75,29 +75,31 @@ class SpeedBench:
         return OmegaConf.to_object(self.config.latency)
 
     @property
-    def base(self) -> Setup:
+    def base(self) -> InferenceConfig:
         given = OmegaConf.to_container(self.config.benchmark).get("base") or {}
-        if unknown := set(given) - set(SETUP_FIELDS):
-            raise ValueError(f"benchmark.base names {sorted(unknown)}; a setup has {SETUP_FIELDS}")
-        return Setup(**given)
+        if unknown := set(given) - set(CONFIG_FIELDS):
+            raise ValueError(f"benchmark.base names {sorted(unknown)}; an inference config has {CONFIG_FIELDS}")
+        return InferenceConfig(**given)
 
     @property
-    def setups(self) -> list[Setup]:
-        return all_setups(**{name: list(self.config.benchmark[name]) for name in CHOICES})
+    def inference_configs(self) -> list[InferenceConfig]:
+        return combinations(**{name: list(self.config.benchmark[name]) for name in CHOICES})
 
     # ---- pipelines ----
 
-    def assembled(self, variant: Variant) -> DiffusionPipeline:
-        """A new pipeline, with parts of others where the variant names them."""
-        pipeline = self.given.load(variant.model)
-        unet = self.given.load(variant.unet).unet if variant.unet else pipeline.unet
-        vae = self.given.load(variant.vae).vae if variant.vae else pipeline.vae
+    def assembled(self, case: BenchmarkCase) -> DiffusionPipeline:
+        """A new pipeline, with parts of others where the case names them."""
+        pipeline = self.given.load(case.model)
+        unet = self.given.load(case.unet).unet if case.unet else pipeline.unet
+        vae = self.given.load(case.vae).vae if case.vae else pipeline.vae
         return with_unet(pipeline, unet, vae=vae)
 
-    def subject(self, variant: Variant, batch: int, pipeline: DiffusionPipeline | None = None, **given: Any) -> Subject:
+    def timed_pipeline(
+        self, case: BenchmarkCase, batch: int, pipeline: DiffusionPipeline | None = None, **given: Any
+    ) -> TimedPipeline:
         """A pipeline made ready to be timed. Raises CannotRunError."""
-        pipeline, config = pipeline or self.assembled(variant), self.config.eval
-        return Subject(pipeline, variant.setup, self.prompts.prompts, variant.steps, config.guidance_scale,
+        pipeline, config = pipeline or self.assembled(case), self.config.eval
+        return TimedPipeline(pipeline, case.inference, self.prompts.prompts, case.steps, config.guidance_scale,
                        self.device, batch, config.seed, given)  # fmt: skip
 
     # ---- rows ----
@@ -127,42 +129,43 @@ class SpeedBench:
             torch.cuda.empty_cache()
 
     def measured(
-        self, subject: Subject, others: Mapping[str, Subject], reference: Tensor | None = None
+        self, timed: TimedPipeline, others: Mapping[str, TimedPipeline], reference: Tensor | None = None
     ) -> dict[str, Any]:
         """Times, the share of the peak that the UNet reaches, and how far the images are from `reference`'s."""
-        row = measure(subject, others, self.latency)
-        # A captured loop has no parts, and the peak of quantized products is not measured.
-        if "UNet" in row["parts_ms"] and subject.setup.quantize == "none":
-            achieved = self.unet_gflops(subject) * row["unet_calls"] / row["parts_ms"]["UNet"]  # 10⁹/ms is 10¹²/s
-            peak = self.peak_tflops(subject.setup)
+        row = measure(timed, others, self.latency)
+        # One CUDA graph of the whole loop has no parts, and the peak of quantized products is not measured.
+        if "UNet" in row["parts_ms"] and timed.inference.quantize == "none":
+            achieved = self.unet_gflops(timed) * row["unet_calls"] / row["parts_ms"]["UNet"]  # 10⁹/ms is 10¹²/s
+            peak = self.peak_tflops(timed.inference)
             row |= {"unet_tflops": achieved, "peak_tflops": peak, "share_of_peak": achieved / peak}
-        return row if reference is None else {**row, **self.quality(subject.images(len(reference)), reference)}
+        return row if reference is None else {**row, **self.quality(timed.images(len(reference)), reference)}
 
-    def first_image(self, variant: Variant, batch: int, file: str) -> dict[str, Any]:
-        """What compiling costs, in processes of their own: first-image/`file`.json."""
-        config, name = self.config.eval, f"first-image/{file}.json"
-        parts = (variant.model, variant.unet, variant.vae)
-        request = {**asdict(variant), "batch": batch, "guidance_scale": config.guidance_scale, "seed": config.seed,
+    def cold_start(self, case: BenchmarkCase, batch: int, file: str) -> dict[str, Any]:
+        """What compiling costs, in processes of their own: cold-start/`file`.json."""
+        config, old = self.config.eval, f"first-image/{file}.json"
+        name = old if (self.run.path / old).exists() else f"cold-start/{file}.json"
+        parts = (case.model, case.unet, case.vae)
+        request = {**asdict(case), "batch": batch, "guidance_scale": config.guidance_scale, "seed": config.seed,
                    "prompts": list(self.prompts.prompts[:batch]), "device": str(self.device),
                    "options": {where: self.given.options(where) for where in parts if where},
                    "resolution": self.given.pixels}  # fmt: skip
         self.free_memory()  # the processes want it
         return self.run.json(name, lambda: compile_cost(request, self.run.path / f"artifacts/{file}.bin"))
 
-    def unet_gflops(self, subject: Subject) -> float:
+    def unet_gflops(self, timed: TimedPipeline) -> float:
         """10⁹ operations of one step of the whole batch."""
-        unet = getattr(subject.pipeline.unet, "_orig_mod", subject.pipeline.unet)  # without torch.compile around it
-        guided = 1 if guidance_embed_dim(unet) else image_rows(1, subject.guidance_scale)
+        unet = getattr(timed.pipeline.unet, "_orig_mod", timed.pipeline.unet)  # without torch.compile around it
+        guided = 1 if guidance_embed_dim(unet) else image_rows(1, timed.guidance_scale)
         key = str(dict(unet.config))
         if key not in self.row_gflops:
-            self.row_gflops[key] = count_gflops(unet, None, 1, subject.pipeline.tokenizer.model_max_length)
-        return self.row_gflops[key] * subject.batch * guided
+            self.row_gflops[key] = count_gflops(unet, None, 1, timed.pipeline.tokenizer.model_max_length)
+        return self.row_gflops[key] * timed.batch * guided
 
-    def peak_tflops(self, setup: Setup) -> float:
-        """What this device reaches in matrix products of a setup's format, measured once."""
-        if setup.dtype not in self.peaks:
-            self.peaks[setup.dtype] = matmul_peak_tflops(setup, self.device)
-        return self.peaks[setup.dtype]
+    def peak_tflops(self, inference: InferenceConfig) -> float:
+        """What this device reaches in matrix products of a number format, measured once."""
+        if inference.dtype not in self.peaks:
+            self.peaks[inference.dtype] = matmul_peak_tflops(inference, self.device)
+        return self.peaks[inference.dtype]
 
     def quality(self, images: Tensor, reference: Tensor) -> dict[str, Any]:
         """PSNR in dB to the reference's images from the same noise, and CLIP score, paired with theirs."""
@@ -176,11 +179,11 @@ class SpeedBench:
             "clip_difference": asdict(paired_difference(scores, base)),
         }
 
-    def reference_images(self, name: str, variant: Variant) -> Tensor:
-        """What a variant draws, one image at a time: reference/`name`.safetensors."""
+    def reference_images(self, name: str, case: BenchmarkCase) -> Tensor:
+        """What a case draws, one image at a time: reference/`name`.safetensors."""
         file = self.run.path / f"reference/{name}.safetensors"
         if not file.exists():
-            write_tensors(file, {"images": self.subject(variant, 1).images(self.config.benchmark.images)})
+            write_tensors(file, {"images": self.timed_pipeline(case, 1).images(self.config.benchmark.images)})
         with damaged(file):
             return load_file(file)["images"]
 

@@ -115,9 +115,9 @@ class BenchmarkConfig:
     """How pipelines run that are timed.
 
     benchmark: every combination of `compile`, `attention`, `dtype`, `memory_format`, `fused_qkv`, `quantize` and
-    `batches`, each beside a pipeline in `base`, the setup that ratios are to (null: diffusers as it comes). ladder:
+    `batches`, each beside a pipeline in `base`, the config that ratios are to (null: diffusers as it is). cumulative:
     `rows`, each a name and what changes from the last row that was kept. pipelines: `tasks`, eager and as `compile`
-    says. `images` are compared with those of float32. `first_image` measures what compiling costs, in new processes.
+    says. `images` are compared with those of float32. `cold_start` measures what compiling costs, in new processes.
     """
 
     compile: list[str] = field(default_factory=lambda: ["eager"])
@@ -131,7 +131,7 @@ class BenchmarkConfig:
     rows: list[Any] = field(default_factory=list)
     tasks: list[str] = field(default_factory=lambda: ["txt2img"])
     images: int = 8
-    first_image: bool = False
+    cold_start: bool = False
 
     def __post_init__(self) -> None:
         check_minimum("benchmark", self, 2, "images")
@@ -188,7 +188,7 @@ class LatencyConfig:
 
 
 @dataclass
-class HandoverConfig:
+class ExportConfig:
     """Folders of pipelines: `model` gives all but the VAE, `vae` gives that."""
 
     model: str = ""
@@ -234,6 +234,6 @@ class Config(slimstep.data.config.Config):
     benchmark: BenchmarkConfig = field(default_factory=BenchmarkConfig)
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     curves: CurvesConfig = field(default_factory=CurvesConfig)
-    handover: HandoverConfig = field(default_factory=HandoverConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
     page: PageConfig = field(default_factory=PageConfig)
     rates: RatesConfig = field(default_factory=RatesConfig)

@@ -17,9 +17,9 @@ from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 log = logging.getLogger("slimstep")
 
 
-def hand_over(config: Config, run: Run) -> int | Plan:
-    """Writes export/, or tells that it would; returns exit code 0."""
-    model, vae = (given(config, key) for key in ("model", "vae"))
+def export_student(config: Config, run: Run) -> int | Plan:
+    """Writes export/, or says that it would; returns exit code 0."""
+    model, vae = (folder_of(config, key) for key in ("model", "vae"))
     if config.plan:
         return Plan(f"run     {run.path}\nexport  the UNet and scheduler of {model}, the VAE of {vae}")
     folder = run.sealed_folder("export", partial(write, model, vae))
@@ -27,17 +27,17 @@ def hand_over(config: Config, run: Run) -> int | Plan:
     return 0
 
 
-hand_over.is_tracked = False
+export_student.is_tracked = False
 
 
-def given(config: Config, key: str) -> str:
-    if not (where := config.handover[key]):
-        raise ValueError(f"handover.{key} names no pipeline: handover.{key}=FOLDER")
+def folder_of(config: Config, key: str) -> str:
+    if not (where := config.export[key]):
+        raise ValueError(f"export.{key} names no pipeline: export.{key}=FOLDER")
     return where
 
 
 def write(model: str, vae: str, folder: Path) -> None:
-    pipeline = joined(load_pipeline(model), load_pipeline(vae), f"handover.vae={vae}")
+    pipeline = joined(load_pipeline(model), load_pipeline(vae), f"export.vae={vae}")
     log.info(f"exported: {export_pipeline(pipeline, folder, origin=origin_of(model)).load}")
 
 

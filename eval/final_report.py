@@ -68,12 +68,12 @@ def write_page(outcome: Outcome, run: Run, stages: Sequence[str]) -> None:
     write_text(folder / "report.html", page)
 
 
-def command(chain: Path, stage: str) -> str:
-    """What made a stage, as the chain has kept it; nothing for runs that no chain has made."""
-    record = chain / "stages" / f"{stage}.json"
+def command(workflow: Path, stage: str) -> str:
+    """What made a stage, as the workflow has kept it; nothing for runs that no workflow has made."""
+    record = workflow / "stages" / f"{stage}.json"
     return json.loads(record.read_text())["command"] if record.is_file() else ""
 
 
-def link(chain: Path, stage: str) -> str | None:
+def link(workflow: Path, stage: str) -> str | None:
     """A stage's own page as seen from here, where it has one."""
-    return f"../{stage}/report.html" if (chain / stage / "report.html").is_file() else None
+    return f"../{stage}/report.html" if (workflow / stage / "report.html").is_file() else None

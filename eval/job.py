@@ -41,8 +41,8 @@ from slimstep.eval.reporting import report, track_table
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import check_scorer
 from slimstep.eval.timing.cold_start import compile_first
+from slimstep.eval.timing.inference import InferenceConfig, compile_networks
 from slimstep.eval.timing.precision import settled
-from slimstep.eval.timing.setups import Setup, compile_networks
 from slimstep.models.cost import count_parameters
 
 log = logging.getLogger("slimstep")
@@ -179,7 +179,7 @@ def compile_pipeline(
     key = [*networks, size, guided, torch.__version__, run.accelerator.device.type]
     key += [] if sampler.precision == "float32" else [sampler.precision]
     file = Path(config.evaluation.artifacts) / f"{hashlib.sha256(str(key).encode()).hexdigest()[:16]}.bin"
-    compile_networks(pipeline, Setup(compile="default"))
+    compile_networks(pipeline, InferenceConfig(compile="default"))
     kept, start = run.agreed(file.exists()), time.perf_counter()
     compile_first(file, lambda: sampler.images(pipeline.unet, prompts.prompts, range(size)), run.accelerator)
     way = f"with {file}" if kept else f"which left {file}"

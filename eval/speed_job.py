@@ -1,11 +1,12 @@
-"""The speed jobs: benchmark, ladder, pipelines. One process, one device, every row a file."""
+"""The speed jobs: benchmark, cumulative, pipelines. One process, one device, every row a file."""
 
 from functools import partial
 
 from slimstep.engine.console import print_for_programs
 from slimstep.engine.planning import Plan
+from slimstep.engine.renamed import with_new_kind
 from slimstep.engine.run import Run
-from slimstep.eval.benchmarking import SpeedBench
+from slimstep.eval.benchmarking import Benchmark
 from slimstep.eval.config import Config
 from slimstep.eval.pages.speed_page import cells, console_text, header, summary, write_speed_report
 from slimstep.eval.reporting import report, track_table
@@ -13,13 +14,13 @@ from slimstep.eval.speed_tables import TABLES
 
 
 def benchmark(config: Config, run: Run) -> int | Plan:
-    """Pipelines in every combination of setups."""
+    """Pipelines in every combination of inference options."""
     return make_table("benchmark", config, run)
 
 
-def ladder(config: Config, run: Run) -> int | Plan:
-    """Optimisations one upon the other."""
-    return make_table("ladder", config, run)
+def cumulative(config: Config, run: Run) -> int | Plan:
+    """Optimisations one upon the other: the cumulative benchmark."""
+    return make_table("cumulative", config, run)
 
 
 def pipelines(config: Config, run: Run) -> int | Plan:
@@ -27,17 +28,17 @@ def pipelines(config: Config, run: Run) -> int | Plan:
     return make_table("pipelines", config, run)
 
 
-for job in (benchmark, ladder, pipelines):
+for job in (benchmark, cumulative, pipelines):
     job.one_process = True
 
 
 def make_table(kind: str, config: Config, run: Run) -> int | Plan:
     """Runs or continues a job; returns exit code 0. The last line printed is JSON, where stdout is no terminal."""
-    bench = SpeedBench(config, run)
+    timed = Benchmark(config, run)
     if config.plan:
         made = len(list(run.path.glob("rows/**/*.json")))
         return Plan(f"run   {run.path}\nrows  {made} made; each takes at most {config.latency.seconds:g} s of timing")
-    results = bench.results(kind, TABLES[kind](bench))
+    results = with_new_kind(timed.results(kind, TABLES[kind](timed)))
     track = partial(track_table, run, kind, header(results), cells(results))
     report(run, partial(write_speed_report, run.path, track), partial(console_text, results))
     print_for_programs({"run": str(run.path.resolve()), **summary(results)})

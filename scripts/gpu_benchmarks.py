@@ -2,7 +2,7 @@
 
     python scripts/gpu_benchmarks.py                                # SD-1.5's networks, random weights
     python scripts/gpu_benchmarks.py --minutes 600                  # in one go
-    python scripts/gpu_benchmarks.py --size sdxl --parts ladder pipelines
+    python scripts/gpu_benchmarks.py --size sdxl --parts cumulative pipelines
     python scripts/gpu_benchmarks.py --size shapes --quick          # the shipped model: a CPU can try the script
 
 Every part is a job or script of this project, run in the order below; its numbers are OUT/<part>.json. A part that is
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from slimstep.engine.console import open_console
 from slimstep.engine.files import write_json
+from slimstep.engine.renamed import EXPERIMENTS
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE_S = 20  # for a stopped part to leave
@@ -40,7 +41,8 @@ def main() -> int:
     """Returns 0 when all is measured, 75 when the time was up, 1 when a part failed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=("sd15", "sdxl", "shapes"), default="sd15")
-    parser.add_argument("--parts", nargs="+", metavar="PART", help="some of them (default: all)")
+    named = lambda part: EXPERIMENTS.get(part, part)  # noqa: E731  as earlier versions called them
+    parser.add_argument("--parts", nargs="+", metavar="PART", type=named, help="some of them (default: all)")
     parser.add_argument("--minutes", type=float, default=9.5, help="of this call (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="few rows and calls: to try the script, not to measure")
     parser.add_argument("--runs", type=Path, default=Path("runs/gpu"), help="models and unfinished work")
@@ -119,7 +121,7 @@ def parts(options: argparse.Namespace, models: dict[str, str]) -> Iterator[Part]
     def benchmark(name: str, *overrides: str) -> Part:
         return job(name, "benchmark", {"teacher": teacher}, *overrides)
 
-    yield job("ladder", "ladder", {**models, "few_steps": teacher}, *(QUICK_ROWS if options.quick else ()))
+    yield job("cumulative", "cumulative", {**models, "few_steps": teacher}, *(QUICK_ROWS if options.quick else ()))
     kernels = f"benchmark.attention=[{'vanilla,cudnn' if options.quick else 'sdpa,vanilla,math,flash,efficient,cudnn'}]"
     plain = ["benchmark.compile=[eager]", "benchmark.batches=[1]"]
     yield benchmark("kernels", f"benchmark.dtype=[{half}]", kernels, base, *plain)
@@ -128,7 +130,7 @@ def parts(options: argparse.Namespace, models: dict[str, str]) -> Iterator[Part]
     yield benchmark("formats", dtypes, formats, *plain)
     ways = "eager,default,regional,reduce-overhead,max-autotune,cudagraphs" if on_gpu else "eager,cudagraphs"
     yield benchmark("compile", f"benchmark.compile=[{ways}]", f"benchmark.dtype=[{half}]", base,
-                    "benchmark.batches=[1]", "benchmark.first_image=true")  # fmt: skip
+                    "benchmark.batches=[1]", "benchmark.cold_start=true")  # fmt: skip
     yield job("pipelines", "pipelines", {"teacher": teacher, "pruned": models["pruned"]}, base,
               *(["benchmark.batches=[1]", "benchmark.tasks=[txt2img,two_controlnets]"] if options.quick
                 else ["benchmark.batches=[1,4,16]"]),

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import hydra
 from omegaconf import DictConfig
 
-from slimstep.engine.checked import MISTAKES
+from slimstep.engine.checked import USER_ERRORS
 from slimstep.engine.console import open_console
 from slimstep.engine.launch import fail
 from slimstep.engine.quiet import one_line
@@ -36,7 +36,7 @@ def main(config: DictConfig) -> None:
         recipe = Recipe(config)
         for stage in STAGES if config.stage == "all" else [config.stage]:
             getattr(recipe, stage)()
-    except MISTAKES as error:
+    except USER_ERRORS as error:
         fail(one_line(error))
 
 

@@ -74,4 +74,4 @@ def test_a_script_whose_time_is_up_says_that_it_goes_on(tmp_path):
     command = [sys.executable, str(ROOT / "scripts/gpu_benchmarks.py"), "--size", "shapes", "--quick", "--minutes",
                "0.1", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 75 and "goes on with ladder" in done.stdout
+    assert done.returncode == 75 and "goes on with cumulative" in done.stdout

@@ -263,7 +263,7 @@ def test_an_experiment_without_its_plus_is_told_the_plus(leave):
     assert "an experiment is added, +experiment=prune_unet" in told(*leave("experiment=prune_unet"))
 
 
-@pytest.mark.parametrize("experiment", ["evaluate", "benchmark", "ladder", "pipelines"])
+@pytest.mark.parametrize("experiment", ["evaluate", "benchmark", "cumulative", "pipelines"])
 @pytest.mark.parametrize("models", ["[]", "{}"])
 def test_an_empty_list_of_models_is_told(leave, tiny_model, experiment, models):
     assert "models names nothing to " in told(*leave(f"+experiment={experiment}", *tiny_model, f"models={models}"))

@@ -16,7 +16,7 @@ Tile = Mapping[str, str]
 def headline(found: Gathered) -> str:
     """The outcome in a sentence or two."""
     said = [evaluation_sentence(found)] if found.evaluations else []
-    for name, results in found.of_kind("ladder").items():
+    for name, results in found.of_kind("cumulative").items():
         if last := last_kept(results):
             faster = f"{last['speedup']['first']['ratio']:.2f} times as fast as its first row"
             said.append(f"The last row kept on {name}, {last['name']}, is {faster}.")
@@ -67,7 +67,7 @@ def speed_of(found: Gathered, point: Row) -> str:
 
 
 def last_kept(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    """What the ladder came to; None where nothing was built upon its first row."""
+    """What the cumulative benchmark came to; None where nothing was built upon its first row."""
     return next((row for row in reversed(results["rows"]) if row["kept"] and "first" in row["speedup"]), None)
 
 
@@ -77,7 +77,7 @@ def last_kept(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
 def tiles(found: Gathered) -> list[Tile]:
     """Label, value, explanation."""
     shown = evaluation_tiles(found) if found.evaluations else benchmark_tiles(found)
-    for name, results in found.of_kind("ladder").items():
+    for name, results in found.of_kind("cumulative").items():
         if last := last_kept(results):
             faster, interval = ratio(last["speedup"]["first"]).split(" ", 1)
             shown.append(tile(name, f"{faster}×", f"first row to last, 95 %: {interval}"))
@@ -108,7 +108,7 @@ def evaluation_tiles(found: Gathered) -> list[Tile]:
 
 
 def benchmark_tiles(found: Gathered) -> list[Tile]:
-    """The fastest setup of each benchmark, in units of its base."""
+    """The fastest config of each benchmark, in units of its base."""
     shown = []
     for name, results in found.of_kind("benchmark").items():
         if ran := [row for row in results["rows"] if not row["cannot"]]:

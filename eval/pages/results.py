@@ -1,4 +1,4 @@
-"""Reading finished evaluations, benchmarks, ladders and pipelines tables; which scores go together.
+"""Reading finished evaluations, benchmarks, cumulative benchmarks and pipelines tables; which scores go together.
 
 Two evaluations can be compared where prompts, scorer and seed are the same: their images i began as the same noise.
 """
@@ -11,20 +11,20 @@ from typing import Any
 
 from slimstep.engine.files import damaged
 from slimstep.eval.metrics.compare import PairedDifference, paired_difference
-from slimstep.eval.pages.runs import read_json
+from slimstep.eval.pages.runs import read_speed
 from slimstep.eval.pages.text import flatten
 from slimstep.eval.record import Evaluation, Point, read_evaluation
 
 Results = Mapping[str, Any]
 Setting = tuple[float, int]
-SPEED_KINDS = ("benchmark", "ladder", "pipelines")
+SPEED_KINDS = ("benchmark", "cumulative", "pipelines")
 OWN_COLUMNS = ("inception", "preferences", "metrics")  # of a protocol: they do not change a CLIP score
 
 
 @dataclass(frozen=True)
 class ResultRun:
-    """A finished run; `kind` is 'evaluation', whose results are an Evaluation, or 'benchmark', 'ladder', 'pipelines',
-    whose results are results.json."""
+    """A finished run; `kind` is 'evaluation', whose results are an Evaluation, or 'benchmark', 'cumulative' or
+    'pipelines', whose results are results.json."""
 
     path: Path
     kind: str
@@ -70,7 +70,7 @@ def read_results(folder: str | Path) -> ResultRun:
     if not path.is_dir():
         raise FileNotFoundError(f"there is no run in {path}; give the directory that train.py wrote")
     file = path / "results.json"
-    results = read_json(file) or {}
+    results = read_speed(file) or {}
     if (kind := results.get("kind", "evaluation")) in SPEED_KINDS:
         with damaged(file):
             if missing := sorted({"models", "protocol", "environment", "rows"} - set(results)):

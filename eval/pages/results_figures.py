@@ -1,4 +1,4 @@
-"""The pictures of a page of several runs: CLIP against time, curves, ladders, parts, pipelines, the grid of images."""
+"""The pictures of a page of several runs: CLIP against time, curves, benchmarks, pipelines, the grid of images."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +30,7 @@ def draw_sections(found: Gathered) -> dict[str, list[Picture]]:
     return {
         "time": [draw_time(found, condition) for condition in found.conditions],
         "curves": draw_curves(found.compared),
-        "ladder": draw_speed(found, "ladder"),
+        "cumulative": draw_speed(found, "cumulative"),
         "benchmark": [p for run, results in found.of_kind("benchmark").items() for p in draw_parts(run, results)],
         "pipelines": draw_speed(found, "pipelines"),
     }

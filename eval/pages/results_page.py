@@ -1,4 +1,4 @@
-"""Evaluations, benchmarks, ladders and pipelines tables on one page: what images lose, and what time is saved."""
+"""Evaluations, benchmarks of all kinds and pipelines tables on one page: what images lose, and what time is saved."""
 
 import itertools
 from collections.abc import Sequence
@@ -137,7 +137,7 @@ def side(d: PairedDifference | None) -> str:
 
 
 def speed_tables(found: Gathered) -> list[Table]:
-    """All rows of the benchmarks, ladders and pipelines tables."""
+    """All rows of the benchmarks, cumulative benchmarks and pipelines tables."""
     return [
         Table(name, speed_header(results), cells(results), LABELS[kind], NOTES[kind])
         for kind in SPEED_KINDS

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from slimstep.engine.files import damaged
+from slimstep.engine.renamed import with_new_kind
 from slimstep.eval.record import Evaluation, Point, read_evaluation
 from slimstep.models.architecture import Architecture, Levels, as_architecture, is_removed, num_levels, unet_levels
 
@@ -177,6 +178,12 @@ def read_json(path: Path) -> Any:
         if not value:
             raise ValueError(f"it holds {value}")
         return value
+
+
+def read_speed(path: Path) -> Any:
+    """The results.json of a timed run, with its kind's present name; None where it does not exist."""
+    results = read_json(path)
+    return results and with_new_kind(results)
 
 
 def finite(value: float | None) -> bool:

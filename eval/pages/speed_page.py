@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from slimstep.engine.files import write_text
 from slimstep.eval.pages.figures import MUTED, SERIES, STUDENT, canvas, save_figures, styled, themed
 from slimstep.eval.pages.html import render
-from slimstep.eval.pages.runs import read_json
+from slimstep.eval.pages.runs import read_speed
 from slimstep.eval.pages.tables import console_table, csv_table, markdown_table
 from slimstep.eval.pages.text import digits, flatten, percent, signed
 from slimstep.eval.plan import size
@@ -23,18 +23,18 @@ Row = Mapping[str, Any]
 Results = Mapping[str, Any]
 MEASURES = ["ms", "10–90 %", "calls", "images/s", "of peak", "memory", "graphs", "PSNR, dB", "CLIP, paired"]
 COLUMNS = {
-    "benchmark": ["model", "steps", "batch", "setup", "× base", *MEASURES, *PARTS, "parts of whole"],
-    "ladder": ["row", "× row before", "× first", "kept", *MEASURES],
+    "benchmark": ["model", "steps", "batch", "config", "× base", *MEASURES, *PARTS, "parts of whole"],
+    "cumulative": ["row", "× row before", "× first", "kept", *MEASURES],
     "pipelines": ["task", "model", "batch", "mode", "it/s", "× eager", "ms", "10–90 %", "calls", "memory", "graphs"],
 }
-LABELS = {"benchmark": 4, "ladder": 1, "pipelines": 4}  # columns that name a row
-FIRST_IMAGE = ["model", "steps", "batch", "setup", "eager, s", "cold, s", "with artefacts, s", "with a kept cache, s",
-               "pays after (cold)", "(artefacts)", "(kept cache), calls"]  # fmt: skip
+LABELS = {"benchmark": 4, "cumulative": 1, "pipelines": 4}  # columns that name a row
+COLD_START = ["model", "steps", "batch", "config", "eager, s", "cold, s", "with artefacts, s", "with a kept cache, s",
+               "break-even calls (cold)", "(artefacts)", "(kept cache)"]  # fmt: skip
 NOTES = {
-    "benchmark": "Each row is timed beside the same pipeline in the base setup, and the first model in it, call by "
-    "call; a row of the base setup itself shows what such a ratio is worth. PSNR is to the images that float32 draws "
+    "benchmark": "Each row is timed beside the same pipeline in the base config, and the first model in it, call by "
+    "call; a row of the base config itself shows what such a ratio is worth. PSNR is to the images that float32 draws "
     "from the same noise.",
-    "ladder": "Each row is built upon the last one that was kept, and timed beside it and the first, call by call; "
+    "cumulative": "Each row is built upon the last one that was kept, and timed beside it and the first, call by call; "
     "what is shown to be slower is not kept. The first row is timed beside another pipeline of its own kind: what a "
     "ratio is worth. PSNR and CLIP are against its images from the same noise.",
     "pipelines": "it/s are denoising steps a second of whole calls, from prompt to 8-bit images: text encoder and VAE "
@@ -48,7 +48,7 @@ def write_speed_report(folder: str | Path, track: Callable[[], None] = lambda: N
     `track` is called when the pictures are there; the page, which says that all is done, comes last.
     """
     folder = Path(folder)
-    results = read_json(folder / "results.json")
+    results = read_speed(folder / "results.json")
     kind, figures = results["kind"], draw_figures(results)
     write_text(folder / "table.md", table(results))
     write_text(folder / "results.csv", csv_table(summary(results)["rows"]))
@@ -61,8 +61,8 @@ def write_speed_report(folder: str | Path, track: Callable[[], None] = lambda: N
         clock=results["protocol"]["clock"],
         header=header(results),
         rows=cells(results),
-        first_header=FIRST_IMAGE,
-        first_rows=first_image_rows(results),
+        first_header=COLD_START,
+        first_rows=cold_start_rows(results),
         figures={name: Markup(themed(figure, name)) for name, figure in figures.items()},
         facts=flatten({key: results[key] for key in ("models", "protocol", "environment")}),
     )
@@ -72,18 +72,18 @@ def write_speed_report(folder: str | Path, track: Callable[[], None] = lambda: N
 
 def table(results: Results) -> str:
     """All rows, and what compiling cost where that was measured."""
-    first = first_image_rows(results)
-    costs = "\n" + markdown_table(FIRST_IMAGE, first) if first else ""
+    first = cold_start_rows(results)
+    costs = "\n" + markdown_table(COLD_START, first) if first else ""
     return markdown_table(header(results), cells(results)) + costs
 
 
 def console_text(results: Results) -> str:
     """The table for a terminal, and below it what compiling cost and why rows could not run."""
     ran = {**results, "rows": [row for row in results["rows"] if not row["cannot"]]}
-    failed = [f"{', '.join(row_name(row))}: {told_reason(row)}" for row in results["rows"] if row["cannot"]]
-    first = first_image_rows(results)
+    failed = [f"{', '.join(row_name(row))}: {reason_text(row)}" for row in results["rows"] if row["cannot"]]
+    first = cold_start_rows(results)
     text = [console_table(header(ran), cells(ran), LABELS[results["kind"]])] if ran["rows"] else []
-    text += [console_table(FIRST_IMAGE, first, LABELS["benchmark"])] if first else []
+    text += [console_table(COLD_START, first, LABELS["benchmark"])] if first else []
     return "\n".join([*text, *failed])
 
 
@@ -106,25 +106,25 @@ def timed_beside(results: Results) -> list[str]:
     return [name for name in named if name != "base"]
 
 
-def first_image_rows(results: Results) -> list[list[str]]:
-    """A line for each compiled row: seconds to the first image of a new process, and images until it pays.
+def cold_start_rows(results: Results) -> list[list[str]]:
+    """A line for each compiled row: seconds to the first image of a new process, and the break-even calls.
 
     A process that failed says why in the place of its seconds.
     """
     lines = []
     for row in results["rows"]:
-        if cost := row.get("first_image"):
+        if cost := (row.get("cold_start") or row.get("first_image")):
             ways = [cost[way] for way in ("cold", "artifacts", "kept_cache")]
             seconds = [first_seconds(way) for way in (cost["eager"], *ways)]
-            pays = [f"{way['calls']:.0f}" if way and way.get("calls") is not None else "–" for way in ways]
-            lines.append([row["model"], str(row["steps"]), str(row["batch"]), row["name"], *seconds, *pays])
+            break_even = [f"{way['calls']:.0f}" if way and way.get("calls") is not None else "–" for way in ways]
+            lines.append([row["model"], str(row["steps"]), str(row["batch"]), row["name"], *seconds, *break_even])
     return lines
 
 
 def first_seconds(way: Mapping[str, Any] | None) -> str:
     if not way:
         return "–"
-    return told_reason(way) if "cannot" in way else f"{way['first_s']:.1f}"
+    return reason_text(way) if "cannot" in way else f"{way['first_s']:.1f}"
 
 
 def summary(results: Results) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def cells(results: Results) -> list[list[str]]:
     """A line per row, in the kind's columns; what could not run says why after its name."""
     line, beside = LINES[results["kind"]], timed_beside(results)
     return [
-        told(row, len(header(results)))
+        failed_row(row, len(header(results)))
         if row["cannot"]
         else with_others(line(row), [ratio(row["speedup"].get(name)) for name in beside])
         for row in results["rows"]
@@ -153,12 +153,12 @@ def row_name(row: Row) -> list[str]:
     return [str(row[key]) for key in ("task", "model", "steps", "batch", "mode", "name") if key in row]
 
 
-def told(row: Row, width: int) -> list[str]:
+def failed_row(row: Row, width: int) -> list[str]:
     names = row_name(row)
-    return [*names, told_reason(row), *["–"] * (width - len(names) - 1)]
+    return [*names, reason_text(row), *["–"] * (width - len(names) - 1)]
 
 
-def told_reason(row: Row) -> str:
+def reason_text(row: Row) -> str:
     return f"cannot run: {textwrap.shorten(row['cannot'], 100, placeholder=' …')}"
 
 
@@ -168,7 +168,7 @@ def benchmark_line(row: Row) -> list[str]:
             *measures(row), *parts, sum_of_parts(row["parts_of_whole"])]  # fmt: skip
 
 
-def ladder_line(row: Row) -> list[str]:
+def cumulative_line(row: Row) -> list[str]:
     faster = [ratio(row["speedup"].get(other)) for other in ("before", "first")]
     if "itself" in row["speedup"]:
         faster[0] = f"itself: {ratio(row['speedup']['itself'])}"
@@ -188,7 +188,7 @@ def sum_of_parts(share: float | None) -> str:
     return percent(share) + ("" if abs(share - 1) <= 0.03 else ", beyond 3 %")
 
 
-LINES = {"benchmark": benchmark_line, "ladder": ladder_line, "pipelines": pipelines_line}
+LINES = {"benchmark": benchmark_line, "cumulative": cumulative_line, "pipelines": pipelines_line}
 
 
 def measures(row: Row) -> list[str]:
@@ -221,8 +221,8 @@ def draw_figures(results: Results) -> dict[str, Figure]:
     ran = [row for row in results["rows"] if not row["cannot"]]
     if not ran:
         return {}
-    if results["kind"] == "ladder":
-        return {"ladder": ladder_figure(results["rows"])}
+    if results["kind"] == "cumulative":
+        return {"cumulative": cumulative_figure(results["rows"])}
     if results["kind"] == "pipelines":
         return {f"batch-{batch}": tasks_figure([row for row in ran if row["batch"] == batch])
                 for batch in dict.fromkeys(row["batch"] for row in ran)}  # fmt: skip
@@ -232,7 +232,7 @@ def draw_figures(results: Results) -> dict[str, Figure]:
 
 @styled
 def parts_figure(rows: Sequence[Row]) -> Figure:
-    """Milliseconds of one image of every setup, and where they go."""
+    """Milliseconds of one image of every config, and where they go."""
     figure, (axes,) = canvas(7.4, 0.34 * len(rows) + 1.3)
     left = np.zeros(len(rows))
     for colour, part in zip(SERIES, PARTS, strict=False):
@@ -249,14 +249,14 @@ def parts_figure(rows: Sequence[Row]) -> Figure:
 
 
 @styled
-def ladder_figure(rows: Sequence[Row]) -> Figure:
+def cumulative_figure(rows: Sequence[Row]) -> Figure:
     """The time of one image in units of the first row's, row upon row; a pale bar was not kept."""
     figure, (axes,) = canvas(7.4, 0.42 * len(rows) + 1.1)
     before = 100.0
     for y, row in enumerate(rows):
         if row["cannot"]:
-            told = textwrap.shorten(row["cannot"], 80, placeholder=" …")
-            axes.text(1, y, told, va="center", fontsize=7.5, color=MUTED)
+            reason = textwrap.shorten(row["cannot"], 80, placeholder=" …")
+            axes.text(1, y, reason, va="center", fontsize=7.5, color=MUTED)
             continue
         faster = row["speedup"].get("first", {"ratio": 1.0})["ratio"]
         share, colour = 100 / faster, STUDENT if row["kept"] else MUTED

@@ -15,12 +15,12 @@ from torchvision.transforms.functional import to_pil_image
 
 from slimstep.eval.sampling import Sampler, eight_bits
 from slimstep.eval.timing.graphs import CannotCaptureError, CapturedCall
-from slimstep.eval.timing.setups import CannotRunError
+from slimstep.eval.timing.inference import CannotRunError
 from slimstep.models.conditioning import Conditioning, encode_prompts, encode_unconditional
 
 
 class CapturedSampler:
-    """A sampler's loop and decoder on a CUDA device, captured at the first call.
+    """A sampler's loop and decoder on a CUDA device as one CUDA graph, captured at the first call.
 
     Schedulers that copy between host and device in their steps cannot be captured (those that draw noise, LCM, UniPC):
     the first call raises CannotRunError, before anything is captured.

@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any
 
-from slimstep.eval.timing.setups import CannotRunError
+from slimstep.eval.timing.inference import CannotRunError
 
 TRACEBACK = "Traceback (most recent call last):"
 

@@ -1,4 +1,4 @@
-"""What compiling costs: the first image of new processes, with nothing kept, with saved artefacts, with a kept cache.
+"""What compiling costs: the cold-start latency with nothing kept, with saved artefacts, with a kept cache.
 
 The compiled graphs of a process serve others of the same torch and device (`torch.compiler.save_cache_artifacts`). On
 a CPU they hold no C++ kernels, which are built again: there the kept cache directory is what saves time.
@@ -22,8 +22,8 @@ from diffusers import DiffusionPipeline
 import slimstep
 from slimstep.engine.files import write_bytes
 from slimstep.eval.timing.child import child_result
-from slimstep.eval.timing.setups import CannotRunError, Setup
-from slimstep.eval.timing.speed import Subject
+from slimstep.eval.timing.inference import CannotRunError, InferenceConfig
+from slimstep.eval.timing.speed import TimedPipeline
 from slimstep.models.pipeline import load_pipeline, with_unet
 from slimstep.models.sizes import set_resolution
 
@@ -60,13 +60,13 @@ def compile_first(path: Path, compile_it: Callable[[], None], accelerator: Accel
 
 
 def compile_cost(request: Mapping[str, Any], artifacts: Path) -> dict[str, Any]:
-    """Seconds to the first image in new processes, and after how many calls compiling has paid for itself.
+    """Seconds to the first image in new processes, and the break-even calls of compiling.
 
-    `request` holds a variant's fields, what a Subject is made of, and load_pipeline's options for every model. The
+    `request` holds a BenchmarkCase's fields, those of a TimedPipeline, and load_pipeline's options for every model. The
     artefacts stay at `artifacts`. `calls` is None where compiled calls are not faster than eager ones, or eager ones
     could not run. A way whose process failed is {"cannot": why}; None is one that was not tried for want of the first.
     """
-    plain = {**request, "setup": {**request["setup"], "compile": "eager"}}
+    plain = {**request, "inference": {**request["inference"], "compile": "eager"}}
     with tempfile.TemporaryDirectory() as kept, tempfile.TemporaryDirectory() as empty:
         eager = new_process(plain, Path(kept) / "eager")
         cold, warm, loaded = new_process({**request, "save": str(artifacts)}, Path(kept)), None, None
@@ -78,7 +78,7 @@ def compile_cost(request: Mapping[str, Any], artifacts: Path) -> dict[str, Any]:
 
 
 def with_calls(way: Mapping[str, Any], eager: Mapping[str, Any], cold: Mapping[str, Any]) -> dict[str, Any]:
-    """`way`, with the number of calls after which it has paid for itself."""
+    """`way`, with its break-even calls."""
     if "cannot" in way:
         return dict(way)
     gained_s = 1e-3 * (eager["steady_ms"] - cold["steady_ms"]) if "cannot" not in eager else 0.0
@@ -117,11 +117,11 @@ def main() -> None:
     if "load" in request:
         load_artifacts(Path(request["load"]))
     told = {key: request[key] for key in ("prompts", "steps", "guidance_scale", "batch", "seed")}
-    subject = Subject(pipeline, Setup(**request["setup"]), device=device, **told)
+    timed = TimedPipeline(pipeline, InferenceConfig(**request["inference"]), device=device, **told)
     times = []
     for _ in range(1 + STEADY_CALLS):
         start = time.perf_counter()
-        subject.call()
+        timed.call()
         times.append(time.perf_counter() - start)
     size = save_artifacts(Path(request["save"])) if "save" in request else None
     steady_ms = 1e3 * statistics.median(times[1:])

@@ -28,10 +28,10 @@ from slimstep.eval.config import LatencyConfig
 from slimstep.eval.metrics.compare import bootstrap, interval
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.timing.capture import CapturedSampler
+from slimstep.eval.timing.inference import CannotRunError, InferenceConfig, prepare, running
 from slimstep.eval.timing.latency import interleaved_times, one_thread
 from slimstep.eval.timing.memory import MemoryFrom
-from slimstep.eval.timing.setups import CannotRunError, Setup, prepare, running
-from slimstep.eval.timing.stage_timer import watched
+from slimstep.eval.timing.stage_timer import timed_components
 from slimstep.models.pipeline import networks
 
 # What torch says where a device has no kernel for a dtype, a size or an operation.
@@ -42,7 +42,7 @@ REFUSALS = ("No available kernel", "not implemented for", "not supported", "is u
 
 
 @dataclass(frozen=True)
-class Variant:
+class BenchmarkCase:
     """What a row runs: a model, with the UNet or VAE of another one, its steps, and how.
 
     `unet` and `vae` are pipelines' folders whose part takes the place of the model's.
@@ -50,21 +50,21 @@ class Variant:
 
     model: str
     steps: int
-    setup: Setup = Setup()
+    inference: InferenceConfig = InferenceConfig()
     unet: str = ""
     vae: str = ""
 
 
 @dataclass
-class Subject:
-    """A pipeline that is timed, in one setup.
+class TimedPipeline:
+    """A pipeline that is timed, in one inference config.
 
     `given` goes to the pipeline's call beside the prompts: another task's image, mask or control images. Where it is
-    empty, the noise of prompt i is a function of (seed, i). Raises CannotRunError where the setup cannot run here.
+    empty, the noise of prompt i is a function of (seed, i). Raises CannotRunError where the config cannot run here.
     """
 
     pipeline: DiffusionPipeline
-    setup: Setup
+    inference: InferenceConfig
     prompts: Sequence[str]
     steps: int
     guidance_scale: float
@@ -74,20 +74,20 @@ class Subject:
     given: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.setup.capture and self.given:
-            raise CannotRunError("only txt2img has a captured loop")
+        if self.inference.capture and self.given:
+            raise CannotRunError("only txt2img is captured as one CUDA graph")
         upcast = hasattr(self.pipeline, "upcast_vae") and self.pipeline.vae.config.force_upcast
-        if self.setup.capture and self.setup.dtype == "float16" and upcast:
-            raise CannotRunError("this VAE overflows in float16, and the captured loop does not upcast it")
-        with running(self.setup):
-            self.pipeline = prepare(self.pipeline, self.setup, self.device)
+        if self.inference.capture and self.inference.dtype == "float16" and upcast:
+            raise CannotRunError("this VAE overflows in float16, and the CUDA graph does not upcast it")
+        with running(self.inference):
+            self.pipeline = prepare(self.pipeline, self.inference, self.device)
         if hasattr(self.pipeline, "safety_checker"):
-            self.pipeline.safety_checker = None  # it is another network's time, and its verdict a black image
+            self.pipeline.safety_checker = None  # it is another network's time, and it may return a black image
         self.pipeline.set_progress_bar_config(disable=True)
 
     @cached_property
     def sampler(self) -> Sampler:
-        precision = "tf32" if self.setup.dtype == "tf32" else "float32"
+        precision = "tf32" if self.inference.dtype == "tf32" else "float32"
         return Sampler(self.pipeline, self.steps, self.guidance_scale, self.seed, precision=precision)
 
     @cached_property
@@ -100,10 +100,10 @@ class Subject:
     def draw(self, indices: Sequence[int]) -> list[Image.Image]:
         """The images of these prompts."""
         prompts = [self.prompts[i % len(self.prompts)] for i in indices]
-        with running(self.setup):
-            if self.setup.capture:
+        with running(self.inference):
+            if self.inference.capture:
                 return self.captured.draw(prompts, self.noise(indices))
-            noise = {"latents": self.noise(indices).to(self.setup.torch_dtype)}
+            noise = {"latents": self.noise(indices).to(self.inference.torch_dtype)}
             given = self.given or {**noise, "generator": self.sampler.generators(indices)}
             return self.pipeline(
                 prompt=prompts,
@@ -112,7 +112,7 @@ class Subject:
                 **given,
             ).images
 
-    def at(self, steps: int) -> "Subject":
+    def at(self, steps: int) -> "TimedPipeline":
         """The same pipeline, as it is prepared, with another number of steps."""
         other = copy.copy(self)
         other.steps = steps
@@ -129,36 +129,36 @@ class Subject:
         return torch.stack([pil_to_tensor(image) for image in rows[:count]])
 
 
-def measure(subject: Subject, others: Mapping[str, Subject], config: LatencyConfig) -> dict[str, Any]:
-    """The subject's times and their parts, and its speed-up over each of the `others`, all interleaved.
+def measure(timed: TimedPipeline, others: Mapping[str, TimedPipeline], config: LatencyConfig) -> dict[str, Any]:
+    """The pipeline's times and their parts, and its speed-up over each of the `others`, all interleaved.
 
     On a CPU times are one thread's CPU time; on a GPU they are wall time. `parts_of_whole` compares the parts' sum with
-    calls that no stopwatch watched. Raises what torch raises where the device cannot run it.
+    calls without a stage timer. Raises what torch raises where the device cannot run it.
     """
-    device, parts, unet_calls = subject.device, [], []
+    device, parts, unet_calls = timed.device, [], []
     with one_thread(device):
         for other in others.values():
             other.call()  # compiled ones may have to be made again
         memory = MemoryFrom(device)
         graphs, start = Graphs(), time.perf_counter()
-        subject.call()
+        timed.call()
         first_s, made = time.perf_counter() - start, graphs.since()
-        needed = memory.of(subject.call, held_tensors(subject))
+        needed = memory.of(timed.call, held_tensors(timed))
 
         def watch_parts() -> None:
-            with watched(subject.pipeline, device) as watch:
-                parts.append(watch.time(subject.call))
-                unet_calls.append([part for part, _ in watch.marks].count("UNet"))
+            with timed_components(timed.pipeline, device) as timer:
+                parts.append(timer.time(timed.call))
+                unet_calls.append([part for part, _ in timer.marks].count("UNet"))
 
-        calls = {name: other.call for name, other in others.items()} | {"this": subject.call}
-        times = interleaved_times(calls if subject.setup.capture else calls | {"parts": watch_parts}, config, device)
+        calls = {name: other.call for name, other in others.items()} | {"this": timed.call}
+        times = interleaved_times(calls if timed.inference.capture else calls | {"parts": watch_parts}, config, device)
     whole = times["this"]
     return {
         "ms": spread(whole),
         **together(parts[-len(whole) :], whole),  # the others warmed up
-        "unet_calls": unet_calls[-1] if unet_calls else subject.steps,
+        "unet_calls": unet_calls[-1] if unet_calls else timed.steps,
         "speedup": {name: speedup(times[name], whole) for name in others},
-        "images_per_s": 1e3 * subject.batch / statistics.median(whole),
+        "images_per_s": 1e3 * timed.batch / statistics.median(whole),
         **needed,
         "graphs": made,
         "recompiled": graphs.since()["graphs"] - made["graphs"],
@@ -167,7 +167,7 @@ def measure(subject: Subject, others: Mapping[str, Subject], config: LatencyConf
 
 
 def together(parts: Sequence[Mapping[str, float]], whole_ms: Sequence[float]) -> dict[str, Any]:
-    """The parts' medians, and their sum beside the neighbouring call without a stopwatch; a captured loop has none."""
+    """The parts' medians, and their sum beside the neighbouring call without a timer; one CUDA graph has none."""
     if not parts:
         return {"parts_ms": {}, "parts_of_whole": None}
     names = [name for name, ms in parts[0].items() if ms]
@@ -203,9 +203,9 @@ class Graphs:
         return {key: value - self.before[key] for key, value in self.now().items()}
 
 
-def held_tensors(subject: Subject) -> Iterator[Tensor]:
+def held_tensors(timed: TimedPipeline) -> Iterator[Tensor]:
     """Weights and buffers of all of a pipeline's networks."""
-    return (t for network in networks(subject.pipeline) for t in (*network.parameters(), *network.buffers()))
+    return (t for network in networks(timed.pipeline) for t in (*network.parameters(), *network.buffers()))
 
 
 def reason(error: Exception) -> str | None:
@@ -221,14 +221,14 @@ def reason(error: Exception) -> str | None:
     return textwrap.shorten(str(error), 400, placeholder=" …") or type(error).__name__ if known else None
 
 
-def matmul_peak_tflops(setup: Setup, device: torch.device, seconds: float = 1.0) -> float:
-    """10¹² operations a second of the best of a few square matrix products in the setup's format."""
+def matmul_peak_tflops(inference: InferenceConfig, device: torch.device, seconds: float = 1.0) -> float:
+    """10¹² operations a second of the best of a few square matrix products in the config's number format."""
     sizes = (4096, 8192) if device.type == "cuda" else (512, 1024)
     config = LatencyConfig(iterations=20, warmup=3, seconds=seconds)
     best = 0.0
-    with running(setup), one_thread(device):
+    with running(inference), one_thread(device):
         for size in sizes:
-            a, b = (torch.randn(size, size, device=device, dtype=setup.torch_dtype) for _ in range(2))
+            a, b = (torch.randn(size, size, device=device, dtype=inference.torch_dtype) for _ in range(2))
             times = interleaved_times({"product": lambda a=a, b=b: torch.mm(a, b)}, config, device, "peak")
             best = max(best, 2 * size**3 / (1e9 * min(times["product"])))
     return best

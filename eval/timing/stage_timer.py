@@ -1,7 +1,7 @@
-"""Where the time of one image goes: text encoder, UNet, ControlNet, scheduler and guidance, VAE, host.
+"""The component breakdown of one image's time: text encoder, UNet, ControlNet, scheduler and guidance, VAE, host.
 
 A pipeline call is cut at the entries and exits of its networks, so the parts leave nothing out: they add up to the call
-that they were measured in. Whether that call is as fast as one without a stopwatch is for the caller to compare.
+that they were measured in. Whether that call is as fast as one without a timer is for the caller to compare.
 """
 
 import time
@@ -15,7 +15,7 @@ from torch import nn
 PARTS = ("text encoder", "ControlNet", "UNet", "scheduler", "VAE", "host")
 
 
-class Stopwatch:
+class StageTimer:
     """Marks on a timeline: CUDA events, or the calling thread's CPU time."""
 
     def __init__(self, device: torch.device):
@@ -48,17 +48,17 @@ class Stopwatch:
 
 
 @contextmanager
-def watched(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[Stopwatch]:
-    """A stopwatch whose marks the pipeline's networks set while the block runs."""
-    watch, handles = Stopwatch(device), []
+def timed_components(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[StageTimer]:
+    """A stage timer whose marks the pipeline's networks set while the block runs."""
+    timer, handles = StageTimer(device), []
 
     def cut(first: nn.Module, last: nn.Module, part: str, after: str) -> None:
         def enter(*_) -> None:
-            watch.mark(watch.between)
+            timer.mark(timer.between)
 
         def leave(*_) -> None:
-            watch.mark(part)
-            watch.between = after
+            timer.mark(part)
+            timer.between = after
 
         handles.append(first.register_forward_pre_hook(enter))
         handles.append(last.register_forward_hook(leave))
@@ -73,7 +73,7 @@ def watched(pipeline: DiffusionPipeline, device: torch.device) -> Iterator[Stopw
     cut(vae.encoder, vae.quant_conv or vae.encoder, "VAE", "host")
     cut(vae.post_quant_conv or vae.decoder, vae.decoder, "VAE", "host")
     try:
-        yield watch
+        yield timer
     finally:
         for handle in handles:
             handle.remove()

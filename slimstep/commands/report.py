@@ -1,4 +1,4 @@
-"""Finished runs on one page: slimstep report runs/evaluate runs/benchmark runs/ladder --out reports/shapes"""
+"""Finished runs on one page: slimstep report runs/evaluate runs/benchmark runs/cumulative --out reports/shapes"""
 
 import argparse
 import sys
@@ -7,8 +7,8 @@ from pathlib import Path
 from slimstep.engine.quiet import one_line
 
 SEVERAL = (
-    "of any evaluations, benchmarks, ladders and pipelines tables, or of pruning runs. Models are compared with the "
-    "first run's reference, paired by prompt."
+    "of any evaluations, benchmarks of all kinds and pipelines tables, or of pruning runs. Models are compared with "
+    "the first run's reference, paired by prompt."
 )
 
 

@@ -50,7 +50,7 @@ def test_the_whole_method_runs_to_its_page(run, tmp_path):
     code, _ = run("snapfusion", *METHOD)
     assert code in (0, 3)
     made = tmp_path / "runs/snapfusion"
-    assert {"export", "handover", "report"} <= {path.name for path in made.iterdir()}
+    assert {"export", "export_student", "report"} <= {path.name for path in made.iterdir()}
     assert (made / "report/report.html").is_file()
 
 

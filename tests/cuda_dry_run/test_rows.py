@@ -14,7 +14,7 @@ ROWS = (
 @pytest.mark.slow
 @pytest.mark.parametrize("scheduler", [None, "lcm"])
 def test_rows_upon_each_other_compile_and_capture_or_say_why_not(run, tmp_path, scheduler):
-    code, _ = run("ladder", *TIMES, ROWS, *([f"model.scheduler={scheduler}"] if scheduler else []))
+    code, _ = run("cumulative", *TIMES, ROWS, *([f"model.scheduler={scheduler}"] if scheduler else []))
     assert code == 0
     rows = {row["name"]: row for row in map(json.loads, (p.read_text() for p in tmp_path.glob("runs/*/rows/*.json")))}
     assert len(rows) == 4

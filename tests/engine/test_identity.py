@@ -11,7 +11,7 @@ from slimstep.engine.checked import run_path
 from slimstep.engine.identity import differences, run_name
 from slimstep.engine.launch import main
 from slimstep.engine.overrides import parsed
-from slimstep.engine.renamed import KEYS, rename_keys, replace_moved, with_new_key
+from slimstep.engine.renamed import EXPERIMENTS, KEYS, rename_keys, replace_moved, with_new_key
 
 BARE = ["+experiment=prune_unet"]
 
@@ -118,9 +118,9 @@ def test_a_chain_keeps_the_name_of_its_experiment(folder_of):
 def test_a_moved_job_is_the_same_job():
     """As a run has it that an earlier version began."""
     before = {"job": "engine.handover.hand_over", "handover": {"model": "a"}, "list": ["engine.handover.hand_over"]}
-    job = "slimstep.eval.export_job.hand_over"
-    now = {"job": job, "handover": {"model": "b"}, "list": [job]}
-    assert differences(before, now) == {"handover.model": ("a", "b")}
+    job = "slimstep.eval.export_job.export_student"
+    now = {"job": job, "export": {"model": "b"}, "list": [job]}
+    assert differences(before, now) == {"export.model": ("a", "b")}
     assert differences({"job": "distill.job.distill_steps"}, {"job": "slimstep.distill.job.distill_steps"}) == {}
 
 
@@ -136,7 +136,7 @@ def test_what_an_earlier_version_did_without_saying_it_is_the_same():
 
 def test_moved_paths_are_read_wherever_they_stand():
     old, new = {"_target_": "eval.clip.ClipScorer"}, {"_target_": "slimstep.eval.metrics.clip.ClipScorer"}
-    handed = {"job": "slimstep.eval.export_job.hand_over", "model": "???", "same": "${job}"}
+    handed = {"job": "slimstep.eval.export_job.export_student", "model": "???", "same": "${job}"}
     before = {**handed, "job": "eval.handover.hand_over", "scorer": old, "more": {"list": [old, [old]]}}
     config = OmegaConf.create(before)
     replace_moved(config)
@@ -155,6 +155,32 @@ def test_an_old_key_is_read_with_a_line_that_names_the_new_one(folder_of, caplog
         f"{key} is called {KEYS[key]} now; the old name works for one version"
         for key in ("search.bypass", "search.method.sites")
     }
+
+
+@pytest.mark.parametrize(("old", "words"), [("ladder", []), ("handover", ["handover.model=a"])])
+def test_an_old_experiment_is_run_with_a_line_that_names_the_new_one(folder_of, caplog, old, words):
+    words = [*words, "seed=1"]
+    new = [word.replace("handover.", "export.") for word in words]
+    assert folder_of(f"+experiment={old}", *words) == folder_of(f"+experiment={EXPERIMENTS[old]}", *new)
+    assert f"{old} is called {EXPERIMENTS[old]} now; the old name works for one version" in caplog.messages
+    assert with_new_key(f"restart={old}") == f"restart={EXPERIMENTS[old]}"
+    assert with_new_key(f"+experiment={old}_of_mine") == f"+experiment={old}_of_mine"
+
+
+def test_a_run_that_began_under_an_old_name_is_found(folder_of, tmp_path):
+    assert folder_of("+experiment=cumulative") == "cumulative"
+    (tmp_path / "cumulative").rename(tmp_path / "ladder")
+    file = tmp_path / "ladder/config.yaml"
+    file.write_text(file.read_text().replace("speed_job.cumulative", "speed_job.ladder"))
+    file.write_text(file.read_text().replace("cold_start:", "first_image:").replace("\nexport:", "\nhandover:"))
+    assert folder_of("+experiment=cumulative") == "ladder"
+
+
+def test_a_stage_of_an_earlier_version_is_the_same_stage():
+    before = {"models": {"path": "runs/a/handover/export"}, "page": {"stages": ["evaluate", "handover"]}}
+    now = {"models": {"path": "runs/a/export_student/export"}, "page": {"stages": ["evaluate", "export_student"]}}
+    assert differences(before, now) == {}
+    assert with_new_key("stages.handover.handover.model=a") == "stages.export_student.export.model=a"
 
 
 def test_a_run_that_an_earlier_version_began_has_old_keys():

@@ -78,7 +78,7 @@ def test_a_job_of_a_sweep_over_long_values_has_a_folder_of_its_own(tmp_path, mon
         path.mkdir(parents=True)
         (path.parent / f"{path.name}.before-10").mkdir()
         assert path.name.startswith("search.method.remove=[down_blocks.ä")
-    inside = swept_path(monkeypatch, paths[0], values[0], name="distill_steps")  # a stage of this job's chain
+    inside = swept_path(monkeypatch, paths[0], values[0], name="distill_steps")  # a stage of this job's workflow
     assert inside == paths[0] / "distill_steps"
 
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 from slimstep.eval.metrics.compare import mean_and_error, paired_difference
 from slimstep.eval.record import former
-from slimstep.eval.timing.setups import Setup
+from slimstep.eval.timing.inference import InferenceConfig
 from tests.eval.run_stub import PROMPTS, write
 
 SCORER = {"model": "local-dir:shapes-clip", "weights": "f374cc813b38", "prefix": "", "scale": 100.0}
@@ -70,18 +70,18 @@ def write_speed(folder: Path, kind: str, models: dict[str, str], rows: list[dict
 def write_benchmark(folder: Path, models: dict[str, str], ms: dict[str, float], setup: str = "", **changes) -> Path:
     """Every model in one setup at batch 1."""
     steps = changes.get("protocol", {}).get("steps", 8)
-    rows = [row(time, model=model, steps=steps, name=setup or str(Setup())) for model, time in ms.items()]
+    rows = [row(time, model=model, steps=steps, name=setup or str(InferenceConfig())) for model, time in ms.items()]
     return write_speed(folder, "benchmark", models, rows, **changes)
 
 
-def write_ladder(folder: Path) -> Path:
+def write_cumulative(folder: Path) -> Path:
     speed = {"ratio": 2.5, "low": 2.4, "high": 2.6, "n": 5}
     rows = [
         row(100, name="plain", changes={}, kept=True, speedup={}),
         {"name": "TF32", "batch": 1, "changes": {}, "kept": False, "cannot": "TF32 is a format of CUDA devices"},
         row(40, name="8 steps", changes={"steps": 8}, kept=True, speedup={"first": speed, "before": speed}),
     ]
-    return write_speed(folder, "ladder", {"teacher": "/teacher"}, rows)
+    return write_speed(folder, "cumulative", {"teacher": "/teacher"}, rows)
 
 
 def write_pipelines(folder: Path) -> Path:

@@ -115,7 +115,7 @@ def test_two_processes_cache_what_one_does(tars, tiny_model, tmp_path):
     assert len(made) > 10 and made == {path.relative_to(two): path.read_bytes() for path in two.glob("*/[!.]*")}
 
 
-MISTAKES = {
+USER_ERRORS = {
     "no tars": (["data=webdataset", "data.source=/nowhere/*.tar"], r"data.source: /nowhere/\*.tar names no file"),
     "no source": (["data=webdataset"], "data.source"),
     "no parquet": (["data=parquet", "data.source=/nowhere"], "data.source: /nowhere names no file"),
@@ -131,9 +131,9 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("case", MISTAKES)
+@pytest.mark.parametrize("case", USER_ERRORS)
 def test_a_mistake_about_the_data_is_one_line(leave, tiny_model, tmp_path, case):
-    overrides, message = MISTAKES[case]
+    overrides, message = USER_ERRORS[case]
     line = told(*leave(CACHE, *tiny_model, *overrides))
     assert re.search(message, line), line
     assert not list((tmp_path / "runs").rglob("*.safetensors"))

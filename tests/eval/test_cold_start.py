@@ -9,10 +9,10 @@ import torch
 from torch._inductor.exc import InductorError
 
 import slimstep.eval.timing.cold_start as cold_start
-from slimstep.eval.pages.speed_page import FIRST_IMAGE, first_image_rows
+from slimstep.eval.pages.speed_page import COLD_START, cold_start_rows
 from slimstep.eval.timing.child import child_result, reason_in
 from slimstep.eval.timing.cold_start import compile_cost
-from slimstep.eval.timing.setups import CannotRunError
+from slimstep.eval.timing.inference import CannotRunError
 from slimstep.eval.timing.speed import reason
 
 CANNOT = [
@@ -74,11 +74,11 @@ def test_a_fault_of_ours_is_not_a_reason(error):
 
 GOOD = {"first_s": 2.0, "steady_ms": 10.0, "artifact_bytes": 5}
 FAILED = {"cannot": "its own process was killed by SIGKILL: it said nothing"}
-REQUEST = {"setup": {"compile": "default"}}
+REQUEST = {"inference": {"compile": "default"}}
 
 
 def kind(request):
-    if request["setup"]["compile"] == "eager":
+    if request["inference"]["compile"] == "eager":
         return "eager"
     return "cold" if "save" in request else "artifacts" if "load" in request else "kept_cache"
 
@@ -105,8 +105,8 @@ def test_a_way_that_failed_says_so_and_the_page_is_drawn(monkeypatch, tmp_path, 
     for name in {"cold", "artifacts", "kept_cache"} - set(failing):
         assert cost[name] is None or cost[name]["calls"] == (None if "eager" in failing else 0)
     row = {"model": "teacher", "steps": 8, "batch": 1, "name": "compile", "first_image": json.loads(json.dumps(cost))}
-    (line,) = first_image_rows({"rows": [row]})
-    assert len(line) == len(FIRST_IMAGE) and sum("SIGKILL" in cell for cell in line) == len(failing)
+    (line,) = cold_start_rows({"rows": [row]})
+    assert len(line) == len(COLD_START) and sum("SIGKILL" in cell for cell in line) == len(failing)
 
 
 def test_a_process_that_dies_is_the_row_of_its_own(monkeypatch, tmp_path):

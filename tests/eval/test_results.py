@@ -6,20 +6,21 @@ import sys
 
 import pytest
 
+from slimstep import ROOT
 from slimstep.commands.report import main
 from slimstep.eval.metrics.compare import paired_difference
 from slimstep.eval.pages.gathered import Gathered
 from slimstep.eval.pages.headline import fastest_not_worse, headline
 from slimstep.eval.pages.pareto import Timing, speedup
-from slimstep.eval.pages.results import common_settings, pair_matrix
+from slimstep.eval.pages.results import common_settings, pair_matrix, read_results
 from slimstep.eval.pages.results_figures import untimed
 from slimstep.eval.pages.results_page import compare_results
 from tests.eval.results_stub import (
     row,
     scores,
     write_benchmark,
+    write_cumulative,
     write_evaluation,
-    write_ladder,
     write_pipelines,
     write_speed,
 )
@@ -185,7 +186,7 @@ def test_where_every_faster_model_is_worse_the_headline_says_so(tmp_path, evalua
 
 def test_the_page_holds_all_and_needs_nothing_beside_itself(tmp_path, evaluation, benchmark, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
-    runs = [evaluation, benchmark, write_ladder(tmp_path / "ladder"), write_pipelines(tmp_path / "pipelines")]
+    runs = [evaluation, benchmark, write_cumulative(tmp_path / "cumulative"), write_pipelines(tmp_path / "pipelines")]
     table = compare_results(runs, tmp_path / "out")
     page = (tmp_path / "out/report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
@@ -197,20 +198,27 @@ def test_the_page_holds_all_and_needs_nothing_beside_itself(tmp_path, evaluation
     written = (tmp_path / "out/table.md").read_text()
     assert "## All models" in written and "## All models" in table and max(map(len, table.splitlines())) <= 100
     assert {path.name for path in (tmp_path / "out/figures").iterdir()} == {
-        "clip-against-time.png", "clip-against-steps.png", "images.png", "ladder-ladder.png", "benchmark-parts.png",
-        "pipelines-batch-1.png",
+        "clip-against-time.png", "clip-against-steps.png", "images.png", "cumulative-cumulative.png",
+        "benchmark-parts.png", "pipelines-batch-1.png",
     }  # fmt: skip
     compare_results(runs, tmp_path / "out")
     assert (tmp_path / "out/report.html").read_text() == page
 
 
-@pytest.mark.parametrize("alone", [write_ladder, write_pipelines])
+@pytest.mark.parametrize("alone", [write_cumulative, write_pipelines])
 def test_what_was_only_timed_is_a_page_too(tmp_path, alone):
     compare_results([alone(tmp_path / "run")], tmp_path / "out")
     assert "All models" not in (tmp_path / "out/report.html").read_text()
 
 
-def test_a_benchmark_alone_tells_its_fastest_setup(tmp_path, benchmark):
+def test_a_cumulative_benchmark_of_an_earlier_version_is_read():
+    """benchmarks/cumulative was measured when its kind was called ladder."""
+    folder = ROOT / "benchmarks/cumulative"
+    assert json.loads((folder / "results.json").read_text())["kind"] == "ladder"
+    assert read_results(folder).kind == read_results(folder).results["kind"] == "cumulative"
+
+
+def test_a_benchmark_alone_says_its_fastest_config(tmp_path, benchmark):
     compare_results([benchmark], tmp_path / "out")
     assert "benchmark, × base" in (tmp_path / "out/report.html").read_text()
 

@@ -11,9 +11,9 @@ import torch
 from diffusers import LCMScheduler
 
 from slimstep.eval.config import LatencyConfig
-from slimstep.eval.timing.setups import Setup
-from slimstep.eval.timing.speed import Subject, measure, speedup
-from slimstep.eval.timing.stage_timer import watched
+from slimstep.eval.timing.inference import InferenceConfig
+from slimstep.eval.timing.speed import TimedPipeline, measure, speedup
+from slimstep.eval.timing.stage_timer import timed_components
 from slimstep.eval.timing.tasks import TASKS, task_pipeline
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
@@ -23,47 +23,47 @@ CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parents[2]
 SMALL = ["eval.prompts=4", "benchmark.images=2", "eval.steps=2", "latency.iterations=3", "latency.warmup=1"]
 
 
-def subject(pipeline, batch=1, steps=4, **given):
-    return Subject(pipeline, Setup(), ["a cat", "two dogs"], steps, 2.5, CPU, batch, given=given)
+def timed(pipeline, batch=1, steps=4, **given):
+    return TimedPipeline(pipeline, InferenceConfig(), ["a cat", "two dogs"], steps, 2.5, CPU, batch, given=given)
 
 
 def test_the_parts_of_a_call_leave_nothing_of_it_out(tiny_pipeline_folder):
-    one = subject(load_pipeline(tiny_pipeline_folder))
-    with watched(one.pipeline, CPU) as watch:
-        spent = watch.time(one.call)
-        assert [part for part, _ in watch.marks].count("UNet") == 4
-    whole = 1e3 * (watch.marks[-1][1] - watch.marks[0][1])
+    one = timed(load_pipeline(tiny_pipeline_folder))
+    with timed_components(one.pipeline, CPU) as timer:
+        spent = timer.time(one.call)
+        assert [part for part, _ in timer.marks].count("UNet") == 4
+    whole = 1e3 * (timer.marks[-1][1] - timer.marks[0][1])
     assert sum(spent.values()) == pytest.approx(whole)
     assert all(spent[part] > 0 for part in ("text encoder", "UNet", "scheduler", "VAE", "host"))
     assert spent["ControlNet"] == 0
-    marks = len(watch.marks)
+    marks = len(timer.marks)
     one.call()
-    assert len(watch.marks) == marks  # nothing is left that marks
+    assert len(timer.marks) == marks  # nothing is left that marks
 
 
 def test_schedulers_that_draw_noise_draw_it_for_the_image_and_no_safety_checker_is_timed(tiny_pipeline_folder):
     pipeline = load_pipeline(tiny_pipeline_folder)
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)
     pipeline.safety_checker = copy.deepcopy(pipeline.vae)  # as a checker it would fail
-    one = subject(pipeline)
+    one = timed(pipeline)
     first, _ = one.images(2), torch.manual_seed(5)
     assert torch.equal(one.images(2), first)
     assert torch.equal(first, one.sampler.images(pipeline.unet, one.prompts, [0, 1]))
 
 
 def test_time_spent_in_a_network_is_its_own_part(tiny_pipeline_folder):
-    one = subject(load_pipeline(tiny_pipeline_folder))
+    one = timed(load_pipeline(tiny_pipeline_folder))
     busy = torch.randn(400, 400)
 
     def work(*_):
         for _ in range(100):
             busy @ busy
 
-    with watched(one.pipeline, CPU) as watch:
+    with timed_components(one.pipeline, CPU) as timer:
         one.call()
-        before = watch.time(one.call)
+        before = timer.time(one.call)
         one.pipeline.vae.decoder.mid_block.register_forward_hook(work)
-        after = watch.time(one.call)
+        after = timer.time(one.call)
     grown = {part: after[part] - before[part] for part in after}
     assert max(grown, key=grown.get) == "VAE"
 
@@ -72,7 +72,7 @@ def test_time_spent_in_a_network_is_its_own_part(tiny_pipeline_folder):
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_runs_around_one_unet(make, task):
     pipeline, given = task_pipeline(make(), task, batch=2)
-    one = subject(pipeline, batch=2, **given)
+    one = timed(pipeline, batch=2, **given)
     row = measure(one, {}, LatencyConfig(iterations=3, warmup=1))
     assert row["unet_calls"] == (3 if task in ("img2img", "inpaint") else 4)  # strength 0.75
     assert ("ControlNet" in row["parts_ms"]) == (task in ("controlnet", "two_controlnets"))
@@ -132,19 +132,19 @@ def test_the_benchmark_has_a_row_for_every_combination_and_makes_none_twice(tmp_
 
 
 @pytest.mark.slow
-def test_the_ladder_builds_upon_what_ran_and_says_what_did_not(tmp_path, tiny_model, students):
+def test_the_cumulative_benchmark_builds_upon_what_ran_and_says_what_did_not(tmp_path, tiny_model, students):
     rows = (
         "[{name: plain, attention: vanilla}, {name: TF32, dtype: tf32}, {name: one step, steps: 1}, "
         "{name: pruned UNet, model: pruned}, {name: narrow, vae: narrow}, {name: many steps, steps: 20}]"
     )
-    done = run("ladder", *tiny_model, students, f"benchmark.rows={rows}", f"root={tmp_path}", "eval.steps=10")
+    done = run("cumulative", *tiny_model, students, f"benchmark.rows={rows}", f"root={tmp_path}", "eval.steps=10")
     assert done.returncode == 0, done.stderr
     plain, tf32, one, pruned, narrow, many = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert "CUDA" in tf32["cannot"] and "models names no 'narrow'" in narrow["cannot"]
     assert [row["kept"] for row in (plain, tf32, one, narrow, many)] == [True, False, True, False, False]
     assert set(plain["speedup"]) == {"itself"} and set(one["speedup"]) == {"first", "before"} and one["unet_calls"] == 1
     assert pruned["unet_calls"] == 1 and pruned["psnr"]["mean"] < 58
-    assert (tmp_path / "ladder/report/ladder.png").is_file()
+    assert (tmp_path / "cumulative/report/cumulative.png").is_file()
 
 
 def test_the_pipelines_table_counts_denoising_steps(tmp_path, tiny_model):
@@ -162,13 +162,13 @@ def test_the_pipelines_table_counts_denoising_steps(tmp_path, tiny_model):
     ("benchmark", "benchmark.base={speed: 1}", "speed"),
     ("benchmark", "benchmark.base=bfloat16", "bfloat16"),
     ("benchmark", "benchmark.images=9", "benchmark.images=9"),
-    ("ladder", "benchmark.batches=[1,2]", "batches"),
+    ("cumulative", "benchmark.batches=[1,2]", "batches"),
     ("benchmark", "benchmark.dtype=[]", "benchmark.dtype"),
     ("benchmark", "models=[/nowhere]", "/nowhere"),
     ("pipelines", "benchmark.tasks=[txt2vid]", "txt2vid"),
-    ("ladder", "benchmark.rows=[{name: a, dytpe: x}]", "dytpe"),
-    ("ladder", "benchmark.rows=[{steps: 3}]", "name"),
-    ("ladder", "benchmark.rows=[]", "benchmark.rows"),
+    ("cumulative", "benchmark.rows=[{name: a, dytpe: x}]", "dytpe"),
+    ("cumulative", "benchmark.rows=[{steps: 3}]", "name"),
+    ("cumulative", "benchmark.rows=[]", "benchmark.rows"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(leave, tiny_model, experiment, wrong, culprit):
     assert culprit in told(*leave(f"+experiment={experiment}", *tiny_model, *SMALL, wrong))
@@ -177,11 +177,11 @@ def test_a_mistake_is_one_line(leave, tiny_model, experiment, wrong, culprit):
 @pytest.mark.slow
 def test_a_compiled_row_says_what_compiling_costs(tmp_path, tiny_model):
     done = run("benchmark", *tiny_model, "benchmark.dtype=[float32]", "benchmark.batches=[1]",
-               "benchmark.compile=[regional]", "benchmark.first_image=true", f"root={tmp_path}")  # fmt: skip
+               "benchmark.compile=[regional]", "benchmark.cold_start=true", f"root={tmp_path}")  # fmt: skip
     assert done.returncode == 0, done.stderr
     (row,) = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert row["cannot"] is None and row["graphs"]["graphs"] > 0 and row["graphs"]["breaks"] == row["recompiled"] == 0
     assert row["psnr"]["mean"] > 45
-    cost = row["first_image"]
+    cost = row["cold_start"]
     assert all(cost[way]["first_s"] > 0 for way in ("eager", "cold", "artifacts", "kept_cache"))
     assert next((tmp_path / "benchmark/artifacts").rglob("*.bin")).stat().st_size == cost["cold"]["artifact_bytes"] > 0

@@ -6,7 +6,7 @@ import pytest
 
 from slimstep.eval.pages.speed_page import console_text
 from slimstep.eval.pages.tables import console_table, lines, markdown_table
-from tests.eval.results_stub import write_benchmark, write_ladder, write_pipelines
+from tests.eval.results_stub import write_benchmark, write_cumulative, write_pipelines
 
 HEADER = ["model", "steps", "batch", "× base", "ms", "memory", "graphs", "text encoder", "UNet"]
 ROWS = [
@@ -59,7 +59,7 @@ def test_facts_fit_as_well(width):
     assert max(map(len, lines(["batch: 1", "calls: 3", "ms: 20", "a: b"], width).splitlines())) <= width
 
 
-NAMES = {"benchmark": ["model", "steps", "batch", "name"], "ladder": ["name", "changes"],
+NAMES = {"benchmark": ["model", "steps", "batch", "name"], "cumulative": ["name", "changes"],
          "pipelines": ["task", "model", "batch", "mode"]}  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def test_rows_that_cannot_run_are_named_below_the_table(tmp_path, kind):
     if kind == "benchmark":
         write_benchmark(tmp_path / kind, {"teacher": "/t", "slim": "/s"}, {"teacher": 9, "slim": 5})
     else:
-        {"ladder": write_ladder, "pipelines": write_pipelines}[kind](tmp_path / kind)
+        {"cumulative": write_cumulative, "pipelines": write_pipelines}[kind](tmp_path / kind)
     results = json.loads((tmp_path / kind / "results.json").read_text())
     results["rows"] = [row for row in results["rows"] if not row["cannot"]]
     gone = {key: results["rows"][-1][key] for key in NAMES[kind] if key in results["rows"][-1]}

@@ -172,7 +172,7 @@ def test_another_vae_whose_latents_mean_something_else_is_refused(pipeline_with,
         load_vae(str(tmp_path), own, torch.float32, False)
     load_vae(str(tmp_path), dict(other.vae.config), torch.float32, False)
     with pytest.raises(ValueError, match=f"reads other latents than the model's: .*{next(iter(fields))}"):
-        joined(pipeline, other, "handover.vae=x")
+        joined(pipeline, other, "export.vae=x")
 
 
 def test_another_vae_that_shrinks_otherwise_is_refused(pipelines, tmp_path):

@@ -1,6 +1,6 @@
 """How a pipeline runs: number format, attention kernel, memory format, compilation, quantisation.
 
-A setup changes a pipeline's networks in place, so each setup has a pipeline of its own; what a device or an
+An inference config changes a pipeline's networks in place, so each has a pipeline of its own; what a device or an
 installation cannot run says why.
 """
 
@@ -40,11 +40,11 @@ QUANTIZE = ("none", "int8", "fp8")
 
 
 class CannotRunError(Exception):
-    """This device or installation cannot run this setup; says why."""
+    """This device or installation cannot run this inference config; says why."""
 
 
 @dataclass(frozen=True)
-class Setup:
+class InferenceConfig:
     """One way to run a pipeline. The defaults are diffusers as it comes, but that float32 is strictly that: torch lets
     a GPU's convolutions round to TF32, and here they do so with dtype `tf32` only.
 
@@ -73,7 +73,7 @@ class Setup:
                  "eager" if self.compile == "eager" else f"compile {self.compile}"]  # fmt: skip
         words += ["fused QKV"] if self.fused_qkv else []
         words += [self.quantize] if self.quantize != "none" else []
-        return ", ".join(words + (["captured"] if self.capture else []))
+        return ", ".join(words + (["one CUDA graph"] if self.capture else []))
 
     @property
     def key(self) -> str:
@@ -85,53 +85,53 @@ class Setup:
         return torch.float32 if self.dtype == "tf32" else getattr(torch, self.dtype)
 
 
-def all_setups(**choices: Any) -> list[Setup]:
+def combinations(**choices: Any) -> list[InferenceConfig]:
     """Every combination of the values given for each field."""
-    return [Setup(**dict(zip(choices, values, strict=True))) for values in product(*choices.values())]
+    return [InferenceConfig(**dict(zip(choices, values, strict=True))) for values in product(*choices.values())]
 
 
-def check_runs(setup: Setup, device: torch.device) -> None:
+def check_runs(inference: InferenceConfig, device: torch.device) -> None:
     """Raises CannotRunError for what this device cannot run at all, and for what does not go together."""
     on_gpu = device.type == "cuda"
-    if setup.fused_qkv and setup.attention == "vanilla":
+    if inference.fused_qkv and inference.attention == "vanilla":
         raise CannotRunError("fused QKV comes with an attention of its own, and not with the vanilla one")
-    if setup.capture and setup.compile in GRAPHS:
-        raise CannotRunError(f"the captured loop is one CUDA graph, and {setup.compile} would nest another in it")
-    if setup.dtype == "tf32" and not on_gpu:
+    if inference.capture and inference.compile in GRAPHS:
+        raise CannotRunError(f"the whole loop is one CUDA graph, and {inference.compile} would nest another in it")
+    if inference.dtype == "tf32" and not on_gpu:
         raise CannotRunError("TF32 is a format of CUDA devices")
-    if setup.dtype == "tf32" and not has_tf32(device):
+    if inference.dtype == "tf32" and not has_tf32(device):
         raise CannotRunError("TF32 needs compute capability 8.0")
-    if (setup.capture or setup.compile in GRAPHS) and not on_gpu:
+    if (inference.capture or inference.compile in GRAPHS) and not on_gpu:
         raise CannotRunError("CUDA graphs need a CUDA device")
-    if setup.attention in ("efficient", "cudnn") and not on_gpu:
+    if inference.attention in ("efficient", "cudnn") and not on_gpu:
         raise CannotRunError("this attention kernel needs a CUDA device")
-    if setup.quantize == "fp8" and not (on_gpu and torch.cuda.get_device_capability(device) >= (8, 9)):
+    if inference.quantize == "fp8" and not (on_gpu and torch.cuda.get_device_capability(device) >= (8, 9)):
         raise CannotRunError("fp8 needs a CUDA device of compute capability 8.9")
-    if setup.quantize != "none" and not find_spec("torchao"):
+    if inference.quantize != "none" and not find_spec("torchao"):
         raise CannotRunError("quantization needs torchao: pip install torchao")
 
 
-def prepare(pipeline: DiffusionPipeline, setup: Setup, device: torch.device) -> DiffusionPipeline:
+def prepare(pipeline: DiffusionPipeline, inference: InferenceConfig, device: torch.device) -> DiffusionPipeline:
     """The pipeline, changed in place to run so; call it inside `running`. Raises CannotRunError."""
-    check_runs(setup, device)
+    check_runs(inference, device)
     with quiet():
-        pipeline.to(device, setup.torch_dtype)
+        pipeline.to(device, inference.torch_dtype)
     nets = controlnets(pipeline)
-    if len(nets) > 1 and setup.compile in GRAPHS:
+    if len(nets) > 1 and inference.compile in GRAPHS:
         raise CannotRunError("diffusers marks no steps for the CUDA graphs of several ControlNets")
     for network in (pipeline.unet, *nets, pipeline.vae):
-        network.to(memory_format=FORMATS[setup.memory_format])
+        network.to(memory_format=FORMATS[inference.memory_format])
     for network in (pipeline.unet, *nets):
-        if setup.attention == "vanilla":
+        if inference.attention == "vanilla":
             network.set_attn_processor(AttnProcessor())
-        elif setup.attention in KERNELS:
-            use_kernel(network, KERNELS[setup.attention])
-    if setup.fused_qkv:
+        elif inference.attention in KERNELS:
+            use_kernel(network, KERNELS[inference.attention])
+    if inference.fused_qkv:
         pipeline.unet.fuse_qkv_projections()
         pipeline.vae.fuse_qkv_projections()
-    if setup.quantize != "none":
-        quantize(pipeline.unet, setup.quantize)
-    compile_networks(pipeline, setup)
+    if inference.quantize != "none":
+        quantize(pipeline.unet, inference.quantize)
+    compile_networks(pipeline, inference)
     return pipeline
 
 
@@ -171,18 +171,18 @@ def quantize(unet: nn.Module, kind: str) -> None:
     quantize_(unet, config(), filter_fn=lambda m, name: isinstance(m, nn.Linear) and "transformer_blocks" in name)
 
 
-def compile_networks(pipeline: DiffusionPipeline, setup: Setup) -> None:
+def compile_networks(pipeline: DiffusionPipeline, inference: InferenceConfig) -> None:
     """UNet, ControlNet and VAE decoder as whole graphs, or the UNet's transformer layers alone."""
-    if setup.compile == "eager":
+    if inference.compile == "eager":
         return
     torch.compiler.reset()  # more than eight graphs of one class would be refused
-    if setup.compile == "regional":
+    if inference.compile == "regional":
         pipeline.unet.compile_repeated_blocks(fullgraph=True)
         return
-    if setup.compile == "cudagraphs":
+    if inference.compile == "cudagraphs":
         how: dict[str, Any] = {"backend": "cudagraphs"}
     else:
-        how = {"mode": setup.compile, "fullgraph": True}
+        how = {"mode": inference.compile, "fullgraph": True}
     pipeline.unet = torch.compile(pipeline.unet, **how)
     pipeline.vae.decoder = torch.compile(pipeline.vae.decoder, **how)
     compiled = [torch.compile(net, **how) for net in controlnets(pipeline)]
@@ -193,7 +193,7 @@ def compile_networks(pipeline: DiffusionPipeline, setup: Setup) -> None:
 
 
 @contextmanager
-def running(setup: Setup) -> Iterator[None]:
-    """What is global while a setup runs: the precision of float32 products and convolutions."""
-    with products(tf32=setup.dtype == "tf32"):
+def running(inference: InferenceConfig) -> Iterator[None]:
+    """What is global while an inference config runs: the precision of float32 products and convolutions."""
+    with products(tf32=inference.dtype == "tf32"):
         yield

@@ -9,58 +9,70 @@ from torchvision.transforms.functional import pil_to_tensor
 
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.timing.capture import CapturedSampler
-from slimstep.eval.timing.setups import CannotRunError, Setup, all_setups, check_runs, running, use_kernel
-from slimstep.eval.timing.speed import Subject
+from slimstep.eval.timing.inference import (
+    CannotRunError,
+    InferenceConfig,
+    check_runs,
+    combinations,
+    running,
+    use_kernel,
+)
+from slimstep.eval.timing.speed import TimedPipeline
 from slimstep.models.pipeline import load_pipeline
 
 CPU = torch.device("cpu")
 PROMPTS = ["a cat", "two dogs", "a red tree"]
 
 
-def subject(folder, batch=1, steps=3, **setup):
-    return Subject(load_pipeline(folder), Setup(**setup), PROMPTS, steps, 2.5, CPU, batch)
+def timed(folder, batch=1, steps=3, **inference):
+    return TimedPipeline(load_pipeline(folder), InferenceConfig(**inference), PROMPTS, steps, 2.5, CPU, batch)
 
 
 @pytest.mark.parametrize("wrong", [{"compile": "fast"}, {"attention": "flsh"}, {"dtype": "int4"},
                                    {"memory_format": "nhwc"}, {"quantize": "int4"}])  # fmt: skip
 def test_a_setup_that_is_none_is_refused(wrong):
     with pytest.raises(ValueError, match=str(next(iter(wrong)))):
-        Setup(**wrong)
+        InferenceConfig(**wrong)
 
 
-@pytest.mark.parametrize("setup", [{"dtype": "tf32"}, {"compile": "reduce-overhead"}, {"compile": "cudagraphs"},
+@pytest.mark.parametrize("inference", [{"dtype": "tf32"}, {"compile": "reduce-overhead"}, {"compile": "cudagraphs"},
                                    {"attention": "cudnn"}, {"attention": "efficient"}, {"quantize": "fp8"},
                                    {"capture": True}])  # fmt: skip
-def test_what_needs_a_gpu_says_so_on_a_cpu(setup):
+def test_what_needs_a_gpu_says_so_on_a_cpu(inference):
     with pytest.raises(CannotRunError, match="CUDA"):
-        check_runs(Setup(**setup), CPU)
+        check_runs(InferenceConfig(**inference), CPU)
 
 
-@pytest.mark.parametrize("setup", [{"fused_qkv": True, "attention": "vanilla"},
+@pytest.mark.parametrize("inference", [{"fused_qkv": True, "attention": "vanilla"},
                                    {"capture": True, "compile": "max-autotune"}])  # fmt: skip
-def test_what_does_not_go_together_says_so(setup):
+def test_what_does_not_go_together_says_so(inference):
     with pytest.raises(CannotRunError, match="vanilla|captured"):
-        check_runs(Setup(**setup), CPU)
+        check_runs(InferenceConfig(**inference), CPU)
 
 
 def test_combinations_are_all_there_once():
-    setups = all_setups(dtype=["float32", "bfloat16"], attention=["sdpa", "vanilla", "math"])
-    assert len(set(setups)) == len({setup.key for setup in setups}) == len({str(setup) for setup in setups}) == 6
+    configs = combinations(dtype=["float32", "bfloat16"], attention=["sdpa", "vanilla", "math"])
+    assert (
+        len(set(configs))
+        == len({inference.key for inference in configs})
+        == len({str(inference) for inference in configs})
+        == 6
+    )
 
 
-@pytest.mark.parametrize("setup", [{"attention": "vanilla"}, {"attention": "math"}, {"attention": "flash"},
+@pytest.mark.parametrize("inference", [{"attention": "vanilla"}, {"attention": "math"}, {"attention": "flash"},
                                    {"memory_format": "channels_last"}, {"fused_qkv": True}])  # fmt: skip
-def test_a_setup_in_float32_leaves_the_images(tiny_pipeline_folder, setup):
-    plain, other = (subject(tiny_pipeline_folder, **kind).images(2).int() for kind in ({}, setup))
+def test_a_setup_in_float32_leaves_the_images(tiny_pipeline_folder, inference):
+    plain, other = (timed(tiny_pipeline_folder, **kind).images(2).int() for kind in ({}, inference))
     assert (plain - other).abs().max() <= 1  # one step of 255, where rounding goes the other way
 
 
 def test_a_setup_reaches_the_networks(tiny_pipeline_folder):
-    bfloat16 = subject(tiny_pipeline_folder, dtype="bfloat16", memory_format="channels_last", attention="vanilla")
+    bfloat16 = timed(tiny_pipeline_folder, dtype="bfloat16", memory_format="channels_last", attention="vanilla")
     assert {p.dtype for p in bfloat16.pipeline.unet.parameters()} == {torch.bfloat16}
     assert bfloat16.pipeline.vae.decoder.conv_in.weight.is_contiguous(memory_format=torch.channels_last)
     assert {type(p).__name__ for p in bfloat16.pipeline.unet.attn_processors.values()} == {"AttnProcessor"}
-    fused = subject(tiny_pipeline_folder, fused_qkv=True)
+    fused = timed(tiny_pipeline_folder, fused_qkv=True)
     assert {type(p).__name__ for p in fused.pipeline.unet.attn_processors.values()} == {"FusedAttnProcessor2_0"}
 
 
@@ -97,16 +109,16 @@ def test_a_compiled_network_calls_the_kernel_that_was_asked_for():
 
 def test_what_is_global_is_put_back():
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    with running(Setup(dtype="tf32")):
+    with running(InferenceConfig(dtype="tf32")):
         assert torch.get_float32_matmul_precision() == "high" and torch.backends.cudnn.allow_tf32
-    with running(Setup()):
+    with running(InferenceConfig()):
         assert torch.get_float32_matmul_precision() == "highest" and not torch.backends.cudnn.allow_tf32
     assert (torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32) == before
 
 
 def test_int8_stays_near_float32(tiny_pipeline_folder):
     pytest.importorskip("torchao")
-    plain, int8 = (subject(tiny_pipeline_folder, quantize=kind) for kind in ("none", "int8"))
+    plain, int8 = (timed(tiny_pipeline_folder, quantize=kind) for kind in ("none", "int8"))
     names = [type(m.weight).__name__ for n, m in int8.pipeline.unet.named_modules()
              if isinstance(m, torch.nn.Linear) and "transformer_blocks" in n]  # fmt: skip
     assert names and "Parameter" not in names
@@ -114,7 +126,7 @@ def test_int8_stays_near_float32(tiny_pipeline_folder):
 
 
 def test_the_timed_images_are_those_of_the_sampler(tiny_pipeline_folder):
-    drawn = subject(tiny_pipeline_folder, batch=2).images(3)
+    drawn = timed(tiny_pipeline_folder, batch=2).images(3)
     pipeline = load_pipeline(tiny_pipeline_folder)
     wanted = Sampler(pipeline, 3, 2.5).images(pipeline.unet, PROMPTS, range(3))
     assert (drawn.int() - wanted.int()).abs().max() <= 1
