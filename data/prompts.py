@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from slimstep.data.sources import is_url
-from slimstep.data.streams import Stream
+from slimstep.data.streams import Pairs, Stream
 from slimstep.data.tables import (
     caption_column,
     caption_text,
@@ -120,7 +120,9 @@ def read_prompts(path: str | Path, column: str | None = None, key: str = "data.p
     return PromptSet(tuple(prompts), path.stem)
 
 
-def heldout_prompts(pairs, n: int | None = None, name: str = "heldout", enough: Sequence[int] = ()) -> PromptSet:
+def heldout_prompts(
+    pairs: Pairs | Stream, n: int | None = None, name: str = "heldout", enough: Sequence[int] = ()
+) -> PromptSet:
     """`n` distinct captions (all if None) of a pair data set, usually its held-out split, in a fixed shuffled order.
 
     Shuffled, because neighbours in a folder are often pictures of one thing. Pairs that have a method `caption(index)`
@@ -147,7 +149,7 @@ def heldout_prompts(pairs, n: int | None = None, name: str = "heldout", enough: 
     return PromptSet(tuple(texts), name)
 
 
-def _shuffled_captions(pairs) -> Iterator[str]:
+def _shuffled_captions(pairs: Pairs) -> Iterator[str]:
     caption = getattr(pairs, "caption", None) or (lambda index: pairs[index]["caption"])
     for index in torch.randperm(len(pairs), generator=generator("heldout_prompts")).tolist():
         yield caption(index)
@@ -157,7 +159,7 @@ def _stream_captions(stream: Stream) -> Iterator[str]:
     if is_url(stream.parts[0]):
         first = stream.parts[0].partition("?")[0]
         log.info("captions for prompts are read from %s on; data.prompt_file=FILE saves that", first)
-    return (entry.caption for entry in stream.scan(images=False))
+    return (entry.caption for entry in stream.scan(images=False) if entry.caption is not None)
 
 
 def _txt_prompts(path: Path, column: str | None, key: str) -> Iterator[tuple[str, str]]:
@@ -216,5 +218,8 @@ def disjoint_prompts(prompts: PromptSet, first: int, second: int) -> tuple[Promp
             "%d distinct prompts of %r are repeated with other noise to make %d for ranking and %d for judging; "
             "standard errors count %d and %d", len(texts), prompts.name, first, second, cut, len(texts) - cut
         )  # fmt: skip
-    parts = (texts[:cut], first), (texts[cut:], second)
-    return tuple(PromptSet(tuple(islice(cycle(part), n)), f"{prompts.name}[{len(part[:n])}]") for part, n in parts)
+
+    def repeated(part: tuple[str, ...], n: int) -> PromptSet:
+        return PromptSet(tuple(islice(cycle(part), n)), f"{prompts.name}[{len(part[:n])}]")
+
+    return repeated(texts[:cut], first), repeated(texts[cut:], second)

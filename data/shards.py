@@ -101,7 +101,7 @@ class CachedPairs(Dataset):
         return {**self.__dict__, "_open": OrderedDict()}
 
 
-class Captions(Sequence):
+class Captions(Sequence[str]):
     """The captions of a cache, read when asked for."""
 
     def __init__(self, cached: CachedPairs) -> None:
@@ -110,7 +110,7 @@ class Captions(Sequence):
     def __len__(self) -> int:
         return len(self._cached)
 
-    def __getitem__(self, i: int) -> str:
+    def __getitem__(self, i: int) -> str:  # type: ignore[override]  # no slices
         return self._cached.caption(i)
 
 

@@ -6,8 +6,9 @@ cache in any order.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -38,6 +39,15 @@ class Entry:
     @property
     def complaint(self) -> str:
         return f"{self.name} ({self.flaw})"
+
+
+class Pairs(Protocol):
+    """Images with captions at random access; a method `caption(index)` gives one without its image, if there is one."""
+
+    @property
+    def fingerprint(self) -> str: ...
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
 class Stream(ABC):

@@ -4,6 +4,7 @@ Axes: B batch, C channels, H and W height and width.
 """
 
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -37,7 +38,7 @@ class DecoderDistillation:
         metrics = {
             name: self.distance(name, image_B3HW, wanted_B3HW) for name, weight in self.weights.items() if weight
         }
-        return sum(self.weights[name] * value for name, value in metrics.items()), metrics
+        return cast(Tensor, sum(self.weights[name] * value for name, value in metrics.items())), metrics
 
     def distance(self, name: str, image_B3HW: Tensor, wanted_B3HW: Tensor) -> Tensor:
         if name == "mse":
@@ -47,6 +48,7 @@ class DecoderDistillation:
         if name == "gradient":
             error = image_B3HW - wanted_B3HW
             return error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+        assert self.lpips is not None, f"{name} has no weight"
         return self.lpips(image_B3HW.clamp(-1, 1), wanted_B3HW.clamp(-1, 1)).mean()
 
 

@@ -3,6 +3,7 @@
 Axes: B batch, C channels, H and W latent size.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -11,7 +12,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from slimstep.engine.files import damaged, write_tensors
-from slimstep.engine.objective import CachedTargets
+from slimstep.engine.loop import Samples
+from slimstep.engine.objective import Batch, CachedTargets
 from slimstep.engine.parallel import map_batches
 from slimstep.engine.run import Run
 from slimstep.engine.seeding import generator
@@ -26,7 +28,7 @@ class FixedDraws(Dataset):
     An item is the pair's, with "noise" [C, H, W] and "step", and without a caption in a share of the samples.
     """
 
-    def __init__(self, pairs, cached: CachedTargets, uncond: Conditioning, seed: int):
+    def __init__(self, pairs: Samples, cached: CachedTargets, uncond: Conditioning, seed: int):
         self.pairs, self.cached, self.seed = pairs, cached, seed
         self.nothing = uncond.map(lambda tensor: tensor[0]).tensors
 
@@ -54,7 +56,14 @@ class TaughtPairs(Dataset):
         return {**self.draws[j], **{name: values[j] for name, values in self.answers.items()}}
 
 
-def taught_pairs(draws: FixedDraws, answer, run: Run, stage: str, batch_size: int, keep: Path) -> TaughtPairs:
+def taught_pairs(
+    draws: FixedDraws,
+    answer: Callable[[Batch], tuple[Tensor, Tensor]],
+    run: Run,
+    stage: str,
+    batch_size: int,
+    keep: Path,
+) -> TaughtPairs:
     """The draws with their answers, from `stage`/answers.safetensors or made now, shared among the processes.
 
     `answer(batch)` gives (target [B, C, H, W], gap [B]). Finished batches lie under `keep` until all are there.

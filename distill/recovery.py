@@ -3,8 +3,9 @@
 Axes: B batch, C channels, H and W latent size.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -56,7 +57,7 @@ class Recovery:
             "features": torch.stack([relative_error(own[name], taught[name]) for name in shared]).mean(),
         }
         weights = {"denoising": 1.0, "output": self.output_weight, "features": self.feature_weight}
-        return sum(weights[name] * value for name, value in metrics.items()), metrics
+        return cast(Tensor, sum(weights[name] * value for name, value in metrics.items())), metrics
 
 
 def relative_error(features: Tensor, reference: Tensor) -> Tensor:
@@ -70,8 +71,8 @@ def features_of(unet: nn.Module) -> Iterator[dict[str, Tensor]]:
     features: dict[str, Tensor] = {}
     handles = []
 
-    def keep(name: str):
-        def hook(module, inputs, output):
+    def keep(name: str) -> Callable[[nn.Module, Any, Any], None]:
+        def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             features[name] = output[0] if isinstance(output, tuple) else output
 
         return hook

@@ -23,7 +23,7 @@ from slimstep.engine.parallel import map_batches
 from slimstep.engine.run import Run
 from slimstep.eval.metrics.clip import ClipScorer
 from slimstep.eval.metrics.compare import mean_and_error, paired_difference
-from slimstep.eval.metrics.metric import DistributionMetric, Metric, of_kind
+from slimstep.eval.metrics.metric import DistributionMetric, Kind, Metric, of_kind
 from slimstep.eval.record import FILE, Evaluation, Key, Point, Values, read_evaluation
 from slimstep.eval.scorer_check import compare_teacher
 
@@ -113,8 +113,9 @@ class Evaluator:
 
     def measure(self, what: str, candidate: Candidate, samples: Tensor, reference: Tensor | None) -> dict[str, Any]:
         """{metric: what it says}, all in one pass over the images; None for paired ones without a reference."""
-        scores = of_kind(self.metrics, "per_image", *(["paired"] if reference is not None else []))
-        distances = of_kind(self.metrics, "distribution")
+        kinds: list[Kind] = ["per_image"] if reference is None else ["per_image", "paired"]
+        scores = of_kind(self.metrics, *kinds)
+        distances = {name: m for name, m in self.metrics.items() if isinstance(m, DistributionMetric)}
         texts = self.prompts.prompts
         for metric in scores.values():
             metric.prepare(texts)
@@ -122,14 +123,17 @@ class Evaluator:
         def rate(indices: list[int]) -> Tensor:
             """[B, scores + features of all distribution metrics]"""
             own, prompts = {"samples": samples[indices]}, [texts[i] for i in indices]
-            own["images"], other = candidate.images(own["samples"]), {"samples": None, "images": None}
+            own["images"] = candidate.images(own["samples"])
+            other: dict[str, Tensor | None] = {"samples": None, "images": None}
             if reference is not None and of_kind(scores, "paired"):
                 other = {"samples": reference[indices], "images": candidate.images(reference[indices])}
             columns = [m(own[m.reads], prompts, other[m.reads]).float().cpu()[:, None] for m in scores.values()]
             return torch.cat(columns + [m.features(own["images"]).float().cpu() for m in distances.values()], 1)
 
         values = self.mapped(rate, f"measuring {what}")
-        found = {name: self.score(m, column) for (name, m), column in zip(scores.items(), values.T, strict=False)}
+        found: dict[str, Values] = {
+            name: self.score(m, column) for (name, m), column in zip(scores.items(), values.T, strict=False)
+        }
         start = len(scores)
         for name, metric in distances.items():
             real_RD = self.real_features(name, metric)
@@ -149,6 +153,7 @@ class Evaluator:
         """[R, D] of real images, kept in a file."""
         run, file = self.run, f"reference/real-{name}.safetensors"
         if not run.made(file):
+            assert self.real_images, f"{name} compares with real images, and there are none"
             images = self.real_images()
             rate = lambda indices: metric.features(images[indices])  # noqa: E731
             features = map_batches(rate, len(images), self.batch_size, run.accelerator, f"{name} of real images")
@@ -194,7 +199,9 @@ class Evaluator:
             seen=seen,
             facts=facts,
         ).as_json())  # fmt: skip
-        return read_evaluation(run.path)
+        evaluation = read_evaluation(run.path)
+        assert evaluation, f"{run.path / FILE} was written"
+        return evaluation
 
 
 def read_finished(run: Run) -> Evaluation | None:
@@ -210,11 +217,13 @@ def place(model: str, steps: int, guidance: float) -> str:
 def compared(point: Point, reference: Point) -> Point:
     """The point with the paired differences of its per-image scores; the reference itself has none."""
 
-    def with_difference(name: str, own: Values) -> Values:
-        other = reference.metrics.get(name)
-        is_pair = own and own["kind"] == "per_image" and other and point.key != reference.key
-        return {**own, "versus_reference": asdict(paired_difference(own["per_prompt"], other["per_prompt"]))
-                if is_pair else None} if own and own["kind"] == "per_image" else own  # fmt: skip
+    def with_difference(name: str, own: Values | None) -> Values | None:
+        if not own or own["kind"] != "per_image":
+            return own
+        difference, other = None, reference.metrics.get(name)
+        if other and point.key != reference.key:
+            difference = asdict(paired_difference(own["per_prompt"], other["per_prompt"]))
+        return {**own, "versus_reference": difference}
 
     return replace(point, metrics={name: with_difference(name, own) for name, own in point.metrics.items()})
 

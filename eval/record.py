@@ -39,7 +39,9 @@ class Point:
 
     @property
     def clip(self) -> Values:
-        return self.metrics["clip"]
+        clip = self.metrics["clip"]
+        assert clip, "every image has a CLIP score"
+        return clip
 
     @property
     def versus_reference(self) -> Values | None:
@@ -148,7 +150,7 @@ def paired(mean: float | None, se: float | None = None, per_prompt: list[float] 
 def of_models(value: Values) -> Evaluation:
     def point(p: Values) -> Point:
         near = p["to_reference"] or {}
-        metrics = {"clip": per_image(p["clip"], p["versus_reference"])}
+        metrics: dict[str, Values | None] = {"clip": per_image(p["clip"], p["versus_reference"])}
         metrics |= {name: per_image(own, own["versus_reference"]) for name, own in p["preferences"].items()}
         metrics |= {name: paired(near[name]["mean"], near[name]["se"]) if near else None
                     for name in ("psnr", "features")}  # fmt: skip
@@ -205,17 +207,18 @@ def of_decoders(value: Values) -> Evaluation:
     names = {"wide": "teacher", "sliced": "pruned", "narrow": "student"}
     steps, guidance = protocol.get("steps", 0), protocol.get("guidance_scale", 0.0)
 
-    def nearness(own: Values | None) -> dict[str, Values]:
+    def nearness(own: Values | None) -> dict[str, Values | None]:
         return {name: paired(m["mean"], m["se"], m["per_item"]) for name, m in (own or {}).items()}
 
     def point(d: Values) -> Point:
+        name: str = d["name"]
         near = d["nearness"]
         metrics = {"clip": per_image(d["clip"], d["versus_wide"]), **nearness(near["sampled_to_wide"])}
         metrics |= {f"real_{name}": own for name, own in nearness(near["real_to_wide"]).items()}
         metrics |= {f"image_{name}": own for name, own in nearness(near["real_to_image"]).items()}
         facts = {"parameters": {"decoder": d["parameters"]}}
         facts |= {key: d[key] for key in ("against_shuffled",) if key in d}
-        return Point(names.get(d["name"], d["name"]), steps, guidance, metrics, protocol, facts)
+        return Point(names.get(name, name), steps, guidance, metrics, protocol, facts)
 
     widths = {names[name]: channels for name, channels in value["widths"].items()}
     return whole(value, [point(d) for d in value["decoders"]], {"model": "teacher", "steps": steps},

@@ -11,9 +11,10 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from functools import cached_property
+from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, SchedulerMixin
 from torch import Tensor, nn
 
 from slimstep.data.encoding import finite, rows_at_once
@@ -45,7 +46,7 @@ class Sampler:
         steps: int,
         guidance_scale: float,
         seed: int = 0,
-        scheduler=None,
+        scheduler: SchedulerMixin | None = None,
         precision: str = "float32",
     ) -> None:
         """Raises ValueError for fewer than 1 step, and for what the scheduler cannot do: models/schedulers.py."""
@@ -146,7 +147,7 @@ class Sampler:
         key = ("statistics", k, like.device, like.dtype)
         return self.copied_once(key, lambda: statistics(self.pipeline.vae.config)[k].to(like))
 
-    def latents(self, unet: nn.Module, *given, **options) -> Tensor:
+    def latents(self, unet: nn.Module, *given: Any, **options: Any) -> Tensor:
         """What `denoise` gives; ValueError where it is not finite."""
         return finite({"latents": self.denoise(unet, *given, **options)}, unet)["latents"]
 
@@ -166,16 +167,16 @@ class Sampler:
         by default they are seeded by the row. `uncond` takes the place of `unconditional`, from which guidance leads.
         """
         parameter = next(unet.parameters())
-        place = {"device": parameter.device, "dtype": parameter.dtype}
-        denoiser, is_guided, guidance_B = self.denoiser, self.guides(unet), None
-        cond = cond.to(**place)
-        if is_guided:
-            uncond = (self.unconditional if uncond is None else uncond).to(**place)
+        place = parameter.device, parameter.dtype
+        denoiser, away, guidance_B = self.denoiser, None, None
+        cond = cond.to(*place)
+        if self.guides(unet):
+            away = (self.unconditional if uncond is None else uncond).to(*place)
         if block_mask_BN is not None:
             block_mask_BN = block_mask_BN.to(parameter.device)
         if guidance_embed_dim(unet):
-            scale = {"fill_value": float(self.guidance_scale), "device": parameter.device}
-            guidance_B = self.copied_once(("scale", parameter.device), lambda: torch.full((1,), **scale))
+            scale, device = float(self.guidance_scale), parameter.device
+            guidance_B = self.copied_once(("scale", device), lambda: torch.full((1,), scale, device=device))
             guidance_B = guidance_B.expand(len(noise_BCHW))
         if generators is None:
             generators = self.generators(range(len(noise_BCHW)))
@@ -185,12 +186,12 @@ class Sampler:
         # The scheduler reads its tables on the CPU, the UNet a tensor of its own device: no synchronisation per step.
         timesteps_S = self.copied_once(("t", parameter.device), lambda: scheduler.timesteps.to(parameter.device))
 
-        z_BCHW = noise_BCHW.to(**place) * scheduler.init_noise_sigma
+        z_BCHW = noise_BCHW.to(*place) * scheduler.init_noise_sigma
         for t, t_unet in zip(scheduler.timesteps, timesteps_S, strict=True):
             x_t = scheduler.scale_model_input(z_BCHW, t)
             with computing(self.precision, parameter):
-                if is_guided:
-                    inputs = x_t, t_unet, cond, uncond, self.guidance_scale
+                if away is not None:
+                    inputs = x_t, t_unet, cond, away, self.guidance_scale
                     pred_BCHW, _ = guided(denoiser, unet, *inputs, block_mask_BN=block_mask_BN)
                 else:
                     own = {"guidance_B": guidance_B, "block_mask_BN": block_mask_BN}
@@ -210,7 +211,7 @@ class Sampler:
         """Images [B, 3, H, W] from -1 to 1, as the VAE gives them."""
         vae = self.pipeline.vae
         z_BCHW = latents_BCHW.to(vae.device, vae.dtype)
-        mean_std = [self.statistic(k, z_BCHW) for k in range(2)] if has_statistics(self.pipeline) else None
+        mean_std = (self.statistic(0, z_BCHW), self.statistic(1, z_BCHW)) if has_statistics(self.pipeline) else None
         z_BCHW = unscaled(z_BCHW, vae.config.scaling_factor, mean_std)
         slices = z_BCHW.split(rows_at_once(self.pipeline, *z_BCHW.shape[-2:]))
         with products_on(vae.device, self.precision):
@@ -242,7 +243,7 @@ def eight_bits(pixels_BCHW: Tensor) -> Tensor:
     return ((pixels_BCHW * 0.5 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)
 
 
-def extra_step_options(scheduler, generators: Sequence[torch.Generator]) -> dict:
+def extra_step_options(scheduler: SchedulerMixin, generators: Sequence[torch.Generator]) -> dict:
     """What this scheduler's step takes beside the prediction: diffusers' schedulers differ."""
     taken = inspect.signature(scheduler.step).parameters
     return {name: value for name, value in {"eta": 0.0, "generator": list(generators)}.items() if name in taken}

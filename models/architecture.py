@@ -67,7 +67,7 @@ def as_spec(block: str, entry: int | Mapping | BlockSpec) -> BlockSpec:
 
 
 def is_share(value: object) -> bool:
-    return type(value) in (int, float) and 0 <= value <= 1
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value <= 1
 
 
 def check_repeats(block: str, repeats: object, most: int = MOST_REPEATS) -> None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 ONE_IMAGE = {"num_images_per_prompt": 1}
@@ -100,7 +100,7 @@ def named(pipeline: DiffusionPipeline, text_BLE: Tensor, pooled_BP: Tensor | Non
     return Conditioning({"text": text_BLE, "pooled": pooled_BP.to(text_BLE.dtype), "time_ids": time_ids_B6})
 
 
-def pooled_width(unet: nn.Module) -> int:
+def pooled_width(unet: ModelMixin) -> int:
     """P, the numbers of the pooled text state that SDXL's UNets take; 0 for others."""
     if unet.config.addition_embed_type != "text_time":
         return 0

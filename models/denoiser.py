@@ -11,10 +11,11 @@ Axes: B batch, N prunable blocks that a network kept.
 
 import math
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from accelerate.utils import extract_model_from_parallel
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from slimstep.models.conditioning import Conditioning, pooled_width
@@ -29,8 +30,10 @@ class Denoiser(Protocol):
     (4, 64, 64) latents or (3, 32, 32) pixels.
     """
 
-    prediction_type: str
-    sample_shape: tuple[int, ...]
+    @property
+    def prediction_type(self) -> str: ...
+    @property
+    def sample_shape(self) -> tuple[int, ...]: ...
 
     def __call__(
         self,
@@ -78,7 +81,7 @@ class UNet2DConditionDenoiser:
         guidance_B: Tensor | None = None,
         block_mask_BN: Tensor | None = None,
     ) -> Tensor:
-        dtype, options = next(network.parameters()).dtype, {}
+        dtype, options = next(network.parameters()).dtype, dict[str, Any]()
         tensors = cond.to(dtype=dtype).tensors
         if "pooled" in tensors:
             options["added_cond_kwargs"] = {"text_embeds": tensors["pooled"], "time_ids": tensors["time_ids"]}
@@ -90,7 +93,7 @@ class UNet2DConditionDenoiser:
         return network(x_t.to(dtype), t_B, **text, return_dict=False, **options)[0].to(x_t.dtype)
 
     def example(
-        self, network: nn.Module, batch: int, *, side: int | None = None, tokens: int = NUM_TOKENS,
+        self, network: ModelMixin, batch: int, *, side: int | None = None, tokens: int = NUM_TOKENS,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor, Conditioning]:  # fmt: skip
         config, (channels, *sides) = network.config, self.sample_shape

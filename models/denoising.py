@@ -36,10 +36,10 @@ def draw_noisy(
 ) -> NoisyBatch:
     """Uniform timesteps, Gaussian noise, and captions dropped with probability `caption_dropout` for guidance."""
     x0_BCHW = batch["latents"]
-    draw = {"generator": generator, "device": x0_BCHW.device}
+    device = x0_BCHW.device
     t_B = schedule.sample_times(len(x0_BCHW), generator)
-    noise_BCHW = torch.randn(x0_BCHW.shape, **draw)
-    keep_B = torch.rand(len(x0_BCHW), **draw) >= caption_dropout
+    noise_BCHW = torch.randn(x0_BCHW.shape, generator=generator, device=device)
+    keep_B = torch.rand(len(x0_BCHW), generator=generator, device=device) >= caption_dropout
     cond, level = conditioning_of(batch, like=uncond).where(keep_B, uncond), schedule.alpha_sigma(t_B)
     target_BCHW = target_of(x0_BCHW, noise_BCHW, level, schedule.prediction_type)
     return NoisyBatch(add_noise(x0_BCHW, noise_BCHW, level), t_B, cond, target_BCHW)

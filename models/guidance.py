@@ -32,12 +32,12 @@ def guided(
         plain = denoiser(network, x_t, t_B, cond, block_mask_BN=block_mask_BN)
         return plain, plain
 
-    def again(x: Tensor | None) -> Tensor | None:
+    def again(x: Tensor) -> Tensor:
         """With the first rows once more, for ∅; a timestep of no axis is for all rows."""
-        return torch.cat([x, x[:rows]]) if x is not None and x.ndim else x
+        return torch.cat([x, x[:rows]]) if x.ndim else x
 
     inputs = again(x_t), again(t_B), Conditioning.cat(cond, uncond.expand(rows))
-    preds = denoiser(network, *inputs, block_mask_BN=again(block_mask_BN))
+    preds = denoiser(network, *inputs, block_mask_BN=None if block_mask_BN is None else again(block_mask_BN))
     plain, empty_G = preds.split([len(x_t), rows])
     if not isinstance(w, Tensor):
         return empty_G + w * (plain - empty_G), plain

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 import torch
-from diffusers import EulerDiscreteScheduler
+from diffusers import EulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
 from slimstep.models.schedulers import check_noise_schedule
@@ -24,7 +24,8 @@ Level = tuple[Tensor, Tensor]  # α and σ, [B] each
 class NoiseSchedule(Protocol):
     """How noisy samples are at each time; times may be whole timesteps or continuous."""
 
-    prediction_type: str
+    @property
+    def prediction_type(self) -> str: ...
 
     def alpha_sigma(self, t_B: Tensor) -> Level:
         """α and σ, each shaped as `t_B`."""
@@ -34,7 +35,7 @@ class NoiseSchedule(Protocol):
         """[size] times to train at, uniform, on the generator's device."""
         ...
 
-    def grid(self, scheduler, steps: int) -> Tensor:
+    def grid(self, scheduler: SchedulerMixin, steps: int) -> Tensor:
         """[steps, 2]: the times at which each step of a diffusers scheduler starts and lands."""
         ...
 
@@ -66,7 +67,7 @@ class VariancePreserving:
     def sample_times(self, size: int, generator: torch.Generator) -> Tensor:
         return torch.randint(len(self), (size,), generator=generator, device=generator.device)
 
-    def grid(self, scheduler, steps: int) -> Tensor:
+    def grid(self, scheduler: SchedulerMixin, steps: int) -> Tensor:
         """Whole timesteps of diffusers' DDIM, LCM or Euler sampler; −1 is the end.
 
         Euler lands where the next step starts. DDIM lands T // steps below the start, which is one off the next start
@@ -96,14 +97,14 @@ class RectifiedFlow:
     def sample_times(self, size: int, generator: torch.Generator) -> Tensor:
         return torch.rand(size, generator=generator, device=generator.device)
 
-    def grid(self, scheduler, steps: int) -> Tensor:
+    def grid(self, scheduler: SchedulerMixin, steps: int) -> Tensor:
         """Those of FlowMatchEulerDiscreteScheduler."""
         scheduler = copy.deepcopy(scheduler)
         scheduler.set_timesteps(steps)
         return torch.stack([scheduler.sigmas[:-1], scheduler.sigmas[1:]], dim=1).cpu()
 
 
-def schedule_of(scheduler, device: str | torch.device = "cpu") -> VariancePreserving:
+def schedule_of(scheduler: SchedulerMixin, device: str | torch.device = "cpu") -> VariancePreserving:
     """The schedule of any diffusers scheduler that carries `alphas_cumprod`, zero terminal SNR included.
 
     Raises ValueError for others (EDM, flow matching), and for an unknown prediction type.
@@ -199,7 +200,11 @@ def x0_between(z: Tensor, start: Level, z_end: Tensor, end: Level) -> Tensor:
 
 
 def nested_steps(
-    schedule: NoiseSchedule, student_scheduler, steps: int, teacher_scheduler, teacher_steps: int
+    schedule: NoiseSchedule,
+    student_scheduler: SchedulerMixin,
+    steps: int,
+    teacher_scheduler: SchedulerMixin,
+    teacher_steps: int,
 ) -> Tensor:
     """[N, K]: row n holds the times of a student's step n: its start, the teacher's starts within, its end.
 

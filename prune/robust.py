@@ -70,7 +70,7 @@ class RobustTraining:
         pred_BCHW = self.denoiser(unet, *noisy.inputs, block_mask_BN=uniform_BN >= probs_N)
         loss = nn.functional.mse_loss(pred_BCHW, noisy.target_BCHW)
         metrics = {"denoising": loss}
-        if self.teacher_weight:
+        if self.teacher is not None:
             with torch.no_grad():
                 taught_BCHW = self.denoiser(self.teacher, *noisy.inputs)
             metrics["to_teacher"] = nn.functional.mse_loss(pred_BCHW, taught_BCHW)

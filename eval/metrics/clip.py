@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 import open_clip
 import torch
@@ -37,6 +38,7 @@ from torchvision.transforms.functional import to_pil_image
 from slimstep.engine.quiet import one_line
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
+Rows = TypeVar("Rows", list[str], Tensor)
 CONFIG_FILE, GELU = "open_clip_config.json", "quick_gelu"
 NORMALISATIONS = {
     "openai": (OPENAI_DATASET_MEAN, OPENAI_DATASET_STD),
@@ -227,7 +229,7 @@ def unit(features_BD: Tensor) -> Tensor:
     return F.normalize(features_BD, dim=-1)
 
 
-def batches(rows):
+def batches(rows: Rows) -> list[Rows]:
     """`rows` (a list or a tensor) in slices of BATCH, cut by index."""
     return [rows[i : i + BATCH] for i in range(0, len(rows), BATCH)]
 
@@ -257,8 +259,7 @@ def check_names(model: str, pretrained: str | None) -> None:
             raise ValueError(f"scorer.pretrained={pretrained}, but {model} brings its weights: scorer.pretrained=null")
         return
     if model not in open_clip.list_models():
-        close = difflib.get_close_matches(model, open_clip.list_models(), n=3, cutoff=0.4)
-        close = ", ".join(close) or "none"
+        close = ", ".join(difflib.get_close_matches(model, open_clip.list_models(), n=3, cutoff=0.4)) or "none"
         raise ValueError(f"open_clip has no model {model!r}; close names: {close}; or give {LOCAL}FOLDER")
     tags = open_clip.list_pretrained_tags_by_model(model)
     if pretrained not in tags and not (pretrained and Path(pretrained).is_file()):

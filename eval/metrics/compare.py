@@ -116,5 +116,5 @@ def split_half_agreement(losses_SN: Sequence[Sequence[float]]) -> float:
 
     Near 1, the ranking is a property of the blocks; near 0, of the prompts it was measured on.
     """
-    losses_SN = np.asarray(losses_SN, dtype=np.float64)
-    return spearman(losses_SN[:, 0::2].mean(1), losses_SN[:, 1::2].mean(1))
+    losses = np.asarray(losses_SN, dtype=np.float64)
+    return spearman(losses[:, 0::2].mean(1), losses[:, 1::2].mean(1))

@@ -28,7 +28,7 @@ def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
 def covariance_root(x_ND: np.ndarray) -> np.ndarray:
     """A matrix R of D columns, and no more rows than it needs, with RᵀR the covariance."""
     centred = (x_ND - x_ND.mean(0)) / (len(x_ND) - 1) ** 0.5
-    return centred if len(centred) <= centred.shape[1] else np.linalg.qr(centred, mode="r")
+    return centred if len(centred) <= centred.shape[1] else np.asarray(np.linalg.qr(centred, mode="r"))
 
 
 def kernel_distance(

@@ -88,46 +88,54 @@ class Preference(Metric):
         return self.score(images_B3HW, list(prompts))
 
 
-class Psnr(Metric):
+class PairedMetric(Metric):
+    """A distance, or nearness, to the reference's image of the same noise: `compare(image, reference)` gives [B]."""
+
+    kind = "paired"
+
+    def __call__(self, images: Tensor, prompts: Sequence[str], reference: Tensor | None = None) -> Tensor:
+        assert reference is not None, f"{type(self).__name__} compares with a reference, and there is none"
+        return self.compare(images, reference)
+
+    def compare(self, images: Tensor, reference: Tensor) -> Tensor:
+        raise NotImplementedError
+
+
+class Psnr(PairedMetric):
     """Peak signal-to-noise ratio in dB to the reference's image."""
 
-    kind = "paired"
-
-    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str], reference: Tensor | None = None) -> Tensor:
-        return psnr(images_B3HW, reference)
+    def compare(self, images: Tensor, reference: Tensor) -> Tensor:
+        return psnr(images, reference)
 
 
-class Ssim(Metric):
+class Ssim(PairedMetric):
     """Structural similarity to the reference's image (Wang et al. 2004)."""
 
-    kind = "paired"
+    def compare(self, images: Tensor, reference: Tensor) -> Tensor:
+        one, other = images.float() / 255, reference.float() / 255
+        values = structural_similarity_index_measure(one, other, data_range=1.0, reduction="none")
+        assert isinstance(values, Tensor), "torchmetrics gives more only when it is asked for more"
+        return values.reshape(len(images))
 
-    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str], reference: Tensor | None = None) -> Tensor:
-        pair = (x.float() / 255 for x in (images_B3HW, reference))
-        return structural_similarity_index_measure(*pair, data_range=1.0, reduction="none").reshape(len(images_B3HW))
 
-
-class FeatureSimilarity(Metric):
+class FeatureSimilarity(PairedMetric):
     """Cosine of the scorer's features of an image and the reference's."""
-
-    kind = "paired"
 
     def __init__(self, scorer: ClipScorer):
         self.scorer = scorer
 
-    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str], reference: Tensor | None = None) -> Tensor:
-        return (self.scorer.image(images_B3HW) * self.scorer.image(reference)).sum(1)
+    def compare(self, images: Tensor, reference: Tensor) -> Tensor:
+        return (self.scorer.image(images) * self.scorer.image(reference)).sum(1)
 
 
-class SampleError(Metric):
+class SampleError(PairedMetric):
     """Mean squared error of what was sampled (latents, or pixels of models without a VAE) to the reference's."""
 
-    kind = "paired"
     better = "low"
     reads = "samples"
 
-    def __call__(self, samples: Tensor, prompts: Sequence[str], reference: Tensor | None = None) -> Tensor:
-        return (samples - reference).square().flatten(1).mean(1)
+    def compare(self, images: Tensor, reference: Tensor) -> Tensor:
+        return (images - reference).square().flatten(1).mean(1)
 
 
 class FeatureDistance(DistributionMetric):
