@@ -40,14 +40,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/decoder-speed"))
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    wide = random_vae(options.vae)
-    widths = narrow_widths(wide, options.width)
-    narrow = narrowed(wide, choose_channels(wide, widths, "first"), widths)
+    teacher = random_vae(options.vae)
+    widths = narrow_widths(teacher, options.width)
+    student = narrowed(teacher, choose_channels(teacher, widths, "first"), widths)
     config = LatencyConfig(
         batch=1, compile=options.compile, dtype=options.dtype, warmup=2, iterations=options.iterations,
         seconds=options.seconds,
     )  # fmt: skip
-    rows = compare_decoders({"wide": wide, "narrow": narrow}, options.sizes, options.batches, config, device)
+    rows = compare_decoders({"teacher": teacher, "student": student}, options.sizes, options.batches, config, device)
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name() if device.type == "cuda" else "cpu").lower()
     record = {"vae": options.vae, "widths": widths, "dtype": options.dtype, "rows": rows, "environment": environment()}
     write_json(options.out / f"{name}.json", record)

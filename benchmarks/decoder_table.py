@@ -2,25 +2,27 @@
 
     python benchmarks/decoder_table.py --root runs/decoders
 
-Every row is the decoder job on the shipped model, judged on the same held-out latents. The first rows differ in how
-channels are chosen, and are told before and after a short training; one in what happens to the groups of the norms; the
-others in what they are trained on: latents that the teacher samples (as all above), encoded images, or half of each. To
---out go the table and every judgement. Started again, it continues.
+Every row is the decoder job on the bundled toy model, evaluated on the same held-out latents. The first rows differ in
+how channels are chosen, and are shown before and after a short training; one in what happens to the groups of the
+norms; the others in what they are trained on: latents that the teacher samples (as all above), encoded images, or half
+of each. The table and every evaluation go to --out. Started again, it continues.
 """
 
 import argparse
 import os
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from slimstep.engine.console import open_console
 from slimstep.engine.files import write_json, write_text
-from slimstep.eval.pages.runs import read_json
+from slimstep.eval.pages.evaluation_page import difference
 from slimstep.eval.pages.tables import markdown_table
 from slimstep.eval.pages.vae_page import measures
+from slimstep.eval.record import Point, read_evaluation
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROWS = {
@@ -29,7 +31,7 @@ ROWS = {
     "real latents": ["latents.real_share=1"],
     "half real": ["latents.real_share=0.5"],
 }
-HEADER = ["run", "decoder", "CLIP against the wide one", "sampled latents: PSNR", "SSIM", "features",
+HEADER = ["run", "decoder", "CLIP against the teacher's", "sampled latents: PSNR", "SSIM", "features",
           "real latents: PSNR", "SSIM", "features", "to the real image: PSNR"]  # fmt: skip
 
 
@@ -55,34 +57,29 @@ def main() -> None:
 
 
 def write_results(options: argparse.Namespace) -> None:
-    """The table and the judgements of the rows that are finished."""
-    found = {name: read_json(options.root / name.replace(" ", "-") / "evaluation.json") for name in options.only}
+    """The table and the evaluations of the rows that are finished."""
+    found = {name: read_evaluation(options.root / name.replace(" ", "-")) for name in options.only}
     done = {name: evaluation for name, evaluation in found.items() if evaluation}
-    rows = [cells(name, decoder) for name, evaluation in done.items() for decoder in evaluation["decoders"][1:]]
+    rows = [cells(name, point) for name, evaluation in done.items() for point in evaluation.points[1:]]
     write_text(options.out / "table.md", markdown_table(HEADER, rows))
     first = next(iter(done.values()))
-    facts = {key: first[key] for key in ("n", "n_real", "widths", "prompts_hash", "protocol", "environment")}
-    decoders = {name: [rounded(decoder) for decoder in evaluation["decoders"]] for name, evaluation in done.items()}
+    facts = {key: getattr(first, key) for key in ("n", "facts", "prompts_hash", "protocol", "environment")}
+    decoders = {name: [rounded(point) for point in evaluation.points] for name, evaluation in done.items()}
     write_json(options.out / "results.json", {**facts, "steps": options.steps, "decoders": decoders})
     print(markdown_table(HEADER, rows), flush=True)
 
 
-def cells(name: str, decoder: dict) -> list[str]:
-    d, near = decoder["versus_wide"], decoder["nearness"]
-    versus = f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]"
-    told = {"sliced": "before training", "narrow": "after"}[decoder["name"]]
-    to_wide = [*measures(near["sampled_to_wide"]), *measures(near["real_to_wide"])]
-    return [name, told, versus, *to_wide, measures(near["real_to_image"])[0]]
+def cells(name: str, point: Point) -> list[str]:
+    when = {"pruned": "before training", "student": "after"}[point.model]
+    to_teacher = [*measures(point, ""), *measures(point, "real_")]
+    return [name, when, difference(point.versus_reference), *to_teacher, measures(point, "image_")[0]]
 
 
-def rounded(decoder: dict) -> dict:
-    """A judgement with its per-item values to what matters, for a file that is kept."""
-    clip = {**decoder["clip"], "per_prompt": [round(value, 3) for value in decoder["clip"]["per_prompt"]]}
-    near = {
-        key: value and {name: {**m, "per_item": [round(x, 4) for x in m["per_item"]]} for name, m in value.items()}
-        for key, value in decoder["nearness"].items()
-    }
-    return {**decoder, "clip": clip, "nearness": near}
+def rounded(point: Point) -> dict:
+    """A point with its values per prompt to what matters, for a file that is kept."""
+    metrics = {name: own and {**own, "per_prompt": [round(value, 4) for value in own["per_prompt"]]}
+               for name, own in point.metrics.items()}  # fmt: skip
+    return {**asdict(point), "metrics": metrics}
 
 
 if __name__ == "__main__":

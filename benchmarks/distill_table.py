@@ -16,21 +16,27 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from slimstep.distill.curves import SAMPLERS
 from slimstep.engine.console import open_console
 from slimstep.engine.files import whole_folder, write_json, write_text
 from slimstep.engine.loop import WEIGHTS
 from slimstep.eval.metrics.compare import paired_difference, paired_ratio
+from slimstep.eval.pages.evaluation_page import difference
 from slimstep.eval.pages.figures import save_png
-from slimstep.eval.pages.runs import read_json
-from slimstep.eval.pages.steps_page import curves_figure, display, distance_figure, ratio_text
+from slimstep.eval.pages.steps_page import (
+    SAMPLERS,
+    curves_figure,
+    display,
+    distance_figure,
+    ratio_text,
+)
 from slimstep.eval.pages.tables import markdown_table
+from slimstep.eval.record import Evaluation, Point, read_evaluation
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 
@@ -118,7 +124,7 @@ def write_cut(folder: Path) -> None:
 
 def share(root: Path, name: str, done: Sequence[str]) -> None:
     """Puts into a run what an earlier one has made in the same way."""
-    names = {"judged": "teacher*", "reference": "*", "images": "teacher*"}
+    names = {"evaluation": "teacher*", "reference": "*", "images": "teacher*"}
     for source in done[:1]:
         for folder, pattern in names.items():
             for path in sorted((root / slug(source) / folder).glob(pattern)):
@@ -160,60 +166,74 @@ def run(name: str, options: argparse.Namespace) -> None:
 
 
 def write_results(options: argparse.Namespace, names: Sequence[str]) -> None:
-    """The table, the pictures and the judgements of the ladders that are finished."""
-    evaluations = {name: read_json(options.root / slug(name) / "evaluation.json") for name in names}
-    points = [point for name, evaluation in evaluations.items() for point in ladder_points(name, evaluation)]
-    teachers = [point for point in evaluations[names[0]]["points"] if point["model"] in SAMPLERS]
+    """The table, the pictures and the evaluations of the ladders that are finished."""
+    evaluations = {name: read_evaluation(options.root / slug(name)) for name in names}
+    first = evaluations[names[0]]
+    teachers = [point for point in first.points if point.model in SAMPLERS]
+    students = [point for name, evaluation in evaluations.items() for point in ladder_points(name, evaluation)]
+    points = [*teachers, *students]
     header = ["ladder", "steps", "UNet evaluations", "CLIP ± se", "against the teacher's 32 steps", "latent error",
               "over DDIM's", "over DPM++ 2M's"]  # fmt: skip
-    table = markdown_table(header, [cells(point) for point in [*teachers, *points]])
+    table = markdown_table(header, [cells(point, points) for point in points])
     asked = ["A", "against B", "steps", "CLIP, A − B", "latent error, A / B"]
-    answers = markdown_table(asked, [row for pair in QUESTIONS for row in answer(points, *pair)])
+    answers = markdown_table(asked, [row for pair in QUESTIONS for row in answer(students, *pair)])
     write_text(options.out / "table.md", f"{table}\n{answers}")
-    save_png(curves_figure([*teachers, *points], "steps", "sampling steps"), options.out / "clip-against-steps.png")
-    save_png(distance_figure([*teachers, *points]), options.out / "distance-against-steps.png")
-    facts = {key: evaluations[names[0]][key] for key in ("prompts", "prompts_hash", "n", "protocol", "environment")}
-    write_json(options.out / "points.json", {**facts, "points": [rounded(p) for p in [*teachers, *points]]})
+    save_png(curves_figure(points, "steps", "sampling steps"), options.out / "clip-against-steps.png")
+    save_png(distance_figure(points), options.out / "distance-against-steps.png")
+    facts = {key: getattr(first, key) for key in ("prompts", "prompts_hash", "n", "protocol", "environment")}
+    write_json(options.out / "points.json", {**facts, "points": [rounded(point, points) for point in points]})
     print(table, answers, sep="\n")
 
 
-def ladder_points(name: str, evaluation: Mapping[str, Any]) -> list[dict]:
+def ladder_points(name: str, evaluation: Evaluation) -> list[Point]:
     """Every student at the number of steps that it was made for; a consistency student at all."""
     return [
-        {**point, "model": name}
-        for point in evaluation["points"]
-        if point["model"].startswith("steps-") and (name == "lcm" or point["model"] == f"steps-{point['steps']}")
+        replace(point, model=name)
+        for point in evaluation.points
+        if point.model.startswith("steps-") and (name == "lcm" or point.model == f"steps-{point.steps}")
     ]
 
 
-def cells(p: Mapping[str, Any]) -> list[str]:
-    d = p["versus_teacher"]
-    over = [ratio_text(p["latent_error_over"][name]) for name in SAMPLERS]
+def over_samplers(point: Point, points: Sequence[Point]) -> dict[str, dict | None]:
+    """The latent error in units of the teacher's own at as many steps, by each of its samplers."""
+    others = {p.model: p for p in points if p.model in SAMPLERS and p.key[1:] == point.key[1:]}
+    return {name: error_ratio(point, others.get(name)) for name in SAMPLERS}
+
+
+def error_ratio(point: Point, other: Point | None) -> dict | None:
+    """Of the latent errors, prompt by prompt; None where either has none."""
+    errors, others = (p and p.metrics["latent_error"] for p in (point, other))
+    is_apart = errors and others and others["mean"]
+    return vars(paired_ratio(errors["per_prompt"], others["per_prompt"])) if is_apart else None
+
+
+def cells(point: Point, points: Sequence[Point]) -> list[str]:
+    error = point.mean("latent_error")
     return [
-        display(p["model"]), str(p["steps"]), str(p["evaluations"]), f"{p['clip']['mean']:.2f} ± {p['clip']['se']:.2f}",
-        f"{d['mean']:+.2f} [{d['low']:+.2f}, {d['high']:+.2f}]", f"{p['latent_error_to_teacher']['mean']:.4f}", *over,
+        display(point.model), str(point.steps), str(point.facts["evaluations"]),
+        f"{point.clip['mean']:.2f} ± {point.clip['se']:.2f}", difference(point.versus_reference),
+        "–" if error is None else f"{error:.4f}",
+        *map(ratio_text, over_samplers(point, points).values()),
     ]  # fmt: skip
 
 
-def answer(points: Sequence[Mapping[str, Any]], a: str, b: str) -> list[list[str]]:
+def answer(points: Sequence[Point], a: str, b: str) -> list[list[str]]:
     """Two ladders prompt by prompt, at every number of steps that both have."""
-    rows, of = [], {(p["model"], p["steps"]): p for p in points}
-    for steps in sorted({p["steps"] for p in points}, reverse=True):
+    rows, of = [], {(p.model, p.steps): p for p in points}
+    for steps in sorted({p.steps for p in points}, reverse=True):
         if (a, steps) in of and (b, steps) in of:
             one, other = of[a, steps], of[b, steps]
-            d = paired_difference(one["clip"]["per_prompt"], other["clip"]["per_prompt"])
-            errors = [p["latent_error_to_teacher"]["per_prompt"] for p in (one, other)]
-            ratio = vars(paired_ratio(*errors))
-            rows.append([a, b, str(steps), f"{d.mean:+.2f} [{d.low:+.2f}, {d.high:+.2f}]", ratio_text(ratio)])
+            versus = vars(paired_difference(one.clip["per_prompt"], other.clip["per_prompt"]))
+            rows.append([a, b, str(steps), difference(versus), ratio_text(error_ratio(one, other))])
     return rows
 
 
-def rounded(point: Mapping[str, Any]) -> dict:
-    """A point with its per-prompt values to what matters, for a file that is kept."""
-    clip, error = ({**point[key]} for key in ("clip", "latent_error_to_teacher"))
-    clip["per_prompt"] = [round(value, 3) for value in clip["per_prompt"]]
-    error["per_prompt"] = [round(value, 6) for value in error["per_prompt"]]
-    return {**point, "clip": clip, "latent_error_to_teacher": error}
+def rounded(point: Point, points: Sequence[Point]) -> dict:
+    """A point with its values per prompt to what matters, for a file that is kept, and its latent error in units of the
+    teacher's."""
+    metrics = {name: own and {**own, "per_prompt": [round(value, 6) for value in own["per_prompt"] or ()]}
+               for name, own in point.metrics.items()}  # fmt: skip
+    return {**asdict(point), "metrics": metrics, "latent_error_over": over_samplers(point, points)}
 
 
 if __name__ == "__main__":

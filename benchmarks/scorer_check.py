@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
@@ -40,9 +39,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         for name, pairs in sets.items():
             config = OmegaConf.create({"data": {"pairs": pairs}})
-            bench = SimpleNamespace(config=config, scorer=scorer, run=Run(folder, Accelerator(cpu=True)))
             start, cpu = time.perf_counter(), time.process_time()
-            record = measured(bench)
+            record = measured(config, Run(folder, Accelerator(cpu=True)), scorer)
             seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
             results[name] = {**seconds, **record, "passes": is_above_chance(record)}
             print(name, json.dumps(results[name]))

@@ -37,6 +37,8 @@ def work(checkout: str, num_prompts: int) -> None:
     pipeline = load_pipeline(ROOT / "assets/shapes")
     prompts = PromptSet(shapes_prompts("heldout", num_prompts, 0).prompts, "held-out captions")
     sampler, scorer = Sampler(pipeline, 8, 2.5), ClipScorer(f"local-dir:{ROOT}/assets/shapes-clip")
+    if (Path(checkout) / "eval/metrics/metric.py").exists():  # earlier ones score blocks by a scorer alone
+        scorer = import_module("slimstep.eval.metrics.metric").as_metric(scorer)
     print("ready", flush=True)
     for _ in sys.stdin:
         start, cpu = time.perf_counter(), time.process_time()

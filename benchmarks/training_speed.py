@@ -17,7 +17,9 @@ import statistics
 import sys
 import tempfile
 import time
+from functools import cache, partial
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -25,29 +27,43 @@ import hydra
 import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
+from torch import nn
 
 import slimstep.engine.launch  # noqa: F401  registers the resolvers
 from slimstep.configs.schema import Config
-from slimstep.distill.bench import DistillBench
+from slimstep.distill.job import distilled as distilled_steps
+from slimstep.distill.job import trained_copy
+from slimstep.distill.network import distillation_of
 from slimstep.engine.checked import CONFIGS, ROOT
+from slimstep.engine.config import TrainConfig
 from slimstep.engine.console import open_console
 from slimstep.engine.environment import environment
 from slimstep.engine.files import write_json
 from slimstep.engine.run import Run
 from slimstep.eval.decoders import decoder_gflops
+from slimstep.eval.inputs import (
+    Teacher,
+    heldout_pairs,
+    load_metrics,
+    load_prompts,
+    load_scorer,
+    teacher_of,
+    training_data,
+)  # fmt: skip
 from slimstep.eval.pages.tables import markdown_table
 from slimstep.eval.timing.child import child_result
 from slimstep.eval.timing.inference import CannotRunError, InferenceConfig
 from slimstep.eval.timing.speed import matmul_peak_tflops
+from slimstep.eval.training import train_stage
 from slimstep.models.cost import count_gflops
 from slimstep.models.known import random_pipeline
-from slimstep.models.pipeline import load_pipeline
-from slimstep.prune.bench import PruneBench
-from slimstep.prune.vae_bench import VaeBench
+from slimstep.models.pipeline import load_pipeline, networks
+from slimstep.prune.job import prunable_copy
+from slimstep.prune.rounds import Measures
+from slimstep.prune.vae_job import DecoderPruning, distilled, pruned_decoder, training_prompts
 
 JOBS = {"robust": "prune_unet", "scoring": "prune_unet", "recovery": "prune_unet", "steps": "distill_steps",
         "decoder": "prune_vae"}  # fmt: skip
-BENCHES = {"prune_unet": PruneBench, "distill_steps": DistillBench, "prune_vae": VaeBench}
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 TRAINING, GB = 3, 1e9  # forwards in a forward and its backward
 
@@ -113,9 +129,8 @@ def measure(options: argparse.Namespace) -> dict:
         accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=options.precision)
         rates = Rates(accelerator.device)
         run = Run(Path(folder) / "run", accelerator, tracker=rates)
-        bench = BENCHES[JOBS[options.alone]](configured(options, folder), run)
-        bench.model = model(options)
-        rows_per_step, gflops, seconds = globals()[f"measure_{options.alone}"](bench)
+        teacher = teacher_of(model(options), configured(options, folder), run)
+        rows_per_step, gflops, seconds = globals()[f"measure_{options.alone}"](teacher)
     if seconds is None:
         seconds = options.batch / statistics.median(rates.seen[1:])
     memory = peak_memory(accelerator.device)  # of the training: the matrix products below take memory, too
@@ -181,49 +196,57 @@ def configured(options: argparse.Namespace, folder: str) -> Config:
 # ---- the parts: samples per step, 10⁹ operations per step, and seconds where the loop has not measured them ----
 
 
-def measure_robust(bench: PruneBench) -> tuple[int, float, None]:
-    config = bench.config
-    unet = bench.train(bench.student(), config.objective, config.train, "round-00")
-    return config.train.batch_size, TRAINING * config.train.batch_size * forward(bench, unet), None
+def measure_robust(teacher: Teacher) -> tuple[int, float, None]:
+    config = teacher.config
+    unet = train(teacher, prunable_copy(teacher), "round-00", config.objective, config.train)
+    return config.train.batch_size, TRAINING * config.train.batch_size * forward(teacher, unet), None
 
 
-def measure_recovery(bench: PruneBench) -> tuple[int, float, None]:
-    stage = bench.config.recovery
-    pruned = bench.student().with_architecture({"mid_block.attentions.0": 0})
-    unet = bench.train(pruned, stage.objective, stage.train, "recovery")
-    gflops = TRAINING * forward(bench, unet) + forward(bench, bench.teacher)
+def measure_recovery(teacher: Teacher) -> tuple[int, float, None]:
+    stage = teacher.config.recovery
+    pruned = prunable_copy(teacher).with_architecture({"mid_block.attentions.0": 0})
+    unet = train(teacher, pruned, "recovery", stage.objective, stage.train)
+    gflops = TRAINING * forward(teacher, unet) + forward(teacher, teacher.unet)
     return stage.train.batch_size, stage.train.batch_size * gflops, None
 
 
-def measure_scoring(bench: PruneBench) -> tuple[int, float, float]:
-    """Images of the block scores, not training: a step is one batch of them, its decoding and judging included."""
-    unet, batch = bench.teacher, bench.config.scoring.batch_size
-    _ = bench.prompts, bench.scorer
-    count_memory_from_here(bench.device)
+def measure_scoring(teacher: Teacher) -> tuple[int, float, float]:
+    """Images of the block scores, not training: a step is one batch of them, its decoding and scoring included."""
+    unet, config, (calibration, _) = teacher.unet, teacher.config, load_prompts(teacher)
+    metrics = load_metrics(config, load_scorer(config, teacher.device), teacher.device)
+    count_memory_from_here(teacher.device)
     start = time.perf_counter()
-    bench.score(unet, "round-00")
-    images = (1 + len(unet.kept_blocks)) * bench.config.scoring.prompts
-    return batch, batch * forward(bench, unet), (time.perf_counter() - start) / images * batch
+    Measures(teacher, calibration=calibration, metrics=metrics).scores(unet, "round-00")
+    batch, images = config.scoring.batch_size, (1 + len(unet.kept_blocks)) * config.scoring.prompts
+    return batch, batch * forward(teacher, unet), (time.perf_counter() - start) / images * batch
 
 
-def measure_steps(bench: DistillBench) -> tuple[int, float, None]:
-    (climb, *_), config = bench.climbs, bench.config.train
-    given = {"teacher": bench.at_work(climb.teacher, config.compile), "rung": bench.rung(climb)}
-    unet = bench.taught(bench.networks[climb.start], bench.objective_of(climb), config, climb.name, **given)
+def measure_steps(teacher: Teacher) -> tuple[int, float, None]:
+    job, config, pairs = distillation_of(teacher), teacher.config.train, cache(partial(training_data, teacher))
+    (climb, *_), unets = job.climbs, {"teacher": teacher.unet, "student": job.student}
+    unet = distilled_steps(job, climb, unets, pairs, partial(trained_copy, job, pairs, [*networks(teacher.pipeline)]))
     guided = -(-config.batch_size // 10)  # objective.guided_share, rounded up; each is one row more
     forwards = TRAINING + climb.teacher_steps // climb.steps
-    return config.batch_size, (config.batch_size + guided) * forwards * forward(bench, unet), None
+    return config.batch_size, (config.batch_size + guided) * forwards * forward(teacher, unet), None
 
 
-def measure_decoder(bench: VaeBench) -> tuple[int, float, None]:
-    narrow, batch = bench.distil(bench.sliced()), bench.config.train.batch_size
-    size = bench.teacher.config.sample_size
-    return batch, batch * (decoder_gflops(bench.wide, size) + TRAINING * decoder_gflops(narrow, size)), None
+def measure_decoder(teacher: Teacher) -> tuple[int, float, None]:
+    config, data, (_, prompts) = teacher.config, cache(partial(training_data, teacher)), load_prompts(teacher)
+    teacher.pipeline.vae.float()
+    job = DecoderPruning(teacher, heldout_pairs(config, config.eval.prompts), training_prompts(config))
+    student = distilled(job, pruned_decoder(job, data), prompts, data, [*networks(teacher.pipeline)])
+    batch, size = config.train.batch_size, teacher.unet.config.sample_size
+    return batch, batch * (decoder_gflops(job.vae, size) + TRAINING * decoder_gflops(student, size)), None
 
 
-def forward(bench, unet) -> float:
+def train(teacher: Teacher, unet: nn.Module, stage: str, objective: Any, config: TrainConfig) -> nn.Module:
+    pairs = partial(training_data, teacher)
+    return train_stage(unet, stage, objective, config, teacher, cache(pairs), [*networks(teacher.pipeline)])
+
+
+def forward(teacher: Teacher, unet: nn.Module) -> float:
     """10⁹ operations of one row through the UNet."""
-    return count_gflops(unet, tokens=bench.text_length)
+    return count_gflops(unet, tokens=teacher.text_length)
 
 
 if __name__ == "__main__":

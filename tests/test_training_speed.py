@@ -22,7 +22,7 @@ def test_memory_is_read_before_the_matrix_products_that_measure_the_peak(speed, 
         return lambda *_, **__: order.append(name) or value
 
     stubs = {
-        "BENCHES": {"prune_unet": lambda config, run: SimpleNamespace()}, "configured": noted("configured", None),
+        "teacher_of": noted("teacher", None), "configured": noted("configured", None),
         "model": noted("model", None), "measure_robust": noted("trained", (1, 1.0, 1.0)),
         "peak_memory": noted("memory", {"peak_gb": 5e9}), "matmul_peak_tflops": noted("products", 1.0),
     }  # fmt: skip
