@@ -12,10 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from slimstep import ROOT
 from slimstep.eval.evaluator import place
 from tests.distill.test_ladder_job import SMALL as DISTILLING
 from tests.eval.test_evaluation import ANY_DATA as EVALUATING
-from tests.prune.test_job import ROOT, SMALL
+from tests.prune.test_job import SMALL
 
 PRUNING = ["+experiment=prune_unet", *SMALL]
 

@@ -8,8 +8,8 @@ import sys
 import pytest
 from diffusers import DiffusionPipeline
 
+from slimstep import ROOT
 from slimstep.models.vae import NarrowAutoencoderKL
-from tests.prune.test_job import ROOT
 from tests.test_processes import LAUNCHERS
 
 SMALL = [

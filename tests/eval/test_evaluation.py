@@ -27,6 +27,7 @@ from slimstep.eval.metrics.distribution import frechet_distance
 from slimstep.eval.metrics.inception import Inception
 from slimstep.models.original_layout import original_weights
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
+from tests.jobs import run_job
 from tests.user_errors import told
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -38,8 +39,7 @@ SMALL = [*ANY_DATA, "data.pairs.size=16"]
 
 
 def run(*overrides):
-    command = [sys.executable, str(ROOT / "train.py"), "name=evaluate", *SMALL, *map(str, overrides)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return run_job("name=evaluate", *SMALL, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -335,7 +335,10 @@ def test_names_of_models_fit_on_a_disk(tmp_path):
 def test_compiled_networks_judge_alike_and_leave_their_graphs_for_the_next(finished, tmp_path, tiny_model):
     given = [*tiny_model, "evaluation.compile=true", f"evaluation.artifacts={tmp_path / 'artifacts'}",
              "eval.batch_size=4", "curves.steps=[2]", "curves.guidance=[3]"]  # fmt: skip
-    first, second = (run(*given, f"root={tmp_path}", f"name={name}") for name in ("first", "second"))
+    job = [sys.executable, ROOT / "train.py", *SMALL, *given, f"root={tmp_path}"]
+    first, second = (
+        subprocess.run([*job, f"name={name}"], capture_output=True, text=True, cwd=ROOT) for name in ("first", "second")
+    )
     assert first.returncode == second.returncode == 0, first.stderr + second.stderr
     (file,) = (tmp_path / "artifacts").iterdir()
     assert "which left" in first.stderr + first.stdout and f"with {file}" in second.stderr + second.stdout

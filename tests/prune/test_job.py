@@ -2,16 +2,13 @@
 
 import json
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
+from tests.jobs import run_job
 from tests.tiny import tiny_unet
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "train.steps=3", "train.batch_size=4", "recovery.train.steps=3", "recovery.train.batch_size=4",
     "scoring.prompts=4", "scoring.steps=2", "scoring.batch_size=8",
@@ -21,8 +18,7 @@ SMALL = [
 
 def run(*overrides):
     size = [] if "data=imagefolder" in overrides else ["data.pairs.size=16"]
-    command = [sys.executable, str(ROOT / "train.py"), "name=prune_unet", *SMALL, *size, *overrides]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return run_job("name=prune_unet", *SMALL, *size, *overrides)
 
 
 @pytest.fixture(scope="module")
