@@ -16,6 +16,7 @@ from slimstep.eval.pages.steps_page import error_over
 from slimstep.eval.record import read_evaluation
 from slimstep.eval.sampling import Sampler
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
+from tests.jobs import run_job
 from tests.tiny import tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,8 +29,7 @@ LADDER = ["ladder.steps=[4,2,1]", "ladder.rungs={steps-1: {train: {steps: 2}}}"]
 
 
 def run(*overrides):
-    command = [sys.executable, str(ROOT / "train.py"), "name=distill_steps", *SMALL, *map(str, overrides)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return run_job("name=distill_steps", *SMALL, *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -198,7 +198,7 @@ def test_an_objective_with_a_second_network_is_two_files(tmp_path, tiny_model, m
     """The objective and its YAML, both outside the package."""
     place = ROOT / "tests/distill/second_network"
     assert len([path for path in place.rglob("*") if path.suffix in (".py", ".yaml")]) == 2
-    monkeypatch.setenv("PYTHONPATH", f"{place}:{os.environ.get('PYTHONPATH', '')}")
+    monkeypatch.syspath_prepend(place)
     more = ["objective=matching", f"hydra.searchpath=[file://{place}]", "train.log_every=1", "ladder.steps=[4,2]"]
     done = run(*tiny_model, f"root={tmp_path}", *more)
     assert done.returncode == 0, done.stderr

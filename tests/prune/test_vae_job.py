@@ -24,6 +24,7 @@ from slimstep.eval.record import read_evaluation
 from slimstep.eval.sampling import Sampler
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 from slimstep.models.vae import NarrowAutoencoderKL
+from tests.jobs import run_job
 from tests.test_processes import launch
 from tests.tiny import tiny_pipeline
 
@@ -36,8 +37,7 @@ SMALL = [
 
 
 def run(*overrides):
-    command = [sys.executable, str(ROOT / "train.py"), "name=prune_vae", *SMALL, *map(str, overrides)]
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    return run_job("name=prune_vae", *SMALL, *overrides)
 
 
 @pytest.fixture(scope="module")
