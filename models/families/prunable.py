@@ -23,6 +23,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
+from diffusers.models.modeling_utils import no_init_weights
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
@@ -378,7 +379,7 @@ def build_from(
         raise ValueError(f"copy_init is {copy_init!r}; choose 'zero' or 'same'")
     rule = unet.config.get("bypass", "shortcut") if skip_rule is None else skip_rule
     table = as_json(as_architecture(architecture or {}))
-    with torch.device("meta"):
+    with torch.device("meta"), no_init_weights():  # all of them come from elsewhere
         new = kind.from_config(dict(unet.config), depths=table, bypass=rule)
     own, more = unet.state_dict(), source.state_dict() if source is not None else {}
     before = as_architecture(unet.config.get("depths") or {})

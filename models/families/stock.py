@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers import ModelMixin
+from diffusers.models.modeling_utils import no_init_weights
 
 from slimstep.models.architecture import copies
 from slimstep.models.families.prunable import PrunableUNet
@@ -63,7 +64,7 @@ class StockPlan:
         kind, unet = self.unet.STOCK, self.unet
         if self.obstacles:
             raise ValueError(f"no stock {kind.__name__} is this network, because of {'; '.join(self.obstacles)}")
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             stock = kind.from_config(self.config)
         stock.load_state_dict({self.renamed(k): w.detach().clone() for k, w in unet.state_dict().items()}, assign=True)
         return stock.train(unet.training)
