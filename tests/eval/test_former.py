@@ -1,10 +1,13 @@
-"""Runs and exports of earlier versions are read, drawn, found by their command and loaded (tests/fixtures/former).
+"""Runs and exports of earlier versions are read, drawn, continued and loaded (tests/fixtures/former).
 
 Each is a job on the random model of tests/tiny.py, run before there was one layout of results and one import root.
 """
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +23,16 @@ from slimstep.configs.schema import Config
 from slimstep.engine.checked import CONFIGS
 from slimstep.engine.identity import existing_run
 from slimstep.engine.run import Run
+from slimstep.eval.pages.comparison import compare_runs
 from slimstep.eval.pages.evaluation_page import write_evaluation_report
+from slimstep.eval.pages.results_page import compare_results
 from slimstep.eval.pages.run_page import write_report
 from slimstep.eval.pages.steps_page import write_steps_report
 from slimstep.eval.pages.vae_page import write_vae_report
 from slimstep.eval.record import read_evaluation
 from slimstep.models.pipeline import load_pipeline
 from slimstep.prune.latency import read_table
+from tests.tiny import tiny_pipeline, write_tiny_clip
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMER = ROOT / "tests/fixtures/former"
@@ -133,6 +139,13 @@ def test_the_page_of_a_run_is_drawn_anew(runs, job):
         assert f"{point.clip['mean']:.2f}" in page
 
 
+def test_runs_are_compared(runs, tmp_path):
+    table = compare_runs([runs / "prune_unet"], tmp_path / "compared")
+    assert "185.3 k" in table and (tmp_path / "compared/report.html").is_file()
+    table = compare_results([runs / job for job in PAGES], tmp_path / "report")
+    assert all(job in (tmp_path / "report/report.html").read_text() for job in PAGES), table
+
+
 @pytest.mark.parametrize("job", WORDS)
 def test_the_same_command_means_the_same_run(runs, job):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -147,6 +160,21 @@ def test_the_same_command_means_the_same_run(runs, job):
     assert (runs / job / "config.yaml").read_bytes() == before and (runs / job / "report.html").exists()
     with pytest.raises(ValueError, match="seed: 0 there, 1 now"):
         run.keep_config(other, ignoring=())
+
+
+def test_a_finished_evaluation_makes_nothing_anew(runs, tmp_path):
+    for folder in ("model", "runs/prune_unet/export"):
+        tiny_pipeline("v_prediction").save_pretrained(tmp_path / folder)
+    (tmp_path / "scorer").mkdir()
+    write_tiny_clip(tmp_path / "scorer")
+    write_evaluation_report(runs / "evaluate")
+    before = {file: file.stat().st_mtime_ns for file in (runs / "evaluate").rglob("*")}
+    command = [sys.executable, str(ROOT / "train.py"), "+experiment=evaluate", *COMMON, *WORDS["evaluate"]]
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    assert "nothing was made anew" in done.stderr
+    assert {file: file.stat().st_mtime_ns for file in (runs / "evaluate").rglob("*")} == before
 
 
 def test_an_export_is_loaded_and_draws_what_it_drew():
