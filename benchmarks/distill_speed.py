@@ -33,7 +33,7 @@ from slimstep.engine.environment import environment
 from slimstep.engine.files import write_json
 from slimstep.eval.pages.tables import markdown_table
 from slimstep.models.conditioning import Conditioning
-from slimstep.models.denoiser import denoiser_of
+from slimstep.models.family import denoiser_of
 from slimstep.models.noise_schedule import add_noise, ddim_step, schedule_of, snr, x0_between, x0_of
 from slimstep.models.pipeline import load_pipeline
 from slimstep.models.reference import CLIP_L, random_unet, random_vae

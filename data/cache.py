@@ -20,8 +20,9 @@ from slimstep.data.range_cache import RangeShards
 from slimstep.data.shards import DTYPES, CachedPairs, cache_key, is_intact, write_index
 from slimstep.data.stream_cache import PartShards
 from slimstep.data.streams import Stream
-from slimstep.models.conditioning import text_encoders
 from slimstep.models.decoding import STATISTICS, has_statistics
+from slimstep.models.families.unet2d.text import text_encoders
+from slimstep.models.family import family_of
 
 __all__ = ["CachedPairs", "cache_pairs"]
 
@@ -104,7 +105,7 @@ def described_cache(pairs, pipeline, dtype: str, shard_size: int) -> dict[str, s
         "format": FORMAT,
         "pairs": pairs.fingerprint,
         **counted,
-        "vae": module_hash(pipeline.vae),
+        "vae": module_hash(codec) if (codec := family_of(pipeline).codec(pipeline)) else "none: pixels",
         **text_hashes(pipeline),
         "dtype": dtype,
         "shard_size": shard_size,
@@ -113,7 +114,9 @@ def described_cache(pairs, pipeline, dtype: str, shard_size: int) -> dict[str, s
 
 def scale_of_latents(pipeline) -> dict[str, str]:
     """What latents are scaled by, where that is more than `scaling_factor`, or once was."""
-    config = pipeline.vae.config
+    if (codec := family_of(pipeline).codec(pipeline)) is None:
+        return {}
+    config = codec.config
     used = {"statistics": str([list(config[name]) for name in STATISTICS])} if has_statistics(pipeline) else {}
     return used | ({"shift_factor": "unused"} if config.get("shift_factor") else {})
 
@@ -122,7 +125,7 @@ def text_hashes(pipeline) -> dict[str, str]:
     """What text states depend on beside the captions."""
     zeros = pipeline.config.get("force_zeros_for_empty_prompt")
     hashes = {} if zeros is None else {"zeros_for_empty_prompt": str(zeros)}
-    for number in ("", "_2") if len(text_encoders(pipeline)) > 1 else ("",):
+    for number in ("", "_2")[: len(text_encoders(pipeline))]:
         hashes[f"text_encoder{number}"] = module_hash(getattr(pipeline, f"text_encoder{number}"))
         hashes[f"tokenizer{number}"] = tokenizer_hash(getattr(pipeline, f"tokenizer{number}"))
     return hashes

@@ -12,8 +12,11 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from slimstep.models.conditioning import Conditioning, encode_prompts, encode_unconditional, text_encoders
+from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import has_statistics, scaled, statistics
+from slimstep.models.families.unet2d.text import text_encoders
+from slimstep.models.family import family_of
+from slimstep.models.sizes import scale_factor
 
 PIXELS_AT_ONCE = 4 * 512**2  # of an autoencoder: some 3 GB in float32 at the 256 channels of Stable Diffusion's
 # Written by the libraries into every config; they do not change what a model computes.
@@ -24,10 +27,12 @@ def encode_images(pipeline, images_BCHW: Tensor, device: torch.device) -> dict[s
     """What is kept of images uint8 [B, 3, H, W]: latents [B, C, h, w], the posterior's mean, scaled as the stock
     pipeline of this class unscales latents (models/decoding.py).
 
+    Without a VAE they are the pixels themselves, from -1 to 1.
     Raises ValueError where VAE and UNet cannot take the size, or the latents are not finite.
     """
-    vae = pipeline.vae
     check_size(pipeline, *images_BCHW.shape[-2:])
+    if (vae := family_of(pipeline).codec(pipeline)) is None:
+        return {"latents": images_BCHW.to(device).float() / 127.5 - 1}
     factor = pipeline.vae_scale_factor
     slices = images_BCHW.split(rows_at_once(pipeline, *(side // factor for side in images_BCHW.shape[-2:])))
     means = [vae.encode(x_bCHW.to(device, vae.dtype) / 127.5 - 1).latent_dist.mode() for x_bCHW in slices]
@@ -43,30 +48,38 @@ def rows_at_once(pipeline, height: int, width: int) -> int:
 
 def encode_captions(pipeline, captions: Sequence[str], device: torch.device) -> Conditioning:
     """What is kept of captions, a row for each."""
-    return Conditioning(finite(encode_prompts(pipeline, captions, device).tensors, pipeline.text_encoder))
+    return Conditioning(finite(family_of(pipeline).encode(pipeline, captions, device).tensors, encoder_of(pipeline)))
 
 
 def encode_nothing(pipeline, device: torch.device) -> Conditioning:
     """What guidance steers away from, one row."""
-    return Conditioning(finite(encode_unconditional(pipeline, device).tensors, pipeline.text_encoder))
+    return Conditioning(finite(family_of(pipeline).unconditional(pipeline, device).tensors, encoder_of(pipeline)))
 
 
-def is_truncated(tokenizer, caption: str) -> bool:
+def encoder_of(pipeline) -> nn.Module:
+    """What is to blame for conditioning that is not finite."""
+    return getattr(pipeline, "text_encoder", pipeline.unet)
+
+
+def is_truncated(pipeline, caption: str) -> bool:
     """Whether the caption has more tokens than the text encoder takes, start and end token included."""
+    if (tokenizer := getattr(pipeline, "tokenizer", None)) is None:
+        return False
     return len(tokenizer(caption, verbose=False).input_ids) > tokenizer.model_max_length
 
 
 def check_size(pipeline, height: int, width: int) -> None:
     """Sides must survive every halving by the VAE and the UNet."""
-    vae_factor = 2 ** (len(pipeline.vae.config.block_out_channels) - 1)
+    vae_factor = scale_factor(pipeline)
     unet_factor = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-    step = vae_factor * unet_factor
+    step, factors = vae_factor * unet_factor, f"its VAE shrinks by {vae_factor} and its UNet by another {unet_factor}"
+    factors = factors if vae_factor > 1 else f"its UNet shrinks by {unet_factor}"
     if height % step or width % step:
         floors = {side // step * step for side in (height, width)}
         nearest = sorted({max(step, floor + more) for floor in floors for more in (0, step)})
         raise ValueError(
-            f"images of {width}x{height} px do not fit this pipeline: its VAE shrinks by {vae_factor} and its UNet by "
-            f"another {unet_factor}, so sides must be multiples of {step}; nearest: {', '.join(map(str, nearest))}"
+            f"images of {width}x{height} px do not fit this pipeline: {factors}, so sides must be multiples of "
+            f"{step}; nearest: {', '.join(map(str, nearest))}"
         )
 
 
@@ -85,10 +98,11 @@ def finite(encoded: Mapping[str, Tensor], module: nn.Module) -> Mapping[str, Ten
 @contextmanager
 def at_work(pipeline, device: torch.device) -> Iterator[None]:
     """VAE and text encoders on `device`, in eval mode, without gradients; where and as they were afterwards."""
-    modules = (pipeline.vae, *text_encoders(pipeline))
+    modules = [module for module in (family_of(pipeline).codec(pipeline), *text_encoders(pipeline)) if module]
     before = [(module, next(module.parameters()).device, module.training) for module in modules]
     # These two warn of truncated captions one by one; the cache counts them.
-    sources = (type(pipeline).encode_prompt.__module__, "transformers.tokenization_utils_base")
+    encoder = getattr(type(pipeline), "encode_prompt", type(pipeline))
+    sources = (encoder.__module__, "transformers.tokenization_utils_base")
     levels = {logger: logger.level for logger in map(logging.getLogger, sources)}
     try:
         for logger in levels:

@@ -46,7 +46,7 @@ class ShardMaker:
         self.encoded += len(indices)
         distinct = list(dict.fromkeys(captions))
         texts = [encode_captions(self.pipeline, some, self.device).tensors for some in cut(distinct, self.batch_size)]
-        long = {caption for caption in distinct if is_truncated(self.pipeline.tokenizer, caption)}
+        long = {caption for caption in distinct if is_truncated(self.pipeline, caption)}
         counts = {"samples": len(indices), "truncated": sum(c in long for c in captions), "broken": broken}
         write_shard(path, shard_tensors(self._stored(latents), self._stored(texts), indices, captions), counts | record)
 

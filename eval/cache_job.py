@@ -1,5 +1,6 @@
 """The caching job: latents and text states of the configured data, made before anything trains on them."""
 
+import math
 from pathlib import Path
 
 from slimstep.data.cache import described_cache
@@ -12,6 +13,7 @@ from slimstep.engine.run import Run
 from slimstep.eval.config import Config
 from slimstep.eval.inputs import Teacher, check_data, load_teacher, storage, training_data
 from slimstep.eval.plan import size
+from slimstep.models.family import denoiser_of
 
 
 def cache_latents(config: Config, run: Run) -> int | Plan:
@@ -54,10 +56,10 @@ def planned(teacher: Teacher) -> Plan:
 def sample_bytes(teacher: Teacher) -> tuple[int, int]:
     """Bytes of the latents of an image, and of the conditioning of a caption."""
     pipeline, one = teacher.pipeline, DTYPES[storage(teacher.config).dtype].itemsize
-    side = teacher.config.data.resolution // pipeline.vae_scale_factor
     with at_work(pipeline, teacher.device):
         tensors = encode_nothing(pipeline, teacher.device).tensors.values()
-    return one * pipeline.vae.config.latent_channels * side**2, one * sum(tensor.numel() for tensor in tensors)
+    shape = denoiser_of(pipeline.unet).sample_shape
+    return one * math.prod(shape), one * sum(tensor.numel() for tensor in tensors)
 
 
 def made(cached: CachedPairs) -> str:

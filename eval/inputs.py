@@ -126,7 +126,7 @@ def read_prompt_set(config: Config) -> PromptSet:
 def load_prompts(teacher: Teacher) -> tuple[PromptSet, PromptSet]:
     """The calibration prompts, which blocks are ranked on, and others, the eval prompts."""
     config, prompts = teacher.config, read_prompt_set(teacher.config)
-    cut = sum(is_truncated(teacher.pipeline.tokenizer, prompt) for prompt in prompts.prompts)
+    cut = sum(is_truncated(teacher.pipeline, prompt) for prompt in prompts.prompts)
     if cut:
         log.warning(f"{cut} of {len(prompts)} prompts are longer than the text encoder takes, and are cut")
     return disjoint_prompts(prompts, config.scoring.prompts, config.eval.prompts)

@@ -21,9 +21,10 @@ from slimstep.data.encoding import finite, rows_at_once
 from slimstep.engine.seeding import generator
 from slimstep.eval.cpu_parts import can_be_parted, draw_in_parts
 from slimstep.eval.timing.precision import computing, products_on
-from slimstep.models.conditioning import Conditioning, encode_prompts, encode_unconditional
+from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import has_statistics, statistics, unscaled
-from slimstep.models.denoiser import Denoiser, denoiser_of, guidance_embed_dim
+from slimstep.models.denoiser import Denoiser, guidance_embed_dim
+from slimstep.models.family import denoiser_of, family_of
 from slimstep.models.guidance import guided
 from slimstep.models.schedulers import check_sampling, used_spacing
 
@@ -31,7 +32,8 @@ TEXTS_PER_BATCH = 64  # cut by index, so that a prompt's state does not depend o
 
 
 class Sampler:
-    """Draws images with the scheduler, text encoder and VAE of `pipeline`, and any UNet that fits between them.
+    """Draws images with the scheduler, text encoder and VAE of `pipeline`, as far as it has them, and any UNet that
+    fits between them.
 
     `guidance_scale` 1 runs the UNet once per image and step; above 1 each step is one UNet batch of 2B. A UNet with
     guidance embedding takes the scale instead, and runs once. `scheduler` takes the place of the pipeline's own.
@@ -49,10 +51,14 @@ class Sampler:
         scheduler: SchedulerMixin | None = None,
         precision: str = "float32",
     ) -> None:
-        """Raises ValueError for fewer than 1 step, and for what the scheduler cannot do: models/schedulers.py."""
+        """Raises ValueError for fewer than 1 step, for guidance of a model that has none, and for what the scheduler
+        cannot do: models/schedulers.py."""
         if steps < 1:
             raise ValueError(f"steps is {steps}; sampling needs at least 1")
         check_sampling(scheduler or pipeline.scheduler, steps)
+        self.family, self.codec = family_of(pipeline), family_of(pipeline).codec(pipeline)
+        if guidance_scale > 1 and not self.family.IS_CONDITIONAL:
+            raise ValueError(f"guidance_scale={guidance_scale:g}: {type(pipeline).__name__} has no guidance; set 1")
         self.pipeline = pipeline
         self.steps = steps
         self.guidance_scale = guidance_scale
@@ -128,13 +134,13 @@ class Sampler:
     def encode_batch(self, prompts: Sequence[str], k: int) -> Conditioning:
         """The conditioning of the k-th TEXTS_PER_BATCH prompts, on the CPU."""
         batch = prompts[k * TEXTS_PER_BATCH : (k + 1) * TEXTS_PER_BATCH]
-        return encode_prompts(self.pipeline, batch, self.pipeline.text_encoder.device).to("cpu")
+        return self.family.encode(self.pipeline, batch).to("cpu")
 
     @cached_property
     @torch.no_grad()
     def unconditional(self) -> Conditioning:
         """The conditioning of the empty prompt, one row, on the CPU."""
-        return encode_unconditional(self.pipeline, self.pipeline.text_encoder.device).to("cpu")
+        return self.family.unconditional(self.pipeline).to("cpu")
 
     def copied_once(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
         """What every call needs on the device: a captured loop could not copy it there."""
@@ -200,16 +206,17 @@ class Sampler:
         return z_BCHW
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """uint8 images [B, 3, H, W], on the VAE's device, rounded as diffusers rounds on its way to PIL.
+        """uint8 images [B, 3, H, W], on the VAE's device where there is one, rounded as diffusers does for PIL.
 
         Raises ValueError for images that are not finite: as bytes they would be black, and as good as each other.
         """
-        return eight_bits(finite({"images": self.pixels(latents_BCHW)}, self.pipeline.vae)["images"])
+        return eight_bits(finite({"images": self.pixels(latents_BCHW)}, self.codec or self.pipeline.unet)["images"])
 
     @torch.inference_mode()
     def pixels(self, latents_BCHW: Tensor) -> Tensor:
         """Images [B, 3, H, W] from -1 to 1, as the VAE gives them."""
-        vae = self.pipeline.vae
+        if (vae := self.codec) is None:
+            return latents_BCHW
         z_BCHW = latents_BCHW.to(vae.device, vae.dtype)
         mean_std = (self.statistic(0, z_BCHW), self.statistic(1, z_BCHW)) if has_statistics(self.pipeline) else None
         z_BCHW = unscaled(z_BCHW, vae.config.scaling_factor, mean_std)

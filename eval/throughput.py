@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from slimstep.engine.config import TrainConfig
 from slimstep.eval.inputs import Teacher
 from slimstep.eval.timing.precision import computing
-from slimstep.models.denoiser import denoiser_of
+from slimstep.models.family import denoiser_of
 
 SECONDS, CALLS = 4.0, 3  # about as long a timed call may take, and how many there are
 

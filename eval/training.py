@@ -17,7 +17,7 @@ from slimstep.engine.loop import load_trained, train, trained
 from slimstep.engine.objective import Objective, check_requirements
 from slimstep.eval.inputs import Teacher
 from slimstep.models.conditioning import Conditioning
-from slimstep.models.denoiser import denoiser_of
+from slimstep.models.family import denoiser_of
 
 
 def train_stage(

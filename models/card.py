@@ -33,7 +33,8 @@ def origin_of(folder: str | Path) -> Origin | None:
 def write_card(folder: Path, results: Sequence[str] = ()) -> None:
     """README.md of an export that has an origin: what it is, how it is sampled, and a line for every result."""
     verdict = json.loads((folder / "verdict.json").read_text())
-    configs = {part: json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae")}
+    files = {part: folder / part / "config.json" for part in ("unet", "vae")}
+    configs = {part: json.loads(file.read_text()) for part, file in files.items() if file.is_file()}
     write_text(folder / CARD, card_text(Origin(**verdict["origin"]), verdict["is_stock"], configs, results))
 
 
@@ -43,23 +44,28 @@ def card_text(origin: Origin, is_stock: bool, configs: Mapping[str, Mapping[str,
     base = f"base_model: {teacher}\n" if is_hub else ""
     flag = "" if is_stock else ", trust_remote_code=True"
     trust = "" if is_stock else " The folder carries the classes of its networks, hence `trust_remote_code=True`."
-    call = f"num_inference_steps={origin.steps}, guidance_scale={origin.guidance_scale:g}"
+    has_prompts = "vae" in configs  # models of pixels are unconditional
+    task = "text-to-image" if has_prompts else "unconditional-image-generation"
+    guidance = f" at guidance {origin.guidance_scale:g}. Pass both: diffusers' defaults are others."
+    guidance = guidance if has_prompts else ". Pass them: diffusers' default is another."
+    call = f"num_inference_steps={origin.steps}"
+    call = f'"…", {call}, guidance_scale={origin.guidance_scale:g}' if has_prompts else call
+    decoder = f"\n- VAE decoder: {decoder_line(configs['vae'])}" if has_prompts else ""
     measured = "\n".join(f"- {line}" for line in results) or "Nothing was measured on it yet."
     return f"""---
 library_name: diffusers
-pipeline_tag: text-to-image
+pipeline_tag: {task}
 {base}tags: [slimstep, pruning, distillation]
 ---
 # A student of {teacher}
 
-- UNet: {unet_line(configs["unet"])}
-- VAE decoder: {decoder_line(configs["vae"])}
-- Sampling: {origin.steps} steps at guidance {origin.guidance_scale:g}. Pass both: diffusers' defaults are others.
+- UNet: {unet_line(configs["unet"])}{decoder}
+- Sampling: {origin.steps} steps{guidance}
 
 ```python
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("THIS_FOLDER"{flag})
-image = pipeline("…", {call}).images[0]
+image = pipeline({call}).images[0]
 ```
 Nothing but diffusers has to be installed.{trust}
 

@@ -6,7 +6,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from slimstep.models.denoiser import NUM_TOKENS, denoiser_of
+from slimstep.models.denoiser import NUM_TOKENS
+from slimstep.models.family import denoiser_of
 
 
 def count_parameters(module: nn.Module) -> int:

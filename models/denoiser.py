@@ -3,22 +3,20 @@
     prediction = denoiser(network, x_t, t_B, cond, guidance_B=None, block_mask_BN=None)
 
 A denoiser knows how its kind of network wants its arguments named and shaped; it holds no weights, so that it calls the
-teacher, its students, compiled and sharded wrappers of them alike. A further kind of network is a further class with
-`prediction_type`, `sample_shape`, `__call__` and `example`, and a line of `denoiser_of`.
+teacher, its students, compiled and sharded wrappers of them alike. Each family has one (models/families/README.md), and
+`denoiser_of` of models/family.py finds it.
 
 Axes: B batch, N prunable blocks that a network kept.
 """
 
 import math
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from diffusers import ModelMixin
 from torch import Tensor, nn
 
-from slimstep.models.conditioning import Conditioning, pooled_width
+from slimstep.models.conditioning import Conditioning
 
 NUM_TOKENS = 77
 
@@ -62,58 +60,6 @@ class Denoiser(Protocol):
         side: the height and width in place of sample_shape's. tokens: those of a prompt.
         """
         ...
-
-
-@dataclass(frozen=True)
-class UNet2DConditionDenoiser:
-    """diffusers' UNet2DConditionModel and its prunable subclass, SDXL's included."""
-
-    prediction_type: str
-    sample_shape: tuple[int, int, int]
-
-    def __call__(
-        self,
-        network: nn.Module,
-        x_t: Tensor,
-        t_B: Tensor,
-        cond: Conditioning,
-        *,
-        guidance_B: Tensor | None = None,
-        block_mask_BN: Tensor | None = None,
-    ) -> Tensor:
-        dtype, options = next(network.parameters()).dtype, dict[str, Any]()
-        tensors = cond.to(dtype=dtype).tensors
-        if "pooled" in tensors:
-            options["added_cond_kwargs"] = {"text_embeds": tensors["pooled"], "time_ids": tensors["time_ids"]}
-        if guidance_B is not None:
-            options["timestep_cond"] = guidance_embedding(guidance_B, guidance_embed_dim(network)).to(dtype)
-        if block_mask_BN is not None:
-            options["block_mask"] = block_mask_BN
-        text = {"encoder_hidden_states": tensors["text"]}
-        return network(x_t.to(dtype), t_B, **text, return_dict=False, **options)[0].to(x_t.dtype)
-
-    def example(
-        self, network: ModelMixin, batch: int, *, side: int | None = None, tokens: int = NUM_TOKENS,
-        generator: torch.Generator | None = None,
-    ) -> tuple[Tensor, Tensor, Conditioning]:  # fmt: skip
-        config, (channels, *sides) = network.config, self.sample_shape
-
-        def random(*shape: int) -> Tensor:
-            return torch.randn(batch, *shape, generator=generator).to(network.device, network.dtype)
-
-        x_t = random(channels, *([side, side] if side else sides))
-        tensors = {"text": random(tokens, config.encoder_hid_dim or config.cross_attention_dim)}
-        if pooled := pooled_width(network):
-            tensors |= {"pooled": random(pooled), "time_ids": random(6)}
-        return x_t, torch.full((batch,), 500, device=network.device), Conditioning(tensors)
-
-
-def denoiser_of(network: nn.Module, prediction_type: str = "epsilon") -> Denoiser:
-    """The denoiser of a network by its class; `prediction_type` is its scheduler's, and any where none is trained."""
-    config = extract_model_from_parallel(network, keep_torch_compile=False).config
-    size = config.sample_size
-    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-    return UNet2DConditionDenoiser(prediction_type, (config.in_channels, *sides))
 
 
 def guidance_embed_dim(unet: nn.Module) -> int:

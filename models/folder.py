@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,9 @@ def read_table(name: str, folder: Path, file: Path) -> dict[str, Any]:
     return table
 
 
-def check_index(name: str, index: dict[str, Any]) -> None:
-    """ValueError for a model_index.json that names no pipeline of diffusers, or a part otherwise than by its class."""
+def check_index(name: str, index: dict[str, Any], required: Sequence[str] = REQUIRED) -> None:
+    """ValueError for a model_index.json that names no pipeline of diffusers, lacks a part that is required, or names
+    one otherwise than by its class."""
     place = f"model {name!r}: its {DiffusionPipeline.config_name}"
     kind = index.get("_class_name")
     if not isinstance(kind, str) or not hasattr(diffusers, kind):
@@ -83,7 +85,7 @@ def check_index(name: str, index: dict[str, Any]) -> None:
         pair = value if isinstance(value, (list, tuple)) and not part.startswith("_") else [None, None]
         if len(pair) != 2 or len({type(word) for word in pair}) != 1 or not isinstance(pair[0], (str, type(None))):
             raise ValueError(f"{place} has {part}={value}, which must be [library, class]")
-    if lacking := [part for part in REQUIRED if part not in parts_of(index)]:
+    if lacking := [part for part in required if part not in parts_of(index)]:
         raise ValueError(f"{place} names no {' and no '.join(lacking)}")
 
 

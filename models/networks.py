@@ -14,7 +14,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from slimstep.engine.quiet import one_line, preview
-from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.folder import final_folder, folder_of, is_pickled, parts_of, variant_of, weight_files
 from slimstep.models.vae import NarrowAutoencoderKL
 
@@ -22,14 +21,16 @@ log = logging.getLogger("slimstep")
 EMBEDDED = ".base_layer."  # PEFT's name for what an adapter wraps
 
 
-def load_networks(name_or_path: str | Path, index: Mapping[str, Any], skipped: Iterable[str], **options) -> dict:
-    """{part: network} of a folder or hub id: the UNet prunable, others of the classes that its index names.
+def load_networks(
+    name_or_path: str | Path, index: Mapping[str, Any], unet: type[nn.Module], skipped: Iterable[str] = (), **options
+) -> dict:
+    """{part: network} of a folder or hub id: the UNet of this class, others of the classes that its index names.
 
     index: its model_index.json. skipped: parts to leave out. options: variant, dtype, use_safetensors.
     Raises ValueError as `load_network` does.
     """
     kinds = {part: network_class(*index[part]) for part in parts_of(index) if part not in skipped}
-    kinds["unet"] = PrunableUNet2DConditionModel
+    kinds["unet"] = unet
     networks = [part for part, kind in kinds.items() if kind or part == "vae"]  # which may be an export's own
     folder = final_folder(name_or_path)
     if folder and (lacking := [part for part in networks if not (folder / part / "config.json").is_file()]):
@@ -106,6 +107,13 @@ def check_complete(network: nn.Module, info: Mapping[str, Any], file: Path) -> N
 def without_memory(network: nn.Module) -> list[str]:
     """The weights that no file filled."""
     return [name for name, weight in network.state_dict().items() if weight.is_meta]
+
+
+def with_unet(pipeline: DiffusionPipeline, unet: nn.Module, **parts) -> DiffusionPipeline:
+    """A pipeline of the same class, components and options around another UNet, and other `parts` where given."""
+    _, option_names = pipeline._get_signature_keys(type(pipeline))
+    options = {name: pipeline.config[name] for name in option_names if name in pipeline.config}
+    return type(pipeline)(**{**pipeline.components, **options, "unet": unet, **parts})
 
 
 def check_tokenizers(pipeline: DiffusionPipeline) -> None:

@@ -10,32 +10,19 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from torch import nn
-from transformers import CLIPTextModel
-from transformers.conversion_mapping import get_model_conversion_mapping
 
 from slimstep.engine.files import whole_folder, write_json
 from slimstep.engine.quiet import one_line, preview, quiet
-from slimstep.models.autoencoder import load_vae
 from slimstep.models.card import Origin, write_card
 from slimstep.models.checkpoint import is_single_file
-from slimstep.models.decoding import has_statistics
-from slimstep.models.families.unet2d.stock import stock_config, to_stock
-from slimstep.models.folder import (
-    check_folder,
-    check_pickles,
-    check_variant,
-    check_weights,
-    lacking_checker,
-    stored_dtype,
-)
+from slimstep.models.family import family_at, family_of
+from slimstep.models.folder import check_pickles, check_variant, check_weights
 from slimstep.models.lora import check_loras, fuse_loras
-from slimstep.models.networks import check_tokenizers, load_networks, without_memory
+from slimstep.models.networks import with_unet, without_memory
 from slimstep.models.schedulers import replacement, scheduler_class, swapped_scheduler
-from slimstep.models.single_file import check_single_file, load_single_file
-from slimstep.models.sizes import settle_sizes
-from slimstep.models.vae import NarrowAutoencoderKL
+from slimstep.models.single_file import check_single_file
 
 DType = Literal["float32", "float16", "bfloat16"]
 
@@ -64,7 +51,7 @@ def load_pipeline(
     loras: Sequence[Any] = (),
     vae: str | None = None,
 ) -> DiffusionPipeline:
-    """A Stable Diffusion pipeline (any with a UNet2DConditionModel) whose `unet` is prunable, in eval mode on the CPU.
+    """A pipeline of a known family (models/family.py) whose `unet` is prunable, in eval mode on the CPU.
 
     name_or_path: a diffusers folder, exports of ours included, a hub id, or a single file in the original layout, whose
     configuration and tokenizer are those of `single_file_config` (models/single_file.py). HF_HUB_OFFLINE is obeyed.
@@ -75,7 +62,6 @@ def load_pipeline(
     """
     check_pipeline(name_or_path, variant, allow_pickle, single_file_config, scheduler, loras)
     pipeline = read_pipeline(name_or_path, dtype, variant, allow_pickle, single_file_config, vae)
-    has_statistics(pipeline)  # ValueError for damaged ones
     fuse_loras(pipeline, loras)
     if scheduler:
         pipeline.register_modules(scheduler=swapped_scheduler(pipeline.scheduler, scheduler))
@@ -102,17 +88,12 @@ def read_pipeline(
     vae: str | None = None,
 ) -> DiffusionPipeline:
     """The pipeline as it is stored, its weights still in the memory-mapped files. Arguments are load_pipeline's."""
-    exact = dtype and getattr(torch, dtype)
     try:
         with quiet():
-            if is_single_file(name_or_path):
-                pipeline = load_single_file(name_or_path, single_file_config, exact, vae, allow_pickle)
-            else:
-                dtype = exact or stored_dtype(name_or_path, variant)
-                pipeline = load_folder(name_or_path, dtype, variant, allow_pickle, vae)
+            exact = dtype and getattr(torch, dtype)
+            family = family_at(name_or_path)
+            pipeline = family.read(name_or_path, exact, variant, allow_pickle, single_file_config, vae)
             check_filled(pipeline)
-            settle_sizes(pipeline)
-            check_tokenizers(pipeline)
             return pipeline
     except Exception as error:  # tokenizers raises nothing more special for a damaged file
         told = one_line(error)
@@ -128,20 +109,6 @@ def check_filled(pipeline: DiffusionPipeline) -> None:
             raise ValueError(f"the {part} lacks {len(missing)} of its weights, {preview(missing)}")
 
 
-def load_folder(
-    name_or_path: str | Path, dtype: torch.dtype, variant: str | None, allow_pickle: bool, vae: str | None
-) -> DiffusionPipeline:
-    """The pipeline of a folder or hub id, with another VAE where one is named."""
-    options = {"variant": variant, "dtype": dtype, "use_safetensors": None if allow_pickle else True}
-    absent, index = lacking_checker(name_or_path), DiffusionPipeline.load_config(name_or_path)
-    own = load_networks(name_or_path, index, {*absent, *(["vae"] if vae else [])}, **options)
-    if vae:
-        own["vae"] = load_vae(vae, AutoencoderKL.load_config(name_or_path, subfolder="vae"), dtype, allow_pickle)
-    # Without these first: diffusers would look for the class files of an export of ours, and ask for trust.
-    rest = DiffusionPipeline.from_pretrained(name_or_path, **{**dict.fromkeys(own), **absent}, **options)
-    return with_unet(rest, **own)
-
-
 def check_pipeline(
     name_or_path: str | Path,
     variant: str | None = None,
@@ -155,7 +122,7 @@ def check_pipeline(
         if is_single_file(name_or_path):
             check_single_file(name_or_path, single_file_config, allow_pickle)
         else:
-            check_folder(name_or_path)
+            family_at(name_or_path).check(name_or_path)
             check_variant(name_or_path, variant)
             check_pickles(name_or_path, variant, allow_pickle)
             check_weights(name_or_path, variant)
@@ -195,16 +162,10 @@ def export_pipeline(
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
         raise ValueError(f"export folder {str(folder)!r} holds something else than a pipeline; name a new one")
-    verdict, vae = stock_config(pipeline.unet), stock_vae(pipeline.vae)
-    unet = pipeline.unet if verdict.config is None else to_stock(pipeline.unet)
-    obstacles = verdict.obstacles
-    if isinstance(vae, NarrowAutoencoderKL):
-        obstacles += (f"vae.decoder: its widths {vae.decoder_widths} are not its encoder's",)
-    is_stock = verdict.config is not None and not isinstance(vae, NarrowAutoencoderKL)
-    flag = "" if is_stock else ", trust_remote_code=True"
-    export = ExportVerdict(is_stock, obstacles, f'DiffusionPipeline.from_pretrained("{folder}"{flag})', origin)
-    made = in_one_dtype(with_unet(pipeline, unet, vae=vae))
-    keep_text_names(made)
+    stock, obstacles = family_of(pipeline).exported(pipeline)
+    flag = "" if not obstacles else ", trust_remote_code=True"
+    export = ExportVerdict(not obstacles, obstacles, f'DiffusionPipeline.from_pretrained("{folder}"{flag})', origin)
+    made = in_one_dtype(stock)
     with whole_folder(folder) as aside, quiet():
         made.save_pretrained(aside, variant=variant)
         write_json(aside / "verdict.json", asdict(export))
@@ -212,32 +173,6 @@ def export_pipeline(
             write_card(aside)
         make_readable(aside)
     return export
-
-
-def keep_text_names(pipeline: DiffusionPipeline) -> None:
-    """Make the text encoder's names be saved as published folders have them, with `text_model.`, wherever it is from.
-
-    Transformers before 5.6 would find none of the others, and draw random weights; those since read both.
-    """
-    if type(encoder := pipeline.text_encoder) is CLIPTextModel:
-        encoder._weight_conversions = get_model_conversion_mapping(encoder, add_legacy=False)
-
-
-def stock_vae(vae: nn.Module) -> nn.Module:
-    """Diffusers' own class where the decoder has the encoder's widths; any other VAE as it is."""
-    if not isinstance(vae, NarrowAutoencoderKL) or vae.is_narrow:
-        return vae
-    own = ("decoder_block_out_channels", "decoder_norm_groups", "auto_map")
-    stock = AutoencoderKL.from_config({k: v for k, v in vae.config.items() if k not in own})
-    stock.load_state_dict(vae.state_dict())
-    return stock.to(vae.device, vae.dtype).eval()
-
-
-def with_unet(pipeline: DiffusionPipeline, unet: UNet2DConditionModel, **parts) -> DiffusionPipeline:
-    """A pipeline of the same class, components and options around another UNet, and other `parts` where given."""
-    _, option_names = pipeline._get_signature_keys(type(pipeline))
-    options = {name: pipeline.config[name] for name in option_names if name in pipeline.config}
-    return type(pipeline)(**{**pipeline.components, **options, "unet": unet, **parts})
 
 
 def in_one_dtype(pipeline: DiffusionPipeline) -> DiffusionPipeline:

@@ -36,15 +36,20 @@ def settle_sizes(pipeline: DiffusionPipeline) -> None:
     remember_size(pipeline)
 
 
+def scale_factor(pipeline: DiffusionPipeline) -> int:
+    """Pixels of an image along one of what is denoised: 8 of most autoencoders, 1 where there is none."""
+    return getattr(pipeline, "vae_scale_factor", 1)
+
+
 def native_pixels(pipeline: DiffusionPipeline) -> int:
     """The side of the images that a pipeline draws by itself. ValueError where these are no squares."""
-    return latent_side(pipeline.unet, "data.resolution=PIXELS") * pipeline.vae_scale_factor
+    return latent_side(pipeline.unet, "data.resolution=PIXELS") * scale_factor(pipeline)
 
 
 def set_resolution(pipeline: DiffusionPipeline, pixels: int) -> None:
     """Makes squares of so many pixels what the pipeline draws by itself, also where its model was made for others."""
     # Without the version a pipeline around weights of before diffusers 0.9 would take their size for a mistake.
-    size, version = pixels // pipeline.vae_scale_factor, diffusers.__version__
+    size, version = pixels // scale_factor(pipeline), diffusers.__version__
     pipeline.unet.register_to_config(sample_size=size, _diffusers_version=version)
     remember_size(pipeline)
 

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from slimstep.models.conditioning import Conditioning
-from slimstep.models.denoiser import UNet2DConditionDenoiser
+from slimstep.models.families.unet2d.denoiser import UNet2DConditionDenoiser
 
 WIDTH, MAX_TOKENS = 16, 16
 DENOISER = UNet2DConditionDenoiser("v_prediction", (4, 8, 8))

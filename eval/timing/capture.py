@@ -16,7 +16,8 @@ from torchvision.transforms.functional import to_pil_image
 from slimstep.eval.sampling import Sampler, eight_bits
 from slimstep.eval.timing.graphs import CannotCaptureError, CapturedCall
 from slimstep.eval.timing.inference import CannotRunError
-from slimstep.models.conditioning import Conditioning, encode_prompts, encode_unconditional
+from slimstep.models.conditioning import Conditioning
+from slimstep.models.families.unet2d.text import encode_prompts, encode_unconditional
 
 
 class CapturedSampler:

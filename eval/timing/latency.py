@@ -17,8 +17,9 @@ from slimstep.engine.progress import progress
 from slimstep.engine.seeding import generator
 from slimstep.eval.config import LatencyConfig
 from slimstep.eval.timing.graphs import CannotCaptureError, CapturedCall
-from slimstep.models.denoiser import NUM_TOKENS, denoiser_of
+from slimstep.models.denoiser import NUM_TOKENS
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
+from slimstep.models.family import denoiser_of
 from slimstep.models.sizes import latent_side
 
 WAY = "latency.latent_size=N"

@@ -24,8 +24,8 @@ from slimstep.engine.loop import train
 from slimstep.engine.objective import STUDENT, Objective, PlainObjective, as_objective
 from slimstep.engine.run import Run
 from slimstep.models.decoding import ImageDecoder
-from slimstep.models.denoiser import denoiser_of
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
+from slimstep.models.family import denoiser_of
 from slimstep.models.noise_schedule import schedule_of
 from slimstep.prune.robust import RobustTraining
 from tests.engine import two_networks

@@ -5,9 +5,10 @@ import torch
 
 from slimstep.data.encoding import encode_captions, encode_nothing
 from slimstep.eval.sampling import Sampler
-from slimstep.models.conditioning import Conditioning, conditioning_of, encode_prompts
-from slimstep.models.denoiser import denoiser_of
+from slimstep.models.conditioning import Conditioning, conditioning_of
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
+from slimstep.models.families.unet2d.text import encode_prompts
+from slimstep.models.family import denoiser_of
 from slimstep.models.pipeline import load_pipeline
 from tests.tiny import WIDTH, tiny_pipeline, tiny_sdxl_pipeline
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from slimstep.models.cost import count_activation_bytes, count_gflops
-from slimstep.models.denoiser import denoiser_of
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
+from slimstep.models.family import denoiser_of
 from slimstep.models.reference import CONFIGS
 from tests.models.conftest import small_stock_unet
 

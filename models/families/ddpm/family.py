@@ -1,0 +1,88 @@
+"""Unconditional DDPMs (Ho et al. 2020): a UNet2DModel in pixel space, no text, no VAE, no guidance."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline, UNet2DModel
+from torch import nn
+
+from slimstep.models.conditioning import Conditioning
+from slimstep.models.denoiser import Denoiser
+from slimstep.models.families.ddpm.denoiser import UNet2DDenoiser
+from slimstep.models.families.ddpm.network import PrunableUNet2DModel
+from slimstep.models.families.ddpm.stock import stock_config, to_stock
+from slimstep.models.folder import check_index, check_tables, final_folder, stored_dtype
+from slimstep.models.networks import load_networks, with_unet
+
+NAME = "unconditional DDPM: a DDPMPipeline or DDIMPipeline with a UNet2DModel"
+NETWORK = PrunableUNet2DModel
+IS_CONDITIONAL = False
+
+
+def matches(index: Mapping[str, Any]) -> bool:
+    is_pixels = index.get("_class_name") in ("DDPMPipeline", "DDIMPipeline")
+    return is_pixels and index["unet"][1] in (NETWORK.__name__, NETWORK.STOCK.__name__)
+
+
+# ---- loading and exporting ----
+
+
+def check(name_or_path: str | Path) -> None:
+    name = str(name_or_path)
+    check_tables(name)
+    check_index(name, DiffusionPipeline.load_config(name), ("unet", "scheduler"))
+    if (folder := final_folder(name)) and not (folder / "unet/config.json").is_file():
+        raise ValueError(f"model {name!r} is incomplete: it lacks unet/config.json")
+    fields = UNet2DModel.load_config(name, subfolder="unet")
+    taken, given = fields.get("in_channels", 3), fields.get("out_channels", 3)
+    if (taken, given) != (3, 3):
+        channels = f"in_channels={taken} and out_channels={given}"
+        raise ValueError(f"model {name!r} has a UNet with {channels}; only one of RGB images is supported, 3 and 3")
+    if fields.get("class_embed_type") or fields.get("num_class_embeds"):
+        raise ValueError(f"model {name!r} is conditioned on classes; only unconditional ones are supported")
+
+
+def read(
+    name_or_path: str | Path,
+    dtype: torch.dtype | None,
+    variant: str | None,
+    allow_pickle: bool,
+    single_file_config: str | None,
+    vae: str | None,
+) -> DiffusionPipeline:
+    if vae:
+        raise ValueError(f"model.vae={vae} has no place in a model of pixels")
+    index = DiffusionPipeline.load_config(name_or_path)
+    options = {"variant": variant, "dtype": dtype or stored_dtype(name_or_path, variant)}
+    use_safetensors = None if allow_pickle else True
+    unet = load_networks(name_or_path, index, NETWORK, use_safetensors=use_safetensors, **options)["unet"]
+    scheduler = getattr(diffusers, index["scheduler"][1]).from_pretrained(name_or_path, subfolder="scheduler")
+    return getattr(diffusers, index["_class_name"])(unet=unet, scheduler=scheduler)
+
+
+def exported(pipeline: DiffusionPipeline) -> tuple[DiffusionPipeline, tuple[str, ...]]:
+    verdict = stock_config(pipeline.unet)
+    unet = pipeline.unet if verdict.config is None else to_stock(pipeline.unet)
+    return with_unet(pipeline, unet), verdict.obstacles
+
+
+# ---- conditioning, latents ----
+
+
+def denoiser(network: nn.Module, prediction_type: str, sample_shape: tuple[int, ...]) -> Denoiser:
+    return UNet2DDenoiser(prediction_type, sample_shape)
+
+
+def encode(pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device | None = None) -> Conditioning:
+    return Conditioning()
+
+
+def unconditional(pipeline: DiffusionPipeline, device: torch.device | None = None) -> Conditioning:
+    return Conditioning()
+
+
+def codec(pipeline: DiffusionPipeline) -> None:
+    return None

@@ -1,0 +1,121 @@
+"""Stable Diffusion and its kin: any pipeline with a UNet2DConditionModel, a VAE and a text encoder, SDXL's too."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import nn
+from transformers import CLIPTextModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+
+from slimstep.models.autoencoder import load_vae
+from slimstep.models.checkpoint import is_single_file
+from slimstep.models.conditioning import Conditioning
+from slimstep.models.decoding import has_statistics
+from slimstep.models.denoiser import Denoiser
+from slimstep.models.families.unet2d.denoiser import UNet2DConditionDenoiser
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
+from slimstep.models.families.unet2d.stock import stock_config, to_stock
+from slimstep.models.families.unet2d.text import encode_prompts, encode_unconditional
+from slimstep.models.folder import check_folder, lacking_checker, stored_dtype
+from slimstep.models.networks import check_tokenizers, load_networks, with_unet
+from slimstep.models.single_file import load_single_file
+from slimstep.models.sizes import settle_sizes
+from slimstep.models.vae import NarrowAutoencoderKL
+
+NAME = "Stable Diffusion: a pipeline with a UNet2DConditionModel and a VAE"
+NETWORK = PrunableUNet2DConditionModel
+IS_CONDITIONAL = True
+
+
+def matches(index: Mapping[str, Any]) -> bool:
+    return index["unet"][1] in (NETWORK.__name__, NETWORK.STOCK.__name__)
+
+
+# ---- loading and exporting ----
+
+
+def check(name_or_path: str | Path) -> None:
+    check_folder(name_or_path)
+
+
+def read(
+    name_or_path: str | Path,
+    dtype: torch.dtype | None,
+    variant: str | None,
+    allow_pickle: bool,
+    single_file_config: str | None,
+    vae: str | None,
+) -> DiffusionPipeline:
+    if is_single_file(name_or_path):
+        pipeline = load_single_file(name_or_path, single_file_config, dtype, vae, allow_pickle)
+    else:
+        dtype = dtype or stored_dtype(name_or_path, variant)
+        pipeline = load_folder(name_or_path, dtype, variant, allow_pickle, vae)
+    settle_sizes(pipeline)
+    check_tokenizers(pipeline)
+    has_statistics(pipeline)  # ValueError for damaged ones
+    return pipeline
+
+
+def load_folder(
+    name_or_path: str | Path, dtype: torch.dtype, variant: str | None, allow_pickle: bool, vae: str | None
+) -> DiffusionPipeline:
+    """The pipeline of a folder or hub id, with another VAE where one is named."""
+    options = {"variant": variant, "dtype": dtype, "use_safetensors": None if allow_pickle else True}
+    absent, index = lacking_checker(name_or_path), DiffusionPipeline.load_config(name_or_path)
+    own = load_networks(name_or_path, index, NETWORK, {*absent, *(["vae"] if vae else [])}, **options)
+    if vae:
+        own["vae"] = load_vae(vae, AutoencoderKL.load_config(name_or_path, subfolder="vae"), dtype, allow_pickle)
+    # Without these first: diffusers would look for the class files of an export of ours, and ask for trust.
+    rest = DiffusionPipeline.from_pretrained(name_or_path, **{**dict.fromkeys(own), **absent}, **options)
+    return with_unet(rest, **own)
+
+
+def exported(pipeline: DiffusionPipeline) -> tuple[DiffusionPipeline, tuple[str, ...]]:
+    verdict, vae = stock_config(pipeline.unet), stock_vae(pipeline.vae)
+    unet, obstacles = pipeline.unet if verdict.config is None else to_stock(pipeline.unet), verdict.obstacles
+    if isinstance(vae, NarrowAutoencoderKL):
+        obstacles += (f"vae.decoder: its widths {vae.decoder_widths} are not its encoder's",)
+    keep_text_names(pipeline)
+    return with_unet(pipeline, unet, vae=vae), obstacles
+
+
+def keep_text_names(pipeline: DiffusionPipeline) -> None:
+    """Make the text encoder's names be saved as published folders have them, with `text_model.`, wherever it is from.
+
+    Transformers before 5.6 would find none of the others, and draw random weights; those since read both.
+    """
+    if type(encoder := pipeline.text_encoder) is CLIPTextModel:
+        encoder._weight_conversions = get_model_conversion_mapping(encoder, add_legacy=False)
+
+
+def stock_vae(vae: nn.Module) -> nn.Module:
+    """Diffusers' own class where the decoder has the encoder's widths; any other VAE as it is."""
+    if not isinstance(vae, NarrowAutoencoderKL) or vae.is_narrow:
+        return vae
+    own = ("decoder_block_out_channels", "decoder_norm_groups", "auto_map")
+    stock = AutoencoderKL.from_config({k: v for k, v in vae.config.items() if k not in own})
+    stock.load_state_dict(vae.state_dict())
+    return stock.to(vae.device, vae.dtype).eval()
+
+
+# ---- conditioning, latents ----
+
+
+def denoiser(network: nn.Module, prediction_type: str, sample_shape: tuple[int, ...]) -> Denoiser:
+    return UNet2DConditionDenoiser(prediction_type, sample_shape)
+
+
+def encode(pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device | None = None) -> Conditioning:
+    return encode_prompts(pipeline, prompts, device or pipeline.text_encoder.device)
+
+
+def unconditional(pipeline: DiffusionPipeline, device: torch.device | None = None) -> Conditioning:
+    return encode_unconditional(pipeline, device or pipeline.text_encoder.device)
+
+
+def codec(pipeline: DiffusionPipeline) -> AutoencoderKL:
+    return pipeline.vae

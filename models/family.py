@@ -1,0 +1,116 @@
+"""Families of models: all that differs between them, and which of them a pipeline or a network is of.
+
+What lies in a family's folder is told in models/families/README.md.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from accelerate.utils import extract_model_from_parallel
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import nn
+
+from slimstep.engine.quiet import quiet
+from slimstep.models.checkpoint import is_single_file
+from slimstep.models.conditioning import Conditioning
+from slimstep.models.denoiser import Denoiser
+from slimstep.models.families.ddpm import family as ddpm
+from slimstep.models.families.prunable import PrunableUNet
+from slimstep.models.families.unet2d import family as unet2d
+
+
+class Family(Protocol):
+    """What a family's module `family` has.
+
+    NAME: as errors list it. NETWORK: the prunable network. IS_CONDITIONAL: whether there are prompts, and guidance.
+    """
+
+    NAME: str
+    NETWORK: type[PrunableUNet]
+    IS_CONDITIONAL: bool
+
+    def matches(self, index: Mapping[str, Any]) -> bool:
+        """Whether a pipeline with this model_index.json, which names a UNet, is of the family."""
+        ...
+
+    def check(self, name_or_path: str | Path) -> None:
+        """ValueError, before any weights are read, for a folder or hub id that `read` cannot load."""
+        ...
+
+    def read(
+        self,
+        name_or_path: str | Path,
+        dtype: torch.dtype | None,
+        variant: str | None,
+        allow_pickle: bool,
+        single_file_config: str | None,
+        vae: str | None,
+    ) -> DiffusionPipeline:
+        """The pipeline around a prunable network; arguments are those of models/pipeline.py's load_pipeline."""
+        ...
+
+    def exported(self, pipeline: DiffusionPipeline) -> tuple[DiffusionPipeline, tuple[str, ...]]:
+        """The pipeline with diffusers' own classes where they can express its networks, and, else, why not."""
+        ...
+
+    def denoiser(self, network: nn.Module, prediction_type: str, sample_shape: tuple[int, ...]) -> Denoiser:
+        """How the network is called."""
+        ...
+
+    def encode(
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device | None = None
+    ) -> Conditioning:
+        """A row for each prompt, by encoders on this device (None: where they are); nothing of unconditional models."""
+        ...
+
+    def unconditional(self, pipeline: DiffusionPipeline, device: torch.device | None = None) -> Conditioning:
+        """One row: what guidance steers away from."""
+        ...
+
+    def codec(self, pipeline: DiffusionPipeline) -> AutoencoderKL | None:
+        """The autoencoder between images and what is denoised; None where that is pixels."""
+        ...
+
+
+FAMILIES: tuple[Family, ...] = (unet2d, ddpm)
+
+
+def family_at(name_or_path: str | Path) -> Family:
+    """The family of a folder, hub id or single file. Raises ValueError for a pipeline of none."""
+    if is_single_file(name_or_path):
+        return unet2d
+    try:
+        with quiet():
+            index = DiffusionPipeline.load_config(str(name_or_path))
+    except OSError:
+        return unet2d  # whose check tells what is wrong with it
+    if not isinstance(index, Mapping) or not is_named(index.get("unet")) and "unet" in index:
+        return unet2d
+    for family in FAMILIES:
+        if "unet" in index and family.matches(index):
+            return family
+    network = index["unet"][1] if "unet" in index else None
+    known = "; ".join(family.NAME for family in FAMILIES)
+    which = f"is a {index.get('_class_name')} {f'with a {network}' if network else 'without a UNet'}"
+    raise ValueError(f"model {str(name_or_path)!r} {which}, of which no family is known; these are: {known}")
+
+
+def is_named(part: Any) -> bool:
+    return isinstance(part, (list, tuple)) and len(part) == 2
+
+
+def family_of(model: DiffusionPipeline | nn.Module) -> Family:
+    """The family of a pipeline that is loaded, or of a network, whatever it is wrapped in."""
+    network = model.unet if isinstance(model, DiffusionPipeline) else model
+    bare = extract_model_from_parallel(network, keep_torch_compile=False)
+    return next(family for family in FAMILIES if isinstance(bare, family.NETWORK.STOCK))
+
+
+def denoiser_of(network: nn.Module, prediction_type: str = "epsilon") -> Denoiser:
+    """The denoiser of a network by its class; `prediction_type` is its scheduler's, and any where none is trained."""
+    config = extract_model_from_parallel(network, keep_torch_compile=False).config
+    size = config.sample_size
+    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
+    return family_of(network).denoiser(network, prediction_type, (config.in_channels, *sides))
