@@ -27,7 +27,7 @@ from slimstep.engine.objective import Objective, requirements
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
 from slimstep.eval.evaluator import PARTIAL, Candidate, Evaluator, read_finished
-from slimstep.eval.exporting import clip_line, export, write_results
+from slimstep.eval.exporting import export, result_line, write_results
 from slimstep.eval.inputs import (
     load_metrics,
     load_prompts,
@@ -35,11 +35,13 @@ from slimstep.eval.inputs import (
     load_teacher,
     note_trained_on,
     offloadable,
+    real_images,
     seen_prompts,
     training_data,
 )
 from slimstep.eval.metrics.metric import FeatureSimilarity, Psnr, SampleError
 from slimstep.eval.overlap import among
+from slimstep.eval.pages.evaluation_page import results_table, write_evaluation_report
 from slimstep.eval.pages.steps_page import HEADER, curves_table, point_rows, timed_points, write_steps_report
 from slimstep.eval.plan import planned, scorer_stage
 from slimstep.eval.record import Evaluation, Point
@@ -63,8 +65,10 @@ def distill_steps(config: Config, run: Run) -> int | Plan:
     (_, prompts), scorer = load_prompts(job.teacher), load_scorer(config, run.accelerator.device)
     calibration = calibration_prompts(job, prompts)
     if config.plan:
-        return planned(job.teacher, [*scorer_stage(run), *distilling_stages(job)], trainings(job))
-    check_scorer(job.teacher.config, run, scorer)
+        checked = scorer_stage(run) if job.teacher.is_conditional else []
+        return planned(job.teacher, [*checked, *distilling_stages(job)], trainings(job))
+    if job.teacher.is_conditional:
+        check_scorer(job.teacher.config, run, scorer)
 
     @cache
     def pairs() -> CachedPairs:
@@ -84,10 +88,13 @@ def distill_steps(config: Config, run: Run) -> int | Plan:
     evaluation = evaluated(job, unets, prompts, scorer, calibration)
     for point in evaluation.points:
         if point.model == f"steps-{point.steps}" and point.guidance == config.eval.guidance_scale:
-            line = f"{clip_line(point.clip)} (the teacher at {job.ladder.steps[0]} steps)"
+            line = f"{result_line(point)} (the teacher at {job.ladder.steps[0]} steps)"
             write_results(run, f"{point.model}/export", [line])
     measure_unets(job, unets)
-    report(run, lambda: write_steps_report(run.path, partial(track, run)), lambda: curves_table(evaluation.points))
+    if job.teacher.is_conditional:
+        report(run, lambda: write_steps_report(run.path, partial(track, run)), lambda: curves_table(evaluation.points))
+    else:
+        report(run, partial(write_evaluation_report, run.path), partial(results_table, evaluation.points))
     return 0
 
 
@@ -196,13 +203,15 @@ def evaluated(
 
         return Candidate(draw, sampler.protocol, {"evaluations": sampler.evaluations(unet)}, sampler.decode)
 
-    near = {"psnr": Psnr(), "features": FeatureSimilarity(scorer), "latent_error": SampleError()}
-    metrics = {**load_metrics(config, scorer, teacher.device), **near}
-    evaluator = Evaluator(run, candidate, prompts, metrics, scorer, ("teacher", job.ladder.steps[0]),
-                          config.eval.batch_size, config.eval.pictures, finished=read_finished(run))  # fmt: skip
+    features = {"features": FeatureSimilarity(scorer)} if scorer else {}
+    near = {"psnr": Psnr(), **features, "latent_error": SampleError()}
+    metrics = {**load_metrics(config, scorer, teacher.device, teacher.is_conditional), **near}
+    drawn = config.eval.batch_size, config.eval.pictures, partial(real_images, config)
+    evaluator = Evaluator(run, candidate, prompts, metrics, scorer, ("teacher", job.ladder.steps[0]), *drawn,
+                          read_finished(run))  # fmt: skip
     points = [evaluator.point(*key) for key in settings(job)]
     forget_times_of_others(run, evaluator.finished, points)
-    protocol = {**scorer.protocol, "seed": config.eval.seed}
+    protocol = {**(scorer.protocol if scorer else {}), "seed": config.eval.seed}
     seen = seen_prompts(run) | ({} if calibration is None else {"prompts_in_calibration": len(calibration)})
     return evaluator.evaluate(points, {name: name for name in models}, protocol, seen)
 

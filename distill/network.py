@@ -21,7 +21,7 @@ from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.noise_schedule import NoiseSchedule, schedule_of
 from slimstep.models.pipeline import load_pipeline, one_line
 from slimstep.models.schedulers import check_noise_schedule, check_sampling, on_same_schedule, stated
-from slimstep.models.sizes import set_resolution
+from slimstep.models.sizes import native_pixels, set_resolution
 
 SOLVERS_OWN = (
     "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "algorithm_type", "final_sigmas_type",
@@ -130,7 +130,7 @@ def given_student(teacher: Teacher, ladder: LadderConfig) -> PrunableUNet2DCondi
         {
             "prediction_type": scheduler.config.prediction_type,
             "noise schedule": schedule_of(scheduler).alpha_T.tolist(),
-            **{key: unet.config[key] for key in SAME_IN_BOTH},
+            **{key: unet.config.get(key) for key in SAME_IN_BOTH},
         }
         for scheduler, unet in (
             (on_the_grid(ladder, diffusers.DDIMScheduler, student.scheduler), student.unet),  # as the teacher's is
@@ -142,7 +142,7 @@ def given_student(teacher: Teacher, ladder: LadderConfig) -> PrunableUNet2DCondi
         raise ValueError(
             f"ladder.student={folder} does not fit the teacher: it differs in {', '.join(differing)} {both or ''}"
         )
-    set_resolution(student, teacher.unet.config.sample_size * teacher.pipeline.vae_scale_factor)
+    set_resolution(student, native_pixels(teacher.pipeline))
     return student.unet.requires_grad_(False).eval()
 
 

@@ -56,7 +56,7 @@ class Evaluator:
     candidate: Callable[[str, int, float], Candidate]
     prompts: PromptSet
     metrics: Mapping[str, Metric]
-    scorer: ClipScorer
+    scorer: ClipScorer | None
     reference: tuple[str, int]
     batch_size: int
     pictures: int
@@ -164,7 +164,10 @@ class Evaluator:
             return load_file(run.path / file)["features"]
 
     def against_shuffled(self, candidate: Candidate, samples: Tensor) -> Values | None:
-        """Whether the reference's images fit their prompts better than others' (eval/scorer_check.py)."""
+        """Whether the reference's images fit their prompts better than others' (eval/scorer_check.py); None where
+        nothing says so, as of an unconditional model."""
+        if "clip" not in self.metrics:
+            return None
         rate = lambda indices: self.scorer.image(candidate.images(samples[indices])).float()  # noqa: E731
         return compare_teacher(rate, self.prompts, self.scorer, self.run.accelerator)
 

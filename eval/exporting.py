@@ -9,7 +9,7 @@ from diffusers import DiffusionPipeline
 from slimstep.engine.run import FINISHED, Run
 from slimstep.eval.config import SamplingConfig
 from slimstep.eval.inputs import Teacher
-from slimstep.eval.record import Values
+from slimstep.eval.record import Point, Values
 from slimstep.models.card import Origin, origin_of, write_card
 from slimstep.models.pipeline import export_pipeline
 
@@ -33,6 +33,16 @@ def write_results(run: Run, name: str, results: Sequence[str]) -> None:
     folder = run.path / name
     if run.accelerator.is_main_process and origin_of(folder) and not (run.path / FINISHED).exists():
         write_card(folder, results)
+
+
+def result_line(point: Point) -> str:
+    """A student's CLIP score, or, of an unconditional model, how far its images are from the teacher's and from real
+    ones."""
+    if "clip" in point.metrics:
+        return clip_line(point.clip)
+    error, distance = point.metrics["image_error"], point.metrics["fd"]
+    near = f"squared error to the teacher's images {error['mean']:.3g} ± {error['se']:.1g} % of the range"
+    return f"{near}; Fréchet distance to {distance['n_real']} real images {distance['fd']:.3g} ({distance['features']})"
 
 
 def clip_line(clip: Mapping[str, Values]) -> str:

@@ -10,27 +10,30 @@ from pathlib import Path
 import torch
 from diffusers import DiffusionPipeline
 from omegaconf import OmegaConf
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from slimstep.data.cache import CachedPairs, cache_pairs
 from slimstep.data.config import CacheConfig
 from slimstep.data.encoding import is_truncated
 from slimstep.data.folder import few
+from slimstep.data.images import BrokenImageError
 from slimstep.data.prompts import PromptSet, disjoint_prompts, read_prompts
 from slimstep.data.streams import at_random_access
 from slimstep.engine.checks import check_minimum
 from slimstep.engine.components import component
 from slimstep.engine.run import Run
+from slimstep.engine.seeding import generator
 from slimstep.engine.sharding import autocast_dtype
 from slimstep.eval.config import Config, LatencyConfig, SamplingConfig
 from slimstep.eval.metrics.clip import ClipScorer
-from slimstep.eval.metrics.metric import Metric, as_metric
+from slimstep.eval.metrics.metric import FeatureDistance, ImageError, Metric, PixelDistance, as_metric
 from slimstep.eval.overlap import among
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.timing.precision import settled
 from slimstep.models.denoiser import NUM_TOKENS
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
+from slimstep.models.family import family_of
 from slimstep.models.noise_schedule import NoiseSchedule, schedule_of
 from slimstep.models.pipeline import networks, upcast_vae
 from slimstep.models.sizes import native_pixels, set_resolution
@@ -51,6 +54,11 @@ class Teacher:
     @property
     def unet(self) -> PrunableUNet2DConditionModel:
         return getattr(self.pipeline, "unet", self.pipeline)
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether there are prompts; else nothing can be said of how an image fits one."""
+        return family_of(self.pipeline).IS_CONDITIONAL
 
     @property
     def device(self) -> torch.device:
@@ -124,8 +132,13 @@ def read_prompt_set(config: Config) -> PromptSet:
 
 
 def load_prompts(teacher: Teacher) -> tuple[PromptSet, PromptSet]:
-    """The calibration prompts, which blocks are ranked on, and others, the eval prompts."""
-    config, prompts = teacher.config, read_prompt_set(teacher.config)
+    """The calibration prompts, which blocks are ranked on, and others, the eval prompts; of an unconditional model
+    numbers, each with its noise."""
+    config = teacher.config
+    if not teacher.is_conditional:
+        numbers = PromptSet(tuple(f"image {i}" for i in range(config.scoring.prompts + config.eval.prompts)), "numbers")
+        return disjoint_prompts(numbers, config.scoring.prompts, config.eval.prompts)
+    prompts = read_prompt_set(config)
     cut = sum(is_truncated(teacher.pipeline, prompt) for prompt in prompts.prompts)
     if cut:
         log.warning(f"{cut} of {len(prompts)} prompts are longer than the text encoder takes, and are cut")
@@ -151,12 +164,21 @@ def seen_prompts(run: Run) -> dict[str, int]:
 # ---- scorer and metrics ----
 
 
-def load_scorer(config: Config, device: torch.device) -> ClipScorer:
-    return component(config, "scorer", device=device)
+def load_scorer(config: Config, device: torch.device) -> ClipScorer | None:
+    """None where the configuration has none, as unconditional models need none."""
+    return None if config.scorer is None else component(config, "scorer", device=device)
 
 
-def load_metrics(config: Config, scorer: ClipScorer, device: torch.device) -> dict[str, Metric]:
-    """{name: metric}: clip, and those that `metrics` of the configuration describes."""
+def load_metrics(
+    config: Config, scorer: ClipScorer | None, device: torch.device, is_conditional: bool = True
+) -> dict[str, Metric]:
+    """{name: metric}: clip, and those that `metrics` of the configuration describes.
+
+    An unconditional model has no prompts that images could fit: in the place of clip are the error to the reference's
+    images and the distance to real ones. ValueError where there is no scorer, and prompts.
+    """
+    if is_conditional and scorer is None:
+        raise ValueError("scorer=null, and images are scored for their prompts: scorer=openclip takes any CLIP")
     given = {"metrics": config.metrics, "evaluation.preferences": config.evaluation.preferences}
     for key, names in given.items():
         if names is not None and not OmegaConf.is_dict(names):
@@ -165,7 +187,9 @@ def load_metrics(config: Config, scorer: ClipScorer, device: torch.device) -> di
         log.warning("evaluation.preferences is now metrics: +metric=NAME instead of +preference=NAME")
     made = {str(name): as_metric(component(config, f"{key}.{name}", device=device))
             for key, names in given.items() for name in names or {}}  # fmt: skip
-    return {"clip": as_metric(scorer), **made}
+    if is_conditional:
+        return {"clip": as_metric(scorer), **made}
+    return {"image_error": ImageError(), "fd": FeatureDistance(scorer) if scorer else PixelDistance(), **made}
 
 
 # ---- data ----
@@ -188,6 +212,21 @@ def heldout_pairs(config: Config, enough: int | None = None) -> Dataset:
     return at_random_access(held, enough) if enough else held
 
 
+def real_images(config: Config) -> Tensor:
+    """Held-out images that can be read, uint8 [R, 3, H, W], in a fixed shuffled order."""
+    count = config.evaluation.real_images
+    pairs = heldout_pairs(config, count)
+    found = []
+    for index in torch.randperm(len(pairs), generator=generator("real images")).tolist():
+        try:
+            found.append(pairs[index]["image"])
+        except BrokenImageError as error:
+            log.warning(f"left out: {error}")
+        if len(found) == count:
+            break
+    return torch.stack(found)
+
+
 def check_inputs(teacher: Teacher) -> None:
     """ValueError, before anything is made, for a precision, steps or data that cannot be had."""
     check_minimum("eval", teacher.config.eval, 1, "pictures")  # the job's report shows some
@@ -204,6 +243,6 @@ def check_data(teacher: Teacher) -> None:
         raise ValueError(f"data.cache.folder={folder} cannot be made: nothing can be written into {existing}")
 
 
-def offloadable(pipeline: DiffusionPipeline, scorer: ClipScorer) -> list[nn.Module]:
+def offloadable(pipeline: DiffusionPipeline, scorer: ClipScorer | None) -> list[nn.Module]:
     """The networks of a job that a training may not need."""
-    return [*networks(pipeline), scorer.model]
+    return [*networks(pipeline), *([scorer.model] if scorer else [])]

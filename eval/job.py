@@ -13,21 +13,26 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from omegaconf import OmegaConf
-from torch import Tensor
 
 from slimstep.data.encoding import described
-from slimstep.data.images import BrokenImageError
 from slimstep.data.prompts import PromptSet
 from slimstep.engine.components import component
 from slimstep.engine.console import print_for_programs
 from slimstep.engine.files import damaged, digest
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
-from slimstep.engine.seeding import generator
 from slimstep.eval.config import Config
 from slimstep.eval.evaluator import Candidate, Evaluator, place, read_finished
 from slimstep.eval.given import GivenModels, given_models, resolution_of
-from slimstep.eval.inputs import Teacher, heldout_pairs, load_metrics, load_scorer, read_prompt_set, storage
+from slimstep.eval.inputs import (
+    Teacher,
+    heldout_pairs,
+    load_metrics,
+    load_scorer,
+    read_prompt_set,
+    real_images,
+    storage,
+)
 from slimstep.eval.metrics.clip import ClipScorer
 from slimstep.eval.metrics.inception import Inception
 from slimstep.eval.metrics.metric import FeatureDistance, FeatureSimilarity, InceptionDistance, Psnr
@@ -184,21 +189,6 @@ def compile_pipeline(
     compile_first(file, lambda: sampler.images(pipeline.unet, prompts.prompts, range(size)), run.accelerator)
     way = f"with {file}" if kept else f"which left {file}"
     log.info(f"{name}: first batch of compiled networks in {time.perf_counter() - start:.0f} s, {way}")
-
-
-def real_images(config: Config) -> Tensor:
-    """Held-out images that can be read, uint8 [R, 3, H, W], in a fixed shuffled order."""
-    count = config.evaluation.real_images
-    pairs = heldout_pairs(config, count)
-    found = []
-    for index in torch.randperm(len(pairs), generator=generator("real images")).tolist():
-        try:
-            found.append(pairs[index]["image"])
-        except BrokenImageError as error:
-            log.warning(f"left out: {error}")
-        if len(found) == count:
-            break
-    return torch.stack(found)
 
 
 # ---- the report ----

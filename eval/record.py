@@ -45,8 +45,8 @@ class Point:
 
     @property
     def versus_reference(self) -> Values | None:
-        """The paired difference of CLIP score; None for the reference itself."""
-        return self.clip.get("versus_reference")
+        """The paired difference of CLIP score; None for the reference itself, and where there is no CLIP score."""
+        return self.metrics.get("clip", {}).get("versus_reference")
 
     def mean(self, name: str) -> float | None:
         """The mean of a metric, None where it was not measured."""
@@ -77,6 +77,11 @@ class Evaluation:
     environment: Values
     seen: Mapping[str, int] = field(default_factory=dict)
     facts: Values = field(default_factory=dict)
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether images were scored for prompts, as those of an unconditional model cannot be."""
+        return all("clip" in point.metrics for point in self.points)
 
     def find(self, model: str, steps: int, guidance: float) -> Point | None:
         return next((point for point in self.points if point.key == (model, steps, guidance)), None)

@@ -13,7 +13,7 @@ from slimstep.engine.components import component
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
 from slimstep.eval.evaluator import Candidate, Evaluator, read_finished
-from slimstep.eval.exporting import clip_line, export, write_results
+from slimstep.eval.exporting import export, result_line, write_results
 from slimstep.eval.inputs import (
     Teacher,
     check_inputs,
@@ -23,11 +23,13 @@ from slimstep.eval.inputs import (
     load_teacher,
     note_trained_on,
     offloadable,
+    real_images,
     seen_prompts,
     training_data,
 )
 from slimstep.eval.metrics.metric import Metric, Psnr, of_kind
 from slimstep.eval.pages.comparison import run_table
+from slimstep.eval.pages.evaluation_page import results_table, write_evaluation_report
 from slimstep.eval.pages.run_page import write_report
 from slimstep.eval.pages.runs import read_run
 from slimstep.eval.plan import planned, scorer_stage
@@ -38,6 +40,7 @@ from slimstep.eval.training import check_objective, train_stage
 from slimstep.models.cost import count_gflops, count_parameters
 from slimstep.models.denoiser import guidance_embed_dim
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
+from slimstep.models.family import family_of
 from slimstep.models.pipeline import with_unet
 from slimstep.prune.config import Config
 from slimstep.prune.latency import table_without
@@ -57,9 +60,11 @@ def prune_unet(config: Config, run: Run) -> int | Plan:
     evaluator = evaluator_of(teacher, unets, prompts, scorer)
     check_metric(config, evaluator.metrics)
     if config.plan:
-        stages = [*scorer_stage(run), *pruning_stages(teacher, search.needs_scores)]
+        checked = scorer_stage(run) if teacher.is_conditional else []
+        stages = [*checked, *pruning_stages(teacher, search.needs_scores)]
         return planned(teacher, stages, [config.train, config.recovery.train])
-    check_scorer(teacher.config, run, scorer)
+    if teacher.is_conditional:
+        check_scorer(teacher.config, run, scorer)
     ranked_on = list(calibration.distinct) if search.needs_scores else []
     run.json("prompts.json", lambda: {"ranked_on": ranked_on, "judged_on": list(prompts.distinct)})
 
@@ -87,10 +92,13 @@ def prune_unet(config: Config, run: Run) -> int | Plan:
     points.append(evaluator.point("student", *setting))
     export(with_unet(teacher.pipeline, unet.requires_grad_(False)), "export", teacher, config.eval)
     times["student"] = decision["measured_ms"]
-    protocol = {**scorer.protocol, **teacher.sampler(config.eval).protocol}
+    protocol = {**(scorer.protocol if scorer else {}), **teacher.sampler(config.eval).protocol}
     evaluation = evaluator.evaluate(points, dict(zip(unets, unets, strict=True)), protocol, seen_prompts(run), ms=times)
     write_results(run, "export", results(teacher, evaluation))
-    report(run, partial(write_page, run), partial(run_table, run.path))
+    if teacher.is_conditional:
+        report(run, partial(write_page, run), partial(run_table, run.path))
+    else:
+        report(run, partial(write_evaluation_report, run.path), partial(results_table, evaluation.points))
     return missed_target(run, decision)
 
 
@@ -119,8 +127,8 @@ def check(teacher: Teacher, search: Any) -> None:
     if table := known_latencies(config):
         table_without(table, unet)
     with torch.device("meta"):
-        bare = PrunableUNet2DConditionModel.from_config(dict(unet.config), bypass=skip_rule(config))
-        PrunableUNet2DConditionModel.from_config(dict(bare.config), depths=getattr(search, "architecture", {}))
+        bare = type(unet).from_config(dict(unet.config), bypass=skip_rule(config))
+        type(unet).from_config(dict(bare.config), depths=getattr(search, "architecture", {}))
     for key, stage in {"objective": config, "recovery.objective": config.recovery}.items():
         check_objective(key, stage.objective, stage.train, teacher)
     check_inputs(teacher)
@@ -130,14 +138,15 @@ def check(teacher: Teacher, search: Any) -> None:
 
 def check_metric(config: Config, metrics: Mapping[str, Metric]) -> None:
     """ValueError where blocks cannot be ranked by the metric that search.metric names."""
-    known = of_kind(metrics, "per_image")
+    known = of_kind(metrics, "per_image", "paired")
+    known = [name for name, metric in known.items() if metric.reads == "images"]
     if config.search.metric not in known:
-        raise ValueError(f"search.metric={config.search.metric} scores no single images; choose from {list(known)}")
+        raise ValueError(f"search.metric={config.search.metric} scores no single images; choose from {known}")
 
 
 def prunable_copy(teacher: Teacher) -> PrunableUNet2DConditionModel:
     """A trainable copy of the teacher's UNet, in float32."""
-    unet = PrunableUNet2DConditionModel.from_unet(teacher.unet, skip_rule=skip_rule(teacher.config))
+    unet = type(teacher.unet).from_unet(teacher.unet, skip_rule=skip_rule(teacher.config))
     return unet.float().requires_grad_()
 
 
@@ -147,18 +156,19 @@ def evaluator_of(
     """Every UNet in the teacher's pipeline; `unets` grows while the job goes on."""
     config, run = teacher.config, teacher.run
     sampler = teacher.sampler(config.eval)
-    decoder = count_parameters(teacher.pipeline.vae.decoder)
+    codec = family_of(teacher.pipeline).codec(teacher.pipeline)
+    decoder = {"decoder": count_parameters(codec.decoder)} if codec else {}
 
     def candidate(name: str, *_: Any) -> Candidate:
         unet = unets[name]
-        facts = {"parameters": {"UNet": unet.num_parameters(), "decoder": decoder},
+        facts = {"parameters": {"UNet": unet.num_parameters(), **decoder},
                  "gflops": count_gflops(unet, tokens=teacher.text_length),
                  "evaluations": sampler.evaluations(unet)}  # fmt: skip
         return Candidate(partial(sampler.images, unet, prompts.prompts), sampler.protocol, facts)
 
-    metrics = {**load_metrics(config, scorer, teacher.device), "psnr": Psnr()}
+    metrics = {**load_metrics(config, scorer, teacher.device, teacher.is_conditional), "psnr": Psnr()}
     return Evaluator(run, candidate, prompts, metrics, scorer, ("teacher", config.eval.steps), config.eval.batch_size,
-                     config.eval.pictures, finished=read_finished(run))  # fmt: skip
+                     config.eval.pictures, partial(real_images, config), read_finished(run))  # fmt: skip
 
 
 def results(teacher: Teacher, evaluation: Evaluation) -> Sequence[str]:
@@ -166,7 +176,7 @@ def results(teacher: Teacher, evaluation: Evaluation) -> Sequence[str]:
     config, ms = teacher.config.latency, evaluation.facts["ms"]
     times = f"UNet: {ms['student']:.2f} ms, the teacher's {ms['teacher']:.2f} ms, for a batch of {config.batch}"
     clock = f"by the table {config.table}" if config.table else f"measured on {evaluation.environment['device']}"
-    return [clip_line(evaluation.points[-1].clip), f"{times} ({clock})"]
+    return [result_line(evaluation.points[-1]), f"{times} ({clock})"]
 
 
 def write_page(run: Run) -> None:

@@ -85,7 +85,9 @@ def score_blocks(
     accelerator: Accelerator | None = None,
     keep: Path | None = None,
 ) -> ScoreTable:
-    """Every removal on every prompt by a per-image metric: (1 + blocks) · prompts images. `batch_size` counts images.
+    """Every removal on every prompt by a metric of single images, or of their distance to the base's.
+
+    (1 + blocks) · prompts images. `batch_size` counts images.
 
     Finished batches lie under `keep` until all are there.
     """
@@ -102,9 +104,10 @@ def score_blocks(
         mask_BN[torch.arange(len(items)), list(columns)] = False
         images = sampler.images(unet, texts, indices, block_mask_BN=mask_BN.to(unet.device)).cpu()
         rows = list(indices)
-        return torch.stack([metric(images, [texts[i] for i in rows]), psnr(images, base[rows])], dim=1)
+        return torch.stack([metric(images, [texts[i] for i in rows], base[rows]), psnr(images, base[rows])], dim=1)
 
-    base_P = map_batches(lambda rows: metric(base[rows], [texts[i] for i in rows]), len(texts), *shared, "the base")
+    rate = lambda rows: metric(base[rows], [texts[i] for i in rows], base[rows])  # noqa: E731
+    base_P = map_batches(rate, len(texts), *shared, "the base")
     items, parts = len(blocks) * len(texts), keep and keep / "blocks"
     values = map_batches(ablate, items, *shared, "block scores", parts)
     score_NP, psnr_NP = values.reshape(len(blocks), len(texts), 2).unbind(-1)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import adaptive_avg_pool2d
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from slimstep.eval.metrics.clip import ClipScorer, psnr
@@ -136,6 +137,28 @@ class SampleError(PairedMetric):
 
     def compare(self, images: Tensor, reference: Tensor) -> Tensor:
         return (images - reference).square().flatten(1).mean(1)
+
+
+class ImageError(Metric):
+    """Mean squared error to the reference's image, in percent of the squared range."""
+
+    kind = "paired"
+    better = "low"
+
+    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str], reference: Tensor | None = None) -> Tensor:
+        return 100 * ((images_B3HW.float() - reference.float()) / 255).square().flatten(1).mean(1).cpu()
+
+
+class PixelDistance(DistributionMetric):
+    """Fréchet (fd) and kernel distance (kd) of images shrunk to 8×8 pixels: colours and layout, where no network of
+    features is there."""
+
+    def features(self, images_B3HW: Tensor) -> Tensor:
+        return adaptive_avg_pool2d(images_B3HW.float() / 255, 8).flatten(1)
+
+    def distances(self, made_PD: Tensor, real_RD: Tensor) -> dict[str, Any]:
+        kd = kernel_distance(made_PD, real_RD, divisor=made_PD.shape[1])
+        return {"fd": frechet_distance(made_PD, real_RD), "kd": kd.mean, "kd_se": kd.se, "features": "8×8 pixels"}
 
 
 class FeatureDistance(DistributionMetric):

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ def write_evaluation_report(folder: str | Path, track: Callable[[], None] = lamb
     folder = Path(folder)
     own = read_evaluation(folder)
     figures = draw_figures(folder, own)
-    write_text(folder / "table.md", markdown_table(header(own.points), rows(own.points)))
+    write_text(folder / "table.md", results_table(own.points))
     write_text(folder / "results.csv", csv_table(summary(own)["points"]))
     save_figures(folder / "report", figures)
     track()
@@ -43,6 +44,11 @@ def write_evaluation_report(folder: str | Path, track: Callable[[], None] = lamb
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
+
+
+def results_table(points: Sequence[Point]) -> str:
+    """The points in Markdown."""
+    return markdown_table(header(points), rows(points))
 
 
 def header(points: Sequence[Point]) -> list[str]:
@@ -64,10 +70,13 @@ def columns(points: Sequence[Point]) -> dict[str, Callable[[Point], str]]:
         "UNet evaluations": lambda p: str(p.facts.get("evaluations", "–")),
     }
     scores = dict.fromkeys(name for p in points for name in p.of_kind("per_image"))
-    for name in ("clip", *(name for name in scores if name != "clip")) if scores else ():
+    for name in sorted(scores, key=lambda name: name != "clip"):
         shown |= score_columns(name)
         if name == "clip":
             shown |= {"PSNR, dB": lambda p: near(p, "psnr", ".1f"), "features": lambda p: near(p, "features", ".3f")}
+    if "clip" not in scores:
+        paired = dict.fromkeys(name for p in points for name in p.of_kind("paired"))
+        shown |= {f"{name} to the reference": partial(near, metric=name, form=".3g") for name in paired}
     measured = {key for p in points for own in p.of_kind("distribution").values() for key in own}
     if "fd" in measured:
         shown["FD ×100"] = lambda p: distance(p, "fd", 100)
@@ -108,7 +117,8 @@ def difference(paired: Mapping[str, Any] | None) -> str:
 def near(point: Point, metric: str, form: str) -> str:
     """Nearness to the reference's images; a dash for the reference itself and images of another size."""
     mean = point.mean(metric)
-    return "–" if mean is None or point.versus_reference is None else format(mean, form)
+    is_shown = mean is not None and ("clip" not in point.metrics or point.versus_reference is not None)
+    return format(mean, form) if is_shown else "–"
 
 
 def distance(point: Point, name: str, times: int) -> str:
@@ -140,7 +150,7 @@ def draw_figures(folder: Path, evaluation: Evaluation) -> dict[str, Figure]:
     """Curves where there is more than one number of steps or guidance scale; images, if kept, at the first setting."""
     points, figures = evaluation.points, {}
     for x, other, label in (("steps", "guidance", "sampling steps"), ("guidance", "steps", "guidance scale")):
-        if len({getattr(p, x) for p in points}) > 1:
+        if evaluation.has_prompts and len({getattr(p, x) for p in points}) > 1:
             figures[f"clip-against-{x}"] = curve_figure(points, x, other, label)
     if evaluation.shown:
         figures["images"] = images_figure(folder, evaluation)
