@@ -166,10 +166,10 @@ class Evaluator:
     def against_shuffled(self, candidate: Candidate, samples: Tensor) -> Values | None:
         """Whether the reference's images fit their prompts better than others' (eval/scorer_check.py); None where
         nothing says so, as of an unconditional model."""
-        if "clip" not in self.metrics:
+        if (scorer := self.scorer) is None or "clip" not in self.metrics:
             return None
-        rate = lambda indices: self.scorer.image(candidate.images(samples[indices])).float()  # noqa: E731
-        return compare_teacher(rate, self.prompts, self.scorer, self.run.accelerator)
+        rate = lambda indices: scorer.image(candidate.images(samples[indices])).float()  # noqa: E731
+        return compare_teacher(rate, self.prompts, scorer, self.run.accelerator)
 
     # ---- all together ----
 

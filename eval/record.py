@@ -46,7 +46,7 @@ class Point:
     @property
     def versus_reference(self) -> Values | None:
         """The paired difference of CLIP score; None for the reference itself, and where there is no CLIP score."""
-        return self.metrics.get("clip", {}).get("versus_reference")
+        return (self.metrics.get("clip") or {}).get("versus_reference")
 
     def mean(self, name: str) -> float | None:
         """The mean of a metric, None where it was not measured."""

@@ -139,14 +139,13 @@ class SampleError(PairedMetric):
         return (images - reference).square().flatten(1).mean(1)
 
 
-class ImageError(Metric):
+class ImageError(PairedMetric):
     """Mean squared error to the reference's image, in percent of the squared range."""
 
-    kind = "paired"
     better = "low"
 
-    def __call__(self, images_B3HW: Tensor, prompts: Sequence[str], reference: Tensor | None = None) -> Tensor:
-        return 100 * ((images_B3HW.float() - reference.float()) / 255).square().flatten(1).mean(1).cpu()
+    def compare(self, images: Tensor, reference: Tensor) -> Tensor:
+        return 100 * ((images.float() - reference.float()) / 255).square().flatten(1).mean(1).cpu()
 
 
 class PixelDistance(DistributionMetric):

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 
 from slimstep.models.conditioning import Conditioning
@@ -32,7 +33,7 @@ class UNet2DDenoiser:
         return network(x_t.to(dtype), t_B, return_dict=False, **mask)[0].to(x_t.dtype)
 
     def example(
-        self, network: nn.Module, batch: int, *, side: int | None = None, tokens: int = NUM_TOKENS,
+        self, network: ModelMixin, batch: int, *, side: int | None = None, tokens: int = NUM_TOKENS,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor, Conditioning]:  # fmt: skip
         channels, *sides = self.sample_shape
