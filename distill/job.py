@@ -50,12 +50,12 @@ from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import check_scorer
 from slimstep.eval.timing.latency import compare_ms
 from slimstep.eval.training import compute_copy, train_stage
-from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
+from slimstep.models.families.prunable import PrunableUNet
 from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.pipeline import on_device, with_unet
 
 log = logging.getLogger("slimstep")
-UNets = dict[str, PrunableUNet2DConditionModel]
+UNets = dict[str, PrunableUNet]
 
 
 def distill_steps(config: Config, run: Run) -> int | Plan:
@@ -105,12 +105,12 @@ def trained_copy(
     job: Distillation,
     pairs: Callable[[], CachedPairs],
     idle: list[torch.nn.Module],
-    unet: PrunableUNet2DConditionModel,
+    unet: PrunableUNet,
     objective: Mapping[str, Any],
     config: Any,
     stage: str,
     **given: Any,
-) -> PrunableUNet2DConditionModel:
+) -> PrunableUNet:
     """A copy of the network in float32, trained on the job's noise schedule; it lies on the CPU afterwards."""
     copied = copy.deepcopy(unet).to(job.teacher.device, torch.float32).requires_grad_()
     given = {"schedule": job.schedule, **given}
@@ -118,13 +118,13 @@ def trained_copy(
     return trained.requires_grad_(False).to("cpu")
 
 
-def converted_to_v(job: Distillation, train: Callable[..., PrunableUNet2DConditionModel]) -> UNets:
+def converted_to_v(job: Distillation, train: Callable[..., PrunableUNet]) -> UNets:
     """The teacher and the student; where they predict ε they learn to predict v first: x̂ from ε is lost in noise."""
     unets = {"teacher": job.teacher.unet, "student": job.student}
     if job.predicts_v:
         return unets
     velocity = job.teacher.config.velocity
-    learnt: dict[int, PrunableUNet2DConditionModel] = {}  # the student may be the teacher
+    learnt: dict[int, PrunableUNet] = {}  # the student may be the teacher
     for name, unet in unets.items():
         if id(unet) not in learnt:
             learnt[id(unet)] = train(unet, velocity.objective, velocity.train, f"velocity-{name}")
@@ -136,15 +136,15 @@ def distilled(
     climb: Climb,
     unets: UNets,
     pairs: Callable[[], CachedPairs],
-    train: Callable[..., PrunableUNet2DConditionModel],
-) -> PrunableUNet2DConditionModel:
+    train: Callable[..., PrunableUNet],
+) -> PrunableUNet:
     """The network that one stage trains; where it exists it is loaded."""
     unet, training, teacher = unets[climb.start], job.training(climb.name), job.teacher
     if job.ladder.guidance_width:
         unet = with_guidance_embedding(unet, job.ladder.guidance_width)
     log.info(f"{climb.name}: from {climb.start}, taught by {climb.teacher} with {climb.teacher_steps} steps")
 
-    def teaching() -> PrunableUNet2DConditionModel:
+    def teaching() -> PrunableUNet:
         if not training.compile:
             return compute_copy(unets[climb.teacher], teacher)
         compiled = copy.deepcopy(unets[climb.teacher]).to(teacher.device, teacher.compute_dtype)
@@ -216,7 +216,7 @@ def evaluated(
     return evaluator.evaluate(points, {name: name for name in models}, protocol, seen)
 
 
-def sampled_models(job: Distillation, unets: UNets) -> dict[str, tuple[PrunableUNet2DConditionModel, Any]]:
+def sampled_models(job: Distillation, unets: UNets) -> dict[str, tuple[PrunableUNet, Any]]:
     """{name: a network and the scheduler that it is sampled with}, in the order in which they are evaluated."""
     ddim = job.teacher.pipeline.scheduler
     solver = job.on_the_grid(diffusers.DPMSolverMultistepScheduler, ddim)

@@ -16,7 +16,7 @@ from slimstep.engine.objective import requirements
 from slimstep.eval.inputs import Teacher, check_inputs
 from slimstep.eval.training import check_objective
 from slimstep.models.denoiser import guidance_embed_dim
-from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
+from slimstep.models.families.prunable import PrunableUNet
 from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.noise_schedule import NoiseSchedule, schedule_of
 from slimstep.models.pipeline import load_pipeline, one_line
@@ -37,7 +37,7 @@ class Distillation:
     teacher: Teacher
     ladder: LadderConfig
     climbs: tuple[Climb, ...]
-    student: PrunableUNet2DConditionModel
+    student: PrunableUNet
 
     @property
     def predicts_v(self) -> bool:
@@ -118,7 +118,7 @@ def on_the_grid(ladder: LadderConfig, kind: type, scheduler: Any, **changes: Any
     return on_same_schedule(kind, scheduler, {**kept, "clip_sample": False, "thresholding": False, **grid, **changes})
 
 
-def given_student(teacher: Teacher, ladder: LadderConfig) -> PrunableUNet2DConditionModel:
+def given_student(teacher: Teacher, ladder: LadderConfig) -> PrunableUNet:
     """The network that learns, as it is given. ValueError where it does not fit the teacher's pipeline."""
     folder = ladder.student
     if not folder:

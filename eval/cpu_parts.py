@@ -16,8 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from slimstep.models.families.prunable import Removed
-from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
+from slimstep.models.families.prunable import PrunableUNet, Removed
 
 LATENT_PIXELS = 4096  # of a part: 16 images of 16×16, one of 64×64
 
@@ -80,7 +79,7 @@ def running_network(
     return made[key], None
 
 
-def remove(unet: PrunableUNet2DConditionModel, blocks: list[str]) -> None:
+def remove(unet: PrunableUNet, blocks: list[str]) -> None:
     """Takes kept blocks out of a running network, layers before the transformers that hold them."""
     for block in sorted(blocks, key=lambda block: block not in unet.parents):
         for path in unet.instances(block):

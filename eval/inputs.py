@@ -32,7 +32,7 @@ from slimstep.eval.overlap import among
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.timing.precision import settled
 from slimstep.models.denoiser import NUM_TOKENS
-from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
+from slimstep.models.families.prunable import PrunableUNet
 from slimstep.models.family import family_of
 from slimstep.models.noise_schedule import NoiseSchedule, schedule_of
 from slimstep.models.pipeline import networks, upcast_vae
@@ -47,12 +47,12 @@ class Teacher:
     """A job's teacher: a pipeline, frozen on the device, whose UNet is prunable; or, for what needs no more than
     that, a UNet alone. `config` is the job's, with the resolution that the data left open."""
 
-    pipeline: DiffusionPipeline | PrunableUNet2DConditionModel
+    pipeline: DiffusionPipeline | PrunableUNet
     config: Config
     run: Run
 
     @property
-    def unet(self) -> PrunableUNet2DConditionModel:
+    def unet(self) -> PrunableUNet:
         return getattr(self.pipeline, "unet", self.pipeline)
 
     @property

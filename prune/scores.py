@@ -24,7 +24,7 @@ from slimstep.eval.metrics.compare import mean_and_error, split_half_agreement
 from slimstep.eval.metrics.metric import Metric, as_metric
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import shuffles
-from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
+from slimstep.models.families.prunable import PrunableUNet
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def known(value: float) -> float | None:
 
 
 def score_blocks(
-    unet: PrunableUNet2DConditionModel,
+    unet: PrunableUNet,
     sampler: Sampler,
     metric: Metric | ClipScorer,
     prompts: PromptSet,

@@ -58,7 +58,7 @@ def class_file(file: str) -> tuple[str, str]:
     return f"slimstep_unet_{hashlib.sha256(text.encode()).hexdigest()[:10]}", text
 
 
-class PrunableUNet:
+class PrunableUNet(ModelMixin):
     """Mixed into a UNet of diffusers, before it: an architecture table and block masks.
 
     The class says `STOCK`, diffusers' own; `BLOCK_CLASSES`, the modules that are blocks; and `CLASS_FILE`, `class_file`
