@@ -109,8 +109,9 @@ def test_scores_of_before_there_was_a_choice_are_compared_with_float32_ones():
         "new": {"steps": 2, "precision": "float32"},
         "other": {"steps": 2, "precision": "tf32"},
     }
-    runs = {name: SimpleNamespace(evaluation={"prompts_hash": "0", "protocol": p}) for name, p in protocols.items()}
-    differing = protocol_differences({name: metric(run) for name, run in runs.items()})
+    evaluations = {name: SimpleNamespace(prompts_hash="0", protocol=p) for name, p in protocols.items()}
+    metrics = {name: metric(SimpleNamespace(evaluation=own)) for name, own in evaluations.items()}
+    differing = protocol_differences(metrics)
     assert differing == ["other was scored with other precision"]
 
 
