@@ -5,8 +5,8 @@ BIN := $(VENV)/bin
 export HF_HUB_OFFLINE ?= 1
 export WANDB_MODE ?= offline
 
-# What is installed: the releases of slimstep/constraints.txt, with TORCH=2.11.0 another torch of its range, or with LATEST=1 the
-# newest releases that pyproject.toml allows.
+# What is installed: the releases of slimstep/constraints.txt, with TORCH=2.11.0 another torch of its range, or with
+# LATEST=1 the newest releases that pyproject.toml allows.
 OLDEST_TORCH := 2.11.0
 READY := $(VENV)/ready$(if $(LATEST),-latest)$(TORCH:%=-torch-%)
 RELEASES := $(if $(LATEST),--upgrade --upgrade-strategy eager,-c slimstep/constraints.txt) $(TORCH:%=torch==%)
