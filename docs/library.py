@@ -13,7 +13,7 @@ from slimstep.eval.metrics.clip import ClipScorer
 from slimstep.eval.metrics.compare import paired_difference
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.timing.latency import compare_ms
-from slimstep.models.denoiser import denoiser_of
+from slimstep.models.family import denoiser_of
 from slimstep.models.noise_schedule import schedule_of
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 from slimstep.prune.scores import score_blocks

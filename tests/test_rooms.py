@@ -1,9 +1,11 @@
 """Imports go one way between the folders, and no two files need each other."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from graphlib import CycleError, TopologicalSorter
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -56,6 +58,19 @@ def test_there_is_one_import_root():
         for node in import_nodes(path):
             names = [node.module] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
             assert not [name for name in names if name.partition(".")[0] in FLOORS], path
+
+
+SCRIPTS = [path for folder in ("docs", "benchmarks", "scripts") for path in sorted((ROOT / folder).glob("*.py"))]
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_what_a_script_imports_of_the_package_is_there(path):
+    """The jobs' tests run none of these, and a name that has moved would be found by their users."""
+    for node in import_nodes(path):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.partition(".")[0] == "slimstep":
+            module = importlib.import_module(node.module)
+            for alias in node.names:
+                assert hasattr(module, alias.name) or find_spec(f"{node.module}.{alias.name}"), (path, alias.name)
 
 
 def test_no_circle_of_files():
