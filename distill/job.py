@@ -190,18 +190,19 @@ def evaluated(
     per prompt; distances are to the latents of the teacher's first number of steps at the same guidance scale."""
     config, teacher, run = job.teacher.config, job.teacher, job.teacher.run
     models = sampled_models(job, unets)
+    encoded = cache(lambda: teacher.sampler(config.eval).encode(prompts.prompts))  # the same at every setting
 
     def candidate(name: str, steps: int, guidance: float) -> Candidate:
         unet, scheduler = models[name]
         sampler = Sampler(teacher.pipeline, steps, guidance, config.eval.seed, scheduler, teacher.precision)
 
         def draw(indices: list[int]) -> Tensor:
-            cond = sampler.encode(prompts.prompts).rows(indices)
             noise, draws = torch.stack([sampler.noise(i) for i in indices]), sampler.generators(indices)
-            with on_device(unet, teacher.device) as network:
-                return sampler.latents(network, cond, noise, generators=draws).float()
+            return sampler.latents(unet, encoded().rows(indices), noise, generators=draws).float()
 
-        return Candidate(draw, sampler.protocol, {"evaluations": sampler.evaluations(unet)}, sampler.decode)
+        facts = {"evaluations": sampler.evaluations(unet)}
+        return Candidate(draw, sampler.protocol, facts, sampler.decode,
+                         loaded=partial(on_device, unet, teacher.device))  # fmt: skip
 
     features = {"features": FeatureSimilarity(scorer)} if scorer else {}
     near = {"psnr": Psnr(), **features, "latent_error": SampleError()}

@@ -7,6 +7,7 @@ Axes: P prompts, R real images, D features, H and W height and width in pixels.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,13 +35,14 @@ PARTIAL = "partial"  # where unfinished work lies, batch by batch
 class Candidate:
     """A model at one setting. `draw(indices)` gives its samples of these prompts, `images(samples)` uint8 images
     [B, 3, H, W] of them; of all candidates of an evaluation `images` does the same to equal samples. `more()` gives
-    metrics of the job's own."""
+    metrics of the job's own. While all samples are drawn `loaded()` is entered, once."""
 
     draw: Callable[[list[int]], Tensor]
     protocol: Values
     facts: Values
     images: Callable[[Tensor], Tensor] = lambda images: images
     more: Callable[[], Mapping[str, Values | None]] = dict
+    loaded: Callable[[], AbstractContextManager[Any]] = nullcontext
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,8 @@ class Evaluator:
         """Samples of all prompts, shared among the processes, on the CPU."""
         model, steps, guidance = key
         what, keep = f"{model}, {steps} steps, guidance {guidance:g}", f"{model}-{steps}-{guidance}"
-        return self.mapped(candidate.draw, f"images of {what}", self.run.path / PARTIAL / keep)
+        with candidate.loaded():
+            return self.mapped(candidate.draw, f"images of {what}", self.run.path / PARTIAL / keep)
 
     def mapped(self, fn: Callable[[list[int]], Tensor], what: str, keep: Path | None = None) -> Tensor:
         return map_batches(fn, len(self.prompts), self.batch_size, self.run.accelerator, what, keep)

@@ -71,11 +71,11 @@ class ClipScore(Metric):
         return self.scorer.protocol
 
     def prepare(self, prompts: Sequence[str]) -> None:
-        self.text = dict(zip(prompts, self.scorer.text(prompts), strict=True))
+        if not self.text.keys() >= set(prompts):
+            self.text = dict(zip(prompts, self.scorer.text(prompts), strict=True))
 
     def __call__(self, images_B3HW: Tensor, prompts: Sequence[str], reference: Tensor | None = None) -> Tensor:
-        if not self.text.keys() >= set(prompts):
-            self.prepare(prompts)
+        self.prepare(prompts)
         return self.scorer.score(images_B3HW, torch.stack([self.text[prompt] for prompt in prompts]))
 
 
