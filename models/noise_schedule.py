@@ -15,10 +15,12 @@ import torch
 from diffusers import EulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
+from slimstep.models.flow import FlowSteps, check_flow, is_flow, set_steps, shift_of, shifted, unshifted
 from slimstep.models.schedulers import check_noise_schedule
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # of schedules with betas; a rectified flow's is "flow"
 Level = tuple[Tensor, Tensor]  # α and σ, [B] each
+LEAST_SIGMA = 0.025  # of noise at the start of a step: with less the step has next to nothing to do
 
 
 class NoiseSchedule(Protocol):
@@ -32,7 +34,7 @@ class NoiseSchedule(Protocol):
         ...
 
     def sample_times(self, size: int, generator: torch.Generator) -> Tensor:
-        """[size] times to train at, uniform, on the generator's device."""
+        """[size] times to train at, on the generator's device."""
         ...
 
     def grid(self, scheduler: SchedulerMixin, steps: int) -> Tensor:
@@ -87,28 +89,60 @@ class VariancePreserving:
 
 @dataclass(frozen=True)
 class RectifiedFlow:
-    """α = 1 − t and σ = t, for times from 0, the sample, to 1, noise; DDIM's step is Euler's step here."""
+    """α = 1 − t/T and σ = t/T, for times from 0, the sample, to T, noise; DDIM's step is Euler's step here.
+
+    T is `num_train_timesteps`: a time is the timestep that a pipeline gives its network. Training times are
+    logit-normal, with mean 0 and standard deviation `std`, and shifted as the scheduler's (Esser et al. 2024, section
+    3.1). `steps`: how the pipeline makes its steps.
+    """
 
     prediction_type: str = "flow"
+    num_train_timesteps: int = 1
+    shift: float = 1.0
+    std: float = 1.0
+    steps: FlowSteps = FlowSteps()
 
     def alpha_sigma(self, t_B: Tensor) -> Level:
-        return 1 - t_B, t_B
+        sigma_B = t_B / self.num_train_timesteps
+        return 1 - sigma_B, sigma_B
 
     def sample_times(self, size: int, generator: torch.Generator) -> Tensor:
-        return torch.rand(size, generator=generator, device=generator.device)
+        u_B = torch.sigmoid(self.std * torch.randn(size, generator=generator, device=generator.device))
+        return shifted(u_B, self.shift) * self.num_train_timesteps
 
     def grid(self, scheduler: SchedulerMixin, steps: int) -> Tensor:
-        """Those of FlowMatchEulerDiscreteScheduler."""
+        """Those of FlowMatchEulerDiscreteScheduler, which lands where the next step starts, and ends at 0."""
         scheduler = copy.deepcopy(scheduler)
-        scheduler.set_timesteps(steps)
-        return torch.stack([scheduler.sigmas[:-1], scheduler.sigmas[1:]], dim=1).cpu()
+        set_steps(scheduler, steps, self.steps)
+        sigmas = scheduler.sigmas.cpu() * self.num_train_timesteps
+        return torch.stack([sigmas[:-1], sigmas[1:]], dim=1)
+
+    def within(self, bounds_N2: Tensor, parts: int) -> Tensor:
+        """[N, parts + 1]: each step, cut into so many that are equally long before the shift.
+
+        Grids with a shift do not nest (of shift 3, 4 steps start at 1000, 858, 602 and 9, 8 at 1000, 948, 883, …): a
+        teacher steps at these times instead.
+        """
+        start_N1, end_N1 = unshifted(bounds_N2 / self.num_train_timesteps, self.shift).split(1, dim=1)
+        share_K = torch.linspace(0, 1, parts + 1)
+        times_NK = shifted(start_N1 + (end_N1 - start_N1) * share_K, self.shift) * self.num_train_timesteps
+        times_NK[:, [0, -1]] = bounds_N2  # to the bit, as the student's scheduler has them
+        return times_NK
 
 
-def schedule_of(scheduler: SchedulerMixin, device: str | torch.device = "cpu") -> VariancePreserving:
-    """The schedule of any diffusers scheduler that carries `alphas_cumprod`, zero terminal SNR included.
+def schedule_of(
+    scheduler: SchedulerMixin, device: str | torch.device = "cpu", flow: FlowSteps | None = None
+) -> "VariancePreserving | RectifiedFlow":
+    """The schedule of any diffusers scheduler that carries `alphas_cumprod`, zero terminal SNR included, or is flow
+    matching's; `flow` is how the model's pipeline makes the steps of the latter.
 
-    Raises ValueError for others (EDM, flow matching), and for an unknown prediction type.
+    Raises ValueError for others (EDM), and for an unknown prediction type.
     """
+    if is_flow(scheduler):
+        check_flow(scheduler)
+        flow = flow or FlowSteps()
+        shift, timesteps = shift_of(scheduler, flow), scheduler.config.num_train_timesteps
+        return RectifiedFlow(num_train_timesteps=timesteps, shift=shift, steps=flow)
     check_noise_schedule(scheduler)
     alpha_bar_T = scheduler.alphas_cumprod.to(device=device, dtype=torch.float64)
     final_alpha = float(getattr(scheduler, "final_alpha_cumprod", 1.0)) ** 0.5
@@ -208,8 +242,16 @@ def nested_steps(
 ) -> Tensor:
     """[N, K]: row n holds the times of a student's step n: its start, the teacher's starts within, its end.
 
-    Raises ValueError where the student's starts are not among the teacher's.
+    On a flow the teacher's starts lie within the student's steps, whatever its own grid; a last step that starts with
+    next to no noise is left out, for nothing is learnt of it. Raises ValueError where the student's starts are not
+    among the teacher's, or the teacher's number of steps is no multiple of the student's.
     """
+    if isinstance(schedule, RectifiedFlow):
+        parts, left = divmod(teacher_steps, steps)
+        if left or not parts:
+            raise ValueError(f"a teacher's {teacher_steps} steps are no multiple of {steps}; it needs one, as 32 of 16")
+        bounds_NK = schedule.within(schedule.grid(student_scheduler, steps), parts)
+        return bounds_NK[(bounds_NK[:, 0] >= LEAST_SIGMA * schedule.num_train_timesteps)]
     starts_N, ends_N = schedule.grid(student_scheduler, steps).T
     teacher_starts, _ = schedule.grid(teacher_scheduler, teacher_steps).T
     per_step, left = divmod(teacher_steps, steps)

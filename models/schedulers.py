@@ -16,6 +16,7 @@ import diffusers
 import torch
 
 from slimstep.engine.quiet import quiet
+from slimstep.models.flow import FlowSteps, check_flow, is_flow, set_steps
 
 log = logging.getLogger("slimstep")
 SHORT = {
@@ -147,7 +148,8 @@ def check_noise_schedule(scheduler) -> None:
     if why:
         raise ValueError(
             f"the model's {type(scheduler).__name__} {why}: EDM and flow matching are neither trained nor given "
-            "another model.scheduler yet; +experiment=evaluate and benchmark take one that its stock pipeline samples"
+            "another model.scheduler yet, but for FlowMatchEulerDiscreteScheduler, which is trained; "
+            "+experiment=evaluate and benchmark take one that its stock pipeline samples"
         )
 
 
@@ -197,17 +199,25 @@ def on_same_schedule(kind: type, scheduler, config: dict[str, Any]):
 # ---- sampling
 
 
-def check_sampling(scheduler, steps: int) -> None:
-    """ValueError where the stock pipeline could not sample with this scheduler in so many steps, or not finitely."""
+def check_sampling(scheduler, steps: int, flow: FlowSteps | None = None) -> None:
+    """ValueError where the stock pipeline could not sample with this scheduler in so many steps, or not finitely.
+
+    flow: how a pipeline of flow matching makes its steps, None for others.
+    """
     name, kind = type(scheduler).__name__, type(scheduler)
+    if flow and is_flow(scheduler):
+        check_flow(scheduler)
+        if timesteps_of(scheduler, steps, flow) is None:
+            raise ValueError(f"{name} cannot make {steps} steps")
+        return
     absent = [a for a in ("init_noise_sigma", "scale_model_input", "order", "step") if not hasattr(scheduler, a)]
     asked = inspect.signature(kind.step).parameters.values() if not absent else ()
     absent += [p.name for p in asked if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
                and p.name not in PIPELINES_GIVE | {"self"}]  # fmt: skip
     if absent:
         raise ValueError(
-            f"{name} is no scheduler for a UNet's pipeline ({', '.join(absent)}): flow matching and others of its kind "
-            "are not supported yet"
+            f"{name} is no scheduler for this model's pipeline ({', '.join(absent)}): flow matching and others of its "
+            "kind are for pipelines that are made for them"
         )
     if (made := timesteps_of(scheduler, steps)) is None:
         others = (n for apart in range(1, 64) for n in (steps + apart, steps - apart) if n > 0)
@@ -233,11 +243,11 @@ def check_blank(scheduler, timesteps: torch.Tensor) -> None:
         )
 
 
-def timesteps_of(scheduler, steps: int) -> torch.Tensor | None:
+def timesteps_of(scheduler, steps: int, flow: FlowSteps | None = None) -> torch.Tensor | None:
     """None where the scheduler cannot make so many steps."""
     scheduler = copy.deepcopy(scheduler)
     try:
-        scheduler.set_timesteps(steps)
+        set_steps(scheduler, steps, flow)
     except (ValueError, IndexError, ZeroDivisionError, KeyError, RuntimeError):  # numpy's and diffusers' own words
         return None
     return scheduler.timesteps

@@ -98,7 +98,10 @@ def test_a_schedule_is_read_off_betas_or_refused_in_one_line(name):
         refused = not hasattr(scheduler, "alphas_cumprod") or "prediction_type" not in scheduler.config
         assert refused, "it has betas"
     else:
-        torch.testing.assert_close(schedule.alpha_T**2, scheduler.alphas_cumprod.float())
+        if isinstance(scheduler, FlowMatchEulerDiscreteScheduler):
+            assert schedule.prediction_type == "flow"
+        else:
+            torch.testing.assert_close(schedule.alpha_T**2, scheduler.alphas_cumprod.float())
 
 
 WITHOUT_BETAS = [
@@ -109,8 +112,9 @@ WITHOUT_BETAS = [
 
 
 @pytest.mark.parametrize("own", WITHOUT_BETAS, ids=lambda own: type(own).__name__)
-def test_what_was_not_trained_on_betas_is_neither_trained_nor_given_another_scheduler(own):
-    for refuse in (schedule_of, check_noise_schedule, lambda s: swapped_scheduler(s, "ddim")):
+def test_what_was_not_trained_on_betas_is_given_no_other_scheduler_and_but_for_flow_matching_not_trained(own):
+    trained = [] if isinstance(own, FlowMatchEulerDiscreteScheduler) else [schedule_of]
+    for refuse in (*trained, check_noise_schedule, lambda s: swapped_scheduler(s, "ddim")):
         with pytest.raises(ValueError, match=f"the model's {type(own).__name__} has .*EDM and flow matching"):
             refuse(own)
 

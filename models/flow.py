@@ -1,0 +1,81 @@
+"""Flow matching's steps as diffusers' pipelines make them: FlowMatchEulerDiscreteScheduler and its shifts.
+
+A shift s moves times towards noise: σ = s·u / (1 + (s − 1)·u) for u from 0 to 1 (Esser et al. 2024, equation 23). It is
+a number of the scheduler, or follows from an image's tokens, as the pipeline that calls the scheduler works it out.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from diffusers import FlowMatchEulerDiscreteScheduler
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class FlowSteps:
+    """How a pipeline of flow matching has its scheduler make steps.
+
+    tokens: of an image, for a shift that depends on them. own_sigmas: whether the pipeline gives the scheduler its σ
+    before the shift, 1 down to 1/N, as FLUX's does. Others leave them to the scheduler, which goes down to its last
+    training time, so that the last of few steps does next to nothing.
+    """
+
+    tokens: int = 0
+    own_sigmas: bool = False
+
+    def options(self, scheduler: Any, steps: int) -> dict[str, Any]:
+        """What `set_timesteps` is given beside the number of steps."""
+        options: dict[str, Any] = {"sigmas": np.linspace(1.0, 1 / steps, steps)} if self.own_sigmas else {}
+        if scheduler.config.get("use_dynamic_shifting"):
+            options["mu"] = resolution_shift(scheduler, self.tokens)
+        return options
+
+
+def set_steps(scheduler: Any, steps: int, flow: FlowSteps | None = None) -> None:
+    """The scheduler's `set_timesteps` as the model's pipeline calls it; `flow` is None for pipelines that give it
+    nothing but the number of steps."""
+    scheduler.set_timesteps(steps, **(flow.options(scheduler, steps) if flow else {}))
+
+
+def is_flow(scheduler: Any) -> bool:
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+
+
+def prediction_type_of(scheduler: Any) -> str | None:
+    """What the scheduler's network predicts: `flow`, or what its configuration says."""
+    return "flow" if is_flow(scheduler) else scheduler.config.get("prediction_type")
+
+
+def check_flow(scheduler: Any) -> None:
+    """ValueError for a scheduler whose steps are not those of a flow from noise to the sample without new noise."""
+    for name in ("invert_sigmas", "stochastic_sampling"):
+        if scheduler.config.get(name):
+            raise ValueError(f"the model's {type(scheduler).__name__} has {name}=True, which is not supported")
+
+
+def resolution_shift(scheduler: Any, tokens: int) -> float:
+    """μ, which grows linearly with an image's tokens, as all pipelines of diffusers have it."""
+    config = scheduler.config
+    fewest, most = config.get("base_image_seq_len", 256), config.get("max_image_seq_len", 4096)
+    low, high = config.get("base_shift", 0.5), config.get("max_shift", 1.15)
+    slope = (high - low) / (most - fewest)
+    return tokens * slope + (low - slope * fewest)
+
+
+def shift_of(scheduler: Any, flow: FlowSteps) -> float:
+    """s: that of the scheduler, or the one for so many tokens."""
+    if not scheduler.config.get("use_dynamic_shifting"):
+        return scheduler.shift
+    mu = resolution_shift(scheduler, flow.tokens)
+    return math.exp(mu) if scheduler.config.get("time_shift_type", "exponential") == "exponential" else mu
+
+
+def shifted(u: Tensor, shift: float) -> Tensor:
+    return shift * u / (1 + (shift - 1) * u)
+
+
+def unshifted(sigma: Tensor, shift: float) -> Tensor:
+    """The inverse of `shifted`."""
+    return sigma / (shift - (shift - 1) * sigma)
