@@ -7,15 +7,16 @@ import difflib
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.types import RunMode
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, flag_override
 
 from slimstep import ROOT
 from slimstep.engine.checked import CONFIGS, USER_ERRORS, checked_config, run_path
@@ -54,7 +55,7 @@ def main() -> None:
     sys.argv[1:] = [quoted(word, sweeps=bool(MULTIRUN & set(sys.argv))) for word in sys.argv[1:]]
     # A stage's table names some of its keys; the others are added.
     sys.argv[1:] = [f"++{word}" if word.startswith("stages.") else word for word in sys.argv[1:]]
-    check_overrides(sys.argv[1:])
+    config = check_overrides(sys.argv[1:])
     sys.argv += named_by_what_is_swept(sys.argv[1:])
     codes: list[int] = []  # a multirun goes on after a job that failed, and tells in the end
 
@@ -66,7 +67,10 @@ def main() -> None:
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises what a sweep's folder or launcher does, and prints nothing
     try:
-        hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
+        if config is not None:
+            run_one(config, job)
+        else:
+            hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")(job)()
     except KeyboardInterrupt:
         print("stopped by Ctrl-C; the same command continues", file=sys.stderr)
         sys.exit(130)
@@ -81,6 +85,21 @@ def main() -> None:
 
         leave_processes()  # where a rank failed this could wait for it
     sys.exit(1 if 1 in codes else max(codes, default=0))
+
+
+def run_one(config: DictConfig, job: Callable[[DictConfig], None]) -> None:
+    """What hydra.main does for one job, with the configuration that is composed: it would do that twice more."""
+    instance = HydraConfig.instance()
+    before = instance.cfg
+    config.hydra.mode = RunMode.RUN
+    instance.set_config(config)
+    with flag_override(config, ["struct", "readonly"], False):
+        del config["hydra"]
+    try:
+        with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
+            job(config)
+    finally:
+        instance.cfg = before
 
 
 def named_by_what_is_swept(words: list[str]) -> list[str]:
@@ -117,25 +136,30 @@ def start_in_queue(config: DictConfig) -> None:
         raise RuntimeError(f"rank {place.rank} failed: what it said is in the log beside this one")
 
 
-def check_overrides(overrides: list[str]) -> None:
-    """Leaves with one line that names the first override that does not fit, and the choices there are."""
-    overrides = [first_of_sweep(word) for word in overrides if word not in MULTIRUN]
+def check_overrides(words: list[str]) -> DictConfig | None:
+    """The configuration of one job, Hydra's own in it; None where Hydra's own commands or overrides ask for more.
+
+    Leaves with one line that names the first override that does not fit, and the choices there are.
+    """
+    overrides = [first_of_sweep(word) for word in words if word not in MULTIRUN]
     if any(word.startswith("-") for word in overrides):
-        return  # --help, --cfg: Hydra's own commands
+        return None  # --help, --cfg: Hydra's own commands
     if len(sources := [word for word in overrides if word.startswith("data.source=")]) > 1:
         told = f"data.source is given {len(sources)} times, {sources[0]} first"
         fail(f"{told}: where a shell has written braces out, quote them, 'data.source=…{{000..127}}.tar'")
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
-            hydra.compose("train", overrides)
+            config = hydra.compose("train", overrides, return_hydra_config=True)
         except USER_ERRORS as error:
             fail(explain(error, overrides) if int(os.environ.get("RANK", 0)) == 0 else "")
+    own = any(word.lstrip("+~").startswith("hydra") for word in words)
+    return config if words == overrides and not own else None
 
 
 def first_of_sweep(word: str) -> str:
     """The override with the first of its values where it sweeps over several; else as it is."""
     try:
-        override = OverridesParser.create().parse_override(word)
+        override = parsed(word)
     except HydraException:
         return word
     if not override.is_sweep_override():
@@ -148,25 +172,30 @@ def explain(error: Exception, overrides: list[str]) -> str:
     if unreadable := [word for word in overrides if not is_readable(word)]:
         return told_of_grammar(unreadable[0])
     ordered = sorted(overrides, key=in_order)  # the experiment and the groups bring their keys
-    for k, override in enumerate(ordered):
+    fitting, failing = 0, len(ordered) + 1  # the first so many of them fit, and the first so many do not
+    while failing - fitting > 1:
+        middle = (fitting + failing) // 2
         try:
-            hydra.compose("train", ordered[: k + 1])
+            hydra.compose("train", ordered[:middle])
+            fitting = middle
         except USER_ERRORS as culprit:
-            parent, _, leaf = override.partition("=")[0].lstrip("+~").rpartition(".")
-            before = hydra.compose("train", ordered[:k])
-            section = OmegaConf.select(before, parent) if parent else before
-            changes = override[:1] not in ("+", "~") and "/" not in leaf
-            if changes and OmegaConf.is_dict(section) and leaf not in list(section):  # `in` passes over missing values
-                if leaf == "experiment":
-                    return f"{override}: an experiment is added, +{override}"
-                close = difflib.get_close_matches(leaf, map(str, section), n=1)
-                hint = f"did you mean {close[0]}? " if close else ""
-                where = parent or "the configuration"
-                return f"{override}: {where} has no key {leaf!r}; {hint}keys: {', '.join(section)}"
-            choices = sorted(path.stem for path in (CONFIGS / leaf).glob("*.yaml"))
-            told = f" (there are {', '.join(choices)})" if choices and "group" in str(culprit) else ""
-            return f"{override}: {one_line(culprit.__cause__ or culprit)}{told}"
-    return one_line(error)
+            error, failing = culprit, middle
+    if failing > len(ordered):
+        return one_line(error)
+    before, override = hydra.compose("train", ordered[:fitting]), ordered[fitting]
+    parent, _, leaf = override.partition("=")[0].lstrip("+~").rpartition(".")
+    section = OmegaConf.select(before, parent) if parent else before
+    changes = override[:1] not in ("+", "~") and "/" not in leaf
+    if changes and OmegaConf.is_dict(section) and leaf not in list(section):  # `in` passes over missing values
+        if leaf == "experiment":
+            return f"{override}: an experiment is added, +{override}"
+        close = difflib.get_close_matches(leaf, map(str, section), n=1)
+        hint = f"did you mean {close[0]}? " if close else ""
+        where = parent or "the configuration"
+        return f"{override}: {where} has no key {leaf!r}; {hint}keys: {', '.join(section)}"
+    choices = sorted(path.stem for path in (CONFIGS / leaf).glob("*.yaml"))
+    told = f" (there are {', '.join(choices)})" if choices and "group" in str(error) else ""
+    return f"{override}: {one_line(error.__cause__ or error)}{told}"
 
 
 def in_order(override: str) -> tuple[bool, bool]:
@@ -191,7 +220,7 @@ def told_of_grammar(word: str) -> str:
     return f"{word}: {reason}; {way}: '{key.lstrip('+')}={{name: \"DIR=1\"}}', '{key.lstrip('+')}=[\"DIR (2)\"]'"
 
 
-def fail(message: str) -> None:
+def fail(message: str) -> NoReturn:
     """Leaves with exit code 1; an empty message is for the ranks whose neighbour says the same."""
     if message:
         print(f"error: {bounded(message)}", file=sys.stderr)

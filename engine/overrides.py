@@ -109,6 +109,7 @@ def is_readable(word: str) -> bool:
     return True
 
 
+@cache
 def parsed(word: str) -> Override:
     return OverridesParser.create().parse_override(word)
 
