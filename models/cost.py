@@ -1,5 +1,8 @@
 """How large and how expensive a network is: parameters, and floating point operations of one forward pass."""
 
+import json
+from functools import cache
+
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
@@ -20,10 +23,15 @@ def count_gflops(unet: UNet2DConditionModel, latent_size: int | None = None, bat
     latent_size: H = W in latents; the config's sample_size if None. Counted on the meta device: torch misses fused
     attention on CPU tensors in some versions.
     """
-    denoiser = denoiser_of(unet)
+    return gflops_of(type(unet), json.dumps(dict(unet.config), default=str), latent_size, batch, tokens)
+
+
+@cache  # a job asks again for every model of the same architecture
+def gflops_of(kind: type[UNet2DConditionModel], config: str, latent_size: int | None, batch: int, tokens: int):
     with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-        on_meta = type(unet).from_config(dict(unet.config))
-        denoiser(on_meta, *denoiser.example(on_meta, batch, side=latent_size, tokens=tokens))
+        unet = kind.from_config(json.loads(config))
+        denoiser = denoiser_of(unet)
+        denoiser(unet, *denoiser.example(unet, batch, side=latent_size, tokens=tokens))
     return counter.get_total_flops() / 1e9
 
 
