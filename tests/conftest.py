@@ -11,6 +11,7 @@ import torch
 
 import slimstep.configs.schema  # noqa: F401  the keys of all jobs
 from slimstep.engine.launch import main
+from tests.elsewhere import processes_elsewhere
 from tests.photos import photo_folder  # noqa: F401
 from tests.tiny import tiny_pipeline, write_random_inception, write_tiny_clip
 
@@ -50,6 +51,13 @@ def inception_file(tmp_path_factory):
     file = tmp_path_factory.mktemp("inception") / "random.pth"
     write_random_inception(library.FeatureExtractorInceptionV3, file)
     return file
+
+
+@pytest.fixture(scope="session")
+def elsewhere(tmp_path_factory):
+    """Runs programs in processes that have diffusers and not this project (tests/elsewhere.py)."""
+    with processes_elsewhere(tmp_path_factory.mktemp("elsewhere") / "modules") as run:
+        yield run
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,7 @@
 """Loading, handing over, and the stock pipelines around a pruned UNet."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -118,22 +115,19 @@ def test_an_export_replaces_nothing_but_a_pipeline(pipeline, tmp_path):
         export_pipeline(pipeline, tmp_path)
 
 
-def test_an_export_loads_where_this_project_is_unknown(pipeline, tmp_path):
+def test_an_export_loads_where_this_project_is_unknown(pipeline, tmp_path, elsewhere):
     architecture = {**ONE_ATTENTION, "up_blocks.1.resnets.0": 0, "mid_block.attentions.0": 2}
     student = with_architecture(pipeline, architecture)
     export_pipeline(student, tmp_path / "export")
     program = (
-        "import sys, torch\n"
+        "import torch\n"
         "from diffusers import DiffusionPipeline\n"
-        "sys.modules['slimstep'] = None  # as good as not installed\n"
         "pipe = DiffusionPipeline.from_pretrained('export', trust_remote_code=True)\n"
         "pipe.set_progress_bar_config(disable=True)\n"
         "torch.save(pipe('a b', num_inference_steps=2, height=16, width=16, output_type='np',\n"
         "                generator=torch.Generator().manual_seed(0)).images, 'images.pt', pickle_protocol=4)\n"
     )
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules"), "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, check=True, capture_output=True)
+    elsewhere(tmp_path, program)
     images = torch.load(tmp_path / "images.pt", weights_only=False)
     torch.testing.assert_close(torch.from_numpy(images).permute(0, 3, 1, 2), paint(student), rtol=0, atol=1e-5)
 
@@ -266,7 +260,6 @@ def test_a_controlnet_made_for_the_stock_unet_steers_the_pruned_one(student, pip
 SAVED_ELSEWHERE = """
 import sys, torch
 from diffusers import AutoModel, DiffusionPipeline
-sys.modules['slimstep'] = None  # as good as not installed
 source, target = sys.argv[1:3]
 pipe = DiffusionPipeline.from_pretrained(source, trust_remote_code=True)
 pipe.set_progress_bar_config(disable=True)
@@ -282,7 +275,7 @@ pipe.save_pretrained(target, max_shard_size='20KB')
 """
 
 
-def test_a_copy_saved_elsewhere_loads_in_a_new_process_and_so_do_copies_of_it(pipeline, tmp_path):
+def test_a_copy_saved_elsewhere_loads_in_a_new_process_and_so_do_copies_of_it(pipeline, tmp_path, elsewhere):
     """Saved, saved with a LoRA fused, and saved again, each by a process that reads the one before."""
     export_pipeline(with_architecture(pipeline, ONE_ATTENTION), tmp_path / "export")
     generator = torch.Generator().manual_seed(0)
@@ -290,13 +283,9 @@ def test_a_copy_saved_elsewhere_loads_in_a_new_process_and_so_do_copies_of_it(pi
     out, inner = pipeline.unet.get_submodule(path).weight.shape
     lora = {"lora_A": torch.randn(2, inner, generator=generator), "lora_B": torch.randn(out, 2, generator=generator)}
     save_file({f"unet.{path}.{key}.weight": value for key, value in lora.items()}, tmp_path / "lora.safetensors")
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     images = []
-    for k, (source, target) in enumerate([("export", "copy"), ("copy", "lora"), ("lora", "again")]):
-        environment |= {"HF_MODULES_CACHE": str(tmp_path / f"modules-{k}"), "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, "-c", SAVED_ELSEWHERE, source, target]
-        done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True)
-        assert done.returncode == 0, done.stderr.decode()
+    for source, target in (("export", "copy"), ("copy", "lora"), ("lora", "again")):
+        elsewhere(tmp_path, SAVED_ELSEWHERE, source, target)
         images.append(torch.from_numpy(torch.load(tmp_path / f"{target}.pt", weights_only=False)))
     copy, fused, again = images
     assert torch.equal(fused, again) and not torch.equal(copy, fused)
