@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -61,10 +62,16 @@ def test_a_script_of_the_pages_has_the_options_it_is_given(script):
 
 @pytest.mark.parametrize("words", sorted(COMMANDS), ids=" ".join)
 def test_a_command_of_the_pages_has_the_options_it_is_given(words):
-    asked = [sys.executable, "-m", *words[:2], "--help"]
-    shown = subprocess.run(asked, capture_output=True, text=True, env={**os.environ, "COLUMNS": "200"}, cwd=ROOT)
-    assert shown.returncode == 0 and f"usage: slimstep {words[1]}" in shown.stdout
-    assert all(word.partition("=")[0] in shown.stdout for word in words if word.startswith("--"))
+    shown = help_of(*words[:2])
+    assert f"usage: slimstep {words[1]}" in shown
+    assert all(word.partition("=")[0] in shown for word in words if word.startswith("--"))
+
+
+@cache
+def help_of(module: str, command: str) -> str:
+    asked = [sys.executable, "-m", module, command, "--help"]
+    environment = {**os.environ, "COLUMNS": "200"}
+    return subprocess.run(asked, capture_output=True, text=True, check=True, env=environment, cwd=ROOT).stdout
 
 
 def anchors(page: Path) -> set[str]:

@@ -2,19 +2,17 @@
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from slimstep.commands.report import main
 from slimstep.eval.pages.comparison import compare_runs
 from slimstep.eval.pages.run_page import write_report
 from slimstep.eval.pages.runs import read_run, run_names
 from slimstep.eval.pages.text import count, flatten
 from tests.eval.run_stub import PROMPTS, sd15_blocks, write_run
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -129,7 +127,7 @@ def test_scores_of_another_metric_are_not_compared(finished, tmp_path):
 
 
 @pytest.mark.parametrize("case", ["missing", "empty", "unfinished", "another job"])
-def test_a_run_that_cannot_be_compared_is_one_clear_line(tmp_path, case):
+def test_a_run_that_cannot_be_compared_is_one_clear_line(tmp_path, monkeypatch, capfd, case):
     folder = tmp_path / "prune_unet"
     expected = {"missing": "there is no run in", "empty": "holds no evaluation.json", "unfinished": "is not finished",
                 "another job": "is no run of prune_unet"}[case]  # fmt: skip
@@ -140,10 +138,10 @@ def test_a_run_that_cannot_be_compared_is_one_clear_line(tmp_path, case):
     elif case == "another job":
         write_run(folder)
         edit(folder / "evaluation.json", lambda evaluation: evaluation["facts"].pop("ms"))
-    command = [sys.executable, "-m", "slimstep", "report", folder, "--out", tmp_path / "out"]
-    call = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert call.returncode == 1 and not call.stdout
-    assert expected in call.stderr and str(folder) in call.stderr and len(call.stderr.splitlines()) == 1
+    monkeypatch.setattr(sys, "argv", ["slimstep report", str(folder), "--out", str(tmp_path / "out")])
+    assert main() == 1
+    stdout, stderr = capfd.readouterr()
+    assert not stdout and expected in stderr and str(folder) in stderr and len(stderr.splitlines()) == 1
 
 
 def test_a_run_is_called_by_the_shortest_end_of_its_path_that_is_its_own():
