@@ -31,9 +31,10 @@ PRECISIONS = ("no", "bf16", "fp16")
 def checked_config(config: DictConfig) -> DictConfig:
     """The configuration in its typed form. ValueError for keys nobody reads, and values that cannot be."""
     rename_keys(config)
-    if unknown := list(unknown_keys(schema(), config)):
+    known = schema()
+    if unknown := list(unknown_keys(known, config)):
         raise ValueError(f"the configuration has no key {unknown[0]}, which +{unknown[0]}=… would add")
-    config = cast(DictConfig, OmegaConf.merge(schema(), config))
+    config = cast(DictConfig, OmegaConf.merge(known, config))
     replace_moved(config)
     check_given(config)
     for section in config:

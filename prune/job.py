@@ -128,7 +128,8 @@ def check(teacher: Teacher, search: Any) -> None:
         table_without(table, unet)
     with torch.device("meta"):
         bare = type(unet).from_config(dict(unet.config), bypass=skip_rule(config))
-        type(unet).from_config(dict(bare.config), depths=getattr(search, "architecture", {}))
+        if architecture := getattr(search, "architecture", {}):
+            type(unet).from_config(dict(bare.config), depths=architecture)
     for key, stage in {"objective": config, "recovery.objective": config.recovery}.items():
         check_objective(key, stage.objective, stage.train, teacher)
     check_inputs(teacher)
