@@ -24,7 +24,7 @@ from slimstep.eval.decoders import compare_decoders
 from slimstep.eval.pages.tables import markdown_table
 from slimstep.eval.pages.vae_page import TIME_HEADER, time_rows
 from slimstep.models.reference import VAE_CONFIGS, random_vae
-from slimstep.prune.decoder import choose_channels, narrow_widths, narrowed
+from slimstep.prune.decoder import choose_channels, pruned_vae, pruned_widths
 
 
 def main() -> None:
@@ -41,8 +41,8 @@ def main() -> None:
     options = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     teacher = random_vae(options.vae)
-    widths = narrow_widths(teacher, options.width)
-    student = narrowed(teacher, choose_channels(teacher, widths, "first"), widths)
+    widths = pruned_widths(teacher, options.width)
+    student = pruned_vae(teacher, choose_channels(teacher, widths, "first"), widths)
     config = LatencyConfig(
         batch=1, compile=options.compile, dtype=options.dtype, warmup=2, iterations=options.iterations,
         seconds=options.seconds,

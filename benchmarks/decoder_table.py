@@ -26,8 +26,9 @@ from slimstep.eval.record import Point, read_evaluation
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 ROWS = {
-    **{f"{choice}": [f"decoder.choice={choice}"] for choice in ("magnitude", "taylor", "energy", "random", "first")},
-    "thinned norm groups": ["decoder.norm_groups=thinned"],
+    **{name: [f"decoder.importance={name}"]
+       for name in ("magnitude", "taylor", "activation_energy", "random", "first")},
+    "per-group pruning": ["decoder.norm_groups=per_group"],
     "real latents": ["latents.real_share=1"],
     "half real": ["latents.real_share=0.5"],
 }

@@ -27,7 +27,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 
 from slimstep.data.shapes import ShapesPairs
 from slimstep.distill.steps import StepDistillation
-from slimstep.distill.teaching import Rung
+from slimstep.distill.teaching import StepSchedule
 from slimstep.engine.console import open_console
 from slimstep.engine.environment import environment
 from slimstep.engine.files import write_json
@@ -69,7 +69,7 @@ class Networks:
             set_alpha_to_one=True, timestep_spacing="trailing", prediction_type="v_prediction",
         )  # fmt: skip
         self.schedule = schedule_of(self.scheduler, device)
-        self.rung = Rung(self.scheduler, 32, self.scheduler, 16)
+        self.rung = StepSchedule(self.scheduler, 32, self.scheduler, 16)
 
     @torch.no_grad()
     def encoded(self) -> dict[str, Tensor]:
@@ -93,7 +93,7 @@ def our_loop(networks: Networks, guided_share: float) -> Callable[[], None]:
 def example_loop(networks: Networks) -> Callable[[], None]:
     """One training step as the examples write it: everything encoded anew, two passes for guidance, everywhere."""
     schedule, teacher, kind = networks.schedule, networks.teacher, networks.schedule.prediction_type
-    bounds_NK = networks.rung.bounds(schedule).to(networks.device)
+    bounds_NK = networks.step_schedule.bounds(schedule).to(networks.device)
 
     def guided(unet: nn.Module, z: Tensor, t: Tensor, text: Tensor, empty: Tensor, w: Tensor) -> Tensor:
         told, untold = unet(z, t, text).sample, unet(z, t, empty).sample

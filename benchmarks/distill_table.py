@@ -56,13 +56,13 @@ COMMON = [
 # Every step counts alike, and no denoising loss beside it: by SNR the students end further away (the row "by SNR").
 RELATIVE = ["objective.weighting=relative"]
 STEPS = [*RELATIVE, "objective.original_weight=0"]
-LADDER = ["ladder.steps=[32,8,4,2]", "curves.steps=[2,4,8]"]
+LADDER = ["distillation.steps=[32,8,4,2]", "curves.steps=[2,4,8]"]
 GUIDED = [*LADDER, *STEPS, "objective.guided_share=1"]
-CUT_DOWN = [*GUIDED, "ladder.student={root}/cut/export"]
+CUT_DOWN = [*GUIDED, "distillation.student={root}/cut/export"]
 LADDERS = {
     "own": [
-        "ladder.steps=[32,8,4,2,1]", "curves.steps=[1,2,4,8]", *STEPS, "objective.guided_share=1",
-        "ladder.rungs={{steps-8: {{train: {{steps: {long}, learning_rate: 3e-5}}}}, "
+        "distillation.steps=[32,8,4,2,1]", "curves.steps=[1,2,4,8]", *STEPS, "objective.guided_share=1",
+        "distillation.stages={{steps-8: {{train: {{steps: {long}, learning_rate: 3e-5}}}}, "
         "steps-4: {{train: {{steps: 100}}}}, "
         "steps-2: {{teacher: steps-8, teacher_steps: 8, train: {{steps: {long}, learning_rate: 2.5e-4}}}}, "
         "steps-1: {{train: {{steps: 100}}}}}}",
@@ -74,8 +74,8 @@ LADDERS = {
     "told": [*LADDER, *RELATIVE, "objective=guidance"],
     "lcm": ["curves.steps=[2,4,8]", "objective=lcm", "train.steps={together}"],
     "cut": CUT_DOWN,
-    "cut, repaired": [*CUT_DOWN, "ladder.repair=true"],
-    "cut, repaired, progressive": [*CUT_DOWN, "ladder.repair=true", "ladder.mode=progressive"],
+    "cut, repaired": [*CUT_DOWN, "distillation.recover=true"],
+    "cut, repaired, progressive": [*CUT_DOWN, "distillation.recover=true", "distillation.mode=progressive"],
 }  # fmt: skip
 # Per ladder: stages that an earlier one has trained in the same way, and what they are called there and here.
 SHARED = {

@@ -188,7 +188,7 @@ def configured(options: argparse.Namespace, folder: str) -> Config:
                   f"{train}.ema_decay={options.ema_decay}",
                   f"{train}.gradient_checkpointing={str(options.checkpointing).lower()}"]  # fmt: skip
     if options.alone == "decoder":
-        given += ["latents.real_share=1", "latents.count=16", "latents.prompts=8", "decoder.choice=first"]
+        given += ["latents.real_share=1", "latents.count=16", "latents.prompts=8", "decoder.importance=first"]
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         return OmegaConf.merge(OmegaConf.structured(Config), hydra.compose("train", given))
 
@@ -223,10 +223,10 @@ def measure_scoring(teacher: Teacher) -> tuple[int, float, float]:
 
 def measure_steps(teacher: Teacher) -> tuple[int, float, None]:
     job, config, pairs = distillation_of(teacher), teacher.config.train, cache(partial(training_data, teacher))
-    (climb, *_), unets = job.climbs, {"teacher": teacher.unet, "student": job.student}
-    unet = distilled_steps(job, climb, unets, pairs, partial(trained_copy, job, pairs, [*networks(teacher.pipeline)]))
+    (stage, *_), unets = job.stages, {"teacher": teacher.unet, "student": job.student}
+    unet = distilled_steps(job, stage, unets, pairs, partial(trained_copy, job, pairs, [*networks(teacher.pipeline)]))
     guided = -(-config.batch_size // 10)  # objective.guided_share, rounded up; each is one row more
-    forwards = TRAINING + climb.teacher_steps // climb.steps
+    forwards = TRAINING + stage.teacher_steps // stage.steps
     return config.batch_size, (config.batch_size + guided) * forwards * forward(teacher, unet), None
 
 

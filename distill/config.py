@@ -1,4 +1,4 @@
-"""What distils: the ladder of sampling steps."""
+"""What distils: the step schedule and its stages."""
 
 import itertools
 from dataclasses import dataclass, field
@@ -15,9 +15,9 @@ SAMPLERS = ("DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler")
 
 
 @dataclass
-class RungConfig:
-    """What is different in one rung: who teaches it, with how many steps, and where it starts ("teacher", "student" or
-    an earlier rung); values over `train` and over `objective`."""
+class StageChanges:
+    """What is different in one distillation stage: its teacher, with how many steps, and where it starts ("teacher",
+    "student" or an earlier stage); values over `train` and over `objective`."""
 
     teacher: str | None = None
     teacher_steps: int | None = None
@@ -26,49 +26,51 @@ class RungConfig:
     objective: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, name: str, values: Any) -> "RungConfig":
+    def of(cls, name: str, values: Any) -> "StageChanges":
         try:
             return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(cls), as_table(name, values)))
         except OmegaConfBaseException as error:
-            known = ", ".join(cls.__dataclass_fields__)
-            raise ValueError(f"ladder.rungs.{name}={values}: {str(error).splitlines()[0]}; keys: {known}") from error
+            reason, keys = str(error).splitlines()[0], ", ".join(cls.__dataclass_fields__)
+            raise ValueError(f"distillation.stages.{name}={values}: {reason}; keys: {keys}") from error
 
 
 @dataclass
-class LadderConfig:
-    """Which samplers are distilled into which, from `steps[0]`, the teacher's, downwards.
+class DistillationConfig:
+    """The step schedule: samplers of fewer and fewer steps, from `steps[0]`, the teacher's, downwards.
 
     `student` is a diffusers folder whose UNet learns; empty is the teacher's own network. mode `direct` (SnapFusion):
-    every rung is taught by a network of the teacher's architecture with the rung above's steps; `progressive`: by the
-    student's own rung above; for the teacher's own network they are the same. `rungs` says what is different in single
-    rungs, by name: RungConfig. `repair` begins with the objective and training of `recovery`. `guidance_width` above 0
-    makes students that are told their guidance scale. `sampler` is the diffusers scheduler that students are handed
-    over with.
+    every stage's teacher is a network of the teacher's architecture with the steps of the stage before; `progressive`:
+    the student of the stage before; for the teacher's own network they are the same. `stages` says what is different in
+    single stages, by name: StageChanges. `recover` begins with the objective and training of `recovery`. With a
+    `guidance_embed_dim` above 0 students are guidance-distilled: they have a guidance embedding of that width.
+    `sampler` is the diffusers scheduler that students are exported with.
     """
 
     student: str = ""
     mode: str = "direct"
     steps: list[int] = field(default_factory=lambda: [32, 16, 8])
-    rungs: Any = None
-    repair: bool = False
+    stages: Any = None
+    recover: bool = False
     timestep_spacing: str = "trailing"
-    guidance_width: int = 0
+    guidance_embed_dim: int = 0
     sampler: str = "DDIMScheduler"
 
     def __post_init__(self) -> None:
         if self.mode not in ("direct", "progressive"):
-            raise ValueError(f"ladder.mode={self.mode!r} is unknown; choose direct or progressive")
-        if self.rungs:  # None stays None: Hydra lets a table replace it, and nothing be added to an empty one
-            self.rungs = {name: RungConfig.of(name, own) for name, own in as_table("ladder.rungs", self.rungs).items()}
+            raise ValueError(f"distillation.mode={self.mode!r} is unknown; choose direct or progressive")
+        if self.stages:  # None stays None: Hydra lets a table replace it, and nothing be added to an empty one
+            table = as_table("distillation.stages", self.stages)
+            self.stages = {name: StageChanges.of(name, changes) for name, changes in table.items()}
         pairs = list(itertools.pairwise(self.steps))
         if not pairs or any(below < 1 or above % below or above == below for above, below in pairs):
-            raise ValueError(f"ladder.steps={self.steps} must go down, each dividing the one before, as [32, 16, 8]")
-        if self.repair and not self.student:
-            raise ValueError("ladder.repair=true repairs a pruned student, and ladder.student names none")
-        if self.guidance_width and (self.guidance_width < 4 or self.guidance_width % 2):
-            raise ValueError(f"ladder.guidance_width={self.guidance_width} must be even and at least 4, or 0")
+            rule = "must go down, each dividing the one before, as [32, 16, 8]"
+            raise ValueError(f"distillation.steps={self.steps} {rule}")
+        if self.recover and not self.student:
+            raise ValueError("distillation.recover=true trains a pruned student, and distillation.student names none")
+        if (width := self.guidance_embed_dim) and (width < 4 or width % 2):
+            raise ValueError(f"distillation.guidance_embed_dim={width} must be even and at least 4, or 0")
         if self.sampler not in SAMPLERS:
-            raise ValueError(f"ladder.sampler={self.sampler!r} is unknown; choose from {SAMPLERS}")
+            raise ValueError(f"distillation.sampler={self.sampler!r} is unknown; choose from {SAMPLERS}")
 
 
 @dataclass
@@ -76,5 +78,5 @@ class Config(slimstep.eval.config.Config):
     """The keys of the job that distils steps."""
 
     recovery: StageConfig = field(default_factory=StageConfig)
-    velocity: StageConfig = field(default_factory=StageConfig)
-    ladder: LadderConfig = field(default_factory=LadderConfig)
+    v_prediction: StageConfig = field(default_factory=StageConfig)
+    distillation: DistillationConfig = field(default_factory=DistillationConfig)

@@ -6,7 +6,7 @@ Axes: B batch, N steps of the grid, K bounds of a step, C channels, H and W late
 import torch
 from torch import Tensor, nn
 
-from slimstep.distill.teaching import Rung, draw_guidance, draw_steps, known_range
+from slimstep.distill.teaching import StepSchedule, draw_guidance, draw_steps, validate_range
 from slimstep.engine.objective import Batch, Metrics, Requirements
 from slimstep.models.conditioning import Conditioning, conditioning_of
 from slimstep.models.denoiser import Denoiser, guidance_embed_dim
@@ -15,12 +15,12 @@ from slimstep.models.noise_schedule import VariancePreserving, ddim_step, each, 
 
 
 class ConsistencyDistillation:
-    """Latent consistency distillation (Luo et al. 2023): along one guided teacher step the student's answer stays.
+    """Latent consistency distillation (Luo et al. 2023): along one guided teacher step the student's prediction stays.
 
     `grid_steps` is LCMScheduler's `original_inference_steps`; on a trailing grid that divides T they are DDIM's steps,
-    whatever the rung's number of steps: one student serves all. Its teacher is guided from outside. The
-    answer is f(z, t) = c_skip·z + c_out·x̂ with the scalings LCMScheduler samples by; the further end is the student's
-    own, without gradient. The loss is the pseudo-Huber distance.
+    whatever the stage's number of steps: one student serves all. The teacher has no guidance embedding. The student's
+    prediction is f(z, t) = c_skip·z + c_out·x̂ with the scalings LCMScheduler samples by; the target is its own at the
+    further end, without gradient. The loss is the pseudo-Huber distance.
     """
 
     requires = Requirements(
@@ -37,21 +37,22 @@ class ConsistencyDistillation:
         schedule: VariancePreserving,
         uncond: Conditioning,
         teacher: nn.Module,
-        rung: Rung,
+        step_schedule: StepSchedule,
         grid_steps: int = 50,
         guidance_range: tuple[float, float] = (1.0, 8.0),
         huber: float = 0.001,
     ):
         self.denoiser, self.schedule, self.uncond, self.teacher = denoiser, schedule, uncond, teacher
         if guidance_embed_dim(teacher):
-            raise ValueError("objective=lcm has one rung, as ladder.steps=[32,4]: a student of it cannot be a teacher")
-        grid = nested_steps(schedule, rung.teacher_scheduler, grid_steps, rung.teacher_scheduler, grid_steps)
+            raise ValueError("objective=lcm has one stage, as distillation.steps=[32,4]: its student is no teacher")
+        scheduler = step_schedule.teacher_scheduler
+        grid = nested_steps(schedule, scheduler, grid_steps, scheduler, grid_steps)
         if len(schedule) % grid_steps or grid[0, 0] != len(schedule) - 1:
             raise ValueError(f"objective.grid_steps={grid_steps} must divide {len(schedule)}, on a trailing grid")
         self.bounds_NK = grid.to(next(teacher.parameters()).device)
-        self.guidance_range, self.huber = known_range(guidance_range), huber
+        self.guidance_range, self.huber = validate_range(guidance_range), huber
 
-    def answer(self, unet: nn.Module, z_BCHW: Tensor, t_B: Tensor, cond: Conditioning, w_B: Tensor) -> Tensor:
+    def consistency(self, unet: nn.Module, z_BCHW: Tensor, t_B: Tensor, cond: Conditioning, w_B: Tensor) -> Tensor:
         """f(z, t): clean latents; z itself at t = 0."""
         level, kind = self.schedule.alpha_sigma(t_B), self.schedule.prediction_type
         x0_BCHW = x0_of(self.denoiser(unet, z_BCHW, t_B, cond, guidance_B=w_B), z_BCHW, level, kind)
@@ -65,10 +66,10 @@ class ConsistencyDistillation:
         w_B = draw_guidance(len(draw.t_B), self.guidance_range, generator)
         with torch.no_grad():
             inputs = draw.z_BCHW, draw.t_B, draw.cond
-            pred_BCHW, _ = guided(self.denoiser, self.teacher, *inputs, self.uncond, w_B)
+            guided_BCHW, _ = guided(self.denoiser, self.teacher, *inputs, self.uncond, w_B)
             start, end = schedule.alpha_sigma(draw.t_B), schedule.alpha_sigma(draw.end_B)
-            z_s_BCHW = ddim_step(pred_BCHW, draw.z_BCHW, start, end, schedule.prediction_type)
-            target_BCHW = self.answer(unet, z_s_BCHW, draw.end_B.clamp(min=0), draw.cond, w_B)
-        answer_BCHW = self.answer(unet, draw.z_BCHW, draw.t_B, draw.cond, w_B)
-        loss = (((answer_BCHW - target_BCHW) ** 2 + self.huber**2) ** 0.5 - self.huber).mean()
+            z_s_BCHW = ddim_step(guided_BCHW, draw.z_BCHW, start, end, schedule.prediction_type)
+            target_BCHW = self.consistency(unet, z_s_BCHW, draw.end_B.clamp(min=0), draw.cond, w_B)
+        pred_BCHW = self.consistency(unet, draw.z_BCHW, draw.t_B, draw.cond, w_B)
+        loss = (((pred_BCHW - target_BCHW) ** 2 + self.huber**2) ** 0.5 - self.huber).mean()
         return loss, {}

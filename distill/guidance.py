@@ -1,4 +1,4 @@
-"""Guided distillation: one evaluation per step, by a UNet that is told its guidance scale.
+"""Guided distillation: one evaluation per step, by a UNet with a guidance embedding.
 
 Axes: B batch, N steps of the student, K bounds of a step, C channels, H and W latent size.
 """
@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from slimstep.distill.teaching import (
-    Rung,
+    StepSchedule,
     draw_guidance,
     draw_steps,
     error_in_x,
-    known_range,
-    known_weighting,
     teacher_target,
+    validate_range,
+    validate_weighting,
 )
 from slimstep.engine.objective import Batch, Metrics, Requirements
 from slimstep.models.conditioning import Conditioning, conditioning_of
@@ -22,9 +22,9 @@ from slimstep.models.noise_schedule import NoiseSchedule
 
 
 class GuidanceDistillation:
-    """Guided distillation (Meng et al. 2023): the student is told the guidance scale, and needs one evaluation a step.
+    """Guided distillation (Meng et al. 2023): a student with a guidance embedding needs one evaluation a step.
 
-    The teacher is guided with w ~ U[guidance_range] per row, or is told w where it is such a student itself. With as
+    The teacher is guided with w ~ U[guidance_range] per row, by its guidance embedding where it has one. With as
     many steps as the teacher the student learns the guidance alone (their first stage).
     """
 
@@ -36,13 +36,14 @@ class GuidanceDistillation:
         schedule: NoiseSchedule,
         uncond: Conditioning,
         teacher: nn.Module,
-        rung: Rung,
+        step_schedule: StepSchedule,
         guidance_range: tuple[float, float] = (1.0, 8.0),
         weighting: str = "relative",
     ):
         self.denoiser, self.schedule, self.uncond, self.teacher = denoiser, schedule, uncond, teacher
-        self.bounds_NK = rung.bounds(schedule).to(next(teacher.parameters()).device)
-        self.guidance_range, self.weighting = known_range(guidance_range), known_weighting(weighting, rung)
+        self.bounds_NK = step_schedule.bounds(schedule).to(next(teacher.parameters()).device)
+        self.guidance_range = validate_range(guidance_range)
+        self.weighting = validate_weighting(weighting, step_schedule)
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         schedule = self.schedule

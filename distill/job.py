@@ -1,7 +1,6 @@
 """The distilling job (SnapFusion, section 4): from a teacher's 32 steps to few in stages, each a pipeline."""
 
 import copy
-import json
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
@@ -16,13 +15,12 @@ from torch import Tensor
 from slimstep.data.cache import CachedPairs
 from slimstep.data.folder import few
 from slimstep.data.prompts import PromptSet
+from slimstep.distill.cached_targets import TargetInputs, with_targets
 from slimstep.distill.config import Config
-from slimstep.distill.ladder import Climb
 from slimstep.distill.network import Distillation, check, distillation_of
-from slimstep.distill.pairs import FixedDraws, taught_pairs
 from slimstep.distill.plan import distilling_stages, trainings
+from slimstep.distill.stages import DistillationStage
 from slimstep.engine.environment import environment
-from slimstep.engine.files import damaged
 from slimstep.engine.objective import Objective, requirements
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
@@ -40,7 +38,7 @@ from slimstep.eval.inputs import (
     training_data,
 )
 from slimstep.eval.metrics.metric import FeatureSimilarity, Psnr, SampleError
-from slimstep.eval.overlap import among
+from slimstep.eval.overlap import among, read_calibration_prompts
 from slimstep.eval.pages.evaluation_page import results_table, write_evaluation_report
 from slimstep.eval.pages.steps_page import HEADER, curves_table, point_rows, timed_points, write_steps_report
 from slimstep.eval.plan import planned, scorer_stage
@@ -59,7 +57,7 @@ UNets = dict[str, PrunableUNet]
 
 
 def distill_steps(config: Config, run: Run) -> int | Plan:
-    """Runs or continues the job, or tells what it would do; returns exit code 0."""
+    """Runs or continues the job, or says what it would do; returns exit code 0."""
     job = distillation_of(load_teacher(config, run))
     check(job)
     (_, prompts), scorer = load_prompts(job.teacher), load_scorer(config, run.accelerator.device)
@@ -78,17 +76,17 @@ def distill_steps(config: Config, run: Run) -> int | Plan:
 
     train = partial(trained_copy, job, pairs, [*offloadable(job.teacher.pipeline, scorer)])
     unets = converted_to_v(job, train)
-    if job.ladder.repair:
+    if job.distillation.recover:
         recovery, teaching = config.recovery, partial(compute_copy, unets["teacher"], job.teacher)
         unets["student"] = train(unets["student"], recovery.objective, recovery.train, "repair", teaching=teaching)
-    for climb in job.climbs:
-        unets[climb.name] = distilled(job, climb, unets, pairs, train)
-        student = with_unet(job.teacher.pipeline, unets[climb.name], scheduler=job.student_scheduler)
-        export(student, f"{climb.name}/export", job.teacher, config.eval, climb.steps)
+    for stage in job.stages:
+        unets[stage.name] = distilled(job, stage, unets, pairs, train)
+        student = with_unet(job.teacher.pipeline, unets[stage.name], scheduler=job.student_scheduler)
+        export(student, f"{stage.name}/export", job.teacher, config.eval, stage.steps)
     evaluation = evaluated(job, unets, prompts, scorer, calibration)
     for point in evaluation.points:
         if point.model == f"steps-{point.steps}" and point.guidance == config.eval.guidance_scale:
-            line = f"{result_line(point)} (the teacher at {job.ladder.steps[0]} steps)"
+            line = f"{result_line(point)} (the teacher at {job.distillation.steps[0]} steps)"
             write_results(run, f"{point.model}/export", [line])
     measure_unets(job, unets)
     if job.teacher.is_conditional:
@@ -104,82 +102,81 @@ def distill_steps(config: Config, run: Run) -> int | Plan:
 def trained_copy(
     job: Distillation,
     pairs: Callable[[], CachedPairs],
-    idle: list[torch.nn.Module],
+    offloadable: list[torch.nn.Module],
     unet: PrunableUNet,
     objective: Mapping[str, Any],
     config: Any,
     stage: str,
-    **given: Any,
+    **options: Any,
 ) -> PrunableUNet:
     """A copy of the network in float32, trained on the job's noise schedule; it lies on the CPU afterwards."""
     copied = copy.deepcopy(unet).to(job.teacher.device, torch.float32).requires_grad_()
-    given = {"schedule": job.schedule, **given}
-    trained = train_stage(copied, stage, objective, config, job.teacher, pairs, idle, **given)
+    options = {"schedule": job.schedule, **options}
+    trained = train_stage(copied, stage, objective, config, job.teacher, pairs, offloadable, **options)
     return trained.requires_grad_(False).to("cpu")
 
 
 def converted_to_v(job: Distillation, train: Callable[..., PrunableUNet]) -> UNets:
-    """The teacher and the student; where they predict ε they learn to predict v first: x̂ from ε is lost in noise."""
+    """The teacher and the student; networks that predict ε are converted to v-prediction: x̂ from ε is lost in noise."""
     unets = {"teacher": job.teacher.unet, "student": job.student}
     if job.predicts_v:
         return unets
-    velocity = job.teacher.config.velocity
-    learnt: dict[int, PrunableUNet] = {}  # the student may be the teacher
+    conversion = job.teacher.config.v_prediction
+    converted: dict[int, PrunableUNet] = {}  # the student may be the teacher
     for name, unet in unets.items():
-        if id(unet) not in learnt:
-            learnt[id(unet)] = train(unet, velocity.objective, velocity.train, f"velocity-{name}")
-    return {name: learnt[id(unet)] for name, unet in unets.items()}
+        if id(unet) not in converted:
+            converted[id(unet)] = train(unet, conversion.objective, conversion.train, f"velocity-{name}")
+    return {name: converted[id(unet)] for name, unet in unets.items()}
 
 
 def distilled(
     job: Distillation,
-    climb: Climb,
+    stage: DistillationStage,
     unets: UNets,
     pairs: Callable[[], CachedPairs],
     train: Callable[..., PrunableUNet],
 ) -> PrunableUNet:
     """The network that one stage trains; where it exists it is loaded."""
-    unet, training, teacher = unets[climb.start], job.training(climb.name), job.teacher
-    if job.ladder.guidance_width:
-        unet = with_guidance_embedding(unet, job.ladder.guidance_width)
-    log.info(f"{climb.name}: from {climb.start}, taught by {climb.teacher} with {climb.teacher_steps} steps")
+    unet, training, teacher = unets[stage.start], job.training(stage.name), job.teacher
+    if job.distillation.guidance_embed_dim:
+        unet = with_guidance_embedding(unet, job.distillation.guidance_embed_dim)
+    log.info(f"{stage.name}: starts from {stage.start}, its teacher {stage.teacher} with {stage.teacher_steps} steps")
 
     def teaching() -> PrunableUNet:
         if not training.compile:
-            return compute_copy(unets[climb.teacher], teacher)
-        compiled = copy.deepcopy(unets[climb.teacher]).to(teacher.device, teacher.compute_dtype)
+            return compute_copy(unets[stage.teacher], teacher)
+        compiled = copy.deepcopy(unets[stage.teacher]).to(teacher.device, teacher.compute_dtype)
         compiled.compile(dynamic=False)
         return compiled
 
     def samples(objective: Objective):
-        """The pairs; with the teacher's targets, where the objective asks for them beforehand."""
+        """The pairs; with cached teacher targets, where the objective requires them."""
         if (cached := requirements(objective).cached_targets) is None:
             return pairs()
         run, batch_size = teacher.run, teacher.config.eval.batch_size
-        draws = FixedDraws(pairs(), cached, pairs().unconditional, run.seed)
-        keep = run.path / PARTIAL / f"{climb.name}-answers"
-        return taught_pairs(draws, cached.compute, run, climb.name, batch_size, keep)
+        draws = TargetInputs(pairs(), cached, pairs().unconditional, run.seed)
+        keep = run.path / PARTIAL / f"{stage.name}-answers"
+        return with_targets(draws, cached.compute, run, stage.name, batch_size, keep)
 
-    return train(unet, job.objective(climb), training, climb.name, teaching=teaching, samples=samples,
-                 rung=job.rung(climb))  # fmt: skip
+    return train(unet, job.objective(stage), training, stage.name, teaching=teaching, samples=samples,
+                 step_schedule=job.step_schedule(stage))  # fmt: skip
 
 
 # ---- evaluation ----
 
 
 def calibration_prompts(job: Distillation, prompts: PromptSet) -> list[str] | None:
-    """The eval prompts that the student's blocks were ranked on, as the run that pruned it tells; logged.
+    """The eval prompts that are calibration prompts of the student, as the run that pruned it says; logged.
 
     None where the student is no export of prune_unet's.
     """
-    file = Path(job.ladder.student or "").parent / "prompts.json"
-    if not job.ladder.student or not file.is_file():
+    file = Path(job.distillation.student or "").parent / "prompts.json"
+    if not job.distillation.student or not file.is_file():
         return None
-    with damaged(file):
-        both = among(prompts, json.loads(file.read_text())["ranked_on"])
+    both = among(prompts, read_calibration_prompts(file))
     if both:
-        told = f"{len(both)} of {len(prompts.distinct)} prompts of the evaluation"
-        log.warning(f"{told} are among those that the student's blocks were ranked on: {few(both)}")
+        count = f"{len(both)} of {len(prompts.distinct)} prompts of the evaluation"
+        log.warning(f"{count} are calibration prompts of the student: {few(both)}")
     return both
 
 
@@ -208,7 +205,7 @@ def evaluated(
     near = {"psnr": Psnr(), **features, "latent_error": SampleError()}
     metrics = {**load_metrics(config, scorer, teacher.device, teacher.is_conditional), **near}
     drawn = config.eval.batch_size, config.eval.pictures, partial(real_images, config)
-    evaluator = Evaluator(run, candidate, prompts, metrics, scorer, ("teacher", job.ladder.steps[0]), *drawn,
+    evaluator = Evaluator(run, candidate, prompts, metrics, scorer, ("teacher", job.distillation.steps[0]), *drawn,
                           read_finished(run))  # fmt: skip
     points = [evaluator.point(*key) for key in settings(job)]
     forget_times_of_others(run, evaluator.finished, points)
@@ -234,7 +231,7 @@ def settings(job: Distillation) -> list[tuple[str, int, float]]:
 
 
 def forget_times_of_others(run: Run, finished: Evaluation | None, points: list[Point]) -> None:
-    """Where more stages or other points are asked for than were, the times are measured again."""
+    """Where other points are requested than were evaluated before, the times are measured again."""
     grown = finished and [p.key for p in finished.points] != [p.key for p in points]
     if grown and run.accelerator.is_main_process:
         (run.path / "unet_ms.json").unlink(missing_ok=True)

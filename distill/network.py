@@ -8,9 +8,9 @@ from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from slimstep.distill.config import LadderConfig, RungConfig
-from slimstep.distill.ladder import Climb, climbed_otherwise, climbs
-from slimstep.distill.teaching import Rung
+from slimstep.distill.config import DistillationConfig, StageChanges
+from slimstep.distill.stages import DistillationStage, distillation_stages, with_changes
+from slimstep.distill.teaching import StepSchedule
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.objective import requirements
 from slimstep.eval.inputs import Teacher, check_inputs
@@ -32,11 +32,11 @@ SAME_IN_BOTH = ("in_channels", "out_channels", "cross_attention_dim")
 @dataclass(frozen=True)
 class Distillation:
     """The teacher samples by DDIM whose last step ends in clean latents; `student` is the network that learns, as it is
-    given."""
+    in its folder."""
 
     teacher: Teacher
-    ladder: LadderConfig
-    climbs: tuple[Climb, ...]
+    distillation: DistillationConfig
+    stages: tuple[DistillationStage, ...]
     student: PrunableUNet
 
     @property
@@ -46,7 +46,7 @@ class Distillation:
 
     @property
     def scheduler(self) -> diffusers.DDIMScheduler:
-        """What networks are trained and taught with; ε-prediction has become v."""
+        """What networks are trained and sampled with, as teachers too; ε-prediction has become v."""
         changes = {} if self.predicts_v else {"prediction_type": "v_prediction"}
         return self.on_the_grid(diffusers.DDIMScheduler, self.teacher.pipeline.scheduler, **changes)
 
@@ -59,88 +59,88 @@ class Distillation:
         """The diffusers scheduler that students are exported with."""
         objective = self.teacher.config.objective
         options = requirements(get_class(objective["_target_"])).sampler_options
-        own = {option: objective[key] for option, key in options.items() if key in objective}
-        return self.on_the_grid(getattr(diffusers, self.ladder.sampler), self.scheduler, **own)
+        kwargs = {option: objective[key] for option, key in options.items() if key in objective}
+        return self.on_the_grid(getattr(diffusers, self.distillation.sampler), self.scheduler, **kwargs)
 
     def on_the_grid(self, kind: type, scheduler: Any, **changes: Any) -> Any:
-        return on_the_grid(self.ladder, kind, scheduler, **changes)
+        return on_the_grid(self.distillation, kind, scheduler, **changes)
 
-    def changes(self, name: str) -> RungConfig:
+    def changes(self, name: str) -> StageChanges:
         """What is different in one stage."""
-        return (self.ladder.rungs or {}).get(name, RungConfig())
+        return (self.distillation.stages or {}).get(name, StageChanges())
 
     def training(self, name: str) -> TrainConfig:
-        """`train` with what `ladder.rungs` says of this stage. ValueError for unknown keys and wrong types."""
-        own, train = self.changes(name).train, OmegaConf.to_container(self.teacher.config.train)
+        """`train` with what `distillation.stages` says of this stage. ValueError for unknown keys and wrong types."""
+        changes, train = self.changes(name).train, OmegaConf.to_container(self.teacher.config.train)
         try:
-            return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), train, own))
+            return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TrainConfig), train, changes))
         except OmegaConfBaseException as error:
-            said = f"ladder.rungs.{name}.train={own}: {one_line(error)}; train has {sorted(train)}"
-            raise ValueError(said) from error
+            message = f"distillation.stages.{name}.train={changes}: {one_line(error)}; train has {sorted(train)}"
+            raise ValueError(message) from error
 
-    def objective(self, climb: Climb) -> DictConfig:
-        """`objective` with what `ladder.rungs` says of this stage."""
-        return OmegaConf.merge(self.teacher.config.objective, self.changes(climb.name).objective)
+    def objective(self, stage: DistillationStage) -> DictConfig:
+        """`objective` with what `distillation.stages` says of this stage."""
+        return OmegaConf.merge(self.teacher.config.objective, self.changes(stage.name).objective)
 
-    def rung(self, climb: Climb) -> Rung:
-        return Rung(self.scheduler, climb.teacher_steps, self.student_scheduler, climb.steps)
+    def step_schedule(self, stage: DistillationStage) -> StepSchedule:
+        return StepSchedule(self.scheduler, stage.teacher_steps, self.student_scheduler, stage.steps)
 
     @property
     def evaluated(self) -> tuple[str, ...]:
         """The models that are evaluated, in order: the teacher's samplers, the teacher converted to v, the students."""
         teachers = ("teacher", "teacher-dpm") if self.predicts_v else ("teacher", "teacher-dpm", "teacher-v")
-        return *teachers, *(climb.name for climb in self.climbs if climb.name.startswith("steps-"))
+        return *teachers, *(stage.name for stage in self.stages if stage.name.startswith("steps-"))
 
     def evaluated_steps(self, name: str) -> list[int]:
         """At which a model is evaluated, most first; the teacher at the reference's, too."""
-        more = {self.ladder.steps[0]} if name == "teacher" else set()
+        more = {self.distillation.steps[0]} if name == "teacher" else set()
         return sorted({*self.teacher.config.curves.steps, *more}, reverse=True)
 
 
 def distillation_of(teacher: Teacher) -> Distillation:
     """Raises ValueError for stages that cannot be, and for a student that does not fit the teacher's pipeline."""
-    ladder: LadderConfig = OmegaConf.to_object(teacher.config.ladder)
-    stages = climbs(ladder.steps, ladder.mode, own_network=not ladder.student)
-    stages = climbed_otherwise(stages, ladder.rungs or {})
+    distillation: DistillationConfig = OmegaConf.to_object(teacher.config.distillation)
+    stages = distillation_stages(distillation.steps, distillation.mode, same_network=not distillation.student)
+    stages = with_changes(stages, distillation.stages or {})
     pipeline = teacher.pipeline
-    pipeline.scheduler = on_the_grid(ladder, diffusers.DDIMScheduler, pipeline.scheduler)
-    return Distillation(teacher, ladder, stages, given_student(teacher, ladder))
+    pipeline.scheduler = on_the_grid(distillation, diffusers.DDIMScheduler, pipeline.scheduler)
+    return Distillation(teacher, distillation, stages, student_of(teacher, distillation))
 
 
-def on_the_grid(ladder: LadderConfig, kind: type, scheduler: Any, **changes: Any) -> Any:
+def on_the_grid(distillation: DistillationConfig, kind: type, scheduler: Any, **changes: Any) -> Any:
     """A scheduler of this kind on the same noise schedule; x̂ is not clipped, for training does not clip it.
 
     Raises ValueError where there is no noise schedule, or this kind cannot keep it.
     """
     check_noise_schedule(scheduler)
     kept = {key: value for key, value in stated(scheduler).items() if key not in SOLVERS_OWN}
-    grid = {"timestep_spacing": ladder.timestep_spacing, "set_alpha_to_one": True}
+    grid = {"timestep_spacing": distillation.timestep_spacing, "set_alpha_to_one": True}
     return on_same_schedule(kind, scheduler, {**kept, "clip_sample": False, "thresholding": False, **grid, **changes})
 
 
-def given_student(teacher: Teacher, ladder: LadderConfig) -> PrunableUNet:
-    """The network that learns, as it is given. ValueError where it does not fit the teacher's pipeline."""
-    folder = ladder.student
+def student_of(teacher: Teacher, distillation: DistillationConfig) -> PrunableUNet:
+    """The network that learns, as it was loaded. ValueError where it does not fit the teacher's pipeline."""
+    folder = distillation.student
     if not folder:
         return teacher.unet
     model = OmegaConf.to_container(teacher.config.model, resolve=True)
     options = {key: value for key, value in model.items() if key not in ("_target_", "name_or_path")}
     student = load_pipeline(folder, **options if folder == model["name_or_path"] else {})
-    own, other = (
+    of_student, of_teacher = (
         {
             "prediction_type": scheduler.config.prediction_type,
             "noise schedule": schedule_of(scheduler).alpha_T.tolist(),
             **{key: unet.config.get(key) for key in SAME_IN_BOTH},
         }
         for scheduler, unet in (
-            (on_the_grid(ladder, diffusers.DDIMScheduler, student.scheduler), student.unet),  # as the teacher's is
+            (on_the_grid(distillation, diffusers.DDIMScheduler, student.scheduler), student.unet),
             (teacher.pipeline.scheduler, teacher.unet),
         )
     )
-    if differing := [key for key in own if own[key] != other[key]]:
-        both = {key: (own[key], other[key]) for key in differing if key != "noise schedule"}
+    if differing := [key for key in of_student if of_student[key] != of_teacher[key]]:
+        both = {key: (of_student[key], of_teacher[key]) for key in differing if key != "noise schedule"}
         raise ValueError(
-            f"ladder.student={folder} does not fit the teacher: it differs in {', '.join(differing)} {both or ''}"
+            f"distillation.student={folder} does not fit the teacher: it differs in {', '.join(differing)} {both or ''}"
         )
     set_resolution(student, native_pixels(teacher.pipeline))
     return student.unet.requires_grad_(False).eval()
@@ -151,43 +151,43 @@ def check(job: Distillation) -> None:
     config, teacher = job.teacher.config, job.teacher
     check_agreement(job)
     check_inputs(teacher)
-    for key in ("velocity", "recovery"):
+    for key in ("v_prediction", "recovery"):
         check_objective(f"{key}.objective", config[key].objective, config[key].train, teacher)
-    for climb in job.climbs:
-        given = {"schedule": job.schedule, "rung": job.rung(climb)}
-        check_objective("objective", job.objective(climb), job.training(climb.name), teacher, **given)
+    for stage in job.stages:
+        options = {"schedule": job.schedule, "step_schedule": job.step_schedule(stage)}
+        check_objective("objective", job.objective(stage), job.training(stage.name), teacher, **options)
     for steps in config.curves.steps:
         try:
             check_sampling(job.student_scheduler, steps)
         except ValueError as error:
             raise ValueError(f"curves.steps={list(config.curves.steps)}: {one_line(error)}") from error
-    if job.ladder.guidance_width:
-        with_guidance_embedding(job.student, job.ladder.guidance_width)
+    if job.distillation.guidance_embed_dim:
+        with_guidance_embedding(job.student, job.distillation.guidance_embed_dim)
 
 
 def check_agreement(job: Distillation) -> None:
-    """ValueError where the objective does not make the students that the ladder asks for."""
-    kind, ladder = get_class(job.teacher.config.objective["_target_"]), job.ladder
+    """ValueError where the objective does not train the students that `distillation` describes."""
+    kind, distillation = get_class(job.teacher.config.objective["_target_"]), job.distillation
     requires = requirements(kind)
     if not requires.distils_steps:
         raise ValueError(f"objective {kind.__name__} distils no steps; choose objective=steps, guidance or lcm")
-    if requires.sampler == "LCMScheduler" and len(job.climbs) > 1:
-        raise ValueError(f"objective {kind.__name__} has one rung, as ladder.steps=[32,4]: its student serves all")
-    silent_trainings = {
+    if requires.sampler == "LCMScheduler" and len(job.stages) > 1:
+        raise ValueError(f"objective {kind.__name__} has one stage, as distillation.steps=[32,4]; it serves all steps")
+    without_embedding = {
         f"objective {kind.__name__}": not requires.guidance_embedding,
-        "learning to predict v": not job.predicts_v,
-        "ladder.repair": ladder.repair,
+        "the conversion to v-prediction": not job.predicts_v,
+        "distillation.recover": distillation.recover,
     }
-    silent = [name for name, is_asked in silent_trainings.items() if is_asked]
+    unguided = [name for name, is_requested in without_embedding.items() if is_requested]
     unets = {"teacher": job.teacher.unet, "student": job.student}
     embedded = [name for name, unet in unets.items() if guidance_embed_dim(unet)]
-    if silent and embedded:
-        who, what = " and ".join(embedded), " and ".join(silent)
-        raise ValueError(f"its guidance scale is told to the {who}, and {what} would not tell it")
-    if requires.guidance_embedding != bool(ladder.guidance_width):
-        way = f"needs ladder.guidance_width{', as 256' if requires.guidance_embedding else '=0'}"
+    if unguided and embedded:
+        who, what = " and ".join(embedded), " and ".join(unguided)
+        raise ValueError(f"the {who} has a guidance embedding, and {what} would not train it")
+    if requires.guidance_embedding != bool(distillation.guidance_embed_dim):
+        way = f"needs distillation.guidance_embed_dim{', as 256' if requires.guidance_embedding else '=0'}"
         raise ValueError(f"objective {kind.__name__} {way}")
-    if (requires.sampler or ladder.sampler) != ladder.sampler or (
-        ladder.sampler == "LCMScheduler" and requires.sampler is None
+    if (requires.sampler or distillation.sampler) != distillation.sampler or (
+        distillation.sampler == "LCMScheduler" and requires.sampler is None
     ):
-        raise ValueError(f"objective {kind.__name__} and ladder.sampler={ladder.sampler} do not go together")
+        raise ValueError(f"objective {kind.__name__} trains no student for distillation.sampler={distillation.sampler}")

@@ -12,16 +12,17 @@ def distilling_stages(job: Distillation) -> Iterator[Stage]:
     """All stages in the order in which they run; a consistency objective runs one teacher step, others several."""
     teacher, config = job.teacher, job.teacher.config
     if not job.predicts_v:
-        for name in ("teacher", "student") if job.ladder.student else ("teacher",):
-            yield training(f"velocity-{name}", config.velocity.train, teacher, taught=0, work=f"{name}, by the data")
-    if job.ladder.repair:
+        for name in ("teacher", "student") if job.distillation.student else ("teacher",):
+            train = config.v_prediction.train
+            yield training(f"velocity-{name}", train, teacher, teacher_rows=0, work=f"{name}, by the data")
+    if job.distillation.recover:
         yield training("repair", config.recovery.train, teacher, work="student, by the teacher")
-    for climb in job.climbs:
-        one_step = job.ladder.sampler == "LCMScheduler"
-        taught = 1 if one_step else climb.teacher_steps // climb.steps
-        work = f"{climb.start}, by {climb.teacher} with {climb.teacher_steps} steps"
-        yield training(climb.name, job.training(climb.name), teacher, taught, work)
-        yield export(f"{climb.name}/export", teacher)
+    for stage in job.stages:
+        one_step = job.distillation.sampler == "LCMScheduler"
+        teacher_rows = 1 if one_step else stage.teacher_steps // stage.steps
+        work = f"{stage.start}, by {stage.teacher} with {stage.teacher_steps} steps"
+        yield training(stage.name, job.training(stage.name), teacher, teacher_rows, work)
+        yield export(f"{stage.name}/export", teacher)
     yield evaluation(job)
     yield Stage("unet_ms.json", "evaluations of one row and of two")
     yield Stage("report.html", "")
@@ -32,7 +33,7 @@ def evaluation(job: Distillation) -> Stage:
     config, points, rows = job.teacher.config, 0, 0
     for guidance in config.curves.guidance:
         for name in job.evaluated:
-            embedded = name.startswith("steps-") and job.ladder.guidance_width
+            embedded = name.startswith("steps-") and job.distillation.guidance_embed_dim
             steps = job.evaluated_steps(name)
             points += len(steps)
             rows += config.eval.prompts * sum(n if embedded else image_rows(n, guidance) for n in steps)
@@ -42,6 +43,6 @@ def evaluation(job: Distillation) -> Stage:
 def trainings(job: Distillation) -> list[TrainConfig]:
     """What the stages train with, for their memory."""
     config = job.teacher.config
-    own = [config.velocity.train] if not job.predicts_v else []
-    own += [config.recovery.train] if job.ladder.repair else []
-    return own + [job.training(climb.name) for climb in job.climbs]
+    trains = [config.v_prediction.train] if not job.predicts_v else []
+    trains += [config.recovery.train] if job.distillation.recover else []
+    return trains + [job.training(stage.name) for stage in job.stages]

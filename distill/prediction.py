@@ -1,4 +1,4 @@
-"""From ε to v: before its steps are distilled, a network learns to predict v (SnapFusion, section 4).
+"""Conversion to v-prediction: before its steps are distilled, a network learns to predict v (SnapFusion, section 4).
 
 Axes: B batch, C channels, H and W latent size.
 """
@@ -25,7 +25,7 @@ class Denoising:
         teacher: nn.Module,
         caption_dropout: float = 0.1,
     ):
-        check_fraction("velocity.objective", caption_dropout=caption_dropout)
+        check_fraction("v_prediction.objective", caption_dropout=caption_dropout)
         self.denoiser, self.schedule, self.uncond, self.caption_dropout = denoiser, schedule, uncond, caption_dropout
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:

@@ -45,16 +45,16 @@ class Recovery:
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         noisy = draw_noisy(batch, self.schedule, self.uncond, self.caption_dropout, generator)
-        with features_of(self.teacher) as taught, torch.no_grad():
-            taught_BCHW = self.denoiser(self.teacher, *noisy.inputs)
-        with features_of(unet) as own:
+        with features_of(self.teacher) as of_teacher, torch.no_grad():
+            target_BCHW = self.denoiser(self.teacher, *noisy.inputs)
+        with features_of(unet) as of_student:
             pred_BCHW = self.denoiser(unet, *noisy.inputs)
         # Where a level is gone, the one above it no longer shrinks what it gives.
-        shared = [name for name in own if own[name].shape == taught[name].shape]
+        shared = [name for name in of_student if of_student[name].shape == of_teacher[name].shape]
         metrics = {
             "denoising": nn.functional.mse_loss(pred_BCHW, noisy.target_BCHW),
-            "output": nn.functional.mse_loss(pred_BCHW, taught_BCHW),
-            "features": torch.stack([relative_error(own[name], taught[name]) for name in shared]).mean(),
+            "output": nn.functional.mse_loss(pred_BCHW, target_BCHW),
+            "features": torch.stack([relative_error(of_student[name], of_teacher[name]) for name in shared]).mean(),
         }
         weights = {"denoising": 1.0, "output": self.output_weight, "features": self.feature_weight}
         return cast(Tensor, sum(weights[name] * value for name, value in metrics.items())), metrics

@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from slimstep.distill.teaching import (
     Draw,
-    Rung,
+    StepSchedule,
     Target,
     draw_guidance,
     draw_steps,
     drop_captions,
     error_in_x,
-    known_range,
-    known_weighting,
     teacher_target,
+    validate_range,
+    validate_weighting,
 )
 from slimstep.engine.checks import check_fraction, check_not_negative
 from slimstep.engine.objective import Batch, CachedTargets, Metrics, Requirements
@@ -37,8 +37,8 @@ class StepDistillation:
     CFG-aware. `original_weight` is γ: L_ori, the denoising loss, here at the starts of the student's steps, is brought
     to the size of L_dstl first. `weighting` is `truncated_snr` in the paper; `relative` makes the loss the share of the
     teacher's own error that is left. `caption_dropout` empties captions of rows that are never guided, so that the
-    unconditional branch is distilled, too. With `cached_draws` every image has that many fixed noises and steps, for
-    which the teacher is asked once, before the training (vanilla only: `guided_share` 0).
+    unconditional branch is distilled, too. With `cached_draws` every image has that many fixed noises and steps, whose
+    teacher targets are computed once, before the training (vanilla only: `guided_share` 0).
     """
 
     requires = Requirements(distils_steps=True)
@@ -49,7 +49,7 @@ class StepDistillation:
         schedule: NoiseSchedule,
         uncond: Conditioning,
         teacher: nn.Module,
-        rung: Rung,
+        step_schedule: StepSchedule,
         guided_share: float = 0.1,
         guidance_range: tuple[float, float] = (2.0, 14.0),
         weighting: str = "relative",
@@ -62,9 +62,9 @@ class StepDistillation:
         if cached_draws and guided_share:
             raise ValueError(f"objective.cached_draws={cached_draws} needs guided_share=0, and it is {guided_share}")
         self.denoiser, self.schedule, self.uncond, self.teacher = denoiser, schedule, uncond, teacher
-        self.bounds_NK = rung.bounds(schedule).to(next(teacher.parameters()).device)
-        self.guided_share, self.guidance_range = guided_share, known_range(guidance_range)
-        self.weighting, self.original_weight = known_weighting(weighting, rung), original_weight
+        self.bounds_NK = step_schedule.bounds(schedule).to(next(teacher.parameters()).device)
+        self.guided_share, self.guidance_range = guided_share, validate_range(guidance_range)
+        self.weighting, self.original_weight = validate_weighting(weighting, step_schedule), original_weight
         self.caption_dropout, self.cached_draws = caption_dropout, cached_draws
         if cached_draws:
             cached = CachedTargets(cached_draws, len(self.bounds_NK), caption_dropout, self.compute_targets)
@@ -73,7 +73,7 @@ class StepDistillation:
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         schedule, rows = self.schedule, len(batch["latents"])
         if self.cached_draws:
-            draw, target, w_G = self.fixed_draw(batch), Target(batch["target"], batch["gap"]), self.unguided
+            draw, target, w_G = self.cached_draw(batch), Target(batch["target"], batch["gap"]), self.unguided
         else:
             guided_rows = math.ceil(self.guided_share * rows)
             cond = drop_captions(batch, self.uncond, self.caption_dropout, guided_rows, generator)
@@ -94,15 +94,15 @@ class StepDistillation:
         """No guidance scales at all."""
         return torch.zeros(0, device=self.bounds_NK.device)
 
-    def fixed_draw(self, batch: Batch) -> Draw:
-        """The noisy latents of a batch of distill.pairs.FixedDraws."""
+    def cached_draw(self, batch: Batch) -> Draw:
+        """The noisy latents of a batch of distill.cached_targets.TargetInputs."""
         x0_BCHW, noise_BCHW, bounds_BK = batch["latents"], batch["noise"], self.bounds_NK[batch["step"]]
         z_BCHW = add_noise(x0_BCHW, noise_BCHW, self.schedule.alpha_sigma(bounds_BK[:, 0]))
         return Draw(x0_BCHW, noise_BCHW, z_BCHW, bounds_BK, conditioning_of(batch, like=self.uncond))
 
     def compute_targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """The teacher target x̃ [B, C, H, W] of fixed draws, and the gap [B] of the teacher's going there at once."""
-        draw = self.fixed_draw(batch)
+        """The teacher target x̃ [B, C, H, W] of fixed draws, and the gap [B] of the teacher's own single step."""
+        draw = self.cached_draw(batch)
         target = teacher_target(self.denoiser, self.teacher, self.schedule, draw, self.uncond, self.unguided)
         return target.x0_BCHW, target.gap_B
 

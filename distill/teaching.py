@@ -1,4 +1,4 @@
-"""What every distillation of steps is made of: noisy starts, guided predictions, and where the teacher lands.
+"""What every distillation of steps is made of: noisy starts, guided predictions, and teacher targets.
 
 Axes: B batch, G guided rows, N steps of the student, K bounds of the teacher's steps within one of them, C channels,
 H and W latent size.
@@ -28,8 +28,8 @@ LEAST_GAP = 1e-6
 
 
 @dataclass(frozen=True)
-class Rung:
-    """What one rung of the ladder teaches: `teacher_steps` DDIM steps done in `steps` of the student's sampler."""
+class StepSchedule:
+    """What a distillation stage teaches: `teacher_steps` DDIM steps done in `steps` of the student's sampler."""
 
     teacher_scheduler: object
     teacher_steps: int
@@ -142,15 +142,15 @@ def draw_guidance(rows: int, guidance_range: tuple[float, float], generator: tor
     return low + (high - low) * torch.rand(rows, generator=generator, device=generator.device)
 
 
-def known_weighting(weighting: str, rung: Rung) -> str:
+def validate_weighting(weighting: str, step_schedule: StepSchedule) -> str:
     if weighting not in WEIGHTINGS:
         raise ValueError(f"objective.weighting={weighting!r} is unknown; choose from {WEIGHTINGS}")
-    if weighting == "relative" and rung.steps == rung.teacher_steps:
-        raise ValueError(f"objective.weighting=relative needs a teacher with more steps than {rung.steps}")
+    if weighting == "relative" and step_schedule.steps == step_schedule.teacher_steps:
+        raise ValueError(f"objective.weighting=relative needs a teacher with more steps than {step_schedule.steps}")
     return weighting
 
 
-def known_range(guidance_range: tuple[float, float]) -> tuple[float, float]:
+def validate_range(guidance_range: tuple[float, float]) -> tuple[float, float]:
     low, high = guidance_range
     if not 1 <= low <= high:
         raise ValueError(f"objective.guidance_range={list(guidance_range)} must be two scales, 1 <= low <= high")

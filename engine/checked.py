@@ -19,7 +19,7 @@ from slimstep import ROOT
 from slimstep.engine.checks import check_minimum
 from slimstep.engine.config import Config, schema
 from slimstep.engine.names import check_name, disk_name
-from slimstep.engine.renamed import rename_keys, replace_moved
+from slimstep.engine.renamed import replace_moved, tell, with_new_names
 
 CONFIGS = ROOT / "configs"
 USER_ERRORS = (
@@ -30,7 +30,7 @@ PRECISIONS = ("no", "bf16", "fp16")
 
 def checked_config(config: DictConfig) -> DictConfig:
     """The configuration in its typed form. ValueError for keys nobody reads, and values that cannot be."""
-    rename_keys(config)
+    config = OmegaConf.create(with_new_names(OmegaConf.to_container(config, resolve=False), tell))
     known = schema()
     if unknown := list(unknown_keys(known, config)):
         raise ValueError(f"the configuration has no key {unknown[0]}, which +{unknown[0]}=… would add")

@@ -2,7 +2,7 @@
 
     +experiment=prune_unet                                   runs/prune_unet
     +experiment=prune_unet search.target_fraction=0.6        runs/prune_unet-target_fraction-0.6
-    +experiment=distill_steps ladder.student=a/b/export      runs/distill_steps-student-b-5f3a91c2
+    +experiment=distill_steps distillation.student=a/b/export      runs/distill_steps-student-b-5f3a91c2
 
 A name is letters, digits and `._+-`, so that it needs no quotes in the next command. What a name leaves out of a value
 (folders of a path, the end of a long one) is in the hash at its end. A workflow has the name that its experiment says:
@@ -21,10 +21,10 @@ import yaml
 from hydra.core.override_parser.types import Override
 
 from slimstep.engine.overrides import as_typed
-from slimstep.engine.renamed import is_same, with_new_keys
+from slimstep.engine.renamed import is_same, with_new_names
 
 SCORER_CHECK = "scorer_check.json"  # what eval/scorer_check.py has measured
-GROWING = ("ladder.steps", "curves.steps", "curves.guidance")
+GROWING = ("distillation.steps", "curves.steps", "curves.guidance")
 # A run may be continued with other values of these: they change how it is watched, or where and whether a cache can be
 # made, not what comes out.
 WATCHING = (
@@ -118,7 +118,7 @@ def has_grown(key: str, old: Any, new: Any) -> bool:
 def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, Any]]:
     """{dotted key: (old, new)} of all leaves in which two nested dicts differ; None stands for a missing one."""
     if not prefix:
-        old = with_new_keys(old)
+        old = with_new_names(old)
     tables = [value for value in (old, new) if isinstance(value, dict)]
     if not tables or not all(value is None or isinstance(value, dict) for value in (old, new)):
         return {} if is_same(prefix, old, new) else {prefix: (old, new)}

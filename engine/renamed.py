@@ -1,24 +1,39 @@
-"""Experiments, keys, jobs and components of earlier versions' configurations, and what they are called now."""
+"""Experiments, keys, values, jobs and components of earlier versions' configurations, and what they are called now."""
 
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 log = logging.getLogger("slimstep")
 EXPERIMENTS = {"handover": "export_student", "ladder": "cumulative"}
 KEYS = {
     "benchmark.first_image": "benchmark.cold_start",
+    "decoder.choice": "decoder.importance",
+    "evaluation.ranked_on": "evaluation.calibration_prompts",
     "handover": "export",
+    "ladder": "distillation",
+    "ladder.guidance_width": "distillation.guidance_embed_dim",
+    "ladder.repair": "distillation.recover",
+    "ladder.rungs": "distillation.stages",
     "search.bypass": "search.skip_rule",
     "search.method.depths": "search.method.architecture",
     "search.method.sites": "search.method.blocks",
+    "velocity": "v_prediction",
 }
 OLD_EXPERIMENT = re.compile(rf"(\+experiment=|restart=|[+~]*stages\.)({'|'.join(EXPERIMENTS)})(?=[.=]|$)")
 OLD_STAGE = re.compile(rf"(?<![^/])({'|'.join(EXPERIMENTS)})(?=/export|$)")  # a folder of a workflow, or its name alone
-OLD_KEY = re.compile(rf"([+~]*(?:stages\.[^.=]+\.)?)({'|'.join(map(re.escape, KEYS))})(?=[.=]|$)")
+VALUES = {
+    "decoder.importance": {"energy": "activation_energy"},
+    "decoder.norm_groups": {"thinned": "per_group"},
+    "objective": {"robust": "stochastic_depth"},
+}
+OLD = "|".join(map(re.escape, sorted(KEYS, key=len, reverse=True)))
+OLD_KEY = re.compile(rf"([+~]*)((?:stages\.[^.=]+\.)?)({OLD})(?=[.=]|$)")
+OLD_REFERENCE = re.compile(rf"(\$\{{(?:stages\.[^.:}}]+\.)?)({OLD})(?=[.}}])")  # an interpolation
+OLD_VALUE = re.compile(rf"((?:\+*stages\.[^.=]+\.)?)({'|'.join(map(re.escape, VALUES))})=([\w,]+)")
 
 MOVED = {
     "slimstep.engine.handover.hand_over": "slimstep.eval.export_job.export_student",
@@ -26,6 +41,7 @@ MOVED = {
     "slimstep.eval.handover.hand_over": "slimstep.eval.export_job.export_student",
     "slimstep.eval.speed_job.ladder": "slimstep.eval.speed_job.cumulative",
     "slimstep.eval.preference.PickScore": "slimstep.eval.metrics.preference.PickScore",
+    "slimstep.prune.robust.RobustTraining": "slimstep.prune.stochastic_depth.StochasticDepth",
 }
 BARE = re.compile(r"(data|distill|engine|eval|models|prune)\.\w+(\.\w+)+")  # paths from before the one import root
 # What earlier versions did without saying it.
@@ -33,40 +49,63 @@ ADDED = {"evaluation.preferences.hpsv2.quick_gelu": False, "search.metric": "cli
 
 
 def with_new_key(word: str) -> str:
-    """An override of the command line with the present name of its experiment and its key; a line says so where one is
-    another."""
+    """An override of the command line with its experiment, key and value as they are called now; a line says so where
+    that is another name. A whole section of old keys is added as it is, for `with_new_names`."""
     if match := OLD_EXPERIMENT.match(word):
         tell(match[2], EXPERIMENTS[match[2]])
         word = f"{match[1]}{EXPERIMENTS[match[2]]}{word[match.end() :]}"
-    if not (match := OLD_KEY.match(word)):
-        return word
-    tell(match[2], KEYS[match[2]])
-    return f"{match[1]}{KEYS[match[2]]}{word[match.end() :]}"
-
-
-def rename_keys(config: DictConfig) -> None:
-    """Moves the values of old keys of a configuration to where they are read; a line for each."""
-    for key, new in KEYS.items():
-        if (value := OmegaConf.select(config, key)) is not None:
-            tell(key, new)
-            parent, _, leaf = key.rpartition(".")
-            with open_dict(config):
-                OmegaConf.update(config, new, value)
-                del (OmegaConf.select(config, parent) if parent else config)[leaf]
-
-
-def with_new_keys(table: Any, prefix: str = "") -> Any:
-    """The configuration that an earlier version wrote, with the keys as they are called now."""
-    if not isinstance(table, dict):
-        return table
-    return {
-        KEYS[f"{prefix}{key}"].removeprefix(prefix) if f"{prefix}{key}" in KEYS else key:
-        with_new_keys(value, f"{prefix}{key}.") for key, value in table.items()
-    }  # fmt: skip
+    if match := OLD_KEY.match(word):
+        signs, stage, key = match.groups()
+        if "." not in key and word[match.end() :].startswith("="):
+            return word if signs else f"++{word}"
+        rest = word[match.end() :]
+        below = rest.partition("=")[0]
+        tell(f"{key}{below}", f"{KEYS[key]}{below}")
+        word = f"{signs}{stage}{KEYS[key]}{rest}"
+    if match := OLD_VALUE.fullmatch(word):
+        stage, key, values = match.groups()
+        new = ",".join(VALUES[key].get(value, value) for value in values.split(","))
+        if new != values:
+            tell(f"{key}={values}", f"{key}={new}")
+        word = f"{stage}{key}={new}"
+    return word
 
 
 def tell(old: str, new: str) -> None:
     log.warning(f"{old} is called {new} now; the old name works for one version")
+
+
+def with_new_names(value: Any, say: Callable[[str, str], None] = lambda old, new: None, prefix: str = "") -> Any:
+    """A nested configuration of an earlier version, or its tables of stages, with keys and values as they are called
+    now; `say` hears of each. Where a key stands under both names the values of the old one are put over the other's."""
+    if prefix.startswith("stages.") and prefix.count(".") == 1:
+        prefix = ""  # a stage's table is a configuration, too
+    if isinstance(value, str) and "${" in value:
+        return OLD_REFERENCE.sub(lambda found: f"{found[1]}{KEYS[found[2]]}", value)
+    if isinstance(value, str):
+        key = KEYS.get(prefix, prefix)
+        if (new := VALUES.get(key, {}).get(value, value)) != value:
+            say(f"{key}={value}", f"{key}={new}")
+        return new
+    if isinstance(value, list):
+        return [with_new_names(inner, say, f"{prefix}[]") for inner in value]
+    if not isinstance(value, dict):
+        return value
+    renamed: dict[str, Any] = {}
+    paths = {key: f"{prefix}.{key}" if prefix else str(key) for key in value}
+    for key in sorted(value, key=lambda key: paths[key] in KEYS):  # old ones last, to win
+        inner, path = with_new_names(value[key], say, paths[key]), paths[key]
+        if path in KEYS:
+            say(path, KEYS[path])
+        name = KEYS[path].rpartition(".")[2] if path in KEYS else key
+        renamed[name] = merged(renamed[name], inner) if name in renamed else inner
+    return renamed
+
+
+def merged(below: Any, above: Any) -> Any:
+    if not isinstance(below, dict) or not isinstance(above, dict):
+        return above
+    return {**below, **{key: merged(below[key], value) if key in below else value for key, value in above.items()}}
 
 
 def with_new_kind(results: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
     stages:
       prune_unet: {search: {target_fraction: 0.75}}                   # what changes in +experiment=prune_unet
-      distill_steps: {ladder: {student: "${made:prune_unet/export}"}} # a product of an earlier stage
+      distill_steps: {distillation: {student: "${made:prune_unet/export}"}} # a product of an earlier stage
 
 A stage is what train.py would run by hand with the words of its command, which is kept in RUN/stages/STAGE.json. What
 is finished is skipped; a stage whose inputs were made anew since is moved aside and made anew, too.

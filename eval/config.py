@@ -92,8 +92,8 @@ class EvaluationConfig:
     """What is measured beside CLIP score: with `distribution` the distance of the scorer's features to those of
     `real_images` held-out images; and of Inception features, FID and KID, where `inception` is a file of its weights.
     `preferences` is what `metrics` was in earlier versions. With `compile`, UNet and VAE decoder are
-    compiled graphs, kept in `artifacts` for the next evaluation and the other processes. Prompts that a
-    network's blocks were chosen by are left out where `ranked_on` is the prompts.json of the run that chose them.
+    compiled graphs, kept in `artifacts` for the next evaluation and the other processes. `calibration_prompts` is the
+    prompts.json of the run that pruned a network: the prompts by which its blocks were chosen are left out.
     """
 
     distribution: bool = True
@@ -102,7 +102,7 @@ class EvaluationConfig:
     preferences: Any = None
     compile: bool = False
     artifacts: str = "runs/artifacts"
-    ranked_on: str | None = None
+    calibration_prompts: str | None = None
 
     def __post_init__(self) -> None:
         check_minimum("evaluation", self, 2, "real_images")

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 import logging
 import time
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from slimstep.data.encoding import described
 from slimstep.data.prompts import PromptSet
 from slimstep.engine.components import component
 from slimstep.engine.console import print_for_programs
-from slimstep.engine.files import damaged, digest
+from slimstep.engine.files import digest
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
 from slimstep.eval.config import Config
@@ -36,7 +35,7 @@ from slimstep.eval.inputs import (
 from slimstep.eval.metrics.clip import ClipScorer
 from slimstep.eval.metrics.inception import Inception
 from slimstep.eval.metrics.metric import FeatureDistance, FeatureSimilarity, InceptionDistance, Psnr
-from slimstep.eval.overlap import among, known_captions
+from slimstep.eval.overlap import among, known_captions, read_calibration_prompts
 from slimstep.eval.pages.evaluation_page import header, rows, summary, write_evaluation_report
 from slimstep.eval.pages.tables import console_table
 from slimstep.eval.pages.text import overlap_sentence
@@ -110,20 +109,19 @@ def protocol(config: Config, scorer: ClipScorer) -> dict[str, Any]:
 
 
 def eval_prompts(config: Config) -> PromptSet:
-    """The prompts that are asked for, without those that a network's blocks were ranked on."""
+    """The requested prompts, without the calibration prompts of a pruned network."""
     prompts, count = read_prompt_set(config), config.eval.prompts
-    if ranked_on := config.evaluation.ranked_on:
-        return prompts.without(ranking_prompts(Path(ranked_on)), count)
+    if file := config.evaluation.calibration_prompts:
+        return prompts.without(calibration_prompts(Path(file)), count)
     fewer = f"eval.prompts={len(prompts)} or fewer, or " if len(prompts) > 1 else ""
     return prompts.take(count, way=f"{fewer}data.prompt_file=FILE with more")
 
 
-def ranking_prompts(file: Path) -> frozenset[str]:
-    """What prune_unet's prompts.json says that blocks were ranked on."""
+def calibration_prompts(file: Path) -> frozenset[str]:
+    """The calibration prompts of the run that pruned a network."""
     if not file.is_file():
-        raise FileNotFoundError(f"evaluation.ranked_on={file} does not exist; give prune_unet's prompts.json")
-    with damaged(file):
-        return frozenset(json.loads(file.read_text())["ranked_on"])
+        raise FileNotFoundError(f"evaluation.calibration_prompts={file} does not exist; give prune_unet's prompts.json")
+    return read_calibration_prompts(file)
 
 
 def seen_in_training(config: Config, prompts: PromptSet) -> dict[str, int]:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from slimstep.data.prompts import PromptSet
 from slimstep.data.shards import CachedPairs
+from slimstep.engine.files import damaged
 
 
 def among(prompts: PromptSet, texts: Iterable[str]) -> list[str]:
@@ -21,6 +22,14 @@ def among(prompts: PromptSet, texts: Iterable[str]) -> list[str]:
             if len(seen) == len(left):
                 break
     return [prompt for same, prompt in left.items() if same in seen]
+
+
+def read_calibration_prompts(file: Path) -> frozenset[str]:
+    """The prompts that prune_unet's prompts.json says blocks were ranked by."""
+    with damaged(file):
+        record = json.loads(file.read_text())
+        # Earlier versions wrote "ranked_on".
+        return frozenset(record["calibration_prompts" if "calibration_prompts" in record else "ranked_on"])
 
 
 def plain(text: str) -> str:

@@ -34,8 +34,8 @@ class Stage:
     decoded: int = 0
 
 
-def training(stage: str, config: TrainConfig, teacher: Teacher, taught: int = 1, work: str = "") -> Stage:
-    """A stage of the loop whose objective runs `taught` teacher rows per sample; no student is larger than the teacher.
+def training(stage: str, config: TrainConfig, teacher: Teacher, teacher_rows: int = 1, work: str = "") -> Stage:
+    """A stage of the loop whose objective runs `teacher_rows` rows per sample; no student is larger than the teacher.
 
     Rows that are guided, and so run twice, are not counted.
     """
@@ -43,7 +43,7 @@ def training(stage: str, config: TrainConfig, teacher: Teacher, taught: int = 1,
     size = BYTES * teacher.unet.num_parameters()
     kept = CHECKPOINT_COPIES * size * min(config.keep_checkpoints, (config.steps - 1) // config.checkpoint_every)
     told = ", ".join(filter(None, [f"{config.steps} steps, {samples} samples", work]))
-    return Stage(f"{stage}/weights.safetensors", told, samples * taught, size + kept, trained=samples)
+    return Stage(f"{stage}/weights.safetensors", told, samples * teacher_rows, size + kept, trained=samples)
 
 
 def export(product: str, teacher: Teacher) -> Stage:

@@ -11,6 +11,7 @@ from slimstep.engine.artifacts import CARD
 from slimstep.engine.files import write_text
 from slimstep.models.architecture import as_architecture
 
+EXPORT_REPORT = "export_report.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -23,19 +24,25 @@ class Origin:
     guidance_scale: float
 
 
+def read_export_report(folder: Path) -> dict[str, Any] | None:
+    """What `export_pipeline` said of a folder that it wrote; None for other folders. Earlier versions called the file
+    verdict.json."""
+    files = [folder / name for name in (EXPORT_REPORT, "verdict.json")]
+    return next((json.loads(file.read_text()) for file in files if file.is_file()), None)
+
+
 def origin_of(folder: str | Path) -> Origin | None:
     """What an export says of itself; None for other folders, and for exports of before there were cards."""
-    file = Path(folder) / "verdict.json"
-    fields = json.loads(file.read_text()).get("origin") if file.is_file() else None
+    fields = (read_export_report(Path(folder)) or {}).get("origin")
     return fields and Origin(**fields)
 
 
 def write_card(folder: Path, results: Sequence[str] = ()) -> None:
     """README.md of an export that has an origin: what it is, how it is sampled, and a line for every result."""
-    verdict = json.loads((folder / "verdict.json").read_text())
+    report = read_export_report(folder)
     files = {part: folder / part / "config.json" for part in ("unet", "vae")}
     configs = {part: json.loads(file.read_text()) for part, file in files.items() if file.is_file()}
-    write_text(folder / CARD, card_text(Origin(**verdict["origin"]), verdict["is_stock"], configs, results))
+    write_text(folder / CARD, card_text(Origin(**report["origin"]), report["is_stock"], configs, results))
 
 
 def card_text(origin: Origin, is_stock: bool, configs: Mapping[str, Mapping[str, Any]], results: Sequence[str]) -> str:

@@ -51,7 +51,7 @@ def with_guidance_embedding(unet: PrunableUNet2DConditionModel, width: int) -> P
     A network that has an embedding is given back as it is; ValueError where it has another width.
     """
     if (existing := guidance_embed_dim(unet)) not in (0, width):
-        raise ValueError(f"ladder.guidance_width={width}, but the network's guidance embedding has {existing} numbers")
+        raise ValueError(f"distillation.guidance_embed_dim={width}, but the network's has {existing} numbers")
     if existing:
         return unet
     new = PrunableUNet2DConditionModel.from_config(dict(unet.config), time_cond_proj_dim=width)

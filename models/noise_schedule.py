@@ -257,7 +257,7 @@ def nested_steps(
     per_step, left = divmod(teacher_steps, steps)
     if left or not per_step or not torch.equal(teacher_starts[::per_step], starts_N):
         spacing = student_scheduler.config.get("timestep_spacing")
-        way_out = "" if spacing == "trailing" else ", and ladder.timestep_spacing=trailing"
+        way_out = "" if spacing == "trailing" else ", and distillation.timestep_spacing=trailing"
         raise ValueError(
             f"{steps} steps do not nest in a teacher's {teacher_steps} with timestep_spacing={spacing!r}; the teacher "
             f"needs a multiple of them, as 32 of 16{way_out}"

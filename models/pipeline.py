@@ -15,7 +15,7 @@ from torch import nn
 
 from slimstep.engine.files import whole_folder, write_json
 from slimstep.engine.quiet import one_line, preview, quiet
-from slimstep.models.card import Origin, write_card
+from slimstep.models.card import EXPORT_REPORT, Origin, write_card
 from slimstep.models.checkpoint import is_single_file
 from slimstep.models.family import family_at, family_of
 from slimstep.models.folder import check_pickles, check_variant, check_weights
@@ -28,7 +28,7 @@ DType = Literal["float32", "float16", "bfloat16"]
 
 
 @dataclass(frozen=True)
-class ExportVerdict:
+class ExportReport:
     """What kind of folder an export is.
 
     is_stock: UNet and VAE are diffusers' own classes. obstacles: why not, by block. load: the Python that loads it.
@@ -150,25 +150,25 @@ def stored_scheduler(name_or_path: str | Path, scheduler: str | None = None):
 
 def export_pipeline(
     pipeline: DiffusionPipeline, folder: str | Path, variant: str | None = None, origin: Origin | None = None
-) -> ExportVerdict:
+) -> ExportReport:
     """Write a diffusers folder, aside and then renamed; an old one in its place is replaced.
 
     Where the architectures are ones that diffusers' own classes can express, the folder holds those and loads
     everywhere. Otherwise the class file of the UNet or VAE travels in it, and in every copy that is saved of it.
-    verdict.json holds what is returned. All networks are written in the widest of their dtypes: pipelines of several do
-    not run. variant: the weight files' infix. origin: where it is a
-    student, whose, for a model card. ValueError where the folder holds anything but a pipeline.
+    export_report.json holds what is returned. All networks are written in the widest of their dtypes: pipelines of
+    several do not run. variant: the weight files' infix. origin: where it is a student, whose, for a model card.
+    ValueError where the folder holds anything but a pipeline.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
         raise ValueError(f"export folder {str(folder)!r} holds something else than a pipeline; name a new one")
     stock, obstacles = family_of(pipeline).exported(pipeline)
     flag = "" if not obstacles else ", trust_remote_code=True"
-    export = ExportVerdict(not obstacles, obstacles, f'DiffusionPipeline.from_pretrained("{folder}"{flag})', origin)
+    export = ExportReport(not obstacles, obstacles, f'DiffusionPipeline.from_pretrained("{folder}"{flag})', origin)
     made = in_one_dtype(stock)
     with whole_folder(folder) as aside, quiet():
         made.save_pretrained(aside, variant=variant)
-        write_json(aside / "verdict.json", asdict(export))
+        write_json(aside / EXPORT_REPORT, asdict(export))
         if origin:
             write_card(aside)
         make_readable(aside)

@@ -22,7 +22,7 @@ class NarrowAutoencoderKL(AutoencoderKL):
     """An AutoencoderKL whose decoder has the widths `decoder_block_out_channels`, in the order of `block_out_channels`.
 
     decoder_norm_groups: 'whole' normalises as many channels together as the wide decoder does, in fewer groups;
-        'thinned' has `norm_num_groups` groups of fewer channels.
+        'per_group' ('thinned' in earlier exports) has `norm_num_groups` groups of fewer channels.
     auto_map: written by save_config, so that diffusers' AutoModel finds this file beside the weights.
     All other arguments are AutoencoderKL's. Module paths are the stock ones. Where the wide decoder has a 1×1 shortcut
     between two levels the narrow one has it, too, also if its own widths happen to agree there.

@@ -1,4 +1,4 @@
-"""What prunes: the search for a UNet, the narrow decoder."""
+"""What prunes: the search for a UNet, the pruned decoder."""
 
 import math
 from dataclasses import dataclass, field
@@ -41,16 +41,17 @@ class SearchConfig:
 
 @dataclass
 class DecoderConfig:
-    """A narrow VAE decoder.
+    """A pruned VAE decoder.
 
     `width` is the share of channels that stays: a number, or one per level in the order of the VAE's
-    `block_out_channels`. They are chosen by `choice`: magnitude, taylor, energy, random or first, where taylor and
-    energy look at `samples` latents. `norm_groups`: groups of its norms stay or go as wholes ('whole'), or all of them
-    are thinned alike ('thinned'). It is timed on `latent_sizes` (null: the model's own and twice that) and `batches`.
+    `block_out_channels`. `importance` is the criterion: magnitude, taylor, activation_energy, random or first, where
+    taylor and activation_energy look at `samples` latents. `norm_groups`: whole groups of its norms stay or go (whole),
+    or every group keeps the same share of its channels (per_group). The decoder is timed on `latent_sizes` (null: the
+    model's own and twice that) and `batches`.
     """
 
     width: Any = 0.5
-    choice: str = "magnitude"
+    importance: str = "magnitude"
     norm_groups: str = "whole"
     samples: int = 32
     latent_sizes: list[int] | None = None

@@ -1,10 +1,10 @@
-"""Structured pruning of a VAE decoder (SnapFusion, section 3.2): which channels stay, and the narrow decoder of them.
+"""Structured pruning of a VAE decoder (SnapFusion, section 3.2): which channels stay, and the pruned decoder of them.
 
 torch-pruning finds the channels that go together: those of a residual stream with everything that writes into it or
 reads from it, those between the two convolutions of a ResNet, those inside the attention. Each such group is named by
-one of its convolutions. What a GroupNorm normalises together stays together ('whole': its groups stay or go as
-wholes, and the statistics of those that stay do not change) or is thinned alike ('thinned': every one of its groups
-keeps the same share of its channels).
+one of its convolutions. What a GroupNorm normalises together stays together ('whole': whole groups stay or go, and the
+statistics of those that stay do not change), or channels go per group ('per_group': every one of its groups keeps the
+same share of its channels).
 
 Axes: B batch, C channels of a group, H and W latent size.
 """
@@ -27,41 +27,41 @@ from slimstep.models.vae import NarrowAutoencoderKL
 Channels = dict[str, list[int]]
 
 
-def narrow_widths(vae: AutoencoderKL, width: float | Sequence[float], norm_groups: str = "whole") -> tuple[int, ...]:
+def pruned_widths(vae: AutoencoderKL, width: float | Sequence[float], norm_groups: str = "whole") -> tuple[int, ...]:
     """The decoder's channels per level, in the order of `block_out_channels`, for the share `width` that stays of each.
 
     Raises ValueError for shares that the norm groups do not take, and where levels that are one residual stream get
     different widths.
     """
-    wide, groups = tuple(vae.config.block_out_channels), vae.config.norm_num_groups
-    shares = list(width) if isinstance(width, Sequence) else [width] * len(wide)
-    if len(shares) != len(wide):
+    stock, groups = tuple(vae.config.block_out_channels), vae.config.norm_num_groups
+    shares = list(width) if isinstance(width, Sequence) else [width] * len(stock)
+    if len(shares) != len(stock):
         raise ValueError(
-            f"decoder.width={shares} has {len(shares)} values; this decoder has {len(wide)} levels: {wide}"
+            f"decoder.width={shares} has {len(shares)} values; this decoder has {len(stock)} levels: {stock}"
         )
-    for level, (share, channels) in enumerate(zip(shares, wide, strict=True)):
+    for level, (share, channels) in enumerate(zip(shares, stock, strict=True)):
         parts = groups if norm_groups == "whole" else channels // groups
         if not any(math.isclose(share, count / parts, abs_tol=1e-4) for count in range(1, parts + 1)):
-            told = ", ".join(f"{count / parts:.4g}" for count in range(1, parts + 1))
-            what = "which stay or go as wholes" if norm_groups == "whole" else "which are thinned alike"
+            possible = ", ".join(f"{count / parts:.4g}" for count in range(1, parts + 1))
+            rule = "whole groups stay or go" if norm_groups == "whole" else "every group keeps the same share"
             raise ValueError(
                 f"decoder.width={share} is impossible at level {level}: its {channels} channels are normalised in "
-                f"{groups} groups, {what}: {told}"
+                f"{groups} groups, and {rule}: {possible}"
             )
-    narrow = tuple(round(share * channels) for share, channels in zip(shares, wide, strict=True))
-    for level in range(len(wide) - 1):
-        if wide[level] == wide[level + 1] and narrow[level] != narrow[level + 1]:
+    pruned = tuple(round(share * channels) for share, channels in zip(shares, stock, strict=True))
+    for level in range(len(stock) - 1):
+        if stock[level] == stock[level + 1] and pruned[level] != pruned[level + 1]:
             raise ValueError(
-                f"decoder.width={shares}: levels {level} and {level + 1} are one residual stream of {wide[level]} "
+                f"decoder.width={shares}: levels {level} and {level + 1} are one residual stream of {stock[level]} "
                 "channels and keep the same share"
             )
-    return narrow
+    return pruned
 
 
 def choose_channels(
     vae: AutoencoderKL,
     widths: Sequence[int],
-    choice: str,
+    importance: str,
     latents_BCHW: Tensor | None = None,
     seed: int = 0,
     norm_groups: str = "whole",
@@ -69,34 +69,35 @@ def choose_channels(
 ) -> Channels:
     """{group: the channels that stay, ascending} for a decoder of these widths.
 
-    choice: 'magnitude' (torch-pruning's group L2 norm of all weights that go with a channel), 'taylor' (how much the
-    image changes to first order without the channel, by gradients of random projections of it), 'energy' (the mean
-    square of what is written to the channel), 'random', or 'first'. 'taylor' and 'energy' look at `latents_BCHW`, as
-    the pipeline samples them; `normalised` is ImageDecoder's.
+    importance: 'magnitude' (torch-pruning's group L2 norm of all weights that go with a channel), 'taylor' (how much
+    the image changes to first order without the channel, by gradients of random projections of it),
+    'activation_energy' (the mean square of what is written to the channel), 'random', or 'first'. 'taylor' and
+    'activation_energy' look at `latents_BCHW`, as the pipeline samples them; `normalised` is ImageDecoder's.
     """
-    if choice not in CHOICES:
-        raise ValueError(f"decoder.choice={choice!r} is unknown; choose from {CHOICES}")
+    if importance not in IMPORTANCE:
+        raise ValueError(f"decoder.importance={importance!r} is unknown; choose from {IMPORTANCE}")
     decoder, graph = traced(vae)
     groups = {name_of(decoder, group): group for group in all_groups(graph, decoder)}
-    if choice in ("taylor", "energy"):
-        values = activation_values(vae, decoder, groups, choice, latents_BCHW, seed, normalised)
-    elif choice == "magnitude":
+    if importance in BY_ACTIVATIONS:
+        values = activation_values(vae, decoder, groups, importance, latents_BCHW, seed, normalised)
+    elif importance == "magnitude":
         score = tp.importance.GroupMagnitudeImportance(p=2)
         values = {name: score(group) for name, group in groups.items()}
-    elif choice == "random":
+    elif importance == "random":
         draw = torch.Generator().manual_seed(seed)
         values = {name: torch.rand(len(group[0].idxs), generator=draw) for name, group in groups.items()}
     else:
         values = {name: -torch.arange(float(len(group[0].idxs))) for name, group in groups.items()}
-    rule = best_wholes if norm_groups == "whole" else best
+    rule = best_groups if norm_groups == "whole" else best
     return {
         name: rule(values[name], widths[level_of(name, len(widths))], num_parts(group))
         for name, group in groups.items()
     }
 
 
-NORM_GROUPS = ("whole", "thinned")
-CHOICES = ("magnitude", "taylor", "energy", "random", "first")
+NORM_GROUPS = ("whole", "per_group")
+BY_ACTIVATIONS = ("taylor", "activation_energy")
+IMPORTANCE = ("magnitude", *BY_ACTIVATIONS, "random", "first")
 
 
 def best(values_C: Tensor, keep: int, parts: int) -> list[int]:
@@ -106,7 +107,7 @@ def best(values_C: Tensor, keep: int, parts: int) -> list[int]:
     return sorted((ranked + size * torch.arange(parts)[:, None]).flatten().tolist())
 
 
-def best_wholes(values_C: Tensor, keep: int, parts: int) -> list[int]:
+def best_groups(values_C: Tensor, keep: int, parts: int) -> list[int]:
     """The places in the `parts` neighbouring ranges that have the highest sums, `keep` places in all."""
     if parts == 1:  # nothing normalises them
         return best(values_C, keep, 1)
@@ -115,13 +116,13 @@ def best_wholes(values_C: Tensor, keep: int, parts: int) -> list[int]:
     return sorted((size * ranges[:, None] + torch.arange(size)).flatten().tolist())
 
 
-def narrowed(
+def pruned_vae(
     vae: AutoencoderKL, channels: Channels, widths: Sequence[int], norm_groups: str = "whole"
 ) -> NarrowAutoencoderKL:
     """The VAE with these channels of its decoder; everything else is a copy, bit for bit.
 
-    Attention logits become sums over fewer channels with a larger 1/√width: queries are scaled so that the narrow
-    decoder is the wide one with the other channels masked.
+    Attention logits become sums over fewer channels with a larger 1/√width: queries are scaled so that the pruned
+    decoder is the teacher decoder with the other channels masked.
     """
     decoder, graph = traced(vae)
     modules = dict(decoder.named_modules())
@@ -135,14 +136,14 @@ def narrowed(
             for parameter in attention.to_q.parameters():
                 parameter *= math.sqrt(inner / attention.inner_dim)
     config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
-    narrow = NarrowAutoencoderKL.from_config(
+    pruned = NarrowAutoencoderKL.from_config(
         {**config, "decoder_block_out_channels": list(widths), "decoder_norm_groups": norm_groups}
     )
     others = {key: value for key, value in vae.state_dict().items() if not key.startswith("decoder.")}
-    own = {f"decoder.{key}": value for key, value in decoder.state_dict().items()}
-    narrow.load_state_dict({**others, **own}, strict=True)
+    decoders = {f"decoder.{key}": value for key, value in decoder.state_dict().items()}
+    pruned.load_state_dict({**others, **decoders}, strict=True)
     with quiet():  # diffusers warns of every cast
-        return narrow.to(device=vae.device, dtype=vae.dtype).eval()
+        return pruned.to(device=vae.device, dtype=vae.dtype).eval()
 
 
 # ---- torch-pruning's view of the decoder ----
@@ -213,12 +214,12 @@ def activation_values(
     vae: AutoencoderKL,
     decoder: nn.Module,
     groups: Mapping[str, tp.Group],
-    kind: str,
+    importance: str,
     latents_BCHW: Tensor,
     seed: int,
     normalised: bool,
 ) -> dict[str, Tensor]:
-    """'energy' or 'taylor' of every channel, summed over latents.
+    """'activation_energy' or 'taylor' of every channel, summed over latents.
 
     Removing channel c from everything that writes it changes the image by J_c to first order; v·J_c, for a random v of
     unit variance, is the sum of activation times gradient of v·image, and its mean square over v is ‖J_c‖².
@@ -228,22 +229,22 @@ def activation_values(
     seen: dict[nn.Module, Tensor] = {}
 
     def keep(layer: nn.Module, inputs, output: Tensor) -> None:
-        if kind == "taylor":
+        if importance == "taylor":
             output.retain_grad()
         seen[layer] = output
 
     handles = [layer.register_forward_hook(keep) for layer in layers]
     draw, decoder = torch.Generator().manual_seed(seed), decoder.to(vae.device)
     image_decoder = ImageDecoder(vae, normalised)
-    with torch.set_grad_enabled(kind == "taylor"):
+    with torch.set_grad_enabled(importance == "taylor"):
         for z_CHW in latents_BCHW:
             image = decoder(image_decoder.inputs(z_CHW[None].to(vae.device)).float())
-            if kind == "taylor":
+            if importance == "taylor":
                 image.backward(torch.randn(image.shape, generator=draw).to(image.device))
             change = {name: torch.zeros_like(value) for name, value in values.items()}
             for layer, name in layers.items():
                 a = channels_first(layer, seen[layer].detach())
-                if kind == "energy":
+                if importance == "activation_energy":
                     values[name] += a.square().mean(1).cpu()
                 else:
                     change[name] += (a * channels_first(layer, seen[layer].grad)).sum(1).cpu()

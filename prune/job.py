@@ -52,7 +52,7 @@ TARGET_MISSED = 3
 
 
 def prune_unet(config: Config, run: Run) -> int | Plan:
-    """Runs or continues the job, or tells what it would do; returns the exit code: 0, or 3 for a missed target."""
+    """Runs or continues the job, or says what it would do; returns the exit code: 0, or 3 for a missed target."""
     teacher, search = load_teacher(config, run), component(config, "search.method", _convert_="all")
     check(teacher, search)
     (calibration, prompts), scorer = load_prompts(teacher), load_scorer(config, run.accelerator.device)
@@ -65,8 +65,8 @@ def prune_unet(config: Config, run: Run) -> int | Plan:
         return planned(teacher, stages, [config.train, config.recovery.train])
     if teacher.is_conditional:
         check_scorer(teacher.config, run, scorer)
-    ranked_on = list(calibration.distinct) if search.needs_scores else []
-    run.json("prompts.json", lambda: {"ranked_on": ranked_on, "judged_on": list(prompts.distinct)})
+    ranking = list(calibration.distinct) if search.needs_scores else []
+    run.json("prompts.json", lambda: {"calibration_prompts": ranking, "eval_prompts": list(prompts.distinct)})
 
     @cache
     def pairs():
@@ -118,7 +118,7 @@ def check(teacher: Teacher, search: Any) -> None:
     """ValueError, before anything is made, for a search, data or objectives that will not do."""
     config, unet = teacher.config, teacher.unet
     if guidance_embed_dim(unet):
-        raise ValueError(f"{config.model.name_or_path} is told its guidance scale: prune it before that")
+        raise ValueError(f"{config.model.name_or_path} is guidance-distilled: prune it before that")
     known = (*unet.blocks, *unet.levels)
     if unknown := sorted(set(search.named_blocks) - set(known)):
         raise ValueError(f"search.method names unknown blocks {unknown}; this network has {known}")

@@ -13,7 +13,7 @@ def pruning_stages(teacher: Teacher, needs_scores: bool) -> Iterator[Stage]:
     yield evaluation("teacher", teacher)
     for r in range(config.search.rounds):
         stage = f"round-{r:02d}"
-        yield training(stage, config.train, teacher, taught=int(config.objective.get("teacher_weight", 0) > 0))
+        yield training(stage, config.train, teacher, teacher_rows=int(config.objective.get("teacher_weight", 0) > 0))
         yield Stage(f"{stage}/latency.json", config.latency.table or f"{blocks} blocks")
         if needs_scores:
             drawn, scoring = (1 + blocks) * config.scoring.prompts, config.scoring

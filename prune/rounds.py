@@ -80,9 +80,9 @@ class Measures:
         accelerator, name = teacher.run.accelerator, teacher.config.search.metric
         metric = self.metrics[name]
         table = score_blocks(unet, sampler, metric, prompts, scoring.batch_size, accelerator, keep=keep)
-        asked = {"name": scoring.protocol, "prompts_hash": prompts.hash, "n": len(prompts.distinct)}
-        asked |= {} if name == "clip" else {"metric": name}
-        record = table.record({**asked, **metric.protocol, **sampler.protocol})
+        protocol = {"name": scoring.protocol, "prompts_hash": prompts.hash, "n": len(prompts.distinct)}
+        protocol |= {} if name == "clip" else {"metric": name}
+        record = table.record({**protocol, **metric.protocol, **sampler.protocol})
         heading = "CLIP" if name == "clip" else name
         log.info(
             f"{heading} {record['base']['clip']:.2f} ± {record['base']['se']:.2f}; two halves of the prompts rank the "

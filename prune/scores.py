@@ -3,7 +3,7 @@
 Different ablations share a batch through block masks; the base is sampled once. An item's number says which prompt
 and which block it is, and batches are cut by item number, so any number of processes gives the same scores.
 
-Beside the scorer stands a second judge: how far the images are from the base's, in units of how far images of two
+A second measure stands beside the score: how far the images are from the base's, in units of how far images of two
 prompts are from each other. A scorer that is at chance loses nothing when a picture is destroyed.
 """
 
@@ -48,7 +48,7 @@ class ScoreTable:
         rows = zip(self.blocks, self.loss_NP, self.psnr_NP, strict=True)
         return {
             "protocol": protocol,
-            "base": {"clip": base.mean, "se": base.se, "psnr_to_other_prompts": known(self.others_psnr)},
+            "base": {"clip": base.mean, "se": base.se, "psnr_to_other_prompts": none_if_nan(self.others_psnr)},
             "rank_agreement_of_halves": split_half_agreement(self.loss_NP.tolist()),
             "sites": {
                 block: block_record(loss_P.tolist(), psnr_P.mean().item(), self.others_psnr)
@@ -58,7 +58,7 @@ class ScoreTable:
 
 
 def block_record(loss_P: list[float], mean_psnr: float, others_psnr: float) -> dict:
-    loss, error = mean_and_error(loss_P), known(picture_error(mean_psnr, others_psnr))
+    loss, error = mean_and_error(loss_P), none_if_nan(picture_error(mean_psnr, others_psnr))
     table = {"delta_clip": loss.mean, "se": loss.se, "n": loss.n, "psnr": mean_psnr, "picture_error": error}
     return {**table, "per_prompt": loss_P}
 
@@ -72,7 +72,7 @@ def picture_error(mean_psnr: float, others_psnr: float) -> float:
     return max(0.0, error - CLOSEST_MSE) / others
 
 
-def known(value: float) -> float | None:
+def none_if_nan(value: float) -> float | None:
     return None if math.isnan(value) else value
 
 

@@ -65,16 +65,16 @@ from slimstep.models.decoding import ImageDecoder, has_statistics
 from slimstep.models.pipeline import with_unet
 from slimstep.models.vae import NarrowAutoencoderKL
 from slimstep.prune.config import Config, DecoderConfig
-from slimstep.prune.decoder import CHOICES, NORM_GROUPS, choose_channels, narrow_widths, narrowed
+from slimstep.prune.decoder import BY_ACTIVATIONS, IMPORTANCE, NORM_GROUPS, choose_channels, pruned_vae, pruned_widths
 
 log = logging.getLogger("slimstep")
 HELDOUT = "heldout.safetensors"
 
 
 def prune_vae(config: Config, run: Run) -> int | Plan:
-    """Runs or continues the job, or tells what it would do; returns exit code 0."""
+    """Runs or continues the job, or says what it would do; returns exit code 0."""
     teacher = load_teacher(config, run)
-    teacher.pipeline.vae.float()  # there it is pruned, and taught from
+    teacher.pipeline.vae.float()  # it is pruned and distilled from in float32
     check_decoder(teacher)
     job = DecoderPruning(teacher, heldout_pairs(teacher.config, config.eval.prompts), training_prompts(teacher.config))
     check_job(job)
@@ -85,21 +85,21 @@ def prune_vae(config: Config, run: Run) -> int | Plan:
     data = cache(partial(training_data, teacher))
     pruned = pruned_decoder(job, data)
     vaes = {"teacher": teacher.pipeline.vae, "pruned": pruned}
-    evaluation = evaluator_of(job, vaes, prompts, scorer)
+    evaluator = evaluator_of(job, vaes, prompts, scorer)
     setting = config.eval.steps, config.eval.guidance_scale
-    points = [evaluation.point(name, *setting) for name in vaes]
+    points = [evaluator.point(name, *setting) for name in vaes]
     student = vaes["student"] = distilled(job, pruned, prompts, data, offloadable(teacher.pipeline, scorer))
-    points.append(evaluation.point("student", *setting))
+    points.append(evaluator.point("student", *setting))
     export(with_unet(teacher.pipeline, teacher.unet, vae=student), "export", teacher, config.eval)
     times = measure(job, student)
     held = heldout(job, prompts)
     run.folder("images/real", partial(write_pictures, held["images"][: config.eval.pictures]))
     widths = {"teacher": list(teacher.pipeline.vae.config.block_out_channels), "student": list(job.widths)}
     protocol = {**scorer.protocol, **teacher.sampler(config.eval).protocol}
-    found = evaluation.evaluate(points, dict(zip(vaes, vaes, strict=True)), protocol, seen_prompts(run),
-                                n_real=len(held["real"]), widths=widths)  # fmt: skip
-    write_results(run, "export", results(found, times))
-    track = partial(track_table, run, "decoders", HEADER, quality_rows(found))
+    evaluation = evaluator.evaluate(points, dict(zip(vaes, vaes, strict=True)), protocol, seen_prompts(run),
+                                    n_real=len(held["real"]), widths=widths)  # fmt: skip
+    write_results(run, "export", results(evaluation, times))
+    track = partial(track_table, run, "decoders", HEADER, quality_rows(evaluation))
     report(run, partial(write_vae_report, run.path, track), partial(vae_table, run.path))
     return 0
 
@@ -131,7 +131,7 @@ class DecoderPruning:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return narrow_widths(self.vae, self.decoder.width, self.decoder.norm_groups)
+        return pruned_widths(self.vae, self.decoder.width, self.decoder.norm_groups)
 
 
 def parts(latents: LatentsConfig, r: int) -> tuple[int, int]:
@@ -143,26 +143,26 @@ def parts(latents: LatentsConfig, r: int) -> tuple[int, int]:
 
 def training_prompts(config: Config) -> PromptSet | None:
     """The captions of training images, or those of a file; None where no latents are sampled."""
-    asked: LatentsConfig = OmegaConf.to_object(config.latents)
-    if parts(asked, asked.rounds - 1)[0] == 0:
+    latents: LatentsConfig = OmegaConf.to_object(config.latents)
+    if parts(latents, latents.rounds - 1)[0] == 0:
         return None
-    if asked.prompt_file:
-        prompts = read_prompts(asked.prompt_file, asked.prompt_column, "latents.prompt_column")
-        return prompts.take(asked.prompts, way=f"latents.prompts={len(prompts)} or fewer, or a longer file")
-    return heldout_prompts(component(config, "data.pairs"), asked.prompts, name="training captions")
+    if latents.prompt_file:
+        prompts = read_prompts(latents.prompt_file, latents.prompt_column, "latents.prompt_column")
+        return prompts.take(latents.prompts, way=f"latents.prompts={len(prompts)} or fewer, or a longer file")
+    return heldout_prompts(component(config, "data.pairs"), latents.prompts, name="training captions")
 
 
 def check_decoder(teacher: Teacher) -> None:
     """ValueError for a decoder that cannot be pruned, or not so."""
-    vae, asked = teacher.pipeline.vae, OmegaConf.to_object(teacher.config.decoder)
+    vae, decoder = teacher.pipeline.vae, OmegaConf.to_object(teacher.config.decoder)
     if type(vae) is not AutoencoderKL:
         kind = type(vae).__name__
-        raise ValueError(f"the model's VAE is {kind}; a decoder is narrowed from diffusers' own AutoencoderKL")
-    if asked.norm_groups not in NORM_GROUPS:
-        raise ValueError(f"decoder.norm_groups={asked.norm_groups!r} is unknown; choose from {NORM_GROUPS}")
-    narrow_widths(vae, asked.width, asked.norm_groups)
-    if asked.choice not in CHOICES:
-        raise ValueError(f"decoder.choice={asked.choice!r} is unknown; choose from {CHOICES}")
+        raise ValueError(f"the model's VAE is {kind}; a decoder is pruned from diffusers' own AutoencoderKL")
+    if decoder.norm_groups not in NORM_GROUPS:
+        raise ValueError(f"decoder.norm_groups={decoder.norm_groups!r} is unknown; choose from {NORM_GROUPS}")
+    pruned_widths(vae, decoder.width, decoder.norm_groups)
+    if decoder.importance not in IMPORTANCE:
+        raise ValueError(f"decoder.importance={decoder.importance!r} is unknown; choose from {IMPORTANCE}")
     check_data(teacher)
 
 
@@ -172,12 +172,12 @@ def check_job(job: DecoderPruning) -> None:
     check(config.objective, "objective")
     check_requirements(objective_of(job), config.train, job.run.accelerator)
     if job.teacher.latency.iterations < 2:
-        raise ValueError("latency.iterations=1: a ratio is told with its quartiles, of 2 timings and more")
+        raise ValueError("latency.iterations=1: a ratio needs quartiles, of 2 timings and more")
     check_inputs(job.teacher)
     job.teacher.sampler(job.latents)
     if (count := len(job.heldout_pairs)) < 2:
-        known = f"the data hold {count} held-out images; a decoder is judged on 2 and more"
-        raise ValueError(f"{known}: a higher data.heldout_fraction")
+        reason = f"the data hold {count} held-out images; a decoder is evaluated on 2 and more"
+        raise ValueError(f"{reason}: a higher data.heldout_fraction")
 
 
 # ---- latents ----
@@ -234,8 +234,8 @@ def heldout_images(job: DecoderPruning, count: int) -> dict[str, Tensor]:
         if len(images) == count:
             break
     if len(images) < 2:
-        known = f"{len(images)} held-out images can be read; a decoder is judged on 2 and more"
-        raise ValueError(f"{known}: repair them, or a higher data.heldout_fraction")
+        reason = f"{len(images)} held-out images can be read; a decoder is evaluated on 2 and more"
+        raise ValueError(f"{reason}: repair them, or a higher data.heldout_fraction")
     images_P3HW = torch.stack(images)
     latents = [
         encode_images(teacher.pipeline, batch, teacher.device)["latents"].float().cpu()
@@ -249,20 +249,20 @@ def heldout_images(job: DecoderPruning, count: int) -> dict[str, Tensor]:
 
 def pruned_decoder(job: DecoderPruning, data: Callable[[], Dataset]) -> NarrowAutoencoderKL:
     """The chosen channels of the teacher's decoder, untrained; the choice is in channels.json."""
-    asked, run, vae = job.decoder, job.run, job.vae
+    decoder, run, vae = job.decoder, job.run, job.vae
     if not run.made("channels.json"):
-        mix = latent_mix(job, 0, data) if asked.choice in ("taylor", "energy") else None
+        mix = latent_mix(job, 0, data) if decoder.importance in BY_ACTIVATIONS else None
         # Channels are chosen by the first latents that training sees.
-        latents = mix and torch.stack([mix[i]["latents"] for i in range(min(asked.samples, len(mix)))])
+        latents = mix and torch.stack([mix[i]["latents"] for i in range(min(decoder.samples, len(mix)))])
 
     def choose() -> dict:
         statistics = has_statistics(job.teacher.pipeline)
-        return choose_channels(vae, job.widths, asked.choice, latents, run.seed, asked.norm_groups, statistics)
+        return choose_channels(vae, job.widths, decoder.importance, latents, run.seed, decoder.norm_groups, statistics)
 
     channels = run.json("channels.json", lambda: choose() if run.accelerator.is_main_process else None)
-    log.info(f"decoder: {tuple(vae.config.block_out_channels)} → {job.widths} channels, by {asked.choice}")
+    log.info(f"decoder: {tuple(vae.config.block_out_channels)} → {job.widths} channels, by {decoder.importance}")
     with damaged(run.path / "channels.json"):
-        return narrowed(vae, channels, job.widths, asked.norm_groups)
+        return pruned_vae(vae, channels, job.widths, decoder.norm_groups)
 
 
 def distilled(
@@ -291,12 +291,12 @@ def objective_of(job: DecoderPruning) -> Any:
     # Autoencoders are known to overflow in float16: there the teacher's stays in float32.
     teacher, config = job.teacher, job.teacher.config
     dtype = torch.bfloat16 if teacher.compute_dtype == torch.bfloat16 else torch.float32
-    wide = ImageDecoder(copy.deepcopy(job.vae), has_statistics(teacher.pipeline)).to(teacher.device, dtype)
+    decoder = ImageDecoder(copy.deepcopy(job.vae), has_statistics(teacher.pipeline)).to(teacher.device, dtype)
     if config.train.channels_last:
-        wide.to(memory_format=torch.channels_last)
+        decoder.to(memory_format=torch.channels_last)
     if config.train.compile:
-        wide.compile(dynamic=False)
-    return make_objective(config.objective, wide=wide)
+        decoder.compile(dynamic=False)
+    return make_objective(config.objective, teacher=decoder)
 
 
 # ---- what it is worth ----
@@ -328,7 +328,7 @@ def sampler_with(job: DecoderPruning, vae: nn.Module) -> Sampler:
 
 
 def nearness_on_real(
-    job: DecoderPruning, sampler: Sampler, name: str, latents: Tensor, metrics: dict[str, Metric], wide: Sampler,
+    job: DecoderPruning, sampler: Sampler, name: str, latents: Tensor, metrics: dict[str, Metric], reference: Sampler,
     images: Tensor,
 ) -> dict[str, Values]:  # fmt: skip
     """A decoder's images of real latents beside the teacher decoder's (`real_…`) and beside the images (`image_…`)."""
@@ -336,15 +336,17 @@ def nearness_on_real(
     run.folder(f"images/{name}/real", lambda path: write_pictures(sampler.decode(latents[: config.pictures]), path))
 
     def rate(indices: list[int]) -> Tensor:
-        own, theirs = sampler.decode(latents[indices]), wide.decode(latents[indices])
-        columns = [m(own, (), other) for other in (theirs, images[indices].to(own.device)) for m in metrics.values()]
+        decoded, theirs = sampler.decode(latents[indices]), reference.decode(latents[indices])
+        references = theirs, images[indices].to(decoded.device)
+        columns = [metric(decoded, (), reference) for reference in references for metric in metrics.values()]
         return torch.stack([column.float().cpu() for column in columns], 1)
 
     values = map_batches(rate, len(latents), config.batch_size, run.accelerator, f"{name}: images of real latents").T
     names = [f"{prefix}{key}" for prefix in ("real_", "image_") for key in metrics]
-    found = {key: {"kind": "paired", **asdict(mean_and_error(v.tolist())), "per_prompt": v.tolist()}
+    summaries = {key: {"kind": "paired", **asdict(mean_and_error(v.tolist())), "per_prompt": v.tolist()}
              for key, v in zip(names, values, strict=True)}  # fmt: skip
-    return {key: None if name == "teacher" and key.startswith("real_") else own for key, own in found.items()}
+    is_reference = name == "teacher"
+    return {key: None if is_reference and key.startswith("real_") else value for key, value in summaries.items()}
 
 
 def measure(job: DecoderPruning, student: NarrowAutoencoderKL) -> dict:
@@ -381,7 +383,7 @@ def decoder_stages(job: DecoderPruning) -> Iterator[Stage]:
     size = BYTES * count_parameters(job.vae.decoder)
     kept = CHECKPOINT_COPIES * size * min(config.keep_checkpoints, (config.steps - 1) // config.checkpoint_every)
     samples = config.steps * config.batch_size * config.accumulation * job.run.accelerator.num_processes
-    yield Stage("channels.json", f"{job.widths} channels, by {job.decoder.choice}")
+    yield Stage("channels.json", f"{job.widths} channels, by {job.decoder.importance}")
     held = evaluated.prompts * image_rows(evaluated.steps, evaluated.guidance_scale)
     yield Stage(HELDOUT, f"{evaluated.prompts} held-out latents of {evaluated.steps} steps", held)
     before = 0

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 DISTILLING = [
-    "+experiment=distill_steps", "ladder.steps=[4,2,1]", "curves.steps=[1,2]", "curves.guidance=[2.5]",
+    "+experiment=distill_steps", "distillation.steps=[4,2,1]", "curves.steps=[1,2]", "curves.guidance=[2.5]",
     "data.pairs.size=64", "train.steps=16", "train.batch_size=4", "train.checkpoint_every=5", "train.accumulation=2",
     "train.workers=1", "eval.prompts=4", "eval.pictures=2", "objective.guided_share=0", "objective.cached_draws=2",
 ]  # fmt: skip

@@ -11,8 +11,8 @@ SHORT = ["data.pairs.size=16", "train.steps=2", "train.batch_size=4", "eval.prom
 JOBS = {
     "prune_unet": (["search=manual", "search.method.remove=[mid_block.attentions.0]", *JOB[1:],
                     "objective.teacher_weight=0.5"], "export"),
-    "distill_steps": (["+experiment=distill_steps", "ladder.steps=[4,2]", "curves.steps=[2]", "curves.guidance=[2]",
-                       "ladder.mode=direct", "eval.pictures=2"], "steps-2/export"),
+    "distill_steps": (["+experiment=distill_steps", "distillation.steps=[4,2]", "curves.steps=[2]",
+                       "curves.guidance=[2]", "distillation.mode=direct", "eval.pictures=2"], "steps-2/export"),
     "prune_vae": (["+experiment=prune_vae", "latents.count=8", "latents.prompts=4", "latents.steps=1", "eval.steps=1",
                    "latency.iterations=2", "eval.pictures=2"], "export"),
 }  # fmt: skip

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from slimstep import ROOT
 from slimstep.eval.evaluator import place
-from tests.distill.test_ladder_job import SMALL as DISTILLING
+from tests.distill.test_steps_job import SMALL as DISTILLING
 from tests.eval.test_evaluation import ANY_DATA as EVALUATING
 from tests.prune.test_job import SMALL
 
@@ -56,7 +56,7 @@ def test_two_and_three_processes_score_as_one_does(tmp_path, tiny_model):
 
 @pytest.mark.slow
 def test_two_and_three_processes_judge_a_ladder_as_one_does(tmp_path, tiny_model):
-    job = [*DISTILLING, "ladder.steps=[4,2]", "eval.batch_size=2", *tiny_model]
+    job = [*DISTILLING, "distillation.steps=[4,2]", "eval.batch_size=2", *tiny_model]
     one = launch(1, tmp_path / "one", *job)
     for processes in (2, 3):
         root = tmp_path / str(processes)

@@ -18,8 +18,8 @@ from tests.tiny import tiny_sdxl_pipeline
 ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["data.pairs.size=16", "eval.prompts=4", "eval.pictures=2", "eval.batch_size=4"]
 TRAINED = ["train.steps=2", "train.batch_size=2", "train.gradient_checkpointing=true", "recovery.train.steps=2",
-           "recovery.train.batch_size=2", "velocity.train.steps=2", "velocity.train.batch_size=2"]  # fmt: skip
-LADDER = ["ladder.steps=[4,2]", "curves.steps=[2]", "curves.guidance=[2.5]"]
+           "recovery.train.batch_size=2", "v_prediction.train.steps=2", "v_prediction.train.batch_size=2"]  # fmt: skip
+STEPS = ["distillation.steps=[4,2]", "curves.steps=[2]", "curves.guidance=[2.5]"]
 
 
 @pytest.fixture(scope="module")
@@ -73,10 +73,10 @@ def test_it_is_pruned_at_another_resolution_and_keeps_its_own_scheduler(tmp_path
 
 
 @pytest.mark.slow
-def test_its_decoder_is_narrowed(tmp_path, sdxl):
+def test_its_decoder_is_pruned(tmp_path, sdxl):
     latents = ["latents.count=4", "latents.prompts=4", "latents.steps=1", "latents.batch_size=4", "eval.steps=2",
                "decoder.batches=[1]", "decoder.samples=4", "latency.iterations=2", "latency.warmup=1",
-               "decoder.choice=taylor", "latents.real_share=0.5"]  # fmt: skip
+               "decoder.importance=taylor", "latents.real_share=0.5"]  # fmt: skip
     path = run(tmp_path, "prune_vae", *sdxl, *TRAINED[:3], *latents)
     vae = drawn_by_stock(path / "export", 2).vae
     assert vae.config.force_upcast and vae.decoder.conv_in.out_channels == 4
@@ -84,10 +84,11 @@ def test_its_decoder_is_narrowed(tmp_path, sdxl):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["steps", "guidance", "lcm"])
-def test_an_epsilon_teacher_on_eulers_grid_climbs_the_ladder(tmp_path, sdxl, objective):
-    """Learns v first, is taught on DDIM's trailing grid of the same noise schedule, and is handed over with that."""
-    told = {"steps": ["ladder.repair=false"]}.get(objective, [f"objective={objective}", "ladder.guidance_width=32"])
-    path = run(tmp_path, "distill_steps", *sdxl, *TRAINED, *LADDER, *told)
+def test_an_epsilon_teacher_on_eulers_grid_is_distilled(tmp_path, sdxl, objective):
+    """Is converted to v first, distilled on DDIM's trailing grid of the same noise schedule, and exported with that."""
+    embedded = [f"objective={objective}", "distillation.guidance_embed_dim=32"]
+    options = {"steps": ["distillation.recover=false"]}.get(objective, embedded)
+    path = run(tmp_path, "distill_steps", *sdxl, *TRAINED, *STEPS, *options)
     student = drawn_by_stock(path / "steps-2/export", 2, guidance_scale=2.5)
     scheduler = student.scheduler
     assert isinstance(scheduler, LCMScheduler if objective == "lcm" else DDIMScheduler)
@@ -102,8 +103,8 @@ def test_a_pruned_student_of_it_is_repaired(tmp_path, sdxl):
     pipeline = load_pipeline(sdxl[1].partition("=")[2])
     pipeline.unet = pipeline.unet.with_architecture({"mid_block.attentions.0.transformer_blocks.2": 0})
     export_pipeline(pipeline, tmp_path / "student")
-    path = run(tmp_path, "distill_steps", *sdxl, *TRAINED, *LADDER, f"ladder.student={tmp_path / 'student'}",
-               "ladder.repair=true", "mixed_precision=bf16")  # fmt: skip
+    path = run(tmp_path, "distill_steps", *sdxl, *TRAINED, *STEPS, f"distillation.student={tmp_path / 'student'}",
+               "distillation.recover=true", "mixed_precision=bf16")  # fmt: skip
     assert load_pipeline(path / "steps-2/export").unet.architecture == pipeline.unet.architecture
 
 

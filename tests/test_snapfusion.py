@@ -17,7 +17,7 @@ SMALL = [
     "recovery.train.batch_size=4", "scoring.prompts=4", "scoring.steps=2", "scoring.batch_size=8", "eval.prompts=4",
     "eval.pictures=2", "latency.iterations=3", "latency.additive_samples=2", "latents.count=8", "latents.prompts=4",
     "latents.steps=2", "search.rounds=1", "benchmark.images=2", "curves.steps=[2]",
-    "stages.distill_steps.ladder.steps=[4,2,1]", "stages.evaluate.models.teacher.steps=[3,1]",
+    "stages.distill_steps.distillation.steps=[4,2,1]", "stages.evaluate.models.teacher.steps=[3,1]",
     "stages.benchmark.models.teacher.steps=[3,1]",
 ]  # fmt: skip
 
@@ -62,11 +62,11 @@ def test_the_last_page_has_every_product_and_the_student_against_the_teacher(fin
 
 
 @pytest.mark.slow
-def test_the_student_is_judged_on_no_prompt_that_blocks_were_ranked_on(finished):
+def test_the_student_is_evaluated_on_no_calibration_prompt(finished):
     path, _ = finished
-    ranked_on = json.loads((path / "prune_unet/prompts.json").read_text())["ranked_on"]
+    calibration = json.loads((path / "prune_unet/prompts.json").read_text())["calibration_prompts"]
     shown = json.loads((path / "evaluate/evaluation.json").read_text())["shown"]
-    assert len(ranked_on) == 4 and len(shown) == 2 and not set(ranked_on) & set(shown)
+    assert len(calibration) == 4 and len(shown) == 2 and not set(calibration) & set(shown)
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ JOB = [
 ]  # fmt: skip
 
 PRUNING = {
-    "an argument of no objective": (["+objective.momentum=3"], "RobustTraining: TypeError.*momentum"),
+    "an argument of no objective": (["+objective.momentum=3"], "StochasticDepth: TypeError.*momentum"),
     "an argument of no recovery": (["+recovery.objective.foo=1"], "Recovery: TypeError.*foo"),
     "a target that is no number": (["search.target_fraction=nan"], "search.target_fraction=nan must be above 0"),
     "a guidance that is no number": (["eval.guidance_scale=nan"], "guidance_scale=nan must be at least 0"),
@@ -166,25 +166,25 @@ PRUNING = {
     "no Slurm": (["-m", "hydra/launcher=submitit_slurm"], r"[Ss]lurm"),
 }
 DISTILLING = {
-    "an objective without its ladder": (["objective=guidance", "ladder.guidance_width=0"], "needs ladder.guidance_wid"),
-    "a ladder without its objective": (["ladder.guidance_width=32"], "StepDistillation needs ladder.guidance_width=0"),
-    "another objective's sampler": (["ladder.sampler=LCMScheduler"], "do not go together"),
-    "an unknown sampler": (["ladder.sampler=DDIM"], "ladder.sampler='DDIM' is unknown; choose from"),
-    "an objective of pruning": (["objective=robust"], "RobustTraining distils no steps"),
-    "two rungs of consistency": (["objective=lcm", "ladder.steps=[32,8,4]"], "has one rung"),
-    "a student that is nowhere": (["ladder.student=/nowhere"], "'/nowhere' is no folder"),
-    "a repair of nothing": (["ladder.repair=true"], "ladder.student names none"),
-    "an unknown rung": (["ladder.rungs={steps-4: {start: teacher}}"], r"names \['steps-4'\]; this ladder has"),
-    "an unknown key of a rung": (["ladder.rungs={steps-8: {train: {step: 2}}}"], "step.*train has"),
-    "an unknown key of rungs": (["ladder.rungs={steps-8: {steps: 2}}"], "'steps'.*keys: teacher"),
-    "a teacher that comes later": (["ladder.rungs={steps-16: {teacher: steps-8}}"], "teacher=steps-8 is none of"),
-    "a teacher of too few steps": (["ladder.rungs={steps-8: {teacher_steps: 4}}"], "do not nest in a teacher's 4"),
-    "words in a rung": (["ladder.rungs={steps-8: {train: {steps: many}}}"], "many.*could not be converted to Integer"),
-    "steps that go up": (["ladder.steps=[8,16]"], "must go down"),
-    "a grid that does not nest": (["ladder.timestep_spacing=leading"], "ladder.timestep_spacing=trailing"),
+    "no embedding": (["objective=guidance", "distillation.guidance_embed_dim=0"], "needs distillation.guidance_emb"),
+    "an embedding for nothing": (["distillation.guidance_embed_dim=32"], "needs distillation.guidance_embed_dim=0"),
+    "another objective's sampler": (["distillation.sampler=LCMScheduler"], "trains no student for dist.*LCMScheduler"),
+    "an unknown sampler": (["distillation.sampler=DDIM"], "distillation.sampler='DDIM' is unknown; choose from"),
+    "an objective of pruning": (["objective=stochastic_depth"], "StochasticDepth distils no steps"),
+    "two stages of consistency": (["objective=lcm", "distillation.steps=[32,8,4]"], "has one stage"),
+    "a student that is nowhere": (["distillation.student=/nowhere"], "'/nowhere' is no folder"),
+    "a recovery of nothing": (["distillation.recover=true"], "distillation.student names none"),
+    "an unknown stage": (["distillation.stages={steps-4: {start: teacher}}"], r"\['steps-4'\]; this distillation has"),
+    "an unknown key of a stage": (["distillation.stages={steps-8: {train: {step: 2}}}"], "step.*train has"),
+    "an unknown key of stages": (["distillation.stages={steps-8: {steps: 2}}"], "'steps'.*keys: teacher"),
+    "a teacher that comes later": (["distillation.stages={steps-16: {teacher: steps-8}}"], "=steps-8 is none of"),
+    "a teacher of too few steps": (["distillation.stages={steps-8: {teacher_steps: 4}}"], "not nest in a teacher's 4"),
+    "words in a stage": (["distillation.stages={steps-8: {train: {steps: many}}}"], "many.*converted to Integer"),
+    "steps that go up": (["distillation.steps=[8,16]"], "must go down"),
+    "a grid that does not nest": (["distillation.timestep_spacing=leading"], "distillation.timestep_spacing=trailing"),
     "more steps than timesteps": (["curves.steps=[100000]"], r"curves.steps=\[100000\]: .*100000"),
     "no curves": (["curves.steps=[]"], "curves.steps"),
-    "an odd width": (["objective=guidance", "ladder.guidance_width=33"], "must be even"),
+    "an odd width": (["objective=guidance", "distillation.guidance_embed_dim=33"], "must be even"),
 }
 COMMAND_LINES = {
     **{name: ([*JOB, *overrides], message) for name, (overrides, message) in PRUNING.items()},
@@ -376,6 +376,6 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(leave, t
         line = told(*leave(*job))
         assert "No space left" in line or "cannot be written" in line, line
         subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
-        assert leave(*job)[0] == 0 and (disk / "prune_unet/export/verdict.json").is_file()
+        assert leave(*job)[0] == 0 and (disk / "prune_unet/export/export_report.json").is_file()
     finally:
         subprocess.run(["umount", str(disk)])

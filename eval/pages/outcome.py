@@ -30,9 +30,9 @@ class Outcome:
 
     def __init__(self, evaluation: str, benchmark: str):
         self.folder = Path(evaluation)
-        self.found = Gathered([evaluation, benchmark])
+        self.runs = Gathered([evaluation, benchmark])
         (self.evaluation,), (self.benchmark,) = (
-            self.found.of_kind(kind).values() or [None] for kind in ("evaluation", "benchmark")
+            self.runs.of_kind(kind).values() or [None] for kind in ("evaluation", "benchmark")
         )
         if not self.evaluation or not self.benchmark:
             raise ValueError(f"{evaluation} must hold an evaluation, and {benchmark} a benchmark")
@@ -41,10 +41,11 @@ class Outcome:
 
     def check(self) -> None:
         """ValueError where the benchmark has other models than the evaluation, or not the teacher and the student."""
-        judged, timed = self.evaluation.models, self.benchmark["models"]
-        ends = {*list(judged)[:1], *list(judged)[-1:]}
-        if len(judged) < 2 or not ends <= set(timed) <= set(judged) or any(timed[m] != judged[m] for m in timed):
-            raise ValueError(f"a benchmark of {timed} does not belong to an evaluation of {judged}")
+        evaluated, timed = self.evaluation.models, self.benchmark["models"]
+        ends = {*list(evaluated)[:1], *list(evaluated)[-1:]}
+        agree = ends <= set(timed) <= set(evaluated) and all(timed[m] == evaluated[m] for m in timed)
+        if len(evaluated) < 2 or not agree:
+            raise ValueError(f"a benchmark of {timed} does not belong to an evaluation of {evaluated}")
 
     @cached_property
     def points(self) -> list[Point]:
@@ -62,9 +63,9 @@ class Outcome:
 
     def row(self, point: Point) -> Mapping[str, Any] | None:
         """How long the point takes, in the setup that the teacher is timed in; None where it was not timed."""
-        base, wanted = self.benchmark["protocol"]["base"], (point.model, point.steps)
+        base, target = self.benchmark["protocol"]["base"], (point.model, point.steps)
         rows = (row for row in self.benchmark["rows"] if not row["cannot"] and row["setup"] == base)
-        return next((row for row in rows if (row["model"], row["steps"]) == wanted), None)
+        return next((row for row in rows if (row["model"], row["steps"]) == target), None)
 
     def faster(self, point: Point, teacher: Point) -> Mapping[str, float] | None:
         """How many times as fast a point is as the teacher at one of its steps."""
@@ -85,10 +86,10 @@ class Outcome:
         return [self.product_row(point) for point in self.points]
 
     def product_row(self, point: Point) -> list[str]:
-        row, most, own = self.row(point), self.teachers[0], point.facts["parameters"]
+        row, most, parameters = self.row(point), self.teachers[0], point.facts["parameters"]
         versus = None if point is most else self.versus(point, most)
         ms = f"{row['ms']['median'] / row['batch']:.0f}" if row else "–"
-        return [point.model, str(point.steps), count(own["UNet"]), count(own["decoder"]), score(point),
+        return [point.model, str(point.steps), count(parameters["UNet"]), count(parameters["decoder"]), score(point),
                 difference(versus), ms, ratio(self.faster(point, most))]  # fmt: skip
 
     @staticmethod
@@ -108,12 +109,13 @@ class Outcome:
 
     def results(self) -> list[str]:
         """For a model card: the student's score, and what it is beside the teacher at each of its numbers of steps."""
-        own, n, where = self.student, self.evaluation.n, self.benchmark["environment"]["device"]
-        lines = [f"CLIP score {score(own)} on {n} prompts"]
+        student, n, where = self.student, self.evaluation.n, self.benchmark["environment"]["device"]
+        lines = [f"CLIP score {score(student)} on {n} prompts"]
         for t in self.teachers:
-            line = f"against {t.steps} steps of the teacher: CLIP {difference(self.versus(own, t))}, paired"
-            lines.append(f"{line}; {ratio(self.faster(own, t))} times as fast an image")
-        return [*lines, *([f"{self.row(own)['ms']['median']:.0f} ms an image on {where}"] if self.row(own) else [])]
+            line = f"against {t.steps} steps of the teacher: CLIP {difference(self.versus(student, t))}, paired"
+            lines.append(f"{line}; {ratio(self.faster(student, t))} times as fast an image")
+        row = self.row(student)
+        return [*lines, *([f"{row['ms']['median']:.0f} ms an image on {where}"] if row else [])]
 
     def sentence(self) -> str:
         """The outcome, against the teacher's second number of steps where it has several."""
@@ -128,8 +130,8 @@ class Outcome:
 
     def tiles(self) -> list[dict[str, str]]:
         """Label, value, explanation: the large numbers of the page."""
-        own, steps, n = self.student.clip, self.student.steps, self.evaluation.n
-        shown = [(f"CLIP, student, {steps} steps", f"{own['mean']:.2f}", f"± {own['se']:.2f}, {n} prompts")]
+        clip, steps, n = self.student.clip, self.student.steps, self.evaluation.n
+        shown = [(f"CLIP, student, {steps} steps", f"{clip['mean']:.2f}", f"± {clip['se']:.2f}, {n} prompts")]
         for teacher in self.teachers:
             value, interval = difference(self.versus(self.student, teacher)).split(" ", 1)
             shown.append((f"CLIP against {teacher.steps} steps", value, f"95 %: {interval}"))
@@ -150,11 +152,11 @@ class Outcome:
             }
             for teacher in teachers
         ]
-        told = {"steps": student.steps, "clip": without_prompts(student), "parameters": student.facts["parameters"]}
-        return {"student": told, "against": against}
+        summary = {"steps": student.steps, "clip": without_prompts(student), "parameters": student.facts["parameters"]}
+        return {"student": summary, "against": against}
 
     def figures(self) -> dict[str, Figure]:
-        drawn = [draw_time(self.found, condition) for condition in self.found.conditions]
+        drawn = [draw_time(self.runs, condition) for condition in self.runs.conditions]
         pictures = {picture.name: picture.figure for picture in drawn}
         return pictures | ({"images": images_figure(self.folder, self.evaluation)} if self.evaluation.shown else {})
 

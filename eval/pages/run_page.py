@@ -69,7 +69,7 @@ def headline(run: RunRecord) -> str:
         return f"This run is under way: {decided} of its rounds are decided, and the models have not been compared yet."
     teacher, student = run.models[0], run.models[-1]
     versus = student.versus_teacher
-    outcome = "cannot be told from its teacher's on these prompts"
+    outcome = "cannot be distinguished from its teacher's on these prompts"
     if versus["low"] > 0 or versus["high"] < 0:
         outcome = f"is {abs(versus['mean']):.2f} {'above' if versus['low'] > 0 else 'below'} its teacher's"
     time, size = (percent(getattr(student, key) / getattr(teacher, key)) for key in ("ms", "parameters"))
@@ -94,8 +94,8 @@ def tiles(run: RunRecord) -> list[dict[str, str]]:
         ("GFLOPs", attrgetter("gflops"), digits, ""),
     )
     return [
-        *({"label": label, "value": percent(own(student) / own(teacher)),
-           "note": f"{form(own(student))} of {form(own(teacher))}{unit}"} for label, own, form, unit in shares),
+        *({"label": label, "value": percent(value(student) / value(teacher)),
+           "note": f"{form(value(student))} of {form(value(teacher))}{unit}"} for label, value, form, unit in shares),
         {"label": "blocks kept", "value": f"{num_kept} / {len(blocks)}", "note": f"{copied} copied"},
         {"label": "CLIP, paired", "value": signed(versus["mean"]), "note": interval},
     ]  # fmt: skip
@@ -118,8 +118,8 @@ def facts(run: RunRecord) -> dict[str, dict[str, Any]]:
     ranking = (
         {**scores["protocol"], "agreement of halves (ρ)": scores.get("rank_agreement_of_halves")} if scores else {}
     )
-    left_out, found = ("sites", "samples"), run.evaluation
-    evaluated = {**found.protocol, "prompts_hash": found.prompts_hash, "n": found.n, **found.seen} if found else {}
+    left_out, done = ("sites", "samples"), run.evaluation
+    evaluated = {**done.protocol, "prompts_hash": done.prompts_hash, "n": done.n, **done.seen} if done else {}
     tables = {
         "Evaluation": evaluated,
         "Block scores": ranking,
@@ -160,17 +160,17 @@ def first_latency(run: RunRecord) -> dict[str, Any] | None:
 
 
 def stages(run: RunRecord) -> list[Point]:
-    """The models from teacher to student; before the evaluation, the network as each round found it."""
+    """The models from teacher to student; before the evaluation, the network as it was before each round."""
     if run.evaluation:
         points = []
         for m in run.models:
             kind, colour = KINDS.get(m.name, ("step", STEP))
             points.append(Point(display_name(m.name), m.ms, m.clip["mean"], m.clip["se"], kind, colour))
         return points
-    found = [(f"before {display_name(r.name)}", r) for r in run.rounds if r.latency and r.scores]
+    scored = [(f"before {display_name(r.name)}", r) for r in run.rounds if r.latency and r.scores]
     return [
         Point(label, r.latency["full_ms"], r.scores["base"]["clip"], r.scores["base"]["se"], "step", STEP)
-        for label, r in found
+        for label, r in scored
     ]
 
 

@@ -3,7 +3,7 @@
 round-NN/latency.json, scores.json, decision.json   what blocks cost and give, and what was decided
 evaluation.json                                     the models side by side on prompts they were not chosen on
 images/MODEL/…/NNN.png                              the same prompts and noise through each model
-export/verdict.json, config.yaml                    the hand-over, and what was asked for
+export/export_report.json, config.yaml              the export, and the configuration
 """
 
 import json
@@ -17,6 +17,7 @@ from slimstep.engine.files import damaged
 from slimstep.engine.renamed import with_new_kind
 from slimstep.eval.record import Evaluation, Point, read_evaluation
 from slimstep.models.architecture import Architecture, Levels, as_architecture, is_removed, num_levels, unet_levels
+from slimstep.models.card import read_export_report
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,7 @@ class RunRecord:
     evaluation: Evaluation | None
     prompts: tuple[str, ...]
     images: Mapping[str, tuple[Path, ...]]
-    verdict: dict[str, Any] | None
+    export_report: dict[str, Any] | None
     config: str | None
 
     @property
@@ -164,7 +165,7 @@ def read_run(path: str | Path) -> RunRecord:
         evaluation,
         tuple(read_json(path / "images" / "prompts.json") or (evaluation.shown if evaluation else ())),
         images,
-        read_json(path / "export" / "verdict.json"),
+        read_export_report(path / "export"),
         config.read_text() if config.is_file() else None,
     )
 

@@ -93,7 +93,7 @@ HEADER = ["model", "guidance", "steps", "UNet evaluations", "UNet ms", "CLIP ± 
 def point_rows(points: Sequence[Point]) -> list[list[str]]:
     """A line per point; differences are to the teacher at its most steps and the same guidance scale.
 
-    The latent error is also told in units of the teacher's own at as many steps, with DDIM and with DPM++ 2M.
+    The latent error is also given in units of the teacher's own at as many steps, with DDIM and with DPM++ 2M.
     """
     by_key, rows = {key(p): p for p in points}, []
     for p in points:
@@ -137,14 +137,14 @@ def guidances(points: Sequence[Point]) -> list[float]:
 
 
 def models(points: Sequence[Point]) -> list[str]:
-    """In the order in which they were judged."""
+    """In the order in which they were evaluated."""
     return list(dict.fromkeys(point.model for point in points))
 
 
 def colours(points: Sequence[Point]) -> dict[str, str]:
     students = [name for name in models(points) if not name.startswith("teacher")]
-    own = {name: SERIES[k % len(SERIES)] for k, name in enumerate(students)}
-    return {name: own.get(name, MUTED) for name in models(points)}
+    series = {name: SERIES[k % len(SERIES)] for k, name in enumerate(students)}
+    return {name: series.get(name, MUTED) for name in models(points)}
 
 
 def panels(points: Sequence[Point], x_label: str, y_label: str) -> tuple[Figure, dict[float, Axes]]:
@@ -184,7 +184,7 @@ def curves_figure(points: Sequence[Point], x: str, x_label: str) -> Figure:
 
 @styled
 def distance_figure(points: Sequence[Point]) -> Figure:
-    """Squared error of the latents to the teacher's most steps, at equal noise; it has none of its own there."""
+    """Squared error of the latents to the teacher's most steps, at equal noise; which has none itself."""
     figure, charts = panels(points, "sampling steps", "squared error of the latents")
     for guidance, axes in charts.items():
         axes.set_yscale("log")
@@ -208,11 +208,11 @@ def finish(charts: Mapping[float, Axes], points: Sequence[Point], x: str) -> Non
 def images_figure(folder: Path, points: Sequence[Point], guidance: float) -> Figure:
     """Rows are models, columns numbers of steps; the first prompt, always from the same noise."""
     steps = sorted({point.steps for point in points})
-    judged = {key(point) for point in points}
+    evaluated = {key(point) for point in points}
 
     def path(model: str, n: int) -> Path | None:
-        there = (guidance, model, n) in judged
-        return folder / f"images/{model}/steps-{n}-guidance-{guidance}/000.png" if there else None
+        is_evaluated = (guidance, model, n) in evaluated
+        return folder / f"images/{model}/steps-{n}-guidance-{guidance}/000.png" if is_evaluated else None
 
     rows = [(display(model), [path(model, n) for n in steps]) for model in models(points)]
     return grid_figure(rows, [f"{n} steps" for n in steps], columns=len(steps))

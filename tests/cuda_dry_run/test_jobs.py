@@ -8,11 +8,12 @@ EVAL = ["eval.prompts=4", "eval.pictures=2", "eval.steps=2"]
 TRAIN = ["train.steps=2", "train.batch_size=4", "recovery.train.steps=2", "recovery.train.batch_size=4"]
 CURVES = ["curves.steps=[2]", "curves.guidance=[2.5]"]
 TIMES = ["latency.iterations=1", "latency.warmup=1", "benchmark.images=2", "eval.prompts=4", "eval.steps=2"]
-LADDER = [*TRAIN, "eval.prompts=4", "eval.pictures=2", *CURVES, "ladder.steps=[4,2]", "velocity.train.steps=2"]
+STEPS = [*TRAIN, "eval.prompts=4", "eval.pictures=2", *CURVES, "v_prediction.train.steps=2"]
 METHOD = [
     *TRAIN, *EVAL, *CURVES, "scoring.prompts=4", "scoring.steps=2", "scoring.batch_size=8", "search.rounds=1",
-    "latents.count=4", "latents.prompts=4", "latents.steps=2", "velocity.train.steps=2", "latency.iterations=2",
-    "latency.warmup=1", "latency.additive_samples=1", "benchmark.images=2", "stages.distill_steps.ladder.steps=[2,1]",
+    "latents.count=4", "latents.prompts=4", "latents.steps=2", "v_prediction.train.steps=2", "latency.iterations=2",
+    "latency.warmup=1", "latency.additive_samples=1", "benchmark.images=2",
+    "stages.distill_steps.distillation.steps=[2,1]",
     "stages.evaluate.models.teacher.steps=[2]", "stages.benchmark.models.teacher.steps=[2]",
 ]  # fmt: skip
 JOBS = {
@@ -57,7 +58,6 @@ def test_the_whole_method_runs_to_its_page(run, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["guidance", "lcm"])
 def test_other_students_are_distilled_to_their_end(run, objective):
-    steps = ["ladder.steps=[8,4]", "objective.grid_steps=50"] if objective == "lcm" else []
-    code, _ = run("distill_steps", f"objective={objective}", *[word for word in LADDER if "ladder" not in word],
-                  *(steps or ["ladder.steps=[4,2]"]))  # fmt: skip
+    steps = ["distillation.steps=[8,4]", "objective.grid_steps=50"] if objective == "lcm" else []
+    code, _ = run("distill_steps", f"objective={objective}", *STEPS, *(steps or ["distillation.steps=[4,2]"]))
     assert code == 0

@@ -13,7 +13,7 @@ from slimstep.distill.guidance import GuidanceDistillation
 from slimstep.distill.prediction import Denoising
 from slimstep.distill.recovery import Recovery
 from slimstep.distill.steps import StepDistillation
-from slimstep.distill.teaching import Rung
+from slimstep.distill.teaching import StepSchedule
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.loop import train
 from slimstep.engine.run import Run
@@ -21,15 +21,17 @@ from slimstep.models.decoding import ImageDecoder
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.noise_schedule import schedule_of
-from slimstep.prune.robust import RobustTraining
+from slimstep.prune.stochastic_depth import StochasticDepth
 from tests.cuda_dry_run.conftest import small_pipeline
 from tests.engine.two_networks import FakeScore, network
 from tests.tiny import DENOISER, WIDTH, no_caption
 
 SKIPS = {"resnet": 0.2, "attention": 0.2}
 OBJECTIVES = {
-    "robust": (RobustTraining, {"skip_prob": SKIPS}),
-    "robust, ramp of time and a teacher": (RobustTraining, {"skip_prob": SKIPS, "ramp": "time", "teacher_weight": 0.5}),
+    "stochastic depth": (StochasticDepth, {"skip_prob": SKIPS}),
+    "stochastic depth, ramp of time, teacher": (
+        StochasticDepth, {"skip_prob": SKIPS, "ramp": "time", "teacher_weight": 0.5}
+    ),
     "recovery": (Recovery, {}),
     "denoising": (Denoising, {}),
     "steps": (StepDistillation, {"guided_share": 0.5}),
@@ -59,7 +61,7 @@ def subject(name, precision):
                               timestep_spacing="trailing", rescale_betas_zero_snr=True)  # fmt: skip
     given = [DENOISER, schedule_of(scheduler, "cuda"), no_caption().to("cuda"), teacher]
     if kind in (StepDistillation, GuidanceDistillation, ConsistencyDistillation):
-        given.append(Rung(scheduler, 4, scheduler, 2))
+        given.append(StepSchedule(scheduler, 4, scheduler, 2))
     return student, kind(*given, **options)
 
 
@@ -77,7 +79,7 @@ def trained(path, name, precision, steps, **options):
 
 
 # All precisions of three objectives are fast tests, of the others bfloat16 alone.
-FAST = ("robust", "decoder", "two networks")
+FAST = ("stochastic depth", "decoder", "two networks")
 ALL = [pytest.param(name, precision, marks=[] if name in FAST or precision == "bf16" else pytest.mark.slow)
        for name in OBJECTIVES for precision in DTYPES]  # fmt: skip
 

@@ -14,19 +14,19 @@ from slimstep.distill.guidance import GuidanceDistillation
 from slimstep.distill.prediction import Denoising
 from slimstep.distill.recovery import Recovery
 from slimstep.distill.steps import StepDistillation
-from slimstep.distill.teaching import WEIGHTINGS, Rung
+from slimstep.distill.teaching import WEIGHTINGS, StepSchedule
 from slimstep.eval.sampling import Sampler
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.noise_schedule import PREDICTION_TYPES, pred_of, schedule_of
 from slimstep.models.schedulers import swapped_scheduler
-from slimstep.prune.robust import RobustTraining
+from slimstep.prune.stochastic_depth import StochasticDepth
 from tests.tiny import DENOISER, WIDTH, no_caption, tiny_pipeline
 
 EMPTY, OFF = no_caption(), 0.1
 SIMPLE = {
     "denoising": Denoising,
     "recovery": Recovery,
-    "robust": lambda *given: RobustTraining(*given, skip_prob={"resnet": 0.3, "attention": 0.1}),
+    "robust": lambda *given: StochasticDepth(*given, skip_prob={"resnet": 0.3, "attention": 0.1}),
 }
 STEPPING = {
     "steps": (StepDistillation, {}, 0),
@@ -77,7 +77,7 @@ def stepping(name, prediction_type, x0=None, off=0.0, **options):
     schedule = schedule_of(one)
     teacher = Knowing(schedule, x0)
     student = Knowing(schedule, x0, off, 1.2, width)
-    objective = kind(DENOISER, schedule, EMPTY, teacher, Rung(one, 10, one, 5), **own, **options)
+    objective = kind(DENOISER, schedule, EMPTY, teacher, StepSchedule(one, 10, one, 5), **own, **options)
     loss, metrics = objective(student, batch(), torch.Generator().manual_seed(0))
     return schedule, objective, student, loss, metrics
 

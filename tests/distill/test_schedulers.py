@@ -1,4 +1,4 @@
-"""The ladder's schedulers, made from whatever a teacher ships with."""
+"""The schedulers of a distillation, made from whatever a teacher ships with."""
 
 import json
 import re
@@ -9,8 +9,8 @@ import pytest
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 from omegaconf import OmegaConf
 
-from slimstep.distill.config import LadderConfig
-from slimstep.distill.network import Distillation, check_agreement, given_student, on_the_grid
+from slimstep.distill.config import DistillationConfig
+from slimstep.distill.network import Distillation, check_agreement, on_the_grid, student_of
 from slimstep.eval.inputs import Teacher
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.guidance import with_guidance_embedding
@@ -26,22 +26,22 @@ SHIPPED = {  # what the files of Stable Diffusion 1.5 and XL say; the first name
 
 
 @pytest.mark.parametrize("kind", SHIPPED)
-def test_what_a_file_leaves_open_is_the_ladders_to_say(kind, tmp_path):
+def test_what_a_file_leaves_open_is_for_the_step_schedule_to_say(kind, tmp_path):
     (tmp_path / "scheduler_config.json").write_text(json.dumps({"_class_name": kind.__name__, **SHIPPED[kind]}))
-    scheduler = on_the_grid(LadderConfig(), DDIMScheduler, kind.from_pretrained(tmp_path))
+    scheduler = on_the_grid(DistillationConfig(), DDIMScheduler, kind.from_pretrained(tmp_path))
     teacher = Teacher(SimpleNamespace(scheduler=scheduler), None, None)
-    job = Distillation(teacher, LadderConfig(), (), None)
+    job = Distillation(teacher, DistillationConfig(), (), None)
     assert not job.predicts_v and scheduler.config.timestep_spacing == "trailing"
     config = job.scheduler.config
     assert (config.prediction_type, config.timestep_spacing) == ("v_prediction", "trailing")
     assert config.set_alpha_to_one and not config.clip_sample and config.beta_start == BETAS["beta_start"]
 
 
-def teacher_of(folder, **model) -> tuple[Teacher, LadderConfig]:
-    """The pipeline in a folder as teacher on the time grid, and a ladder with it as student."""
-    ladder, pipeline = LadderConfig(student=str(folder)), load_pipeline(folder, **model)
-    pipeline.scheduler = on_the_grid(ladder, DDIMScheduler, pipeline.scheduler)
-    return Teacher(pipeline, OmegaConf.create({"model": {"name_or_path": str(folder), **model}}), None), ladder
+def teacher_of(folder, **model) -> tuple[Teacher, DistillationConfig]:
+    """The pipeline in a folder as teacher on the time grid, and a distillation with it as student."""
+    config, pipeline = DistillationConfig(student=str(folder)), load_pipeline(folder, **model)
+    pipeline.scheduler = on_the_grid(config, DDIMScheduler, pipeline.scheduler)
+    return Teacher(pipeline, OmegaConf.create({"model": {"name_or_path": str(folder), **model}}), None), config
 
 
 @pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, DDIMScheduler])
@@ -49,9 +49,9 @@ def test_a_student_with_zero_terminal_snr_fits_its_own_teacher(kind, tmp_path):
     pipeline = tiny_pipeline("v_prediction")
     pipeline.scheduler = kind(**BETAS, prediction_type="v_prediction", rescale_betas_zero_snr=True)
     pipeline.save_pretrained(tmp_path)
-    teacher, ladder = teacher_of(tmp_path)
+    teacher, config = teacher_of(tmp_path)
     assert teacher.pipeline.scheduler.alphas_cumprod[-1] == 0
-    assert given_student(teacher, ladder).config.sample_size == teacher.unet.config.sample_size
+    assert student_of(teacher, config).config.sample_size == teacher.unet.config.sample_size
 
 
 def test_a_student_is_asked_for_the_teachers_size_also_where_its_weights_are_of_old_diffusers(tmp_path):
@@ -60,41 +60,41 @@ def test_a_student_is_asked_for_the_teachers_size_also_where_its_weights_are_of_
     pipeline.save_pretrained(tmp_path)
     config = tmp_path / "unet/config.json"
     config.write_text(re.sub(r'("_diffusers_version": )"[^"]*"', r'\1"0.6.0"', config.read_text()))
-    teacher, ladder = teacher_of(tmp_path)
+    teacher, config = teacher_of(tmp_path)
     teacher.unet.register_to_config(sample_size=4)
-    assert with_unet(teacher.pipeline, given_student(teacher, ladder)).unet.config.sample_size == 4
+    assert with_unet(teacher.pipeline, student_of(teacher, config)).unet.config.sample_size == 4
 
 
 def test_the_teacher_as_its_own_student_is_read_in_the_same_way(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path, variant="fp16")
-    assert given_student(*teacher_of(tmp_path, variant="fp16")) is not None
+    assert student_of(*teacher_of(tmp_path, variant="fp16")) is not None
 
 
 def test_what_only_another_solver_reads_is_not_handed_on():
-    grid = partial(on_the_grid, LadderConfig())
+    grid = partial(on_the_grid, DistillationConfig())
     given = DPMSolverMultistepScheduler(**BETAS, use_karras_sigmas=True, algorithm_type="sde-dpmsolver++")
     ddim = grid(DDIMScheduler, given)
     assert not grid(EulerDiscreteScheduler, ddim).config.use_karras_sigmas
     assert grid(DPMSolverMultistepScheduler, ddim).config.algorithm_type == "dpmsolver++"
 
 
-def test_a_teacher_that_is_told_its_guidance_is_refused_where_nothing_tells_it():
+def test_a_guidance_embedding_is_refused_where_nothing_would_train_it():
     embedded = with_guidance_embedding(PrunableUNet2DConditionModel.from_unet(tiny_unet()), 32)
     scheduler = DDIMScheduler(**BETAS, prediction_type="v_prediction")
     steps, guidance = ({"_target_": f"slimstep.distill.{name}"} for name in (
         "steps.StepDistillation", "guidance.GuidanceDistillation"))  # fmt: skip
 
-    def job(objective, ladder):
+    def job(objective, distillation):
         config = OmegaConf.create({"objective": objective, "model": {"name_or_path": "lcm"}})
         teacher = Teacher(SimpleNamespace(unet=embedded, scheduler=scheduler), config, None)
-        return Distillation(teacher, ladder, (), embedded)
+        return Distillation(teacher, distillation, (), embedded)
 
-    refused = "is told to the teacher and student, and {} would not tell it"
+    refused = "the teacher and student has a guidance embedding, and {} would not train it"
     with pytest.raises(ValueError, match=refused.format("objective StepDistillation")):
-        check_agreement(job(steps, LadderConfig()))
-    check_agreement(job(guidance, LadderConfig(guidance_width=32)))
+        check_agreement(job(steps, DistillationConfig()))
+    check_agreement(job(guidance, DistillationConfig(guidance_embed_dim=32)))
     scheduler.register_to_config(prediction_type="epsilon")
-    with pytest.raises(ValueError, match=refused.format("learning to predict v and ladder.repair")):
-        check_agreement(job(guidance, LadderConfig(student="cut", guidance_width=32, repair=True)))
-    with pytest.raises(ValueError, match="lcm is told its guidance scale: prune it before that"):
-        check(job(steps, LadderConfig()).teacher, search=None)
+    with pytest.raises(ValueError, match=refused.format("the conversion to v-prediction and distillation.recover")):
+        check_agreement(job(guidance, DistillationConfig(student="cut", guidance_embed_dim=32, recover=True)))
+    with pytest.raises(ValueError, match="lcm is guidance-distilled: prune it before that"):
+        check(job(steps, DistillationConfig()).teacher, search=None)

@@ -13,13 +13,13 @@ from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from slimstep.distill.cached_targets import TargetInputs, with_targets
 from slimstep.distill.consistency import ConsistencyDistillation
 from slimstep.distill.guidance import GuidanceDistillation
-from slimstep.distill.pairs import FixedDraws, taught_pairs
 from slimstep.distill.steps import StepDistillation
 from slimstep.distill.teaching import (
     Draw,
-    Rung,
+    StepSchedule,
     Target,
     teacher_target,
     weights,
@@ -47,9 +47,9 @@ def scheduler(prediction_type="v_prediction", **options):
     )  # fmt: skip
 
 
-def rung(steps, teacher_steps, prediction_type="v_prediction"):
+def step_schedule(steps, teacher_steps, prediction_type="v_prediction"):
     one = scheduler(prediction_type)
-    return Rung(one, teacher_steps, one, steps)
+    return StepSchedule(one, teacher_steps, one, steps)
 
 
 def draw(seed=0):
@@ -87,14 +87,14 @@ def unet():
 
 
 @pytest.fixture(scope="module")
-def told():
+def embedded():
     return small_stock_unet(time_cond_proj_dim=32)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
 @pytest.mark.parametrize("w", [None, 3.0])
 def test_one_step_to_the_target_lands_where_the_teachers_two_steps_land(unet, prediction_type, w):
-    way = rung(4, 8, prediction_type)
+    way = step_schedule(4, 8, prediction_type)
     schedule = schedule_of(way.student_scheduler)
     x0, noise = (torch.randn(4, 4, 8, 8, generator=draw(seed)) for seed in (1, 2))
     # Every step of the student, the first and the last included.
@@ -140,26 +140,26 @@ def test_only_the_first_rows_are_guided(unet):
 def test_a_teacher_has_nothing_to_learn_from_itself(unet, weighting, guided_share):
     options = {"weighting": weighting, "guided_share": guided_share, "original_weight": 0}
     with torch.no_grad():
-        loss, _ = objective(StepDistillation, unet, rung(8, 8), **options)(unet, batch(), draw())
-        other, _ = objective(StepDistillation, unet, rung(4, 8), **options)(unet, batch(), draw())
+        loss, _ = objective(StepDistillation, unet, step_schedule(8, 8), **options)(unet, batch(), draw())
+        other, _ = objective(StepDistillation, unet, step_schedule(4, 8), **options)(unet, batch(), draw())
     assert loss < 1e-6 < other
 
 
-def test_a_told_teacher_has_nothing_to_learn_from_itself(told):
+def test_a_guidance_distilled_teacher_has_nothing_to_learn_from_itself(embedded):
     with torch.no_grad():
         options = {"weighting": "truncated_snr"}
-        loss, _ = objective(GuidanceDistillation, told, rung(8, 8), **options)(told, batch(), draw())
-        other, _ = objective(GuidanceDistillation, told, rung(4, 8), **options)(told, batch(), draw())
+        loss, _ = objective(GuidanceDistillation, embedded, step_schedule(8, 8), **options)(embedded, batch(), draw())
+        other, _ = objective(GuidanceDistillation, embedded, step_schedule(4, 8), **options)(embedded, batch(), draw())
     assert loss < 1e-6 < other
 
 
 def test_a_teacher_that_goes_at_once_leaves_all_of_its_own_error(unet):
     options = {"weighting": "relative", "guided_share": 0.5, "original_weight": 0}
     with torch.no_grad():
-        loss, _ = objective(StepDistillation, unet, rung(4, 8), **options)(unet, batch(), draw())
+        loss, _ = objective(StepDistillation, unet, step_schedule(4, 8), **options)(unet, batch(), draw())
     assert loss.item() == pytest.approx(1, rel=1e-3)
     with pytest.raises(ValueError, match="relative needs a teacher with more steps than 8"):
-        objective(StepDistillation, unet, rung(8, 8), **options)
+        objective(StepDistillation, unet, step_schedule(8, 8), **options)
 
 
 def test_truncated_snr_is_at_least_one():
@@ -175,7 +175,7 @@ def test_truncated_snr_is_at_least_one():
 
 
 def test_the_original_loss_is_brought_to_the_size_of_the_distillation(unet):
-    teach = objective(StepDistillation, unet, rung(4, 8), original_weight=0.2)
+    teach = objective(StepDistillation, unet, step_schedule(4, 8), original_weight=0.2)
     loss, metrics = teach(unet, batch(), draw())
     torch.testing.assert_close(loss, 1.2 * metrics["distillation"])
     unet.zero_grad()
@@ -188,76 +188,76 @@ def test_a_student_that_is_told_begins_as_it_was(unet):
     z, t_B, text = batch()["latents"], torch.full((6,), 500), batch()["text"]
     with torch.no_grad():
         student, w_B = with_guidance_embedding(prunable, 32), torch.full((6,), 7.5)
-        answer = DENOISER(student, z, t_B, cond(), guidance_B=w_B)
-        assert torch.equal(answer, prunable(z, t_B, text).sample)
+        pred_x0 = DENOISER(student, z, t_B, cond(), guidance_B=w_B)
+        assert torch.equal(pred_x0, prunable(z, t_B, text).sample)
 
 
-def test_a_student_is_told_the_guidance_as_the_pipeline_tells_it(told):
+def test_a_student_embeds_the_guidance_as_the_pipeline_does(embedded):
     pipeline_says = StableDiffusionPipeline.get_guidance_scale_embedding(None, torch.tensor([6.5]), embedding_dim=32)
     assert torch.equal(guidance_embedding(torch.tensor([7.5]), 32), pipeline_says)
     inputs = batch()["latents"], torch.full((6,), 500), cond()
     with torch.no_grad():
-        answers = [DENOISER(told, *inputs, guidance_B=torch.full((6,), w)) for w in (2.0, 7.5)]
-    assert (answers[0] != answers[1]).any()
+        predictions = [DENOISER(embedded, *inputs, guidance_B=torch.full((6,), w)) for w in (2.0, 7.5)]
+    assert (predictions[0] != predictions[1]).any()
 
 
-def test_a_consistency_answer_is_what_lcm_scheduler_takes_it_for(unet, told):
+def test_a_consistency_prediction_is_what_lcm_scheduler_takes_it_for(unet, embedded):
     lcm = LCMScheduler.from_config(scheduler().config)
     lcm.set_timesteps(4)
-    assert set(lcm.timesteps.tolist()) <= set(rung(50, 50).bounds(schedule_of(lcm))[:, 0].tolist())
-    consistency = objective(ConsistencyDistillation, unet, rung(50, 50))
+    assert set(lcm.timesteps.tolist()) <= set(step_schedule(50, 50).bounds(schedule_of(lcm))[:, 0].tolist())
+    consistency = objective(ConsistencyDistillation, unet, step_schedule(50, 50))
     z, w_B = batch()["latents"], torch.full((6,), 3.0)
     for t in lcm.timesteps:
         t_B = t.expand(6)
         with torch.no_grad():
-            pred = DENOISER(told, z, t_B, cond(), guidance_B=w_B)
-            answer = consistency.answer(told, z, t_B, cond(), w_B)
-        torch.testing.assert_close(answer, lcm.step(pred, t, z, generator=draw()).denoised, rtol=1e-4, atol=1e-4)
-    assert torch.equal(consistency.answer(told, z, torch.zeros(6, dtype=torch.long), cond(), w_B).detach(), z)
+            pred = DENOISER(embedded, z, t_B, cond(), guidance_B=w_B)
+            pred_x0 = consistency.consistency(embedded, z, t_B, cond(), w_B)
+        torch.testing.assert_close(pred_x0, lcm.step(pred, t, z, generator=draw()).denoised, rtol=1e-4, atol=1e-4)
+    assert torch.equal(consistency.consistency(embedded, z, torch.zeros(6, dtype=torch.long), cond(), w_B).detach(), z)
 
 
-def test_consistency_is_taught_from_outside_and_learnt_with_the_guidance(unet, told):
-    loss, _ = objective(ConsistencyDistillation, unet, rung(50, 50))(told, batch(), draw())
+def test_consistency_distils_a_guided_teacher_into_a_guidance_embedding(unet, embedded):
+    loss, _ = objective(ConsistencyDistillation, unet, step_schedule(50, 50))(embedded, batch(), draw())
     loss.backward()
-    assert loss.isfinite() and told.time_embedding.cond_proj.weight.grad.abs().sum() > 0
-    with pytest.raises(ValueError, match="has one rung"):
-        objective(ConsistencyDistillation, told, rung(50, 50))
+    assert loss.isfinite() and embedded.time_embedding.cond_proj.weight.grad.abs().sum() > 0
+    with pytest.raises(ValueError, match="has one stage"):
+        objective(ConsistencyDistillation, embedded, step_schedule(50, 50))
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.3, 1.0])
 def test_rows_are_guided_as_often_as_asked_whatever_the_batch(unet, share):
-    teach = objective(StepDistillation, unet, rung(4, 8), guided_share=share)
+    teach = objective(StepDistillation, unet, step_schedule(4, 8), guided_share=share)
     led = [(teach.draw_guidance(math.ceil(share * 4), 4, draw(seed)) != 1).sum().item() for seed in range(2000)]
     assert sum(led) / (4 * 2000) == pytest.approx(share, abs=0.02)
 
 
-def test_answers_given_beforehand_are_those_of_the_moment(tmp_path, unet):
+def test_cached_teacher_targets_are_those_of_the_moment(tmp_path, unet):
     """The loss of a fixed draw does not depend on when the teacher was asked; a second run asks no more."""
-    cached = objective(StepDistillation, unet, rung(4, 8), guided_share=0, cached_draws=2)
+    cached = objective(StepDistillation, unet, step_schedule(4, 8), guided_share=0, cached_draws=2)
     AcceleratorState._reset_state(True)
-    draws = FixedDraws(Samples(), replace(cached.requires.cached_targets, caption_dropout=0.5), EMPTY, seed=0)
-    asked = ("stage", 4, tmp_path / "partial")
+    draws = TargetInputs(Samples(), replace(cached.requires.cached_targets, caption_dropout=0.5), EMPTY, seed=0)
+    place = ("stage", 4, tmp_path / "partial")
     run = Run(tmp_path, Accelerator(cpu=True))
-    pairs = taught_pairs(draws, cached.compute_targets, run, *asked)
-    again = taught_pairs(draws, lambda batch: pytest.fail("asked twice"), run, *asked)
+    pairs = with_targets(draws, cached.compute_targets, run, *place)
+    again = with_targets(draws, lambda batch: pytest.fail("computed twice"), run, *place)
     assert len(pairs) == 12 and {bool((pairs[j]["text"] == 0).all()) for j in range(12)} == {True, False}
-    told = torch.utils.data.default_collate([again[j] for j in range(12)])
-    target, gap = cached.compute_targets(told)
-    torch.testing.assert_close(told["target"], target, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(told["gap"], gap, rtol=1e-3, atol=1e-5)
-    loss, metrics = cached(unet, told, draw())
+    collated = torch.utils.data.default_collate([again[j] for j in range(12)])
+    target, gap = cached.compute_targets(collated)
+    torch.testing.assert_close(collated["target"], target, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(collated["gap"], gap, rtol=1e-3, atol=1e-5)
+    loss, metrics = cached(unet, collated, draw())
     assert metrics["distillation"].item() == pytest.approx(1, rel=1e-2)  # the student is the teacher, going at once
     with pytest.raises(ValueError, match="cached_draws=2 needs guided_share=0"):
-        objective(StepDistillation, unet, rung(4, 8), cached_draws=2)
+        objective(StepDistillation, unet, step_schedule(4, 8), cached_draws=2)
 
 
 def test_what_an_objective_cannot_use_is_named(unet):
     with pytest.raises(ValueError, match="weighting='min_snr' is unknown"):
-        objective(StepDistillation, unet, rung(4, 8), weighting="min_snr")
+        objective(StepDistillation, unet, step_schedule(4, 8), weighting="min_snr")
     with pytest.raises(ValueError, match="guided_share=2"):
-        objective(StepDistillation, unet, rung(4, 8), guided_share=2)
+        objective(StepDistillation, unet, step_schedule(4, 8), guided_share=2)
     with pytest.raises(ValueError, match=r"guidance_range=\[8, 2\]"):
-        objective(GuidanceDistillation, unet, rung(4, 8), guidance_range=[8, 2])
+        objective(GuidanceDistillation, unet, step_schedule(4, 8), guidance_range=[8, 2])
 
 
 def test_a_bfloat16_teacher_teaches_a_float32_student_and_nothing_becomes_float16(unet):
@@ -269,7 +269,7 @@ def test_a_bfloat16_teacher_teaches_a_float32_student_and_nothing_becomes_float1
             seen.update(x.dtype for x in tree_leaves(result) if torch.is_tensor(x))
             return result
 
-    teach = objective(StepDistillation, teacher, rung(4, 8), guided_share=0.5)
+    teach = objective(StepDistillation, teacher, step_schedule(4, 8), guided_share=0.5)
     unet.zero_grad()
     with Dtypes(), torch.autocast("cpu", torch.bfloat16):
         loss, _ = teach(unet, batch(), draw())
@@ -283,7 +283,7 @@ def test_a_bfloat16_teacher_teaches_a_float32_student_and_nothing_becomes_float1
 def test_gradient_checkpointing_changes_memory_and_nothing_else(tmp_path, name, kind):
     """With accumulation and EMA, on SD-1.5's and SD-2.1's topologies."""
     config, trained = TrainConfig(steps=2, batch_size=2, accumulation=2, learning_rate=1e-3, warmup_steps=1), []
-    way = rung(4, 8) if kind is StepDistillation else rung(50, 50)
+    way = step_schedule(4, 8) if kind is StepDistillation else step_schedule(50, 50)
     width = {"time_cond_proj_dim": 32} if kind.requires.guidance_embedding else {}
     for checkpointing in (False, True):
         AcceleratorState._reset_state(True)
@@ -309,7 +309,7 @@ def test_compiled_student_and_teacher_have_one_graph_each_and_learn_alike(tmp_pa
         student, teacher = (PrunableUNet2DConditionModel.from_unet(unet) for _ in range(2))
         if compiled:
             teacher.compile(dynamic=False, backend="eager")
-        learnt = objective(StepDistillation, teacher.requires_grad_(False), rung(4, 8), guided_share=0.5)
+        learnt = objective(StepDistillation, teacher.requires_grad_(False), step_schedule(4, 8), guided_share=0.5)
         run = Run(tmp_path / str(compiled), Accelerator(cpu=True))
         torch._dynamo.utils.counters.clear()
         trained = train(student, learnt, Samples(), replace(config, compile=compiled), run, "stage")

@@ -27,7 +27,7 @@ from slimstep.models.decoding import ImageDecoder
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.family import denoiser_of
 from slimstep.models.noise_schedule import schedule_of
-from slimstep.prune.robust import RobustTraining
+from slimstep.prune.stochastic_depth import StochasticDepth
 from tests.engine import two_networks
 from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
 
@@ -97,7 +97,7 @@ def subject(name: str) -> tuple[nn.Module, Objective | PlainObjective, StackData
     given = denoiser, schedule, uncond, pipeline.unet.requires_grad_(False)
     if name == "recovery":
         return unet, Recovery(*given), samples
-    return unet, RobustTraining(*given, skip_prob={"resnet": 0.2, "attention": 0.2}), samples
+    return unet, StochasticDepth(*given, skip_prob={"resnet": 0.2, "attention": 0.2}), samples
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from slimstep.engine.checked import run_path
 from slimstep.engine.identity import differences, run_name
 from slimstep.engine.launch import main
 from slimstep.engine.overrides import parsed
-from slimstep.engine.renamed import EXPERIMENTS, KEYS, rename_keys, replace_moved, with_new_key
+from slimstep.engine.renamed import EXPERIMENTS, KEYS, VALUES, replace_moved, with_new_key, with_new_names
 
 BARE = ["+experiment=prune_unet"]
 
@@ -64,13 +64,13 @@ def test_a_name_says_what_is_changed(words, expected):
 def test_names_are_plain_short_and_differ_where_commands_do():
     long = [
         f"models=[{','.join(f'/data/some/where/{letter}/export' for letter in 'abcdefgh')}]",
-        "ladder.student=a/b/export",
-        "ladder.student=a/c/export",
-        "ladder.student=d/c/export",
-        "ladder.student=d_c",
+        "distillation.student=a/b/export",
+        "distillation.student=a/c/export",
+        "distillation.student=d/c/export",
+        "distillation.student=d_c",
         "data.root='/a b/c (1)'",
         "data.root='/ä/c=1'",
-        "ladder.rungs={steps-8: {teacher: teacher}}",
+        "distillation.stages={steps-8: {teacher: teacher}}",
         "train.betas=[0.9,0.99]",
     ]
     names = [name(word) for word in long]
@@ -99,9 +99,9 @@ def test_a_run_that_has_begun_goes_on_wherever_it_lies(folder_of, tmp_path):
 
 def test_lists_that_grow_go_on_in_their_run(folder_of):
     bare = "+experiment=distill_steps"
-    first = folder_of(bare, "seed=1", "ladder.steps=[32,16]")
-    assert folder_of(bare, "seed=1", "ladder.steps=[32,16,8]") == first
-    assert folder_of(bare, "seed=1", "ladder.steps=[32,8]") != first
+    first = folder_of(bare, "seed=1", "distillation.steps=[32,16]")
+    assert folder_of(bare, "seed=1", "distillation.steps=[32,16,8]") == first
+    assert folder_of(bare, "seed=1", "distillation.steps=[32,8]") != first
 
 
 def test_a_sweep_lies_under_one_name(folder_of):
@@ -193,10 +193,60 @@ def test_a_run_that_an_earlier_version_began_has_old_keys():
 
 @pytest.mark.parametrize("key", KEYS)
 def test_old_keys_are_read_in_files_and_in_the_table_of_a_stage(key):
-    config = OmegaConf.create({"search": {"method": {"_target_": "x"}}})
+    config, said = OmegaConf.create({"search": {"method": {"_target_": "x"}}}), []
     OmegaConf.update(config, key, ["a"])
-    OmegaConf.set_struct(config, True)
-    rename_keys(config)
-    assert OmegaConf.select(config, KEYS[key]) == ["a"] and OmegaConf.select(config, key) is None
-    assert with_new_key(f"++stages.prune_unet.{key}=[a]") == f"++stages.prune_unet.{KEYS[key]}=[a]"
-    assert with_new_key(f"{key}_of_mine=1") == f"{key}_of_mine=1"
+    table = OmegaConf.to_container(config)
+    for prefix, old in (("", table), ("stages.prune_unet.", {"stages": {"prune_unet": table}})):
+        renamed = OmegaConf.create(with_new_names(old, lambda *names: said.append(names)))
+        assert OmegaConf.select(renamed, f"{prefix}{KEYS[key]}") == ["a"]
+        assert OmegaConf.select(renamed, f"{prefix}{key}") is None
+    assert said.count((key, KEYS[key])) == 2
+    new = key if "." not in key else KEYS[key]  # a whole section is added; its keys are renamed later
+    assert with_new_key(f"++stages.prune_unet.{key}=[a]") == f"++stages.prune_unet.{new}=[a]"
+    assert with_new_key(f"++stages.prune_unet.{key}.x=[a]") == f"++stages.prune_unet.{KEYS[key]}.x=[a]"
+    assert with_new_key(f"my_{key}=1") == f"my_{key}=1"
+
+
+@pytest.mark.parametrize(("key", "old"), [(key, old) for key, table in VALUES.items() for old in table])
+def test_old_values_are_read_wherever_they_stand(key, old, caplog):
+    new = VALUES[key][old]
+    assert with_new_key(f"{key}={old}") == f"{key}={new}"
+    assert with_new_key(f"stages.prune_vae.{key}={old},x") == f"stages.prune_vae.{key}={new},x"
+    assert with_new_key(f"{key}={new}") == f"{key}={new}" and len(caplog.records) == 2
+    table = OmegaConf.to_container(OmegaConf.from_dotlist([f"stages.prune_vae.{key}={old}"]))
+    assert OmegaConf.select(OmegaConf.create(with_new_names(table)), f"stages.prune_vae.{key}") == new
+
+
+def test_a_workflow_of_old_keys_is_the_bundled_one_changed():
+    """Its values go over those that stand under the new name; its interpolations find what they name."""
+    table = {"distillation": {"steps": [32, 16], "student": "a"}, "ladder": {"steps": [4], "rungs": {"steps-4": 1}}}
+    steps = {"models": {"student": {"steps": ["${last:${stages.distill_steps.ladder.steps}}", "${ladder.steps.0}"]}}}
+    renamed = with_new_names({"stages": {"distill_steps": table, "evaluate": steps}})["stages"]
+    expected = {"distillation": {"steps": [4], "student": "a", "stages": {"steps-4": 1}}}
+    assert renamed["distill_steps"] == expected
+    assert renamed["evaluate"]["models"]["student"]["steps"] == [
+        "${last:${stages.distill_steps.distillation.steps}}", "${distillation.steps.0}",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("experiment", "old", "new"),
+    [
+        ("distill_steps", "ladder.student=a/export", "distillation.student=a/export"),
+        ("distill_steps", "ladder.rungs={steps-8: {train: {steps: 2}}}",
+         "distillation.stages={steps-8: {train: {steps: 2}}}"),
+        ("distill_steps", "ladder={mode: progressive}", "distillation.mode=progressive"),
+        ("distill_steps", "ladder.guidance_width=64", "distillation.guidance_embed_dim=64"),
+        ("distill_steps", "velocity.train.steps=7", "v_prediction.train.steps=7"),
+        ("prune_vae", "decoder.choice=taylor", "decoder.importance=taylor"),
+        ("prune_vae", "decoder.importance=energy", "decoder.importance=activation_energy"),
+        ("prune_vae", "decoder.norm_groups=thinned", "decoder.norm_groups=per_group"),
+        ("prune_unet", "objective=robust", "objective=stochastic_depth"),
+        ("evaluate", "evaluation.ranked_on=a/prompts.json", "evaluation.calibration_prompts=a/prompts.json"),
+    ],
+)
+def test_an_old_command_goes_on_with_the_run_of_the_new_one(folder_of, caplog, experiment, old, new):
+    first = folder_of(f"+experiment={experiment}", "seed=1", new)
+    assert "is called" not in caplog.text
+    assert folder_of(f"+experiment={experiment}", "seed=1", old) == first
+    assert caplog.text.count("is called") == 1

@@ -45,7 +45,7 @@ def workflow(monkeypatch, capfd, tmp_path):
         (path / "export").mkdir(parents=True, exist_ok=True)
         (path / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.to_container(config, resolve=True)))
         (path / "evolved").mkdir(exist_ok=True)
-        last = path / f"steps-{config.ladder.steps[-1]}/export"
+        last = path / f"steps-{config.distillation.steps[-1]}/export"
         last.mkdir(parents=True, exist_ok=True)
         for folder in (path / "export", path / "evolved", last):
             (folder / "made.json").write_text(json.dumps([config.train.steps, config.seed]))
@@ -131,12 +131,12 @@ def test_restart_begins_with_its_stage(workflow, tmp_path):
 
 
 def test_the_export_is_that_of_the_last_stage_that_has_one(workflow, tmp_path):
-    workflow("stages.distill_steps.ladder.steps=[32,16,8,4]")
+    workflow("stages.distill_steps.distillation.steps=[32,16,8,4]")
     export, made = tmp_path / "snapfusion/export", tmp_path / "snapfusion/report/export/made.json"
     assert export.is_dir() and not export.is_symlink()
     assert (export / "made.json").read_text() == made.read_text()
     (export / "README.md").write_text("mine")  # a finished workflow leaves alone what it handed over
-    workflow("stages.distill_steps.ladder.steps=[32,16,8,4]")
+    workflow("stages.distill_steps.distillation.steps=[32,16,8,4]")
     assert (export / "README.md").read_text() == "mine"
 
 
@@ -180,8 +180,8 @@ def test_a_folder_of_the_users_own_is_not_replaced(workflow, tmp_path):
 
 def test_a_ladder_that_goes_on_is_no_finished_stage(workflow):
     workflow()
-    _, ran, configs, stderr = workflow("stages.distill_steps.ladder.steps=[32,16,8,4]", "run.overwrite=true")
-    assert ran[0] == "distill_steps" and list(configs["distill_steps"].ladder.steps) == [32, 16, 8, 4], stderr
+    _, ran, configs, stderr = workflow("stages.distill_steps.distillation.steps=[32,16,8,4]", "run.overwrite=true")
+    assert ran[0] == "distill_steps" and list(configs["distill_steps"].distillation.steps) == [32, 16, 8, 4], stderr
 
 
 def test_a_restart_that_was_killed_goes_on(workflow, tmp_path, monkeypatch):
@@ -206,7 +206,7 @@ def test_a_sweep_runs_a_chain_for_every_value(workflow, tmp_path):
     ("restart=prune", "restart=prune is no stage"),
     ("stages.prune_vae.name=other", "stages.prune_vae.name: a stage lies under its workflow"),
     ("~stages.prune_vae", "no stage before it makes"),
-    ("stages.distill_steps.ladder.steps=[]", "ladder.steps"),
+    ("stages.distill_steps.distillation.steps=[]", "distillation.steps"),
 ])  # fmt: skip
 def test_a_mistake_in_a_stage_is_one_line_before_anything_runs(workflow, wrong, culprit):
     code, ran, _, stderr = workflow(wrong)

@@ -85,7 +85,7 @@ def write_run(folder: Path, seed: int = 0, finished: bool = True, n: int = 64) -
 
 
 def write_outcome(folder: Path, draw: np.random.Generator, student_ms: float, n: int) -> None:
-    """evaluation.json, images and the verdict of the export."""
+    """evaluation.json, images and the report of the export."""
     teacher = draw.normal(31, 2.5, size=n)
     rows = {
         "teacher": (0.0, 2_090_000, 0.42, 10.0),
@@ -110,7 +110,7 @@ def write_outcome(folder: Path, draw: np.random.Generator, student_ms: float, n:
             Image.fromarray(draw.integers(0, 256, size=(16, 16, 3), dtype=np.uint8)).save(path)
     value = {"prompts_hash": "ba9876543210", "n": n, "protocol": {**PROTOCOL, "steps": 16, "seed": 1}, "models": models}
     write(folder / "evaluation.json", replace(former(value), shown=PROMPTS).as_json())
-    write(folder / "export" / "verdict.json", {
+    write(folder / "export" / "export_report.json", {
         "is_stock": False, "obstacles": ["up_blocks.1.attentions.2 is removed, its neighbours are not"],
         "load": "DiffusionPipeline.from_pretrained('export', trust_remote_code=True)",
     })  # fmt: skip

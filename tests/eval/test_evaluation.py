@@ -140,7 +140,7 @@ def test_a_plan_draws_nothing(tmp_path, tiny_model, models):
         (["data.prompt_file=/nowhere.txt"], "/nowhere.txt does not exist"),
         (["eval.prompts=9999"], "9999"),
         (["curves.steps=[]"], r"curves.steps=\[\] must be a list"),
-        (["evaluation.ranked_on=/no.json"], "evaluation.ranked_on=/no.json does not exist; give prune_unet"),
+        (["evaluation.calibration_prompts=/no.json"], "calibration_prompts=/no.json does not exist; give prune_unet"),
         (["evaluation.inception=/no.pth"], "evaluation.inception=/no.pth does not exist; bring https"),
         (["evaluation.inception=x", "evaluation.distribution=false"], "needs evaluation.distribution=true"),
         (["evaluation.real_images=1"], "evaluation: real_images=1 must be at least 2"),
@@ -188,10 +188,11 @@ def test_prompts_come_from_files(results, tmp_path, kind):
     assert found["prompts_hash"] == PromptSet(tuple("abcd"), "").hash
 
 
-def test_what_blocks_were_ranked_on_is_not_judged_on(results, tmp_path):
+def test_calibration_prompts_are_no_eval_prompts(results, tmp_path):
     (tmp_path / "set.txt").write_text("\n".join("abcdefgh"))
-    (tmp_path / "prompts.json").write_text(json.dumps({"ranked_on": ["h", "b", "a"], "judged_on": ["c"]}))
-    found = results(f"data.prompt_file={tmp_path / 'set.txt'}", f"evaluation.ranked_on={tmp_path / 'prompts.json'}")
+    (tmp_path / "prompts.json").write_text(json.dumps({"calibration_prompts": ["h", "b", "a"], "eval_prompts": ["c"]}))
+    files = f"data.prompt_file={tmp_path / 'set.txt'}", f"evaluation.calibration_prompts={tmp_path / 'prompts.json'}"
+    found = results(*files)
     assert found["shown"] == ["c", "d"] and found["prompts_hash"] == PromptSet(tuple("cdef"), "").hash
 
 

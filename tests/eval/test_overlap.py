@@ -58,11 +58,12 @@ def test_a_decoder_trains_on_the_captions_its_latents_are_sampled_from(tmp_path)
     assert training_prompts(config) is None
 
 
-def test_a_pruned_students_calibration_prompts_are_looked_up(tmp_path):
+@pytest.mark.parametrize("key", ["calibration_prompts", "ranked_on"])  # now, and in earlier versions
+def test_a_pruned_students_calibration_prompts_are_looked_up(tmp_path, key):
     (tmp_path / "prune/export").mkdir(parents=True)
-    job = SimpleNamespace(ladder=SimpleNamespace(student=str(tmp_path / "prune/export")))
+    job = SimpleNamespace(distillation=SimpleNamespace(student=str(tmp_path / "prune/export")))
     assert calibration_prompts(job, PROMPTS) is None
-    (tmp_path / "prune/prompts.json").write_text(json.dumps({"ranked_on": ["a cat", "x"]}))
+    (tmp_path / "prune/prompts.json").write_text(json.dumps({key: ["a cat", "x"]}))
     assert calibration_prompts(job, PROMPTS) == ["a cat"]
 
 

@@ -37,3 +37,12 @@ def test_results_take_their_place_and_a_stock_student_needs_no_trust(pipeline, t
 def test_exports_without_an_origin_have_no_card(student, tmp_path):
     export_pipeline(student, tmp_path / "export")
     assert origin_of(tmp_path / "export") is None and not (tmp_path / "export/README.md").exists()
+
+
+def test_the_report_of_an_earlier_versions_export_is_read(student, tmp_path):
+    origin = Origin("maker/teacher-1.5", 8, 2.5)
+    export_pipeline(student, tmp_path / "export", origin=origin)
+    (tmp_path / "export/export_report.json").rename(tmp_path / "export/verdict.json")
+    assert origin_of(tmp_path / "export") == origin
+    write_card(tmp_path / "export", ["CLIP score 1.00 ± 0.10"])
+    assert "CLIP score 1.00" in (tmp_path / "export/README.md").read_text()

@@ -17,7 +17,7 @@ from slimstep.models.autoencoder import load_vae
 from slimstep.models.decoding import ImageDecoder, has_statistics, scaled, statistics, unscaled
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
-from slimstep.prune.decoder import choose_channels, narrowed
+from slimstep.prune.decoder import choose_channels, pruned_vae
 from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
 
 MEAN, STD = [-1.6, 1.1, 0.3, -0.5], [8.4, 5.8, 1.5, 3.0]
@@ -109,14 +109,14 @@ def test_a_decoder_is_trained_and_chosen_on_what_the_pipeline_decodes(pipeline_w
 def test_channels_are_chosen_by_what_the_pipeline_decodes(pipeline_with):
     pipeline, latents = pipeline_with("sdxl", FIELDS[0]), torch.randn(2, 4, 8, 8)
     mean, std = statistics(pipeline.vae.config)
-    chosen = choose_channels(pipeline.vae, (4, 4), "energy", latents, normalised=True)
-    wanted = choose_channels(pipeline.vae, (4, 4), "energy", latents * std + mean * pipeline.vae.config.scaling_factor)
-    assert chosen == wanted
+    raw = latents * std + mean * pipeline.vae.config.scaling_factor
+    chosen = choose_channels(pipeline.vae, (4, 4), "activation_energy", latents, normalised=True)
+    assert chosen == choose_channels(pipeline.vae, (4, 4), "activation_energy", raw)
 
 
 def test_a_pruned_decoder_keeps_its_statistics_through_an_export(pipeline_with, tmp_path):
     pipeline = pipeline_with("sdxl", FIELDS[0])
-    vae = narrowed(pipeline.vae, choose_channels(pipeline.vae, (4, 4), "first"), (4, 4))
+    vae = pruned_vae(pipeline.vae, choose_channels(pipeline.vae, (4, 4), "first"), (4, 4))
     export_pipeline(with_unet(pipeline, pipeline.unet, vae=vae), tmp_path / "export")
     loaded = load_pipeline(tmp_path / "export")
     assert has_statistics(loaded)

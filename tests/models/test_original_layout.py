@@ -9,7 +9,7 @@ from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.known import write_configuration
 from slimstep.models.original_layout import original_weights, write_original
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
-from slimstep.prune.decoder import choose_channels, narrow_widths, narrowed
+from slimstep.prune.decoder import choose_channels, pruned_vae, pruned_widths
 from tests.models.conftest import assert_equal_weights, small_kind
 
 KINDS = ("sd15", "sd21", "sdxl")
@@ -69,8 +69,8 @@ def test_what_web_uis_cannot_know_has_no_original_layout(small_kinds, tmp_path):
     pipeline = small_kind("sd15")
     pruned = with_unet(pipeline, pipeline.unet.with_architecture({"mid_block.attentions.0": 0}))
     shallow = with_unet(pipeline, PrunableUNet2DConditionModel.from_config(pipeline.unet.config, layers_per_block=1))
-    widths = narrow_widths(pipeline.vae, 0.5)
-    vae = narrowed(pipeline.vae, choose_channels(pipeline.vae, widths, "first"), widths)
+    widths = pruned_widths(pipeline.vae, 0.5)
+    vae = pruned_vae(pipeline.vae, choose_channels(pipeline.vae, widths, "first"), widths)
     told = {
         r"its UNet is pruned \(mid_block.attentions.0\)": pruned,
         r"its UNet is not one of Stable Diffusion's \(layers_per_block=1\)": shallow,

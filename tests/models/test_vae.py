@@ -9,7 +9,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 from slimstep.models.vae import NarrowAutoencoderKL
-from slimstep.prune.decoder import choose_channels, narrow_widths, narrowed
+from slimstep.prune.decoder import choose_channels, pruned_vae, pruned_widths
 from tests.models.conftest import paint
 
 ONE_ATTENTION = {"down_blocks.0.attentions.1": 0}
@@ -46,8 +46,8 @@ torch.save(images, 'images.pt', pickle_protocol=4)
 
 
 def with_narrow_decoder(pipeline, architecture=None, width=0.5):
-    widths = narrow_widths(pipeline.vae, width)
-    vae = narrowed(pipeline.vae, choose_channels(pipeline.vae, widths, "magnitude"), widths)
+    widths = pruned_widths(pipeline.vae, width)
+    vae = pruned_vae(pipeline.vae, choose_channels(pipeline.vae, widths, "magnitude"), widths)
     return with_unet(pipeline, PrunableUNet2DConditionModel.from_unet(pipeline.unet, architecture or {}), vae=vae)
 
 

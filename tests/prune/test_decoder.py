@@ -1,4 +1,5 @@
-"""Narrow decoders: the sliced one is the wide one with the other channels masked; widths, choices, configurations."""
+"""Pruned decoders: before training each is the teacher decoder with the other channels masked; widths, importance,
+configurations."""
 
 import copy
 
@@ -13,13 +14,13 @@ from slimstep.models.decoding import ImageDecoder
 from slimstep.models.reference import VAE_CONFIGS
 from slimstep.models.vae import NarrowAutoencoderKL
 from slimstep.prune.decoder import (
-    CHOICES,
+    IMPORTANCE,
     NORM_GROUPS,
     all_groups,
     choose_channels,
     name_of,
-    narrow_widths,
-    narrowed,
+    pruned_vae,
+    pruned_widths,
     traced,
     writers,
 )
@@ -53,7 +54,7 @@ class ThinnedNorm(nn.Module):
 
 
 class MaskedNorm(nn.Module):
-    """The wide decoder's own GroupNorm, of all channels; what is not kept is zero afterwards."""
+    """The teacher decoder's own GroupNorm, of all channels; what is not kept is zero afterwards."""
 
     def __init__(self, norm: nn.GroupNorm, kept: list[int]):
         super().__init__()
@@ -64,9 +65,9 @@ class MaskedNorm(nn.Module):
 
 
 def masked(vae: AutoencoderKL, channels, norm_groups: str) -> nn.Module:
-    """The wide decoder in which nothing writes the other channels.
+    """The teacher decoder in which nothing writes the other channels.
 
-    With whole groups its norms are its own; with thinned ones they do not see the other channels.
+    With whole groups its norms are its own; per group they do not see the other channels.
     """
     decoder, graph = traced(vae)
     decoder.requires_grad_(False)
@@ -86,78 +87,79 @@ def masked(vae: AutoencoderKL, channels, norm_groups: str) -> nn.Module:
 
 
 @pytest.mark.parametrize("norm_groups", NORM_GROUPS)
-@pytest.mark.parametrize("choice", CHOICES)
+@pytest.mark.parametrize("choice", IMPORTANCE)
 @pytest.mark.parametrize("name", VAE_CONFIGS)
-def test_the_sliced_decoder_is_the_wide_one_with_the_other_channels_masked(name, choice, norm_groups):
+def test_the_pruned_decoder_is_the_teacher_decoder_with_the_other_channels_masked(name, choice, norm_groups):
     vae = vae_like(name)
     z = torch.randn(2, vae.config.latent_channels, 6, 6)
-    widths = narrow_widths(vae, 0.5, norm_groups)
+    widths = pruned_widths(vae, 0.5, norm_groups)
     channels = choose_channels(vae, widths, choice, z, norm_groups=norm_groups)
-    narrow = narrowed(vae, channels, widths, norm_groups)
+    pruned = pruned_vae(vae, channels, widths, norm_groups)
     with torch.no_grad():
         inputs = ImageDecoder(vae).inputs(z)
-        assert torch.allclose(narrow.decoder(inputs), masked(vae, channels, norm_groups)(inputs), atol=1e-5)
-        assert not torch.allclose(narrow.decoder(inputs), vae.decoder(inputs), atol=1e-2)
+        assert torch.allclose(pruned.decoder(inputs), masked(vae, channels, norm_groups)(inputs), atol=1e-5)
+        assert not torch.allclose(pruned.decoder(inputs), vae.decoder(inputs), atol=1e-2)
 
 
 def test_all_channels_kept_is_the_wide_decoder_bit_for_bit():
     vae = vae_like("sd15")
-    z, widths = torch.randn(1, 4, 8, 8), narrow_widths(vae, 1.0)
-    assert torch.equal(narrowed(vae, choose_channels(vae, widths, "magnitude"), widths).decode(z)[0], vae.decode(z)[0])
+    z, widths = torch.randn(1, 4, 8, 8), pruned_widths(vae, 1.0)
+    same = pruned_vae(vae, choose_channels(vae, widths, "magnitude"), widths)
+    assert torch.equal(same.decode(z)[0], vae.decode(z)[0])
 
 
 @pytest.mark.parametrize("norm_groups", NORM_GROUPS)
 @pytest.mark.parametrize("shares", [[0.5, 0.75, 0.5, 0.5], [1.0, 0.5, 0.25, 0.25], [0.5, 1.0, 0.5, 0.5]])
 def test_levels_may_have_their_own_share(shares, norm_groups, tmp_path):
-    """Also where two narrow levels come out equal (8, 8): the shortcut between them stays."""
+    """Also where two pruned levels come out equal (8, 8): the shortcut between them stays."""
     vae = vae_like("sd15")
-    z, widths = torch.randn(1, 4, 6, 6), narrow_widths(vae, shares, norm_groups)
-    channels = choose_channels(vae, widths, "energy", z, norm_groups=norm_groups)
-    narrow = narrowed(vae, channels, widths, norm_groups)
+    z, widths = torch.randn(1, 4, 6, 6), pruned_widths(vae, shares, norm_groups)
+    channels = choose_channels(vae, widths, "activation_energy", z, norm_groups=norm_groups)
+    pruned = pruned_vae(vae, channels, widths, norm_groups)
     with torch.no_grad():
         inputs = ImageDecoder(vae).inputs(z)
-        assert torch.allclose(narrow.decoder(inputs), masked(vae, channels, norm_groups)(inputs), atol=1e-5)
-    narrow.save_pretrained(tmp_path)
+        assert torch.allclose(pruned.decoder(inputs), masked(vae, channels, norm_groups)(inputs), atol=1e-5)
+    pruned.save_pretrained(tmp_path)
     again = NarrowAutoencoderKL.from_pretrained(tmp_path, disable_mmap=True)
-    assert torch.equal(again.decode(z)[0], narrow.decode(z)[0])
+    assert torch.equal(again.decode(z)[0], pruned.decode(z)[0])
 
 
 @pytest.mark.parametrize(
     ("width", "norm_groups", "told"),
     [
-        (0.3, "whole", "8 channels are normalised in 4 groups, which stay or go as wholes: 0.25, 0.5, 0.75, 1"),
-        (0.3, "thinned", "8 channels are normalised in 4 groups, which are thinned alike: 0.5, 1"),
+        (0.3, "whole", "8 channels are normalised in 4 groups, and whole groups stay or go: 0.25, 0.5, 0.75, 1"),
+        (0.3, "per_group", "8 channels are normalised in 4 groups, and every group keeps the same share: 0.5, 1"),
         ([0.5, 0.5], "whole", r"has 2 values; this decoder has 4 levels: \(8, 16, 32, 32\)"),
         ([0.5, 0.5, 0.5, 0.25], "whole", "levels 2 and 3 are one residual stream of 32 channels"),
     ],
 )
 def test_widths_that_cannot_be_are_refused_with_those_that_can(width, norm_groups, told):
     with pytest.raises(ValueError, match=told):
-        narrow_widths(vae_like("sd15"), width, norm_groups)
+        pruned_widths(vae_like("sd15"), width, norm_groups)
 
 
 def test_whole_groups_stay_and_their_norms_have_the_wide_ones_group_size():
     vae = vae_like("sd15")
-    widths = narrow_widths(vae, 0.5)
+    widths = pruned_widths(vae, 0.5)
     channels = choose_channels(vae, widths, "magnitude")
     for name, kept in channels.items():
         if "to_" not in name:
             size = 2 * len(kept) // 4
             assert all(kept[i] + 1 == kept[i + 1] for i in range(len(kept) - 1) if (i + 1) % size), name
-    norms = [m for m in narrowed(vae, channels, widths).decoder.modules() if isinstance(m, nn.GroupNorm)]
+    norms = [m for m in pruned_vae(vae, channels, widths).decoder.modules() if isinstance(m, nn.GroupNorm)]
     assert {norm.num_groups for norm in norms} == {2}
 
 
-def test_every_thinned_group_keeps_as_many_channels():
+def test_per_group_every_group_keeps_as_many_channels():
     vae = vae_like("sd15")
-    widths = narrow_widths(vae, 0.5, "thinned")
-    for name, kept in choose_channels(vae, widths, "magnitude", norm_groups="thinned").items():
+    widths = pruned_widths(vae, 0.5, "per_group")
+    for name, kept in choose_channels(vae, widths, "magnitude", norm_groups="per_group").items():
         if "to_" not in name:  # nothing normalises the inside of the attention
             total = 2 * len(kept)
             assert [sum(c // (total // 4) == part for c in kept) for part in range(4)] == [len(kept) // 4] * 4, name
 
 
-@pytest.mark.parametrize("choice", ["energy", "taylor", "magnitude"])
+@pytest.mark.parametrize("choice", ["activation_energy", "taylor", "magnitude"])
 def test_channels_that_do_nothing_go_first(choice):
     """Planted: a convolution's weights and bias are zero for half of its channels, in every norm group."""
     vae = vae_like("sd15")
@@ -167,15 +169,15 @@ def test_channels_that_do_nothing_go_first(choice):
     vae.decoder.mid_block.resnets[0].conv2.weight[:, dead] = 0
     norm = vae.decoder.mid_block.resnets[0].norm2
     norm.weight[dead], norm.bias[dead] = 0, 0
-    widths, z = narrow_widths(vae, 0.5, "thinned"), torch.randn(4, 4, 6, 6)
-    kept = choose_channels(vae, widths, choice, z, norm_groups="thinned")["mid_block.resnets.0.conv1"]
+    widths, z = pruned_widths(vae, 0.5, "per_group"), torch.randn(4, 4, 6, 6)
+    kept = choose_channels(vae, widths, choice, z, norm_groups="per_group")["mid_block.resnets.0.conv1"]
     assert not set(kept) & set(dead)
 
 
 def test_the_encoder_and_what_is_around_the_decoder_stay_bit_for_bit():
     vae = vae_like("sdxl")
-    widths = narrow_widths(vae, 0.5)
-    state = narrowed(vae, choose_channels(vae, widths, "random"), widths).state_dict()
+    widths = pruned_widths(vae, 0.5)
+    state = pruned_vae(vae, choose_channels(vae, widths, "random"), widths).state_dict()
     others = {key: value for key, value in vae.state_dict().items() if not key.startswith("decoder.")}
     assert all(torch.equal(state[key], value) for key, value in others.items()) and len(others) > 20
 
@@ -184,25 +186,25 @@ def test_half_of_stable_diffusions_decoder_has_a_quarter_of_its_parameters():
     """12,387,459 of 49,490,179, and a 3.94th of its operations."""
     with torch.device("meta"):
         config = VAE_CONFIGS["sd15"]
-        wide = AutoencoderKL(**config)
-        narrow = NarrowAutoencoderKL(**config, decoder_block_out_channels=narrow_widths(wide, 0.5))
-    counts = [sum(p.numel() for p in vae.decoder.parameters()) for vae in (wide, narrow)]
+        teacher = AutoencoderKL(**config)
+        pruned = NarrowAutoencoderKL(**config, decoder_block_out_channels=pruned_widths(teacher, 0.5))
+    counts = [sum(p.numel() for p in vae.decoder.parameters()) for vae in (teacher, pruned)]
     assert counts == [49_490_179, 12_387_459]
-    assert decoder_gflops(wide, 64) / decoder_gflops(narrow, 64) == pytest.approx(3.94, abs=0.01)
+    assert decoder_gflops(teacher, 64) / decoder_gflops(pruned, 64) == pytest.approx(3.94, abs=0.01)
 
 
 @pytest.mark.parametrize("name", VAE_CONFIGS)
 def test_known_autoencoders_train_a_step_at_half_width(name):
-    """The wide decoder's images as targets; the gradient reaches every parameter of the narrow one, no other."""
-    wide = vae_like(name)
-    widths = narrow_widths(wide, 0.5)
-    narrow = narrowed(wide, choose_channels(wide, widths, "magnitude"), widths).requires_grad_(False)
-    student = ImageDecoder(narrow)
+    """The teacher decoder's images are the targets; the gradient reaches every parameter of the pruned one alone."""
+    teacher = vae_like(name)
+    widths = pruned_widths(teacher, 0.5)
+    pruned = pruned_vae(teacher, choose_channels(teacher, widths, "magnitude"), widths).requires_grad_(False)
+    student = ImageDecoder(pruned)
     student.decoder.requires_grad_()
     optimizer = torch.optim.SGD(student.decoder.parameters(), lr=1e-3)
-    batch, losses = {"latents": torch.randn(2, wide.config.latent_channels, 8, 8)}, []
+    batch, losses = {"latents": torch.randn(2, teacher.config.latent_channels, 8, 8)}, []
     for _ in range(2):
-        loss, _ = DecoderDistillation(ImageDecoder(wide))(student, batch, None)
+        loss, _ = DecoderDistillation(ImageDecoder(teacher))(student, batch, None)
         loss.backward()
         assert all(p.grad is not None and p.grad.isfinite().all() for p in student.decoder.parameters())
         optimizer.step()
@@ -213,22 +215,22 @@ def test_known_autoencoders_train_a_step_at_half_width(name):
 
 def test_a_saved_one_is_the_same_one(tmp_path):
     vae = vae_like("flux")
-    widths = narrow_widths(vae, 0.5)
-    narrow = narrowed(vae, choose_channels(vae, widths, "first"), widths)
-    narrow.save_pretrained(tmp_path)
+    widths = pruned_widths(vae, 0.5)
+    pruned = pruned_vae(vae, choose_channels(vae, widths, "first"), widths)
+    pruned.save_pretrained(tmp_path)
     again = NarrowAutoencoderKL.from_pretrained(tmp_path, disable_mmap=True)
     assert again.config.decoder_block_out_channels == list(widths) and again.config.shift_factor == 0.1159
     z, x = torch.randn(1, 16, 8, 8), torch.randn(1, 3, 32, 32)
-    assert torch.equal(again.decode(z)[0], narrow.decode(z)[0])
+    assert torch.equal(again.decode(z)[0], pruned.decode(z)[0])
     assert torch.equal(again.encode(x)[0].mean, vae.encode(x)[0].mean)
     copied = NarrowAutoencoderKL.from_config(copy.deepcopy(dict(again.config)))
     assert copied.decoder.conv_in.out_channels == 16
 
 
 def test_both_decoders_are_one_graph_each():
-    wide = vae_like("sd15")
-    widths, z = narrow_widths(wide, 0.5), torch.randn(2, 4, 8, 8)
-    for vae in (wide, narrowed(wide, choose_channels(wide, widths, "first"), widths)):
+    teacher = vae_like("sd15")
+    widths, z = pruned_widths(teacher, 0.5), torch.randn(2, 4, 8, 8)
+    for vae in (teacher, pruned_vae(teacher, choose_channels(teacher, widths, "first"), widths)):
         decoder = ImageDecoder(vae).requires_grad_(False)
         compiled = torch.compile(decoder, fullgraph=True, dynamic=False, backend="eager")
         assert torch.equal(compiled(z), decoder(z))

@@ -33,7 +33,7 @@ def test_the_run_holds_what_the_design_says(finished):
     path, _ = finished
     stages = ("round-00", "round-01")
     products = [f"{s}/{name}.json" for s in stages for name in ("latency", "scores", "decision")]
-    ends = ("scorer_check.json", "evaluation.json", "report.html", "export/verdict.json")
+    ends = ("scorer_check.json", "evaluation.json", "report.html", "export/export_report.json")
     for name in ("config.yaml", "metrics.jsonl", *products, *ends):
         assert (path / name).is_file(), name
     page = (path / "report.html").read_text()

@@ -51,7 +51,7 @@ def finished(tmp_path_factory, tiny_model):
 def test_the_run_holds_what_it_promises(finished):
     path, done = finished
     for name in ("channels.json", f"round-00/{WEIGHTS}", "evaluation.json", "vae_ms.json", "report.html",
-                 "export/verdict.json", "report/crops-real.png", "report/crops-sampled.png"):  # fmt: skip
+                 "export/export_report.json", "report/crops-real.png", "report/crops-sampled.png"):  # fmt: skip
         assert (path / name).is_file(), name
     assert "| student" in done.stdout and "FLOP ratio" in done.stdout
     assert "None of the 4 prompts is among the captions that were trained on." in (path / "report.html").read_text()
@@ -102,9 +102,10 @@ def test_a_plan_tells_what_would_be_made_and_writes_nothing(tmp_path, tiny_model
 @pytest.mark.parametrize(
     "overrides",
     [
-        ["latents.rounds=2", "latents.real_share=0.5", "decoder.choice=taylor", "objective.l1=0.5"],
-        ["latents.real_share=1", "decoder.choice=energy", "objective.gradient=0.3", "mixed_precision=bf16"],
-        ["train.channels_last=true", "train.gradient_checkpointing=true", "decoder.norm_groups=thinned"],
+        ["latents.rounds=2", "latents.real_share=0.5", "decoder.importance=taylor", "objective.l1=0.5"],
+        ["latents.real_share=1", "decoder.importance=activation_energy", "objective.gradient=0.3",
+         "mixed_precision=bf16"],
+        ["train.channels_last=true", "train.gradient_checkpointing=true", "decoder.norm_groups=per_group"],
     ],
     ids=["rounds, mixed", "real, bf16", "channels_last"],
 )
@@ -123,14 +124,14 @@ def test_other_ways_to_train_it(tmp_path, tiny_model, overrides):
     [
         (
             ["decoder.width=0.3"],
-            "width=0.3 is impossible at level 0: its 8 channels .* wholes: 0.25, 0.5, 0.75, 1",
+            "width=0.3 is impossible at level 0: its 8 channels .* whole groups stay or go: 0.25, 0.5, 0.75, 1",
         ),
         (["decoder.width=half"], "decoder.width=half must be a share"),
         (["decoder.width=[0.5]"], r"decoder.width=\[0.5\] has 1 values; this decoder has 2 levels: \(8, 8\)"),
         (["decoder.norm_groups=half"], "decoder.norm_groups='half' is unknown; choose from"),
         (["latency.iterations=1"], "latency.iterations=1: a ratio is told with its quartiles"),
         (["latents.steps=0"], "latents: steps=0 must be at least 1"),
-        (["decoder.choice=best"], "decoder.choice='best' is unknown; choose from"),
+        (["decoder.importance=best"], "decoder.importance='best' is unknown; choose from"),
         (["objective.mse=0"], "all of mse, l1, gradient and lpips are 0"),
         (["objective.mse=-1"], "objective.mse=-1 must be at least 0"),
         (["objective.lpips=1"], "objective.lpips needs VGG-16's weights: put https://.*vgg16"),
@@ -233,7 +234,7 @@ def test_latents_are_found_again_by_another_process(tmp_path):
     assert len(list(tmp_path.glob("latents-*"))) == 1
 
 
-def test_a_narrow_decoder_is_not_narrowed_again_but_pruned_and_distilled(finished, tiny_model, tmp_path):
+def test_a_pruned_decoder_is_not_pruned_again_but_its_unet_is_and_is_distilled(finished, tiny_model, tmp_path):
     """The export is a teacher like any other: its UNet goes through the other jobs' loading and exporting."""
     pipeline = load_pipeline(finished[0] / "export")
     pruned = pipeline.unet.with_architecture({"mid_block.attentions.0": 0})

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from slimstep.distill.teaching import Rung
+from slimstep.distill.teaching import StepSchedule
 from slimstep.engine.objective import STUDENT, Batch, Metrics, Requirements
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.denoiser import Denoiser
@@ -26,7 +26,7 @@ class Matching:
         schedule: NoiseSchedule,
         uncond: Conditioning,
         teacher: nn.Module,
-        rung: Rung,
+        step_schedule: StepSchedule,
         score_updates: int = 2,
     ):
         self.denoiser, self.schedule, self.uncond, self.teacher = denoiser, schedule, uncond, teacher

@@ -1,4 +1,4 @@
-"""The teacher's answers, given once: images with fixed noises and steps, and where the teacher leads from there.
+"""Cached teacher targets: images with fixed noises and steps, and the teacher's target of each, computed once.
 
 Axes: B batch, C channels, H and W latent size.
 """
@@ -19,10 +19,10 @@ from slimstep.engine.run import Run
 from slimstep.engine.seeding import generator
 from slimstep.models.conditioning import Conditioning
 
-ANSWERS = "answers.safetensors"
+FILE = "answers.safetensors"
 
 
-class FixedDraws(Dataset):
+class TargetInputs(Dataset):
     """Every pair `cached.per_image` times; sample j is pair j mod P with a noise, a step and a caption, functions of j.
 
     An item is the pair's, with "noise" [C, H, W] and "step", and without a caption in a share of the samples.
@@ -30,7 +30,7 @@ class FixedDraws(Dataset):
 
     def __init__(self, pairs: Samples, cached: CachedTargets, uncond: Conditioning, seed: int):
         self.pairs, self.cached, self.seed = pairs, cached, seed
-        self.nothing = uncond.map(lambda tensor: tensor[0]).tensors
+        self.uncond = uncond.map(lambda tensor: tensor[0]).tensors
 
     def __len__(self) -> int:
         return self.cached.per_image * len(self.pairs)
@@ -40,47 +40,47 @@ class FixedDraws(Dataset):
         noise = torch.randn(pair["latents"].shape, generator=draw)
         step = torch.randint(self.cached.num_steps, (), generator=draw)
         dropped = torch.rand((), generator=draw) < self.cached.caption_dropout
-        return {**pair, "noise": noise, "step": step, **(self.nothing if dropped else {})}
+        return {**pair, "noise": noise, "step": step, **(self.uncond if dropped else {})}
 
 
-class TaughtPairs(Dataset):
-    """Fixed draws with their answers: "target" [C, H, W], the teacher's x̃, and "gap", its own error going at once."""
+class CachedTargetPairs(Dataset):
+    """Fixed draws with their teacher targets: "target" [C, H, W], which is x̃, and "gap", the error of a single step."""
 
-    def __init__(self, draws: FixedDraws, answers: dict[str, Tensor]):
-        self.draws, self.answers = draws, answers
+    def __init__(self, draws: TargetInputs, targets: dict[str, Tensor]):
+        self.draws, self.targets = draws, targets
 
     def __len__(self) -> int:
         return len(self.draws)
 
     def __getitem__(self, j: int) -> dict:
-        return {**self.draws[j], **{name: values[j] for name, values in self.answers.items()}}
+        return {**self.draws[j], **{name: values[j] for name, values in self.targets.items()}}
 
 
-def taught_pairs(
-    draws: FixedDraws,
-    answer: Callable[[Batch], tuple[Tensor, Tensor]],
+def with_targets(
+    draws: TargetInputs,
+    compute: Callable[[Batch], tuple[Tensor, Tensor]],
     run: Run,
     stage: str,
     batch_size: int,
     keep: Path,
-) -> TaughtPairs:
-    """The draws with their answers, from `stage`/answers.safetensors or made now, shared among the processes.
+) -> CachedTargetPairs:
+    """The draws with their teacher targets, from `stage`/answers.safetensors or computed now, shared among processes.
 
-    `answer(batch)` gives (target [B, C, H, W], gap [B]). Finished batches lie under `keep` until all are there.
+    `compute(batch)` gives (target [B, C, H, W], gap [B]). Finished batches lie under `keep` until all are there.
     """
-    file = f"{stage}/{ANSWERS}"
+    file = f"{stage}/{FILE}"
     if not run.made(file):
 
-        def ask(indices: list[int]) -> Tensor:
+        def compute_rows(indices: list[int]) -> Tensor:
             batch = torch.utils.data.default_collate([draws[j] for j in indices])
             moved = {key: v.to(run.accelerator.device) for key, v in batch.items() if torch.is_tensor(v)}
-            target_BCHW, gap_B = answer(moved)
+            target_BCHW, gap_B = compute(moved)
             return torch.cat([target_BCHW.flatten(1), gap_B[:, None]], dim=1)
 
         shape = draws[0]["latents"].shape
-        values = map_batches(ask, len(draws), batch_size, run.accelerator, f"{stage}: the teacher's answers", keep)
+        values = map_batches(compute_rows, len(draws), batch_size, run.accelerator, f"{stage}: teacher targets", keep)
         if run.accelerator.is_main_process:
             write_tensors(run.path / file, {"target": values[:, :-1].unflatten(1, shape), "gap": values[:, -1]})
         run.accelerator.wait_for_everyone()
     with damaged(run.path / file):
-        return TaughtPairs(draws, load_file(run.path / file))
+        return CachedTargetPairs(draws, load_file(run.path / file))

@@ -1,4 +1,5 @@
-"""Robust training (SnapFusion, section 3.1, eq. 5): the UNet learns to live without any of its blocks.
+"""Stochastic-depth training (SnapFusion's "robust training", section 3.1, eq. 5): the UNet learns to work without any
+of its blocks.
 
 Axes: B batch, N blocks, C channels, H and W latent size.
 """
@@ -19,7 +20,7 @@ from slimstep.models.noise_schedule import NoiseSchedule
 RAMPS = ("constant", "depth", "time")
 
 
-class RobustTraining:
+class StochasticDepth:
     """The denoising loss of a UNet in which every block is skipped at random, per sample and independently.
 
     `skip_prob` gives the probability per kind of block. `ramp` says how it is spread: `constant`; `depth`, rising
@@ -72,7 +73,7 @@ class RobustTraining:
         metrics = {"denoising": loss}
         if self.teacher is not None:
             with torch.no_grad():
-                taught_BCHW = self.denoiser(self.teacher, *noisy.inputs)
-            metrics["to_teacher"] = nn.functional.mse_loss(pred_BCHW, taught_BCHW)
+                target_BCHW = self.denoiser(self.teacher, *noisy.inputs)
+            metrics["to_teacher"] = nn.functional.mse_loss(pred_BCHW, target_BCHW)
             loss = torch.lerp(loss, metrics["to_teacher"], self.teacher_weight)
         return loss, metrics

@@ -6,7 +6,7 @@ from torch import nn
 
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.noise_schedule import schedule_of
-from slimstep.prune.robust import RobustTraining
+from slimstep.prune.stochastic_depth import StochasticDepth
 from tests.tiny import DENOISER, WIDTH, no_caption, tiny_pipeline
 
 
@@ -22,7 +22,7 @@ def unet(pipeline):
 
 def objective(pipeline, unet, **options):
     options = {"skip_prob": {"resnet": 0.3, "attention": 0.1}, **options}
-    return RobustTraining(DENOISER, schedule_of(pipeline.scheduler), no_caption(4), unet, **options)
+    return StochasticDepth(DENOISER, schedule_of(pipeline.scheduler), no_caption(4), unet, **options)
 
 
 def batch(size=4):

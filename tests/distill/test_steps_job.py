@@ -22,10 +22,11 @@ from tests.tiny import tiny_pipeline
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "+experiment=distill_steps", "data.resolution=16", "data.pairs.size=16", "train.steps=3", "train.batch_size=4",
-    "recovery.train.steps=2", "recovery.train.batch_size=4", "velocity.train.steps=2", "velocity.train.batch_size=4",
+    "recovery.train.steps=2", "recovery.train.batch_size=4",
+    "v_prediction.train.steps=2", "v_prediction.train.batch_size=4",
     "eval.prompts=4", "eval.pictures=2", "curves.steps=[1,2]", "curves.guidance=[2.5]",
 ]  # fmt: skip
-LADDER = ["ladder.steps=[4,2,1]", "ladder.rungs={steps-1: {train: {steps: 2}}}"]
+STEPS = ["distillation.steps=[4,2,1]", "distillation.stages={steps-1: {train: {steps: 2}}}"]
 
 
 def run(*overrides):
@@ -46,7 +47,7 @@ def pruned(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_model):
     root = tmp_path_factory.mktemp("runs")
-    done = run(*tiny_model, f"root={root}", *LADDER, "tracker=tensorboard")
+    done = run(*tiny_model, f"root={root}", *STEPS, "tracker=tensorboard")
     assert done.returncode == 0, done.stderr
     return root / "distill_steps", done
 
@@ -61,7 +62,7 @@ def test_the_tracker_gets_the_curves_and_the_pictures(finished):
     assert "curves/text_summary" in events.Tags()["tensors"]
 
 
-def test_every_rung_is_a_stock_pipeline_that_draws_what_we_judged(finished):
+def test_every_student_is_a_stock_pipeline_that_draws_what_we_evaluated(finished):
     path, _ = finished
     for name, steps in (("steps-2", 2), ("steps-1", 1)):
         stock = StableDiffusionPipeline.from_pretrained(path / name / "export")
@@ -98,40 +99,40 @@ def test_the_judgement_holds_every_point_paired_with_the_teacher(finished):
     }  # fmt: skip
 
 
-def test_a_rung_has_its_own_training(finished):
+def test_a_stage_has_its_own_training(finished):
     path, _ = finished
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
     assert {line["stage"]: line["step"] for line in lines} == {"steps-2": 3, "steps-1": 2}
 
 
-def test_a_finished_ladder_makes_nothing_anew(finished, tiny_model):
+def test_a_finished_distillation_makes_nothing_anew(finished, tiny_model):
     path, first = finished
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
-    again = run(*tiny_model, f"root={path.parent}", *LADDER, "tracker=tensorboard")
+    again = run(*tiny_model, f"root={path.parent}", *STEPS, "tracker=tensorboard")
     assert again.returncode == 0 and again.stdout == first.stdout, again.stderr
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()} == before
 
 
 @pytest.mark.slow
-def test_a_ladder_grows_and_what_is_there_is_not_made_again(tmp_path, tiny_model):
+def test_a_distillation_grows_and_what_is_there_is_not_made_again(tmp_path, tiny_model):
     path, job = tmp_path / "distill_steps", [*tiny_model, f"root={tmp_path}"]
-    assert run(*job, "ladder.steps=[4,2]", "curves.steps=[2]").returncode == 0
+    assert run(*job, "distillation.steps=[4,2]", "curves.steps=[2]").returncode == 0
     kept = ["steps-2/weights.safetensors", "evaluation/teacher/guidance-2.5-steps-4.json",
             "reference/guidance-2.5.safetensors"]  # fmt: skip
     before = [(path / name).stat().st_mtime_ns for name in kept]
-    grown = run(*job, "ladder.steps=[4,2,1]", "curves.steps=[2,1]")
+    grown = run(*job, "distillation.steps=[4,2,1]", "curves.steps=[2,1]")
     assert grown.returncode == 0, grown.stderr
     assert [(path / name).stat().st_mtime_ns for name in kept] == before
     points = json.loads((path / "evaluation.json").read_text())["points"]
     assert {"steps-2", "steps-1"} <= {p["model"] for p in points} and "steps-1" in (path / "report.html").read_text()
-    refused = run(*job, "ladder.steps=[4,2]", "curves.steps=[2,1]")
-    assert refused.returncode == 1 and "ladder.steps: [4, 2, 1] there, [4, 2] now" in refused.stderr
+    refused = run(*job, "distillation.steps=[4,2]", "curves.steps=[2,1]")
+    assert refused.returncode == 1 and "distillation.steps: [4, 2, 1] there, [4, 2] now" in refused.stderr
 
 
 @pytest.mark.slow
-def test_a_pruned_student_of_an_epsilon_teacher_learns_v_is_repaired_and_climbs(tmp_path, pruned, tiny_model):
-    model = [*tiny_model, f"model.name_or_path={pruned / 'teacher'}", f"ladder.student={pruned / 'student'}"]
-    done = run(*model, f"root={tmp_path}", "ladder.steps=[4,2,1]", "ladder.repair=true")
+def test_a_pruned_student_of_an_epsilon_teacher_is_converted_to_v_recovered_and_distilled(tmp_path, pruned, tiny_model):
+    model = [*tiny_model, f"model.name_or_path={pruned / 'teacher'}", f"distillation.student={pruned / 'student'}"]
+    done = run(*model, f"root={tmp_path}", "distillation.steps=[4,2,1]", "distillation.recover=true")
     assert done.returncode == 0, done.stderr
     path = tmp_path / "distill_steps"
     stages = dict.fromkeys(json.loads(line)["stage"] for line in (path / "metrics.jsonl").read_text().splitlines())
@@ -174,7 +175,7 @@ def assert_drawn_alike_elsewhere(export, steps, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["guidance", "lcm"])
 def test_students_that_are_told_their_guidance_need_one_evaluation_a_step(tmp_path, tiny_model, objective):
-    told = [f"objective={objective}", "ladder.guidance_width=32", "ladder.steps=[4,2]"]
+    told = [f"objective={objective}", "distillation.guidance_embed_dim=32", "distillation.steps=[4,2]"]
     done = run(*tiny_model, f"root={tmp_path}", *told)
     assert done.returncode == 0, done.stderr
     points = json.loads((tmp_path / "distill_steps/evaluation.json").read_text())["points"]
@@ -185,9 +186,9 @@ def test_students_that_are_told_their_guidance_need_one_evaluation_a_step(tmp_pa
     assert len(stock(prompt="a", num_inference_steps=2, guidance_scale=3.0).images) == 1
 
 
-def test_a_plan_names_the_rungs_and_writes_nothing(finished, tmp_path, tiny_model):
+def test_a_plan_names_the_stages_and_writes_nothing(finished, tmp_path, tiny_model):
     path, _ = finished
-    new, done = (run(*tiny_model, *LADDER, "plan=true", f"root={root}") for root in (tmp_path, path.parent))
+    new, done = (run(*tiny_model, *STEPS, "plan=true", f"root={root}") for root in (tmp_path, path.parent))
     assert new.returncode == done.returncode == 0, new.stderr + done.stderr
     assert list(tmp_path.iterdir()) == []
     assert "| to do" in new.stdout and "| done" not in new.stdout and "| to do" not in done.stdout
@@ -199,7 +200,7 @@ def test_an_objective_with_a_second_network_is_two_files(tmp_path, tiny_model, m
     place = ROOT / "tests/distill/second_network"
     assert len([path for path in place.rglob("*") if path.suffix in (".py", ".yaml")]) == 2
     monkeypatch.syspath_prepend(place)
-    more = ["objective=matching", f"hydra.searchpath=[file://{place}]", "train.log_every=1", "ladder.steps=[4,2]"]
+    more = ["objective=matching", f"hydra.searchpath=[file://{place}]", "train.log_every=1", "distillation.steps=[4,2]"]
     done = run(*tiny_model, f"root={tmp_path}", *more)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "distill_steps/metrics.jsonl").read_text().splitlines()]
