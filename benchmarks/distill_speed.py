@@ -84,8 +84,8 @@ class Networks:
 def our_loop(networks: Networks, guided_share: float) -> Callable[[], None]:
     """One training step of ours: cached latents and texts, guidance branches in one batch."""
     options = {"guided_share": guided_share, "guidance_range": GUIDANCE, "caption_dropout": 0.0}
-    given = denoiser_of(networks.teacher), networks.schedule, networks.unconditional(), networks.teacher, networks.rung
-    objective = StepDistillation(*given, **options)
+    args = denoiser_of(networks.teacher), networks.schedule, networks.unconditional(), networks.teacher, networks.rung
+    objective = StepDistillation(*args, **options)
     cached, draw = networks.encoded(), torch.Generator(networks.device).manual_seed(0)
     return training_step(networks, lambda student: objective(student, cached, draw)[0])
 
@@ -96,8 +96,8 @@ def example_loop(networks: Networks) -> Callable[[], None]:
     bounds_NK = networks.step_schedule.bounds(schedule).to(networks.device)
 
     def guided(unet: nn.Module, z: Tensor, t: Tensor, text: Tensor, empty: Tensor, w: Tensor) -> Tensor:
-        told, untold = unet(z, t, text).sample, unet(z, t, empty).sample
-        return w * told - (w - 1) * untold
+        conditional, unconditional = unet(z, t, text).sample, unet(z, t, empty).sample
+        return w * conditional - (w - 1) * unconditional
 
     def loss(student: nn.Module) -> Tensor:
         batch = networks.encoded()
@@ -112,8 +112,8 @@ def example_loop(networks: Networks) -> Callable[[], None]:
         z = add_noise(x0, noise, at_start)
         with torch.no_grad():
             half = ddim_step(guided(teacher, z, start, text, empty, w), z, at_start, at_middle, kind)
-            there = ddim_step(guided(teacher, half, middle, text, empty, w), half, at_middle, at_end, kind)
-            target = x0_between(z, at_start, there, at_end)
+            landed = ddim_step(guided(teacher, half, middle, text, empty, w), half, at_middle, at_end, kind)
+            target = x0_between(z, at_start, landed, at_end)
         pred = x0_of(guided(student, z, start, text, empty, w), z, at_start, kind)
         return (snr(at_start).clamp(min=1) * (pred - target).square().mean((1, 2, 3))).mean()
 
@@ -179,8 +179,8 @@ def main() -> None:
         rows.append([name, f"{middle:.2f}×", f"[{low:.2f}, {high:.2f}]"])
     options.out.mkdir(parents=True, exist_ok=True)
     model = "sd15" if options.sd15 else "shapes"
-    told = {"model": model, "batch": options.batch, "rounds": options.rounds, "environment": environment()}
-    write_json(options.out / f"{model}-{device.type}.json", {**told, "loops": record})
+    facts = {"model": model, "batch": options.batch, "rounds": options.rounds, "environment": environment()}
+    write_json(options.out / f"{model}-{device.type}.json", {**facts, "loops": record})
     print(markdown_table(["loop", "samples/s over the example's", "quartiles"], rows))
 
 

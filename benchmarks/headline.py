@@ -55,7 +55,7 @@ def count(folder: Path, prefix: str) -> int:
 def main() -> int:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     text = headline(json.loads(SUMMARY.read_text()))
-    README.write_text(BLOCK.sub(lambda found: found[1] + text + found[2], README.read_text()))
+    README.write_text(BLOCK.sub(lambda match: match[1] + text + match[2], README.read_text()))
     print(text)
     return 0
 

@@ -51,9 +51,9 @@ def main() -> None:
 
 def share_robust_weights(source: Path, run: Path) -> None:
     """A stage whose weights exist is not trained again."""
-    weights, there = source / "round-00/weights.safetensors", run / "round-00/weights.safetensors"
-    if weights.exists() and not there.exists():
-        with whole_folder(there.parent) as aside:
+    weights, target = source / "round-00/weights.safetensors", run / "round-00/weights.safetensors"
+    if weights.exists() and not target.exists():
+        with whole_folder(target.parent) as aside:
             shutil.copyfile(weights, aside / weights.name)
 
 

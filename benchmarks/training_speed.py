@@ -99,13 +99,13 @@ def main() -> None:
     if options.alone:
         print(json.dumps(measure(options)))
         return
-    asked = {key: value for key, value in vars(options).items() if key not in ("out", "alone", "parts")}
+    requested = {key: value for key, value in vars(options).items() if key not in ("out", "alone", "parts")}
     rows = []
     for part in options.parts:
         rows.append(in_a_process(part))
-        write_json(options.out / "results.json", {**asked, "environment": environment(), "rows": rows})
+        write_json(options.out / "results.json", {**requested, "environment": environment(), "rows": rows})
     names = ("part", "batch", "peak_gb", "seconds_per_step", "samples_per_second", "tflops", "share_of_peak")
-    print(markdown_table(list(names), [[told(row.get(name)) for name in names] for row in rows]))
+    print(markdown_table(list(names), [[cell(row.get(name)) for name in names] for row in rows]))
     for row in rows:
         if row.get("cannot"):
             print(f"{row['part']}: {row['cannot']}")
@@ -119,7 +119,7 @@ def in_a_process(part: str) -> dict:
         return {"part": part, "cannot": str(error)}
 
 
-def told(value: float | str | None) -> str:
+def cell(value: float | str | None) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
 
 
@@ -175,7 +175,7 @@ def model(options: argparse.Namespace):
 
 def configured(options: argparse.Namespace, folder: str) -> Config:
     steps, batch = options.steps, options.batch
-    given = [
+    overrides = [
         f"+experiment={JOBS[options.alone]}", f"root={folder}", f"data.pairs.size={max(4 * batch, 16)}",
         "data.prompts.n=8", f"data.resolution={options.resolution or 'null'}", f"mixed_precision={options.precision}",
         "eval.prompts=2", f"data.cache.batch_size={batch}", "scoring.prompts=2",
@@ -183,14 +183,14 @@ def configured(options: argparse.Namespace, folder: str) -> Config:
     ]  # fmt: skip
     for train in ("train", "recovery.train"):
         compiled = options.compile and train == "train"
-        given += [f"{train}.steps={steps}", f"{train}.batch_size={batch}", f"{train}.log_every=1",
+        overrides += [f"{train}.steps={steps}", f"{train}.batch_size={batch}", f"{train}.log_every=1",
                   f"{train}.optimizer={options.optimizer}", f"{train}.compile={str(compiled).lower()}",
                   f"{train}.ema_decay={options.ema_decay}",
                   f"{train}.gradient_checkpointing={str(options.checkpointing).lower()}"]  # fmt: skip
     if options.alone == "decoder":
-        given += ["latents.real_share=1", "latents.count=16", "latents.prompts=8", "decoder.importance=first"]
+        overrides += ["latents.real_share=1", "latents.count=16", "latents.prompts=8", "decoder.importance=first"]
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return OmegaConf.merge(OmegaConf.structured(Config), hydra.compose("train", given))
+        return OmegaConf.merge(OmegaConf.structured(Config), hydra.compose("train", overrides))
 
 
 # ---- the parts: samples per step, 10⁹ operations per step, and seconds where the loop has not measured them ----

@@ -70,5 +70,5 @@ def check_data(data: DictConfig | None) -> None:
     if unknown := [key for key in data if key not in known]:
         raise ValueError(f"data has no key {unknown[0]}, which +data.{unknown[0]}=… would add; keys: {', '.join(data)}")
     schema = OmegaConf.create({"data": OmegaConf.structured(DataConfig)})
-    given = {key: value for key, value in OmegaConf.to_container(data, resolve=True).items() if key in schema.data}
-    OmegaConf.to_object(OmegaConf.merge(schema, {"data": given}).data)
+    requested = {key: value for key, value in OmegaConf.to_container(data, resolve=True).items() if key in schema.data}
+    OmegaConf.to_object(OmegaConf.merge(schema, {"data": requested}).data)

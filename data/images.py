@@ -70,18 +70,18 @@ class ImageFolderPairs(CaptionedImages):
         self.root = Path(root)
         contents = read_folder(self.root, caption_column)
         everything, flaws = contents.pairs, contents.flaws
-        self._tell_flaws(flaws, len(everything) + len(flaws), told_before=split == "heldout")
+        self._report_flaws(flaws, len(everything) + len(flaws), told_before=split == "heldout")
         if contents.passed_over and split != "heldout":
             log.warning("not read in %s: %s", self.root, few(contents.passed_over))
         names = [contents.first_names[name] for name, _ in everything]
         self.pairs = [everything[i] for i in split_of(names, split, heldout_fraction, f"image folder {root}")]
 
-    def _tell_flaws(self, flaws: list[str], of: int, told_before: bool) -> None:
+    def _report_flaws(self, flaws: list[str], of: int, told_before: bool) -> None:
         allowed = allowed_of(of, self.max_broken)
         if len(flaws) > allowed:
-            told = f"{len(flaws)} of {of} images and captions in {self.root} are no pair"
+            summary = f"{len(flaws)} of {of} images and captions in {self.root} are no pair"
             way = "repair them, or raise data.max_broken"
-            raise ValueError(f"{told}, and at most {allowed} may be passed over: {few(flaws)}; {way}")
+            raise ValueError(f"{summary}, and at most {allowed} may be passed over: {few(flaws)}; {way}")
         if flaws and not told_before:
             log.warning("%d of %d images and captions in %s are passed over: %s", len(flaws), of, self.root, few(flaws))
 
@@ -218,8 +218,8 @@ def way_to_split(names: list[str]) -> str:
 
 
 def is_held_out(name: str, fraction: float) -> bool:
-    told = hashlib.sha256(name.encode(errors="surrogateescape"))  # names of files may be bytes that are no UTF-8
-    return int.from_bytes(told.digest()[:8]) < fraction * 2**64
+    hashed = hashlib.sha256(name.encode(errors="surrogateescape"))  # names of files may be bytes that are no UTF-8
+    return int.from_bytes(hashed.digest()[:8]) < fraction * 2**64
 
 
 def load_rows(name: str, config: str | None, subset: str):

@@ -90,8 +90,8 @@ class PromptSet:
         """
         left = [prompt for prompt in self.distinct if prompt not in texts][:n]
         if len(left) < 2:
-            told = f"{self.name!r} has {len(left)} prompts that blocks were not ranked on, and two are needed"
-            raise ValueError(f"{told}: data.prompt_file=FILE gives others")
+            message = f"{self.name!r} has {len(left)} prompts that blocks were not ranked on, and two are needed"
+            raise ValueError(f"{message}: data.prompt_file=FILE gives others")
         if len(left) < n:
             log.warning("%d distinct prompts of %r are left to judge on, and repeated with other noise to make %d",
                         len(left), self.name, n)  # fmt: skip
@@ -130,16 +130,16 @@ def heldout_prompts(
     Raises ValueError where there are fewer than `n` distinct captions.
     """
     distinct: dict[str, None] = {}
-    wanted = n or (sum(enough) if isinstance(pairs, Stream) else None)
+    target = n or (sum(enough) if isinstance(pairs, Stream) else None)
     for caption in _stream_captions(pairs) if isinstance(pairs, Stream) else _shuffled_captions(pairs):
         distinct.setdefault(caption)
-        if len(distinct) == wanted:
+        if len(distinct) == target:
             break
     if n is not None and len(distinct) < n:
         held = "the stream has" if isinstance(pairs, Stream) else f"the {len(pairs)} pairs have"
-        told = f"{n} prompts were asked for, {held} {len(distinct)} distinct captions"
+        message = f"{n} prompts were asked for, {held} {len(distinct)} distinct captions"
         fewer = f"latents.prompts={len(distinct)} or fewer, or " if len(distinct) > 1 else ""
-        raise ValueError(f"{told}: {fewer}latents.prompt_file=FILE with more")
+        raise ValueError(f"{message}: {fewer}latents.prompt_file=FILE with more")
     texts = list(distinct)
     if not texts:
         way = "a higher data.heldout_fraction, or data.prompt_file=FILE"
@@ -209,8 +209,8 @@ def disjoint_prompts(prompts: PromptSet, first: int, second: int) -> tuple[Promp
     """
     texts = tuple(dict.fromkeys(prompts))
     if len(texts) < 4:
-        told = f"{prompts.name!r} has {len(texts)} distinct prompts, and calibration and evaluation need two each"
-        raise ValueError(f"{told}: data.prompt_file=FILE gives others, of which no image is needed")
+        message = f"{prompts.name!r} has {len(texts)} distinct prompts, and calibration and evaluation need two each"
+        raise ValueError(f"{message}: data.prompt_file=FILE gives others, of which no image is needed")
     cut = first
     if len(texts) < first + second:
         cut = min(len(texts) - 2, max(2, round(len(texts) * first / (first + second))))

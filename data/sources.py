@@ -40,8 +40,8 @@ def expand(source: str | Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
 def _found(pattern: str, suffixes: tuple[str, ...]) -> list[str]:
     if is_url(pattern) or Path(pattern).is_file():
         return [pattern]
-    found = Path(pattern).rglob("*") if Path(pattern).is_dir() else map(Path, glob.glob(pattern, recursive=True))
-    files = (path for path in found if path.is_file() and path.name[0] != ".")
+    matches = Path(pattern).rglob("*") if Path(pattern).is_dir() else map(Path, glob.glob(pattern, recursive=True))
+    files = (path for path in matches if path.is_file() and path.name[0] != ".")
     if names := sorted(str(path) for path in files if path.name.endswith(suffixes)):
         return names
     raise ValueError(f"data.source: {pattern} names no file; a glob or a folder is searched for {', '.join(suffixes)}")
@@ -81,7 +81,7 @@ def marks(names: Sequence[str]) -> list[list]:
 
 def _mark(name: str) -> list:
     if is_http(name):
-        return [unsigned(name), *_told_by_server(name)]
+        return [unsigned(name), *_listed_by_server(name)]
     if is_url(name):
         with opening(name):
             filesystem, path = fsspec.core.url_to_fs(name)
@@ -95,7 +95,7 @@ def unsigned(url: str) -> str:
     return url.partition("?")[0]
 
 
-def _told_by_server(url: str) -> list[str | None]:
+def _listed_by_server(url: str) -> list[str | None]:
     for tried in range(TRIES):
         wait_before(tried)
         try:

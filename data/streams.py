@@ -107,8 +107,8 @@ class Stream(ABC):
         judged = SLACK * max(seen, FEWEST_JUDGED) if so_far and self.max_broken < 1 else seen
         if len(broken) > (allowed := allowed_of(judged, self.max_broken)):
             of = f"{len(broken)} of {seen} samples{' so far' if so_far else ''} cannot be used"
-            told = f"data.max_broken={self.max_broken} skips {allowed}"
-            raise ValueError(f"{of}, and {told}: {few(broken)}; repair them, or raise data.max_broken")
+            message = f"data.max_broken={self.max_broken} skips {allowed}"
+            raise ValueError(f"{of}, and {message}: {few(broken)}; repair them, or raise data.max_broken")
 
 
 class FirstSamples:

@@ -65,8 +65,8 @@ def json_rows(path: Path) -> Iterator[tuple[str, dict]]:
         try:
             row = json.loads(line)
         except (json.JSONDecodeError, RecursionError) as error:
-            told = getattr(error, "msg", error)
-            raise ValueError(f"{path}, line {number} is not JSON ({told}): {line[:60]!r}") from None
+            reason = getattr(error, "msg", error)
+            raise ValueError(f"{path}, line {number} is not JSON ({reason}): {line[:60]!r}") from None
         if not isinstance(row, dict):
             raise ValueError(f'{path}, line {number} is not a JSON object such as {{"text": "…"}}: {line[:60]!r}')
         yield f"line {number}", row
@@ -133,8 +133,8 @@ def tsv_rows(path: Path) -> Iterator[tuple[str, dict]]:
         elif line:
             fields = unquoted(line, len(header))
             if len(fields) < len(header) and (opens_quote(line) or opens_quote(before)):
-                told = f"{path}, line {number} has fewer fields than the header, and a quote is open"
-                raise ValueError(f"{told}: a row of a .tsv is one line; texts of several lines need a .csv")
+                message = f"{path}, line {number} has fewer fields than the header, and a quote is open"
+                raise ValueError(f"{message}: a row of a .tsv is one line; texts of several lines need a .csv")
             yield f"line {number}", as_row(fields, header, path, number)
         before = line
 

@@ -61,8 +61,8 @@ class WebDatasetPairs(Stream):
     def fingerprint(self) -> str:
         """Changes with any tar's name, size or time of change (what a server says of it), and with what is taken."""
         taken = [self.split, self.heldout_fraction, self.image_column, self.caption_column, self.resolution, self.crop]
-        told = [marks(self.parts), taken, *(["tars' names in keys"] if self.prefixes[0] else [])]
-        return f"webdataset-1/{hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]}"
+        facts = [marks(self.parts), taken, *(["tars' names in keys"] if self.prefixes[0] else [])]
+        return f"webdataset-1/{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
 
     @cached_property
     def prefixes(self) -> list[str]:
@@ -76,8 +76,8 @@ class WebDatasetPairs(Stream):
                 if key is None or (other := first_tars.setdefault(key, name)) == name:
                     continue
                 if self.split != "heldout":
-                    told = "tars' names count, too, in which samples are held out"
-                    log.info("%s and %s begin with the same key, %s: %s", other, name, key, told)
+                    note = "tars' names count, too, in which samples are held out"
+                    log.info("%s and %s begin with the same key, %s: %s", other, name, key, note)
                 return [f"{name}/" for name in names]
         return [""] * len(names)
 
@@ -113,13 +113,13 @@ class WebDatasetPairs(Stream):
             return Entry(key, name, start, end, flaw=str(error))
 
     def _image_of(self, files: dict[str, bytes | None]) -> str:
-        wanted = self.image_column and self.image_column.lower()
-        found = [suffix for suffix in files if suffix == wanted or (wanted is None and is_image(suffix))]
-        if len(found) != 1:
-            asked = f" of the kind {wanted}" if wanted else ""
+        target = self.image_column and self.image_column.lower()
+        matches = [suffix for suffix in files if suffix == target or (target is None and is_image(suffix))]
+        if len(matches) != 1:
+            of_kind = f" of the kind {target}" if target else ""
             hint = " (a key ends at its first dot)" if any("." in suffix for suffix in files) else ""
-            raise ValueError(f"{'several images' if found else 'no image'}{asked} among {few(list(files))}{hint}")
-        return found[0]
+            raise ValueError(f"{'several images' if matches else 'no image'}{of_kind} among {few(list(files))}{hint}")
+        return matches[0]
 
     def _caption_of(self, files: dict[str, bytes]) -> str:
         suffix = (self.caption_column or "txt").lower()
@@ -169,8 +169,8 @@ def samples(file, start: int, images: bool) -> Iterator[tuple[str, int, dict[str
             files, counts = {}, Counter()
         key = member_key
         counts[suffix] += 1
-        wanted = ("." not in suffix or len(files) < MOST_FILES) and (images or not is_image(suffix))
-        files[suffix] = tar.extractfile(member).read() if wanted and counts[suffix] == 1 else None
+        is_read = ("." not in suffix or len(files) < MOST_FILES) and (images or not is_image(suffix))
+        files[suffix] = tar.extractfile(member).read() if is_read and counts[suffix] == 1 else None
     if key is not None:
         yield key, before + tar.offset, files, counts
     if not tar.whole:
@@ -179,15 +179,15 @@ def samples(file, start: int, images: bool) -> Iterator[tuple[str, int, dict[str
 
 def belongs(member: tarfile.TarInfo) -> bool:
     """Whether a member is a file of a sample."""
-    own = member.name.rpartition("/")[2]
-    return member.isfile() and "." in own and not own.startswith(".")
+    leaf = member.name.rpartition("/")[2]
+    return member.isfile() and "." in leaf and not leaf.startswith(".")
 
 
 def repeated(counts: Counter[str]) -> str:
     """What is wrong with a sample in which a suffix came twice; empty where none did."""
     twice = {suffix: times for suffix, times in counts.items() if times > 1}
-    told = " and ".join(f"{suffix} {times} times" for suffix, times in list(twice.items())[:3])
-    return f"{told} under this one name: neighbouring samples need names that differ" if twice else ""
+    summary = " and ".join(f"{suffix} {times} times" for suffix, times in list(twice.items())[:3])
+    return f"{summary} under this one name: neighbouring samples need names that differ" if twice else ""
 
 
 def first_key(tar: str) -> str | None:
@@ -207,7 +207,7 @@ def ends(paths: Sequence[str]) -> list[str]:
     """The paths' own names, with those of their folders before them where all names are alike."""
     parts = [PurePosixPath(unsigned(path)).parts for path in paths]
     for length in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(own[-length:]) for own in parts]
+        names = ["/".join(ending[-length:]) for ending in parts]
         if len(set(names)) > 1:
             break
     return names
@@ -215,8 +215,8 @@ def ends(paths: Sequence[str]) -> list[str]:
 
 def split_name(name: str) -> tuple[str, str]:
     """("folder/key", "suffix"), cut at the first dot of the file's own name: of KEY.seg.png it is seg.png."""
-    folder, slash, own = name.rpartition("/")
-    key, _, suffix = own.partition(".")
+    folder, slash, leaf = name.rpartition("/")
+    key, _, suffix = leaf.partition(".")
     return f"{folder}{slash}{key}", suffix.lower()
 
 

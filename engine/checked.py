@@ -46,8 +46,8 @@ def checked_config(config: DictConfig) -> DictConfig:
     if config.threads > (cores := os.cpu_count() or 1):
         raise ValueError(f"threads={config.threads}, but there are {cores} cores; 0 leaves the choice to torch")
     if config.mixed_precision not in PRECISIONS:
-        given = " (accelerate's launcher gives it)" if OmegaConf.is_interpolation(config, "mixed_precision") else ""
-        raise ValueError(f"mixed_precision={config.mixed_precision!r} is unknown{given}; choose from {PRECISIONS}")
+        source = " (accelerate's launcher gives it)" if OmegaConf.is_interpolation(config, "mixed_precision") else ""
+        raise ValueError(f"mixed_precision={config.mixed_precision!r} is unknown{source}; choose from {PRECISIONS}")
     if config.mixed_precision == "fp16" and not has_gpu():
         raise ValueError("mixed_precision=fp16 needs a GPU, and there is none; choose bf16, or no for float32")
     cast(type[Config], OmegaConf.get_type(config)).check(config)

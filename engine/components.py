@@ -16,7 +16,7 @@ from slimstep.engine.planning import Plan
 ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
 
 
-def component(config: DictConfig, key: str, **given: Any) -> Any:
+def component(config: DictConfig, key: str, **kwargs: Any) -> Any:
     """What `key` of the configuration describes; ValueError where it describes nothing, or with wrong values.
 
     What its constructor raises for a user's mistake is raised as it is, without Hydra's words around it.
@@ -24,7 +24,7 @@ def component(config: DictConfig, key: str, **given: Any) -> Any:
     described = OmegaConf.select(config, key)
     check(described, key)
     try:
-        return instantiate(described, **given)
+        return instantiate(described, **kwargs)
     except InstantiationException as error:
         if isinstance(error.__cause__, (ValueError, OSError)):
             raise error.__cause__ from None

@@ -62,14 +62,14 @@ def execute(config: DictConfig) -> int:
             raise
         rank = os.environ.get("RANK", "0")
         where = "" if rank == "0" else f"rank {rank}: "
-        print(f"{where}{told(error, config)}", file=sys.stderr)
+        print(f"{where}{message_of(error, config)}", file=sys.stderr)
         return 1
     finally:
         AcceleratorState._reset_state(True)  # the next job of a multirun may want another precision
         GradientState._reset_state()
 
 
-def told(error: BaseException, config: DictConfig) -> str:
+def message_of(error: BaseException, config: DictConfig) -> str:
     """One line for what ended a job, and in which stage. The traceback of what nobody foresaw is kept in the run's
     directory."""
     stage = "".join(f"{note}: " for note in getattr(error, "__notes__", ()))
@@ -83,8 +83,8 @@ def told(error: BaseException, config: DictConfig) -> str:
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text("".join(traceback.format_exception(error)))
     frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if Path(f.filename).is_relative_to(ROOT) and "site-packages" not in f.filename]
-    place = f"{Path(own[-1].filename).relative_to(ROOT)}, line {own[-1].lineno}"
+    ours = [f for f in frames if Path(f.filename).is_relative_to(ROOT) and "site-packages" not in f.filename]
+    place = f"{Path(ours[-1].filename).relative_to(ROOT)}, line {ours[-1].lineno}"
     what = f"{stage}{type(error).__name__} in {place}: {one_line(error)}"
     return f"error: {what}  (not foreseen; its traceback is in {kept})"
 
@@ -170,8 +170,10 @@ def run_kept(config: DictConfig, run: Run, job: Callable[..., int | Plan], resol
     run.keep_config(resolved, ignoring=WATCHING, overwrite=config.run.overwrite)
     if config.tracker.log_with and getattr(job, "is_tracked", True) and not run.made(FINISHED):
         in_workflow = (path.parent / "stages").is_dir()  # many runs cannot share one id
-        given = None if in_workflow else os.environ.get("WANDB_RUN_ID")  # by a W&B sweep's agent
-        identity = run.json("tracker.json", lambda: {"id": given or secrets.token_hex(4)})  # a continued run keeps it
+        known_id = None if in_workflow else os.environ.get("WANDB_RUN_ID")  # by a W&B sweep's agent
+        identity = run.json(
+            "tracker.json", lambda: {"id": known_id or secrets.token_hex(4)}
+        )  # a continued run keeps it
         with damaged(path / "tracker.json"):
             run_id = identity["id"]
         run.tracker = Tracker(run.accelerator, config.tracker, path, resolved, run_id)

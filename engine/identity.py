@@ -101,12 +101,12 @@ def has_begun(folder: Path) -> bool:
 def is_of(folder: Path, config: dict[str, Any]) -> bool:
     """Whether the run in `folder` was made by this configuration; the name does not matter."""
     try:
-        there = yaml.load((folder / "config.yaml").read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+        existing = yaml.load((folder / "config.yaml").read_text(), Loader=getattr(yaml, "CSafeLoader", yaml.SafeLoader))
     except (OSError, ValueError, yaml.YAMLError):
         return False
-    if not isinstance(there, dict):
+    if not isinstance(existing, dict):
         return False
-    pairs = differences(there, config)
+    pairs = differences(existing, config)
     return all(under(key, ("name", *WATCHING)) or has_grown(key, *pair) for key, pair in pairs.items())
 
 
@@ -123,7 +123,7 @@ def differences(old: Any, new: Any, prefix: str = "") -> dict[str, tuple[Any, An
     if not tables or not all(value is None or isinstance(value, dict) for value in (old, new)):
         return {} if is_same(prefix, old, new) else {prefix: (old, new)}
     old, new = old or {}, new or {}
-    found: dict[str, tuple[Any, Any]] = {}
+    differing: dict[str, tuple[Any, Any]] = {}
     for key in {**old, **new}:
-        found |= differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
-    return found
+        differing |= differences(old.get(key), new.get(key), f"{prefix}.{key}" if prefix else str(key))
+    return differing

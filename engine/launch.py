@@ -145,8 +145,8 @@ def check_overrides(words: list[str]) -> DictConfig | None:
     if any(word.startswith("-") for word in overrides):
         return None  # --help, --cfg: Hydra's own commands
     if len(sources := [word for word in overrides if word.startswith("data.source=")]) > 1:
-        told = f"data.source is given {len(sources)} times, {sources[0]} first"
-        fail(f"{told}: where a shell has written braces out, quote them, 'data.source=…{{000..127}}.tar'")
+        message = f"data.source is given {len(sources)} times, {sources[0]} first"
+        fail(f"{message}: where a shell has written braces out, quote them, 'data.source=…{{000..127}}.tar'")
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             config = hydra.compose("train", overrides, return_hydra_config=True)
@@ -170,7 +170,7 @@ def first_of_sweep(word: str) -> str:
 def explain(error: Exception, overrides: list[str]) -> str:
     """Hydra's message in one line; where an override names a key that is not there, the keys that are."""
     if unreadable := [word for word in overrides if not is_readable(word)]:
-        return told_of_grammar(unreadable[0])
+        return grammar_error(unreadable[0])
     ordered = sorted(overrides, key=in_order)  # the experiment and the groups bring their keys
     fitting, failing = 0, len(ordered) + 1  # the first so many of them fit, and the first so many do not
     while failing - fitting > 1:
@@ -194,8 +194,8 @@ def explain(error: Exception, overrides: list[str]) -> str:
         where = parent or "the configuration"
         return f"{override}: {where} has no key {leaf!r}; {hint}keys: {', '.join(section)}"
     choices = sorted(path.stem for path in (CONFIGS / leaf).glob("*.yaml"))
-    told = f" (there are {', '.join(choices)})" if choices and "group" in str(error) else ""
-    return f"{override}: {one_line(error.__cause__ or error)}{told}"
+    hint = f" (there are {', '.join(choices)})" if choices and "group" in str(error) else ""
+    return f"{override}: {one_line(error.__cause__ or error)}{hint}"
 
 
 def in_order(override: str) -> tuple[bool, bool]:
@@ -203,7 +203,7 @@ def in_order(override: str) -> tuple[bool, bool]:
     return not override.startswith("+"), not (CONFIGS / override.partition("=")[0].lstrip("+~")).is_dir()
 
 
-def told_of_grammar(word: str) -> str:
+def grammar_error(word: str) -> str:
     """What is wrong with an override that Hydra's grammar has no place for, and how it is written."""
     key, equals, value = word.partition("=")
     if not word:
@@ -231,10 +231,10 @@ def start(config: DictConfig) -> int:
     """Runs one job and returns its exit code, 1 after a mistake."""
     if config.job is None and not config.stages:
         list_experiments()
-        given = HydraConfig.get().overrides.task
-        if given:
-            print(f"error: {bounded(' '.join(given))} names no experiment; add +experiment=NAME", file=sys.stderr)
-        return int(bool(given))
+        requested = HydraConfig.get().overrides.task
+        if requested:
+            print(f"error: {bounded(' '.join(requested))} names no experiment; add +experiment=NAME", file=sys.stderr)
+        return int(bool(requested))
     try:
         checked = named(checked_config(config))
         check_chosen(checked)
@@ -282,9 +282,9 @@ def check_chosen(config: DictConfig) -> None:
     asks: Sequence[str] = ASKING.get(str(config.job), () if config.job else ("model", "scorer"))
     asks = [part for part in asks if part != "scorer" or config.scorer is not None]  # some experiments take none
     if OmegaConf.select(config.data, "pairs._target_") != "slimstep.data.shapes.ShapesPairs":
-        own = f"data={HydraConfig.get().runtime.choices.get('data')}"
+        chosen_data = f"data={HydraConfig.get().runtime.choices.get('data')}"
     else:
-        own, asks = f"data.prompt_file={config.data.prompt_file}", [part for part in asks if part == "scorer"]
+        chosen_data, asks = f"data.prompt_file={config.data.prompt_file}", [part for part in asks if part == "scorer"]
         if config.data.prompt_file is None:
             return
     chosen = {"model": {"model", "model.name_or_path", "model._target_"} | ({"models"} if config.models else set()),
@@ -292,7 +292,7 @@ def check_chosen(config: DictConfig) -> None:
     if absent := [part for part in asks if not keys & chosen[part]]:
         ways = {"model": "model=sd15", "scorer": "scorer=openclip"}
         raise ValueError(
-            f"{own} wants {' and '.join(f'{part}=' for part in absent)} beside it, as "
+            f"{chosen_data} wants {' and '.join(f'{part}=' for part in absent)} beside it, as "
             f"{' '.join(ways[part] for part in absent)}: what is taken where none is named knows drawn shapes alone "
             f"({' '.join(f'{part}=shapes' for part in absent)} takes it nevertheless)"
         )

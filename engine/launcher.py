@@ -56,9 +56,9 @@ def check_launcher(environment: Mapping[str, str], config: DictConfig) -> None:
         check_deepspeed(environment, config.mixed_precision)
     if is_on(environment, "ACCELERATE_USE_FSDP"):
         check_fsdp(environment)
-    asked = precision_of(environment)
-    if asked not in ("no", config.mixed_precision):
-        log.warning(f"mixed_precision={config.mixed_precision} is this run's, and not accelerate's {asked}")
+    requested = precision_of(environment)
+    if requested not in ("no", config.mixed_precision):
+        log.warning(f"mixed_precision={config.mixed_precision} is this run's, and not accelerate's {requested}")
     if is_on(environment, "ACCELERATE_USE_CPU") and "MASTER_ADDR" in environment and "WORLD_SIZE" not in environment:
         log.warning("this is one process: accelerate launch --cpu starts more with mpirun alone; instead: "
                     "ACCELERATE_USE_CPU=true torchrun --nproc_per_node=N train.py …")  # fmt: skip

@@ -23,5 +23,5 @@ def check_name(text: str, key: str, longest: int = LONGEST) -> None:
     if not text or text.startswith("/") or ".." in parts:
         raise ValueError(f"{key}={text!r} must name a folder, and none outside the run")
     if long := [part for part in parts if len(part.encode()) > longest]:
-        told = f"a name of {len(long[0].encode())} bytes, and at most {longest} can be a folder's"
-        raise ValueError(f"{key}={text[:60]}… is {told}: shorten it")
+        message = f"a name of {len(long[0].encode())} bytes, and at most {longest} can be a folder's"
+        raise ValueError(f"{key}={text[:60]}… is {message}: shorten it")

@@ -46,13 +46,13 @@ def stage_words(name: str, table: Mapping[str, Any]) -> tuple[str, ...]:
     """
     base = experiment(name)
     of_table = dict(flat(table, base))
-    given = [parsed(word) for word in HydraConfig.get().overrides.task]
-    general = [as_typed(word) for word in given if goes_to_all(word, base.hydra.runtime.choices)]
-    own = {word.key_or_group.removeprefix(f"stages.{name}."): word.value() for word in given
+    requested = [parsed(word) for word in HydraConfig.get().overrides.task]
+    general = [as_typed(word) for word in requested if goes_to_all(word, base.hydra.runtime.choices)]
+    of_stage = {word.key_or_group.removeprefix(f"stages.{name}."): word.value() for word in requested
            if word.key_or_group.startswith(f"stages.{name}.")}  # fmt: skip
     # A group's choice is gone from the table where another word is about a key in it.
-    chosen = {key: hydra_value(value) for key, value in own.items() if (CONFIGS / key).is_dir()}
-    said_of_it = [key for key in of_table if any(f"{key}.".startswith(f"{mine}.") for mine in own)]
+    chosen = {key: hydra_value(value) for key, value in of_stage.items() if (CONFIGS / key).is_dir()}
+    said_of_it = [key for key in of_table if any(f"{key}.".startswith(f"{mine}.") for mine in of_stage)]
     before = {key: value for key, value in of_table.items() if key not in said_of_it}
     after = chosen | {key: of_table[key] for key in said_of_it}
     words = (f"{key}={value}" for key, value in before.items()), general, (f"{k}={v}" for k, v in after.items())
@@ -70,9 +70,9 @@ def goes_to_all(word: Override, choices: Mapping[str, Any]) -> bool:
 def flat(table: Mapping[str, Any], base: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     """(dotted key, value as Hydra reads it); a table goes key by key where `base` has one, and whole where not."""
     for key, value in table.items():
-        there = base.get(key) if OmegaConf.is_dict(base) else None
-        if isinstance(value, Mapping) and OmegaConf.is_dict(there):
-            yield from flat(value, there, f"{prefix}{key}.")
+        existing = base.get(key) if OmegaConf.is_dict(base) else None
+        if isinstance(value, Mapping) and OmegaConf.is_dict(existing):
+            yield from flat(value, existing, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", hydra_value(value)
 
@@ -88,7 +88,7 @@ def hydra_value(value: Any) -> str:
     if not isinstance(value, str) or (PLAIN.fullmatch(value) and value.lower() not in SPECIAL):
         return str(value)
     # A backslash is itself, but before a quote.
-    return "'" + re.sub(r"(\\*)('|$)", lambda found: 2 * found[1] + ("\\'" if found[2] else ""), value) + "'"
+    return "'" + re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), value) + "'"
 
 
 def quoted(word: str, sweeps: bool = False) -> str:

@@ -53,11 +53,11 @@ def gathered(mine: list[Tensor], batches: list[Tensor], world: int) -> Tensor:
     for first in range(0, len(batches), world):
         of_ranks: list[Tensor | None] = [None] * world
         torch.distributed.all_gather_object(of_ranks, mine.pop() if mine else None, group=sleeping_ranks())
-        for indices, given in zip(batches[first : first + world], of_ranks, strict=False):
-            assert given is not None, "a rank gave no values for its batch"
+        for indices, part in zip(batches[first : first + world], of_ranks, strict=False):
+            assert part is not None, "a rank gave no values for its batch"
             if values is None:
-                values = given.new_empty(sum(map(len, batches)), *given.shape[1:])
-            values[indices] = given
+                values = part.new_empty(sum(map(len, batches)), *part.shape[1:])
+            values[indices] = part
     assert values is not None, "there are no batches"
     return values
 

@@ -46,15 +46,15 @@ class NotedSignals:
         self.handlers: dict[signal.Signals, Handler] = {}
 
     def __enter__(self) -> "NotedSignals":
-        self.handlers = {wanted: signal.signal(wanted, self.note) for wanted in SIGNALS}
+        self.handlers = {number: signal.signal(number, self.note) for number in SIGNALS}
         return self
 
     def note(self, signum: int, frame: FrameType | None) -> None:
         self.came.append(signum)
 
     def __exit__(self, error: type | None, *details: object) -> None:
-        for wanted, handler in self.handlers.items():
-            signal.signal(wanted, handler)
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         if error is None:
             for signum in self.came:
                 signal.raise_signal(signum)
@@ -63,9 +63,9 @@ class NotedSignals:
         """The signals that came on this rank or another; all ranks ask together, so that all take the same way."""
         import torch  # here, since whoever only leaves by signal does without it
 
-        here = torch.tensor([float(wanted in self.came) for wanted in SIGNALS], device=accelerator.device)
+        here = torch.tensor([float(number in self.came) for number in SIGNALS], device=accelerator.device)
         ranks = accelerator.reduce(here, "sum").tolist()
-        return [wanted for wanted, count in zip(SIGNALS, ranks, strict=True) if count]
+        return [number for number, count in zip(SIGNALS, ranks, strict=True) if count]
 
     def take_course(self, came: list[int]) -> None:
         """Hands them over now. Returns where the handlers do: submitit, which waits for SIGUSR2, lets SIGTERM pass."""
@@ -77,5 +77,5 @@ class NotedSignals:
 
 def leave_signals_to_the_parent(worker: int) -> None:
     """For a DataLoader's workers, whom a scheduler's signal reaches too: they are needed until the checkpoint."""
-    for wanted in SIGNALS:
-        signal.signal(wanted, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)

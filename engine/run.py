@@ -64,9 +64,9 @@ class Run:
         """Raises ValueError where another configuration has already made something here."""
         differing = self.agreed(self.differing(config, ignoring) if self.accelerator.is_main_process else None)
         if differing:
-            told = [f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differing.items()]
+            changes = [f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differing.items()]
             raise ValueError(
-                f"{self.path} was made by another configuration ({'; '.join(told[:5])}); give this run another "
+                f"{self.path} was made by another configuration ({'; '.join(changes[:5])}); give this run another "
                 f"name=, remove it, or let run.overwrite=true move it aside"
             )
 
@@ -84,11 +84,11 @@ class Run:
         if not self.begun:
             return {}
         with damaged(self.path / "config.yaml"):
-            there = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
-            if not isinstance(there, dict) or not there:
+            existing = OmegaConf.to_container(OmegaConf.load(self.path / "config.yaml"))
+            if not isinstance(existing, dict) or not existing:
                 raise ValueError("it is no configuration")
         ignored = tuple(f"{key}." for key in ignoring)
-        return {key: pair for key, pair in differences(there, config).items() if not f"{key}.".startswith(ignored)}
+        return {key: pair for key, pair in differences(existing, config).items() if not f"{key}.".startswith(ignored)}
 
     def move_aside(self, why: str) -> None:
         names = (self.path.with_name(disk_name(f"{self.path.name}.before-{n}")) for n in itertools.count(1))

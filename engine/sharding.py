@@ -44,20 +44,20 @@ def check_sharding(config: TrainConfig, accelerator: Accelerator, networks: Iter
         raise ValueError(f"train.accumulation={config.accumulation} does not go with DeepSpeed; raise train.batch_size")
 
 
-def tell_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
+def configure_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
     """What DeepSpeed, where it is at work, has to know before it prepares a network: it clips by itself."""
     if is_deepspeed(accelerator):
-        told = {"train_micro_batch_size_per_gpu": config.batch_size, "gradient_accumulation_steps": 1,
+        options = {"train_micro_batch_size_per_gpu": config.batch_size, "gradient_accumulation_steps": 1,
                 "gradient_clipping": config.max_grad_norm}  # fmt: skip
-        accelerator.state.deepspeed_plugin.deepspeed_config.update(told)
+        accelerator.state.deepspeed_plugin.deepspeed_config.update(options)
 
 
 def autocast_dtype(accelerator: Accelerator) -> torch.dtype:
     """What networks compute in, by mixed precision or by an autocast of DeepSpeed's own."""
     if is_deepspeed(accelerator):
-        own = accelerator.state.deepspeed_plugin.deepspeed_config.get("torch_autocast", {})
-        if own.get("enabled"):
-            return getattr(torch, own["dtype"])
+        autocast = accelerator.state.deepspeed_plugin.deepspeed_config.get("torch_autocast", {})
+        if autocast.get("enabled"):
+            return getattr(torch, autocast["dtype"])
     dtypes = {"bf16": torch.bfloat16, "fp16": torch.float16}
     return dtypes.get(accelerator.mixed_precision, torch.float32)
 

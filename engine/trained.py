@@ -9,7 +9,7 @@ from torch import nn
 
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.optimizers import make_optimizer
-from slimstep.engine.sharding import tell_deepspeed
+from slimstep.engine.sharding import configure_deepspeed
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ def prepared(
     """The networks by name, on the device and ready to be trained; the checkpoint has them in this order."""
     optimizers = [make_optimizer([p for p in n.parameters() if p.requires_grad], config) for n in networks.values()]
     beside = [torch.compile(n, dynamic=False) if config.compile else n for n in networks.values()]
-    tell_deepspeed(accelerator, config)
+    configure_deepspeed(accelerator, config)
     wrapped = accelerator.prepare(*beside, *optimizers)
     learning, optimizers = wrapped[: len(networks)], wrapped[len(networks) :]
     # Sharding makes new parameters.

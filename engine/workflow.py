@@ -86,10 +86,10 @@ class Workflow:
         table = self.config.stages[name]
         if not OmegaConf.is_dict(table):
             raise ValueError(f"stages.{name}={table} must be a table of what changes in +experiment={name}")
-        told = as_dict(table)
-        own = f"{self.path}/"
-        inputs = tuple(dict.fromkeys(text.removeprefix(own) for text in strings(told) if text.startswith(own)))
-        if placed := {"root", "name"} & set(told):
+        content = as_dict(table)
+        prefix = f"{self.path}/"
+        inputs = tuple(dict.fromkeys(text.removeprefix(prefix) for text in strings(content) if text.startswith(prefix)))
+        if placed := {"root", "name"} & set(content):
             raise ValueError(f"stages.{name}.{min(placed)}: a stage lies under its workflow, in {self.path / name}")
         before = list(self.config.stages)[: list(self.config.stages).index(name)]
         for product in inputs:
@@ -97,7 +97,7 @@ class Workflow:
                 raise ValueError(f"stages.{name} is made from {self.path / product}, which no stage before it makes")
         place = {"root": str(self.path), "name": name}
         cache = {"data": {"cache": {"folder": str(self.config.data.cache.folder)}}}
-        words = stage_words(name, as_dict(cast(DictConfig, OmegaConf.merge(cache, told)), resolve=False))
+        words = stage_words(name, as_dict(cast(DictConfig, OmegaConf.merge(cache, content)), resolve=False))
         return Stage(name, (*words, *(f"{key}={hydra_value(value)}" for key, value in place.items())), inputs)
 
     def composed(self, stage: Stage) -> DictConfig:
@@ -163,7 +163,7 @@ class Workflow:
         unmeasured = dict.fromkeys(("forward", "sampling", "training", "decoding"), 1.0)
         for stage in stages:
             aside = {"run": {"overwrite": True}} if stage.name in restarted else {}
-            with told_of(stage):
+            with naming_stage(stage):
                 self.planned_job(self.planned(stage, rates=unmeasured, **aside), strict=True)
             free_memory()
 
@@ -172,12 +172,12 @@ class Workflow:
         hours = 0.0
         for stage in self.stages:
             absent = self.absent(stage)
-            told = f" (not made yet, the teacher stands for models: {', '.join(absent)})" if absent else ""
-            with told_of(stage):
+            note = f" (not made yet, the teacher stands for models: {', '.join(absent)})" if absent else ""
+            with naming_stage(stage):
                 plan = self.planned_job(self.planned(stage))
             hours += plan.hours
             if self.accelerator.is_main_process:
-                print(f"\n## {stage.name}{told}\n\n{stage.command}\n\n{plan.text}", flush=True)
+                print(f"\n## {stage.name}{note}\n\n{stage.command}\n\n{plan.text}", flush=True)
             free_memory()
         if self.accelerator.is_main_process:
             print(f"\nall stages: about {duration(hours)} of networks at work; loading, timing, compiling on top of it")
@@ -206,7 +206,7 @@ class Workflow:
         log.info(f"── {stage.name} ── {stage.command}")
         config = self.configs[stage.name]
         alone = getattr(named_job(config.job), "one_process", False) and self.accelerator.num_processes > 1
-        with told_of(stage), self.leaving_nothing(stage):
+        with naming_stage(stage), self.leaving_nothing(stage):
             code = self.run_alone(stage) if alone else self.run_job(config)
         free_memory()
         if self.accelerator.is_main_process:
@@ -315,7 +315,7 @@ class Workflow:
 
 
 @contextmanager
-def told_of(stage: Stage) -> Iterator[None]:
+def naming_stage(stage: Stage) -> Iterator[None]:
     """What ends the stage's job carries the stage's name as a note."""
     try:
         yield

@@ -76,10 +76,10 @@ class Benchmark:
 
     @property
     def base(self) -> InferenceConfig:
-        given = OmegaConf.to_container(self.config.benchmark).get("base") or {}
-        if unknown := set(given) - set(CONFIG_FIELDS):
+        requested = OmegaConf.to_container(self.config.benchmark).get("base") or {}
+        if unknown := set(requested) - set(CONFIG_FIELDS):
             raise ValueError(f"benchmark.base names {sorted(unknown)}; an inference config has {CONFIG_FIELDS}")
-        return InferenceConfig(**given)
+        return InferenceConfig(**requested)
 
     @property
     def inference_configs(self) -> list[InferenceConfig]:
@@ -95,26 +95,26 @@ class Benchmark:
         return with_unet(pipeline, unet, vae=vae)
 
     def timed_pipeline(
-        self, case: BenchmarkCase, batch: int, pipeline: DiffusionPipeline | None = None, **given: Any
+        self, case: BenchmarkCase, batch: int, pipeline: DiffusionPipeline | None = None, **kwargs: Any
     ) -> TimedPipeline:
         """A pipeline made ready to be timed. Raises CannotRunError."""
         pipeline, config = pipeline or self.assembled(case), self.config.eval
         return TimedPipeline(pipeline, case.inference, self.prompts.prompts, case.steps, config.guidance_scale,
-                       self.device, batch, config.seed, given)  # fmt: skip
+                       self.device, batch, config.seed, kwargs)  # fmt: skip
 
     # ---- rows ----
 
-    def row(self, file: str, told: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    def row(self, file: str, label: Mapping[str, Any], make: Callable[[], dict[str, Any]]) -> dict[str, Any]:
         """rows/`file`.json: what it is, and what was measured, or why nothing could be."""
 
         def made() -> dict[str, Any]:
             try:
-                return {**told, "cannot": None, **make(), "environment": environment()}
+                return {**label, "cannot": None, **make(), "environment": environment()}
             except Exception as error:
                 if (why := reason(error)) is None:
                     raise
                 log.warning(f"{file}: {why}")
-                return {**told, "cannot": why}
+                return {**label, "cannot": why}
 
         try:
             return self.run.json(f"rows/{file}.json", made)

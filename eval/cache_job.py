@@ -27,9 +27,9 @@ def cache_latents(config: Config, run: Run) -> int | Plan:
     check_size(teacher.pipeline, pixels, pixels)
     if config.plan:
         return planned(teacher)
-    told = made(training_data(teacher))
+    summary = made(training_data(teacher))
     if run.accelerator.is_main_process:
-        print(told)
+        print(summary)
     return 0
 
 
@@ -38,7 +38,7 @@ def planned(teacher: Teacher) -> Plan:
     options, pairs = storage(teacher.config), component(teacher.config, "data.pairs")
     made_from = described_cache(pairs, teacher.pipeline, options.dtype, options.shard_size)
     folder = Path(options.folder) / cache_key(made_from)
-    there = [path for path in folder.glob("*-*.safetensors") if is_intact(path, verify=False)]
+    existing = [path for path in folder.glob("*-*.safetensors") if is_intact(path, verify=False)]
     latents, text = sample_bytes(teacher)
     if isinstance(pairs, Stream):
         samples, total = f"not known before they are read, in {len(pairs.parts)} parts", ""
@@ -49,7 +49,7 @@ def planned(teacher: Teacher) -> Plan:
         f"samples    {samples}",
         f"disk       {total}{size(1_000_000 * (latents + text))} a million: {size(latents)} an image, {size(text)} "
         f"a caption in {options.dtype}; captions that a shard repeats are kept once",
-        f"there      {len(there)} shards, {size(sum(path.stat().st_size for path in there))}",
+        f"there      {len(existing)} shards, {size(sum(path.stat().st_size for path in existing))}",
     ]))  # fmt: skip
 
 

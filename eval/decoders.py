@@ -25,8 +25,8 @@ NEARNESS = ("psnr", "ssim", "features")
 
 def nearness(images_B3HW: Tensor, wanted_B3HW: Tensor, scorer: ClipScorer) -> Tensor:
     """[B, 3] of uint8 images: PSNR in dB, SSIM (Wang et al. 2004), cosine of the scorer's image features."""
-    images, wanted = (x.float() / 255 for x in (images_B3HW, wanted_B3HW))
-    ssim_B = structural_similarity_index_measure(images, wanted, data_range=1.0, reduction="none")
+    images, targets = (x.float() / 255 for x in (images_B3HW, wanted_B3HW))
+    ssim_B = structural_similarity_index_measure(images, targets, data_range=1.0, reduction="none")
     cosine_B = (scorer.image(images_B3HW) * scorer.image(wanted_B3HW)).sum(1)
     return torch.stack([psnr(images_B3HW, wanted_B3HW).cpu(), ssim_B.cpu(), cosine_B.cpu()], dim=1)
 

@@ -43,10 +43,10 @@ def write(model: str, vae: str, folder: Path) -> None:
 
 def joined(pipeline: DiffusionPipeline, of_vae: DiffusionPipeline, name: str) -> DiffusionPipeline:
     """The pipeline with the other's VAE. ValueError where that means another thing by its latents."""
-    own, other = (latents_meaning(part.vae) for part in (pipeline, of_vae))
-    if differing := [key for key in own if own[key] != other[key]]:
-        there, here = ({key: part[key] for key in differing} for part in (other, own))
-        raise ValueError(f"{name} reads other latents than the model's: {there} there, {here} here")
+    ours, other = (latents_meaning(part.vae) for part in (pipeline, of_vae))
+    if differing := [key for key in ours if ours[key] != other[key]]:
+        theirs_differing, here = ({key: part[key] for key in differing} for part in (other, ours))
+        raise ValueError(f"{name} reads other latents than the model's: {theirs_differing} there, {here} here")
     encoder, weights = pipeline.vae.encoder.state_dict(), of_vae.vae.encoder.state_dict()
     if encoder.keys() != weights.keys() or not all(torch.equal(encoder[key], weights[key]) for key in encoder):
         raise ValueError(f"{name} has another encoder than the model's VAE: its latents are others")

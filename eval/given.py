@@ -57,7 +57,7 @@ class GivenModels:
     @property
     def paths(self) -> dict[str, str]:
         """{name: folder or hub id}."""
-        return {name: given.path for name, given in self.models.items()}
+        return {name: model.path for name, model in self.models.items()}
 
     @property
     def reference(self) -> tuple[str, int]:
@@ -133,7 +133,7 @@ def name_models(paths: list[str]) -> dict[str, str]:
         raise ValueError(f"models={paths} names one of them twice")
     parts = {path: [p for p in Path(path).parts if p not in ("export", "/")] or [path] for path in paths}
     for length in range(1, 1 + max(map(len, parts.values()), default=0)):
-        names = {disk_name("-".join(own[-length:]), LONGEST_NAME): path for path, own in parts.items()}
+        names = {disk_name("-".join(folders[-length:]), LONGEST_NAME): path for path, folders in parts.items()}
         if len(names) == len(parts):
             return names
     return {disk_name(path.replace("..", "_"), LONGEST_NAME): path for path in paths}

@@ -179,14 +179,14 @@ def load_metrics(
     """
     if is_conditional and scorer is None:
         raise ValueError("scorer=null, and images are scored for their prompts: scorer=openclip takes any CLIP")
-    given = {"metrics": config.metrics, "evaluation.preferences": config.evaluation.preferences}
-    for key, names in given.items():
+    requested = {"metrics": config.metrics, "evaluation.preferences": config.evaluation.preferences}
+    for key, names in requested.items():
         if names is not None and not OmegaConf.is_dict(names):
             raise ValueError(f"{key}={names} must be a table, as +metric=NAME gives it")
-    if given["evaluation.preferences"]:
+    if requested["evaluation.preferences"]:
         log.warning("evaluation.preferences is now metrics: +metric=NAME instead of +preference=NAME")
     made = {str(name): as_metric(component(config, f"{key}.{name}", device=device))
-            for key, names in given.items() for name in names or {}}  # fmt: skip
+            for key, names in requested.items() for name in names or {}}  # fmt: skip
     if is_conditional:
         return {"clip": as_metric(scorer), **made}
     return {"image_error": ImageError(), "fd": FeatureDistance(scorer) if scorer else PixelDistance(), **made}

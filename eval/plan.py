@@ -42,8 +42,8 @@ def training(stage: str, config: TrainConfig, teacher: Teacher, teacher_rows: in
     samples = config.steps * config.batch_size * config.accumulation * teacher.run.accelerator.num_processes
     size = BYTES * teacher.unet.num_parameters()
     kept = CHECKPOINT_COPIES * size * min(config.keep_checkpoints, (config.steps - 1) // config.checkpoint_every)
-    told = ", ".join(filter(None, [f"{config.steps} steps, {samples} samples", work]))
-    return Stage(f"{stage}/weights.safetensors", told, samples * teacher_rows, size + kept, trained=samples)
+    summary = ", ".join(filter(None, [f"{config.steps} steps, {samples} samples", work]))
+    return Stage(f"{stage}/weights.safetensors", summary, samples * teacher_rows, size + kept, trained=samples)
 
 
 def export(product: str, teacher: Teacher) -> Stage:

@@ -32,7 +32,7 @@ from slimstep.eval.config import Config
 from slimstep.eval.metrics.clip import BATCH, ClipScorer
 from slimstep.eval.metrics.compare import mean_and_error
 from slimstep.eval.overlap import plain
-from slimstep.eval.pages.cautions import data_sentence, is_above_chance, teacher_sentence, told
+from slimstep.eval.pages.cautions import data_sentence, is_above_chance, sentence, teacher_sentence
 
 IMAGES, SHUFFLES = 256, 8
 FEWEST_CAPTIONS = 8  # with fewer, Student's t asks for so much that a scorer that knows the data fails by chance
@@ -97,8 +97,8 @@ def check_scorer(config: Config, run: Run, scorer: ClipScorer, has_images: bool 
     record = run.load(SCORER_CHECK) if run.made(SCORER_CHECK) else {}
     new = any(record.get(key) != value for key, value in measured_on.items())
     if new:
-        found = measured(config, run, scorer) if has_images else unchecked(prompts_alone(config))
-        record = run.agreed({**measured_on, **found})
+        outcome = measured(config, run, scorer) if has_images else unchecked(prompts_alone(config))
+        record = run.agreed({**measured_on, **outcome})
     sentence = data_sentence(record)
     if sentence and "unchecked" not in record and not scorer.force:
         way = "choose one that knows them, as scorer=openclip scorer.model=ViT-g-14 scorer.pretrained=laion2b_s34b_b88k"
@@ -109,7 +109,9 @@ def check_scorer(config: Config, run: Run, scorer: ClipScorer, has_images: bool 
     if sentence:
         log.warning(sentence)
     elif new:
-        log.info(f"the scorer knows these data: {told(record, 'captions')}" if "own" in record else record["unchecked"])
+        log.info(
+            f"the scorer knows these data: {sentence(record, 'captions')}" if "own" in record else record["unchecked"]
+        )
 
 
 def measured(config: Config, run: Run, scorer: ClipScorer) -> dict[str, Any]:
@@ -125,7 +127,7 @@ def measured(config: Config, run: Run, scorer: ClipScorer) -> dict[str, Any]:
     if record is None:
         return unchecked(same, True)
     if (count := record["difference"]["n"]) < FEWEST_CAPTIONS and not is_above_chance(record):
-        few = f"{told(record, 'captions')}; of fewer than {FEWEST_CAPTIONS} captions nothing can be told"
+        few = f"{sentence(record, 'captions')}; of fewer than {FEWEST_CAPTIONS} captions nothing can be told"
         return unchecked(f"whether the scorer can judge these data is not known from {count} captions: {few}", True)
     return record
 

@@ -40,14 +40,14 @@ def benchmark_rows(benchmark: Benchmark) -> Rows:
                         benchmark.timed_pipeline(this, batch), {"base": base(), **others}, reference()
                     )
 
-                told = {
+                label = {
                     "model": name,
                     "steps": steps,
                     "batch": batch,
                     "setup": asdict(inference),
                     "name": str(inference),
                 }
-                made.append(benchmark.row(f"{place}/{inference.key}", told, make))
+                made.append(benchmark.row(f"{place}/{inference.key}", label, make))
             base.cache_clear()  # compiling in other processes wants the device's memory
             first.cache_clear()
             for row, inference in zip(made, benchmark.inference_configs, strict=True):
@@ -96,8 +96,8 @@ def cumulative_rows(benchmark: Benchmark) -> Rows:
             kept = first is None or row["speedup"]["before"]["high"] >= 1
             return {**row, "case": asdict(case), "kept": kept}
 
-        told = {"name": name, "batch": batch, "changes": changes, "kept": False}
-        row = benchmark.row(f"{number:02d}-{file_name(name)}", told, make)
+        label = {"name": name, "batch": batch, "changes": changes, "kept": False}
+        row = benchmark.row(f"{number:02d}-{file_name(name)}", label, make)
         rows.append(row)
         if row["kept"]:
             state = before = changed(state, changes, benchmark.models)
@@ -141,15 +141,15 @@ def pipelines_rows(benchmark: Benchmark) -> Rows:
         case = BenchmarkCase(where, benchmark.steps_of(name)[0], benchmark.base)
 
         def timed(case: BenchmarkCase, task=task, batch=batch) -> TimedPipeline:
-            pipeline, given = task_pipeline(benchmark.given.load(case.model), task, batch)
-            return benchmark.timed_pipeline(case, batch, pipeline, **given)
+            pipeline, kwargs = task_pipeline(benchmark.given.load(case.model), task, batch)
+            return benchmark.timed_pipeline(case, batch, pipeline, **kwargs)
 
         eager = cache(lambda timed=timed, case=case: timed(case))
         for mode in dict.fromkeys(("eager", *config.compile)):
             this = replace(case, inference=replace(case.inference, compile=mode))
             make = timing(benchmark, timed, this, eager if mode != "eager" else None)
-            told = {"task": task, "model": name, "batch": batch, "mode": mode}
-            rows.append(benchmark.row(f"{task}/{name}/batch-{batch}/{mode}", told, make))
+            label = {"task": task, "model": name, "batch": batch, "mode": mode}
+            rows.append(benchmark.row(f"{task}/{name}/batch-{batch}/{mode}", label, make))
     return rows
 
 

@@ -26,8 +26,8 @@ def hours(teacher: Teacher, rows: dict[str, int], training: TrainConfig) -> tupl
     measures = {
         "forward": forward_rate, "sampling": sampling_rate, "training": training_rate, "decoding": decoding_rate,
     }  # fmt: skip
-    given = teacher.config.rates
-    rates = {kind: given[kind] or measures[kind](teacher, training) for kind, count in rows.items() if count}
+    configured = teacher.config.rates
+    rates = {kind: configured[kind] or measures[kind](teacher, training) for kind, count in rows.items() if count}
     seconds = sum(rows[kind] / rate for kind, rate in rates.items()) / teacher.run.accelerator.num_processes
     return seconds / 3600, rates
 

@@ -30,21 +30,21 @@ def train_stage(
     offloadable: Iterable[nn.Module],
     teaching: Callable[[], nn.Module] | None = None,
     samples: Callable[[Objective], Dataset] | None = None,
-    **given: Any,
+    **kwargs: Any,
 ) -> nn.Module:
     """The UNet, trained in place with the objective that is described; a finished stage makes no data and no objective.
 
     `teaching()` gives the network that the objective has as its teacher, by default the job's; of `offloadable` all
-    others lie on the CPU meanwhile. `samples(objective)` gives what it learns from, by default the `pairs`. `given` are
+    others lie on the CPU. `samples(objective)` gives what it learns from, by default the `pairs`. `kwargs` are
     further arguments of the objective.
     """
     if trained(teacher.run, stage):
         return load_trained(unet, teacher.run, stage)
     taught_by = teaching() if teaching else compute_copy(teacher.unet, teacher)
     uncond = pairs().unconditional.to(teacher.device)
-    given = {"schedule": teacher.schedule, "uncond": uncond, "teacher": taught_by, **given}
-    given = {"denoiser": denoiser_of(teacher.unet, given["schedule"].prediction_type), **given}
-    objective = make_objective(description, **given)
+    kwargs = {"schedule": teacher.schedule, "uncond": uncond, "teacher": taught_by, **kwargs}
+    kwargs = {"denoiser": denoiser_of(teacher.unet, kwargs["schedule"].prediction_type), **kwargs}
+    objective = make_objective(description, **kwargs)
     data = samples(objective) if samples else pairs()
     with offloaded([network for network in offloadable if network is not taught_by], teacher.device):
         return train(unet, objective, data, config, teacher.run, stage)
@@ -71,19 +71,19 @@ def compute_copy(network: nn.Module, teacher: Teacher) -> nn.Module:
     return copy.deepcopy(network).to(teacher.device, teacher.compute_dtype)
 
 
-def make_objective(description: Mapping[str, Any], **given: Any) -> Objective:
+def make_objective(description: Mapping[str, Any], **kwargs: Any) -> Objective:
     """An objective of the loop from its `_target_`. ValueError where its arguments are not what the class takes."""
     try:
-        return instantiate(description, _partial_=True, _convert_="all")(**given)
+        return instantiate(description, _partial_=True, _convert_="all")(**kwargs)
     except (TypeError, KeyError, AttributeError, ZeroDivisionError, RuntimeError) as error:
         raise ValueError(f"objective {description['_target_']}: {type(error).__name__}: {error}") from error
 
 
 def check_objective(
-    key: str, description: Mapping[str, Any], training: TrainConfig, teacher: Teacher, **given: Any
+    key: str, description: Mapping[str, Any], training: TrainConfig, teacher: Teacher, **kwargs: Any
 ) -> None:
     """ValueError for the objective under `key` if it cannot be, or be trained in this way; no data are touched."""
     check(description, key)
-    given = {"schedule": teacher.schedule, "teacher": teacher.unet, "uncond": Conditioning(), **given}
-    given = {"denoiser": denoiser_of(teacher.unet, given["schedule"].prediction_type), **given}
-    check_requirements(make_objective(description, **given), training, teacher.run.accelerator)
+    kwargs = {"schedule": teacher.schedule, "teacher": teacher.unet, "uncond": Conditioning(), **kwargs}
+    kwargs = {"denoiser": denoiser_of(teacher.unet, kwargs["schedule"].prediction_type), **kwargs}
+    check_requirements(make_objective(description, **kwargs), training, teacher.run.accelerator)

@@ -28,20 +28,20 @@ def load_vae(source: str, config: Mapping[str, Any], dtype: torch.dtype, allow_p
     `first_stage_model.`, or diffusers'. Raises ValueError where it cannot be read, or has other latents than the own.
     """
     with torch.device("meta"):
-        own = AutoencoderKL.from_config(dict(config))
+        new = AutoencoderKL.from_config(dict(config))
     try:
         if is_single_file(source):
             check_file(source, allow_pickle)
-            vae = vae_of_file(source, own, dtype)
+            vae = vae_of_file(source, new, dtype)
         else:
             vae = vae_of_folder(source, dtype, allow_pickle)
     except (ValueError, OSError) as error:
         raise ValueError(f"model.vae={source} cannot be loaded: {one_line(error)}") from error
-    own_meaning = latents_meaning(own)
+    own_meaning = latents_meaning(new)
     for field, value in latents_meaning(vae).items():
         if value != own_meaning[field]:
-            told = f"{field} is {value}, the model's {own_meaning[field]}"
-            raise ValueError(f"model.vae={source} belongs to another kind of model: its {told}")
+            message = f"{field} is {value}, the model's {own_meaning[field]}"
+            raise ValueError(f"model.vae={source} belongs to another kind of model: its {message}")
     return vae
 
 
@@ -66,8 +66,8 @@ def vae_of_file(file: str, own: AutoencoderKL, dtype: torch.dtype) -> Autoencode
 
 def own_name(key: str) -> str:
     """`decoder.mid_block.attentions.0.to_q.weight` for the same with `query`, its old name; others as they are."""
-    found = OLD.fullmatch(key)
-    return f"{found[1]}.{OLD_ATTENTION[found[2]]}.{found[3]}" if found else key
+    match = OLD.fullmatch(key)
+    return f"{match[1]}.{OLD_ATTENTION[match[2]]}.{match[3]}" if match else key
 
 
 def vae_of_folder(source: str, dtype: torch.dtype, allow_pickle: bool) -> AutoencoderKL:
@@ -76,6 +76,6 @@ def vae_of_folder(source: str, dtype: torch.dtype, allow_pickle: bool) -> Autoen
     fields = AutoencoderKL.load_config(source, subfolder=where)
     if not isinstance(fields, dict):
         raise ValueError(f"{Path(where or '.') / 'config.json'} must hold a table, and holds {fields!r:.40}")
-    if (found := fields.get("_class_name")) not in kinds:
-        raise ValueError(f"its class is {found}, not one of {list(kinds)}")
-    return load_network(source, where, kinds[found], dtype, use_safetensors=None if allow_pickle else True)
+    if (class_name := fields.get("_class_name")) not in kinds:
+        raise ValueError(f"its class is {class_name}, not one of {list(kinds)}")
+    return load_network(source, where, kinds[class_name], dtype, use_safetensors=None if allow_pickle else True)

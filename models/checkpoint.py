@@ -52,19 +52,19 @@ def original_name(key: str) -> str:
     """`first_stage_model.decoder.mid.attn_1.q.weight` for the same with `to_q` or `query`, and a text encoder's
     `transformer.text_model.` for a bare `transformer.`; others as they are."""
     key = BARE_TEXT.sub(r"\1text_model.", key)
-    found = MIXED.fullmatch(key)
-    return f"{found[1]}.{VAE_ATTENTION[found[2]]}.{found[3]}" if found else key
+    match = MIXED.fullmatch(key)
+    return f"{match[1]}.{VAE_ATTENTION[match[2]]}.{match[3]}" if match else key
 
 
-def told_scheduling(file: str | Path, weights: dict[str, Tensor]) -> dict[str, object]:
+def stored_scheduling(file: str | Path, weights: dict[str, Tensor]) -> dict[str, object]:
     """Fields of the scheduler that the file itself tells: ModelSpec's metadata, or web UIs' keys `v_pred`, `ztsnr`."""
     metadata = {}
     if Path(file).suffix == SAFE:
         with safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}
-    told = {}
+    scheduling = {}
     if known := [PREDICTIONS[metadata[key]] for key in PREDICTION_KEYS if metadata.get(key) in PREDICTIONS]:
-        told["prediction_type"] = known[0]
+        scheduling["prediction_type"] = known[0]
     elif "v_pred" in weights:
-        told["prediction_type"] = "v_prediction"
-    return told | ({"rescale_betas_zero_snr": True} if "ztsnr" in weights else {})
+        scheduling["prediction_type"] = "v_prediction"
+    return scheduling | ({"rescale_betas_zero_snr": True} if "ztsnr" in weights else {})

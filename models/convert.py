@@ -62,8 +62,8 @@ def left_out(pipeline: DiffusionPipeline) -> str:
     usual_scale = 0.13025 if hasattr(pipeline, "text_encoder_2") else 0.18215
     guesses = [(scheduler, "prediction_type", "epsilon"), (scheduler, "rescale_betas_zero_snr", False),
                (vae, "scaling_factor", usual_scale)]  # fmt: skip
-    found = [f"{field}={config[field]}" for config, field, guess in guesses if config.get(field, guess) != guess]
-    return ", ".join([*found, *([f"the VAE's {' and '.join(STATISTICS)}"] if has_statistics(pipeline) else [])])
+    matches = [f"{field}={config[field]}" for config, field, guess in guesses if config.get(field, guess) != guess]
+    return ", ".join([*matches, *([f"the VAE's {' and '.join(STATISTICS)}"] if has_statistics(pipeline) else [])])
 
 
 def size_gb(pipeline: DiffusionPipeline) -> float:

@@ -54,5 +54,5 @@ def count_activation_bytes(unet: UNet2DConditionModel, batch: int, tokens: int =
         inputs = denoiser.example(fake, batch, tokens=tokens)
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             denoiser(fake, *inputs)
-    own = {parameter.untyped_storage()._cdata for parameter in fake.parameters()}
-    return sum(storage.nbytes() for address, storage in kept.items() if address not in own)
+    weights = {parameter.untyped_storage()._cdata for parameter in fake.parameters()}
+    return sum(storage.nbytes() for address, storage in kept.items() if address not in weights)

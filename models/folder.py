@@ -39,12 +39,14 @@ def check_folder(name_or_path: str | Path) -> None:
         way = "download it once without HF_HUB_OFFLINE=1" if offline else "check the name and the network"
         raise ValueError(f"model {name!r} is no folder, and not in the hub cache: {way}, or give a folder") from error
     if fields.get("_class_name") not in LOADABLE_UNETS:
-        found = fields.get("_class_name")
-        raise ValueError(f"model {name!r} has the UNet class {found}; pruning needs one of {LOADABLE_UNETS}")
-    taken, given = fields.get("in_channels", 4), fields.get("out_channels", 4)
-    if taken != given:
-        told = f"in_channels={taken} and out_channels={given}, as those for inpainting, editing or depth"
-        raise ValueError(f"model {name!r} has a UNet with {told}; only one that takes nothing but latents is supported")
+        kind = fields.get("_class_name")
+        raise ValueError(f"model {name!r} has the UNet class {kind}; pruning needs one of {LOADABLE_UNETS}")
+    taken, returned = fields.get("in_channels", 4), fields.get("out_channels", 4)
+    if taken != returned:
+        message = f"in_channels={taken} and out_channels={returned}, as those for inpainting, editing or depth"
+        raise ValueError(
+            f"model {name!r} has a UNet with {message}; only one that takes nothing but latents is supported"
+        )
     check_index(name, index)
     # transformers makes up an empty tokenizer where the folder is missing.
     folder = final_folder(name)
@@ -98,10 +100,10 @@ def check_weights(name_or_path: str | Path, variant: str | None) -> None:
         return
     for part in parts_of(DiffusionPipeline.load_config(folder)):
         files = [file for file in weight_files(folder / part) if file.suffix == ".safetensors"]
-        own = [file for file in files if variant_of(file.name) == variant]
+        of_variant = [file for file in files if variant_of(file.name) == variant]
         try:
-            keys = {file.name: stored_keys(file) for file in own or files}
-            if own and all(map(SHARD.fullmatch, keys)):
+            keys = {file.name: stored_keys(file) for file in of_variant or files}
+            if of_variant and all(map(SHARD.fullmatch, keys)):
                 check_shards(folder / part, keys)
         except ValueError as error:
             raise ValueError(f"model {str(name_or_path)!r} is incomplete or damaged: {part}/{error}") from error
@@ -150,9 +152,9 @@ def lacking_checker(name_or_path: str | Path) -> dict[str, Any]:
 
 def check_variant(name_or_path: str | Path, variant: str | None) -> None:
     """ValueError for a variant of the weights that a folder's UNet does not have; None is the plain one."""
-    there = {variant_of(file.name) for file in weight_files(Path(name_or_path) / "unet")}
-    if there and variant not in there:
-        choices = " or ".join(sorted(name or "null" for name in there))
+    existing = {variant_of(file.name) for file in weight_files(Path(name_or_path) / "unet")}
+    if existing and variant not in existing:
+        choices = " or ".join(sorted(name or "null" for name in existing))
         raise ValueError(f"model {str(name_or_path)!r} has no weights of variant={variant}: choose {choices}")
 
 
@@ -160,8 +162,8 @@ def check_pickles(name_or_path: str | Path, variant: str | None, allow_pickle: b
     """ValueError for parts whose weights are nothing but pickles, where these are not allowed."""
     parts = parts_of(DiffusionPipeline.load_config(name_or_path))
     if not allow_pickle and (pickled := [part for part in parts if is_pickled(name_or_path, part, variant)]):
-        told = f"holds only pickles in {pickled}, which may run code"
-        raise ValueError(f"model {str(name_or_path)!r} {told}: model.allow_pickle=true reads them")
+        message = f"holds only pickles in {pickled}, which may run code"
+        raise ValueError(f"model {str(name_or_path)!r} {message}: model.allow_pickle=true reads them")
 
 
 def is_pickled(name_or_path: str | Path, part: str, variant: str | None) -> bool:

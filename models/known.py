@@ -70,9 +70,9 @@ def write_configuration(name: str, folder: Path) -> None:
     kind, index = KNOWN[name], {}
     unet, vae = reference.CONFIGS[kind.networks[0]], reference.VAE_CONFIGS[kind.networks[1]]
     shrinks = 2 ** (len(vae["block_out_channels"]) - 1)
-    own = {"sample_size": kind.pixels // shrinks, "upcast_attention": kind.upcast_attention}
+    unet_fields = {"sample_size": kind.pixels // shrinks, "upcast_attention": kind.upcast_attention}
     networks = {
-        "unet": ("UNet2DConditionModel", {**unet, **own}),
+        "unet": ("UNet2DConditionModel", {**unet, **unet_fields}),
         "vae": ("AutoencoderKL", {**vae, "sample_size": kind.pixels}),
         "scheduler": (kind.scheduler, scheduler_config(kind)),
     }
@@ -85,10 +85,14 @@ def write_configuration(name: str, folder: Path) -> None:
         CLIPTextConfig(**getattr(reference, text)).save_pretrained(folder / part)
         clip_tokenizer(pad).save_pretrained(folder / tokenizer)
         index |= {part: ["transformers", class_name], tokenizer: ["transformers", "CLIPTokenizer"]}
-    own = {"force_zeros_for_empty_prompt": True, "add_watermarker": False}
+    unet_fields = {"force_zeros_for_empty_prompt": True, "add_watermarker": False}
     if kind.pipeline == SD:
-        own = {"safety_checker": [None, None], "feature_extractor": [None, None], "requires_safety_checker": False}
-    write_json(folder / "model_index.json", {"_class_name": kind.pipeline, **index, **own})
+        unet_fields = {
+            "safety_checker": [None, None],
+            "feature_extractor": [None, None],
+            "requires_safety_checker": False,
+        }
+    write_json(folder / "model_index.json", {"_class_name": kind.pipeline, **index, **unet_fields})
 
 
 def random_pipeline(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> DiffusionPipeline:
@@ -118,9 +122,9 @@ def random_pipeline(name: str, dtype: torch.dtype = torch.float32, seed: int = 0
 
 
 def scheduler_config(kind: Known) -> dict:
-    own = {"skip_prk_steps": True} if kind.scheduler == "PNDMScheduler" else {}
+    kind_fields = {"skip_prk_steps": True} if kind.scheduler == "PNDMScheduler" else {}
     spacing = {"timestep_spacing": "leading"}
-    fields = {**reference.SCHEDULER, **spacing, **own, "prediction_type": kind.prediction_type}
+    fields = {**reference.SCHEDULER, **spacing, **kind_fields, "prediction_type": kind.prediction_type}
     taken = getattr(diffusers, kind.scheduler)._get_init_keys(getattr(diffusers, kind.scheduler))
     return {key: value for key, value in fields.items() if key in taken}
 

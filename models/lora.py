@@ -41,14 +41,14 @@ def fuse_lora(pipeline: DiffusionPipeline, source: str | Path | dict[str, Tensor
     for part, of_part in updates.items():
         modules = dict(network.named_modules()) if (network := getattr(pipeline, part, None)) is not None else {}
         for path, update in of_part.items():
-            if (own := path if part == "unet" or not modules else path_in(network, path)) not in modules:
+            if (target := path if part == "unet" or not modules else path_in(network, path)) not in modules:
                 left_out.append(path if part == "unet" else f"{part}.{path}")
                 continue
             try:
-                modules[own].weight.data = update.added_to(modules[own].weight.data, scale)
+                modules[target].weight.data = update.added_to(modules[target].weight.data, scale)
             except ValueError as error:
-                raise ValueError(f"{part}.{own}: {error}") from error
-            applied[part].append(own)
+                raise ValueError(f"{part}.{target}: {error}") from error
+            applied[part].append(target)
     unfit = [part for part, paths in applied.items() if not paths and getattr(pipeline, part, None) is not None]
     if unfit or not any(applied.values()):
         network = unfit[0].replace("unet", "UNet") if unfit else "model"

@@ -121,8 +121,8 @@ def peft_config(file: Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text())
     except (OSError, ValueError) as error:
-        told = f"it is PEFT's, and {file}, which tells its alpha, cannot be read"
-        raise ValueError(f"{told}: {one_line(error)}") from error
+        message = f"it is PEFT's, and {file}, which tells its alpha, cannot be read"
+        raise ValueError(f"{message}: {one_line(error)}") from error
 
 
 def without_embeddings(stored: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -167,12 +167,12 @@ def diffusers_named(pipeline: DiffusionPipeline, stored: Mapping[str, Tensor], p
     """All others' weights in the names of WEIGHT. part: that of all keys, None where they say it, or their paths do."""
     bare = {key.replace(PEFT_PREFIX, "", 1): value for key, value in stored.items()}
     parts = tuple(f"{name}." for name in PARTS)
-    own = {key: value for key, value in bare.items() if part is None and key.startswith(parts)}
-    rest = {key: value for key, value in bare.items() if key not in own}
+    of_parts = {key: value for key, value in bare.items() if part is None and key.startswith(parts)}
+    rest = {key: value for key, value in bare.items() if key not in of_parts}
     if rest:
         part = part or part_of(pipeline, rest)
-        own |= {f"{part}.{key}": value for key, value in rest.items()}
-    return peft_named(own)
+        of_parts |= {f"{part}.{key}": value for key, value in rest.items()}
+    return peft_named(of_parts)
 
 
 def peft_named(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -219,21 +219,21 @@ def path_in(network: nn.Module, path: str) -> str:
 
 def updates_of(weights: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, dict[str, LowRank]]:
     """{part: {path: update}}. ValueError for weights that are none of a LoRA, or half of a pair."""
-    found: dict[tuple[str, str], dict[str, Tensor]] = {}
+    layers: dict[tuple[str, str], dict[str, Tensor]] = {}
     unread = []
     for key, value in weights.items():
         if match := WEIGHT.fullmatch(key):
-            found.setdefault((match[1], match[2]), {})[match[3] or match[4]] = value
+            layers.setdefault((match[1], match[2]), {})[match[3] or match[4]] = value
         else:
             unread.append(key)
-    unread += [f"{part}.{path}" for (part, path), pair in found.items() if not {"A", "B"} <= pair.keys()]
-    if unread or not found:
+    unread += [f"{part}.{path}" for (part, path), pair in layers.items() if not {"A", "B"} <= pair.keys()]
+    if unread or not layers:
         reason = f"{len(unread)} weights make no pairs: {preview(unread)}" if unread else "it is empty"
         raise ValueError(f"it is no LoRA that can be read: {reason}")
     updates: dict[str, dict[str, LowRank]] = {}
-    for (part, path), pair in found.items():
+    for (part, path), pair in layers.items():
         rank = len(pair["A"])
-        factor = float(pair["alpha"]) / rank if "alpha" in pair else told_factor(of_part(config, part), path, rank)
+        factor = float(pair["alpha"]) / rank if "alpha" in pair else stored_factor(of_part(config, part), path, rank)
         update = LowRank(pair["A"], pair["B"].float() * factor, pair.get("magnitude_vector"))
         updates.setdefault(part, {})[path] = update
     return updates
@@ -246,10 +246,10 @@ def of_part(config: Mapping[str, Any], part: str) -> dict[str, Any]:
     return dict(config)
 
 
-def told_factor(config: Mapping[str, Any], path: str, rank: int) -> float:
+def stored_factor(config: Mapping[str, Any], path: str, rank: int) -> float:
     """α/r of a module, or α/√r (rsLoRA), by PEFT's fields; 1 where there are none."""
     if "lora_alpha" not in config:
         return 1.0
     patterns = config.get("alpha_pattern") or {}
-    own = [alpha for key, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", path)]
-    return (own or [config["lora_alpha"]])[0] / (rank**0.5 if config.get("use_rslora") else rank)
+    matches = [alpha for key, alpha in patterns.items() if re.fullmatch(rf"(.*\.)?({key})", path)]
+    return (matches or [config["lora_alpha"]])[0] / (rank**0.5 if config.get("use_rslora") else rank)

@@ -64,8 +64,8 @@ def load_network(
     folder = folder_of(name_or_path)
     where = Path(part or ".")
     here = folder / where if folder else None
-    there = {variant_of(path.name) for path in weight_files(here)} if here else set()
-    if there and variant not in there:
+    existing = {variant_of(path.name) for path in weight_files(here)} if here else set()
+    if existing and variant not in existing:
         variant = None  # as diffusers takes it for networks that have no files of a variant
     if use_safetensors is None and is_pickled(name_or_path, part or ".", variant):
         use_safetensors = False  # shards of pickles are not looked for otherwise

@@ -68,11 +68,11 @@ def write_original(pipeline: DiffusionPipeline, file: Path) -> None:
     the keys that web UIs look for, `v_pred` and `ztsnr`.
     """
     weights, scheduler = original_weights(pipeline), pipeline.scheduler.config
-    told = {name: said for said, name in PREDICTIONS.items()}[scheduler.prediction_type]
+    prediction = {name: said for said, name in PREDICTIONS.items()}[scheduler.prediction_type]
     is_sd2 = any(key.startswith(OPEN_TEXT) for key in weights)
-    keys = {"v_pred": told == "v" and not is_sd2, "ztsnr": scheduler.get("rescale_betas_zero_snr", False)}
+    keys = {"v_pred": prediction == "v" and not is_sd2, "ztsnr": scheduler.get("rescale_betas_zero_snr", False)}
     weights |= {key: torch.zeros(0) for key, is_so in keys.items() if is_so}
-    write_tensors(file, weights, {"format": "pt", "modelspec.sai_model_spec": "1.0.0", PREDICTION: told})
+    write_tensors(file, weights, {"format": "pt", "modelspec.sai_model_spec": "1.0.0", PREDICTION: prediction})
 
 
 def check_layout(pipeline: DiffusionPipeline) -> None:
@@ -110,18 +110,18 @@ def unet_weights(unet: UNet2DConditionModel) -> Iterator[tuple[str, Tensor]]:
 
 def unet_name(key: str, keys: Mapping[str, Tensor], layers: int) -> str:
     """`input_blocks.1.0.in_layers.2.weight` for `down_blocks.0.resnets.0.conv1.weight`; blocks are numbered through."""
-    if found := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.*)", key):
-        side, level, kind, i, rest = found.groups()
+    if match := re.match(r"(down|up)_blocks\.(\d+)\.(resnets|attentions)\.(\d+)\.(.*)", key):
+        side, level, kind, i, rest = match.groups()
         number = (layers + 1) * int(level) + int(i) + (side == "down")
         place = f"{'input' if side == 'down' else 'output'}_blocks.{number}.{int(kind == 'attentions')}"
         return f"{place}.{renamed(rest, RESNET_NAMES) if kind == 'resnets' else rest}"
-    if found := re.match(r"down_blocks\.(\d+)\.downsamplers\.0\.conv\.(.*)", key):
-        return f"input_blocks.{(layers + 1) * (int(found[1]) + 1)}.0.op.{found[2]}"
-    if found := re.match(r"up_blocks\.(\d+)\.upsamplers\.0\.(.*)", key):
-        behind = 2 if any(other.startswith(f"up_blocks.{found[1]}.attentions.") for other in keys) else 1
-        return f"output_blocks.{(layers + 1) * int(found[1]) + layers}.{behind}.{found[2]}"
-    if found := re.match(r"mid_block\.resnets\.(\d)\.(.*)", key):
-        return f"middle_block.{2 * int(found[1])}.{renamed(found[2], RESNET_NAMES)}"
+    if match := re.match(r"down_blocks\.(\d+)\.downsamplers\.0\.conv\.(.*)", key):
+        return f"input_blocks.{(layers + 1) * (int(match[1]) + 1)}.0.op.{match[2]}"
+    if match := re.match(r"up_blocks\.(\d+)\.upsamplers\.0\.(.*)", key):
+        behind = 2 if any(other.startswith(f"up_blocks.{match[1]}.attentions.") for other in keys) else 1
+        return f"output_blocks.{(layers + 1) * int(match[1]) + layers}.{behind}.{match[2]}"
+    if match := re.match(r"mid_block\.resnets\.(\d)\.(.*)", key):
+        return f"middle_block.{2 * int(match[1])}.{renamed(match[2], RESNET_NAMES)}"
     return renamed(key.replace("mid_block.attentions.0", "middle_block.1"), UNET_NAMES)
 
 
@@ -165,9 +165,9 @@ def open_clip_weights(text_encoder: nn.Module, prefix: str) -> Iterator[tuple[st
     for key, value in weights.items():
         if key == "text_projection.weight":
             yield f"{prefix}.text_projection", value.T
-        elif found := re.fullmatch(r"(.*\.self_attn)\.q_proj\.(weight|bias)", key):
-            together = torch.cat([weights[f"{found[1]}.{name}_proj.{found[2]}"] for name in "qkv"])
-            yield f"{prefix}.{renamed(f'{found[1]}.', OPEN_NAMES)}in_proj_{found[2]}", together
+        elif match := re.fullmatch(r"(.*\.self_attn)\.q_proj\.(weight|bias)", key):
+            together = torch.cat([weights[f"{match[1]}.{name}_proj.{match[2]}"] for name in "qkv"])
+            yield f"{prefix}.{renamed(f'{match[1]}.', OPEN_NAMES)}in_proj_{match[2]}", together
         elif not re.search(r"\.self_attn\.[kv]_proj\.", key):
             yield f"{prefix}.{renamed(key, OPEN_NAMES)}", value
 

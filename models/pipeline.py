@@ -96,10 +96,10 @@ def read_pipeline(
             check_filled(pipeline)
             return pipeline
     except Exception as error:  # tokenizers raises nothing more special for a damaged file
-        told = one_line(error)
-        if told.startswith("model.vae="):
+        reason = one_line(error)
+        if reason.startswith("model.vae="):
             raise
-        raise ValueError(f"model {str(name_or_path)!r} is incomplete or damaged: {told}") from error
+        raise ValueError(f"model {str(name_or_path)!r} is incomplete or damaged: {reason}") from error
 
 
 def check_filled(pipeline: DiffusionPipeline) -> None:
@@ -142,10 +142,10 @@ def stored_scheduler(name_or_path: str | Path, scheduler: str | None = None):
     try:
         with quiet():
             kind = getattr(diffusers, DiffusionPipeline.load_config(name_or_path)["scheduler"][1])
-            own = kind.from_pretrained(name_or_path, subfolder="scheduler")
+            stored = kind.from_pretrained(name_or_path, subfolder="scheduler")
     except (OSError, ValueError, AttributeError, KeyError, IndexError, TypeError) as error:  # damaged in some way
         raise ValueError(f"model {str(name_or_path)!r} has no scheduler that can be read: {one_line(error)}") from error
-    return replacement(own, scheduler) if scheduler else own
+    return replacement(stored, scheduler) if scheduler else stored
 
 
 def export_pipeline(

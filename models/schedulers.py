@@ -107,12 +107,12 @@ def built(kind: type, config: dict[str, Any]):
         return kind.from_config(config)
 
 
-def tell(what: str, own, swapped) -> None:
+def tell(what: str, stored, swapped) -> None:
     """Logs what the own sampler does and the other does not."""
-    spacing = used_spacing(own)
+    spacing = used_spacing(stored)
     if spacing and (used := used_spacing(swapped)) != spacing:
         log.warning(f"{what} spaces its timesteps {used}, always; the model's own sampler uses {spacing}")
-    if lost := [key for key in LEFT_OUT if stated(own).get(key) and key not in fields_of(type(swapped))]:
+    if lost := [key for key in LEFT_OUT if stated(stored).get(key) and key not in fields_of(type(swapped))]:
         log.warning(f"{what} has no {', '.join(lost)}, which the model's own sampler uses")
     if (end := final_sigma(swapped)) > 0:
         log.warning(f"{what} ends at σ = {end:.3g}, not in clean latents: at few steps images keep that noise")
@@ -211,8 +211,8 @@ def check_sampling(scheduler, steps: int, flow: FlowSteps | None = None) -> None
             raise ValueError(f"{name} cannot make {steps} steps")
         return
     absent = [a for a in ("init_noise_sigma", "scale_model_input", "order", "step") if not hasattr(scheduler, a)]
-    asked = inspect.signature(kind.step).parameters.values() if not absent else ()
-    absent += [p.name for p in asked if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
+    parameters = inspect.signature(kind.step).parameters.values() if not absent else ()
+    absent += [p.name for p in parameters if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD
                and p.name not in PIPELINES_GIVE | {"self"}]  # fmt: skip
     if absent:
         raise ValueError(

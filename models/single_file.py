@@ -18,7 +18,7 @@ from torch import Tensor
 
 from slimstep.engine.quiet import one_line
 from slimstep.models.autoencoder import load_vae
-from slimstep.models.checkpoint import check_file, read_weights, told_scheduling
+from slimstep.models.checkpoint import check_file, read_weights, stored_scheduling
 from slimstep.models.conversion import LackingError, converted, text_encoder
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.folder import cached_configuration, check_folder, hub_configuration, without_checker
@@ -58,8 +58,8 @@ def load_single_file(
     weights = read_weights(file)
     check_parts(weights, spared="VAE" if vae else None)
     dtype = dtype or next(value.dtype for key, value in weights.items() if key.startswith(PARTS["UNet"]))
-    told = {} if config else told_scheduling(file, weights)
-    with configuration(weights, config, told) as folder:
+    scheduling = {} if config else stored_scheduling(file, weights)
+    with configuration(weights, config, scheduling) as folder:
         index = DiffusionPipeline.load_config(folder)
         own_vae = AutoencoderKL.load_config(folder, subfolder="vae")
         networks = {"vae": load_vae(vae, own_vae, dtype, allow_pickle)} if vae else {}
@@ -77,15 +77,15 @@ def load_single_file(
             way = "model.single_file_config=FOLDER gives it another configuration"
             raise ValueError(f"{one_line(error).split(' If you want')[0]}; {way}") from error
         pipeline = DiffusionPipeline.from_pretrained(folder, **networks, **without_checker(index))
-    if told:
-        pipeline.register_modules(scheduler=told_scheduler(pipeline.scheduler, told))
+    if scheduling:
+        pipeline.register_modules(scheduler=scheduler_with(pipeline.scheduler, scheduling))
     return pipeline
 
 
-def told_scheduler(scheduler, told: dict):
+def scheduler_with(scheduler, scheduling: dict):
     """The scheduler with what the file says of it; DDIM where its own class cannot do that."""
-    takes_all = set(told) <= fields_of(type(scheduler))
-    return built(type(scheduler) if takes_all else DDIMScheduler, {**stated(scheduler), **told})
+    takes_all = set(scheduling) <= fields_of(type(scheduler))
+    return built(type(scheduler) if takes_all else DDIMScheduler, {**stated(scheduler), **scheduling})
 
 
 def check_parts(weights: dict[str, Tensor], spared: str | None) -> None:
@@ -96,7 +96,7 @@ def check_parts(weights: dict[str, Tensor], spared: str | None) -> None:
 
 
 @contextmanager
-def configuration(weights: dict[str, Tensor], config: str | None, told: dict) -> Iterator[Path]:
+def configuration(weights: dict[str, Tensor], config: str | None, scheduling: dict) -> Iterator[Path]:
     """A diffusers folder with the configuration of every part. ValueError for a kind that is not known."""
     if config and config not in KNOWN:
         yield Path(config) if Path(config).is_dir() else hub_configuration(config)
@@ -108,21 +108,21 @@ def configuration(weights: dict[str, Tensor], config: str | None, told: dict) ->
             check_folder(folder)
             yield folder
             return
-        kind = own_kind(hub_id, told)
+        kind = own_kind(hub_id, scheduling)
     with tempfile.TemporaryDirectory() as folder:
         write_configuration(kind, Path(folder))
         yield Path(folder)
 
 
-def own_kind(hub_id: str, told: dict) -> str:
+def own_kind(hub_id: str, scheduling: dict) -> str:
     """The name in models.known, which a line of the log tells. ValueError for a kind that is not known."""
     kind = known_by(hub_id)
     if kind is None:
         way = "model.single_file_config=FOLDER gives it a diffusers folder's configuration"
         raise ValueError(f"it is a model of the kind of {hub_id}, which is not in the hub cache: {way}")
-    if kind == "sd21" and told.get("prediction_type") == "epsilon":
+    if kind == "sd21" and scheduling.get("prediction_type") == "epsilon":
         kind = "sd21_base"
-    predicts = told.get("prediction_type", KNOWN[kind].prediction_type)
+    predicts = scheduling.get("prediction_type", KNOWN[kind].prediction_type)
     hint = "; its base models are model.single_file_config=sd21_base" if kind == "sd21" else ""
     log.info(f"single file: read as {kind}, {KNOWN[kind].pixels} px, predicting {predicts}, by its weights{hint}")
     return kind

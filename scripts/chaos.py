@@ -137,12 +137,12 @@ def differences(quiet: Path, other: Path) -> list[str]:
 
 def contents(run: Path) -> dict[str, str]:
     """What every file of a run holds, comparable between runs in different folders."""
-    found = {}
+    contents_of = {}
     for path in run.rglob("*"):
         name = path.relative_to(run)
         if path.is_file() and not set(name.parts) & set(OF_THE_HOUR):
-            found[str(name)] = comparable(path, run)
-    return found
+            contents_of[str(name)] = comparable(path, run)
+    return contents_of
 
 
 def comparable(path: Path, run: Path) -> str:

@@ -114,8 +114,8 @@ def parts(options: argparse.Namespace, models: dict[str, str]) -> Iterator[Part]
     base = f"benchmark.base={{dtype: {half}}}"
 
     def job(name: str, experiment: str, named: dict[str, str], *overrides: str) -> Part:
-        given = "models={" + ", ".join(f"{key}: {folder}" for key, folder in named.items()) + "}"
-        command = [sys.executable, "train.py", f"+experiment={experiment}", f"name={name}", f"root={runs}", given]
+        models_word = "models={" + ", ".join(f"{key}: {folder}" for key, folder in named.items()) + "}"
+        command = [sys.executable, "train.py", f"+experiment={experiment}", f"name={name}", f"root={runs}", models_word]
         return name, [*command, *calls, *small, *overrides], f"{runs}/{name}/results.json"
 
     def benchmark(name: str, *overrides: str) -> Part:

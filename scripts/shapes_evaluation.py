@@ -34,11 +34,11 @@ def top1_of_100(scorer: ClipScorer, images_N3HW: Tensor, captions: Sequence[str]
         scorer.image(images_N3HW).split(100), scorer.text(captions).split(100), _chunks(captions, 100), strict=True
     ):
         best = (image_BD @ text_BD.T).argmax(1).tolist()
-        hits += [texts[chosen] == texts[own] for own, chosen in enumerate(best)]
+        hits += [texts[chosen] == texts[index] for index, chosen in enumerate(best)]
     return sum(hits) / len(hits)
 
 
-def told_apart(scorer: ClipScorer, images_N3HW: Tensor, scenes: Sequence[Scene]) -> dict[str, dict[str, float]]:
+def distinguished(scorer: ClipScorer, images_N3HW: Tensor, scenes: Sequence[Scene]) -> dict[str, dict[str, float]]:
     """Per kind of wrong caption: how often an image prefers its own (chance: one half), and of how many."""
     wrong = [hard_negatives(scene, turn=index) for index, scene in enumerate(scenes)]
     image_ND, own_ND = scorer.image(images_N3HW), scorer.text([caption(scene) for scene in scenes])
@@ -90,7 +90,7 @@ def evaluate_assets(assets: Path, config, pictures: Path) -> dict:
         score_N = scorer.score(images, text_ND)
         error = float(score_N.std() / len(score_N) ** 0.5)
         report["clip"][name] = {"mean": float(score_N.mean()), "se": error}
-        report["told_apart"][name] = told_apart(scorer, images, scenes)
+        report["told_apart"][name] = distinguished(scorer, images, scenes)
         grid = make_grid(images[:64].float() / 255, nrow=8, padding=2, pad_value=0.5)
         save_image(grid.repeat_interleave(2, 1).repeat_interleave(2, 2), pictures / f"{name.replace(' ', '_')}.png")
     return report

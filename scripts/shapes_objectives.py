@@ -127,9 +127,15 @@ class ScorerObjective:
         contrast = (F.cross_entropy(logits_BT, target_B) + F.cross_entropy(logits_BT[:, :size].T, target_B)) / 2
         naming = naming_error(classes, batch["attributes"].T)
         own_BK = logits_BT[:, size:].reshape(size, size, self.negatives)[target_B, target_B]
-        told = (logits_BT.diagonal()[:, None] > own_BK).float().mean()
+        accuracy = (logits_BT.diagonal()[:, None] > own_BK).float().mean()
         top1 = (logits_BT[:, :size].argmax(1) == target_B).float().mean()
-        metrics = {"contrast": contrast, "naming": naming, "top1": top1, "told_from_negatives": told, "scale": scale}
+        metrics = {
+            "contrast": contrast,
+            "naming": naming,
+            "top1": top1,
+            "told_from_negatives": accuracy,
+            "scale": scale,
+        }
         return contrast + self.naming_weight * naming, metrics
 
 

@@ -32,13 +32,13 @@ LINE = re.compile(r"^The tested set .*$", re.MULTILINE)
 def main() -> None:
     argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     commit = subprocess.check_output(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, text=True).strip()
-    told = sentence(datetime.date.today().isoformat(), commit)
-    CONSTRAINTS.write_text(f"# {told}\n" + "".join(f"{line}\n" for line in constraints()))
+    line = sentence(datetime.date.today().isoformat(), commit)
+    CONSTRAINTS.write_text(f"# {line}\n" + "".join(f"{line}\n" for line in constraints()))
     readme = ROOT / "README.md"
-    text, lines = LINE.subn(told, readme.read_text())
+    text, lines = LINE.subn(line, readme.read_text())
     assert lines == 1, f"README.md has {lines} lines that begin with 'The tested set', not one"
     readme.write_text(text)
-    print(told)
+    print(line)
 
 
 def sentence(date: str, commit: str) -> str:

@@ -11,7 +11,7 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch.nn import functional as F
 
-from scripts.shapes_evaluation import heldout_scenes, sample, through_vae, told_apart, top1_of_100
+from scripts.shapes_evaluation import distinguished, heldout_scenes, sample, through_vae, top1_of_100
 from slimstep.data.prompts import PromptSet
 from slimstep.data.shapes import caption
 from slimstep.eval.metrics.clip import ClipScorer, psnr
@@ -71,9 +71,9 @@ def test_the_scorer_finds_the_caption_among_a_hundred(scorer, real):
 
 def test_the_scorer_knows_colours_shapes_and_relations_apart(scorer, real):
     scenes, images = real
-    told = told_apart(scorer, images, scenes)
+    accuracies = distinguished(scorer, images, scenes)
     for name in ("swapped colours", "wrong shape", "reversed relation"):
-        assert told[name]["accuracy"] >= 0.9, told
+        assert accuracies[name]["accuracy"] >= 0.9, accuracies
 
 
 def test_the_vae_gives_held_out_scenes_back(pipeline, real):

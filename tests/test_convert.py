@@ -12,7 +12,7 @@ from slimstep.models.convert import left_out
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.models.conftest import assert_equal_weights
 from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
-from tests.user_errors import told
+from tests.user_errors import error_line
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_file_without_a_vae_is_given_one(convert, tiny_pipeline_folder, tmp_pa
     convert(tiny_pipeline_folder, whole)
     save_file({key: value for key, value in load_file(whole).items() if "first_stage" not in key}, part)
     words = (part, tmp_path / "folder", "--config", tiny_pipeline_folder)
-    assert "it holds no VAE" in told(*convert(*words))
+    assert "it holds no VAE" in error_line(*convert(*words))
     assert convert(*words, "--vae", tiny_pipeline_folder / "vae")[0] == 0
     assert_equal_weights(load_pipeline(tmp_path / "folder"), load_pipeline(tiny_pipeline_folder))
 
@@ -76,7 +76,7 @@ def test_dtypes_are_kept_or_chosen(convert, tiny_pipeline_folder, tmp_path):
     convert(half, folder, "--config", tiny_pipeline_folder, "--variant", "fp16")
     assert (folder / "unet/diffusion_pytorch_model.fp16.safetensors").is_file()
     assert load_pipeline(folder, None, "fp16").text_encoder.dtype == torch.float16
-    assert "has no weights of variant=None: choose fp16" in told(*convert(folder, tmp_path / "two.safetensors"))
+    assert "has no weights of variant=None: choose fp16" in error_line(*convert(folder, tmp_path / "two.safetensors"))
     assert convert(folder, tmp_path / "two.safetensors", "--variant", "fp16", "--dtype", "bfloat16")[0] == 0
     assert load_file(tmp_path / "two.safetensors")["model.diffusion_model.out.2.bias"].dtype == torch.bfloat16
 
@@ -84,14 +84,14 @@ def test_dtypes_are_kept_or_chosen(convert, tiny_pipeline_folder, tmp_path):
 def test_nothing_is_replaced_unless_asked(convert, tiny_pipeline_folder, tmp_path):
     file = tmp_path / "mine.safetensors"
     file.write_text("precious")
-    assert "mine.safetensors exists: --force replaces it" in told(*convert(tiny_pipeline_folder, file))
+    assert "mine.safetensors exists: --force replaces it" in error_line(*convert(tiny_pipeline_folder, file))
     assert file.read_text() == "precious"
     assert convert(tiny_pipeline_folder, file, "--force")[0] == 0 and load_file(file)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/thesis.txt").write_text("precious")
     here = (file, tmp_path / "folder", "--config", tiny_pipeline_folder)
-    assert "folder exists: --force replaces it" in told(*convert(*here))
-    assert "holds something else than a pipeline" in told(*convert(*here, "--force"))
+    assert "folder exists: --force replaces it" in error_line(*convert(*here))
+    assert "holds something else than a pipeline" in error_line(*convert(*here, "--force"))
 
 
 def test_what_cannot_be_converted_is_one_line(convert, tiny_pipeline_folder, tmp_path):
@@ -108,7 +108,7 @@ def test_what_cannot_be_converted_is_one_line(convert, tiny_pipeline_folder, tmp
         "--config=sd15 is for a single file": (tiny_pipeline_folder, file, "--config", "sd15"),
     }
     for message, words in cases.items():
-        line = told(*convert(*words))
+        line = error_line(*convert(*words))
         assert message in line, line
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
 
@@ -124,13 +124,13 @@ def test_what_cannot_be_converted_is_one_line(convert, tiny_pipeline_folder, tmp
          "the VAE's latents_mean and latents_std"),
     ],
 )  # fmt: skip
-def test_what_a_single_file_has_no_place_for_is_told(make, change, words):
+def test_what_a_single_file_has_no_place_for_is_reported(make, change, words):
     pipeline = make()
     pipeline.vae.register_to_config(**change)
     assert left_out(pipeline) == words
 
 
-def test_a_zero_snr_scheduler_is_told_by_its_fields():
+def test_a_zero_snr_scheduler_is_reported_by_its_fields():
     pipeline = tiny_pipeline("v_prediction")
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True)
     assert left_out(pipeline) == "prediction_type=v_prediction, rescale_betas_zero_snr=True"

@@ -78,8 +78,8 @@ def without_a_file(text: str, known: tuple[list, list]) -> list[str]:
         if not set(".+-") & set(low + high):
             continue  # [2, 3] is a range of settings
         fits = [values for a, b, values in intervals if same_pair(a, b, low, high)]
-        told = re.findall(NUMBER, before)
-        if not any(not told or any(same(value, x) for value in values for x in told) for values in fits):
+        numbers = re.findall(NUMBER, before)
+        if not any(not numbers or any(same(value, x) for value in values for x in numbers) for values in fits):
             lost.append(found[0].strip())
     for found in ERROR.finditer(text):
         if not any(same(se, found[2]) and any(same(value, found[1]) for value in values) for se, values in errors):
@@ -149,7 +149,7 @@ def megabytes(work: str) -> float:
 
 
 def shapes(kind: str, wrong: str) -> float:
-    return load("shapes-model/report.json")["told_apart"][kind][wrong]["accuracy"]
+    return load("shapes-model/report.json")["distinguished"][kind][wrong]["accuracy"]
 
 
 CLAIMS = {  # a text of README or of a page of docs: the values in it

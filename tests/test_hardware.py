@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 import slimstep.engine.launch  # noqa: F401  registers the resolvers
 from slimstep.engine.checked import CONFIGS
-from tests.user_errors import told
+from tests.user_errors import error_line
 
 HARDWARE = sorted(path.stem for path in (CONFIGS / "hardware").glob("*.yaml"))
 TRAINING = ("prune_unet", "prune_vae", "distill_steps")
@@ -61,6 +61,6 @@ def test_every_file_says_what_was_run_and_what_not(folder, hardware):
     ids=["an unknown optimiser", "8 bits without torchao", "fp16 on a CPU", "an unknown precision", "no such hardware"],
 )
 @pytest.mark.parametrize("experiment", TRAINING)
-def test_what_cannot_be_is_told_in_a_line(leave, tiny_model, monkeypatch, experiment, overrides, message):
+def test_what_cannot_be_is_reported_in_a_line(leave, tiny_model, monkeypatch, experiment, overrides, message):
     monkeypatch.setitem(sys.modules, "torchao", None)
-    assert message in told(*leave(f"+experiment={experiment}", *tiny_model, *overrides))
+    assert message in error_line(*leave(f"+experiment={experiment}", *tiny_model, *overrides))

@@ -77,5 +77,5 @@ def test_a_preempted_job_goes_back_into_the_queue_and_ends_as_an_undisturbed_one
 
 
 def states(job: str) -> str:
-    told = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
-    return "requeued" if "Restarts=1" in told else told
+    text = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True).stdout
+    return "requeued" if "Restarts=1" in text else text

@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from tests.tiny import tiny_pipeline, tiny_tokenizer
-from tests.user_errors import told
+from tests.user_errors import error_line
 
 JOB = [
     "+experiment=prune_unet", "search.rounds=1", "train.steps=3", "train.batch_size=4", "recovery.train.steps=3",
@@ -254,23 +254,24 @@ def test_a_mistake_gets_one_line_and_a_non_zero_exit(leave, places, tiny_model, 
     overrides, message = COMMAND_LINES[case]
     overrides = [re.sub(r"\{(\w+)\}", lambda place: str(places.get(place[1], place[0])), word) for word in overrides]
     size = [] if any(override.startswith("data=") for override in overrides) else ["data.pairs.size=16"]
-    line = told(*leave(*tiny_model, *size, *overrides))
+    line = error_line(*leave(*tiny_model, *size, *overrides))
     assert re.search(message, line), line
     assert not list((tmp_path / "runs").rglob("weights.safetensors"))
 
 
-def test_an_experiment_without_its_plus_is_told_the_plus(leave):
-    assert "an experiment is added, +experiment=prune_unet" in told(*leave("experiment=prune_unet"))
+def test_an_experiment_without_its_plus_is_reported_the_plus(leave):
+    assert "an experiment is added, +experiment=prune_unet" in error_line(*leave("experiment=prune_unet"))
 
 
 @pytest.mark.parametrize("experiment", ["evaluate", "benchmark", "cumulative", "pipelines"])
 @pytest.mark.parametrize("models", ["[]", "{}"])
-def test_an_empty_list_of_models_is_told(leave, tiny_model, experiment, models):
-    assert "models names nothing to " in told(*leave(f"+experiment={experiment}", *tiny_model, f"models={models}"))
+def test_an_empty_list_of_models_is_reported(leave, tiny_model, experiment, models):
+    line = error_line(*leave(f"+experiment={experiment}", *tiny_model, f"models={models}"))
+    assert "models names nothing to " in line
 
 
 def test_overrides_without_an_experiment_run_nothing_and_say_so(leave):
-    assert "seed=5 names no experiment; add +experiment=NAME" in told(*leave("seed=5"))
+    assert "seed=5 names no experiment; add +experiment=NAME" in error_line(*leave("seed=5"))
 
 
 @pytest.mark.parametrize(
@@ -284,20 +285,20 @@ def test_overrides_without_an_experiment_run_nothing_and_say_so(leave):
     ],
 )
 def test_own_data_ask_for_the_model_and_the_scorer(leave, tmp_path, overrides, said):
-    assert said in told(*leave("+experiment=prune_unet", *overrides))
+    assert said in error_line(*leave("+experiment=prune_unet", *overrides))
     assert not (tmp_path / "runs/prune_unet").exists()
 
 
 def test_a_failed_start_leaves_no_folder_and_what_was_there(leave, tiny_model, tmp_path):
-    told(*leave(*JOB, *tiny_model, "search=manual", "search.method.remove=[mid]"))
+    error_line(*leave(*JOB, *tiny_model, "search=manual", "search.method.remove=[mid]"))
     assert not (tmp_path / "runs/prune_unet").exists()
     (tmp_path / "runs/prune_unet").mkdir(parents=True)
     (tmp_path / "runs/prune_unet/notes.txt").write_text("mine")
-    told(*leave(*JOB, *tiny_model, "search=manual", "search.method.remove=[mid]"))
+    error_line(*leave(*JOB, *tiny_model, "search=manual", "search.method.remove=[mid]"))
     assert (tmp_path / "runs/prune_unet/notes.txt").read_text() == "mine"
 
 
-def test_a_plan_is_told_whatever_the_directory_holds(leave, tiny_model, tmp_path, caplog):
+def test_a_plan_is_reported_whatever_the_directory_holds(leave, tiny_model, tmp_path, caplog):
     folder = tmp_path / "runs/prune_unet"
     (folder / "export").mkdir(parents=True)
     rates = "rates={forward: 1, sampling: 1, training: 1, decoding: 1}"
@@ -311,7 +312,7 @@ def test_a_plan_is_told_whatever_the_directory_holds(leave, tiny_model, tmp_path
 
 def test_a_corrected_mistake_goes_on_under_the_same_name(leave, tiny_model, tmp_path):
     small = [*JOB, "search=manual", "data.pairs.size=16", *tiny_model]
-    told(*leave(*small, "scorer.model=ViT-B-33"))
+    error_line(*leave(*small, "scorer.model=ViT-B-33"))
     assert leave(*small)[0] == 0
 
 
@@ -320,29 +321,29 @@ def test_damaged_files_of_a_run_are_one_line(leave, tiny_model, tmp_path):
     assert leave(*small)[0] == 0
     (path / "recovery/weights.safetensors").write_bytes(b"torn")
     (path / "export.sealed.json").unlink()
-    assert "recovery/weights.safetensors is damaged" in told(*leave(*small))
+    assert "recovery/weights.safetensors is damaged" in error_line(*leave(*small))
     (point,) = (str(file.relative_to(path)) for file in path.glob("evaluation/teacher/*.json"))
     for content in ('{"half', "{}", "null"):
         for name in (point, "evaluation.json"):
             (path / name).write_text(content)
-        assert "evaluation.json is damaged" in told(*leave(*small))
+        assert "evaluation.json is damaged" in error_line(*leave(*small))
         (path / "evaluation.json").unlink()
-        assert f"{point} is damaged" in told(*leave(*small))
+        assert f"{point} is damaged" in error_line(*leave(*small))
     decision = (path / "round-00/decision.json").read_text()
     (path / "round-00/decision.json").unlink()
     (path / point).unlink()
-    assert "decision.json is gone, and evaluation/round-00, recovery" in told(*leave(*small))
+    assert "decision.json is gone, and evaluation/round-00, recovery" in error_line(*leave(*small))
     (path / "round-00/decision.json").write_text(decision)
     (path / "recovery/weights.safetensors").unlink()
     (path / "metrics.jsonl").write_text("null\n")
-    assert "metrics.jsonl is damaged" in told(*leave(*small))
+    assert "metrics.jsonl is damaged" in error_line(*leave(*small))
     for content in (b"{", b"\xff\xfe\x00", b"", b"[]"):
         (path / "config.yaml").write_bytes(content)
-        assert "config.yaml is damaged" in told(*leave(*small))
+        assert "config.yaml is damaged" in error_line(*leave(*small))
 
 
-def test_a_loss_that_is_not_finite_is_told_with_what_is_kept(leave, tiny_model, tmp_path):
-    line = told(*leave(*JOB, "data.pairs.size=16", "train.learning_rate=1e30", *tiny_model))
+def test_a_loss_that_is_not_finite_is_reported_with_what_is_kept(leave, tiny_model, tmp_path):
+    line = error_line(*leave(*JOB, "data.pairs.size=16", "train.learning_rate=1e30", *tiny_model))
     assert re.search(r"'round-00' is not finite at step 2; .*not-finite-step-00000002.*learning_rate", line)
     assert (tmp_path / "runs/prune_unet/round-00/not-finite-step-00000002-rank-0.pt").is_file()
 
@@ -350,12 +351,12 @@ def test_a_loss_that_is_not_finite_is_told_with_what_is_kept(leave, tiny_model, 
 def test_a_run_of_another_configuration_is_refused_or_moved_aside(leave, tiny_model, tmp_path):
     small = [*JOB, "search=manual", "data.pairs.size=16", *tiny_model]
     assert leave(*small)[0] == 0
-    assert "seed: 0 there, 1 now" in told(*leave(*small, "seed=1"))
+    assert "seed: 0 there, 1 now" in error_line(*leave(*small, "seed=1"))
     assert leave(*small, "seed=1", "run.overwrite=true")[0] == 0
     assert {path.name for path in (tmp_path / "runs").iterdir()} >= {"prune_unet", "prune_unet.before-1"}
 
 
-def test_prompts_that_the_tokenizer_cuts_are_told(leave, tiny_model, tmp_path):
+def test_prompts_that_the_tokenizer_cuts_are_reported(leave, tiny_model, tmp_path):
     prompts = [f"a much too long prompt number {n}" for n in "abcdefgh"]
     (tmp_path / "long.txt").write_text("\n".join(prompts))
     job = [*JOB, "search=manual", "data.pairs.size=16", *tiny_model, f"data.prompt_file={tmp_path / 'long.txt'}"]
@@ -373,7 +374,7 @@ def test_a_full_disk_is_one_line_and_the_run_goes_on_when_there_is_room(leave, t
     try:
         places = [f"root={disk}", f"data.cache.folder={tmp_path}"]
         job = [*JOB, "search=manual", "data.pairs.size=16", *places, *tiny_model]
-        line = told(*leave(*job))
+        line = error_line(*leave(*job))
         assert "No space left" in line or "cannot be written" in line, line
         subprocess.run(["mount", "-o", "remount,size=100m", str(disk)], check=True)
         assert leave(*job)[0] == 0 and (disk / "prune_unet/export/export_report.json").is_file()

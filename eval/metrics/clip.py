@@ -119,8 +119,8 @@ class ClipScorer:
             GELU: quick_gelu not in (None, self.has_quick_gelu),
             "normalisation": normalisation is not None and NORMALISATIONS[normalisation] != statistics,
         }
-        given = {GELU: quick_gelu, "normalisation": normalisation}
-        if said := [f"scorer.{name}={given[name]}" for name, is_wrong in wrong.items() if is_wrong]:
+        requested = {GELU: quick_gelu, "normalisation": normalisation}
+        if said := [f"scorer.{name}={requested[name]}" for name, is_wrong in wrong.items() if is_wrong]:
             where = self.pretrained or self.model_name
             raise ValueError(f"{', '.join(said)} (or a preference's own): {where} says otherwise, and needs neither")
 
@@ -200,9 +200,9 @@ def trained_with(model: str, pretrained: str | None, quick_gelu: bool | None, no
     statistics = {(tuple(entry["mean"]), tuple(entry["std"])) for entry in entries}
     ways = {"quick_gelu=true or false": quick_gelu is None and len(quick) > 1,
             f"normalisation={', '.join(NORMALISATIONS)}": normalisation is None and len(statistics) != 1}  # fmt: skip
-    if asked := [f"scorer.{way}" for way, is_open in ways.items() if is_open]:
+    if left := [f"scorer.{way}" for way, is_open in ways.items() if is_open]:
         raise ValueError(
-            f"{pretrained} does not say how it was trained, and {model} leaves it open: give {' and '.join(asked)} (or "
+            f"{pretrained} does not say how it was trained, and {model} leaves it open: give {' and '.join(left)} (or "
             "a preference's own), as its model card says"
         )
     mean, std = NORMALISATIONS[normalisation] if normalisation else statistics.pop()

@@ -34,8 +34,8 @@ class Inception:
             torch.load(file, weights_only=True)  # torch-fidelity reads pickles that run code: not before this did
             self.model = FeatureExtractorInceptionV3("inception-v3", [LAYER], str(file)).to(device)
         except (RuntimeError, OSError, EOFError, TypeError, pickle.UnpicklingError) as error:
-            told = f"({type(error).__name__}); bring {ADDRESS} here"
-            raise ValueError(f"evaluation.inception={file} does not hold InceptionV3's weights {told}") from error
+            message = f"({type(error).__name__}); bring {ADDRESS} here"
+            raise ValueError(f"evaluation.inception={file} does not hold InceptionV3's weights {message}") from error
 
     @cached_property
     def weights(self) -> str:

@@ -29,7 +29,7 @@ class PickScore:
     def __init__(self, model: str, processor: str, device: str | torch.device = "cpu") -> None:
         self.device = torch.device(device)
         try:
-            self.model, told = CLIPModel.from_pretrained(model, output_loading_info=True)
+            self.model, loading_info = CLIPModel.from_pretrained(model, output_loading_info=True)
             self.processor = AutoProcessor.from_pretrained(processor)
         except Exception as error:  # readers of damaged files raise whatever they stumble over
             said = one_line(error)[:160]
@@ -37,7 +37,7 @@ class PickScore:
                 raise ValueError(f"PickScore: {model} or {processor} cannot be read: {said}") from error
             way = "download both once without HF_HUB_OFFLINE=1, or give folders"
             raise ValueError(f"PickScore: {model} or {processor} is not in the hub cache: {way} ({said})") from error
-        if absent := sorted(told["missing_keys"]):
+        if absent := sorted(loading_info["missing_keys"]):
             raise ValueError(f"PickScore: {model} is no CLIP model with its weights: {absent[0]} … are absent")
         self.model.to(self.device).eval().requires_grad_(False)
 

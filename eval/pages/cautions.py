@@ -33,7 +33,7 @@ MORE = "more scoring.prompts, another scorer, or a longer training of the teache
 def cautions(folder: str | Path) -> list[str]:
     """The sentences about a run, the most serious first; none for a run whose files do not speak of it."""
     folder = Path(folder)
-    return [sentence for sentence in found(folder) if sentence]
+    return [sentence for sentence in sentences_of(folder) if sentence]
 
 
 def cautions_of(folders: Mapping[str, str | Path]) -> list[str]:
@@ -45,7 +45,7 @@ def cautions_of(folders: Mapping[str, str | Path]) -> list[str]:
     return [f"{', '.join(runs)}: {sentence}" for sentence, runs in names.items()]
 
 
-def found(folder: Path) -> Iterator[str]:
+def sentences_of(folder: Path) -> Iterator[str]:
     if record := read_json(folder / SCORER_CHECK):
         yield data_sentence(record)
     points = evaluation.points if (evaluation := read_evaluation(folder)) else ()
@@ -59,17 +59,17 @@ def score_cautions(scores: Mapping[str, Any]) -> list[str]:
 
     By chance two thirds of all losses are within one standard error.
     """
-    told, agreement = [], scores["rank_agreement_of_halves"]
+    lines, agreement = [], scores["rank_agreement_of_halves"]
     if not agreement >= LEAST_AGREEMENT:
         half = f"two halves of the prompts rank the blocks alike with ρ = {agreement:.2f} only, below {LEAST_AGREEMENT}"
-        told.append(f"{half}: the ranking is noise; {MORE}")
+        lines.append(f"{half}: the ranking is noise; {MORE}")
     changes = lambda block: (error := block.get("picture_error")) is None or error >= UNCHANGED  # noqa: E731
     seen = list(filter(changes, scores["sites"].values()))
     within = [block for block in seen if abs(block["delta_clip"]) <= block["se"]]
     if len(within) > len(seen) / 2:
         blocks = f"of {len(within)} of the {len(seen)} blocks whose removal changes the images"
-        told.append(f"CLIP lost is within its error {blocks}: what is removed is left to chance; {MORE}")
-    return told
+        lines.append(f"CLIP lost is within its error {blocks}: what is removed is left to chance; {MORE}")
+    return lines
 
 
 def is_above_chance(record: Record) -> bool:
@@ -79,7 +79,7 @@ def is_above_chance(record: Record) -> bool:
     return bool(difference["mean"] > error and record["prefer_own"] >= LEAST_SHARE)
 
 
-def told(record: Record, texts: str) -> str:
+def sentence(record: Record, texts: str) -> str:
     own, shuffled, difference = record["own"], record["shuffled"], record["difference"]
     return (
         f"{record['images']} images score {own['mean']:.2f} with their own {texts} and {shuffled['mean']:.2f} with "
@@ -94,7 +94,7 @@ def data_sentence(record: Record) -> str:
         return record["unchecked"] if record["doubtful"] else ""
     if is_above_chance(record):
         return ""
-    return f"the scorer {record['scorer']['model']} cannot judge these data: {told(record, 'captions')}"
+    return f"the scorer {record['scorer']['model']} cannot judge these data: {sentence(record, 'captions')}"
 
 
 def teacher_sentence(record: Record | None) -> str:
@@ -102,4 +102,4 @@ def teacher_sentence(record: Record | None) -> str:
     if record is None or is_above_chance(record):
         return ""
     way = "more eval.prompts, another scorer, or a teacher that knows such prompts (a longer training of it)"
-    return f"the teacher is at chance: {told(record, 'prompts')}; nothing can be lost against it: {way}"
+    return f"the teacher is at chance: {sentence(record, 'prompts')}; nothing can be lost against it: {way}"

@@ -117,8 +117,8 @@ def cells(name: str, model: Model, teacher: Model, to_teacher: Mapping | None) -
 def facts_that_differ(facts: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, Mapping[str, Any]]:
     """Of {run: {title: table}}, the first table of each title whole; of later runs', what is different there."""
     first, tables = {}, {}
-    for name, own in facts.items():
-        for title, table in own.items():
+    for name, known in facts.items():
+        for title, table in known.items():
             if title not in first:
                 first[title] = tables[f"{title} ({name})"] = table
             elif changed := {key: value for key, value in table.items() if first[title].get(key) != value}:

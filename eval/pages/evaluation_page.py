@@ -25,22 +25,22 @@ def write_evaluation_report(folder: str | Path, track: Callable[[], None] = lamb
     `track` is called when the pictures are there; the page, which says that all is done, comes last.
     """
     folder = Path(folder)
-    own = read_evaluation(folder)
-    figures = draw_figures(folder, own)
-    write_text(folder / "table.md", results_table(own.points))
-    write_text(folder / "results.csv", csv_table(summary(own)["points"]))
+    read = read_evaluation(folder)
+    figures = draw_figures(folder, read)
+    write_text(folder / "table.md", results_table(read.points))
+    write_text(folder / "results.csv", csv_table(summary(read)["points"]))
     save_figures(folder / "report", figures)
     track()
     page = render(
         "evaluation.html.j2",
         cautions=cautions(folder),
         name=folder.name,
-        reference=own.reference,
-        seen=overlap_sentence(own.n, own.seen),
-        header=header(own.points),
-        rows=rows(own.points),
+        reference=read.reference,
+        seen=overlap_sentence(read.n, read.seen),
+        header=header(read.points),
+        rows=rows(read.points),
         figures={name: Markup(themed(figure, name)) for name, figure in figures.items()},
-        facts=flatten({key: getattr(own, key) for key in ("models", "prompts", "n", "protocol", "environment")}),
+        facts=flatten({key: getattr(read, key) for key in ("models", "prompts", "n", "protocol", "environment")}),
     )
     write_text(folder / "report.html", page)
     return folder / "report.html"
@@ -77,7 +77,7 @@ def columns(points: Sequence[Point]) -> dict[str, Callable[[Point], str]]:
     if "clip" not in scores:
         paired = dict.fromkeys(name for p in points for name in p.of_kind("paired"))
         shown |= {f"{name} to the reference": partial(near, metric=name, form=".3g") for name in paired}
-    measured = {key for p in points for own in p.of_kind("distribution").values() for key in own}
+    measured = {key for p in points for values in p.of_kind("distribution").values() for key in values}
     if "fd" in measured:
         shown["FD ×100"] = lambda p: distance(p, "fd", 100)
         shown["KD ×1000 ± sd"] = lambda p: distance(p, "kd", 1000)
@@ -88,16 +88,16 @@ def columns(points: Sequence[Point]) -> dict[str, Callable[[Point], str]]:
 
 
 def sizes(point: Point) -> str:
-    own = point.facts.get("parameters", {})
-    return f"{count(own.get('UNet'))}, {count(own.get('decoder'))}"
+    counts = point.facts.get("parameters", {})
+    return f"{count(counts.get('UNet'))}, {count(counts.get('decoder'))}"
 
 
 def score_columns(name: str) -> dict[str, Callable[[Point], str]]:
     """A per-image metric and its paired difference; CLIP score's headings name no metric."""
 
     def score(point: Point) -> str:
-        own = point.metrics.get(name)
-        return f"{own['mean']:.2f} ± {own['se']:.2f}" if own else "–"
+        measured = point.metrics.get(name)
+        return f"{measured['mean']:.2f} ± {measured['se']:.2f}" if measured else "–"
 
     def versus(point: Point) -> str:
         return difference((point.metrics.get(name) or {}).get("versus_reference"))
@@ -123,7 +123,7 @@ def near(point: Point, metric: str, form: str) -> str:
 
 def distance(point: Point, name: str, times: int) -> str:
     """A distance to real images, with its standard deviation where it has one; a dash where it was not measured."""
-    measured = next((own for own in point.of_kind("distribution").values() if name in own), None)
+    measured = next((values for values in point.of_kind("distribution").values() if name in values), None)
     if measured is None:
         return "–"
     spread = f" ± {times * measured[f'{name}_se']:.2f}" if f"{name}_se" in measured else ""

@@ -13,57 +13,57 @@ from slimstep.eval.pages.text import digits
 Tile = Mapping[str, str]
 
 
-def headline(found: Gathered) -> str:
+def headline(gathered: Gathered) -> str:
     """The outcome in a sentence or two."""
-    said = [evaluation_sentence(found)] if found.evaluations else []
-    for name, results in found.of_kind("cumulative").items():
+    said = [evaluation_sentence(gathered)] if gathered.evaluations else []
+    for name, results in gathered.of_kind("cumulative").items():
         if last := last_kept(results):
             faster = f"{last['speedup']['first']['ratio']:.2f} times as fast as its first row"
             said.append(f"The last row kept on {name}, {last['name']}, is {faster}.")
     return " ".join(said) or "Times from the prompt's text to 8-bit images."
 
 
-def evaluation_sentence(found: Gathered) -> str:
-    reference = found.reference
+def evaluation_sentence(gathered: Gathered) -> str:
+    reference = gathered.reference
     base = f"{reference.label} at {setting_text(setting(reference))}"
-    if found.reference_time(reference) is None:
-        untimed = "the reference was not timed" if found.timed else "no model was timed"
+    if gathered.reference_time(reference) is None:
+        untimed = "the reference was not timed" if gathered.timed else "no model was timed"
         return f"CLIP scores against {base}; {untimed} at its steps and guidance scale, so there are no speed-ups."
-    best = leader(found)
+    best = leader(gathered)
     if best is None:
         return f"No other point timed at guidance {reference.guidance:g} is faster than {base}."
     versus = best.versus_reference
     fate = (
         "no loss of CLIP score can be told"
-        if fastest_not_worse(found)
+        if fastest_not_worse(gathered)
         else "like every faster one, it loses CLIP score"
     )
     return (
-        f"{best.label} at {best.steps} steps draws an image {speed_of(found, best)} as fast as {base}; {fate}: "
+        f"{best.label} at {best.steps} steps draws an image {speed_of(gathered, best)} as fast as {base}; {fate}: "
         f"{difference(versus)}, paired over {versus['n']} prompts."
     )
 
 
-def leader(found: Gathered) -> Row | None:
+def leader(gathered: Gathered) -> Row | None:
     """The fastest point that is not worse than the reference, or else, where all that are faster are, the fastest."""
-    return fastest_not_worse(found) or next(iter(faster_points(found)), None)
+    return fastest_not_worse(gathered) or next(iter(faster_points(gathered)), None)
 
 
-def faster_points(found: Gathered) -> list[Row]:
+def faster_points(gathered: Gathered) -> list[Row]:
     """The timed points at the reference's guidance scale that take less time than it, fastest first."""
-    reference = found.reference
-    own = [p for p in found.compared if p.guidance == reference.guidance and found.time(p)]
-    faster = [p for p in own if found.time(p).ms < found.reference_time(reference).ms]
-    return sorted(faster, key=lambda p: found.time(p).ms)
+    reference = gathered.reference
+    candidates = [p for p in gathered.compared if p.guidance == reference.guidance and gathered.time(p)]
+    faster = [p for p in candidates if gathered.time(p).ms < gathered.reference_time(reference).ms]
+    return sorted(faster, key=lambda p: gathered.time(p).ms)
 
 
-def fastest_not_worse(found: Gathered) -> Row | None:
+def fastest_not_worse(gathered: Gathered) -> Row | None:
     """The fastest point whose paired interval reaches zero."""
-    return next((p for p in faster_points(found) if p.versus_reference["high"] >= 0), None)
+    return next((p for p in faster_points(gathered) if p.versus_reference["high"] >= 0), None)
 
 
-def speed_of(found: Gathered, point: Row) -> str:
-    return speedup(found.time(point), found.reference_time(point))
+def speed_of(gathered: Gathered, point: Row) -> str:
+    return speedup(gathered.time(point), gathered.reference_time(point))
 
 
 def last_kept(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
@@ -74,14 +74,14 @@ def last_kept(results: Mapping[str, Any]) -> Mapping[str, Any] | None:
 # ---- the large numbers ----
 
 
-def tiles(found: Gathered) -> list[Tile]:
+def tiles(gathered: Gathered) -> list[Tile]:
     """Label, value, explanation."""
-    shown = evaluation_tiles(found) if found.evaluations else benchmark_tiles(found)
-    for name, results in found.of_kind("cumulative").items():
+    shown = evaluation_tiles(gathered) if gathered.evaluations else benchmark_tiles(gathered)
+    for name, results in gathered.of_kind("cumulative").items():
         if last := last_kept(results):
             faster, interval = ratio(last["speedup"]["first"]).split(" ", 1)
             shown.append(tile(name, f"{faster}×", f"first row to last, 95 %: {interval}"))
-    for name, results in found.of_kind("pipelines").items():
+    for name, results in gathered.of_kind("pipelines").items():
         if ran := [row for row in results["rows"] if not row["cannot"]]:
             best = max(ran, key=lambda row: row["its"])
             note = f"{best['model']}, {best['task']}, batch {best['batch']}, {best['mode']}"
@@ -93,24 +93,24 @@ def tile(label: str, value: str, note: str) -> Tile:
     return {"label": label, "value": value, "note": note}
 
 
-def evaluation_tiles(found: Gathered) -> list[Tile]:
-    reference, clip = found.reference, found.reference.clip
+def evaluation_tiles(gathered: Gathered) -> list[Tile]:
+    reference, clip = gathered.reference, gathered.reference.clip
     note = f"± {clip['se']:.2f}, {len(clip['per_prompt'])} prompts, {setting_text(setting(reference))}"
     shown = [tile(f"CLIP, {reference.label}", f"{clip['mean']:.2f}", note)]
-    best = leader(found) if found.reference_time(reference) else None
+    best = leader(gathered) if gathered.reference_time(reference) else None
     if best:
         name, versus = f"{best.label}, {best.steps} steps", difference(best.versus_reference)
         mean, interval = versus.split(" ", 1)
-        times = f"{digits(found.time(best).ms)} of {digits(found.reference_time(best).ms)} ms an image"
+        times = f"{digits(gathered.time(best).ms)} of {digits(gathered.reference_time(best).ms)} ms an image"
         shown += [tile(f"CLIP, paired: {name}", mean, f"95 %: {interval}"),
-                  tile(f"speed: {name}", speed_of(found, best), times)]  # fmt: skip
+                  tile(f"speed: {name}", speed_of(gathered, best), times)]  # fmt: skip
     return shown
 
 
-def benchmark_tiles(found: Gathered) -> list[Tile]:
+def benchmark_tiles(gathered: Gathered) -> list[Tile]:
     """The fastest config of each benchmark, in units of its base."""
     shown = []
-    for name, results in found.of_kind("benchmark").items():
+    for name, results in gathered.of_kind("benchmark").items():
         if ran := [row for row in results["rows"] if not row["cannot"]]:
             best = max(ran, key=lambda row: row["speedup"]["base"]["ratio"])
             faster, interval = ratio(best["speedup"]["base"]).split(" ", 1)

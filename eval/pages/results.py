@@ -37,12 +37,12 @@ class ResultRun:
             names = ("models", "prompts", "prompts_hash", "n", "protocol")
             known = flatten({name: self.results[name] for name in names if name in self.results})
             return {self.kind.capitalize(): known, "Environment": flatten(self.results["environment"])}
-        own: Evaluation = self.results
+        results: Evaluation = self.results
         names = ("models", "prompts", "prompts_hash", "n", "seen", "protocol")
-        known = flatten({name: getattr(own, name) for name in names})
-        for point in own.points:
+        known = flatten({name: getattr(results, name) for name in names})
+        for point in results.points:
             known[f"sampler.{point.model}"] = sampler(point)
-        return {"Evaluation": known, "Environment": flatten(own.environment)}
+        return {"Evaluation": known, "Environment": flatten(results.environment)}
 
 
 @dataclass(frozen=True)
@@ -122,15 +122,15 @@ def setting_text(setting: Setting) -> str:
     return f"{steps} steps, guidance {guidance:g}"
 
 
-def against(base: Point | None, row: Row, own: Evaluation, first: Evaluation) -> Row:
+def against(base: Point | None, row: Row, other_run: Evaluation, first: Evaluation) -> Row:
     """Another evaluation's point, its scores relative to `base`; nearness to another reference is left out."""
-    mine, theirs = (e.protocol.get("metrics") or e.protocol.get("preferences") or {} for e in (own, first))
+    mine, theirs = (e.protocol.get("metrics") or e.protocol.get("preferences") or {} for e in (other_run, first))
 
     def shown(name: str, measured: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         if not measured or measured["kind"] == "distribution":
             return measured
         if measured["kind"] == "paired":
-            same = base and own.reference == first.reference and same_model(first, own, base.model)
+            same = base and other_run.reference == first.reference and same_model(first, other_run, base.model)
             return measured if same else None
         other = base and (name == "clip" or mine.get(name) == theirs.get(name)) and base.metrics.get(name)
         versus = asdict(paired_difference(measured["per_prompt"], other["per_prompt"])) if other else None

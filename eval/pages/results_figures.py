@@ -25,22 +25,22 @@ class Picture:
     figure: Figure
 
 
-def draw_sections(found: Gathered) -> dict[str, list[Picture]]:
+def draw_sections(gathered: Gathered) -> dict[str, list[Picture]]:
     """{section of the page: its pictures}, empty where nothing was measured for it."""
     return {
-        "time": [draw_time(found, condition) for condition in found.conditions],
-        "curves": draw_curves(found.compared),
-        "cumulative": draw_speed(found, "cumulative"),
-        "benchmark": [p for run, results in found.of_kind("benchmark").items() for p in draw_parts(run, results)],
-        "pipelines": draw_speed(found, "pipelines"),
+        "time": [draw_time(gathered, condition) for condition in gathered.conditions],
+        "curves": draw_curves(gathered.compared),
+        "cumulative": draw_speed(gathered, "cumulative"),
+        "benchmark": [p for run, results in gathered.of_kind("benchmark").items() for p in draw_parts(run, results)],
+        "pipelines": draw_speed(gathered, "pipelines"),
     }
 
 
-def draw_time(found: Gathered, condition: Condition) -> Picture:
-    timed, base = found.timings[condition], found.reference_of(found.reference)
+def draw_time(gathered: Gathered, condition: Condition) -> Picture:
+    timed, base = gathered.timings[condition], gathered.reference_of(gathered.reference)
     in_one_run = len({timing.run for timing in timed.values()}) == 1
-    figure = time_figure(plane(found.compared, timed, base), condition, timed.get(base) if in_one_run else None)
-    name = "clip-against-time" if condition == found.conditions[0] else "clip-against-time-fastest"
+    figure = time_figure(plane(gathered.compared, timed, base), condition, timed.get(base) if in_one_run else None)
+    name = "clip-against-time" if condition == gathered.conditions[0] else "clip-against-time-fastest"
     return Picture(name, str(condition), figure)
 
 
@@ -54,11 +54,11 @@ def draw_curves(points: Sequence[Row]) -> list[Picture]:
     ]
 
 
-def draw_speed(found: Gathered, kind: str) -> list[Picture]:
+def draw_speed(gathered: Gathered, kind: str) -> list[Picture]:
     """The figures of the runs' own reports."""
     return [
         Picture(f"{run}-{name}".replace("/", "-"), run if name == kind else f"{run}, {name.replace('-', ' ')}", figure)
-        for run, results in found.of_kind(kind).items()
+        for run, results in gathered.of_kind(kind).items()
         for name, figure in draw_figures(results).items()
     ]
 
@@ -76,11 +76,11 @@ def draw_parts(run: str, results: Results) -> list[Picture]:
     return [Picture(f"{run}-parts".replace("/", "-"), ": ".join([run, ", ".join(shared)]), figure)]
 
 
-def untimed(found: Gathered) -> list[str]:
+def untimed(gathered: Gathered) -> list[str]:
     """What no picture of CLIP against time shows, since no benchmark timed it: models with guidance scale and steps."""
     models: dict[Setting, list[str]] = {}
-    for point in found.compared:
-        if not found.time(point):
+    for point in gathered.compared:
+        if not gathered.time(point):
             models.setdefault(setting(point), []).append(point.label)
     steps: dict[tuple[float, str], list[str]] = {}
     for (guidance, number), labels in models.items():
@@ -88,21 +88,21 @@ def untimed(found: Gathered) -> list[str]:
     return [f"{labels} at {', '.join(of)} steps, guidance {guidance:g}" for (guidance, labels), of in steps.items()]
 
 
-def image_grid(found: Gathered) -> dict[str, Any] | None:
+def image_grid(gathered: Gathered) -> dict[str, Any] | None:
     """The pictures kept at the setting that most models have some of, the reference's before others.
 
     Rows are models, columns prompts.
     """
     kept: dict[Setting, list[dict[str, Any]]] = {}
-    for point in found.compared:
-        folder = found.runs[point.run].path / "images" / point.model
+    for point in gathered.compared:
+        folder = gathered.runs[point.run].path / "images" / point.model
         paths = sorted((folder / f"steps-{point.steps}-guidance-{point.guidance}").glob("*.png"))[:NUM_PICTURES]
         if paths:
             kept.setdefault(setting(point), []).append({"label": point.label, "run": point.run, "paths": paths})
     if not kept:
         return None
-    chosen = max(kept, key=lambda at: (len(kept[at]), at == setting(found.reference)))
+    chosen = max(kept, key=lambda at: (len(kept[at]), at == setting(gathered.reference)))
     rows, count = kept[chosen], min(len(row["paths"]) for row in kept[chosen])
     for row in rows:
         row["images"] = [data_uri(path) for path in row["paths"][:count]]
-    return {"at": setting_text(chosen), "rows": rows, "prompts": found.evaluations[rows[0]["run"]].shown[:count]}
+    return {"at": setting_text(chosen), "rows": rows, "prompts": gathered.evaluations[rows[0]["run"]].shown[:count]}

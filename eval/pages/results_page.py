@@ -44,33 +44,33 @@ def compare_results(folders: Sequence[str | Path], out: str | Path) -> str:
     Scores of other prompts, another scorer or seed than the first evaluation's are listed, and not compared.
     Raises FileNotFoundError for a run that is missing or unfinished, ValueError for one whose results are damaged.
     """
-    found, out = Gathered(folders), Path(out)
-    sections, grid = draw_sections(found), image_grid(found)
-    models, pairs, speeds = models_table(found), pair_tables(found), speed_tables(found)
+    gathered, out = Gathered(folders), Path(out)
+    sections, grid = draw_sections(gathered), image_grid(gathered)
+    models, pairs, speeds = models_table(gathered), pair_tables(gathered), speed_tables(gathered)
     figures = {picture.name: picture.figure for picture in itertools.chain(*sections.values())}
     if grid:
         rows = [(row["label"], row["paths"]) for row in grid["rows"]]
         figures["images"] = grid_figure(rows, grid["prompts"])
     save_figures(out / "figures", figures)
-    metrics = {name: metric(results) for name, results in found.evaluations.items()}
+    metrics = {name: metric(results) for name, results in gathered.evaluations.items()}
     page = render(
         "results.html.j2",
-        cautions=cautions_of({name: run.path for name, run in found.runs.items()}),
-        title=title(found),
-        headline=headline(found),
-        tiles=tiles(found),
-        found=found,
+        cautions=cautions_of({name: run.path for name, run in gathered.runs.items()}),
+        title=title(gathered),
+        headline=headline(gathered),
+        tiles=tiles(gathered),
+        gathered=gathered,
         sections={
             name: [(picture.heading, Markup(themed(picture.figure, picture.name))) for picture in pictures]
             for name, pictures in sections.items()
         },
-        untimed=untimed(found),
+        untimed=untimed(gathered),
         grid=grid,
         models=models,
         pairs=pairs,
         speeds=speeds,
         differences=protocol_differences(metrics) if metrics else [],
-        facts=facts_that_differ({name: run.facts for name, run in found.runs.items()}),
+        facts=facts_that_differ({name: run.facts for name, run in gathered.runs.items()}),
     )
     tables = [*models, *pairs, *speeds]
     write_text(out / "table.md", "\n".join(titled(t, markdown_table(t.header, t.rows)) for t in tables))
@@ -82,12 +82,12 @@ def titled(table: Table, text: str) -> str:
     return f"## {table.title}\n\n{text}"
 
 
-def title(found: Gathered) -> str:
+def title(gathered: Gathered) -> str:
     """The models by name where they are few; runs, where nothing was evaluated."""
-    if not found.points:
-        return ", ".join(found.runs)
-    reference = found.reference.label
-    others = list(dict.fromkeys(p.label for p in found.compared if p.label != reference))
+    if not gathered.points:
+        return ", ".join(gathered.runs)
+    reference = gathered.reference.label
+    others = list(dict.fromkeys(p.label for p in gathered.compared if p.label != reference))
     if not others:
         return reference
     return f"{', '.join(others) if len(others) < 5 else f'{len(others)} models'} against {reference}"
@@ -96,27 +96,29 @@ def title(found: Gathered) -> str:
 # ---- tables ----
 
 
-def models_table(found: Gathered) -> list[Table]:
+def models_table(gathered: Gathered) -> list[Table]:
     """All models at all settings, with their times where they were timed; no table where nothing was evaluated."""
-    if not found.points:
+    if not gathered.points:
         return []
     shown = {"model": lambda p: p.label}
-    shown |= {name: cell for name, cell in columns(found.points).items() if name != "model"}
-    if found.timed:
-        shown["ms an image"] = lambda p: digits(found.time(p).ms) if found.time(p) else "–"
-        shown["speed-up"] = lambda p: speedup(found.time(p), found.reference_time(p)) if found.time(p) else "–"
-    if len(found.evaluations) > 1:
+    shown |= {name: cell for name, cell in columns(gathered.points).items() if name != "model"}
+    if gathered.timed:
+        shown["ms an image"] = lambda p: digits(gathered.time(p).ms) if gathered.time(p) else "–"
+        shown["speed-up"] = lambda p: speedup(gathered.time(p), gathered.reference_time(p)) if gathered.time(p) else "–"
+    if len(gathered.evaluations) > 1:
         shown["evaluation"] = lambda p: p.run
-    classes = ["teacher" if key(p) == found.reference_of(p) else "" if p.compared else "step" for p in found.points]
-    rows = [[cell(p) for cell in shown.values()] for p in found.points]
+    classes = [
+        "teacher" if key(p) == gathered.reference_of(p) else "" if p.compared else "step" for p in gathered.points
+    ]
+    rows = [[cell(p) for cell in shown.values()] for p in gathered.points]
     return [Table("All models", list(shown), rows, 3, row_classes=classes)]
 
 
-def pair_tables(found: Gathered) -> list[Table]:
+def pair_tables(gathered: Gathered) -> list[Table]:
     """At every setting that several models were judged at: how much higher the row's model scores than the column's."""
     tables = []
-    for chosen in common_settings(found.compared):
-        points = [point for point in found.compared if setting(point) == chosen]
+    for chosen in common_settings(gathered.compared):
+        points = [point for point in gathered.compared if setting(point) == chosen]
         matrix, labels = pair_matrix(points), [point.label for point in points]
         rows = [[label, *map(pair_cell, line)] for label, line in zip(labels, matrix, strict=True)]
         classes = [["", *map(side, line)] for line in matrix]
@@ -136,10 +138,10 @@ def side(d: PairedDifference | None) -> str:
     return "higher" if d.low > 0 else "lower"
 
 
-def speed_tables(found: Gathered) -> list[Table]:
+def speed_tables(gathered: Gathered) -> list[Table]:
     """All rows of the benchmarks, cumulative benchmarks and pipelines tables."""
     return [
         Table(name, speed_header(results), cells(results), LABELS[kind], NOTES[kind])
         for kind in SPEED_KINDS
-        for name, results in found.of_kind(kind).items()
+        for name, results in gathered.of_kind(kind).items()
     ]

@@ -277,9 +277,11 @@ def tasks_figure(rows: Sequence[Row]) -> Figure:
     figure, (axes,) = canvas(7.4, 3.6)
     width = 0.8 / len(kinds)
     for k, (model, mode) in enumerate(kinds):
-        own = [row for row in rows if (row["model"], row["mode"]) == (model, mode)]
-        x = [tasks.index(row["task"]) + (k + 0.5) * width - 0.4 for row in own]
-        axes.bar(x, [row["its"] for row in own], 0.92 * width, color=SERIES[k % len(SERIES)], label=f"{model}, {mode}")
+        of_kind = [row for row in rows if (row["model"], row["mode"]) == (model, mode)]
+        x = [tasks.index(row["task"]) + (k + 0.5) * width - 0.4 for row in of_kind]
+        axes.bar(
+            x, [row["its"] for row in of_kind], 0.92 * width, color=SERIES[k % len(SERIES)], label=f"{model}, {mode}"
+        )
     axes.set_xticks(range(len(tasks)), tasks)
     axes.set_ylabel("denoising steps a second")
     axes.grid(axis="x", visible=False)

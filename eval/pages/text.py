@@ -57,5 +57,5 @@ def overlap_sentence(n: int, seen: Mapping[str, int]) -> str:
         return ""
     if not any(known.values()):
         return f"None of the {n} prompts is among the {' or the '.join(known)}."
-    told = "; ".join(f"{count} of the {n} prompts are among the {what}" for what, count in known.items())
-    return f"{told}: the scores say less of new prompts."
+    sentence = "; ".join(f"{count} of the {n} prompts are among the {what}" for what, count in known.items())
+    return f"{sentence}: the scores say less of new prompts."

@@ -40,8 +40,8 @@ def ending(code: int) -> str:
 
 def reason_in(stderr: str) -> str:
     """One line of what a process said: its last exception, whose hints may follow for lines, or else its last line."""
-    _, found, traceback = stderr.rpartition(TRACEBACK)
+    _, match, traceback = stderr.rpartition(TRACEBACK)
     lines = [line for line in traceback.splitlines() if line.strip()]
-    if found:
+    if match:
         lines = [line for line in lines if not line[0].isspace()][:1] or lines[-1:]
     return textwrap.shorten(lines[-1], 400, placeholder=" …") if lines else "it said nothing"

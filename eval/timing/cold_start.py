@@ -51,10 +51,10 @@ def compile_first(path: Path, compile_it: Callable[[], None], accelerator: Accel
     others load them."""
     for first in (True, False):
         if accelerator.is_main_process == first:
-            if found := path.exists():
+            if existing := path.exists():
                 load_artifacts(path)
             compile_it()
-            if first and not found:
+            if first and not existing:
                 save_artifacts(path)
         accelerator.wait_for_everyone()
 
@@ -116,8 +116,8 @@ def main() -> None:
     pipeline = with_unet(pipeline, **{"unet": pipeline.unet, **parts})
     if "load" in request:
         load_artifacts(Path(request["load"]))
-    told = {key: request[key] for key in ("prompts", "steps", "guidance_scale", "batch", "seed")}
-    timed = TimedPipeline(pipeline, InferenceConfig(**request["inference"]), device=device, **told)
+    kwargs = {key: request[key] for key in ("prompts", "steps", "guidance_scale", "batch", "seed")}
+    timed = TimedPipeline(pipeline, InferenceConfig(**request["inference"]), device=device, **kwargs)
     times = []
     for _ in range(1 + STEADY_CALLS):
         start = time.perf_counter()

@@ -71,10 +71,10 @@ class TimedPipeline:
     device: torch.device
     batch: int = 1
     seed: int = 0
-    given: Mapping[str, Any] = field(default_factory=dict)
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.inference.capture and self.given:
+        if self.inference.capture and self.kwargs:
             raise CannotRunError("only txt2img is captured as one CUDA graph")
         upcast = hasattr(self.pipeline, "upcast_vae") and self.pipeline.vae.config.force_upcast
         if self.inference.capture and self.inference.dtype == "float16" and upcast:
@@ -104,12 +104,12 @@ class TimedPipeline:
             if self.inference.capture:
                 return self.captured.draw(prompts, self.noise(indices))
             noise = {"latents": self.noise(indices).to(self.inference.torch_dtype)}
-            given = self.given or {**noise, "generator": self.sampler.generators(indices)}
+            kwargs = self.kwargs or {**noise, "generator": self.sampler.generators(indices)}
             return self.pipeline(
                 prompt=prompts,
                 num_inference_steps=self.steps,
                 guidance_scale=self.guidance_scale,
-                **given,
+                **kwargs,
             ).images
 
     def at(self, steps: int) -> "TimedPipeline":

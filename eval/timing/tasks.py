@@ -40,8 +40,8 @@ def task_pipeline(pipeline: DiffusionPipeline, task: str, batch: int) -> tuple[D
             return AutoPipelineForImage2Image.from_pipe(pipeline), {"image": pictures, "strength": STRENGTH}
         if task == "inpaint":
             masks = [half_mask(size)] * batch
-            given = {"image": pictures, "mask_image": masks, "strength": STRENGTH}
-            return AutoPipelineForInpainting.from_pipe(pipeline), given
+            kwargs = {"image": pictures, "mask_image": masks, "strength": STRENGTH}
+            return AutoPipelineForInpainting.from_pipe(pipeline), kwargs
         if task == "controlnet":
             controlled = AutoPipelineForText2Image.from_pipe(pipeline, controlnet=random_controlnet(pipeline, 0))
             return controlled, {"image": pictures}

@@ -29,8 +29,8 @@ class StockVerdict:
 
 def public_fields(unet: ModelMixin) -> dict:
     """The stock fields of a UNet's config."""
-    own = ("depths", "bypass", "auto_map")
-    return {k: v for k, v in unet.config.items() if not k.startswith("_") and k not in own}
+    private = ("depths", "bypass", "auto_map")
+    return {k: v for k, v in unet.config.items() if not k.startswith("_") and k not in private}
 
 
 class StockPlan:

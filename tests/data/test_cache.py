@@ -216,12 +216,12 @@ def test_the_limit_of_broken_images_holds_for_a_finished_cache_too(pipeline, noi
         cache_pairs(noise_pairs(broken=(1,), allowed_broken=0), pipeline, tmp_path)
 
 
-def test_a_size_the_pipeline_cannot_take_is_told_with_the_nearest_legal_ones(pipeline, noise_pairs, tmp_path):
+def test_a_size_the_pipeline_cannot_take_is_reported_with_the_nearest_legal_ones(pipeline, noise_pairs, tmp_path):
     with pytest.raises(ValueError, match=r"20x20 px.*by 4 .* another 2.*multiples of 8; nearest: 16, 24"):
         cache_pairs(noise_pairs(side=20), pipeline, tmp_path)
 
 
-def test_an_encoder_that_overflows_is_told(pipeline, noise_pairs, tmp_path):
+def test_an_encoder_that_overflows_is_reported(pipeline, noise_pairs, tmp_path):
     with torch.no_grad():
         pipeline.vae.quant_conv.bias.fill_(float("nan"))
     with pytest.raises(ValueError, match="AutoencoderKL in float32 made latents that are not finite"):
@@ -244,7 +244,7 @@ def test_no_more_than_a_few_shards_are_open_at_once(pipeline, noise_pairs, tmp_p
     assert len(cached._open) == 2
 
 
-def test_an_unfinished_cache_is_told(tmp_path):
+def test_an_unfinished_cache_is_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match="no finished cache.*cache_pairs"):
         CachedPairs(tmp_path)
 
@@ -275,5 +275,5 @@ def test_a_cache_that_packs_the_pooled_states_is_made_again_with_a_line(noise_pa
     assert cached[0]["pooled"].shape == (WIDTH,) and cached[0]["time_ids"].tolist() == [16, 16, 0, 0, 16, 16]
     assert cached.unconditional.tensors.keys() == {"text", "pooled", "time_ids"}
     cache_pairs(pairs, sdxl, tmp_path)
-    told = [record.getMessage() for record in caplog.records if "earlier form" in record.getMessage()]
-    assert len(told) == 1 and str(packed) in told[0]
+    lines = [record.getMessage() for record in caplog.records if "earlier form" in record.getMessage()]
+    assert len(lines) == 1 and str(packed) in lines[0]

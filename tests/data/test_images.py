@@ -165,7 +165,7 @@ def test_linked_folders_keep_their_own_names_and_are_read_under_the_first(folder
     assert names_in_all(root)[0] == "alone/a.png" and len(names_in_all(root)) == 21
 
 
-def test_links_to_nothing_are_told(folder, caplog):
+def test_links_to_nothing_are_reported(folder, caplog):
     (folder / "gone.png").symlink_to(folder / "nowhere.png")
     (folder / "ring.jpg").symlink_to(folder / "ring.jpg")
     (folder / "more").symlink_to(folder / "nowhere")
@@ -186,7 +186,7 @@ def test_an_image_of_two_names_is_in_one_split(folder):
 
 
 @pytest.mark.parametrize("other", ["metadata.csv", "metadata.parquet", "deep/metadata.jsonl"])
-def test_two_tables_that_caption_one_image_are_told(folder, other):
+def test_two_tables_that_caption_one_image_are_reported(folder, other):
     rows = [{"file_name": "er/01.png" if "deep" in other else "deep/er/01.png", "text": "another"}]
     if other.endswith("csv"):
         (folder / other).write_text(f"file_name,text\n{rows[0]['file_name']},another\n")
@@ -292,7 +292,7 @@ def test_images_without_captions_are_counted_and_named(folder):
     one_line(error)
 
 
-def test_what_is_no_pair_is_told_once_and_passed_over_up_to_max_broken(folder, caplog):
+def test_what_is_no_pair_is_reported_once_and_passed_over_up_to_max_broken(folder, caplog):
     (folder / "00.png").unlink()
     picture().save(folder / "x.png")
     with (folder / "metadata.jsonl").open("a") as file:
@@ -321,7 +321,7 @@ def test_an_empty_caption_file_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("column", ["blip", None])
-def test_an_unknown_caption_column_is_told_with_the_choices(folder, column):
+def test_an_unknown_caption_column_is_reported_with_the_choices(folder, column):
     metadata = folder / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace('"text"', '"label"'))
     with pytest.raises(ValueError, match="its columns are file_name, label") as error:
@@ -329,20 +329,20 @@ def test_an_unknown_caption_column_is_told_with_the_choices(folder, column):
     one_line(error)
 
 
-def test_metadata_without_file_names_is_told(folder):
+def test_metadata_without_file_names_is_reported(folder):
     metadata = folder / "metadata.jsonl"
     metadata.write_text(metadata.read_text().replace("file_name", "image"))
     with pytest.raises(ValueError, match="line 1, has no column 'file_name'; its columns are image, text"):
         ImageFolderPairs(folder, 8)
 
 
-def test_metadata_that_is_not_json_is_told(folder):
+def test_metadata_that_is_not_json_is_reported(folder):
     (folder / "metadata.jsonl").write_text('{"file_name": "00.png", "text": "a"}\n{"file_name": \n')
     with pytest.raises(ValueError, match="metadata.jsonl, line 2 is not JSON"):
         ImageFolderPairs(folder, 8)
 
 
-def test_an_empty_split_and_unknown_options_are_told(folder):
+def test_an_empty_split_and_unknown_options_are_reported(folder):
     with pytest.raises(ValueError, match="the heldout split of .* is empty.*heldout_fraction=0;"):
         ImageFolderPairs(folder, 8, split="heldout", heldout_fraction=0)
     with pytest.raises(ValueError, match=r"the (train|heldout) split .* is empty.*; data.heldout_fraction=") as error:

@@ -74,7 +74,7 @@ def test_an_empty_prompt_in_a_file_is_named_by_its_place(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
-def test_a_column_can_be_named_and_an_unknown_one_is_told_with_the_choices(tmp_path, kind):
+def test_a_column_can_be_named_and_an_unknown_one_is_reported_with_the_choices(tmp_path, kind):
     path = write(tmp_path / f"set{kind}", TEXTS, column="words")
     assert read_prompts(path, column="words").prompts == TEXTS
     with pytest.raises(ValueError, match=r"columns text, caption, prompt; .*, data.prompt_column=….*id, words"):
@@ -86,7 +86,7 @@ def test_a_column_can_be_named_and_an_unknown_one_is_told_with_the_choices(tmp_p
 
 
 @pytest.mark.parametrize("kind", [".txt", ".json"])
-def test_a_column_of_a_file_without_columns_is_told(tmp_path, kind):
+def test_a_column_of_a_file_without_columns_is_reported(tmp_path, kind):
     (tmp_path / f"set{kind}").write_text("a")
     with pytest.raises(ValueError, match=rf"^data.prompt_column=words: .*set{kind} has no columns"):
         read_prompts(tmp_path / f"set{kind}", "words")
@@ -128,7 +128,7 @@ def test_a_tsv_in_the_layout_of_published_prompt_sets_is_read(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("rows", "told"),
+    ("rows", "message"),
     [
         (['1,"a cat', "2,a dog", "3,a bird"], "the text from line 2 on is no row of a table: unexpected end of data"),
         (['1,"a cat', "2,a dog", '3,a 5" tv'], "the text from line 2 on is no row of a table: ',' expected after '\"'"),
@@ -136,13 +136,13 @@ def test_a_tsv_in_the_layout_of_published_prompt_sets_is_read(tmp_path):
         (["1,a", '2,"say \\"hi\\""', "3,b"], "line 3 is no row of a table"),
     ],
 )
-def test_an_open_quote_in_a_csv_is_told_with_the_line_it_opens_in(tmp_path, rows, told):
+def test_an_open_quote_in_a_csv_is_reported_with_the_line_it_opens_in(tmp_path, rows, message):
     (tmp_path / "set.csv").write_text("\n".join(["id,caption", *rows, ""]))
-    with pytest.raises(ValueError, match=f"{told}.*; a quote inside a text is written twice"):
+    with pytest.raises(ValueError, match=f"{message}.*; a quote inside a text is written twice"):
         read_prompts(tmp_path / "set.csv")
 
 
-def test_rows_that_seem_to_lie_inside_a_quoted_text_are_told_once(tmp_path, caplog):
+def test_rows_that_seem_to_lie_inside_a_quoted_text_are_reported_once(tmp_path, caplog):
     (tmp_path / "set.csv").write_text('id,caption\n1,"a cat\n2,a dog"\n3,"two\nlines"\n')
     for _ in range(2):
         assert read_prompts(tmp_path / "set.csv").prompts == ("a cat\n2,a dog", "two\nlines")
@@ -150,7 +150,7 @@ def test_rows_that_seem_to_lie_inside_a_quoted_text_are_told_once(tmp_path, capl
 
 
 @pytest.mark.parametrize("kind", [".csv", ".tsv"])
-def test_a_column_of_two_names_is_told(tmp_path, kind):
+def test_a_column_of_two_names_is_reported(tmp_path, kind):
     separator = "," if kind == ".csv" else "\t"
     (tmp_path / f"set{kind}").write_text(separator.join(["caption", "id", "caption"]) + "\n")
     with pytest.raises(ValueError, match=rf"set{kind} has several columns 'caption'"):
@@ -195,14 +195,14 @@ def test_coco_captions_at_full_size_are_read_in_a_moment(tmp_path):
         ('{"images": [{"id": 1}], "annotations": []}', "set.json holds no prompts"),
     ],
 )
-def test_json_that_is_no_coco_captions_file_is_told(tmp_path, content, expected):
+def test_json_that_is_no_coco_captions_file_is_reported(tmp_path, content, expected):
     (tmp_path / "set.json").write_text(content)
     with pytest.raises(ValueError, match=expected) as error:
         read_prompts(tmp_path / "set.json")
     assert "\n" not in str(error.value)
 
 
-def test_files_that_are_not_prompts_are_told(tmp_path):
+def test_files_that_are_not_prompts_are_reported(tmp_path):
     with pytest.raises(FileNotFoundError, match="gone.txt does not exist"):
         read_prompts(tmp_path / "gone.txt")
     with pytest.raises(ValueError, match="unknown kind '.doc'; use one of .txt, .jsonl"):

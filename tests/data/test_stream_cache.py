@@ -221,7 +221,7 @@ def test_a_share_of_broken_samples_is_judged_at_the_end_or_far_above_it(pipeline
         cache_pairs(pairs, pipeline, tmp_path, shard_size=64)
 
 
-def test_a_stream_without_samples_is_told(pipeline, tmp_path):
+def test_a_stream_without_samples_is_reported(pipeline, tmp_path):
     write_tar(tmp_path / "a.tar", {"readme": b"nothing"})
     with pytest.raises(
         ValueError, match="train split of 1 parts from .*a.tar on holds no samples; look at data"
@@ -286,7 +286,7 @@ def test_mistakes_about_a_table_are_one_line(tables, kind):
         kind(str(tables), 16)
 
 
-def test_files_of_other_columns_are_told_by_name(tables):
+def test_files_of_other_columns_are_reported_by_name(tables):
     datasets.Dataset.from_list([{"picture": b"x", "text": "y"}]).to_parquet(tables / "train-2.parquet")
     pairs = ParquetPairs(str(tables), 16, "all")
     with pytest.raises(ValueError, match=r"train-2.parquet has no column 'image'; its columns are picture, text"):

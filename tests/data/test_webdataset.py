@@ -135,13 +135,13 @@ def test_long_names_do_not_break_the_positions(tmp_path):
     assert len(whole) == 3 and read(tar, start=whole[0].end) == whole[1:]
 
 
-def test_no_held_out_caption_is_told_with_the_way_out(tmp_path):
+def test_no_held_out_caption_is_reported_with_the_way_out(tmp_path):
     pairs = WebDatasetPairs(write_tars(tmp_path), 16, "heldout", heldout_fraction=0)
     with pytest.raises(ValueError, match=r"none is held out of these data: .*heldout_fraction, or data.prompt_file"):
         heldout_prompts(pairs, enough=[4])
 
 
-def test_where_no_held_out_sample_can_be_used_the_reason_is_told(tmp_path):
+def test_where_no_held_out_sample_can_be_used_the_reason_is_reported(tmp_path):
     files = {f"{i:03d}.{kind}": b"" for i in range(60) for kind in ("jpg", "caption")}
     pairs = WebDatasetPairs(str(write_tar(tmp_path / "a.tar", files)), 16, "heldout", heldout_fraction=0.5)
     with pytest.raises(ValueError, match=r"samples cannot be used.*no caption .txt or .json among jpg; caption"):
@@ -218,8 +218,8 @@ def test_keys_that_differ_are_split_and_cached_as_ever(tmp_path):
         if is_held_out(f"{t}-{i:03d}", 0.3)
     ]  # fmt: skip
     taken = ["heldout", 0.3, None, None, 16, "center"]
-    told = hashlib.sha256(json.dumps([sources.marks(pairs.parts), taken]).encode()).hexdigest()
-    assert pairs.fingerprint == f"webdataset-1/{told[:16]}"
+    hashed = hashlib.sha256(json.dumps([sources.marks(pairs.parts), taken]).encode()).hexdigest()
+    assert pairs.fingerprint == f"webdataset-1/{hashed[:16]}"
 
 
 def test_the_same_images_with_other_captions_stay_in_one_split(tmp_path):
@@ -272,18 +272,18 @@ def test_many_files_of_one_key_are_one_flaw_in_few_words(tmp_path):
     assert whole.key == "z"
 
 
-@pytest.mark.parametrize(("content", "told"), [(b"", "it is empty"), (b"text", "known kind")])
-def test_what_is_no_image_is_told_in_the_same_words_every_time(tmp_path, content, told):
+@pytest.mark.parametrize(("content", "message"), [(b"", "it is empty"), (b"text", "known kind")])
+def test_what_is_no_image_is_reported_in_the_same_words_every_time(tmp_path, content, message):
     pairs = WebDatasetPairs(str(write_tar(tmp_path / "a.tar", {"a.png": content, "a.txt": b"x"})), 16, "all")
     complaints = []
     for _ in range(2):
-        with pytest.raises(ValueError, match=told) as error:
+        with pytest.raises(ValueError, match=message) as error:
             pairs.sample(next(pairs.read(0, 0)))
         complaints.append(str(error.value))
     assert complaints[0] == complaints[1] and "0x" not in complaints[0]
 
 
-def test_a_torn_image_is_told_when_it_is_decoded(tmp_path):
+def test_a_torn_image_is_reported_when_it_is_decoded(tmp_path):
     pairs = WebDatasetPairs(str(write_tar(tmp_path / "a.tar", {"a.png": picture("a")[:60], "a.txt": b"x"})), 16, "all")
     (entry,) = pairs.read(0, 0)
     with pytest.raises(ValueError, match="a.tar: a "):
@@ -408,7 +408,7 @@ def test_a_dead_link_is_asked_twice_and_letters_that_no_url_has_are_quoted(tmp_p
     assert image_cell(f"{served}/ä b%25.png") == b"image"
 
 
-def test_a_missing_url_is_told_before_anything_is_read(tmp_path, served):
+def test_a_missing_url_is_reported_before_anything_is_read(tmp_path, served):
     with pytest.raises(ValueError, match=r"nothing.tar cannot be had \(HTTP 404"):
         _ = WebDatasetPairs(f"{served}/nothing.tar", 16).fingerprint
     with pytest.raises(ValueError, match="127.0.0.1:9.* cannot be had"):

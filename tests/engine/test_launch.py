@@ -82,7 +82,7 @@ def test_a_job_of_a_sweep_over_long_values_has_a_folder_of_its_own(tmp_path, mon
     assert inside == paths[0] / "distill_steps"
 
 
-def test_a_name_that_no_folder_can_have_is_told(tmp_path, monkeypatch):
+def test_a_name_that_no_folder_can_have_is_reported(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match=r"^name=x+… is a name of 256 bytes, and at most 255 can be") as error:
         swept_path(monkeypatch, tmp_path, "", name="x" * 256)
     assert len(str(error.value)) < 200
@@ -115,5 +115,5 @@ def test_scripts_tell_their_options_without_torch(script):
             f"try: runpy.run_path('scripts/{script}', run_name='__main__')\n"
             "except SystemExit: pass\n"
             "print('torch' in sys.modules)")  # fmt: skip
-    told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
-    assert len(told) > 200 and told.splitlines()[-1] == "False"
+    message = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT).stdout
+    assert len(message) > 200 and message.splitlines()[-1] == "False"

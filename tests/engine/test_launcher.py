@@ -7,7 +7,7 @@ import pytest
 from slimstep.engine.checked import CONFIGS
 from slimstep.engine.execution import make_accelerator
 from slimstep.engine.launcher import check_launcher
-from tests.user_errors import told
+from tests.user_errors import error_line
 
 ZERO2 = CONFIGS / "accelerate/zero2.json"
 FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_CPU_RAM_EFFICIENT_LOADING": "false"}
@@ -101,6 +101,6 @@ def test_mixed_precision_is_the_launchers_where_the_run_gives_none(
     assert ("not accelerate's bf16" in caplog.text) == (launcher == "bf16" and expected == "no")
 
 
-def test_a_precision_that_is_none_is_told_with_who_gives_it(monkeypatch, leave):
+def test_a_precision_that_is_none_is_reported_with_who_gives_it(monkeypatch, leave):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
-    assert "'fp8' is unknown (accelerate's launcher gives it)" in told(*leave("+experiment=prune_unet"))
+    assert "'fp8' is unknown (accelerate's launcher gives it)" in error_line(*leave("+experiment=prune_unet"))

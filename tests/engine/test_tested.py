@@ -30,5 +30,5 @@ def test_a_library_of_another_release_is_named_with_both(monkeypatch):
     monkeypatch.setattr(slimstep.engine.tested, "version", versions.__getitem__)
     assert outside_the_tested_set() == ""
     versions |= {"peft": "99.1", "torch": "1.0"}
-    told = outside_the_tested_set()
-    assert "peft 99.1, tested ==" in told and "torch 1.0, tested " in told and "diffusers" not in told
+    message = outside_the_tested_set()
+    assert "peft 99.1, tested ==" in message and "torch 1.0, tested " in message and "diffusers" not in message

@@ -20,7 +20,7 @@ from slimstep.engine.files import digest
 from slimstep.engine.launch import main
 from slimstep.engine.overrides import hydra_value
 from slimstep.engine.planning import Plan
-from tests.user_errors import told
+from tests.user_errors import error_line
 
 STAGES = ("prune_unet", "prune_vae", "distill_steps", "export_student", "evaluate", "benchmark", "report")
 
@@ -210,4 +210,4 @@ def test_a_sweep_runs_a_chain_for_every_value(workflow, tmp_path):
 ])  # fmt: skip
 def test_a_mistake_in_a_stage_is_one_line_before_anything_runs(workflow, wrong, culprit):
     code, ran, _, stderr = workflow(wrong)
-    assert re.search(culprit, told(code, stderr)) and not ran
+    assert re.search(culprit, error_line(code, stderr)) and not ran

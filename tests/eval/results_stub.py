@@ -48,14 +48,14 @@ def write_evaluation(folder: Path, models: dict[str, str], clip: dict[tuple[str,
     return folder
 
 
-def row(ms: float, batch: int = 1, **told) -> dict:
+def row(ms: float, batch: int = 1, **changes) -> dict:
     """A timed row of any kind."""
     speed = {"ratio": 2.0, "low": 1.9, "high": 2.1, "n": 5}
     return {
         "batch": batch, "cannot": None, "ms": {"median": ms, "p10": 0.9 * ms, "p90": 1.1 * ms, "min": ms, "n": 5},
         "parts_ms": {"UNet": 0.9 * ms, "VAE": 0.1 * ms}, "parts_of_whole": 1.0, "unet_calls": 8,
         "speedup": {"base": speed}, "images_per_s": 1e3 * batch / ms, "memory": None,
-        "graphs": {"graphs": 0, "breaks": 0}, "recompiled": 0, **told,
+        "graphs": {"graphs": 0, "breaks": 0}, "recompiled": 0, **changes,
     }  # fmt: skip
 
 

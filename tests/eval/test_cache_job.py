@@ -22,7 +22,7 @@ from slimstep.prune.job import prunable_copy
 from tests.data.tars import captioned, picture, sound, write_tar, write_tars
 from tests.test_processes import launch
 from tests.test_user_errors import JOB
-from tests.user_errors import told
+from tests.user_errors import error_line
 
 CACHE = "+experiment=cache_latents"
 
@@ -134,6 +134,6 @@ USER_ERRORS = {
 @pytest.mark.parametrize("case", USER_ERRORS)
 def test_a_mistake_about_the_data_is_one_line(leave, tiny_model, tmp_path, case):
     overrides, message = USER_ERRORS[case]
-    line = told(*leave(CACHE, *tiny_model, *overrides))
+    line = error_line(*leave(CACHE, *tiny_model, *overrides))
     assert re.search(message, line), line
     assert not list((tmp_path / "runs").rglob("*.safetensors"))

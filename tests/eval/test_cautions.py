@@ -34,12 +34,12 @@ def test_clear_block_scores_leave_nothing_in_doubt():
 
 
 @pytest.mark.parametrize("agreement", [0.49, 0.0, -0.2, float("nan")])
-def test_halves_that_do_not_agree_are_told_with_the_way_out(agreement):
+def test_halves_that_do_not_agree_are_reported_with_the_way_out(agreement):
     (sentence,) = score_cautions(scores(agreement))
     assert "below 0.5" in sentence and "more scoring.prompts, another scorer, or a longer training" in sentence
 
 
-def test_losses_within_their_error_are_told_where_most_are():
+def test_losses_within_their_error_are_reported_where_most_are():
     assert score_cautions(scores(losses=(0.5, -0.5, 7, 8))) == []
     (sentence,) = score_cautions(scores(losses=(0.5, -0.5, 1.0, 8)))
     assert "of 3 of the 4 blocks" in sentence and "scoring.prompts" in sentence

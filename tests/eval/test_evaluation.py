@@ -28,7 +28,7 @@ from slimstep.eval.metrics.inception import Inception
 from slimstep.models.original_layout import original_weights
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.jobs import run_job
-from tests.user_errors import told
+from tests.user_errors import error_line
 
 ROOT = Path(__file__).resolve().parents[2]
 ANY_DATA = [
@@ -88,7 +88,8 @@ def test_every_model_is_judged_at_the_resolution_that_is_asked_for(leave, tmp_pa
     assert code == 0, stderr
     points = json.loads((tmp_path / "runs/evaluate/evaluation.json").read_text())["points"]
     assert [point["protocol"]["latents"] for point in points] == [[4, 16, 16]] * 2
-    assert "multiples of 16" in told(*leave(*tiny_model, *SMALL, models, *judged, "data.resolution=20", "name=other"))
+    line = error_line(*leave(*tiny_model, *SMALL, models, *judged, "data.resolution=20", "name=other"))
+    assert "multiples of 16" in line
 
 
 @pytest.mark.parametrize(
@@ -96,7 +97,7 @@ def test_every_model_is_judged_at_the_resolution_that_is_asked_for(leave, tmp_pa
 )
 def test_a_model_that_is_told_wrongly_is_named(leave, tiny_model, tiny_pipeline_folder, wrong):
     models = f"models={{student: {wrong.replace('DIR', str(tiny_pipeline_folder))}}}"
-    assert "models.student" in told(*leave(*tiny_model, *SMALL, models))
+    assert "models.student" in error_line(*leave(*tiny_model, *SMALL, models))
 
 
 def test_differences_are_paired_with_the_reference_at_its_most_steps(finished):
@@ -147,7 +148,7 @@ def test_a_plan_draws_nothing(tmp_path, tiny_model, models):
     ],
 )
 def test_mistakes_end_in_a_line(overrides, expected, leave, tiny_model):
-    assert re.search(expected, told(*leave(*SMALL, *tiny_model, *overrides)))
+    assert re.search(expected, error_line(*leave(*SMALL, *tiny_model, *overrides)))
 
 
 ONE = ["curves.steps=[1]", "curves.guidance=[1]"]

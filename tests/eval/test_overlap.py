@@ -34,7 +34,7 @@ def test_a_prompt_is_the_caption_that_a_tokenizer_takes_it_for():
 
 
 @pytest.mark.parametrize("captions", [["a dog"], ["a bird", "a cat"], list(PROMPTS)])
-def test_what_is_trained_on_is_told_before_the_first_training_and_kept(tmp_path, caplog, captions):
+def test_what_is_trained_on_is_reported_before_the_first_training_and_kept(tmp_path, caplog, captions):
     caplog.set_level("INFO")
     run = Run(tmp_path, Accelerator(cpu=True))
     assert seen_prompts(run) == {}  # of a run from before this was counted nothing is said

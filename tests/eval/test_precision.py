@@ -14,7 +14,7 @@ from slimstep.eval.pages.comparison import metric, protocol_differences
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.timing.precision import products, settled
 from tests.tiny import tiny_pipeline
-from tests.user_errors import told
+from tests.user_errors import error_line
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 PROMPTS = ["a cat", "two dogs"]
@@ -48,7 +48,7 @@ def test_tf32_is_refused_where_it_is_not(capability, leave, tiny_model):
         ):
             settled("tf32", device)
     for experiment in ("prune_unet", "prune_vae", "distill_steps", "evaluate"):
-        message = told(*leave(f"+experiment={experiment}", *tiny_model, "sampling.precision=tf32"))
+        message = error_line(*leave(f"+experiment={experiment}", *tiny_model, "sampling.precision=tf32"))
         assert "sampling.precision=tf32 needs a CUDA device" in message
 
 

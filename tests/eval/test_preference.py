@@ -15,7 +15,7 @@ from slimstep.eval.metrics.clip import ClipScorer
 from slimstep.eval.metrics.preference import PickScore
 from tests.eval.test_evaluation import SMALL
 from tests.tiny import MAX_TOKENS, WIDTH, tiny_tokenizer
-from tests.user_errors import told
+from tests.user_errors import error_line
 
 PROMPTS = ["a cat", "two dogs on a very long road", "b", "a cat"]
 
@@ -107,7 +107,7 @@ def test_preferences_stand_beside_clip_with_paired_differences(evaluated, pick_f
     ],
 )
 def test_what_cannot_be_had_ends_in_a_line_before_anything_is_drawn(overrides, expected, leave, tiny_model, tmp_path):
-    assert re.search(expected, told(*leave(*SMALL, *tiny_model, *overrides)))
+    assert re.search(expected, error_line(*leave(*SMALL, *tiny_model, *overrides)))
     assert not list(tmp_path.glob("runs/evaluate/*ed"))
 
 

@@ -63,24 +63,24 @@ def test_one_model_in_two_evaluations_under_one_name_is_listed_once(tmp_path):
 
 
 @pytest.mark.parametrize(("where", "clip"), [("/other", scores()), ("/model", scores(seed=5))])
-def test_one_name_of_two_models_or_two_outcomes_is_told_apart(tmp_path, where, clip):
+def test_one_name_of_two_models_or_two_outcomes_is_reported_apart(tmp_path, where, clip):
     folders = [one(tmp_path / "a", "model", "/model", scores()), one(tmp_path / "b", "model", where, clip)]
     assert [point.label for point in Gathered(folders).points] == ["model", "model (b)"]
 
 
-@pytest.mark.parametrize(("changes", "told"), [
+@pytest.mark.parametrize(("changes", "message"), [
     ({"prompts_hash": "another"}, "other prompts"),
     ({"protocol": {"model": "ViT-L-14", "seed": 1}}, "other model"),
     ({"protocol": {"seed": 2}}, "seed"),
 ])  # fmt: skip
-def test_scores_of_another_metric_are_listed_and_not_compared(tmp_path, evaluation, changes, told):
+def test_scores_of_another_metric_are_listed_and_not_compared(tmp_path, evaluation, changes, message):
     other = one(tmp_path / "other", "teacher", "/teacher", scores(), **changes)
     compare_results([evaluation, other], tmp_path / "out")
     table = (tmp_path / "out/table.md").read_text()
     (line,) = [line for line in table.splitlines() if "teacher (other)" in line]
     assert line.split("|")[7].strip() == "–" and table.count("teacher (other)") == 1
     assert re.search(
-        rf"<b>Not compared:</b> other was scored with .*{told}", (tmp_path / "out/report.html").read_text()
+        rf"<b>Not compared:</b> other was scored with .*{message}", (tmp_path / "out/report.html").read_text()
     )
 
 

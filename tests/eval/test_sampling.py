@@ -57,7 +57,7 @@ def test_any_scheduler_of_the_pipeline_draws_as_in_the_pipeline(scheduler):
     assert torch.equal(first, again), "a scheduler carried state between batches"
 
 
-def test_a_unet_that_is_told_its_guidance_draws_as_in_the_pipeline():
+def test_a_unet_that_is_reported_its_guidance_draws_as_in_the_pipeline():
     pipeline = tiny_pipeline()
     torch.manual_seed(1)
     pipeline.unet = with_guidance_embedding(pipeline.unet, 32)
@@ -205,14 +205,14 @@ def test_evaluations_of_the_unet_are_counted_as_the_scheduler_asks_for_them():
 
 
 @pytest.mark.parametrize(
-    ("part", "told"),
+    ("part", "message"),
     [("vae.decoder", "AutoencoderKL in float32 made images"), ("unet", "UNet2DConditionModel in float32 made latents")],
 )
-def test_images_that_are_not_finite_are_an_error_and_not_black(part, told):
+def test_images_that_are_not_finite_are_an_error_and_not_black(part, message):
     pipeline = tiny_pipeline()
     torch.nn.init.constant_(attrgetter(part)(pipeline).conv_out.bias, torch.nan)
     sampler = Sampler(pipeline, steps=1, guidance_scale=1.0)
-    with pytest.raises(ValueError, match=f"{told} that are not finite"):
+    with pytest.raises(ValueError, match=f"{message} that are not finite"):
         sampler.images(pipeline.unet, PROMPTS, [0])
     with pytest.raises(ValueError, match="made images that are not finite"):
         sampler.decode(torch.full((1, 4, 8, 8), torch.nan))

@@ -16,7 +16,7 @@ from slimstep.eval import scorer_check
 from slimstep.eval.pages.cautions import cautions, is_above_chance
 from slimstep.eval.plan import scorer_stage
 from slimstep.eval.scorer_check import against_shuffled, check_scorer, compare_teacher, shuffles
-from tests.user_errors import told
+from tests.user_errors import error_line
 
 WIDTH = 64
 TEXTS = [f"thing {k}" for k in range(200)]
@@ -112,7 +112,7 @@ def test_one_caption_cannot_be_shuffled():
     assert compared(["a cat"] * 5, 0) is None
 
 
-def test_a_teacher_at_chance_is_told_with_the_way_out(caplog, monkeypatch):
+def test_a_teacher_at_chance_is_reported_with_the_way_out(caplog, monkeypatch):
     scorer = Features()
     image_ND, text_ND = drawn(TEXTS[:20], 0)
     scorer.text = lambda texts: text_ND[: len(texts)]
@@ -198,7 +198,7 @@ def test_a_finished_run_is_left_alone(job):
     assert made(job) is None
 
 
-def test_prompts_without_images_are_told_and_not_measured(job, caplog):
+def test_prompts_without_images_are_reported_and_not_measured(job, caplog):
     caplog.set_level("INFO", "slimstep")
     job.config.data.prompt_file, job.scorer.knows = "prompts.txt", False
     check_scorer(job.config, job.run, job.scorer, has_images=False)
@@ -206,7 +206,7 @@ def test_prompts_without_images_are_told_and_not_measured(job, caplog):
     assert not cautions(job.run.path)
 
 
-def test_data_of_one_caption_are_told_on_the_page_too(job, monkeypatch, caplog):
+def test_data_of_one_caption_are_reported_on_the_page_too(job, monkeypatch, caplog):
     monkeypatch.setattr(
         scorer_check, "own_images", lambda *_: ([torch.zeros(3, 8, 8, dtype=torch.uint8)] * 3, ["x"] * 3)
     )
@@ -270,5 +270,5 @@ def test_images_are_those_of_training_where_none_is_held_out(job, own_images):
 def test_every_job_that_scores_stops_before_it_makes_anything(job, own_images, leave, tmp_path):
     data = ["data=imagefolder", f"data.root={own_images}", "data.heldout_fraction=0.3", f"root={tmp_path / 'runs'}"]
     code, said = leave(f"+experiment={job}", *data, "model=shapes", "scorer=shapes", *JOBS[job])
-    assert "the scorer local-dir:shapes-clip cannot judge these data: 39 images" in told(code, said)
+    assert "the scorer local-dir:shapes-clip cannot judge these data: 39 images" in error_line(code, said)
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())

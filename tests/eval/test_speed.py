@@ -17,14 +17,14 @@ from slimstep.eval.timing.stage_timer import timed_components
 from slimstep.eval.timing.tasks import TASKS, task_pipeline
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
-from tests.user_errors import told
+from tests.user_errors import error_line
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parents[2]
 SMALL = ["eval.prompts=4", "benchmark.images=2", "eval.steps=2", "latency.iterations=3", "latency.warmup=1"]
 
 
 def timed(pipeline, batch=1, steps=4, **given):
-    return TimedPipeline(pipeline, InferenceConfig(), ["a cat", "two dogs"], steps, 2.5, CPU, batch, given=given)
+    return TimedPipeline(pipeline, InferenceConfig(), ["a cat", "two dogs"], steps, 2.5, CPU, batch, kwargs=given)
 
 
 def test_the_parts_of_a_call_leave_nothing_of_it_out(tiny_pipeline_folder):
@@ -171,7 +171,7 @@ def test_the_pipelines_table_counts_denoising_steps(tmp_path, tiny_model):
     ("cumulative", "benchmark.rows=[]", "benchmark.rows"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line(leave, tiny_model, experiment, wrong, culprit):
-    assert culprit in told(*leave(f"+experiment={experiment}", *tiny_model, *SMALL, wrong))
+    assert culprit in error_line(*leave(f"+experiment={experiment}", *tiny_model, *SMALL, wrong))
 
 
 @pytest.mark.slow

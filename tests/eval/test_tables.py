@@ -25,10 +25,10 @@ def cells(text: str) -> list[set[str]]:
 def test_a_table_for_a_terminal_fits_it_and_loses_nothing(width):
     text = console_table(HEADER, ROWS, labels=2, width=width)
     assert max(map(len, text.splitlines())) <= width
-    told = set().union(*cells(text))
+    shown = set().union(*cells(text))
     assert " ".join(text.split("\n\n")[0].split()) == "batch: 1; graphs: 0; nothing to show: memory"
     for row in ROWS:
-        assert {cell for k, cell in enumerate(row) if HEADER[k] not in ("batch", "memory", "graphs")} <= told
+        assert {cell for k, cell in enumerate(row) if HEADER[k] not in ("batch", "memory", "graphs")} <= shown
     blocks = text.split("\n\n")[1:]
     assert all({"model", "steps"} <= cells(block)[0] for block in blocks)
     assert [len(cells(block)) for block in blocks] == [4] * len(blocks)
@@ -41,8 +41,8 @@ def test_as_few_blocks_as_have_room():
 
 
 def test_of_a_single_row_only_what_says_nothing_is_left_out():
-    told = [k for k in range(len(HEADER)) if HEADER[k] != "memory"]
-    table = markdown_table([HEADER[k] for k in told], [[ROWS[0][k] for k in told]])
+    columns = [k for k in range(len(HEADER)) if HEADER[k] != "memory"]
+    table = markdown_table([HEADER[k] for k in columns], [[ROWS[0][k] for k in columns]])
     assert console_table(HEADER, ROWS[:1], 2, 400) == f"nothing to show: memory\n\n{table}"
 
 

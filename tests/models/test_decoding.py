@@ -140,7 +140,7 @@ def test_a_cache_is_another_where_the_statistics_count(pipeline_with, kind):
 
 
 @pytest.mark.parametrize(
-    ("fields", "told"),
+    ("fields", "message"),
     [
         ({"latents_mean": MEAN[:3], "latents_std": STD}, r"latents_mean=.* must be 4 numbers"),
         ({"latents_mean": MEAN, "latents_std": 1.0}, r"latents_std=1.0 must be 4 numbers"),
@@ -149,11 +149,11 @@ def test_a_cache_is_another_where_the_statistics_count(pipeline_with, kind):
         ({"latents_mean": MEAN, "latents_std": [float("nan")] * 4}, r"latents_std=.* must be 4 numbers"),
     ],
 )
-def test_statistics_that_are_none_are_refused_when_the_pipeline_is_read(pipelines, tmp_path, fields, told):
+def test_statistics_that_are_none_are_refused_when_the_pipeline_is_read(pipelines, tmp_path, fields, message):
     pipelines["sdxl"].save_pretrained(tmp_path)
     file = tmp_path / "vae/config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         load_pipeline(tmp_path)
 
 

@@ -62,6 +62,6 @@ def test_a_configuration_is_that_of_its_kind_at_its_full_size(tmp_path, name):
     assert found == ("sd21" if kind.networks[0] == "sd21" else name)
 
 
-def test_an_unknown_kind_is_told_the_known_ones(tmp_path):
+def test_an_unknown_kind_is_reported_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match="no pipeline is known as 'sd3'; choose from .*sd21_base"):
         write_configuration("sd3", tmp_path)

@@ -154,10 +154,10 @@ def write_told(folder, parts, dora=False):
     alphas = {"unet": {"to_q": 3}, "text_encoder": {"fc1": 2}}
     for part in parts:
         network = getattr(pipeline, part)
-        told = {"r": 4, "lora_alpha": 1, "alpha_pattern": alphas[part], "target_modules": names[part]}
-        weights = draw_lora(network, names[part], told["r"], seed=3, dora=dora)
+        lora_fields = {"r": 4, "lora_alpha": 1, "alpha_pattern": alphas[part], "target_modules": names[part]}
+        weights = draw_lora(network, names[part], lora_fields["r"], seed=3, dora=dora)
         layers[f"{part}_lora_layers"] = {key: value.abs() for key, value in weights.items()}
-        layers[f"{part}_lora_adapter_metadata"] = LoraConfig(**told, use_dora=dora).to_dict()
+        layers[f"{part}_lora_adapter_metadata"] = LoraConfig(**lora_fields, use_dora=dora).to_dict()
     StableDiffusionPipeline.save_lora_weights(folder, **layers)
     return folder / "pytorch_lora_weights.safetensors"
 

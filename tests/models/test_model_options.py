@@ -170,8 +170,8 @@ def pickled_folder(folder, pipeline):
 
 
 def test_a_folder_of_pickles_is_read_only_where_that_is_allowed(pickled_folder, pipeline):
-    told = r"holds only pickles in \['.*'unet'.*'\], which may run code: model.allow_pickle=true reads them"
-    with pytest.raises(ValueError, match=told):
+    message = r"holds only pickles in \['.*'unet'.*'\], which may run code: model.allow_pickle=true reads them"
+    with pytest.raises(ValueError, match=message):
         load_pipeline(pickled_folder)
     assert_equal_weights(load_pipeline(pickled_folder, allow_pickle=True), pipeline)
 
@@ -222,6 +222,6 @@ def test_another_vae_comes_from_a_folder_a_pipeline_or_a_file(folder, other_vae,
 def test_a_vae_of_other_latents_is_refused(folder, other_vae, tmp_path):
     other_vae.register_to_config(scaling_factor=0.13025)
     other_vae.save_pretrained(tmp_path / "xl")
-    told = "model.vae=.*xl belongs to another kind of model: its scaling_factor is 0.13025, the model's 0.18215"
-    with pytest.raises(ValueError, match=told):
+    message = "model.vae=.*xl belongs to another kind of model: its scaling_factor is 0.13025, the model's 0.18215"
+    with pytest.raises(ValueError, match=message):
         load_pipeline(folder, vae=str(tmp_path / "xl"))

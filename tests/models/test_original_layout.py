@@ -53,11 +53,11 @@ def test_the_file_tells_what_its_pipeline_predicts(small_kinds, tmp_path, predic
     weights = load_file(file)
     assert ("v_pred" in weights) == (prediction_type == "v_prediction")
     save_file(weights, file)  # as a web UI leaves it, without metadata
-    told = "v_prediction" if prediction_type == "v_prediction" else "epsilon"
-    assert load_pipeline(file).scheduler.config.prediction_type == told
+    message = "v_prediction" if prediction_type == "v_prediction" else "epsilon"
+    assert load_pipeline(file).scheduler.config.prediction_type == message
 
 
-def test_zero_terminal_snr_is_told_as_well(small_kinds, tmp_path):
+def test_zero_terminal_snr_is_reported_as_well(small_kinds, tmp_path):
     pipeline, file = small_kind("sd15", "v_prediction"), tmp_path / "one.safetensors"
     scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, rescale_betas_zero_snr=True)
     pipeline.register_modules(scheduler=scheduler)
@@ -71,12 +71,12 @@ def test_what_web_uis_cannot_know_has_no_original_layout(small_kinds, tmp_path):
     shallow = with_unet(pipeline, PrunableUNet2DConditionModel.from_config(pipeline.unet.config, layers_per_block=1))
     widths = pruned_widths(pipeline.vae, 0.5)
     vae = pruned_vae(pipeline.vae, choose_channels(pipeline.vae, widths, "first"), widths)
-    told = {
+    fields = {
         r"its UNet is pruned \(mid_block.attentions.0\)": pruned,
         r"its UNet is not one of Stable Diffusion's \(layers_per_block=1\)": shallow,
         "its VAE decoder is narrow": with_unet(pipeline, pipeline.unet, vae=vae),
     }
-    for message, other in told.items():
+    for message, other in fields.items():
         with pytest.raises(ValueError, match=f"no original layout, since {message}; .* folder over instead"):
             write_original(other, tmp_path / "one.safetensors")
     assert not list(tmp_path.iterdir())

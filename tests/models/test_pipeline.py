@@ -166,11 +166,13 @@ def test_a_unet_that_takes_more_than_latents_is_refused(folder, tmp_path, channe
     """Depth, editing and inpainting, also as the configuration of a single file."""
     shutil.rmtree(folder / "unet")
     small_stock_unet(in_channels=channels).save_pretrained(folder / "unet")
-    told = f"has a UNet with in_channels={channels} and out_channels=4, as .* only one that takes nothing but latents"
-    with pytest.raises(ValueError, match=told):
+    message = (
+        f"has a UNet with in_channels={channels} and out_channels=4, as .* only one that takes nothing but latents"
+    )
+    with pytest.raises(ValueError, match=message):
         load_pipeline(folder)
     (tmp_path / "one.safetensors").write_text("")
-    with pytest.raises(ValueError, match=f"model.single_file_config=.*{told}"):
+    with pytest.raises(ValueError, match=f"model.single_file_config=.*{message}"):
         load_pipeline(tmp_path / "one.safetensors", single_file_config=str(folder))
 
 

@@ -37,7 +37,7 @@ from slimstep.models.schedulers import (
     swapped_scheduler,
     used_spacing,
 )
-from slimstep.models.single_file import told_scheduler
+from slimstep.models.single_file import scheduler_with
 from tests.tiny import tiny_pipeline
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -152,9 +152,9 @@ def test_the_schedule_that_was_trained_on_is_kept_or_the_sampler_refused(own, na
     try:
         swapped = swapped_scheduler(own, name)
     except ValueError as error:
-        told = str(error)
-        assert f"model.scheduler={name} cannot keep the noise schedule" in told and "\n" not in told
-        assert name not in told.partition("choose from ")[2].split(", ")
+        message = str(error)
+        assert f"model.scheduler={name} cannot keep the noise schedule" in message and "\n" not in message
+        assert name not in message.partition("choose from ")[2].split(", ")
     else:
         ours, theirs = schedule_of(swapped), schedule_of(own)
         torch.testing.assert_close(ours.alpha_T, theirs.alpha_T, atol=3e-4, rtol=1e-4)  # some write 2^-12 for 0
@@ -165,8 +165,8 @@ def test_the_schedule_that_was_trained_on_is_kept_or_the_sampler_refused(own, na
 def test_zero_terminal_snr_is_refused_by_those_that_have_no_such_field():
     able = [name for name in SHORT if can_keep(scheduler_class(name), OWN["ddim"])]
     assert set(able) == SHORT.keys() - NO_ZERO_SNR
-    told = f"(rescale_betas_zero_snr=True); choose from {', '.join(able)}"
-    with pytest.raises(ValueError, match=re.escape(told)):
+    message = f"(rescale_betas_zero_snr=True); choose from {', '.join(able)}"
+    with pytest.raises(ValueError, match=re.escape(message)):
         swapped_scheduler(OWN["ddim"], "heun")
 
 
@@ -205,8 +205,8 @@ def test_the_spacing_that_the_own_sampler_uses_is_kept(own, spacing, name, saved
 def test_another_spacing_is_said(name, caplog):
     swapped = swapped_scheduler(PNDMScheduler(**BETAS), name)
     own = used_spacing(swapped)
-    told = f"model.scheduler={name} spaces its timesteps {own}, always; the model's own sampler uses leading"
-    assert told in caplog.text and swapped.config.timestep_spacing == own != "leading"
+    message = f"model.scheduler={name} spaces its timesteps {own}, always; the model's own sampler uses leading"
+    assert message in caplog.text and swapped.config.timestep_spacing == own != "leading"
 
 
 def test_what_the_own_sampler_does_and_the_other_cannot_is_said(caplog):
@@ -239,10 +239,10 @@ def test_a_solver_is_not_given_the_options_of_another(name):
 
 def test_what_a_single_file_tells_is_not_taken_for_a_default(tmp_path):
     (tmp_path / "scheduler_config.json").write_text(json.dumps({**BETAS, "_class_name": "EulerDiscreteScheduler"}))
-    told = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
+    fields = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
     for kind in (EulerDiscreteScheduler, PNDMScheduler):
-        made = told_scheduler(kind.from_pretrained(tmp_path), told)
-        assert {key: made.config[key] for key in told} == told
+        made = scheduler_with(kind.from_pretrained(tmp_path), fields)
+        assert {key: made.config[key] for key in fields} == fields
         assert made.config.timestep_spacing == inspect.signature(kind.__init__).parameters["timestep_spacing"].default
 
 

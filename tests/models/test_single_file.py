@@ -178,15 +178,15 @@ def test_pickles_run_nothing(tmp_path):
         load_pickled(tmp_path / "list.ckpt")
 
 
-@pytest.mark.parametrize(("prefix", "told"), [
+@pytest.mark.parametrize(("prefix", "message"), [
     ("model.diffusion_model.", r"it holds no UNet \(no weights are called model.diffusion_model.…\): LoRAs"),
     ("first_stage_model.", r"it holds no VAE .*: model.vae=FOLDER_OR_FILE gives it one"),
     ("cond_stage_model.", r"it holds no text encoder .* find the whole one"),
 ])  # fmt: skip
-def test_a_file_without_one_of_its_networks_is_told_which(file, tiny_pipeline_folder, tmp_path, prefix, told):
+def test_a_file_without_one_of_its_networks_is_reported_which(file, tiny_pipeline_folder, tmp_path, prefix, message):
     part = tmp_path / "part.safetensors"
     save_file({key: value for key, value in load_file(file).items() if not key.startswith(prefix)}, part)
-    with pytest.raises(ValueError, match=told):
+    with pytest.raises(ValueError, match=message):
         load_pipeline(part, single_file_config=str(tiny_pipeline_folder))
 
 
@@ -198,21 +198,25 @@ def test_a_file_without_a_vae_takes_another(file, tiny_pipeline_folder, tmp_path
 
 
 def test_what_cannot_be_read_is_one_line(file, tiny_pipeline_folder, tmp_path):
-    def told(path, match, **options):
+    def refused(path, match, **options):
         with pytest.raises(ValueError, match=match) as error:
             load_pipeline(path, **options)
         assert "\n" not in str(error.value)
 
     config = {"single_file_config": str(tiny_pipeline_folder)}
-    told(tmp_path / "gone.safetensors", "gone.safetensors' does not exist", **config)
-    told(file, r"time_embedding.linear_1.weight expected shape .*; model.single_file_config=FOLDER gives it another")
-    told(file, r"=/nowhere must be a diffusers folder, .*sdxl.*is no folder", single_file_config="/nowhere")
+    refused(tmp_path / "gone.safetensors", "gone.safetensors' does not exist", **config)
+    refused(file, r"time_embedding.linear_1.weight expected shape .*; model.single_file_config=FOLDER gives it another")
+    refused(file, r"=/nowhere must be a diffusers folder, .*sdxl.*is no folder", single_file_config="/nowhere")
     inpainting = tmp_path / "inpainting.safetensors"
     save_file({**load_file(file), "model.diffusion_model.input_blocks.0.0.weight": torch.zeros(8, 9, 3, 3)}, inpainting)
-    told(inpainting, r"of the kind of stable-diffusion-v1-5/stable-diffusion-inpainting, which is not in the hub cache")
+    refused(
+        inpainting, r"of the kind of stable-diffusion-v1-5/stable-diffusion-inpainting, which is not in the hub cache"
+    )
     (tmp_path / "text.safetensors").write_text("no weights")
-    told(tmp_path / "text.safetensors", "text.safetensors' is incomplete or damaged", **config)
+    refused(tmp_path / "text.safetensors", "text.safetensors' is incomplete or damaged", **config)
     for place in ("middle_block.1.", "transformer.text_model.encoder.layers.0.mlp.fc1."):
         part = tmp_path / "part.safetensors"
         save_file({key: value for key, value in load_file(file).items() if place not in key}, part)
-        told(part, "part.safetensors' is incomplete or damaged: it lacks weights that the configuration in", **config)
+        refused(
+            part, "part.safetensors' is incomplete or damaged: it lacks weights that the configuration in", **config
+        )

@@ -62,7 +62,7 @@ def test_a_rectangle_is_asked_for_a_square_and_draws_that(sized, folders, name, 
 
 
 @pytest.mark.parametrize("size", ["8", 0, -8, 8.5, True, [8], [8, 8, 8], ["8", "8"], {}])
-def test_what_is_no_size_is_told_by_its_file(sized, size):
+def test_what_is_no_size_is_reported_by_its_file(sized, size):
     with pytest.raises(ValueError, match=r"unet/config.json has sample_size=.*a number or \[height, width\]"):
         load_pipeline(sized("sd", unet=size))
 
@@ -88,7 +88,7 @@ def test_jobs_run_at_a_listed_size_and_ask_for_a_square(sized, tiny_clip_folder,
         assert run(**sizes)[0] == 0
 
 
-def test_a_vae_of_no_size_is_told_what_to_write(sized):
+def test_a_vae_of_no_size_is_reported_what_to_write(sized):
     """Stock diffusers ends in a TypeError there."""
     with pytest.raises(ValueError, match="vae/config.json has sample_size=null, .*write its pixels"):
         load_pipeline(sized("sd", vae=None))

@@ -54,8 +54,10 @@ class UNet2DConditionPlan(StockPlan):
             if not self.down[-1].transformer_layers:
                 down[-1] = layers
             elif layers != self.down[-1].transformer_layers[0]:
-                there = f"{self.down[-1].path}'s first has {self.down[-1].transformer_layers[0]}"
-                self.obstruct("mid_block.attentions.0", f"has {layers} layers where {there}; a stock UNet ties the two")
+                found_here = f"{self.down[-1].path}'s first has {self.down[-1].transformer_layers[0]}"
+                self.obstruct(
+                    "mid_block.attentions.0", f"has {layers} layers where {found_here}; a stock UNet ties the two"
+                )
         up = [simplest(level.transformer_layers) or d for level, d in zip(self.up, reversed(down), strict=True)]
         mirrored = up == down[::-1] and all(isinstance(d, int) for d in up)
         fields = {"transformer_layers_per_block": simplest(down) if isinstance(default, int) else down}
