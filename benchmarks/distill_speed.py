@@ -1,6 +1,6 @@
 """Samples per second of step distillation, beside a loop in the style of the diffusers examples.
 
-    python benchmarks/distill_speed.py                     # the shipped model
+    python benchmarks/distill_speed.py                     # the bundled model
     python benchmarks/distill_speed.py --sd15 --batch 4    # SD-1.5's networks with random weights, on a GPU
 
 Both loops take the same two DDIM steps of the same teacher, the same optimiser and EMA. The other one encodes images
@@ -69,7 +69,7 @@ class Networks:
             set_alpha_to_one=True, timestep_spacing="trailing", prediction_type="v_prediction",
         )  # fmt: skip
         self.schedule = schedule_of(self.scheduler, device)
-        self.rung = StepSchedule(self.scheduler, 32, self.scheduler, 16)
+        self.step_schedule = StepSchedule(self.scheduler, 32, self.scheduler, 16)
 
     @torch.no_grad()
     def encoded(self) -> dict[str, Tensor]:
@@ -84,8 +84,8 @@ class Networks:
 def our_loop(networks: Networks, guided_share: float) -> Callable[[], None]:
     """One training step of ours: cached latents and texts, guidance branches in one batch."""
     options = {"guided_share": guided_share, "guidance_range": GUIDANCE, "caption_dropout": 0.0}
-    args = denoiser_of(networks.teacher), networks.schedule, networks.unconditional(), networks.teacher, networks.rung
-    objective = StepDistillation(*args, **options)
+    args = denoiser_of(networks.teacher), networks.schedule, networks.unconditional(), networks.teacher
+    objective = StepDistillation(*args, networks.step_schedule, **options)
     cached, draw = networks.encoded(), torch.Generator(networks.device).manual_seed(0)
     return training_step(networks, lambda student: objective(student, cached, draw)[0])
 

@@ -1,14 +1,14 @@
-"""Do fewer steps keep the teacher's quality, and which way of distilling them is best? Ladders side by side.
+"""Do fewer steps keep the teacher's quality, and which way of distilling them is best? Schedules side by side.
 
-    python benchmarks/distill_table.py --root runs/ladders --processes 2
+    python benchmarks/distill_table.py --root runs/schedules --processes 2
 
-Every ladder is the distilling job on the shipped model, judged on 192 held-out prompts from the same noise. `own` takes
-its time and goes down to one step; its 2-step rung is taught by the 8-step one. The others train every rung equally
-long: SnapFusion's p (0, 0.1, 1), its weighting by SNR beside ours, students that are told their guidance scale, and
-latent consistency (one rung with as many training steps as the others' three together). `cut` is the teacher without
-the blocks that BK-SDM's rule takes, untrained since: with repair and without, taught directly and progressively.
-Ladders share what is the same in them: the teacher's judgement, the rungs of its own network, the repair. To --out go
-the table, pictures, and every student's judgement per prompt. Started again, it continues.
+Every schedule is the distilling job on the bundled model, evaluated on 192 held-out prompts from one noise. `own` takes
+its time and goes down to one step; its 2-step stage learns from the 8-step one. The others train every stage equally
+long: SnapFusion's p (0, 0.1, 1), its weighting by SNR beside ours, guidance-distilled students, and
+latent consistency (one stage with as many training steps as the others' three together). `cut` is the teacher without
+the blocks that BK-SDM's rule takes, untrained since: with recovery and without, distilled directly and progressively.
+Schedules share what is the same in them: the teacher's evaluation, the stages of its own network, the recovery. To
+--out go the table, pictures, and every student's evaluation per prompt. Started again, it continues.
 """
 
 import argparse
@@ -56,10 +56,10 @@ COMMON = [
 # Every step counts alike, and no denoising loss beside it: by SNR the students end further away (the row "by SNR").
 RELATIVE = ["objective.weighting=relative"]
 STEPS = [*RELATIVE, "objective.original_weight=0"]
-LADDER = ["distillation.steps=[32,8,4,2]", "curves.steps=[2,4,8]"]
-GUIDED = [*LADDER, *STEPS, "objective.guided_share=1"]
+GRID = ["distillation.steps=[32,8,4,2]", "curves.steps=[2,4,8]"]
+GUIDED = [*GRID, *STEPS, "objective.guided_share=1"]
 CUT_DOWN = [*GUIDED, "distillation.student={root}/cut/export"]
-LADDERS = {
+SCHEDULES = {
     "own": [
         "distillation.steps=[32,8,4,2,1]", "curves.steps=[1,2,4,8]", *STEPS, "objective.guided_share=1",
         "distillation.stages={{steps-8: {{train: {{steps: {long}, learning_rate: 3e-5}}}}, "
@@ -68,16 +68,16 @@ LADDERS = {
         "steps-1: {{train: {{steps: 100}}}}}}",
     ],
     "p = 1": GUIDED,
-    "p = 0.1": [*LADDER, *STEPS, "objective.guided_share=0.1"],
-    "p = 0": [*LADDER, *STEPS, "objective.guided_share=0"],
+    "p = 0.1": [*GRID, *STEPS, "objective.guided_share=0.1"],
+    "p = 0": [*GRID, *STEPS, "objective.guided_share=0"],
     "p = 1, by SNR": [*GUIDED, "objective.weighting=truncated_snr"],
-    "told": [*LADDER, *RELATIVE, "objective=guidance"],
+    "told": [*GRID, *RELATIVE, "objective=guidance"],
     "lcm": ["curves.steps=[2,4,8]", "objective=lcm", "train.steps={together}"],
     "cut": CUT_DOWN,
     "cut, repaired": [*CUT_DOWN, "distillation.recover=true"],
     "cut, repaired, progressive": [*CUT_DOWN, "distillation.recover=true", "distillation.mode=progressive"],
 }  # fmt: skip
-# Per ladder: stages that an earlier one has trained in the same way, and what they are called there and here.
+# Per schedule: stages that an earlier one has trained in the same way, and what they are called there and here.
 SHARED = {
     "cut": ("p = 1", {"steps-8": "teacher-8", "steps-4": "teacher-4"}),
     "cut, repaired": ("cut", {"teacher-8": "teacher-8", "teacher-4": "teacher-4"}),
@@ -89,15 +89,15 @@ QUESTIONS = [("p = 0.1", "p = 0"), ("p = 1", "p = 0"), ("p = 1", "p = 1, by SNR"
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--root", type=Path, default=Path("runs/ladders"), help="where the runs go")
+    parser.add_argument("--root", type=Path, default=Path("runs/schedules"), help="where the runs go")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/distill-table"), help="where the results go")
-    parser.add_argument("--steps", type=int, default=100, help="training steps of every rung")
-    parser.add_argument("--long-steps", type=int, default=800, help="of the 8- and 2-step rungs of `own`")
+    parser.add_argument("--steps", type=int, default=100, help="training steps of every stage")
+    parser.add_argument("--long-steps", type=int, default=800, help="of the 8- and 2-step stages of `own`")
     parser.add_argument("--batch", type=int, default=16, help="samples of a training step, over all processes")
     parser.add_argument("--learning-rate", type=float, default=5e-5)
     parser.add_argument("--processes", type=int, default=1, help="more than one starts torchrun")
-    parser.add_argument("--only", nargs="*", choices=LADDERS, default=list(LADDERS), help="ladders to run")
-    parser.add_argument("overrides", nargs="*", help="further overrides of the experiment, for all ladders")
+    parser.add_argument("--only", nargs="*", choices=SCHEDULES, default=list(SCHEDULES), help="schedules to run")
+    parser.add_argument("overrides", nargs="*", help="further overrides of the experiment, for all schedules")
     options = parser.parse_args()
     write_cut(options.root / "cut")
     done = []
@@ -151,7 +151,7 @@ def run(name: str, options: argparse.Namespace) -> None:
         python = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={options.processes}"]
     batch = options.batch // options.processes
     values = {"root": options.root, "together": 3 * options.steps, "long": options.long_steps}
-    own = [word.format(**values) for word in LADDERS[name]]
+    own = [word.format(**values) for word in SCHEDULES[name]]
     command = [
         *python, str(REPOSITORY / "train.py"), "+experiment=distill_steps", f"root={options.root}",
         f"name={slug(name)}", f"train.steps={options.steps}", f"train.batch_size={batch}",
@@ -166,13 +166,13 @@ def run(name: str, options: argparse.Namespace) -> None:
 
 
 def write_results(options: argparse.Namespace, names: Sequence[str]) -> None:
-    """The table, the pictures and the evaluations of the ladders that are finished."""
+    """The table, the pictures and the evaluations of the schedules that are finished."""
     evaluations = {name: read_evaluation(options.root / slug(name)) for name in names}
     first = evaluations[names[0]]
     teachers = [point for point in first.points if point.model in SAMPLERS]
-    students = [point for name, evaluation in evaluations.items() for point in ladder_points(name, evaluation)]
+    students = [point for name, evaluation in evaluations.items() for point in schedule_points(name, evaluation)]
     points = [*teachers, *students]
-    header = ["ladder", "steps", "UNet evaluations", "CLIP ± se", "against the teacher's 32 steps", "latent error",
+    header = ["schedule", "steps", "UNet evaluations", "CLIP ± se", "against the teacher's 32 steps", "latent error",
               "over DDIM's", "over DPM++ 2M's"]  # fmt: skip
     table = markdown_table(header, [cells(point, points) for point in points])
     asked = ["A", "against B", "steps", "CLIP, A − B", "latent error, A / B"]
@@ -185,7 +185,7 @@ def write_results(options: argparse.Namespace, names: Sequence[str]) -> None:
     print(table, answers, sep="\n")
 
 
-def ladder_points(name: str, evaluation: Evaluation) -> list[Point]:
+def schedule_points(name: str, evaluation: Evaluation) -> list[Point]:
     """Every student at the number of steps that it was made for; a consistency student at all."""
     return [
         replace(point, model=name)
@@ -218,7 +218,7 @@ def cells(point: Point, points: Sequence[Point]) -> list[str]:
 
 
 def answer(points: Sequence[Point], a: str, b: str) -> list[list[str]]:
-    """Two ladders prompt by prompt, at every number of steps that both have."""
+    """Two schedules prompt by prompt, at every number of steps that both have."""
     rows, of = [], {(p.model, p.steps): p for p in points}
     for steps in sorted({p.steps for p in points}, reverse=True):
         if (a, steps) in of and (b, steps) in of:

@@ -2,10 +2,10 @@
 
     python benchmarks/prune_baselines.py --root runs/baselines --fraction 0.75
 
-Every run is the pruning job with one round and BK-SDM's skip rule. All start from the same robustly trained UNet (the
-first run's, whose weights the others find in their place), are cut to the same measured latency, recover for the same
-number of steps, and are judged on the same prompts, which no block was ranked on. To --out go the table with paired
-differences, the picture of CLIP against latency, every run's evaluation per prompt, and the scores of all blocks.
+Every run is the pruning job with one round and BK-SDM's skip rule. All start from the same UNet of stochastic-depth
+training (the first run's, whose weights the others find in their place), are cut to the same measured latency, recover
+for the same number of steps, and are evaluated on the same prompts, which no block was ranked on. To --out go the table
+with paired differences, the picture of CLIP against latency, every run's evaluation, and the scores of all blocks.
 Started again, it continues.
 """
 
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="further overrides of the experiment, for all runs")
     options = parser.parse_args()
     for rule, overrides in RULES.items():
-        share_robust_weights(options.root / "snapfusion", options.root / rule)
+        share_trained_weights(options.root / "snapfusion", options.root / rule)
         run_rule(rule, overrides, options)
     print(compare_runs([options.root / rule for rule in RULES], options.out))
     for rule in RULES:
@@ -49,7 +49,7 @@ def main() -> None:
     shutil.copyfile(options.root / "snapfusion/round-00/scores.json", options.out / "block-scores.json")
 
 
-def share_robust_weights(source: Path, run: Path) -> None:
+def share_trained_weights(source: Path, run: Path) -> None:
     """A stage whose weights exist is not trained again."""
     weights, target = source / "round-00/weights.safetensors", run / "round-00/weights.safetensors"
     if weights.exists() and not target.exists():

@@ -1,4 +1,4 @@
-"""Block scoring of the shipped model by this checkout, beside another one of this project.
+"""Block scoring of the bundled model by this checkout, beside another one of this project.
 
     git worktree add ../before 44e7880
     python benchmarks/scoring_speed.py --before ../before

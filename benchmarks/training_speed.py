@@ -2,9 +2,9 @@
 
     python benchmarks/training_speed.py --size sd15 --resolution 512 --batch 8 --precision bf16   # a GPU
     python benchmarks/training_speed.py --size sd15 --resolution 64 --optimizer adafactor --ema-decay 0  # 20 GB, a CPU
-    python benchmarks/training_speed.py --size shapes                                             # the shipped model
+    python benchmarks/training_speed.py --size shapes                                             # the bundled model
 
-Weights are random (but the shipped model's), data are scenes of data=shapes. Operations are the networks' own: a
+Weights are random (but the bundled model's), data are scenes of data=shapes. Operations are the networks' own: a
 backward is two forwards, what gradient checkpointing computes again is not counted. The peak is a matrix product's in
 this precision on this device. A CPU's memory is the whole process's, a GPU's what torch
 allocated from the end of the first step on.
@@ -62,7 +62,7 @@ from slimstep.prune.job import prunable_copy
 from slimstep.prune.rounds import Measures
 from slimstep.prune.vae_job import DecoderPruning, distilled, pruned_decoder, training_prompts
 
-JOBS = {"robust": "prune_unet", "scoring": "prune_unet", "recovery": "prune_unet", "steps": "distill_steps",
+JOBS = {"stochastic_depth": "prune_unet", "scoring": "prune_unet", "recovery": "prune_unet", "steps": "distill_steps",
         "decoder": "prune_vae"}  # fmt: skip
 DTYPES = {"no": "float32", "bf16": "bfloat16", "fp16": "float16"}
 TRAINING, GB = 3, 1e9  # forwards in a forward and its backward
@@ -165,7 +165,7 @@ def count_memory_from_here(device: torch.device) -> None:
 
 
 def model(options: argparse.Namespace):
-    """The pipeline; what predicts v needs no step of its own before the ladder."""
+    """The pipeline; what predicts v needs no step of its own before distillation."""
     if options.size == "shapes":
         return load_pipeline(ROOT / "assets/shapes")
     pipeline = random_pipeline(options.size)
@@ -196,7 +196,7 @@ def configured(options: argparse.Namespace, folder: str) -> Config:
 # ---- the parts: samples per step, 10⁹ operations per step, and seconds where the loop has not measured them ----
 
 
-def measure_robust(teacher: Teacher) -> tuple[int, float, None]:
+def measure_stochastic_depth(teacher: Teacher) -> tuple[int, float, None]:
     config = teacher.config
     unet = train(teacher, prunable_copy(teacher), "round-00", config.objective, config.train)
     return config.train.batch_size, TRAINING * config.train.batch_size * forward(teacher, unet), None

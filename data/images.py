@@ -51,7 +51,7 @@ class ImageFolderPairs(CaptionedImages):
 
     `split` "heldout" holds the images whose path under `root` hashes into `heldout_fraction`, "train" the others, "all"
     both. `caption_column` may be left out where exactly one of text, caption, prompt is there.
-    Images without a caption, empty captions and captions of missing images are told and passed over, up to
+    Images without a caption, empty captions and captions of missing images are reported and passed over, up to
     `max_broken`. Raises FileNotFoundError or ValueError, in one line, for more of them, a missing root, no images, an
     unknown column, an empty split.
     """

@@ -12,7 +12,7 @@ from slimstep.data.shards import shard_tensors, write_shard
 
 
 class ShardMaker:
-    """Encodes samples with the frozen half of `pipeline`, which is at work, and stores them as `dtype`.
+    """Encodes samples with the frozen half of `pipeline`, which is on the device, and stores them as `dtype`.
 
     `encoded` counts the samples, `broken` names what was none.
     """

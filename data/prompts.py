@@ -93,7 +93,7 @@ class PromptSet:
             message = f"{self.name!r} has {len(left)} prompts that blocks were not ranked on, and two are needed"
             raise ValueError(f"{message}: data.prompt_file=FILE gives others")
         if len(left) < n:
-            log.warning("%d distinct prompts of %r are left to judge on, and repeated with other noise to make %d",
+            log.warning("%d distinct prompts of %r are left to evaluate on, and repeated with other noise to make %d",
                         len(left), self.name, n)  # fmt: skip
         return PromptSet(tuple(islice(cycle(left), n)), f"{self.name}[{len(left)}]")
 
@@ -201,7 +201,7 @@ READERS = {
 
 
 def disjoint_prompts(prompts: PromptSet, first: int, second: int) -> tuple[PromptSet, PromptSet]:
-    """`first` and `second` prompts that share no text: to rank blocks on, and to judge the outcome on.
+    """`first` and `second` prompts that share no text: to rank blocks on, and to evaluate the outcome on.
 
     Where there are fewer distinct texts, they are cut in that proportion and each part is repeated: prompt i meets
     noise i, so a repeated prompt is drawn from other noise, and counts once in the statistics (`by_text`).
@@ -215,7 +215,7 @@ def disjoint_prompts(prompts: PromptSet, first: int, second: int) -> tuple[Promp
     if len(texts) < first + second:
         cut = min(len(texts) - 2, max(2, round(len(texts) * first / (first + second))))
         log.warning(
-            "%d distinct prompts of %r are repeated with other noise to make %d for ranking and %d for judging; "
+            "%d distinct prompts of %r are repeated with other noise to make %d for ranking and %d for evaluation; "
             "standard errors count %d and %d", len(texts), prompts.name, first, second, cut, len(texts) - cut
         )  # fmt: skip
 

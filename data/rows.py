@@ -23,7 +23,7 @@ ROWS_AT_ONCE = 32
 
 
 class RowStream(Stream):
-    """Rows with an image and a caption. A subclass gives `columns` and `rows`; `name` is what mistakes are told of."""
+    """Rows with an image and a caption. A subclass gives `columns` and `rows`; `name` stands in error messages."""
 
     def __init__(
         self,

@@ -1,6 +1,6 @@
 """The tokenizer of the shapes world: a CLIP byte-pair encoding in which every word of its captions is one token.
 
-Other text still encodes, byte by byte, so that the shipped pipeline takes captions of anything.
+Other text still encodes, byte by byte, so that the bundled pipeline takes captions of anything.
 """
 
 from itertools import pairwise

@@ -18,7 +18,7 @@ from slimstep.data.images import SPLITS, allowed_of, is_held_out
 from slimstep.data.pixels import BrokenImageError, check_framing, cut_square, decode_rgb
 from slimstep.engine.seeding import generator
 
-FEWEST_JUDGED, SLACK = 1000, 5  # before the end, a share of broken samples is that of as many, and may be so much more
+FEWEST_CHECKED, SLACK = 1000, 5  # before the end, a share of broken samples is that of as many, and may be so much more
 
 
 @dataclass(frozen=True)
@@ -102,10 +102,10 @@ class Stream(ABC):
     def check_broken(self, broken: list[str], seen: int, so_far: bool = False) -> None:
         """ValueError where more of `seen` samples are broken than `max_broken` allows.
 
-        Broken samples come in runs, so a share is judged at the end; `so_far` only far above it.
+        Broken samples come in runs, so a share is checked at the end; `so_far` only far above it.
         """
-        judged = SLACK * max(seen, FEWEST_JUDGED) if so_far and self.max_broken < 1 else seen
-        if len(broken) > (allowed := allowed_of(judged, self.max_broken)):
+        checked = SLACK * max(seen, FEWEST_CHECKED) if so_far and self.max_broken < 1 else seen
+        if len(broken) > (allowed := allowed_of(checked, self.max_broken)):
             of = f"{len(broken)} of {seen} samples{' so far' if so_far else ''} cannot be used"
             message = f"data.max_broken={self.max_broken} skips {allowed}"
             raise ValueError(f"{of}, and {message}: {few(broken)}; repair them, or raise data.max_broken")

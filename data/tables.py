@@ -98,7 +98,7 @@ def csv_rows(path: Path) -> Iterator[tuple[str, dict]]:
     """("line 2", {…}) of a .csv file with a header; a quoted field may span lines, the last one is named.
 
     Raises ValueError for a quote that is not closed, or closed within a text; rows that seem to lie inside a quoted
-    text are told in the log.
+    text are reported in the log.
     """
     lines = io.StringIO(read_text(path), newline="")  # splitlines would also cut at separators inside texts
     reader, last = csv.reader(lines, strict=True), 0

@@ -1,4 +1,4 @@
-"""What a stage of a workflow has made: its files, their digests, and which products are not what they were."""
+"""What a stage of a workflow has made: its files, their digests, and which artifacts are not what they were."""
 
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,7 @@ CARD = "README.md"  # of an export: written anew with every result, and edited b
 
 
 def seen(folder: Path) -> dict[str, str]:
-    """The digest of every file of a product, each read once in a process: weights are large, and many look at them."""
+    """The digest of every file of an artifact, each read once in a process: weights are large, and many read them."""
     stats = {path: path.stat() for path in files_of(folder)}
     return {str(p.relative_to(folder)): known_digest(p, s.st_size, s.st_mtime_ns) for p, s in stats.items()}
 
@@ -30,5 +30,5 @@ def known_digest(path: Path, size: int, changed_ns: int) -> str:
 
 
 def changed(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """The products that are not what they were."""
-    return ", ".join(product for product in {**before, **now} if before.get(product) != now.get(product))
+    """The artifacts that are not what they were."""
+    return ", ".join(artifact for artifact in {**before, **now} if before.get(artifact) != now.get(artifact))

@@ -28,7 +28,7 @@ class Checkpoints:
     ask every rank for a whole copy.
 
     `made_by.json`, written last, holds the number of processes, the names of the trained networks in the order in which
-    accelerate numbers them, and the digest of every file: what a full disk or a power cut left of a checkpoint is told
+    accelerate numbers them, and the digest of every file: what a full disk or a power cut left of a checkpoint is found
     from a whole one.
     """
 

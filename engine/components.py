@@ -42,7 +42,7 @@ def check(described: Any, key: str) -> None:
     hints = get_type_hints(target.__init__ if inspect.isclass(target) else target)
     for name, value in as_dict(described).items():
         if name not in hints or (isinstance(value, dict) and "_target_" in value):
-            continue  # unknown names are told when it is made; what has a target is checked by its own
+            continue  # unknown names are reported when it is made; what has a target is checked by its own
         try:
             TypeAdapter(hints[name], config=ANY_CLASS).validate_python(value)
         except ValidationError as error:

@@ -96,7 +96,7 @@ class RunConfig:
 class Config:
     """The resolved configuration of one run; the untyped fields hold `_target_`s or a job's own section.
 
-    `mixed_precision` is no, bf16 or fp16; where it is not given, what accelerate's launcher was told, else no.
+    `mixed_precision` is no, bf16 or fp16; where it is not given, the value of accelerate's launcher, else no.
     A run has a job, or `stages`: {experiment: what changes in it}, which it runs in turn (engine/workflow.py); with
     `restart`, from that stage on anew.
     """

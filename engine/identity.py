@@ -39,12 +39,12 @@ LONGEST, OF_A_VALUE, DIGITS = 80, 32, 8  # characters
 
 def run_name(default: str, overrides: Iterable[Override]) -> str:
     """The experiment's name and what the overrides change in it, in an order of its own."""
-    changes = {word.key_or_group: word for word in overrides if not under(word.key_or_group, NAMELESS)}
+    changes = {override.key_or_group: override for override in overrides if not under(override.key_or_group, NAMELESS)}
     ends = Counter(re.split(r"[./]", key)[-1] for key in changes)
     parts, lossy = [default], False
-    for key, word in sorted(changes.items()):
+    for key, override in sorted(changes.items()):
         leaf = re.split(r"[./]", key)[-1]
-        text, cut = plain(word)
+        text, cut = plain(override)
         if default.endswith(f"_{text}"):
             continue  # a budget that says so in the name
         parts += [leaf if ends[leaf] == 1 else key.replace("/", ".")] + ([text] if text else [])
@@ -52,7 +52,7 @@ def run_name(default: str, overrides: Iterable[Override]) -> str:
     name = "-".join(parts)
     if not lossy and len(name) <= LONGEST:
         return name
-    whole = "\n".join(f"{key}={value_text(word)}" for key, word in sorted(changes.items()))
+    whole = "\n".join(f"{key}={value_text(override)}" for key, override in sorted(changes.items()))
     return f"{name[: LONGEST - DIGITS - 1].rstrip('-_.')}-{hashlib.sha256(whole.encode()).hexdigest()[:DIGITS]}"
 
 
@@ -61,18 +61,18 @@ def under(key: str, prefixes: Iterable[str]) -> bool:
     return f"{key.replace('/', '.')}.".startswith(tuple(f"{prefix}." for prefix in prefixes))
 
 
-def value_text(word: Override) -> str:
+def value_text(override: Override) -> str:
     """What stands behind the equals sign, without quotes around all of it."""
-    if word.is_delete():
+    if override.is_delete():
         return "none"
-    text = as_typed(word).partition("=")[2].strip()
+    text = as_typed(override).partition("=")[2].strip()
     return text[1:-1] if len(text) > 1 and text[0] == text[-1] and text[0] in "'\"" else text
 
 
-def plain(word: Override) -> tuple[str, bool]:
+def plain(override: Override) -> tuple[str, bool]:
     """A value in the letters of a name, and whether some of it is lost: of a path the last folder that says something
     stands for it, of a long value its beginning."""
-    text = value_text(word)
+    text = value_text(override)
     lossy = bool(re.search(r"[^A-Za-z0-9._+,\[\] -]", text))
     if "/" in text and text[0] not in "[{":
         folders = [part for part in text.split("/") if part.strip(".") and part != "export"]

@@ -39,8 +39,8 @@ ASKING = {  # what a job makes of own images: a workflow, which has no job, both
 log = logging.getLogger("slimstep")
 
 OmegaConf.register_new_resolver("here", lambda path: str(ROOT / path), replace=True)
-# In a workflow: a product of another stage, and the last of a list.
-OmegaConf.register_new_resolver("made", lambda product, *, _root_: str(run_path(_root_) / product), replace=True)
+# In a workflow: an artifact of another stage, and the last of a list.
+OmegaConf.register_new_resolver("made", lambda artifact, *, _root_: str(run_path(_root_) / artifact), replace=True)
 OmegaConf.register_new_resolver("last", lambda values: values[-1], replace=True)
 
 
@@ -50,11 +50,11 @@ def main() -> None:
         if not os.environ.get(name, "0").isdigit():
             fail(f"the environment's {name}={os.environ[name]} is no number; launchers set it, unset it otherwise")
     set_up()
-    sys.argv[1:] = sorted(sys.argv[1:], key=lambda word: word not in MULTIRUN)  # argparse wants it before the overrides
-    sys.argv[1:] = [with_new_key(word) for word in sys.argv[1:]]
-    sys.argv[1:] = [quoted(word, sweeps=bool(MULTIRUN & set(sys.argv))) for word in sys.argv[1:]]
+    sys.argv[1:] = sorted(sys.argv[1:], key=lambda argument: argument not in MULTIRUN)  # argparse wants it first
+    sys.argv[1:] = [with_new_key(argument) for argument in sys.argv[1:]]
+    sys.argv[1:] = [quoted(argument, sweeps=bool(MULTIRUN & set(sys.argv))) for argument in sys.argv[1:]]
     # A stage's table names some of its keys; the others are added.
-    sys.argv[1:] = [f"++{word}" if word.startswith("stages.") else word for word in sys.argv[1:]]
+    sys.argv[1:] = [f"++{argument}" if argument.startswith("stages.") else argument for argument in sys.argv[1:]]
     config = check_overrides(sys.argv[1:])
     sys.argv += named_by_what_is_swept(sys.argv[1:])
     codes: list[int] = []  # a multirun goes on after a job that failed, and tells in the end
@@ -102,11 +102,11 @@ def run_one(config: DictConfig, job: Callable[[DictConfig], None]) -> None:
         instance.cfg = before
 
 
-def named_by_what_is_swept(words: list[str]) -> list[str]:
+def named_by_what_is_swept(arguments: list[str]) -> list[str]:
     """For a multirun, Hydra's own override that leaves out of a job's name what is the same in every job."""
-    if not MULTIRUN & set(words):
+    if not MULTIRUN & set(arguments):
         return []
-    overrides = [word for word in words if "=" in word and not word.startswith("-")]
+    overrides = [argument for argument in arguments if "=" in argument and not argument.startswith("-")]
     try:
         parsed = OverridesParser.create().parse_overrides(overrides)
     except HydraException:
@@ -136,15 +136,15 @@ def start_in_queue(config: DictConfig) -> None:
         raise RuntimeError(f"rank {place.rank} failed: what it said is in the log beside this one")
 
 
-def check_overrides(words: list[str]) -> DictConfig | None:
+def check_overrides(arguments: list[str]) -> DictConfig | None:
     """The configuration of one job, Hydra's own in it; None where Hydra's own commands or overrides ask for more.
 
     Leaves with one line that names the first override that does not fit, and the choices there are.
     """
-    overrides = [first_of_sweep(word) for word in words if word not in MULTIRUN]
-    if any(word.startswith("-") for word in overrides):
+    overrides = [first_of_sweep(argument) for argument in arguments if argument not in MULTIRUN]
+    if any(override.startswith("-") for override in overrides):
         return None  # --help, --cfg: Hydra's own commands
-    if len(sources := [word for word in overrides if word.startswith("data.source=")]) > 1:
+    if len(sources := [override for override in overrides if override.startswith("data.source=")]) > 1:
         message = f"data.source is given {len(sources)} times, {sources[0]} first"
         fail(f"{message}: where a shell has written braces out, quote them, 'data.source=…{{000..127}}.tar'")
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
@@ -152,24 +152,24 @@ def check_overrides(words: list[str]) -> DictConfig | None:
             config = hydra.compose("train", overrides, return_hydra_config=True)
         except USER_ERRORS as error:
             fail(explain(error, overrides) if int(os.environ.get("RANK", 0)) == 0 else "")
-    own = any(word.lstrip("+~").startswith("hydra") for word in words)
-    return config if words == overrides and not own else None
+    of_hydra = any(override.lstrip("+~").startswith("hydra") for override in overrides)
+    return config if arguments == overrides and not of_hydra else None
 
 
-def first_of_sweep(word: str) -> str:
+def first_of_sweep(override: str) -> str:
     """The override with the first of its values where it sweeps over several; else as it is."""
     try:
-        override = parsed(word)
+        parsed_override = parsed(override)
     except HydraException:
-        return word
-    if not override.is_sweep_override():
-        return word
-    return f"{override.get_key_element()}={next(override.sweep_string_iterator())}"
+        return override
+    if not parsed_override.is_sweep_override():
+        return override
+    return f"{parsed_override.get_key_element()}={next(parsed_override.sweep_string_iterator())}"
 
 
 def explain(error: Exception, overrides: list[str]) -> str:
     """Hydra's message in one line; where an override names a key that is not there, the keys that are."""
-    if unreadable := [word for word in overrides if not is_readable(word)]:
+    if unreadable := [override for override in overrides if not is_readable(override)]:
         return grammar_error(unreadable[0])
     ordered = sorted(overrides, key=in_order)  # the experiment and the groups bring their keys
     fitting, failing = 0, len(ordered) + 1  # the first so many of them fit, and the first so many do not
@@ -203,21 +203,21 @@ def in_order(override: str) -> tuple[bool, bool]:
     return not override.startswith("+"), not (CONFIGS / override.partition("=")[0].lstrip("+~")).is_dir()
 
 
-def grammar_error(word: str) -> str:
+def grammar_error(override: str) -> str:
     """What is wrong with an override that Hydra's grammar has no place for, and how it is written."""
-    key, equals, value = word.partition("=")
-    if not word:
+    key, equals, value = override.partition("=")
+    if not override:
         return "an override is empty: write KEY=VALUE"
     if not equals:
-        return f"{word} has no value: write {word}=VALUE"
+        return f"{override} has no value: write {override}=VALUE"
     try:
-        parsed(word)
+        parsed(override)
     except HydraException as error:
         reason = one_line(error).partition(" See https")[0]
     if value[:1] in "'\"":
-        return f"{word}: {reason}; quotes around a value are closed, and those within it have a \\ before them"
+        return f"{override}: {reason}; quotes around a value are closed, and those within it have a \\ before them"
     way = "a text with one of = ( ) [ ] { } , : ; # ' \" in it has quotes of its own there"
-    return f"{word}: {reason}; {way}: '{key.lstrip('+')}={{name: \"DIR=1\"}}', '{key.lstrip('+')}=[\"DIR (2)\"]'"
+    return f"{override}: {reason}; {way}: '{key.lstrip('+')}={{name: \"DIR=1\"}}', '{key.lstrip('+')}=[\"DIR (2)\"]'"
 
 
 def fail(message: str) -> NoReturn:
@@ -239,7 +239,7 @@ def start(config: DictConfig) -> int:
         checked = named(checked_config(config))
         check_chosen(checked)
         check_launcher(os.environ, checked)
-    except USER_ERRORS as error:  # the same on every rank, and told by one
+    except USER_ERRORS as error:  # the same on every rank, and printed by one
         if config.debug:
             raise
         if os.environ.get("RANK", "0") == "0":
@@ -260,25 +260,25 @@ def start(config: DictConfig) -> int:
 def named(config: DictConfig) -> DictConfig:
     """The configuration with the name of its run, where the command line gives none: that of the run which it began, or
     one that says what the command changes (engine/identity.py)."""
-    words = [parsed(word) for word in HydraConfig.get().overrides.task]
-    keys = {word.key_or_group for word in words}
+    overrides = [parsed(override) for override in HydraConfig.get().overrides.task]
+    keys = {override.key_or_group for override in overrides}
     if config.stages or "name" in keys or "experiment" not in keys:
         return config
     below = ""
     if HydraConfig.get().mode == RunMode.MULTIRUN:
         same = HydraConfig.get().job.config.override_dirname.exclude_keys
-        words, below = [word for word in words if word.key_or_group in same], run_path(config).name
+        overrides, below = [override for override in overrides if override.key_or_group in same], run_path(config).name
     content = as_dict(config)
     defaults = (config.name, *(old for old, new in EXPERIMENTS.items() if new == config.name))
     runs = (existing_run(Path(config.root), default, below, content) for default in defaults)
-    config.name = next(filter(None, runs), None) or run_name(config.name, words)
+    config.name = next(filter(None, runs), None) or run_name(config.name, overrides)
     return config
 
 
 def check_chosen(config: DictConfig) -> None:
     """ValueError for own images or prompts without a word of the model and the scorer: those that stand where none is
     named know drawn shapes alone, and what they make and say of photographs is noise."""
-    keys = {parsed(word).key_or_group for word in HydraConfig.get().overrides.task}
+    keys = {parsed(override).key_or_group for override in HydraConfig.get().overrides.task}
     asks: Sequence[str] = ASKING.get(str(config.job), () if config.job else ("model", "scorer"))
     asks = [part for part in asks if part != "scorer" or config.scorer is not None]  # some experiments take none
     if OmegaConf.select(config.data, "pairs._target_") != "slimstep.data.shapes.ShapesPairs":

@@ -35,7 +35,7 @@ OF_DEEPSPEED = {  # of its JSON file: what may stand there, and what does it her
 
 
 def precision_of(environment: Mapping[str, str]) -> str:
-    """What the launcher was told with --mixed_precision, or by its file; "no" without it."""
+    """The launcher's --mixed_precision, or that of its file; "no" without it."""
     return environment.get("ACCELERATE_MIXED_PRECISION", "").lower() or "no"
 
 

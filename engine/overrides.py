@@ -25,12 +25,12 @@ FUNCTIONS = "bool choice extend_list float glob int interval json_str range shuf
 STRUCTURED = re.compile(rf"\s*([{{'\"]|\[(?!\w*\][^,\[\]]+$)|({FUNCTIONS})\()")
 
 
-def compose(words: tuple[str, ...], **options: Any) -> DictConfig:
-    """The configuration that these words make."""
+def compose(overrides: tuple[str, ...], **options: Any) -> DictConfig:
+    """The configuration that these overrides make."""
     if GlobalHydra.instance().is_initialized():
-        return hydra.compose("train", overrides=list(words), **options)
+        return hydra.compose("train", overrides=list(overrides), **options)
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        return hydra.compose("train", overrides=list(words), **options)
+        return hydra.compose("train", overrides=list(overrides), **options)
 
 
 @cache
@@ -39,32 +39,32 @@ def experiment(name: str) -> DictConfig:
     return compose((f"+experiment={name}",), return_hydra_config=True)
 
 
-def stage_words(name: str, table: Mapping[str, Any]) -> tuple[str, ...]:
+def stage_overrides(name: str, table: Mapping[str, Any]) -> tuple[str, ...]:
     """+experiment=NAME and its overrides: the workflow's table, the command line's for all stages, and for this one.
 
     A group that the workflow chooses (`data=…`, `budget=…`) applies to the stages that have it.
     """
     base = experiment(name)
     of_table = dict(flat(table, base))
-    requested = [parsed(word) for word in HydraConfig.get().overrides.task]
-    general = [as_typed(word) for word in requested if goes_to_all(word, base.hydra.runtime.choices)]
-    of_stage = {word.key_or_group.removeprefix(f"stages.{name}."): word.value() for word in requested
-           if word.key_or_group.startswith(f"stages.{name}.")}  # fmt: skip
-    # A group's choice is gone from the table where another word is about a key in it.
+    requested = [parsed(override) for override in HydraConfig.get().overrides.task]
+    general = [as_typed(override) for override in requested if goes_to_all(override, base.hydra.runtime.choices)]
+    of_stage = {override.key_or_group.removeprefix(f"stages.{name}."): override.value() for override in requested
+           if override.key_or_group.startswith(f"stages.{name}.")}  # fmt: skip
+    # A group's choice is gone from the table where another override is about a key in it.
     chosen = {key: hydra_value(value) for key, value in of_stage.items() if (CONFIGS / key).is_dir()}
     said_of_it = [key for key in of_table if any(f"{key}.".startswith(f"{mine}.") for mine in of_stage)]
     before = {key: value for key, value in of_table.items() if key not in said_of_it}
     after = chosen | {key: of_table[key] for key in said_of_it}
-    words = (f"{key}={value}" for key, value in before.items()), general, (f"{k}={v}" for k, v in after.items())
-    return (f"+experiment={name}", *(word for part in words for word in part))
+    overrides = (f"{key}={value}" for key, value in before.items()), general, (f"{k}={v}" for k, v in after.items())
+    return (f"+experiment={name}", *(override for part in overrides for override in part))
 
 
-def goes_to_all(word: Override, choices: Mapping[str, Any]) -> bool:
-    """Whether a word of the workflow's command is one of the stage's with these groups."""
-    key = word.key_or_group
+def goes_to_all(override: Override, choices: Mapping[str, Any]) -> bool:
+    """Whether an override of the workflow's command is one of the stage's with these groups."""
+    key = override.key_or_group
     if key.split(".")[0] in OF_THE_WORKFLOW:
         return False
-    return word.is_add() or not (CONFIGS / key).is_dir() or key in choices
+    return override.is_add() or not (CONFIGS / key).is_dir() or key in choices
 
 
 def flat(table: Mapping[str, Any], base: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -91,33 +91,33 @@ def hydra_value(value: Any) -> str:
     return "'" + re.sub(r"(\\*)('|$)", lambda match: 2 * match[1] + ("\\'" if match[2] else ""), value) + "'"
 
 
-def quoted(word: str, sweeps: bool = False) -> str:
+def quoted(override: str, sweeps: bool = False) -> str:
     """The override with quotes around its value where that is plain text which Hydra's grammar has no place for, as in
     data.root=/photos/a=b (1); as it is where Hydra reads it, or where a table or a sweep may be meant."""
-    match = WORD.fullmatch(word)
-    if match is None or is_readable(word) or STRUCTURED.match(match["value"]) or (sweeps and "," in match["value"]):
-        return word
+    match = WORD.fullmatch(override)
+    if match is None or is_readable(override) or STRUCTURED.match(match["value"]) or (sweeps and "," in match["value"]):
+        return override
     return f"{match['key']}={hydra_value(match['value'])}"
 
 
-def is_readable(word: str) -> bool:
+def is_readable(override: str) -> bool:
     """Whether Hydra's grammar has a place for this."""
     try:
-        parsed(word)
+        parsed(override)
     except HydraException:
         return False
     return True
 
 
 @cache
-def parsed(word: str) -> Override:
-    return OverridesParser.create().parse_override(word)
+def parsed(override: str) -> Override:
+    return OverridesParser.create().parse_override(override)
 
 
-def as_typed(word: Override) -> str:
+def as_typed(override: Override) -> str:
     """The override as it stood on the command line."""
-    assert word.input_line is not None, f"{word} was not parsed"
-    return word.input_line
+    assert override.input_line is not None, f"{override} was not parsed"
+    return override.input_line
 
 
 def strings(value: Any) -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""How diffusers and transformers are kept from talking, and what they raise is told."""
+"""How diffusers and transformers are kept from talking, and what they raise is shortened to a line."""
 
 import warnings
 from collections.abc import Iterable, Iterator

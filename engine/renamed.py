@@ -48,27 +48,27 @@ BARE = re.compile(r"(data|distill|engine|eval|models|prune)\.\w+(\.\w+)+")  # pa
 ADDED = {"evaluation.preferences.hpsv2.quick_gelu": False, "search.metric": "clip"}
 
 
-def with_new_key(word: str) -> str:
+def with_new_key(override: str) -> str:
     """An override of the command line with its experiment, key and value as they are called now; a line says so where
     that is another name. A whole section of old keys is added as it is, for `with_new_names`."""
-    if match := OLD_EXPERIMENT.match(word):
+    if match := OLD_EXPERIMENT.match(override):
         tell(match[2], EXPERIMENTS[match[2]])
-        word = f"{match[1]}{EXPERIMENTS[match[2]]}{word[match.end() :]}"
-    if match := OLD_KEY.match(word):
+        override = f"{match[1]}{EXPERIMENTS[match[2]]}{override[match.end() :]}"
+    if match := OLD_KEY.match(override):
         signs, stage, key = match.groups()
-        if "." not in key and word[match.end() :].startswith("="):
-            return word if signs else f"++{word}"
-        rest = word[match.end() :]
+        if "." not in key and override[match.end() :].startswith("="):
+            return override if signs else f"++{override}"
+        rest = override[match.end() :]
         below = rest.partition("=")[0]
         tell(f"{key}{below}", f"{KEYS[key]}{below}")
-        word = f"{signs}{stage}{KEYS[key]}{rest}"
-    if match := OLD_VALUE.fullmatch(word):
+        override = f"{signs}{stage}{KEYS[key]}{rest}"
+    if match := OLD_VALUE.fullmatch(override):
         stage, key, values = match.groups()
         new = ",".join(VALUES[key].get(value, value) for value in values.split(","))
         if new != values:
             tell(f"{key}={values}", f"{key}={new}")
-        word = f"{stage}{key}={new}"
-    return word
+        override = f"{stage}{key}={new}"
+    return override
 
 
 def tell(old: str, new: str) -> None:
@@ -125,9 +125,9 @@ def at_their_place(value: Any) -> Any:
     return MOVED.get(path, path)
 
 
-def with_new_products(record: dict[str, Any]) -> dict[str, Any]:
-    """{product: what is known of it}, where the products' first folders are stages, called as they are now."""
-    return {at_their_place(product): value for product, value in record.items()}
+def with_new_artifacts(record: dict[str, Any]) -> dict[str, Any]:
+    """{artifact: what is known of it}, where the artifacts' first folders are stages, called as they are now."""
+    return {at_their_place(artifact): value for artifact, value in record.items()}
 
 
 def replace_moved(config: DictConfig | ListConfig) -> None:

@@ -109,7 +109,7 @@ class Run:
         return self.load(name)
 
     def load(self, name: str) -> Any:
-        """A JSON product of an earlier stage. ValueError where the file is damaged."""
+        """A JSON artifact of an earlier stage. ValueError where the file is damaged."""
         with damaged(self.path / name):
             value = json.loads((self.path / name).read_text())
             if not isinstance(value, (dict, list)) or not value:

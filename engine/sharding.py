@@ -45,7 +45,7 @@ def check_sharding(config: TrainConfig, accelerator: Accelerator, networks: Iter
 
 
 def configure_deepspeed(accelerator: Accelerator, config: TrainConfig) -> None:
-    """What DeepSpeed, where it is at work, has to know before it prepares a network: it clips by itself."""
+    """What DeepSpeed, where it is used, has to know before it prepares a network: it clips by itself."""
     if is_deepspeed(accelerator):
         options = {"train_micro_batch_size_per_gpu": config.batch_size, "gradient_accumulation_steps": 1,
                 "gradient_clipping": config.max_grad_norm}  # fmt: skip

@@ -2,9 +2,9 @@
 
     stages:
       prune_unet: {search: {target_fraction: 0.75}}                   # what changes in +experiment=prune_unet
-      distill_steps: {distillation: {student: "${made:prune_unet/export}"}} # a product of an earlier stage
+      distill_steps: {distillation: {student: "${made:prune_unet/export}"}} # an artifact of an earlier stage
 
-A stage is what train.py would run by hand with the words of its command, which is kept in RUN/stages/STAGE.json. What
+A stage is what train.py would run by hand with the overrides of its command, which RUN/stages/STAGE.json keeps. What
 is finished is skipped; a stage whose inputs were made anew since is moved aside and made anew, too.
 """
 
@@ -34,9 +34,9 @@ from slimstep.engine.components import named_job
 from slimstep.engine.config import as_dict
 from slimstep.engine.files import whole_folder, write_json
 from slimstep.engine.identity import WATCHING
-from slimstep.engine.overrides import compose, hydra_value, stage_words, strings, with_texts
+from slimstep.engine.overrides import compose, hydra_value, stage_overrides, strings, with_texts
 from slimstep.engine.planning import Plan, duration
-from slimstep.engine.renamed import EXPERIMENTS, with_new_products
+from slimstep.engine.renamed import EXPERIMENTS, with_new_artifacts
 from slimstep.engine.run import Run
 
 OF_LAUNCHERS = (
@@ -48,15 +48,15 @@ log = logging.getLogger("slimstep")
 
 @dataclass(frozen=True)
 class Stage:
-    """`words` are its command's; `inputs` the products of earlier stages that they name, relative to the workflow."""
+    """`overrides` are its command's; `inputs` the earlier artifacts that they name, relative to the workflow."""
 
     name: str
-    words: tuple[str, ...]
+    overrides: tuple[str, ...]
     inputs: tuple[str, ...]
 
     @property
     def command(self) -> str:
-        return shlex.join(["python", "train.py", *self.words])
+        return shlex.join(["python", "train.py", *self.overrides])
 
 
 class Workflow:
@@ -92,18 +92,18 @@ class Workflow:
         if placed := {"root", "name"} & set(content):
             raise ValueError(f"stages.{name}.{min(placed)}: a stage lies under its workflow, in {self.path / name}")
         before = list(self.config.stages)[: list(self.config.stages).index(name)]
-        for product in inputs:
-            if product.split("/")[0] not in before and not (self.path / product).exists():
-                raise ValueError(f"stages.{name} is made from {self.path / product}, which no stage before it makes")
+        for artifact in inputs:
+            if artifact.split("/")[0] not in before and not (self.path / artifact).exists():
+                raise ValueError(f"stages.{name} is made from {self.path / artifact}, which no stage before it makes")
         place = {"root": str(self.path), "name": name}
         cache = {"data": {"cache": {"folder": str(self.config.data.cache.folder)}}}
-        words = stage_words(name, as_dict(cast(DictConfig, OmegaConf.merge(cache, content)), resolve=False))
-        return Stage(name, (*words, *(f"{key}={hydra_value(value)}" for key, value in place.items())), inputs)
+        overrides = stage_overrides(name, as_dict(cast(DictConfig, OmegaConf.merge(cache, content)), resolve=False))
+        return Stage(name, (*overrides, *(f"{key}={hydra_value(value)}" for key, value in place.items())), inputs)
 
     def composed(self, stage: Stage) -> DictConfig:
-        """The stage's configuration, checked; ValueError that names the stage where its words do not fit."""
+        """The stage's configuration, checked; ValueError that names the stage where its overrides do not fit."""
         try:
-            return self.checked(compose(stage.words))
+            return self.checked(compose(stage.overrides))
         except (ValueError, HydraException, OmegaConfBaseException) as error:
             raise ValueError(f"stages.{stage.name}: {' '.join(str(error).split())}") from error
 
@@ -180,7 +180,7 @@ class Workflow:
                 print(f"\n## {stage.name}{note}\n\n{stage.command}\n\n{plan.text}", flush=True)
             free_memory()
         if self.accelerator.is_main_process:
-            print(f"\nall stages: about {duration(hours)} of networks at work; loading, timing, compiling on top of it")
+            print(f"\nall stages: about {duration(hours)} of running networks; loading, timing, compiling on top of it")
         return 0
 
     def planned(self, stage: Stage, **changes: Any) -> DictConfig:
@@ -191,8 +191,8 @@ class Workflow:
         return self.checked(OmegaConf.create({**with_texts(config, stand_ins), "plan": True, **changes}))
 
     def absent(self, stage: Stage) -> list[str]:
-        """The products that a stage is made from and that are not made yet."""
-        return [product for product in stage.inputs if not (self.path / product).exists()]
+        """The artifacts that a stage is made from and that are not made yet."""
+        return [artifact for artifact in stage.inputs if not (self.path / artifact).exists()]
 
     def make(self, stage: Stage) -> int:
         """Runs or continues a stage whose inputs are there, and keeps what it was made from."""
@@ -239,7 +239,7 @@ class Workflow:
             free_memory()
             env = {key: value for key, value in os.environ.items() if not key.startswith(OF_LAUNCHERS)}
             program = [str(file)] if (file := ROOT / "train.py").exists() else ["-m", "slimstep"]
-            process = subprocess.Popen([sys.executable, *program, *stage.words], env=env)
+            process = subprocess.Popen([sys.executable, *program, *stage.overrides], env=env)
             try:
                 code = process.wait()
             finally:
@@ -272,7 +272,7 @@ class Workflow:
         return self.path / "stages" / "export.json"
 
     def export_record(self) -> dict[str, Any] | None:
-        return with_new_products(json.loads(self.export_file.read_text())) if self.export_file.is_file() else None
+        return with_new_artifacts(json.loads(self.export_file.read_text())) if self.export_file.is_file() else None
 
     # ---- what is there ----
 
@@ -283,7 +283,7 @@ class Workflow:
         """What is known of a stage: its command and inputs; once it is finished its exit code and files."""
         file = self.record_file(name)
         record = self.run.load(str(file.relative_to(self.path))) if file.exists() else {}
-        return {**record, "inputs": with_new_products(record["inputs"])} if "inputs" in record else record
+        return {**record, "inputs": with_new_artifacts(record["inputs"])} if "inputs" in record else record
 
     def is_done(self, stage: Stage) -> bool:
         """Whether the stage is finished, by this configuration, from the inputs that are there."""
@@ -299,8 +299,8 @@ class Workflow:
         return self.run.agreed(look() if self.accelerator.is_main_process else None)
 
     def seen_inputs(self, stage: Stage) -> dict[str, Any]:
-        """{product: {file: digest}} of what the stage is made from; empty where a product is not made yet."""
-        return {product: seen(self.path / product) for product in stage.inputs}
+        """{artifact: {file: digest}} of what the stage is made from; empty where an artifact is not made yet."""
+        return {artifact: seen(self.path / artifact) for artifact in stage.inputs}
 
     def sizes(self, name: str) -> dict[str, int]:
         """The bytes of every file of a stage's run."""

@@ -53,7 +53,7 @@ class ScoringConfig(SamplingConfig):
 
 @dataclass
 class EvalConfig(SamplingConfig):
-    """The sampling that judges the outcome; the first `pictures` images are kept: all of them where there are no more,
+    """How the outcome is evaluated; the first `pictures` images are kept: all of them where there are no more,
     and none for 0, which only the evaluation of pipelines takes."""
 
     pictures: int = 12
@@ -145,7 +145,7 @@ class BenchmarkConfig:
 
 @dataclass
 class CurvesConfig:
-    """Numbers of steps and guidance scales at which the teacher and every student are judged."""
+    """Numbers of steps and guidance scales at which the teacher and every student are evaluated."""
 
     steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
     guidance: list[float] = field(default_factory=lambda: [1.0, 2.5, 7.5])

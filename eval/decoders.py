@@ -23,12 +23,12 @@ from slimstep.models.pipeline import quiet
 NEARNESS = ("psnr", "ssim", "features")
 
 
-def nearness(images_B3HW: Tensor, wanted_B3HW: Tensor, scorer: ClipScorer) -> Tensor:
+def nearness(images_B3HW: Tensor, target_B3HW: Tensor, scorer: ClipScorer) -> Tensor:
     """[B, 3] of uint8 images: PSNR in dB, SSIM (Wang et al. 2004), cosine of the scorer's image features."""
-    images, targets = (x.float() / 255 for x in (images_B3HW, wanted_B3HW))
+    images, targets = (x.float() / 255 for x in (images_B3HW, target_B3HW))
     ssim_B = structural_similarity_index_measure(images, targets, data_range=1.0, reduction="none")
-    cosine_B = (scorer.image(images_B3HW) * scorer.image(wanted_B3HW)).sum(1)
-    return torch.stack([psnr(images_B3HW, wanted_B3HW).cpu(), ssim_B.cpu(), cosine_B.cpu()], dim=1)
+    cosine_B = (scorer.image(images_B3HW) * scorer.image(target_B3HW)).sum(1)
+    return torch.stack([psnr(images_B3HW, target_B3HW).cpu(), ssim_B.cpu(), cosine_B.cpu()], dim=1)
 
 
 def decoder_gflops(vae: AutoencoderKL, latent_size: int) -> float:
@@ -52,7 +52,7 @@ def compare_decoders(
     the ratio of floating point operations that has become time. A case that does not fit says so. Eager; with
     `config.compile` compiled as well.
     """
-    wide, narrow = list(vaes)[0], list(vaes)[-1]
+    teacher, pruned = list(vaes)[0], list(vaes)[-1]
     flops = {size: {name: decoder_gflops(vae, size) for name, vae in vaes.items()} for size in sizes}
     rows = []
     for mode, size, batch in product(("eager", "compiled") if config.compile else ("eager",), sizes, batches):
@@ -65,9 +65,9 @@ def compare_decoders(
         except torch.OutOfMemoryError:
             rows.append({**case, "skipped": "out of memory"})
             continue
-        ratios = [a / b for a, b in zip(times[wide], times[narrow], strict=True)]
+        ratios = [a / b for a, b in zip(times[teacher], times[pruned], strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4)
-        flop_ratio = flops[size][wide] / flops[size][narrow]
+        flop_ratio = flops[size][teacher] / flops[size][pruned]
         rows.append({
             **case, "ms": {name: statistics.median(values) for name, values in times.items()},
             "gflops": flops[size], "ratio": middle, "low": low, "high": high, "n": len(ratios),

@@ -1,4 +1,4 @@
-"""The hand-over job: one diffusers folder of a slim UNet that takes few steps and a narrow VAE, each made elsewhere."""
+"""The export job: one diffusers folder of a pruned UNet that takes few steps and a pruned VAE, each made elsewhere."""
 
 import logging
 from functools import partial

@@ -48,7 +48,7 @@ def write_page(outcome: Outcome, run: Run, stages: Sequence[str]) -> None:
     write_text(folder / "table.md", outcome.text())
     write_json(folder / "summary.json", outcome.summary())
     if run.tracker:
-        run.tracker.table("products", outcome.products_header(), outcome.product_rows())
+        run.tracker.table("artifacts", outcome.artifacts_header(), outcome.artifact_rows())
         run.tracker.table("student against teacher", AGAINST, outcome.against_rows())
         for name in figures:
             run.tracker.images(f"report/{name}", [Image.open(folder / f"report/{name}.png").convert("RGB")], [name])

@@ -86,7 +86,7 @@ def settings(models: GivenModels, config: Config) -> list[tuple[str, int, float]
 
 
 def evaluation_stages(models: GivenModels, config: Config) -> Iterator[Stage]:
-    """One product per model and setting."""
+    """One artifact per model and setting."""
     for name, steps, guidance in settings(models, config):
         prompts = config.eval.prompts
         yield Stage(place(name, steps, guidance), f"{prompts} images", prompts * image_rows(steps, guidance))

@@ -20,13 +20,13 @@ TRAINED_COPIES, CHECKPOINT_COPIES, BYTES = 5, 4, 4
 
 @dataclass(frozen=True)
 class Stage:
-    """A product of a job and what making it costs.
+    """An artifact of a job and what making it costs.
 
     `forwards` counts UNet rows without gradients, a guided image step being two, `trained` those with a backward;
     `decoded` images of a decoder that learns.
     """
 
-    product: str
+    artifact: str
     work: str
     forwards: int = 0
     disk_bytes: int = 0
@@ -46,10 +46,10 @@ def training(stage: str, config: TrainConfig, teacher: Teacher, teacher_rows: in
     return Stage(f"{stage}/weights.safetensors", summary, samples * teacher_rows, size + kept, trained=samples)
 
 
-def export(product: str, teacher: Teacher) -> Stage:
-    """A diffusers folder: the UNet, and what it is handed over with."""
+def export(artifact: str, teacher: Teacher) -> Stage:
+    """A diffusers folder: the UNet, and what it is exported with."""
     parts = sum(p.numel() for network in networks(teacher.pipeline) for p in network.parameters())
-    return Stage(product, "", 0, BYTES * parts)
+    return Stage(artifact, "", 0, BYTES * parts)
 
 
 def scorer_stage(run: Run) -> list[Stage]:
@@ -72,9 +72,9 @@ def planned(teacher: Teacher, stages: Sequence[Stage], trainings: Sequence[Train
 
 def stages_table(run: Run, stages: Sequence[Stage]) -> str:
     rows = [
-        [s.product, state(run, s), s.work, rows_of(s.forwards), rows_of(s.trained), size(s.disk_bytes)] for s in stages
+        [s.artifact, state(run, s), s.work, rows_of(s.forwards), rows_of(s.trained), size(s.disk_bytes)] for s in stages
     ]
-    return markdown_table(["product", "state", "work", "UNet forwards", "with backward", "disk"], rows)
+    return markdown_table(["artifact", "state", "work", "UNet forwards", "with backward", "disk"], rows)
 
 
 def rows_of(number: int) -> str:
@@ -82,7 +82,7 @@ def rows_of(number: int) -> str:
 
 
 def state(run: Run, stage: Stage) -> str:
-    return "done" if (run.path / stage.product).exists() else "to do"
+    return "done" if (run.path / stage.artifact).exists() else "to do"
 
 
 def estimates(teacher: Teacher, stages: Sequence[Stage], trainings: Sequence[TrainConfig], time: str) -> list[str]:
@@ -107,7 +107,7 @@ def estimates(teacher: Teacher, stages: Sequence[Stage], trainings: Sequence[Tra
 
 
 def time_line(teacher: Teacher, stages: Sequence[Stage], trainings: Sequence[TrainConfig]) -> tuple[str, float]:
-    """What is left to do in rows and hours, told, and the hours."""
+    """What is left to do in rows and hours in words, and the hours."""
     left = [stage for stage in stages if state(teacher.run, stage) == "to do"]
     rows = {
         "forward": sum(s.forwards for s in left if s.trained),  # of a teacher, in the precision that is trained in

@@ -1,4 +1,4 @@
-"""Whether a scorer can judge the data: their own images with their own captions, beside the same captions shuffled.
+"""Whether a scorer can evaluate the data: their own images with their own captions, beside the same captions shuffled.
 
 To a scorer that does not know such images both are alike, whatever a model is trained to: the teacher's score is
 chance, and blocks are removed by noise. So this is measured before anything is trained, in seconds, and a run stops
@@ -86,7 +86,7 @@ def against_shuffled(image_ND: Tensor, text_ND: Tensor, texts: Sequence[str], sc
 
 
 def check_scorer(config: Config, run: Run, scorer: ClipScorer, has_images: bool = True) -> None:
-    """Measures, or reads in scorer_check.json, whether the scorer can judge the data of a job that is about to begin.
+    """Measures, or reads in scorer_check.json, whether the scorer can evaluate the data of a job that begins.
 
     Raises ValueError where it cannot and scorer.force is not set. A finished run is not looked at again.
     """
@@ -118,28 +118,29 @@ def measured(config: Config, run: Run, scorer: ClipScorer) -> dict[str, Any]:
     """What scorer_check.json says of the scorer and the first of the data's images, held-out ones before others."""
     images, captions = own_images(config, IMAGES)
     if not images:
-        return unchecked("whether the scorer can judge these data is not known: none of their images can be read", True)
+        unknown = "whether the scorer can evaluate these data is not known: none of their images can be read"
+        return unchecked(unknown, True)
     images_N3HW = torch.stack(images)
     rate = lambda indices: scorer.image(images_N3HW[indices]).float()  # noqa: E731
     image_ND = map_batches(rate, len(images), BATCH, run.accelerator, "images as the scorer sees them")
     record = against_shuffled(image_ND, scorer.text(captions).float().cpu(), captions, scorer)
-    same = f"whether the scorer can judge these data is not known: all {len(images)} images have one caption"
+    same = f"whether the scorer can evaluate these data is not known: all {len(images)} images have one caption"
     if record is None:
         return unchecked(same, True)
     if (count := record["difference"]["n"]) < FEWEST_CAPTIONS and not is_above_chance(record):
-        few = f"{sentence(record, 'captions')}; of fewer than {FEWEST_CAPTIONS} captions nothing can be told"
-        return unchecked(f"whether the scorer can judge these data is not known from {count} captions: {few}", True)
+        few = f"{sentence(record, 'captions')}; of fewer than {FEWEST_CAPTIONS} captions nothing can be said"
+        return unchecked(f"whether the scorer can evaluate these data is not known from {count} captions: {few}", True)
     return record
 
 
 def unchecked(why: str, is_doubtful: bool = False) -> dict[str, Any]:
-    """A record of no measurement; a doubtful one is told on every page."""
+    """A record of no measurement; a doubtful one stands on every page."""
     return {"unchecked": why, "doubtful": is_doubtful}
 
 
 def prompts_alone(config: Config) -> str:
     file = config.data.prompt_file
-    return f"whether the scorer can judge them is not known before images are drawn: {file} has prompts alone"
+    return f"whether the scorer can evaluate them is not known before images are drawn: {file} has prompts alone"
 
 
 def own_images(config: Config, count: int) -> tuple[list[Tensor], list[str]]:
@@ -163,7 +164,7 @@ def own_images(config: Config, count: int) -> tuple[list[Tensor], list[str]]:
 
 
 def readable(pairs) -> Iterator[dict[str, Any]]:
-    """Those that can be read; the others are counted and told where all are encoded."""
+    """Those that can be read; the others are counted and reported where all are encoded."""
     for index in torch.randperm(len(pairs), generator=generator("scorer check")).tolist():
         try:
             yield pairs[index]

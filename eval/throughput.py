@@ -73,7 +73,7 @@ def training_rate(teacher: Teacher, training: TrainConfig) -> float:
 
 
 def decoding_rate(teacher: Teacher, training: TrainConfig) -> float:
-    """The wide decoder's forward and backward: more than the narrow one's and the wide one's forward."""
+    """The teacher decoder's forward and backward: more than the pruned one's and the teacher's forward."""
     vae, shape = teacher.pipeline.vae, denoiser_of(teacher.unet).sample_shape
 
     def forward(rows: int) -> Callable[[], Tensor]:

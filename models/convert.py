@@ -42,7 +42,7 @@ def convert(
     else:
         write_original(pipeline, target)
         if lost := left_out(pipeline):
-            log.warning(f"the original layout holds weights alone; whoever reads {target} has to be told {lost}")
+            log.warning(f"the original layout holds weights alone; whoever reads {target} has to know {lost}")
     log.info(f"done in {time.perf_counter() - start:.0f} s")
 
 

@@ -1,6 +1,6 @@
 """Families of models: all that differs between them, and which of them a pipeline or a network is of.
 
-What lies in a family's folder is told in models/families/README.md.
+What lies in a family's folder is listed in models/families/README.md.
 """
 
 from collections.abc import Mapping, Sequence

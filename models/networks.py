@@ -75,7 +75,7 @@ def load_network(
     if part:
         options["subfolder"] = part
     if issubclass(kind, PreTrainedModel):
-        options["ignore_mismatched_sizes"] = True  # they are told below; transformers tells them to its log alone
+        options["ignore_mismatched_sizes"] = True  # they are reported below; transformers reports them in its log alone
     try:
         network, info = kind.from_pretrained(name_or_path, **options)
     except Exception as error:  # torch, pickle and JSON raise whatever a damaged file makes them stumble over

@@ -84,8 +84,8 @@ def check_layout(pipeline: DiffusionPipeline) -> None:
     elif unusual := [field for field, usual in USUAL_FIELDS.items() if unet.config.get(field, usual[0]) not in usual]:
         fields = ", ".join(f"{field}={unet.config[field]}" for field in unusual)
         reasons.append(f"its UNet is not one of Stable Diffusion's ({fields})")
-    if isinstance(vae, NarrowAutoencoderKL) and vae.is_narrow:
-        reasons.append("its VAE decoder is narrow")
+    if isinstance(vae, NarrowAutoencoderKL) and vae.is_pruned:
+        reasons.append("its VAE decoder is pruned")
     elif not isinstance(vae, AutoencoderKL):
         reasons.append(f"its VAE is {type(vae).__name__}")
     if reasons:

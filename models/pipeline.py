@@ -204,6 +204,6 @@ def on_device(module: nn.Module, device: str | torch.device) -> Iterator[nn.Modu
 
 
 def make_readable(folder: Path) -> None:
-    """Weight files are written 0600; a hand-over is for others."""
+    """Weight files are written 0600; an export is for others."""
     for path in (folder, *folder.rglob("*")):
         path.chmod(0o755 if path.is_dir() else 0o644)

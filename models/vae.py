@@ -1,4 +1,4 @@
-"""The narrow autoencoder: diffusers' AutoencoderKL whose decoder has its own widths; the encoder keeps its own.
+"""The pruned autoencoder: diffusers' AutoencoderKL whose decoder has its own widths; the encoder keeps its own.
 
 This one file travels with exports, so it holds all that the class needs and imports nothing but torch and diffusers.
 """
@@ -21,13 +21,13 @@ FILE = f"slimstep_vae_{hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:
 class NarrowAutoencoderKL(AutoencoderKL):
     """An AutoencoderKL whose decoder has the widths `decoder_block_out_channels`, in the order of `block_out_channels`.
 
-    decoder_norm_groups: 'whole' normalises as many channels together as the wide decoder does, in fewer groups;
+    decoder_norm_groups: 'whole' normalises as many channels together as the stock decoder does, in fewer groups;
         'per_group' ('thinned' in earlier exports) has `norm_num_groups` groups of fewer channels.
     auto_map: written by save_config, so that diffusers' AutoModel finds this file beside the weights.
-    All other arguments are AutoencoderKL's. Module paths are the stock ones. Where the wide decoder has a 1×1 shortcut
-    between two levels the narrow one has it, too, also if its own widths happen to agree there.
+    All other arguments are AutoencoderKL's. Module paths are the stock ones. Where the stock decoder has a 1×1 shortcut
+    between two levels the pruned one has it, too, also if its own widths happen to agree there.
 
-    decoder_widths: the decoder's channels per level. is_narrow: whether they are not the encoder's.
+    decoder_widths: the decoder's channels per level. is_pruned: whether they are not the encoder's.
     """
 
     @register_to_config
@@ -40,25 +40,25 @@ class NarrowAutoencoderKL(AutoencoderKL):
     ):
         super().__init__(**kwargs)
         self.__module__ = FILE  # a pipeline writes it into model_index.json, and finds the class by it
-        wide = tuple(self.config.block_out_channels)
-        narrow = tuple(decoder_block_out_channels or wide)
-        self.decoder_widths, self.is_narrow = narrow, narrow != wide
-        if self.is_narrow:
+        stock_widths = tuple(self.config.block_out_channels)
+        widths = tuple(decoder_block_out_channels or stock_widths)
+        self.decoder_widths, self.is_pruned = widths, widths != stock_widths
+        if self.is_pruned:
             stock, is_whole = self.decoder, decoder_norm_groups == "whole"
             self.decoder = Decoder(
                 in_channels=self.config.latent_channels,
                 out_channels=self.config.out_channels,
                 up_block_types=self.config.up_block_types,
-                block_out_channels=narrow,
+                block_out_channels=widths,
                 layers_per_block=self.config.layers_per_block,
                 norm_num_groups=1 if is_whole else self.config.norm_num_groups,
                 act_fn=self.config.act_fn,
                 mid_block_add_attention=self.config.mid_block_add_attention,
             )
-            keep_shortcuts(self.decoder, wide, narrow)
+            keep_shortcuts(self.decoder, stock_widths, widths)
             if is_whole:
                 keep_group_sizes(self.decoder, stock)
-        self.register_to_config(decoder_block_out_channels=list(narrow))
+        self.register_to_config(decoder_block_out_channels=list(widths))
 
     def save_config(self, save_directory: str | Path, *args, **kwargs) -> None:
         """As in diffusers; this file goes along, so that whoever saves the network has its class in the folder, too."""
@@ -75,18 +75,18 @@ class NarrowAutoencoderKL(AutoencoderKL):
         return keys | stock if "decoder_block_out_channels" in keys else keys
 
 
-def keep_shortcuts(decoder: Decoder, wide: Sequence[int], narrow: Sequence[int]) -> None:
-    """Where two levels of the wide decoder differ and those of the narrow one do not: the shortcut between them."""
+def keep_shortcuts(decoder: Decoder, stock_widths: Sequence[int], widths: Sequence[int]) -> None:
+    """Where two levels of the stock decoder differ and those of the pruned one do not: the shortcut between them."""
     for i, block in enumerate(decoder.up_blocks[1:], start=1):
-        level = len(wide) - 1 - i
+        level = len(stock_widths) - 1 - i
         first = block.resnets[0]
-        if wide[level] != wide[level + 1] and first.conv_shortcut is None:
-            first.use_in_shortcut, first.conv_shortcut = True, nn.Conv2d(narrow[level + 1], narrow[level], 1)
+        if stock_widths[level] != stock_widths[level + 1] and first.conv_shortcut is None:
+            first.use_in_shortcut, first.conv_shortcut = True, nn.Conv2d(widths[level + 1], widths[level], 1)
 
 
 def keep_group_sizes(decoder: Decoder, stock: Decoder) -> None:
-    """Every GroupNorm with as many channels in a group as the wide decoder's has."""
+    """Every GroupNorm with as many channels in a group as the stock decoder's has."""
     for name, norm in decoder.named_modules():
         if isinstance(norm, nn.GroupNorm):
-            wide = stock.get_submodule(name)
-            norm.num_groups = norm.num_channels * wide.num_groups // wide.num_channels
+            original = stock.get_submodule(name)
+            norm.num_groups = norm.num_channels * original.num_groups // original.num_channels

@@ -376,7 +376,7 @@ def results(evaluation: Evaluation, times: Values) -> Sequence[str]:
 
 
 def decoder_stages(job: DecoderPruning) -> Iterator[Stage]:
-    """The products in the order in which they are made; decoders are not counted among UNet forwards,
+    """The artifacts in the order in which they are made; decoders are not counted among UNet forwards,
     latents as if none were in the cache."""
     latents, teacher = job.latents, job.teacher
     evaluated, config = teacher.config.eval, teacher.config.train

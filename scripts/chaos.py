@@ -1,6 +1,6 @@
 """Kills a job at random moments, again and again until it finishes, and compares what it leaves with a quiet run.
 
-    python scripts/chaos.py --kills 20                               # the shipped model, a very small run
+    python scripts/chaos.py --kills 20                               # the bundled model, a very small run
     python scripts/chaos.py --kills 20 --processes 2 --seed 7 --signal TERM -- +experiment=prune_unet train.steps=50 …
 
 Everything a run leaves has to be equal to the byte: weights, scores, decisions, metrics, pictures, export. Left out is

@@ -3,7 +3,7 @@
     python scripts/gpu_benchmarks.py                                # SD-1.5's networks, random weights
     python scripts/gpu_benchmarks.py --minutes 600                  # in one go
     python scripts/gpu_benchmarks.py --size sdxl --parts cumulative pipelines
-    python scripts/gpu_benchmarks.py --size shapes --quick          # the shipped model: a CPU can try the script
+    python scripts/gpu_benchmarks.py --size shapes --quick          # the bundled model: a CPU can try the script
 
 Every part is a job or script of this project, run in the order below; its numbers are OUT/<part>.json. A part that is
 there is not run again. After `--minutes` the running part is stopped, and the same command goes on within it.
@@ -151,12 +151,12 @@ def parts(options: argparse.Namespace, models: dict[str, str]) -> Iterator[Part]
 
 
 def training(options: argparse.Namespace, on_gpu: bool) -> Part:
-    """Robust training, scoring, recovery, step and decoder distillation, a few steps each: memory, share of peak."""
+    """Stochastic-depth training, scoring, recovery, step and decoder distillation, a few steps each."""
     command = [sys.executable, "benchmarks/training_speed.py", "--size", options.size]
     if on_gpu:
         command += ["--precision", "bf16", "--batch", "4" if options.size == "sdxl" else "16"]
         command += ["--checkpointing"] if options.size == "sdxl" else []
-    steps = ["--steps", "2", "--parts", "robust", "decoder"] if options.quick else ["--steps", "12"]
+    steps = ["--steps", "2", "--parts", "stochastic_depth", "decoder"] if options.quick else ["--steps", "12"]
     return "training", [*command, *steps, "--out", f"{options.runs}/training"], f"{options.runs}/training/results.json"
 
 

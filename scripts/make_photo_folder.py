@@ -6,7 +6,7 @@
 
 Every view below is a square of one photograph and what can be seen in it. Each becomes several images: jittered crops,
 mirrored ones (left and right exchanged in the caption too), a dim, a blurry and, of colour photographs, a black and
-white one. Captions are short, because the shipped model's tokenizer, made for another world, has to spell these words.
+white one. Captions are short, because the bundled model's tokenizer, made for other data, has to spell these words.
 The same command makes the same folder: images/*.jpg and metadata.jsonl, the layout of imagefolder.
 """
 

@@ -69,7 +69,7 @@ def sample(sampler: Sampler, prompts: PromptSet) -> Tensor:
 
 
 def evaluate_assets(assets: Path, config, pictures: Path) -> dict:
-    """Every figure of the shipped models; `pictures` receives a grid of samples per guidance scale."""
+    """Every figure of the bundled models; `pictures` receives a grid of samples per guidance scale."""
     scorer, pipeline = ClipScorer(f"local-dir:{assets / 'shapes-clip'}"), load_pipeline(assets / "shapes")
     scenes, images = heldout_scenes(config.scenes, config.seed)
     captions = [caption(scene) for scene in scenes]

@@ -19,8 +19,8 @@ from tests.user_errors import error_line
 def convert(monkeypatch, capfd):
     """Runs the command line; its exit code and what it wrote to stderr."""
 
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, words)])
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["convert.py", *map(str, arguments)])
         try:
             main()
         except SystemExit as leaving:
@@ -34,7 +34,7 @@ def test_a_folder_becomes_a_file_and_the_file_a_folder(convert, tiny_pipeline_fo
     file, folder, config = tmp_path / "one.safetensors", tmp_path / "folder", ("--config", tiny_pipeline_folder)
     assert convert(tiny_pipeline_folder, file)[0] == 0
     said = " ".join(record.message for record in caplog.records)
-    assert "has to be told prediction_type=v_prediction" in said
+    assert "has to know prediction_type=v_prediction" in said
     assert "reading" in said and "writing 0.00 GB" in said and "done in" in said
     assert convert(file, folder, *config)[0] == 0
     assert_equal_weights(load_pipeline(folder), load_pipeline(tiny_pipeline_folder))
@@ -63,9 +63,9 @@ def test_a_file_without_a_vae_is_given_one(convert, tiny_pipeline_folder, tmp_pa
     whole, part = tmp_path / "whole.safetensors", tmp_path / "part.safetensors"
     convert(tiny_pipeline_folder, whole)
     save_file({key: value for key, value in load_file(whole).items() if "first_stage" not in key}, part)
-    words = (part, tmp_path / "folder", "--config", tiny_pipeline_folder)
-    assert "it holds no VAE" in error_line(*convert(*words))
-    assert convert(*words, "--vae", tiny_pipeline_folder / "vae")[0] == 0
+    arguments = (part, tmp_path / "folder", "--config", tiny_pipeline_folder)
+    assert "it holds no VAE" in error_line(*convert(*arguments))
+    assert convert(*arguments, "--vae", tiny_pipeline_folder / "vae")[0] == 0
     assert_equal_weights(load_pipeline(tmp_path / "folder"), load_pipeline(tiny_pipeline_folder))
 
 
@@ -107,14 +107,14 @@ def test_what_cannot_be_converted_is_one_line(convert, tiny_pipeline_folder, tmp
         "'/nowhere' is no folder": ("/nowhere", file),
         "--config=sd15 is for a single file": (tiny_pipeline_folder, file, "--config", "sd15"),
     }
-    for message, words in cases.items():
-        line = error_line(*convert(*words))
+    for message, arguments in cases.items():
+        line = error_line(*convert(*arguments))
         assert message in line, line
     assert [path.name for path in tmp_path.iterdir()] == ["pruned"]
 
 
 @pytest.mark.parametrize(
-    ("make", "change", "words"),
+    ("make", "change", "arguments"),
     [
         (tiny_pipeline, {}, ""),
         (tiny_sdxl_pipeline, {"scaling_factor": 0.13025}, ""),
@@ -124,10 +124,10 @@ def test_what_cannot_be_converted_is_one_line(convert, tiny_pipeline_folder, tmp
          "the VAE's latents_mean and latents_std"),
     ],
 )  # fmt: skip
-def test_what_a_single_file_has_no_place_for_is_reported(make, change, words):
+def test_what_a_single_file_has_no_place_for_is_reported(make, change, arguments):
     pipeline = make()
     pipeline.vae.register_to_config(**change)
-    assert left_out(pipeline) == words
+    assert left_out(pipeline) == arguments
 
 
 def test_a_zero_snr_scheduler_is_reported_by_its_fields():

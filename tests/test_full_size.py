@@ -22,7 +22,7 @@ def test_every_training_of_sd15_fits(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = {row["part"]: row for row in json.loads((tmp_path / "results.json").read_text())["rows"]}
-    assert set(rows) == {"robust", "scoring", "recovery", "steps", "decoder"}
+    assert set(rows) == {"stochastic_depth", "scoring", "recovery", "steps", "decoder"}
     for part, row in rows.items():
         assert not row.get("cannot"), (part, row["cannot"])
         assert row["peak_gb"] < LIMIT_GB and row["samples_per_second"] > 0, (part, row)

@@ -63,7 +63,7 @@ def test_the_script_measures_training(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "out/quick/shapes/training.json").read_text())["rows"]
-    assert [row["part"] for row in rows] == ["robust", "decoder"]
+    assert [row["part"] for row in rows] == ["stochastic_depth", "decoder"]
     for row in rows:
         assert row["samples_per_second"] == pytest.approx(row["batch"] / row["seconds_per_step"])
         assert row["share_of_peak"] == pytest.approx(row["tflops"] / row["matmul_peak_tflops"]) and row["tflops"] > 0

@@ -1,4 +1,4 @@
-"""Teachers in half precision: what is trained beside them, and handed over, is float32."""
+"""Teachers in half precision: what is trained beside them and exported is float32."""
 
 import pytest
 import torch

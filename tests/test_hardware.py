@@ -25,8 +25,8 @@ def test_every_hardware_has_a_file_of_accelerate():
 @pytest.mark.parametrize("experiment", TRAINING)
 def test_an_experiment_composes_with_it_and_the_command_line_wins(hardware, experiment):
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        given = [f"+experiment={experiment}", f"+hardware={hardware}", "train.batch_size=3"]
-        config = hydra.compose("train", given)
+        options = [f"+experiment={experiment}", f"+hardware={hardware}", "train.batch_size=3"]
+        config = hydra.compose("train", options)
     OmegaConf.to_object(config.train)  # the values check themselves
     assert config.mixed_precision == ("no" if hardware == "deepspeed" else "bf16") and config.train.batch_size == 3
     assert not config.recovery.train.compile  # it reads features with hooks

@@ -50,8 +50,8 @@ def test_two_and_three_processes_score_as_one_does(tmp_path, tiny_model):
         (root / "prune_unet/round-00").mkdir(parents=True)
         shutil.copy(one / "round-00/weights.safetensors", root / "prune_unet/round-00")  # the same network to score
         several = launch(processes, root, *job)
-        for product in ("scorer_check.json", "round-00/scores.json", place("teacher", 2, 2.5)):
-            assert (several / product).read_bytes() == (one / product).read_bytes(), (processes, product)
+        for artifact in ("scorer_check.json", "round-00/scores.json", place("teacher", 2, 2.5)):
+            assert (several / artifact).read_bytes() == (one / artifact).read_bytes(), (processes, artifact)
 
 
 @pytest.mark.slow
@@ -63,23 +63,23 @@ def test_two_and_three_processes_judge_a_ladder_as_one_does(tmp_path, tiny_model
         shutil.copytree(one / "steps-2", root / "distill_steps/steps-2")  # the same student to judge
         (root / "distill_steps/steps-2/export.sealed.json").unlink()
         several = launch(processes, root, *job)
-        products = sorted(path.relative_to(one) for path in one.glob("evaluation/*/*.json"))
-        products += sorted(path.relative_to(one) for path in one.glob("images/**/*.png"))
-        assert len(products) == 3 * 2 + 1 + 2 * 7
-        for product in products:
-            assert (several / product).read_bytes() == (one / product).read_bytes(), (processes, product)
+        artifacts = sorted(path.relative_to(one) for path in one.glob("evaluation/*/*.json"))
+        artifacts += sorted(path.relative_to(one) for path in one.glob("images/**/*.png"))
+        assert len(artifacts) == 3 * 2 + 1 + 2 * 7
+        for artifact in artifacts:
+            assert (several / artifact).read_bytes() == (one / artifact).read_bytes(), (processes, artifact)
 
 
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one_does(tmp_path, tiny_model):
     job = [*EVALUATING, "eval.prompts=5", "eval.batch_size=2", *tiny_model]
     one, two = (launch(processes, tmp_path / str(processes), *job) for processes in (1, 2))
-    products = sorted(
+    artifacts = sorted(
         path.relative_to(one) for kind in ("evaluation/*/*.json", "images/**/*.png") for path in one.glob(kind)
     )
-    assert len(products) == 4 + 4 * 2
-    for product in [*products, "reference/real-fd.safetensors", "table.md", "results.csv"]:
-        assert (two / product).read_bytes() == (one / product).read_bytes(), product
+    assert len(artifacts) == 4 + 4 * 2
+    for artifact in [*artifacts, "reference/real-fd.safetensors", "table.md", "results.csv"]:
+        assert (two / artifact).read_bytes() == (one / artifact).read_bytes(), artifact
     ours, theirs = (json.loads((run / "evaluation.json").read_text()) for run in (one, two))
     assert ours.pop("environment") != theirs.pop("environment") and ours == theirs
 

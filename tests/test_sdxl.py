@@ -24,7 +24,7 @@ STEPS = ["distillation.steps=[4,2]", "curves.steps=[2]", "curves.guidance=[2.5]"
 
 @pytest.fixture(scope="module")
 def sdxl(tmp_path_factory, tiny_clip_folder):
-    """Overrides that put a random SDXL in the place of the shipped model."""
+    """Overrides that put a random SDXL in the place of the bundled model."""
     folder = tmp_path_factory.mktemp("sdxl")
     tiny_sdxl_pipeline().save_pretrained(folder)
     return ["model=path", f"model.name_or_path={folder}", f"scorer.model=local-dir:{tiny_clip_folder}",
@@ -110,8 +110,8 @@ def test_a_pruned_student_of_it_is_repaired(tmp_path, sdxl):
 
 @pytest.mark.slow
 def test_it_is_evaluated_beside_a_pruned_one(tmp_path, sdxl):
-    judged = ["data.resolution=16", "curves.steps=[1,2]", "curves.guidance=[1,3]", "evaluation.real_images=8"]
-    path = run(tmp_path, "evaluate", *sdxl, *judged)
+    evaluated = ["data.resolution=16", "curves.steps=[1,2]", "curves.guidance=[1,3]", "evaluation.real_images=8"]
+    path = run(tmp_path, "evaluate", *sdxl, *evaluated)
     points = json.loads((path / "evaluation.json").read_text())["points"]
     assert len(points) == 4 and {point["protocol"]["scheduler"] for point in points} == {"EulerDiscreteScheduler"}
 

@@ -41,9 +41,9 @@ def finished(tmp_path_factory, tiny_model):
 def test_the_student_has_a_slim_unet_a_narrow_decoder_and_few_steps(finished):
     path, _ = finished
     student = DiffusionPipeline.from_pretrained(path / "export", trust_remote_code=True)
-    assert type(student.vae).__name__ == NarrowAutoencoderKL.__name__ and student.vae.is_narrow
-    taught = DiffusionPipeline.from_pretrained(path / "distill_steps/steps-1/export", trust_remote_code=True)
-    assert student.scheduler.config == taught.scheduler.config
+    assert type(student.vae).__name__ == NarrowAutoencoderKL.__name__ and student.vae.is_pruned
+    trained = DiffusionPipeline.from_pretrained(path / "distill_steps/steps-1/export", trust_remote_code=True)
+    assert student.scheduler.config == trained.scheduler.config
     assert student("a red circle", num_inference_steps=1, output_type="np").images.shape == (1, 16, 16, 3)
 
 

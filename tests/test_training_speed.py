@@ -23,12 +23,12 @@ def test_memory_is_read_before_the_matrix_products_that_measure_the_peak(speed, 
 
     stubs = {
         "teacher_of": noted("teacher", None), "configured": noted("configured", None),
-        "model": noted("model", None), "measure_robust": noted("trained", (1, 1.0, 1.0)),
+        "model": noted("model", None), "measure_stochastic_depth": noted("trained", (1, 1.0, 1.0)),
         "peak_memory": noted("memory", {"peak_gb": 5e9}), "matmul_peak_tflops": noted("products", 1.0),
     }  # fmt: skip
     for name, stub in stubs.items():
         monkeypatch.setitem(names, name, stub)
-    row = names["measure"](argparse.Namespace(precision="no", alone="robust", batch=1))
+    row = names["measure"](argparse.Namespace(precision="no", alone="stochastic_depth", batch=1))
     assert row["peak_gb"] == 5.0 and order[-3:] == ["trained", "memory", "products"]
 
 

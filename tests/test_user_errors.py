@@ -236,8 +236,8 @@ def places(tmp_path_factory, tiny_pipeline_folder, tiny_clip_folder):
     wide = tiny_pipeline().vae.config
     AutoencoderKL.from_config(wide, latent_channels=16).save_pretrained(root / "sixteen")
     (root / "pickled/open_clip_model.safetensors").rename(root / "pickled/open_clip_pytorch_model.bin")
-    found = {path.stem: path for path in root.iterdir()}
-    return found
+    messages = {path.stem: path for path in root.iterdir()}
+    return messages
 
 
 def write_images(folder, count=40):

@@ -49,8 +49,8 @@ def test_an_installed_copy_runs_a_job_away_from_the_checkout(wheel, tmp_path):
     (site / "libraries.pth").write_text(sysconfig.get_paths()["purelib"])  # but no .pth of theirs, so no checkout
     without = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
 
-    def run(*words):
-        done = subprocess.run([environment / "bin/slimstep", *words], cwd=work, env=without, capture_output=True,
+    def run(*overrides):
+        done = subprocess.run([environment / "bin/slimstep", *overrides], cwd=work, env=without, capture_output=True,
                               text=True)  # fmt: skip
         assert done.returncode == 0, done.stderr
         return done.stdout

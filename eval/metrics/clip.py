@@ -68,7 +68,7 @@ class ClipScorer:
     A checkpoint file does not say which activation (`quick_gelu`) and which `normalisation` ("openai", "imagenet",
     "inception" or "none") it was trained with: both are asked for where the tags of `model` differ in them.
     `allow_pickle` reads local checkpoints that are no safetensors. With `force` a job goes on whose data the scorer
-    cannot judge (eval/scorer_check.py).
+    cannot evaluate (eval/scorer_check.py).
     """
 
     def __init__(

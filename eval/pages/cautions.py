@@ -1,6 +1,6 @@
 """What a run's numbers leave in doubt, in sentences that stand at the head of its pages: read from the run's own files.
 
-A scorer that cannot judge the data and was told to go on, a teacher at chance, block scores that are noise. Images
+A scorer that cannot evaluate the data and was forced to go on, a teacher at chance, block scores that are noise. Images
 are above chance with their texts where neither is so:
 
 - The difference to shuffled texts is within its error: below the 99 % point of Student's t. Errors count distinct
@@ -89,12 +89,12 @@ def sentence(record: Record, texts: str) -> str:
 
 
 def data_sentence(record: Record) -> str:
-    """What scorer_check.json leaves in doubt; empty where the scorer can judge the data."""
+    """What scorer_check.json leaves in doubt; empty where the scorer can evaluate the data."""
     if "unchecked" in record:
         return record["unchecked"] if record["doubtful"] else ""
     if is_above_chance(record):
         return ""
-    return f"the scorer {record['scorer']['model']} cannot judge these data: {sentence(record, 'captions')}"
+    return f"the scorer {record['scorer']['model']} cannot evaluate these data: {sentence(record, 'captions')}"
 
 
 def teacher_sentence(record: Record | None) -> str:

@@ -34,7 +34,7 @@ def evaluation_sentence(gathered: Gathered) -> str:
         return f"No other point timed at guidance {reference.guidance:g} is faster than {base}."
     versus = best.versus_reference
     fate = (
-        "no loss of CLIP score can be told"
+        "no loss of CLIP score can be shown"
         if fastest_not_worse(gathered)
         else "like every faster one, it loses CLIP score"
     )

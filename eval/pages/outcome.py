@@ -1,4 +1,4 @@
-"""What became of a teacher: every stage's product and the student, their scores and times, in tables and words.
+"""What became of a teacher: every stage's artifact and the student, their scores and times, in tables and words.
 
 An evaluation gives the scores and a benchmark of the same models the times; the first model is the teacher, the last
 one the student.
@@ -22,7 +22,7 @@ from slimstep.eval.pages.text import count, percent
 from slimstep.eval.record import Point
 
 AGAINST = ["teacher at", "its CLIP ± se", "student − teacher, paired [95 %]", "times as fast [95 %]"]
-PRODUCTS = ["model", "steps", "UNet", "decoder", "CLIP ± se"]
+ARTIFACTS = ["model", "steps", "UNet", "decoder", "CLIP ± se"]
 
 
 class Outcome:
@@ -49,7 +49,7 @@ class Outcome:
 
     @cached_property
     def points(self) -> list[Point]:
-        """At the first guidance scale: the teacher at each of its steps, then every product."""
+        """At the first guidance scale: the teacher at each of its steps, then every artifact."""
         first = self.evaluation.points[0].guidance
         return [point for point in self.evaluation.points if point.guidance == first]
 
@@ -78,14 +78,14 @@ class Outcome:
         return [[f"{t.steps} steps", score(t), difference(self.versus(self.student, t)),
                  ratio(self.faster(self.student, t))] for t in self.teachers]  # fmt: skip
 
-    def products_header(self) -> list[str]:
+    def artifacts_header(self) -> list[str]:
         most = self.teachers[0].steps
-        return [*PRODUCTS, f"against {most} steps, paired [95 %]", "ms an image", f"× {most} steps [95 %]"]
+        return [*ARTIFACTS, f"against {most} steps, paired [95 %]", "ms an image", f"× {most} steps [95 %]"]
 
-    def product_rows(self) -> list[list[str]]:
-        return [self.product_row(point) for point in self.points]
+    def artifact_rows(self) -> list[list[str]]:
+        return [self.artifact_row(point) for point in self.points]
 
-    def product_row(self, point: Point) -> list[str]:
+    def artifact_row(self, point: Point) -> list[str]:
         row, most, parameters = self.row(point), self.teachers[0], point.facts["parameters"]
         versus = None if point is most else self.versus(point, most)
         ms = f"{row['ms']['median'] / row['batch']:.0f}" if row else "–"
@@ -103,7 +103,7 @@ class Outcome:
         return "\n".join(console_table(*table, labels) for table, labels in zip(self.tables(), (1, 2), strict=True))
 
     def tables(self) -> tuple[tuple[list[str], list[list[str]]], ...]:
-        return (AGAINST, self.against_rows()), (self.products_header(), self.product_rows())
+        return (AGAINST, self.against_rows()), (self.artifacts_header(), self.artifact_rows())
 
     # ---- words ----
 

@@ -64,7 +64,7 @@ def draw_speed(gathered: Gathered, kind: str) -> list[Picture]:
 
 
 def draw_parts(run: str, results: Results) -> list[Picture]:
-    """Where the time of all models goes, on one scale; nothing where no row ran. What all setups share is told once."""
+    """Where the time of all models goes, on one scale; nothing where no row ran. What all share is said once."""
     ran = [row for row in results["rows"] if not row["cannot"]]
     if not ran:
         return []

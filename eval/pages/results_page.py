@@ -115,7 +115,7 @@ def models_table(gathered: Gathered) -> list[Table]:
 
 
 def pair_tables(gathered: Gathered) -> list[Table]:
-    """At every setting that several models were judged at: how much higher the row's model scores than the column's."""
+    """At every setting that several models share: how much higher the row's model scores than the column's."""
     tables = []
     for chosen in common_settings(gathered.compared):
         points = [point for point in gathered.compared if setting(point) == chosen]

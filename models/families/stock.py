@@ -20,7 +20,7 @@ from slimstep.models.families.prunable import PrunableUNet
 
 
 @dataclass(frozen=True)
-class StockVerdict:
+class StockEquivalent:
     """config: that of diffusers' own class, or None where `obstacles` (one block and its reason each) prevent it."""
 
     config: dict | None
@@ -56,8 +56,8 @@ class StockPlan:
         self.config = public_fields(unet) | self.mid | self.level_fields()
 
     @property
-    def verdict(self) -> StockVerdict:
-        return StockVerdict(None if self.obstacles else self.config, tuple(self.obstacles))
+    def equivalent(self) -> StockEquivalent:
+        return StockEquivalent(None if self.obstacles else self.config, tuple(self.obstacles))
 
     def network(self) -> ModelMixin:
         """The stock UNet with the pruned one's output: copies of its weights, renumbered; ValueError if none is."""

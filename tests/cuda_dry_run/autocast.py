@@ -41,8 +41,8 @@ def check_generator(draw: Generator, leaves: list) -> None:
     on_gpu = any(isinstance(x, FakeTensor) or str(x).startswith("cuda")
                  for x in leaves if isinstance(x, (torch.Tensor, torch.device, str)))  # fmt: skip
     if on_gpu != (draw.device.type == "cuda"):
-        wanted = "cuda" if on_gpu else "cpu"
-        raise DeviceFault(f"Expected a '{wanted}' device type for generator but found '{draw.device.type}'")
+        expected = "cuda" if on_gpu else "cpu"
+        raise DeviceFault(f"Expected a '{expected}' device type for generator but found '{draw.device.type}'")
 
 
 class Casts(TorchFunctionMode):

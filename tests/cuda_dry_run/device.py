@@ -85,7 +85,7 @@ def cuda_dry_run() -> Iterator[CudaDryRun]:
             (F, {"scaled_dot_product_attention": attention(F.scaled_dot_product_attention)}),
             (fake_tensor, {"init_gpu_context": nothing}),
             (sys.modules["torch.optim.optimizer"], {"_foreach_supported_types": FOREACH}),
-            (_BaseDataLoaderIter, {"__init__": asked(_BaseDataLoaderIter.__init__),
+            (_BaseDataLoaderIter, {"__init__": requested(_BaseDataLoaderIter.__init__),
                                    "__next__": pinning(_BaseDataLoaderIter.__next__)}),
             (subprocess, {"run": under_dry_run(subprocess.run)}),
         ):  # fmt: skip
@@ -320,17 +320,17 @@ def is_pinned(x: torch.Tensor, *_) -> bool:
     return getattr(x, "pinned_here", False)
 
 
-def asked(make):
+def requested(make):
     """A loader that notes whether pinned memory was asked for; torch itself asks whether there is an accelerator."""
 
     @functools.wraps(make)
     def making(iterator, loader):
-        wanted, loader.pin_memory = loader.pin_memory, False
+        expected, loader.pin_memory = loader.pin_memory, False
         try:
             make(iterator, loader)
         finally:
-            loader.pin_memory = wanted
-        iterator.pins = wanted
+            loader.pin_memory = expected
+        iterator.pins = expected
 
     return making
 

@@ -115,7 +115,7 @@ def test_a_damaged_index_is_written_again(pipeline, noise_pairs, tmp_path, conte
 
 
 def test_two_processes_make_the_same_files_as_one(pipeline, noise_pairs, tmp_path, monkeypatch):
-    barrier, asked = threading.Barrier(2), {}
+    barrier, requested = threading.Barrier(2), {}
     monkeypatch.setattr(cache_module, "agree", lambda folder, world: None)
 
     class Rank:
@@ -130,14 +130,14 @@ def test_two_processes_make_the_same_files_as_one(pipeline, noise_pairs, tmp_pat
     def work(rank, pipeline):
         pairs = noise_pairs()
         cache_pairs(pairs, pipeline, tmp_path / "two", shard_size=3, accelerator=Rank(rank))
-        asked[rank] = pairs.asked
+        requested[rank] = pairs.asked
 
     threads = [threading.Thread(target=work, args=(rank, copy.deepcopy(pipeline))) for rank in range(2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert asked == {0: [0, 1, 2, 6, 7, 8], 1: [3, 4, 5, 9]}
+    assert requested == {0: [0, 1, 2, 6, 7, 8], 1: [3, 4, 5, 9]}
     one = cache_pairs(noise_pairs(), pipeline, tmp_path / "one", shard_size=3)
     two = folder_bytes(tmp_path / "two" / one.folder.name)
     assert {name: data for name, data in two.items() if "lock" not in name} == {

@@ -97,7 +97,7 @@ def test_a_killed_caching_goes_on_at_its_part_and_position_and_ends_the_same(
 
 
 def test_two_processes_make_the_same_files_as_one(pipeline, stream, tmp_path, monkeypatch):
-    barrier, asked = threading.Barrier(2), {0: [], 1: []}
+    barrier, requested = threading.Barrier(2), {0: [], 1: []}
     monkeypatch.setattr(cache_module, "agree", lambda folder, world: None)
 
     class Rank:
@@ -111,7 +111,7 @@ def test_two_processes_make_the_same_files_as_one(pipeline, stream, tmp_path, mo
 
     def work(rank, pipeline):
         pairs = stream()
-        pairs.read = lambda part, start: asked[rank].append(part) or type(pairs).read(pairs, part, start)
+        pairs.read = lambda part, start: requested[rank].append(part) or type(pairs).read(pairs, part, start)
         cache_pairs(pairs, pipeline, tmp_path / "two", accelerator=Rank(rank), **SHARDS)
 
     threads = [threading.Thread(target=work, args=(rank, copy.deepcopy(pipeline))) for rank in range(2)]
@@ -119,7 +119,7 @@ def test_two_processes_make_the_same_files_as_one(pipeline, stream, tmp_path, mo
         thread.start()
     for thread in threads:
         thread.join()
-    assert asked == {0: [0, 2], 1: [1]}
+    assert requested == {0: [0, 2], 1: [1]}
     one = cache_pairs(stream(), pipeline, tmp_path / "one", **SHARDS)
     assert shard_bytes(tmp_path / "two" / one.folder.name) == shard_bytes(one.folder)
 
@@ -162,11 +162,11 @@ def test_a_shard_that_is_lost_while_others_are_made_is_no_part_of_an_index(pipel
 
 
 def test_two_jobs_over_one_cache_make_it_once(pipeline, stream, tmp_path):
-    asked = []
+    requested = []
 
     def work(pipeline):
         pairs = stream()
-        pairs.read = lambda part, start: asked.append(part) or type(pairs).read(pairs, part, start)
+        pairs.read = lambda part, start: requested.append(part) or type(pairs).read(pairs, part, start)
         cache_pairs(pairs, pipeline, tmp_path / "one", **SHARDS)
 
     threads = [threading.Thread(target=work, args=(copy.deepcopy(pipeline),)) for _ in range(2)]
@@ -174,7 +174,7 @@ def test_two_jobs_over_one_cache_make_it_once(pipeline, stream, tmp_path):
         thread.start()
     for thread in threads:
         thread.join()
-    assert asked == [0, 1, 2]
+    assert requested == [0, 1, 2]
 
 
 def test_broken_samples_are_skipped_counted_and_named_by_tar_and_key(pipeline, tmp_path, caplog):

@@ -247,9 +247,9 @@ def test_every_broken_sample_is_named_with_its_reason_and_the_others_are_read(tm
         "empty": ".txt is empty", "no-key": "none of the caption columns", "torn": "Unterminated string",
         "list": ".json is no object", "latin": "can't decode", "two": "several images among png; jpg; txt",
     }  # fmt: skip
-    found = flaws(entries)
-    assert found.keys() == expected.keys()
-    assert all(reason in found[key] for key, reason in expected.items()), found
+    flaws_found = flaws(entries)
+    assert flaws_found.keys() == expected.keys()
+    assert all(reason in flaws_found[key] for key, reason in expected.items()), flaws_found
     assert entries[1].complaint == "a.tar: no-caption (no caption .txt or .json among png)"
 
 
@@ -326,7 +326,7 @@ def test_a_scan_for_prompts_stops_where_no_sample_has_a_caption(tmp_path):
 class Server(SimpleHTTPRequestHandler):
     """Serves a folder; `ranges` as a real server does, `breaks` a connection in the middle of every answer."""
 
-    ranges, breaks, asked, busy = True, False, [], []
+    ranges, breaks, requested, busy = True, False, [], []
 
     def do_HEAD(self):
         if self.busy:
@@ -339,10 +339,10 @@ class Server(SimpleHTTPRequestHandler):
             self.asked.append(self.path)
             return self.send_error(404)
         content = Path(self.translate_path(self.path)).read_bytes()
-        asked = self.headers.get("Range") if self.ranges else None
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
+        requested = self.headers.get("Range") if self.ranges else None
+        start = int(requested.removeprefix("bytes=").removesuffix("-")) if requested else 0
         self.asked.append(start)
-        self.send_response(206 if asked else 200)
+        self.send_response(206 if requested else 200)
         rest = content[start:]
         self.send_header("Content-Length", str(len(rest)))
         self.end_headers()

@@ -26,7 +26,7 @@ EMPTY, OFF = no_caption(), 0.1
 SIMPLE = {
     "denoising": Denoising,
     "recovery": Recovery,
-    "robust": lambda *given: StochasticDepth(*given, skip_prob={"resnet": 0.3, "attention": 0.1}),
+    "stochastic depth": lambda *given: StochasticDepth(*given, skip_prob={"resnet": 0.3, "attention": 0.1}),
 }
 STEPPING = {
     "steps": (StepDistillation, {}, 0),

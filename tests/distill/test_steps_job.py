@@ -80,8 +80,8 @@ def test_every_student_is_a_stock_pipeline_that_draws_what_we_evaluated(finished
 def test_the_judgement_holds_every_point_paired_with_the_teacher(finished):
     path, done = finished
     points = read_evaluation(path).points
-    judged = {(model, steps) for model in ("teacher", "teacher-dpm", "steps-2", "steps-1") for steps in (1, 2)}
-    assert {(p.model, p.steps) for p in points} == {*judged, ("teacher", 4)}
+    evaluated = {(model, steps) for model in ("teacher", "teacher-dpm", "steps-2", "steps-1") for steps in (1, 2)}
+    assert {(p.model, p.steps) for p in points} == {*evaluated, ("teacher", 4)}
     reference = next(p for p in points if p.model == "teacher" and p.steps == 4)
     assert reference.mean("latent_error") is None and reference.versus_reference is None
     assert all(p.mean("latent_error") > 0 and p.versus_reference["n"] == 4 for p in points if p is not reference)
@@ -175,8 +175,8 @@ def assert_drawn_alike_elsewhere(export, steps, tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["guidance", "lcm"])
 def test_students_that_are_told_their_guidance_need_one_evaluation_a_step(tmp_path, tiny_model, objective):
-    told = [f"objective={objective}", "distillation.guidance_embed_dim=32", "distillation.steps=[4,2]"]
-    done = run(*tiny_model, f"root={tmp_path}", *told)
+    embedded = [f"objective={objective}", "distillation.guidance_embed_dim=32", "distillation.steps=[4,2]"]
+    done = run(*tiny_model, f"root={tmp_path}", *embedded)
     assert done.returncode == 0, done.stderr
     points = json.loads((tmp_path / "distill_steps/evaluation.json").read_text())["points"]
     assert all(p["facts"]["evaluations"] == p["steps"] for p in points if p["model"] == "steps-2")

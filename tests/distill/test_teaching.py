@@ -289,8 +289,9 @@ def test_gradient_checkpointing_changes_memory_and_nothing_else(tmp_path, name, 
         AcceleratorState._reset_state(True)
         student = PrunableUNet2DConditionModel.from_unet(small_stock_unet(name, **width))
         teacher = small_stock_unet(name).requires_grad_(False)
-        run, own = Run(tmp_path / str(checkpointing), Accelerator(cpu=True)), {"gradient_checkpointing": checkpointing}
-        learnt = train(student, objective(kind, teacher, way), Samples(), replace(config, **own), run, "stage")
+        run = Run(tmp_path / str(checkpointing), Accelerator(cpu=True))
+        changes = {"gradient_checkpointing": checkpointing}
+        learnt = train(student, objective(kind, teacher, way), Samples(), replace(config, **changes), run, "stage")
         trained.append(learnt.state_dict())
     torch.testing.assert_close(trained[0], trained[1], rtol=0, atol=0)
 

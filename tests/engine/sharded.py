@@ -36,13 +36,13 @@ SHORT = {"steps": 6, "batch_size": 2, "warmup_steps": 0, "log_every": 1, "checkp
 
 def main(root: str, name: str, way: str, *overrides: str) -> None:
     torch.set_num_threads(1)
-    given = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    precision, kill_at = given.pop("precision", "no"), given.pop("kill_at", None)
+    options = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    precision, kill_at = options.pop("precision", "no"), options.pop("kill_at", None)
     plugin = {"deepspeed_plugin": DeepSpeedPlugin(zero_stage=2)} if way == "deepspeed" else {}
     accelerator = Accelerator(cpu=way != "deepspeed", mixed_precision=precision, **plugin)
     if way == "fsdp":
         shard(accelerator, precision)
-    config = TrainConfig(**{**SHORT, **given})
+    config = TrainConfig(**{**SHORT, **options})
     network, objective, samples = subject(name)
 
     objective = as_objective(objective)
@@ -77,8 +77,8 @@ def shard(accelerator: Accelerator, precision: str) -> None:
 
 
 def subject(name: str) -> tuple[nn.Module, Objective | PlainObjective, StackDataset]:
-    """A network and what it learns: sdxl robustly, sd15 by recovery, a decoder, whose first layer is frozen, or two
-    networks."""
+    """A network and what it learns: sdxl by stochastic depth, sd15 by recovery, a decoder, whose first layer is frozen,
+    or two networks."""
     if name == "two":
         points = torch.randn((16, 3), generator=torch.Generator().manual_seed(0))
         return two_networks.network(seed=0), two_networks.FakeScore(), StackDataset(x=points)
@@ -94,10 +94,10 @@ def subject(name: str) -> tuple[nn.Module, Objective | PlainObjective, StackData
     unet = PrunableUNet2DConditionModel.from_unet(pipeline.unet)
     schedule = schedule_of(pipeline.scheduler)
     uncond = cond.rows([0]).map(torch.zeros_like)
-    given = denoiser, schedule, uncond, pipeline.unet.requires_grad_(False)
+    options = denoiser, schedule, uncond, pipeline.unet.requires_grad_(False)
     if name == "recovery":
-        return unet, Recovery(*given), samples
-    return unet, StochasticDepth(*given, skip_prob={"resnet": 0.2, "attention": 0.2}), samples
+        return unet, Recovery(*options), samples
+    return unet, StochasticDepth(*options, skip_prob={"resnet": 0.2, "attention": 0.2}), samples
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ BARE = ["+experiment=prune_unet"]
 def folder_of(monkeypatch, tmp_path):
     """The run's folder that a command takes, and which it then begins."""
 
-    def run(*words):
+    def run(*arguments):
         paths = []
 
         def execute(config):
@@ -32,22 +32,22 @@ def folder_of(monkeypatch, tmp_path):
             return 0
 
         monkeypatch.setattr("slimstep.engine.execution.execute", execute)
-        monkeypatch.setattr(sys, "argv", ["train.py", f"root={tmp_path}", *words])
+        monkeypatch.setattr(sys, "argv", ["train.py", f"root={tmp_path}", *arguments])
         with pytest.raises(SystemExit) as leaving:
             main()
         assert leaving.value.code == 0
         names = [str(path.relative_to(tmp_path)) for path in paths]
-        return names if "-m" in words else names[0]
+        return names if "-m" in arguments else names[0]
 
     return run
 
 
-def name(*words):
-    return run_name("prune_unet", map(parsed, ["+experiment=prune_unet", *words]))
+def name(*arguments):
+    return run_name("prune_unet", map(parsed, ["+experiment=prune_unet", *arguments]))
 
 
 @pytest.mark.parametrize(
-    ("words", "expected"),
+    ("arguments", "expected"),
     [
         ([], "prune_unet"),
         (["plan=true", "threads=1", "tracker=wandb", "root=x", "data.cache.workers=2"], "prune_unet"),
@@ -57,8 +57,8 @@ def name(*words):
         (["decoder.width=[1,0.5]"], "prune_unet-width-1_0.5"),
     ],
 )
-def test_a_name_says_what_is_changed(words, expected):
-    assert name(*words) == expected
+def test_a_name_says_what_is_changed(arguments, expected):
+    assert name(*arguments) == expected
 
 
 def test_names_are_plain_short_and_differ_where_commands_do():
@@ -157,11 +157,11 @@ def test_an_old_key_is_read_with_a_line_that_names_the_new_one(folder_of, caplog
     }
 
 
-@pytest.mark.parametrize(("old", "words"), [("ladder", []), ("handover", ["handover.model=a"])])
-def test_an_old_experiment_is_run_with_a_line_that_names_the_new_one(folder_of, caplog, old, words):
-    words = [*words, "seed=1"]
-    new = [word.replace("handover.", "export.") for word in words]
-    assert folder_of(f"+experiment={old}", *words) == folder_of(f"+experiment={EXPERIMENTS[old]}", *new)
+@pytest.mark.parametrize(("old", "arguments"), [("ladder", []), ("handover", ["handover.model=a"])])
+def test_an_old_experiment_is_run_with_a_line_that_names_the_new_one(folder_of, caplog, old, arguments):
+    arguments = [*arguments, "seed=1"]
+    new = [word.replace("handover.", "export.") for word in arguments]
+    assert folder_of(f"+experiment={old}", *arguments) == folder_of(f"+experiment={EXPERIMENTS[old]}", *new)
     assert f"{old} is called {EXPERIMENTS[old]} now; the old name works for one version" in caplog.messages
     assert with_new_key(f"restart={old}") == f"restart={EXPERIMENTS[old]}"
     assert with_new_key(f"+experiment={old}_of_mine") == f"+experiment={old}_of_mine"

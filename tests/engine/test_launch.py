@@ -17,7 +17,7 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 
 
 @pytest.mark.parametrize(
-    ("words", "left_out"),
+    ("overrides", "left_out"),
     [
         (["-m", "+experiment=prune_unet", "seed=0,1"], "experiment"),
         (["--multirun", "hydra/launcher=submitit_slurm", "train.steps=5", "seed=0,1"], "hydra/launcher,train.steps"),
@@ -25,24 +25,24 @@ SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
         (["-m", "model.name_or_path=/a/b", "seed=range(3)"], "model.name_or_path"),
     ],
 )
-def test_jobs_of_a_sweep_are_named_by_what_is_swept(words, left_out):
-    assert named_by_what_is_swept(words) == [f"hydra.job.config.override_dirname.exclude_keys=[{left_out}]"]
+def test_jobs_of_a_sweep_are_named_by_what_is_swept(overrides, left_out):
+    assert named_by_what_is_swept(overrides) == [f"hydra.job.config.override_dirname.exclude_keys=[{left_out}]"]
 
 
 SCRIPTS = sorted((ROOT / "scripts").glob("*.py"))
 
 
 @pytest.mark.parametrize(
-    ("words", "said"),
+    ("overrides", "said"),
     [
         (["-m", "+experiment=prune_unet", "serch=manual,random"], "serch=manual: the configuration has no key 'serch'"),
         (["-m", "+experiment=nothing", "seed=0,1"], "nothing"),
         (["--multirun", "+experiment=prune_unet", "seed=x,1"], "seed=x"),
     ],
 )
-def test_a_sweep_is_checked_before_it_starts(words, said, capsys):
+def test_a_sweep_is_checked_before_it_starts(overrides, said, capsys):
     with pytest.raises(SystemExit):
-        check_overrides(words)
+        check_overrides(overrides)
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1 and said in lines[0], lines
 

@@ -29,7 +29,7 @@ class Precision:
 
 
 @pytest.mark.parametrize(
-    ("asked", "way"),
+    ("requested", "way"),
     [
         ({"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"}, "train.accumulation=N"),
         ({"ACCELERATE_GRADIENT_CLIPPING": "0.5"}, "train.max_grad_norm=X"),
@@ -45,9 +45,9 @@ class Precision:
     ],
     ids=lambda value: list(value)[-1] if isinstance(value, dict) else "",
 )
-def test_what_is_ours_is_refused_with_our_key(asked, way):
+def test_what_is_ours_is_refused_with_our_key(requested, way):
     with pytest.raises(ValueError, match=way):
-        check_launcher({**OF_A_PLAIN_LAUNCH, **asked}, Precision)
+        check_launcher({**OF_A_PLAIN_LAUNCH, **requested}, Precision)
 
 
 @pytest.mark.parametrize(

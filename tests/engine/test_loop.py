@@ -108,19 +108,19 @@ def test_an_ema_is_that_of_its_definition():
 
 def test_a_rank_that_writes_no_checkpoint_gathers_the_ema_and_keeps_none_of_it(monkeypatch):
     weights = [nn.Parameter(torch.randn(3)), nn.Parameter(torch.randn(2))]
-    ema, asked = DeviceEMA(weights, decay=0.9), []
-    monkeypatch.setattr(ema_module, "whole", lambda *args, real=ema_module.whole: asked.append(args) or real(*args))
-    assert ema.state_dict(keep=False)["shadow_params"] == [] and len(asked) == 2  # it gave its shard of each
+    ema, requested = DeviceEMA(weights, decay=0.9), []
+    monkeypatch.setattr(ema_module, "whole", lambda *args, real=ema_module.whole: requested.append(args) or real(*args))
+    assert ema.state_dict(keep=False)["shadow_params"] == [] and len(requested) == 2  # it gave its shard of each
     kept = ema.state_dict(keep=True)
     assert all(torch.equal(a, b) for a, b in zip(kept["shadow_params"], weights, strict=True))
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_every_rank_is_asked_for_the_ema_and_one_keeps_and_writes_it(tmp_path, rank):
-    ema, asked = DeviceEMA([nn.Parameter(torch.randn(3))], decay=0.9), []
-    ema.state_dict = lambda keep, real=ema.state_dict: asked.append(keep) or real(keep)
+    ema, requested = DeviceEMA([nn.Parameter(torch.randn(3))], decay=0.9), []
+    ema.state_dict = lambda keep, real=ema.state_dict: requested.append(keep) or real(keep)
     Checkpoints(tmp_path, 1, SimpleNamespace(is_main_process=rank == 0), ema).save_ema(tmp_path / EMA_WEIGHTS)
-    assert asked == [rank == 0] and (tmp_path / EMA_WEIGHTS).exists() == (rank == 0)
+    assert requested == [rank == 0] and (tmp_path / EMA_WEIGHTS).exists() == (rank == 0)
 
 
 def test_an_ema_is_read_into_the_memory_that_it_had():
@@ -234,10 +234,10 @@ def tear(path, damage):
 @pytest.fixture
 def handlers():
     """Signal handlers as they were before the test."""
-    before = {wanted: signal.getsignal(wanted) for wanted in (signal.SIGTERM, signal.SIGUSR2)}
+    before = {target: signal.getsignal(target) for target in (signal.SIGTERM, signal.SIGUSR2)}
     yield
-    for wanted, handler in before.items():
-        signal.signal(wanted, handler)
+    for target, handler in before.items():
+        signal.signal(target, handler)
 
 
 def signalled(step, *sent):
@@ -274,8 +274,8 @@ def test_sigterm_in_the_last_steps_leaves_with_the_finished_weights(tmp_path, ha
 def test_a_signal_that_its_handler_lets_pass_changes_nothing(tmp_path, handlers):
     """As submitit's does with SIGTERM; its SIGUSR2 finds a checkpoint before the job goes back into the queue."""
     heard = []
-    for wanted in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(wanted, lambda signum, frame: heard.append((signum, checkpoint.exists())))
+    for target in (signal.SIGTERM, signal.SIGUSR2):
+        signal.signal(target, lambda signum, frame: heard.append((signum, checkpoint.exists())))
     checkpoint = tmp_path / "signalled/stage/checkpoints/step-00000020"
     quiet = run_once(tmp_path / "quiet", CONFIG)
     gone_on = run_once(tmp_path / "signalled", CONFIG, signalled(16, signal.SIGTERM, signal.SIGUSR2))

@@ -96,9 +96,9 @@ def test_a_network_that_is_sharded_gives_its_weights_away_and_gets_room_for_them
 CANNOT = [({"optimizer": "adafactor"}, "choose adamw8bit"), ({"compile": True}, "does not go with FSDP")]
 
 
-@pytest.mark.parametrize(("asked", "message"), CANNOT)
-def test_what_cannot_be_sharded_is_reported(asked, message):
+@pytest.mark.parametrize(("requested", "message"), CANNOT)
+def test_what_cannot_be_sharded_is_reported(requested, message):
     alone, sharing = (SimpleNamespace(distributed_type=kind) for kind in (DistributedType.NO, DistributedType.FSDP))
-    check_sharding(TrainConfig(**asked), alone)
+    check_sharding(TrainConfig(**requested), alone)
     with pytest.raises(ValueError, match=message):
-        check_sharding(TrainConfig(**asked), sharing)
+        check_sharding(TrainConfig(**requested), sharing)

@@ -13,11 +13,11 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 @pytest.mark.parametrize("line", [*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]])
 def test_the_tested_release_is_one_that_pip_alone_may_install(line):
-    asked = Requirement(line)
-    specifier = read_constraints()[asked.name].specifier
+    requested = Requirement(line)
+    specifier = read_constraints()[requested.name].specifier
     exact = [tested.version for tested in specifier if tested.operator == "=="]
-    assert all(asked.specifier.contains(version, prereleases=True) for version in exact)
-    assert exact or str(asked.specifier) in str(specifier), "a range begins with the oldest release that is allowed"
+    assert all(requested.specifier.contains(version, prereleases=True) for version in exact)
+    assert exact or str(requested.specifier) in str(specifier), "a range begins with the oldest release that is allowed"
 
 
 def test_readme_says_what_was_tested_when():

@@ -81,9 +81,9 @@ def test_stages_run_in_turn_and_only_once(workflow, tmp_path):
 
 
 def test_words_without_a_stage_are_for_all_and_those_with_one_for_it(workflow):
-    words = ["seed=3", "train.steps=11", "stages.prune_vae.train.steps=7", "stages.prune_vae.seed=4",
+    arguments = ["seed=3", "train.steps=11", "stages.prune_vae.train.steps=7", "stages.prune_vae.seed=4",
              "stages.prune_unet.search=random", "eval.guidance_scale=5"]  # fmt: skip
-    _, _, configs, stderr = workflow(*words)
+    _, _, configs, stderr = workflow(*arguments)
     assert [configs[name].train.steps for name in STAGES[:3]] == [11, 7, 11], stderr
     assert [configs[name].seed for name in STAGES[:3]] == [3, 4, 3]
     assert "random" in configs["prune_unet"].search.method["_target_"].lower()
@@ -91,9 +91,9 @@ def test_words_without_a_stage_are_for_all_and_those_with_one_for_it(workflow):
 
 
 def test_a_stage_may_have_data_and_a_precision_of_its_own(workflow, tmp_path):
-    words = ["stages.prune_vae.data=imagefolder", f"stages.prune_vae.data.root={tmp_path}",
+    arguments = ["stages.prune_vae.data=imagefolder", f"stages.prune_vae.data.root={tmp_path}",
              "stages.prune_unet.mixed_precision=bf16"]  # fmt: skip
-    code, _, configs, stderr = workflow(*words)
+    code, _, configs, stderr = workflow(*arguments)
     assert code == 3, stderr
     assert configs["prune_vae"].data.root == str(tmp_path) and "root" not in configs["prune_unet"].data
     assert [configs[name].mixed_precision for name in STAGES[:2]] == ["bf16", "no"]
@@ -135,7 +135,7 @@ def test_the_export_is_that_of_the_last_stage_that_has_one(workflow, tmp_path):
     export, made = tmp_path / "snapfusion/export", tmp_path / "snapfusion/report/export/made.json"
     assert export.is_dir() and not export.is_symlink()
     assert (export / "made.json").read_text() == made.read_text()
-    (export / "README.md").write_text("mine")  # a finished workflow leaves alone what it handed over
+    (export / "README.md").write_text("mine")  # a finished workflow leaves alone what it exported
     workflow("stages.distill_steps.distillation.steps=[32,16,8,4]")
     assert (export / "README.md").read_text() == "mine"
 

@@ -63,11 +63,12 @@ def test_the_sentences_stand_at_the_head_of_every_page(tmp_path):
     edit(run / "evaluation.json", of_teacher(versus(4.0, 4.5, 1.0)))
     edit(run / "round-00/scores.json", lambda value: value.update(rank_agreement_of_halves=0.2))
     head = write_report(run).read_text().partition("<h1>")[0]
-    for said in ("the scorer shapes-clip cannot judge these data", "the teacher is at chance", "round-00: two halves"):
+    doubts = "the scorer shapes-clip cannot evaluate these data", "the teacher is at chance", "round-00: two halves"
+    for said in doubts:
         assert said in head, said
     compare_runs([run, write_run(tmp_path / "other", seed=1)], tmp_path / "both")
     head = (tmp_path / "both/report.html").read_text().partition("<h1>")[0]
-    assert "prune_unet: the scorer shapes-clip cannot judge these data" in head
+    assert "prune_unet: the scorer shapes-clip cannot evaluate these data" in head
 
 
 def test_a_teacher_above_chance_is_not_told(tmp_path):
@@ -82,7 +83,7 @@ def test_what_several_runs_say_is_said_once(tmp_path):
         record = {"scorer": {"model": "x"}, **versus(2.0, 1.9, 1.0)}
         (tmp_path / name / "scorer_check.json").write_text(json.dumps(record))
     (sentence,) = cautions_of({name: tmp_path / name for name in ("a", "b", "c")})
-    assert sentence.startswith("a, b: the scorer x cannot judge")
+    assert sentence.startswith("a, b: the scorer x cannot evaluate")
 
 
 def edit(path, change):

@@ -170,20 +170,20 @@ def test_open_clip_says_nothing_on_the_root_logger(tiny_clip_folder, caplog):
 
 def test_every_tag_has_the_activation_of_its_own_entry(monkeypatch):
     """27 of open_clip 3.3.0's pairs are QuickGELU weights under a name whose configuration has another activation."""
-    asked = {}
+    requested = {}
 
     def note(model, pretrained, quick_gelu, force_quick_gelu, **options):
         assert quick_gelu == force_quick_gelu and "force_preprocess_cfg" not in options
-        asked[model, pretrained] = quick_gelu
+        requested[model, pretrained] = quick_gelu
         raise RuntimeError("no weights here")
 
     monkeypatch.setattr(open_clip, "create_model", note)
     for model, tag in open_clip.list_pretrained():
         with pytest.raises(ValueError, match="could not be fetched"):
             ClipScorer(model, tag)
-    trained = {pair for pair in asked if open_clip.get_pretrained_cfg(*pair).get("quick_gelu")}
-    assert asked["ViT-B-32", "openai"] and not asked["ViT-B-32", "laion2b_s34b_b79k"]
-    assert trained <= {pair for pair, quick in asked.items() if quick} and len(trained) > 40
+    trained = {pair for pair in requested if open_clip.get_pretrained_cfg(*pair).get("quick_gelu")}
+    assert requested["ViT-B-32", "openai"] and not requested["ViT-B-32", "laion2b_s34b_b79k"]
+    assert trained <= {pair for pair, quick in requested.items() if quick} and len(trained) > 40
 
 
 @pytest.fixture

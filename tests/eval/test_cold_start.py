@@ -116,7 +116,7 @@ def test_a_process_that_dies_is_the_row_of_its_own(monkeypatch, tmp_path):
 
 def test_a_new_process_begins_where_this_checkout_lies(monkeypatch, tmp_path):
     """Elsewhere it would find the modules of an installed copy, or none."""
-    asked = {}
-    monkeypatch.setattr(cold_start, "child_result", lambda command, **options: asked.update(options) or {})
+    requested = {}
+    monkeypatch.setattr(cold_start, "child_result", lambda command, **options: requested.update(options) or {})
     cold_start.new_process({}, tmp_path)
-    assert (Path(asked["cwd"]) / "train.py").is_file()
+    assert (Path(requested["cwd"]) / "train.py").is_file()

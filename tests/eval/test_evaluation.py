@@ -83,12 +83,12 @@ def test_a_model_may_have_its_own_numbers_of_steps(leave, tmp_path, tiny_model, 
 
 
 def test_every_model_is_judged_at_the_resolution_that_is_asked_for(leave, tmp_path, tiny_model, models):
-    judged = ["evaluation.distribution=false", "curves.guidance=[3]", "curves.steps=[2]"]
-    code, stderr = leave(*tiny_model, *SMALL, models, *judged, "data.resolution=32")
+    evaluated = ["evaluation.distribution=false", "curves.guidance=[3]", "curves.steps=[2]"]
+    code, stderr = leave(*tiny_model, *SMALL, models, *evaluated, "data.resolution=32")
     assert code == 0, stderr
     points = json.loads((tmp_path / "runs/evaluate/evaluation.json").read_text())["points"]
     assert [point["protocol"]["latents"] for point in points] == [[4, 16, 16]] * 2
-    line = error_line(*leave(*tiny_model, *SMALL, models, *judged, "data.resolution=20", "name=other"))
+    line = error_line(*leave(*tiny_model, *SMALL, models, *evaluated, "data.resolution=20", "name=other"))
     assert "multiples of 16" in line
 
 
@@ -275,8 +275,8 @@ def test_what_belongs_to_the_teacher_is_not_given_to_its_students(tiny_pipeline_
     down, up = torch.ones(2, 16), torch.ones(16, 2)
     site = "unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.lora"
     save_file({f"{site}_A.weight": down, f"{site}_B.weight": up}, lora)
-    own = {"name_or_path": teacher, "loras": [{"path": str(lora)}], "scheduler": "euler", "vae": student}
-    models = given({"teacher": teacher, "student": student}, dtype="bfloat16", **own)
+    changes = {"name_or_path": teacher, "loras": [{"path": str(lora)}], "scheduler": "euler", "vae": student}
+    models = given({"teacher": teacher, "student": student}, dtype="bfloat16", **changes)
     models.check()
     loaded = {name: models.load(path) for name, path in models.paths.items()}
     assert {type(p.scheduler).__name__ for p in loaded.values()} == {"EulerDiscreteScheduler", "DDIMScheduler"}
@@ -289,9 +289,9 @@ def test_what_belongs_to_the_teacher_is_not_given_to_its_students(tiny_pipeline_
 
 
 def test_options_of_a_model_that_is_not_evaluated_are_told(tiny_pipeline_folder):
-    for own in ({"scheduler": "euler"}, {"scheduler": "euler", "name_or_path": "elsewhere"}):
+    for changes in ({"scheduler": "euler"}, {"scheduler": "euler", "name_or_path": "elsewhere"}):
         with pytest.raises(ValueError, match="model.scheduler=euler is of model.name_or_path=.*not among models="):
-            given([str(tiny_pipeline_folder)], **own).check()
+            given([str(tiny_pipeline_folder)], **changes).check()
 
 
 @pytest.mark.parametrize(("pictures", "kept"), [(0, 0), (3, 3), (99, 4)])

@@ -128,8 +128,8 @@ def test_int8_stays_near_float32(tiny_pipeline_folder):
 def test_the_timed_images_are_those_of_the_sampler(tiny_pipeline_folder):
     drawn = timed(tiny_pipeline_folder, batch=2).images(3)
     pipeline = load_pipeline(tiny_pipeline_folder)
-    wanted = Sampler(pipeline, 3, 2.5).images(pipeline.unet, PROMPTS, range(3))
-    assert (drawn.int() - wanted.int()).abs().max() <= 1
+    expected = Sampler(pipeline, 3, 2.5).images(pipeline.unet, PROMPTS, range(3))
+    assert (drawn.int() - expected.int()).abs().max() <= 1
 
 
 @pytest.mark.gpu
@@ -138,6 +138,6 @@ def test_a_captured_loop_draws_what_the_eager_one_draws(tiny_pipeline_folder):
     sampler, captured = Sampler(pipeline, 3, 2.5), CapturedSampler(Sampler(pipeline, 3, 2.5))
     for prompts in (PROMPTS[:2], PROMPTS[1:]):  # the second is a replay with other inputs
         noise = torch.stack([sampler.noise(i) for i in range(2)])
-        wanted = sampler.decode(sampler.latents(pipeline.unet, sampler.encode(prompts), noise)).cpu()
+        expected = sampler.decode(sampler.latents(pipeline.unet, sampler.encode(prompts), noise)).cpu()
         drawn = torch.stack([pil_to_tensor(image) for image in captured.draw(prompts, noise)])
-        assert (drawn.int() - wanted.int()).abs().max() <= 1
+        assert (drawn.int() - expected.int()).abs().max() <= 1

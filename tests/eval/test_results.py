@@ -95,10 +95,10 @@ def test_what_leaves_clip_scores_alone_does_not_keep_them_from_being_compared(tm
 @pytest.mark.parametrize(("weights", "compared"), [("v1", True), ("v2", False)])
 def test_preferences_are_compared_where_one_scorer_judged(tmp_path, weights, compared):
     folders = []
-    for name, given, shift in (("a", "v1", 0), ("b", weights, 2)):
+    for name, options, shift in (("a", "v1", 0), ("b", weights, 2)):
         folder = one(tmp_path / name, name, f"/{name}", scores(shift))
         results = json.loads((folder / "evaluation.json").read_text())
-        results["protocol"]["metrics"] = {"hps": given}
+        results["protocol"]["metrics"] = {"hps": options}
         own = {"kind": "per_image", "mean": shift, "se": 1, "per_prompt": scores(shift), "versus_reference": None}
         results["points"][0]["metrics"]["hps"] = own
         (folder / "evaluation.json").write_text(json.dumps(results))
@@ -171,7 +171,7 @@ def test_the_headline_is_the_fastest_model_without_a_visible_loss(evaluation, be
     best = fastest_not_worse(found)
     assert (best.label, best.steps) == ("pruned", 8)  # tiny is faster and worse
     assert "pruned at 8 steps draws an image 1.67× as fast as teacher" in headline(found)
-    assert "no loss of CLIP score can be told" in headline(found)
+    assert "no loss of CLIP score can be shown" in headline(found)
     assert "no model was timed" in headline(Gathered([evaluation]))
 
 

@@ -193,15 +193,15 @@ def test_a_gpu_draws_what_the_cpu_draws():
 
 def test_evaluations_of_the_unet_are_counted_as_the_scheduler_asks_for_them():
     pipeline = tiny_pipeline()
-    asked = []
-    pipeline.unet.register_forward_pre_hook(lambda module, inputs: asked.append(len(inputs[0])))
+    requested = []
+    pipeline.unet.register_forward_pre_hook(lambda module, inputs: requested.append(len(inputs[0])))
     for kind in (PNDMScheduler, HeunDiscreteScheduler, EulerDiscreteScheduler):
         pipeline.scheduler = kind.from_config(pipeline.scheduler.config)
         for guidance in (1.0, 3.0):
-            asked.clear()
+            requested.clear()
             sampler = Sampler(pipeline, steps=5, guidance_scale=guidance)
             sampler.images(pipeline.unet, PROMPTS, [0])
-            assert sum(asked) == sampler.evaluations(pipeline.unet)
+            assert sum(requested) == sampler.evaluations(pipeline.unet)
 
 
 @pytest.mark.parametrize(

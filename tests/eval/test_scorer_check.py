@@ -1,4 +1,4 @@
-"""A scorer that cannot judge the data ends a job before anything is trained, unless it is told to go on."""
+"""A scorer that cannot evaluate the data ends a job before anything is trained, unless it is told to go on."""
 
 import json
 import random
@@ -163,7 +163,7 @@ def test_a_scorer_that_knows_the_data_passes_and_says_so_once(job, caplog, monke
 
 def test_one_that_does_not_ends_the_run_in_one_line_and_leaves_nothing(job):
     job.scorer.knows = False
-    with pytest.raises(ValueError, match=r"^the scorer colours cannot judge these data: .*scorer=openclip.*force=true"):
+    with pytest.raises(ValueError, match=r"^the scorer colours cannot evaluate these .*scorer=openclip.*force=true"):
         check_scorer(job.config, job.run, job.scorer)
     assert not job.run.path.exists()
 
@@ -172,9 +172,9 @@ def test_a_forced_run_goes_on_with_the_sentence_and_stops_again_without_the_word
     job.scorer.knows, job.scorer.force = False, True
     check_scorer(job.config, job.run, job.scorer)
     (sentence,) = cautions(job.run.path)
-    assert sentence.startswith("the scorer colours cannot judge these data") and sentence in caplog.text
+    assert sentence.startswith("the scorer colours cannot evaluate these data") and sentence in caplog.text
     job.scorer.force = False
-    with pytest.raises(ValueError, match="cannot judge these data"):
+    with pytest.raises(ValueError, match="cannot evaluate these data"):
         check_scorer(job.config, job.run, job.scorer)
 
 
@@ -186,7 +186,7 @@ def test_another_scorer_or_other_data_are_measured_anew(job, other):
     else:
         job.config.data.pairs.size = 12
     job.scorer.knows = False
-    with pytest.raises(ValueError, match="cannot judge these data"):
+    with pytest.raises(ValueError, match="cannot evaluate these data"):
         check_scorer(job.config, job.run, job.scorer)
 
 
@@ -212,7 +212,7 @@ def test_data_of_one_caption_are_reported_on_the_page_too(job, monkeypatch, capl
     )
     check_scorer(job.config, job.run, job.scorer)
     assert cautions(job.run.path) == [
-        "whether the scorer can judge these data is not known: all 3 images have one caption"]  # fmt: skip
+        "whether the scorer can evaluate these data is not known: all 3 images have one caption"]  # fmt: skip
     assert cautions(job.run.path)[0] in caplog.text
 
 
@@ -225,7 +225,7 @@ def test_of_few_captions_nothing_can_be_told_and_the_run_goes_on(count, job, cap
 
 
 def test_a_plan_names_the_check_unless_the_run_is_finished(job):
-    assert [stage.product for stage in scorer_stage(job.run)] == ["scorer_check.json"]
+    assert [stage.artifact for stage in scorer_stage(job.run)] == ["scorer_check.json"]
     job.run.path.mkdir()
     (job.run.path / "report.html").write_text("done")
     assert scorer_stage(job.run) == []
@@ -270,5 +270,5 @@ def test_images_are_those_of_training_where_none_is_held_out(job, own_images):
 def test_every_job_that_scores_stops_before_it_makes_anything(job, own_images, leave, tmp_path):
     data = ["data=imagefolder", f"data.root={own_images}", "data.heldout_fraction=0.3", f"root={tmp_path / 'runs'}"]
     code, said = leave(f"+experiment={job}", *data, "model=shapes", "scorer=shapes", *JOBS[job])
-    assert "the scorer local-dir:shapes-clip cannot judge these data: 39 images" in error_line(code, said)
+    assert "the scorer local-dir:shapes-clip cannot evaluate these data: 39 images" in error_line(code, said)
     assert not (tmp_path / "runs").exists() or not any((tmp_path / "runs").iterdir())

@@ -23,8 +23,8 @@ CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parents[2]
 SMALL = ["eval.prompts=4", "benchmark.images=2", "eval.steps=2", "latency.iterations=3", "latency.warmup=1"]
 
 
-def timed(pipeline, batch=1, steps=4, **given):
-    return TimedPipeline(pipeline, InferenceConfig(), ["a cat", "two dogs"], steps, 2.5, CPU, batch, kwargs=given)
+def timed(pipeline, batch=1, steps=4, **options):
+    return TimedPipeline(pipeline, InferenceConfig(), ["a cat", "two dogs"], steps, 2.5, CPU, batch, kwargs=options)
 
 
 def test_the_parts_of_a_call_leave_nothing_of_it_out(tiny_pipeline_folder):
@@ -71,8 +71,8 @@ def test_time_spent_in_a_network_is_its_own_part(tiny_pipeline_folder):
 @pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl_pipeline])
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_runs_around_one_unet(make, task):
-    pipeline, given = task_pipeline(make(), task, batch=2)
-    one = timed(pipeline, batch=2, **given)
+    pipeline, options = task_pipeline(make(), task, batch=2)
+    one = timed(pipeline, batch=2, **options)
     row = measure(one, {}, LatencyConfig(iterations=3, warmup=1))
     assert row["unet_calls"] == (3 if task in ("img2img", "inpaint") else 4)  # strength 0.75
     assert ("ControlNet" in row["parts_ms"]) == (task in ("controlnet", "two_controlnets"))

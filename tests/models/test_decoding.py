@@ -121,8 +121,8 @@ def test_a_pruned_decoder_keeps_its_statistics_through_an_export(pipeline_with, 
     loaded = load_pipeline(tmp_path / "export")
     assert has_statistics(loaded)
     latents = torch.randn(1, 4, 8, 8)
-    wanted = vae.decode(unscaled(latents, vae.config.scaling_factor, statistics(vae.config)))[0]
-    torch.testing.assert_close(Sampler(loaded, 1, 1.0).pixels(latents), wanted)
+    expected = vae.decode(unscaled(latents, vae.config.scaling_factor, statistics(vae.config)))[0]
+    torch.testing.assert_close(Sampler(loaded, 1, 1.0).pixels(latents), expected)
 
 
 class OnePair:

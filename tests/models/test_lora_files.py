@@ -52,9 +52,9 @@ def expected(network, lora, fields, scale=1.0):
 
 
 def assert_fused(pipeline, source, loras, fields, scale=1.0):
-    wanted = {part: expected(getattr(pipeline, part), lora, fields, scale) for part, lora in loras.items()}
+    target = {part: expected(getattr(pipeline, part), lora, fields, scale) for part, lora in loras.items()}
     fuse_loras(pipeline, [{"path": str(source), "scale": scale}])
-    for part, weights in wanted.items():
+    for part, weights in target.items():
         for key, value in getattr(pipeline, part).state_dict().items():
             torch.testing.assert_close(value, weights[key], rtol=1e-5, atol=1e-5, msg=f"{part}.{key}")
 

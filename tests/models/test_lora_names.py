@@ -72,9 +72,9 @@ def kohya_file(pipeline, pairs, file):
     return file
 
 
-def assert_fused(pipeline, file, wanted):
+def assert_fused(pipeline, file, target):
     fuse_loras(pipeline, [{"path": str(file), "scale": SCALE}])
-    for part, weights in wanted.items():
+    for part, weights in target.items():
         fused = getattr(pipeline, part).state_dict()
         assert fused.keys() == weights.keys()
         for key in fused:
@@ -105,9 +105,9 @@ def test_of_kohyas_lora_what_was_pruned_is_left_out_and_the_rest_is_right(tmp_pa
     file = kohya_file(pipeline, {"unet": pairs}, tmp_path / "kohya.safetensors")
     pruned = prunable(pipeline, {block: 0})
     kept = {path: pair for path, pair in pairs.items() if not path.startswith(f"{block}.")}
-    wanted = expected(pruned.unet, kept)
+    target = expected(pruned.unet, kept)
     assert set(fuse_lora(prunable(pipeline, {block: 0}), file).left_out) == pairs.keys() - kept.keys()
-    assert_fused(pruned, file, {"unet": wanted})
+    assert_fused(pruned, file, {"unet": target})
 
 
 def test_a_lora_of_a_few_modules_of_the_text_encoder_is_read(tmp_path):
@@ -115,9 +115,9 @@ def test_a_lora_of_a_few_modules_of_the_text_encoder_is_read(tmp_path):
     for ends in (("q_proj", "v_proj"), ("fc1",), ("out_proj", "fc2")):
         pairs = draw_pairs(pipeline.text_encoder, 0)
         pairs = {path: pair for path, pair in pairs.items() if path.endswith(ends)}
-        wanted = {"text_encoder": expected(pipeline.text_encoder, pairs)}
+        target = {"text_encoder": expected(pipeline.text_encoder, pairs)}
         file = kohya_file(pipeline, {"text_encoder": pairs}, tmp_path / "text.safetensors")
-        assert_fused(prunable(make_small_pipeline()), file, wanted)
+        assert_fused(prunable(make_small_pipeline()), file, target)
 
 
 def test_old_names_of_attention_are_read(tmp_path):
@@ -170,9 +170,9 @@ def test_alphas_of_the_metadata_are_those_of_diffusers(parts, tmp_path):
     stock.load_lora_weights(file)
     stock.fuse_lora(components=list(parts), lora_scale=SCALE)
     stock.unload_lora_weights()
-    wanted = {part: getattr(stock, part).state_dict() for part in parts}
-    assert all(any(not torch.equal(plain[part][key], wanted[part][key]) for key in plain[part]) for part in parts)
-    assert_fused(prunable(make_small_pipeline()), file, wanted)
+    target = {part: getattr(stock, part).state_dict() for part in parts}
+    assert all(any(not torch.equal(plain[part][key], target[part][key]) for key in plain[part]) for part in parts)
+    assert_fused(prunable(make_small_pipeline()), file, target)
 
 
 def test_metadata_of_one_part_says_nothing_of_the_other(tmp_path):
@@ -225,13 +225,13 @@ def test_pefts_own_doras_are_fused_with_their_magnitudes(tmp_path):
     """W' = m (W + α/r · B A) / ‖W + α/r · B A‖, with norms over all but the outputs (Liu et al. 2024, equation 5)."""
     weights = load_file(write_told(tmp_path, ("unet",), dora=True))
     pipeline = prunable(make_small_pipeline())
-    wanted = {key: value.clone() for key, value in pipeline.unet.state_dict().items()}
+    target = {key: value.clone() for key, value in pipeline.unet.state_dict().items()}
     for key in [key for key in weights if key.endswith(".lora_magnitude_vector")]:
         path = key.removeprefix("unet.").removesuffix(".lora_magnitude_vector")
         a, b = (weights[f"unet.{path}.lora_{name}.weight"] for name in "AB")
-        alpha, weight = 3 if path.endswith("to_q") else 1, wanted[f"{path}.weight"]
+        alpha, weight = 3 if path.endswith("to_q") else 1, target[f"{path}.weight"]
         sum_OI = weight.flatten(1) + alpha / len(a) * b.flatten(1) @ a.flatten(1)
         weight.copy_((weights[key].view(-1, 1) * sum_OI / sum_OI.norm(dim=1, keepdim=True)).view_as(weight))
     fuse_loras(pipeline, [{"path": str(tmp_path / "pytorch_lora_weights.safetensors")}])
     for key, value in pipeline.unet.state_dict().items():
-        torch.testing.assert_close(value, wanted[key], rtol=1e-5, atol=1e-5, msg=key)
+        torch.testing.assert_close(value, target[key], rtol=1e-5, atol=1e-5, msg=key)

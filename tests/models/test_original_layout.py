@@ -74,7 +74,7 @@ def test_what_web_uis_cannot_know_has_no_original_layout(small_kinds, tmp_path):
     fields = {
         r"its UNet is pruned \(mid_block.attentions.0\)": pruned,
         r"its UNet is not one of Stable Diffusion's \(layers_per_block=1\)": shallow,
-        "its VAE decoder is narrow": with_unet(pipeline, pipeline.unet, vae=vae),
+        "its VAE decoder is pruned": with_unet(pipeline, pipeline.unet, vae=vae),
     }
     for message, other in fields.items():
         with pytest.raises(ValueError, match=f"no original layout, since {message}; .* folder over instead"):

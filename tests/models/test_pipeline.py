@@ -66,8 +66,8 @@ def test_save_load_save_load(pipeline, tmp_path, architecture, is_stock):
     first = with_architecture(pipeline, architecture)
     images = paint(first)
     for name in ("one", "two", "two"):  # the last replaces the one before
-        verdict = export_pipeline(first, tmp_path / name)
-        assert verdict.is_stock == is_stock and bool(verdict.obstacles) != is_stock
+        report = export_pipeline(first, tmp_path / name)
+        assert report.is_stock == is_stock and bool(report.obstacles) != is_stock
         first = load_pipeline(tmp_path / name)
         assert torch.equal(paint(first), images)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
@@ -75,21 +75,21 @@ def test_save_load_save_load(pipeline, tmp_path, architecture, is_stock):
 
 def test_an_expressible_export_is_plain_diffusers(pipeline, tmp_path):
     student = with_architecture(pipeline, NO_MID)
-    verdict = export_pipeline(student, tmp_path / "export")
+    report = export_pipeline(student, tmp_path / "export")
     loaded = DiffusionPipeline.from_pretrained(tmp_path / "export")
     assert type(loaded.unet) is UNet2DConditionModel and loaded.unet.mid_block is None
     torch.testing.assert_close(paint(loaded), paint(student), rtol=0, atol=1e-5)
-    assert verdict.load == f'DiffusionPipeline.from_pretrained("{tmp_path / "export"}")'
+    assert report.load == f'DiffusionPipeline.from_pretrained("{tmp_path / "export"}")'
     assert isinstance(student.unet, PrunableUNet2DConditionModel), "exporting changed the pipeline"
 
 
 def test_an_export_carries_its_class_and_is_readable_by_others(pipeline, tmp_path):
-    verdict = export_pipeline(with_architecture(pipeline, ONE_ATTENTION), tmp_path / "export")
+    report = export_pipeline(with_architecture(pipeline, ONE_ATTENTION), tmp_path / "export")
     (code,) = (tmp_path / "export" / "unet").glob("*.py")
     index = json.loads((tmp_path / "export" / "model_index.json").read_text())
     assert index["unet"] == [code.stem, "PrunableUNet2DConditionModel"]
-    assert verdict.obstacles == ("down_blocks.0.attentions.1 (is removed while another of its level stays)",)
-    assert verdict.load.endswith(", trust_remote_code=True)")
+    assert report.obstacles == ("down_blocks.0.attentions.1 (is removed while another of its level stays)",)
+    assert report.load.endswith(", trust_remote_code=True)")
     modes = {path.stat().st_mode & 0o777 for path in (tmp_path / "export").rglob("*") if path.is_file()}
     assert modes == {0o644}
 

@@ -135,20 +135,20 @@ def test_the_hub_caches_configuration_comes_before_ours(small_kinds, tmp_path, m
     write_configuration("sd15", tmp_path / "cached")
     scheduler = tmp_path / "cached/scheduler/scheduler_config.json"
     scheduler.write_text(scheduler.read_text().replace('"beta_end": 0.012', '"beta_end": 0.013'))
-    asked = []
+    requested = []
     monkeypatch.setattr(slimstep.models.folder.huggingface_hub, "try_to_load_from_cache",
-                        lambda name, file: asked.append(name) or str(tmp_path / "cached" / file))  # fmt: skip
+                        lambda name, file: requested.append(name) or str(tmp_path / "cached" / file))  # fmt: skip
     assert load_pipeline(file).scheduler.config.beta_end == 0.013
-    assert asked == ["stable-diffusion-v1-5/stable-diffusion-v1-5"]
+    assert requested == ["stable-diffusion-v1-5/stable-diffusion-v1-5"]
 
 
 def test_an_old_training_checkpoint_is_read_without_what_else_is_in_it(small_kinds, tmp_path, monkeypatch):
     """Half precision, averaged weights beside, buffers, and callbacks of a library that nobody has."""
     pipeline, file = small_kind("sd15").to(dtype=torch.float16), tmp_path / "last.ckpt"
     weights = original_weights(pipeline)
-    averages = {f"model_ema.{key.removeprefix('model.').replace('.', '')}": torch.zeros_like(value)
+    ema = {f"model_ema.{key.removeprefix('model.').replace('.', '')}": torch.zeros_like(value)
                 for key, value in weights.items() if key.startswith("model.")}  # fmt: skip
-    assert len(averages) > 100
+    assert len(ema) > 100
     more = {"alphas_cumprod": torch.ones(1000), "model_ema.decay": torch.tensor(0.9),
             "cond_stage_model.transformer.text_model.embeddings.position_ids": torch.arange(77)[None]}  # fmt: skip
     library = types.ModuleType("unheard_of")
@@ -157,7 +157,7 @@ def test_an_old_training_checkpoint_is_read_without_what_else_is_in_it(small_kin
     callback = library.Callback()
     callback.best = [1.0]
     callbacks = {library.Callback: callback}
-    torch.save({"state_dict": weights | averages | more, "global_step": 7, "callbacks": callbacks}, file)
+    torch.save({"state_dict": weights | ema | more, "global_step": 7, "callbacks": callbacks}, file)
     monkeypatch.delitem(sys.modules, "unheard_of")
     assert_equal_weights(load_pipeline(file, "float16", allow_pickle=True), pipeline)
 

@@ -78,8 +78,8 @@ def test_jobs_run_at_a_listed_size_and_ask_for_a_square(sized, tiny_clip_folder,
     def run(**sizes):
         model = [f"model.name_or_path={sized('sd', **sizes)}", f"scorer.model=local-dir:{tiny_clip_folder}"]
         model += ["scorer.force=true"]
-        words = [*JOBS[job], "data.pairs.size=4"]
-        return leave(f"+experiment={job}", "model=path", *model, *words, f"name={job}{len(str(sizes))}")
+        overrides = [*JOBS[job], "data.pairs.size=4"]
+        return leave(f"+experiment={job}", "model=path", *model, *overrides, f"name={job}{len(str(sizes))}")
 
     code, said = run(unet=[8, 16])
     assert code == 1 and "error: " in said and "has sample_size=[8, 16], and only squares" in said

@@ -33,9 +33,9 @@ def run(unet):
 
 def assert_stock(unet) -> dict:
     """The stock UNet has the pruned one's parameters and output; returns its config, once through JSON."""
-    verdict = stock_config(unet)
-    assert not verdict.obstacles
-    config = json.loads(json.dumps(verdict.config))
+    equivalent = stock_config(unet)
+    assert not equivalent.obstacles
+    config = json.loads(json.dumps(equivalent.config))
     stock = to_stock(unet)
     assert type(stock) is UNet2DConditionModel and not stock.training
     assert count_parameters(stock) == count_parameters(UNet2DConditionModel.from_config(config))
@@ -89,8 +89,9 @@ def test_which_of_two_equal_skip_connections_goes_does_not_matter():
     """Without down_blocks.3.resnets.1 its input is on the stack twice; either up ResNet may be the one to go."""
     for layer in (0, 1):
         assert_stock(pruned({"down_blocks.3.resnets.1": 0, f"up_blocks.0.resnets.{layer}": 0}))
-    verdict = stock_config(pruned({"down_blocks.3.resnets.1": 0, "up_blocks.0.resnets.2": 0}))
-    assert verdict.obstacles == ("up_blocks.0.resnets.1 (would lose its skip connection from down_blocks.3.resnets.0)",)
+    equivalent = stock_config(pruned({"down_blocks.3.resnets.1": 0, "up_blocks.0.resnets.2": 0}))
+    reason = "up_blocks.0.resnets.1 (would lose its skip connection from down_blocks.3.resnets.0)"
+    assert equivalent.obstacles == (reason,)
 
 
 def test_the_first_layer_of_a_level_can_go_where_channels_stay():
@@ -144,16 +145,16 @@ OBSTACLES = {
 
 @pytest.mark.parametrize("block", OBSTACLES)
 def test_obstacles_name_the_block_and_the_reason(block):
-    verdict = stock_config(pruned({block: 0}))
-    assert verdict.config is None and OBSTACLES[block] in verdict.obstacles[0]
+    equivalent = stock_config(pruned({block: 0}))
+    assert equivalent.config is None and OBSTACLES[block] in equivalent.obstacles[0]
     with pytest.raises(ValueError, match="no stock UNet2DConditionModel is this network, because of"):
         to_stock(pruned({block: 0}))
 
 
 def test_copies_and_the_mid_block_s_own_depth_are_obstacles():
     assert stock_config(pruned({"mid_block.resnets.0": 2})).obstacles == ("mid_block.resnets.0 (is copied)",)
-    verdict = stock_config(pruned({"mid_block.attentions.0.transformer_blocks.0": 0}, "sdxl"))
-    assert "mid_block.attentions.0 (has 2 layers where down_blocks.2's first has 3" in verdict.obstacles[0]
+    equivalent = stock_config(pruned({"mid_block.attentions.0.transformer_blocks.0": 0}, "sdxl"))
+    assert "mid_block.attentions.0 (has 2 layers where down_blocks.2's first has 3" in equivalent.obstacles[0]
 
 
 def random_table(unet, draw: random.Random) -> dict[str, int]:

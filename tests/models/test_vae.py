@@ -54,9 +54,9 @@ def with_narrow_decoder(pipeline, architecture=None, width=0.5):
 @pytest.mark.parametrize("architecture", [None, ONE_ATTENTION], ids=["stock UNet", "pruned UNet"])
 def test_an_export_works_where_this_project_is_unknown(pipeline, tmp_path, elsewhere, architecture):
     student = with_narrow_decoder(pipeline, architecture)
-    verdict = export_pipeline(student, tmp_path / "export")
-    assert not verdict.is_stock and verdict.load.endswith(", trust_remote_code=True)")
-    assert verdict.obstacles[-1] == "vae.decoder: its widths (4, 4) are not its encoder's"
+    report = export_pipeline(student, tmp_path / "export")
+    assert not report.is_stock and report.load.endswith(", trust_remote_code=True)")
+    assert report.obstacles[-1] == "vae.decoder: its widths (4, 4) are not its encoder's"
     index = json.loads((tmp_path / "export" / "model_index.json").read_text())
     assert index["vae"][1] == "NarrowAutoencoderKL"
     elsewhere(tmp_path, ELSEWHERE)
@@ -75,8 +75,8 @@ def test_save_load_save_load(pipeline, tmp_path):
 
 
 def test_a_decoder_of_full_width_leaves_as_a_plain_autoencoder(pipeline, tmp_path):
-    verdict = export_pipeline(with_narrow_decoder(pipeline, width=1.0), tmp_path / "export")
-    assert verdict.is_stock and verdict.obstacles == ()
+    report = export_pipeline(with_narrow_decoder(pipeline, width=1.0), tmp_path / "export")
+    assert report.is_stock and report.obstacles == ()
     assert type(DiffusionPipeline.from_pretrained(tmp_path / "export").vae) is AutoencoderKL
 
 

@@ -125,7 +125,7 @@ def test_levels_may_have_their_own_share(shares, norm_groups, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("width", "norm_groups", "told"),
+    ("width", "norm_groups", "message"),
     [
         (0.3, "whole", "8 channels are normalised in 4 groups, and whole groups stay or go: 0.25, 0.5, 0.75, 1"),
         (0.3, "per_group", "8 channels are normalised in 4 groups, and every group keeps the same share: 0.5, 1"),
@@ -133,8 +133,8 @@ def test_levels_may_have_their_own_share(shares, norm_groups, tmp_path):
         ([0.5, 0.5, 0.5, 0.25], "whole", "levels 2 and 3 are one residual stream of 32 channels"),
     ],
 )
-def test_widths_that_cannot_be_are_refused_with_those_that_can(width, norm_groups, told):
-    with pytest.raises(ValueError, match=told):
+def test_widths_that_cannot_be_are_refused_with_those_that_can(width, norm_groups, message):
+    with pytest.raises(ValueError, match=message):
         pruned_widths(vae_like("sd15"), width, norm_groups)
 
 

@@ -32,13 +32,13 @@ def finished(tmp_path_factory, tiny_model):
 def test_the_run_holds_what_the_design_says(finished):
     path, _ = finished
     stages = ("round-00", "round-01")
-    products = [f"{s}/{name}.json" for s in stages for name in ("latency", "scores", "decision")]
+    artifacts = [f"{s}/{name}.json" for s in stages for name in ("latency", "scores", "decision")]
     ends = ("scorer_check.json", "evaluation.json", "report.html", "export/export_report.json")
-    for name in ("config.yaml", "metrics.jsonl", *products, *ends):
+    for name in ("config.yaml", "metrics.jsonl", *artifacts, *ends):
         assert (path / name).is_file(), name
     page = (path / "report.html").read_text()
     assert "None of the 4 prompts is among the captions that were trained on." in page
-    assert "cannot judge these data" in page.partition("<h1>")[0]  # a random scorer, with scorer.force
+    assert "cannot evaluate these data" in page.partition("<h1>")[0]  # a random scorer, with scorer.force
     assert "CLIP lost" in page and "ΔCLIP" not in page
 
 

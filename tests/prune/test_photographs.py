@@ -1,4 +1,4 @@
-"""The job on real photographs: from a folder of captioned images to the report, with the shipped model."""
+"""The job on real photographs: from a folder of captioned images to the report, with the bundled model."""
 
 import json
 import subprocess
@@ -34,7 +34,7 @@ def test_the_shipped_model_is_pruned_on_a_folder_of_captioned_photographs(tmp_pa
     done = subprocess.run(job, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs/photos"
-    assert "cannot judge these data" in (run / "report.html").read_text()
+    assert "cannot evaluate these data" in (run / "report.html").read_text()
     evaluation = json.loads((run / "evaluation.json").read_text())
     captions = {json.loads(line)["text"] for line in (photos / "metadata.jsonl").read_text().splitlines()}
     assert set(evaluation["shown"]) <= captions

@@ -45,9 +45,9 @@ class Recorder(nn.Module):
 
 
 def test_blocks_are_skipped_at_the_probability_of_their_kind_independently_per_sample(pipeline, unet):
-    recorder, robust = Recorder(unet), objective(pipeline, unet)
+    recorder, training = Recorder(unet), objective(pipeline, unet)
     for seed in range(50):
-        robust(recorder, batch(16), torch.Generator().manual_seed(seed))
+        training(recorder, batch(16), torch.Generator().manual_seed(seed))
     open_BN = torch.cat(recorder.masks).float()
     is_resnet = torch.tensor([unet.kinds[block] == "resnet" for block in unet.kept_blocks])
     assert (1 - open_BN[:, is_resnet]).mean() == pytest.approx(0.3, abs=0.02)
@@ -66,8 +66,8 @@ def test_ramps_rise_over_depth_or_over_the_training(pipeline, unet):
 def test_without_skipping_it_is_the_denoising_loss_of_the_stock_unet(prediction_type):
     pipeline = tiny_pipeline(prediction_type)
     unet = PrunableUNet2DConditionModel.from_unet(pipeline.unet)
-    robust = objective(pipeline, unet, skip_prob={"resnet": 0, "attention": 0}, caption_dropout=0)
-    loss, _ = robust(unet, batch(), torch.Generator().manual_seed(0))
+    training = objective(pipeline, unet, skip_prob={"resnet": 0, "attention": 0}, caption_dropout=0)
+    loss, _ = training(unet, batch(), torch.Generator().manual_seed(0))
     draw = torch.Generator().manual_seed(0)
     t = torch.randint(1000, (4,), generator=draw)
     noise = torch.randn(4, 4, 8, 8, generator=draw)
@@ -78,15 +78,15 @@ def test_without_skipping_it_is_the_denoising_loss_of_the_stock_unet(prediction_
 
 
 def test_with_the_teacher_alone_the_unpruned_network_has_no_loss(pipeline, unet):
-    robust = objective(pipeline, unet, skip_prob={"resnet": 0, "attention": 0}, teacher_weight=1.0)
-    loss, metrics = robust(unet, batch(), torch.Generator().manual_seed(0))
+    training = objective(pipeline, unet, skip_prob={"resnet": 0, "attention": 0}, teacher_weight=1.0)
+    loss, metrics = training(unet, batch(), torch.Generator().manual_seed(0))
     assert loss == 0 and metrics["denoising"] > 0
 
 
 def test_every_parameter_receives_a_gradient(pipeline, unet):
     """So that DistributedDataParallel needs no search for unused ones."""
-    robust = objective(pipeline, unet, skip_prob={"resnet": 0.9, "attention": 0.9})
-    loss, _ = robust(unet, batch(2), torch.Generator().manual_seed(0))
+    training = objective(pipeline, unet, skip_prob={"resnet": 0.9, "attention": 0.9})
+    loss, _ = training(unet, batch(2), torch.Generator().manual_seed(0))
     loss.backward()
     assert all(p.grad is not None for p in unet.parameters())
 

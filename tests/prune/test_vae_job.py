@@ -120,7 +120,7 @@ def test_other_ways_to_train_it(tmp_path, tiny_model, overrides):
 
 
 @pytest.mark.parametrize(
-    ("overrides", "told"),
+    ("overrides", "message"),
     [
         (
             ["decoder.width=0.3"],
@@ -143,11 +143,11 @@ def test_other_ways_to_train_it(tmp_path, tiny_model, overrides):
         (["model.name_or_path={narrow}"], "the model's VAE is NarrowAutoencoderKL"),
     ],
 )
-def test_mistakes_end_in_a_line_before_anything_is_made(overrides, told, finished, leave, tiny_model, tmp_path):
+def test_mistakes_end_in_a_line_before_anything_is_made(overrides, message, finished, leave, tiny_model, tmp_path):
     overrides = [word.format(narrow=finished[0] / "export") if "{narrow}" in word else word for word in overrides]
     code, stderr = leave(*SMALL, *tiny_model, *overrides)
     lines = [line for line in stderr.splitlines() if line.startswith("error: ")]
-    assert code == 1 and len(lines) == 1 and re.search(told, lines[0]), stderr
+    assert code == 1 and len(lines) == 1 and re.search(message, lines[0]), stderr
     assert not list((tmp_path / "runs").glob("prune_vae/round-*"))
 
 
@@ -251,10 +251,10 @@ def test_two_processes_judge_and_sample_as_one_does(tmp_path, tiny_model):
     there.mkdir(parents=True)
     shutil.copy(one / "round-00" / WEIGHTS, there)  # the same decoder to judge
     two = launch(2, tmp_path / "two", *job)
-    products = [
+    artifacts = [
         "channels.json",
         "heldout.safetensors",
         *(place(name, 2, 2.5) for name in ("teacher", "pruned", "student")),
     ]
-    for product in products:
-        assert (two / product).read_bytes() == (one / product).read_bytes(), product
+    for artifact in artifacts:
+        assert (two / artifact).read_bytes() == (one / artifact).read_bytes(), artifact

@@ -64,9 +64,9 @@ def read(
 
 
 def exported(pipeline: DiffusionPipeline) -> tuple[DiffusionPipeline, tuple[str, ...]]:
-    verdict = stock_config(pipeline.unet)
-    unet = pipeline.unet if verdict.config is None else to_stock(pipeline.unet)
-    return with_unet(pipeline, unet), verdict.obstacles
+    stock = stock_config(pipeline.unet)
+    unet = pipeline.unet if stock.config is None else to_stock(pipeline.unet)
+    return with_unet(pipeline, unet), stock.obstacles
 
 
 # ---- conditioning, latents ----

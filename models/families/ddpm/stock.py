@@ -3,13 +3,13 @@
 from diffusers import UNet2DModel
 
 from slimstep.models.families.ddpm.network import PrunableUNet2DModel
-from slimstep.models.families.stock import StockPlan, StockVerdict, public_fields
+from slimstep.models.families.stock import StockEquivalent, StockPlan, public_fields
 
 
-def stock_config(unet: UNet2DModel) -> StockVerdict:
+def stock_config(unet: UNet2DModel) -> StockEquivalent:
     """The stock configuration with the pruned UNet's output, or the blocks that have no place in one."""
     is_prunable = isinstance(unet, PrunableUNet2DModel)
-    return UNet2DPlan(unet).verdict if is_prunable else StockVerdict(public_fields(unet), ())
+    return UNet2DPlan(unet).equivalent if is_prunable else StockEquivalent(public_fields(unet), ())
 
 
 def to_stock(unet: UNet2DModel) -> UNet2DModel:

@@ -75,8 +75,8 @@ def load_folder(
 
 
 def exported(pipeline: DiffusionPipeline) -> tuple[DiffusionPipeline, tuple[str, ...]]:
-    verdict, vae = stock_config(pipeline.unet), stock_vae(pipeline.vae)
-    unet, obstacles = pipeline.unet if verdict.config is None else to_stock(pipeline.unet), verdict.obstacles
+    stock, vae = stock_config(pipeline.unet), stock_vae(pipeline.vae)
+    unet, obstacles = pipeline.unet if stock.config is None else to_stock(pipeline.unet), stock.obstacles
     if isinstance(vae, NarrowAutoencoderKL):
         obstacles += (f"vae.decoder: its widths {vae.decoder_widths} are not its encoder's",)
     keep_text_names(pipeline)
@@ -94,7 +94,7 @@ def keep_text_names(pipeline: DiffusionPipeline) -> None:
 
 def stock_vae(vae: nn.Module) -> nn.Module:
     """Diffusers' own class where the decoder has the encoder's widths; any other VAE as it is."""
-    if not isinstance(vae, NarrowAutoencoderKL) or vae.is_narrow:
+    if not isinstance(vae, NarrowAutoencoderKL) or vae.is_pruned:
         return vae
     own = ("decoder_block_out_channels", "decoder_norm_groups", "auto_map")
     stock = AutoencoderKL.from_config({k: v for k, v in vae.config.items() if k not in own})

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 
 from diffusers import UNet2DConditionModel
 
-from slimstep.models.families.stock import StockPlan, StockVerdict, count_layers, public_fields, simplest
+from slimstep.models.families.stock import StockEquivalent, StockPlan, count_layers, public_fields, simplest
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 
 PER_LEVEL = ("attention_head_dim", "num_attention_heads", "cross_attention_dim", "only_cross_attention")
 
 
-def stock_config(unet: UNet2DConditionModel) -> StockVerdict:
+def stock_config(unet: UNet2DConditionModel) -> StockEquivalent:
     """The stock configuration with the pruned UNet's output, or the blocks that have no place in one."""
     is_prunable = isinstance(unet, PrunableUNet2DConditionModel)
-    return UNet2DConditionPlan(unet).verdict if is_prunable else StockVerdict(public_fields(unet), ())
+    return UNet2DConditionPlan(unet).equivalent if is_prunable else StockEquivalent(public_fields(unet), ())
 
 
 def to_stock(unet: UNet2DConditionModel) -> UNet2DConditionModel:

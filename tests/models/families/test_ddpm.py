@@ -20,7 +20,7 @@ from slimstep.models.families.ddpm.stock import stock_config, to_stock
 from slimstep.models.family import denoiser_of
 from slimstep.models.noise_schedule import add_noise, ddim_step, pred_of, schedule_of
 from slimstep.models.pipeline import check_pipeline, export_pipeline, load_pipeline, with_unet
-from slimstep.prune.robust import RobustTraining
+from slimstep.prune.stochastic_depth import StochasticDepth
 
 MID = ("mid_block.resnets.0", "mid_block.attentions.0", "mid_block.resnets.1")
 
@@ -141,19 +141,19 @@ def pruned(architecture) -> PrunableUNet2DModel:
 @pytest.mark.parametrize("name", FITS)
 def test_the_stock_unet_has_the_pruned_ones_output(name):
     unet = pruned(FITS[name])
-    verdict = stock_config(unet)
-    assert not verdict.obstacles
+    equivalent = stock_config(unet)
+    assert not equivalent.obstacles
     stock = to_stock(unet)
     assert type(stock) is UNet2DModel and torch.equal(run(stock), run(unet))
-    again = UNet2DModel.from_config(json.loads(json.dumps(verdict.config)))
+    again = UNet2DModel.from_config(json.loads(json.dumps(equivalent.config)))
     assert again.num_parameters() == stock.num_parameters() == unet.num_parameters()
 
 
 @pytest.mark.parametrize("name", FITS_NOT)
 def test_what_no_stock_unet_expresses_is_named(name):
     architecture, reason = FITS_NOT[name]
-    verdict = stock_config(pruned(architecture))
-    assert verdict.config is None and any(reason.replace(" .", " (") in o for o in verdict.obstacles), verdict
+    equivalent = stock_config(pruned(architecture))
+    assert equivalent.config is None and any(reason.replace(" .", " (") in o for o in equivalent.obstacles), equivalent
     with pytest.raises(ValueError, match="no stock UNet2DModel is this network"):
         to_stock(pruned(architecture))
 
@@ -225,9 +225,9 @@ def test_sampling_is_the_stock_pipelines(scheduler):
     noise = [generator("sample", 5, i) for i in range(3)]
     theirs = stock(3, generator=noise, num_inference_steps=4, output_type="np").images
     # The stock pipeline goes on with the generators that made its first noise.
-    own = [generator("sample", 5, i) for i in range(3)]
-    first = torch.stack([torch.randn(3, 16, 16, generator=draw) for draw in own])
-    latents = sampler.latents(stock.unet, sampler.encode(prompts), first, generators=own)
+    noises = [generator("sample", 5, i) for i in range(3)]
+    first = torch.stack([torch.randn(3, 16, 16, generator=draw) for draw in noises])
+    latents = sampler.latents(stock.unet, sampler.encode(prompts), first, generators=noises)
     ours = sampler.decode(latents).permute(0, 2, 3, 1)
     assert torch.equal(ours, (torch.from_numpy(theirs) * 255).round().to(torch.uint8))
     assert torch.equal(first, torch.stack([sampler.noise(i) for i in range(3)]))
@@ -293,16 +293,16 @@ def trailing(prediction_type: str) -> DDIMScheduler:
     return DDIMScheduler(prediction_type=prediction_type, clip_sample=False, timestep_spacing="trailing")
 
 
-def rung(teacher_steps: int, steps: int, prediction_type: str = "v_prediction") -> Rung:
+def stage(teacher_steps: int, steps: int, prediction_type: str = "v_prediction") -> Rung:
     return Rung(trailing(prediction_type), teacher_steps, trailing(prediction_type), steps)
 
 
 OBJECTIVES = {
-    "stochastic depth": lambda **own: RobustTraining(**own, skip_prob={"resnet": 0.2, "attention": 0.2},
+    "stochastic depth": lambda **noises: StochasticDepth(**noises, skip_prob={"resnet": 0.2, "attention": 0.2},
                                                      teacher_weight=0.5),
-    "denoising": lambda **own: Denoising(**own),
-    "recovery": lambda **own: Recovery(**own),
-    "steps": lambda **own: StepDistillation(**own, rung=rung(8, 4), guided_share=0.0),
+    "denoising": lambda **noises: Denoising(**noises),
+    "recovery": lambda **noises: Recovery(**noises),
+    "steps": lambda **noises: StepDistillation(**noises, stage=stage(8, 4), guided_share=0.0),
 }  # fmt: skip
 
 
@@ -318,11 +318,11 @@ def test_a_training_step_moves_every_block(name):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_one_step_to_the_target_lands_where_the_teachers_two_steps_land(unet, prediction_type):
-    own = given(unet, prediction_type)
+    noises = given(unet, prediction_type)
     schedule, denoiser, bounds_NK = (
-        own["schedule"],
-        own["denoiser"],
-        rung(8, 4, prediction_type).bounds(own["schedule"]),
+        noises["schedule"],
+        noises["denoiser"],
+        stage(8, 4, prediction_type).bounds(noises["schedule"]),
     )
     x0, noise = (torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     start = Draw(x0, noise, add_noise(x0, noise, schedule.alpha_sigma(bounds_NK[:, 0])), bounds_NK, Conditioning())

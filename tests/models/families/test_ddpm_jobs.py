@@ -38,17 +38,17 @@ def run(experiment: str, place: Path, *overrides: str) -> tuple[Path, str]:
     """The job's folder, and what it printed."""
     data = ["data=imagefolder", f"data.root={place}/images", "data.heldout_fraction=0.3"]
     small = ["train.steps=2", "train.batch_size=4", "eval.prompts=4", "eval.pictures=2", "latency.iterations=3"]
-    words = [f"+experiment={experiment}", f"model.name_or_path={place}/model", f"root={place}/runs", *data, *small]
-    command = [sys.executable, str(ROOT / "train.py"), *words, f"name={experiment}", *overrides]
+    arguments = [f"+experiment={experiment}", f"model.name_or_path={place}/model", f"root={place}/runs", *data, *small]
+    command = [sys.executable, str(ROOT / "train.py"), *arguments, f"name={experiment}", *overrides]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode in (0, 3), done.stderr
     return place / "runs" / experiment, done.stdout
 
 
 def test_a_ddpm_is_pruned_by_the_error_of_its_images(place):
-    own = ["recovery.train.steps=2", "recovery.train.batch_size=4", "search.rounds=1", "search.target_fraction=0.9",
+    changes = ["recovery.train.steps=2", "recovery.train.batch_size=4", "search.rounds=1", "search.target_fraction=0.9",
            "scoring.prompts=4", "scoring.steps=2", "eval.steps=2", "latency.additive_samples=2"]  # fmt: skip
-    path, printed = run("prune_ddpm", place, *own)
+    path, printed = run("prune_ddpm", place, *changes)
     scores = json.loads((path / "round-00/scores.json").read_text())
     assert scores["protocol"]["metric"] == "image_error" and scores["base"]["clip"] == 0
     assert all(block["delta_clip"] >= 0 for block in scores["sites"].values())
@@ -59,14 +59,15 @@ def test_a_ddpm_is_pruned_by_the_error_of_its_images(place):
     assert student["metrics"]["fd"]["fd"] > 0 and student["metrics"]["fd"]["features"] == "8×8 pixels"
     assert "image_error to the reference" in printed and (path / "report.html").is_file()
     assert "Fréchet distance" in (path / "export/README.md").read_text()
-    is_stock = json.loads((path / "export/verdict.json").read_text())["is_stock"]
+    is_stock = json.loads((path / "export/export_report.json").read_text())["is_stock"]
     exported = DiffusionPipeline.from_pretrained(path / "export", trust_remote_code=not is_stock)
     assert exported(num_inference_steps=2).images[0].size == (8, 8)
 
 
 def test_a_ddpm_is_distilled_in_steps(place):
-    own = ["ladder.steps=[4,2]", "velocity.train.steps=2", "velocity.train.batch_size=4", "curves.steps=[2]"]
-    path, printed = run("distill_ddpm", place, *own)
+    conversion = ["v_prediction.train.steps=2", "v_prediction.train.batch_size=4"]
+    changes = ["distillation.steps=[4,2]", "curves.steps=[2]", *conversion]
+    path, printed = run("distill_ddpm", place, *changes)
     evaluation = json.loads((path / "evaluation.json").read_text())
     models = [point["model"] for point in evaluation["points"]]
     assert models == ["teacher", "teacher", "teacher-dpm", "teacher-v", "steps-2"] and "latent_error" in printed
