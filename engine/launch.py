@@ -280,7 +280,7 @@ def check_chosen(config: DictConfig) -> None:
     named know drawn shapes alone, and what they make and say of photographs is noise."""
     keys = {parsed(override).key_or_group for override in HydraConfig.get().overrides.task}
     asks: Sequence[str] = ASKING.get(str(config.job), () if config.job else ("model", "scorer"))
-    asks = [part for part in asks if part != "scorer" or config.scorer is not None]  # some experiments take none
+    asks = [part for part in asks if part != "scorer" or config.scorer]  # some experiments take none
     if OmegaConf.select(config.data, "pairs._target_") != "slimstep.data.shapes.ShapesPairs":
         chosen_data = f"data={HydraConfig.get().runtime.choices.get('data')}"
     else:

@@ -49,6 +49,9 @@ class Benchmark:
             raise ValueError("times are those of one process: start the benchmark without accelerate launch's others")
         self.given = given_models(config, [config.eval.steps], "time")
         self.given.check()
+        if not self.given.is_conditional:
+            raise ValueError(f"{self.given.paths} take no prompts, and what is timed here begins with their encoding; "
+                             "a DDPM's UNet is timed by +experiment=prune_ddpm")  # fmt: skip
         if (images := config.benchmark.images) > (prompts := config.eval.prompts):
             raise ValueError(f"benchmark.images={images} is more than eval.prompts={prompts}")
         self.config, self.run, self.device = copy.deepcopy(config), run, run.accelerator.device

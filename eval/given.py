@@ -13,6 +13,7 @@ from slimstep.engine.components import check
 from slimstep.engine.names import check_name, disk_name
 from slimstep.eval.config import Config
 from slimstep.eval.inputs import frozen
+from slimstep.models.family import family_at
 from slimstep.models.pipeline import check_pipeline, load_pipeline, stored_scheduler
 from slimstep.models.schedulers import check_sampling
 from slimstep.models.sizes import native_pixels, set_resolution
@@ -58,6 +59,14 @@ class GivenModels:
     def paths(self) -> dict[str, str]:
         """{name: folder or hub id}."""
         return {name: model.path for name, model in self.models.items()}
+
+    @property
+    def is_conditional(self) -> bool:
+        """Whether there are prompts. ValueError where that is so of some of the models alone."""
+        kinds = {path: family_at(path).IS_CONDITIONAL for path in self.paths.values()}
+        if len(set(kinds.values())) > 1:
+            raise ValueError(f"models={self.paths}: some take prompts and some do not, {kinds}; compare them apart")
+        return all(kinds.values())
 
     @property
     def reference(self) -> tuple[str, int]:

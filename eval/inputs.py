@@ -131,12 +131,17 @@ def read_prompt_set(config: Config) -> PromptSet:
     return read_prompts(str(file), column) if file else component(config, "data.prompts")
 
 
+def numbered_images(count: int) -> PromptSet:
+    """What stands in the place of prompts where there are none: image i has noise i."""
+    return PromptSet(tuple(f"image {i}" for i in range(count)), "numbers")
+
+
 def load_prompts(teacher: Teacher) -> tuple[PromptSet, PromptSet]:
     """The calibration prompts, which blocks are ranked on, and others, the eval prompts; of an unconditional model
     numbers, each with its noise."""
     config = teacher.config
     if not teacher.is_conditional:
-        numbers = PromptSet(tuple(f"image {i}" for i in range(config.scoring.prompts + config.eval.prompts)), "numbers")
+        numbers = numbered_images(config.scoring.prompts + config.eval.prompts)
         return disjoint_prompts(numbers, config.scoring.prompts, config.eval.prompts)
     prompts = read_prompt_set(config)
     cut = sum(is_truncated(teacher.pipeline, prompt) for prompt in prompts.prompts)
@@ -166,7 +171,7 @@ def seen_prompts(run: Run) -> dict[str, int]:
 
 def load_scorer(config: Config, device: torch.device) -> ClipScorer | None:
     """None where the configuration has none, as unconditional models need none."""
-    return None if config.scorer is None else component(config, "scorer", device=device)
+    return component(config, "scorer", device=device) if config.scorer else None
 
 
 def load_metrics(
@@ -178,7 +183,7 @@ def load_metrics(
     images and the distance to real ones. ValueError where there is no scorer, and prompts.
     """
     if is_conditional and scorer is None:
-        raise ValueError("scorer=null, and images are scored for their prompts: scorer=openclip takes any CLIP")
+        raise ValueError("scorer=none, and images are scored for their prompts: scorer=openclip takes any CLIP")
     requested = {"metrics": config.metrics, "evaluation.preferences": config.evaluation.preferences}
     for key, names in requested.items():
         if names is not None and not OmegaConf.is_dict(names):

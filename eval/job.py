@@ -28,13 +28,14 @@ from slimstep.eval.inputs import (
     heldout_pairs,
     load_metrics,
     load_scorer,
+    numbered_images,
     read_prompt_set,
     real_images,
     storage,
 )
 from slimstep.eval.metrics.clip import ClipScorer
 from slimstep.eval.metrics.inception import Inception
-from slimstep.eval.metrics.metric import FeatureDistance, FeatureSimilarity, InceptionDistance, Psnr
+from slimstep.eval.metrics.metric import FeatureDistance, FeatureSimilarity, InceptionDistance, PixelDistance, Psnr
 from slimstep.eval.overlap import among, known_captions, read_calibration_prompts
 from slimstep.eval.pages.evaluation_page import header, rows, summary, write_evaluation_report
 from slimstep.eval.pages.tables import console_table
@@ -61,15 +62,17 @@ def evaluate(config: Config, run: Run) -> int | Plan:
     models.check()
     config = copy.deepcopy(config)
     config.data.resolution = resolution_of(models)
-    prompts, scorer = eval_prompts(config), load_scorer(config, run.accelerator.device)
+    is_conditional, scorer = models.is_conditional, load_scorer(config, run.accelerator.device)
+    prompts = eval_prompts(config) if is_conditional else numbered_images(config.eval.prompts)
     evaluator = evaluator_of(models, config, run, prompts, scorer)
-    has_images = not config.data.prompt_file or config.evaluation.distribution
+    has_images = is_conditional and (not config.data.prompt_file or config.evaluation.distribution)
     if config.plan:
         stages = [*(scorer_stage(run) if has_images else []), *evaluation_stages(models, config)]
         reference = models.load(models.paths[models.reference[0]]).to(run.accelerator.device)
         line, hours = time_line(Teacher(reference, config, run), stages, [])
         return Plan(f"{stages_table(run, stages)}\n{line}", hours)
-    check_scorer(config, run, scorer, has_images=has_images)
+    if is_conditional:
+        check_scorer(config, run, scorer, has_images=has_images)
     points = [evaluator.point(*key) for key in settings(models, config)]
     seen = seen_in_training(config, prompts) if has_images else {}
     evaluation = evaluator.evaluate(points, models.paths, protocol(config, scorer), seen)
@@ -93,12 +96,12 @@ def evaluation_stages(models: GivenModels, config: Config) -> Iterator[Stage]:
     yield Stage("report.html", "")
 
 
-def protocol(config: Config, scorer: ClipScorer) -> dict[str, Any]:
+def protocol(config: Config, scorer: ClipScorer | None) -> dict[str, Any]:
     """What makes scores comparable beside the prompts."""
     described = {**(config.evaluation.preferences or {}), **(config.metrics or {})}
     file = config.evaluation.inception
     return {
-        **scorer.protocol,
+        **(scorer.protocol if scorer else {}),
         "seed": config.eval.seed,
         "inception": file and digest(Path(file))[:12],
         "metrics": OmegaConf.to_container(OmegaConf.create(described), resolve=True),
@@ -137,14 +140,15 @@ def seen_in_training(config: Config, prompts: PromptSet) -> dict[str, int]:
 
 
 def evaluator_of(
-    models: GivenModels, config: Config, run: Run, prompts: PromptSet, scorer: ClipScorer
+    models: GivenModels, config: Config, run: Run, prompts: PromptSet, scorer: ClipScorer | None
 ) -> Evaluator:
     """Raises ValueError, before anything is drawn, for a precision, metrics or real images that cannot be had."""
     device, evaluation = run.accelerator.device, config.evaluation
     precision = settled(config.sampling.precision, device)
-    metrics = {**load_metrics(config, scorer, device), "psnr": Psnr(), "features": FeatureSimilarity(scorer)}
+    features = {"features": FeatureSimilarity(scorer)} if scorer else {}
+    metrics = {**load_metrics(config, scorer, device, models.is_conditional), "psnr": Psnr(), **features}
     if evaluation.distribution:
-        metrics["fd"] = FeatureDistance(scorer)
+        metrics["fd"] = FeatureDistance(scorer) if scorer else PixelDistance()
         if len(heldout_pairs(config, evaluation.real_images)) < 2:
             raise ValueError("fewer than 2 held-out images are too few for FID: evaluation.distribution=false")
     if evaluation.inception:
@@ -164,8 +168,8 @@ def evaluator_of(
     def candidate(name: str, steps: int, guidance: float) -> Candidate:
         pipeline = pipeline_of(name)
         drawn = sampler(pipeline, steps, guidance)
-        facts = {"parameters": {"UNet": count_parameters(pipeline.unet),
-                                "decoder": count_parameters(pipeline.vae.decoder)},
+        parts = {"UNet": pipeline.unet, **({"decoder": drawn.codec.decoder} if drawn.codec else {})}
+        facts = {"parameters": {name: count_parameters(part) for name, part in parts.items()},
                  "evaluations": drawn.evaluations(pipeline.unet)}  # fmt: skip
         return Candidate(partial(drawn.images, pipeline.unet, prompts.prompts), drawn.protocol, facts)
 
@@ -177,7 +181,8 @@ def compile_pipeline(
     name: str, pipeline: DiffusionPipeline, sampler: Sampler, prompts: PromptSet, config: Config, run: Run
 ) -> None:
     """Compiles UNet and VAE decoder by drawing a batch, with the graphs that an earlier process has left."""
-    size, networks = min(config.eval.batch_size, len(prompts)), [described(pipeline.unet), described(pipeline.vae)]
+    parts = [pipeline.unet, *filter(None, [sampler.codec])]
+    size, networks = min(config.eval.batch_size, len(prompts)), [described(part) for part in parts]
     guided = [guidance > 1 for guidance in config.curves.guidance]
     key = [*networks, size, guided, torch.__version__, run.accelerator.device.type]
     key += [] if sampler.precision == "float32" else [sampler.precision]

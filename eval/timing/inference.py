@@ -20,6 +20,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slimstep.eval.timing.precision import has_tf32, products
+from slimstep.models.family import family_of
 from slimstep.models.pipeline import quiet
 
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
@@ -116,10 +117,10 @@ def prepare(pipeline: DiffusionPipeline, inference: InferenceConfig, device: tor
     check_runs(inference, device)
     with quiet():
         pipeline.to(device, inference.torch_dtype)
-    nets = controlnets(pipeline)
+    nets, decoders = controlnets(pipeline), codecs(pipeline)
     if len(nets) > 1 and inference.compile in GRAPHS:
         raise CannotRunError("diffusers marks no steps for the CUDA graphs of several ControlNets")
-    for network in (pipeline.unet, *nets, pipeline.vae):
+    for network in (pipeline.unet, *nets, *decoders):
         network.to(memory_format=FORMATS[inference.memory_format])
     for network in (pipeline.unet, *nets):
         if inference.attention == "vanilla":
@@ -127,8 +128,8 @@ def prepare(pipeline: DiffusionPipeline, inference: InferenceConfig, device: tor
         elif inference.attention in KERNELS:
             use_kernel(network, KERNELS[inference.attention])
     if inference.fused_qkv:
-        pipeline.unet.fuse_qkv_projections()
-        pipeline.vae.fuse_qkv_projections()
+        for network in (pipeline.unet, *decoders):
+            network.fuse_qkv_projections()
     if inference.quantize != "none":
         quantize(pipeline.unet, inference.quantize)
     compile_networks(pipeline, inference)
@@ -141,6 +142,11 @@ def controlnets(pipeline: DiffusionPipeline) -> list[nn.Module]:
     if isinstance(controlnet, MultiControlNetModel):
         return list(controlnet.nets)
     return [] if controlnet is None else [controlnet]
+
+
+def codecs(pipeline: DiffusionPipeline) -> list[nn.Module]:
+    """The VAE; none in pixel space."""
+    return [*filter(None, [family_of(pipeline).codec(pipeline)])]
 
 
 def use_kernel(network: nn.Module, kernel: SDPBackend) -> None:
@@ -184,7 +190,8 @@ def compile_networks(pipeline: DiffusionPipeline, inference: InferenceConfig) ->
     else:
         how = {"mode": inference.compile, "fullgraph": True}
     pipeline.unet = torch.compile(pipeline.unet, **how)
-    pipeline.vae.decoder = torch.compile(pipeline.vae.decoder, **how)
+    for vae in codecs(pipeline):
+        vae.decoder = torch.compile(vae.decoder, **how)
     compiled = [torch.compile(net, **how) for net in controlnets(pipeline)]
     if len(compiled) > 1:
         pipeline.controlnet.nets = nn.ModuleList(compiled)

@@ -10,7 +10,7 @@ from slimstep.data.cache import cache_pairs
 from slimstep.distill.prediction import Denoising
 from slimstep.distill.recovery import Recovery
 from slimstep.distill.steps import StepDistillation
-from slimstep.distill.teaching import Draw, Rung, teacher_target
+from slimstep.distill.teaching import Draw, StepSchedule, teacher_target
 from slimstep.engine.seeding import generator
 from slimstep.eval.sampling import Sampler
 from slimstep.models.conditioning import Conditioning
@@ -225,9 +225,9 @@ def test_sampling_is_the_stock_pipelines(scheduler):
     noise = [generator("sample", 5, i) for i in range(3)]
     theirs = stock(3, generator=noise, num_inference_steps=4, output_type="np").images
     # The stock pipeline goes on with the generators that made its first noise.
-    noises = [generator("sample", 5, i) for i in range(3)]
-    first = torch.stack([torch.randn(3, 16, 16, generator=draw) for draw in noises])
-    latents = sampler.latents(stock.unet, sampler.encode(prompts), first, generators=noises)
+    options = [generator("sample", 5, i) for i in range(3)]
+    first = torch.stack([torch.randn(3, 16, 16, generator=draw) for draw in options])
+    latents = sampler.latents(stock.unet, sampler.encode(prompts), first, generators=options)
     ours = sampler.decode(latents).permute(0, 2, 3, 1)
     assert torch.equal(ours, (torch.from_numpy(theirs) * 255).round().to(torch.uint8))
     assert torch.equal(first, torch.stack([sampler.noise(i) for i in range(3)]))
@@ -293,16 +293,16 @@ def trailing(prediction_type: str) -> DDIMScheduler:
     return DDIMScheduler(prediction_type=prediction_type, clip_sample=False, timestep_spacing="trailing")
 
 
-def stage(teacher_steps: int, steps: int, prediction_type: str = "v_prediction") -> Rung:
-    return Rung(trailing(prediction_type), teacher_steps, trailing(prediction_type), steps)
+def step_schedule(teacher_steps: int, steps: int, prediction_type: str = "v_prediction") -> StepSchedule:
+    return StepSchedule(trailing(prediction_type), teacher_steps, trailing(prediction_type), steps)
 
 
 OBJECTIVES = {
-    "stochastic depth": lambda **noises: StochasticDepth(**noises, skip_prob={"resnet": 0.2, "attention": 0.2},
+    "stochastic depth": lambda **options: StochasticDepth(**options, skip_prob={"resnet": 0.2, "attention": 0.2},
                                                      teacher_weight=0.5),
-    "denoising": lambda **noises: Denoising(**noises),
-    "recovery": lambda **noises: Recovery(**noises),
-    "steps": lambda **noises: StepDistillation(**noises, stage=stage(8, 4), guided_share=0.0),
+    "denoising": lambda **options: Denoising(**options),
+    "recovery": lambda **options: Recovery(**options),
+    "steps": lambda **options: StepDistillation(**options, step_schedule=step_schedule(8, 4), guided_share=0.0),
 }  # fmt: skip
 
 
@@ -318,11 +318,11 @@ def test_a_training_step_moves_every_block(name):
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
 def test_one_step_to_the_target_lands_where_the_teachers_two_steps_land(unet, prediction_type):
-    noises = given(unet, prediction_type)
+    options = given(unet, prediction_type)
     schedule, denoiser, bounds_NK = (
-        noises["schedule"],
-        noises["denoiser"],
-        stage(8, 4, prediction_type).bounds(noises["schedule"]),
+        options["schedule"],
+        options["denoiser"],
+        step_schedule(8, 4, prediction_type).bounds(options["schedule"]),
     )
     x0, noise = (torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
     start = Draw(x0, noise, add_noise(x0, noise, schedule.alpha_sigma(bounds_NK[:, 0])), bounds_NK, Conditioning())

@@ -64,6 +64,17 @@ def test_a_ddpm_is_pruned_by_the_error_of_its_images(place):
     assert exported(num_inference_steps=2).images[0].size == (8, 8)
 
 
+def test_ddpms_are_evaluated_without_prompts(place):
+    """The teacher at two numbers of steps: nearness to the first, the distance to real images, and no CLIP score."""
+    models = f"models={{teacher: {{path: {place}/model, steps: [4, 2]}}}}"
+    changes = ["scorer=none", "curves.guidance=[1]", "model=path", "evaluation.real_images=4", models]
+    path, printed = run("evaluate", place, *changes)
+    teacher, fewer = json.loads((path / "evaluation.json").read_text())["points"]
+    assert "clip" not in teacher["metrics"] and teacher["metrics"]["image_error"] is None
+    assert fewer["metrics"]["image_error"]["mean"] > 0 and fewer["metrics"]["fd"]["features"] == "8×8 pixels"
+    assert json.loads(printed.splitlines()[-1])["run"] == str(path) and (path / "report.html").is_file()
+
+
 def test_a_ddpm_is_distilled_in_steps(place):
     conversion = ["v_prediction.train.steps=2", "v_prediction.train.batch_size=4"]
     changes = ["distillation.steps=[4,2]", "curves.steps=[2]", *conversion]
