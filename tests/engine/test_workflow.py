@@ -34,9 +34,15 @@ def test_a_value_is_read_as_it_was_written(value):
     assert OverridesParser.create().parse_override(f"key={hydra_value(value)}").value() == value
 
 
+composed = functools.cache(slimstep.engine.workflow.compose)
+
+
 @pytest.fixture
 def workflow(monkeypatch, capfd, tmp_path):
-    """Runs the whole method with jobs that only leave folders: exit code, what ran, its configurations, stderr."""
+    """Runs the whole method with jobs that only leave folders: exit code, what ran, its configurations, stderr.
+
+    It runs in the test's folder: the commands of its stages, and what is composed of them, are the same in all tests.
+    """
     ran = []
 
     def job(config):
@@ -52,7 +58,8 @@ def workflow(monkeypatch, capfd, tmp_path):
         config_of[path.name] = config
         return 3 if path.name == "prune_unet" else 0
 
-    config_of, composed = {}, functools.cache(slimstep.engine.workflow.compose)
+    config_of = {}
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(slimstep.engine.workflow, "compose", lambda words: copy.deepcopy(composed(tuple(words))))
     monkeypatch.setattr(slimstep.engine.workflow, "free_memory", lambda: None)  # nothing was loaded
     monkeypatch.setattr(slimstep.engine.execution, "run_job", job)
@@ -61,7 +68,7 @@ def workflow(monkeypatch, capfd, tmp_path):
 
     def run(*overrides):
         ran.clear()
-        monkeypatch.setattr(sys, "argv", ["train.py", "+experiment=snapfusion", f"root={tmp_path}", *overrides])
+        monkeypatch.setattr(sys, "argv", ["train.py", "+experiment=snapfusion", "root=.", *overrides])
         with pytest.raises(SystemExit) as leaving:
             main()
         said = capfd.readouterr()
