@@ -99,15 +99,15 @@ def check_scorer(config: Config, run: Run, scorer: ClipScorer, has_images: bool 
     if new:
         outcome = measured(config, run, scorer) if has_images else unchecked(prompts_alone(config))
         record = run.agreed({**measured_on, **outcome})
-    sentence = data_sentence(record)
-    if sentence and "unchecked" not in record and not scorer.force:
+    doubt = data_sentence(record)
+    if doubt and "unchecked" not in record and not scorer.force:
         way = "choose one that knows them, as scorer=openclip scorer.model=ViT-g-14 scorer.pretrained=laion2b_s34b_b88k"
-        raise ValueError(f"{sentence}: {way}; scorer.force=true goes on with this one")
+        raise ValueError(f"{doubt}: {way}; scorer.force=true goes on with this one")
     if new and run.accelerator.is_main_process:
         write_json(run.path / SCORER_CHECK, record)
     run.accelerator.wait_for_everyone()
-    if sentence:
-        log.warning(sentence)
+    if doubt:
+        log.warning(doubt)
     elif new:
         log.info(
             f"the scorer knows these data: {sentence(record, 'captions')}" if "own" in record else record["unchecked"]

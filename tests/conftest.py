@@ -13,7 +13,7 @@ import slimstep.configs.schema  # noqa: F401  the keys of all jobs
 from slimstep.engine.launch import main
 from tests.elsewhere import processes_elsewhere
 from tests.photos import photo_folder  # noqa: F401
-from tests.tiny import tiny_pipeline, write_random_inception, write_tiny_clip
+from tests.tiny import small_pipeline, tiny_pipeline, write_random_inception, write_tiny_clip
 
 
 def pytest_collection_finish():
@@ -30,8 +30,16 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def tiny_pipeline_folder(tmp_path_factory):
-    """A random v-prediction pipeline of SD-1.5's topology as a diffusers folder."""
+    """A random v-prediction pipeline with a UNet of two levels as a diffusers folder."""
     folder = tmp_path_factory.mktemp("tiny") / "pipeline"
+    small_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sd15_folder(tmp_path_factory):
+    """A random v-prediction pipeline of SD-1.5's topology, which single files have, as a diffusers folder."""
+    folder = tmp_path_factory.mktemp("sd15") / "pipeline"
     tiny_pipeline("v_prediction").save_pretrained(folder)
     return folder
 

@@ -38,7 +38,7 @@ def real():
     return heldout_scenes(N, seed=11)
 
 
-def test_the_unet_has_the_sites_of_stable_diffusion_1_5(pipeline):
+def test_the_unet_has_the_blocks_of_stable_diffusion_1_5(pipeline):
     assert sum(isinstance(module, ResnetBlock2D) for module in pipeline.unet.modules()) == 22
     assert sum(isinstance(module, Transformer2DModel) for module in pipeline.unet.modules()) == 16
 

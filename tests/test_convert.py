@@ -30,20 +30,20 @@ def convert(monkeypatch, capfd):
     return run
 
 
-def test_a_folder_becomes_a_file_and_the_file_a_folder(convert, tiny_pipeline_folder, tmp_path, caplog):
-    file, folder, config = tmp_path / "one.safetensors", tmp_path / "folder", ("--config", tiny_pipeline_folder)
-    assert convert(tiny_pipeline_folder, file)[0] == 0
+def test_a_folder_becomes_a_file_and_the_file_a_folder(convert, sd15_folder, tmp_path, caplog):
+    file, folder, config = tmp_path / "one.safetensors", tmp_path / "folder", ("--config", sd15_folder)
+    assert convert(sd15_folder, file)[0] == 0
     said = " ".join(record.message for record in caplog.records)
     assert "has to know prediction_type=v_prediction" in said
     assert "reading" in said and "writing 0.00 GB" in said and "done in" in said
     assert convert(file, folder, *config)[0] == 0
-    assert_equal_weights(load_pipeline(folder), load_pipeline(tiny_pipeline_folder))
+    assert_equal_weights(load_pipeline(folder), load_pipeline(sd15_folder))
     assert file.stat().st_mode & 0o777 == 0o644
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "one.safetensors"]
 
 
-def test_a_web_uis_file_becomes_the_usual_one(convert, tiny_pipeline_folder, tmp_path):
-    convert(tiny_pipeline_folder, tmp_path / "usual.safetensors")
+def test_a_web_uis_file_becomes_the_usual_one(convert, sd15_folder, tmp_path):
+    convert(sd15_folder, tmp_path / "usual.safetensors")
     usual = load_file(tmp_path / "usual.safetensors")
     names = {"q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0", "norm": "group_norm"}
     mixed = {}
@@ -53,27 +53,27 @@ def test_a_web_uis_file_becomes_the_usual_one(convert, tiny_pipeline_folder, tmp
         key = f"{place}{found}{names[name]}.{end}" if found else key
         mixed[key] = value.flatten(1) if found and value.ndim > 1 else value
     save_file({key: value.contiguous() for key, value in mixed.items()}, tmp_path / "web_ui.safetensors")
-    convert(tmp_path / "web_ui.safetensors", tmp_path / "folder", "--config", tiny_pipeline_folder)
+    convert(tmp_path / "web_ui.safetensors", tmp_path / "folder", "--config", sd15_folder)
     convert(tmp_path / "folder", tmp_path / "again.safetensors")
     again = load_file(tmp_path / "again.safetensors")
     assert again.keys() == usual.keys() and all(torch.equal(again[key], usual[key]) for key in usual)
 
 
-def test_a_file_without_a_vae_is_given_one(convert, tiny_pipeline_folder, tmp_path):
+def test_a_file_without_a_vae_is_given_one(convert, sd15_folder, tmp_path):
     whole, part = tmp_path / "whole.safetensors", tmp_path / "part.safetensors"
-    convert(tiny_pipeline_folder, whole)
+    convert(sd15_folder, whole)
     save_file({key: value for key, value in load_file(whole).items() if "first_stage" not in key}, part)
-    arguments = (part, tmp_path / "folder", "--config", tiny_pipeline_folder)
+    arguments = (part, tmp_path / "folder", "--config", sd15_folder)
     assert "it holds no VAE" in error_line(*convert(*arguments))
-    assert convert(*arguments, "--vae", tiny_pipeline_folder / "vae")[0] == 0
-    assert_equal_weights(load_pipeline(tmp_path / "folder"), load_pipeline(tiny_pipeline_folder))
+    assert convert(*arguments, "--vae", sd15_folder / "vae")[0] == 0
+    assert_equal_weights(load_pipeline(tmp_path / "folder"), load_pipeline(sd15_folder))
 
 
-def test_dtypes_are_kept_or_chosen(convert, tiny_pipeline_folder, tmp_path):
+def test_dtypes_are_kept_or_chosen(convert, sd15_folder, tmp_path):
     half, folder = tmp_path / "half.safetensors", tmp_path / "half"
-    convert(tiny_pipeline_folder, half, "--dtype", "float16")
+    convert(sd15_folder, half, "--dtype", "float16")
     assert {value.dtype for key, value in load_file(half).items() if key not in ("v_pred", "ztsnr")} == {torch.float16}
-    convert(half, folder, "--config", tiny_pipeline_folder, "--variant", "fp16")
+    convert(half, folder, "--config", sd15_folder, "--variant", "fp16")
     assert (folder / "unet/diffusion_pytorch_model.fp16.safetensors").is_file()
     assert load_pipeline(folder, None, "fp16").text_encoder.dtype == torch.float16
     assert "has no weights of variant=None: choose fp16" in error_line(*convert(folder, tmp_path / "two.safetensors"))
@@ -81,31 +81,31 @@ def test_dtypes_are_kept_or_chosen(convert, tiny_pipeline_folder, tmp_path):
     assert load_file(tmp_path / "two.safetensors")["model.diffusion_model.out.2.bias"].dtype == torch.bfloat16
 
 
-def test_nothing_is_replaced_unless_asked(convert, tiny_pipeline_folder, tmp_path):
+def test_nothing_is_replaced_unless_asked(convert, sd15_folder, tmp_path):
     file = tmp_path / "mine.safetensors"
     file.write_text("precious")
-    assert "mine.safetensors exists: --force replaces it" in error_line(*convert(tiny_pipeline_folder, file))
+    assert "mine.safetensors exists: --force replaces it" in error_line(*convert(sd15_folder, file))
     assert file.read_text() == "precious"
-    assert convert(tiny_pipeline_folder, file, "--force")[0] == 0 and load_file(file)
+    assert convert(sd15_folder, file, "--force")[0] == 0 and load_file(file)
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder/thesis.txt").write_text("precious")
-    here = (file, tmp_path / "folder", "--config", tiny_pipeline_folder)
+    here = (file, tmp_path / "folder", "--config", sd15_folder)
     assert "folder exists: --force replaces it" in error_line(*convert(*here))
     assert "holds something else than a pipeline" in error_line(*convert(*here, "--force"))
 
 
-def test_what_cannot_be_converted_is_one_line(convert, tiny_pipeline_folder, tmp_path):
-    pipeline = load_pipeline(tiny_pipeline_folder)
+def test_what_cannot_be_converted_is_one_line(convert, sd15_folder, tmp_path):
+    pipeline = load_pipeline(sd15_folder)
     pruned = with_unet(pipeline, pipeline.unet.with_architecture({"down_blocks.0.attentions.1": 0}))
     export_pipeline(pruned, tmp_path / "pruned")
     file = tmp_path / "one.safetensors"
     cases = {
         "no original layout, since its UNet is pruned": (tmp_path / "pruned", file),
-        "must end in .safetensors": (tiny_pipeline_folder, tmp_path / "one"),
+        "must end in .safetensors": (sd15_folder, tmp_path / "one"),
         "is a file, and so is the source": (file, tmp_path / "two.safetensors"),
         "one.safetensors' does not exist": (file, tmp_path / "folder"),
         "'/nowhere' is no folder": ("/nowhere", file),
-        "--config=sd15 is for a single file": (tiny_pipeline_folder, file, "--config", "sd15"),
+        "--config=sd15 is for a single file": (sd15_folder, file, "--config", "sd15"),
     }
     for message, arguments in cases.items():
         line = error_line(*convert(*arguments))

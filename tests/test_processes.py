@@ -55,7 +55,7 @@ def test_two_and_three_processes_score_as_one_does(tmp_path, tiny_model):
 
 
 @pytest.mark.slow
-def test_two_and_three_processes_judge_a_ladder_as_one_does(tmp_path, tiny_model):
+def test_two_and_three_processes_evaluate_a_distillation_as_one_does(tmp_path, tiny_model):
     job = [*DISTILLING, "distillation.steps=[4,2]", "eval.batch_size=2", *tiny_model]
     one = launch(1, tmp_path / "one", *job)
     for processes in (2, 3):

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from tests.jobs import run_job
 from tests.tiny import tiny_pipeline, tiny_tokenizer
 from tests.user_errors import error_line
 
@@ -76,7 +77,7 @@ PRUNING = {
     "no scorer": (["scorer.model=local-dir:/nowhere"], r"/nowhere"),
     "no such weights": (["scorer=openclip", "scorer.model=ViT-B-32", "scorer.pretrained=openai"], r"not in the cache"),
     "misspelt scorer": (["scorer=openclip", "scorer.model=ViT-B-33"], r"ViT-B-33.*close names: ViT-B-32"),
-    "resolution that does not fit": (["data.resolution=20"], r"20x20 px.*nearest: 16, 32"),
+    "resolution that does not fit": (["data.resolution=18"], r"18x18 px.*nearest: 16, 20"),
     "more prompts than there are": (["data.prompt_file={three}"], r"three distinct|3 distinct"),
     "empty prompts": (["data.prompt_file={empty}"], r"empty.txt: line 1 is empty"),
     "prompt file of another kind": (["data.prompt_file={picture}"], r"unknown kind '.png'"),
@@ -259,7 +260,7 @@ def test_a_mistake_gets_one_line_and_a_non_zero_exit(leave, places, tiny_model, 
     assert not list((tmp_path / "runs").rglob("weights.safetensors"))
 
 
-def test_an_experiment_without_its_plus_is_reported_the_plus(leave):
+def test_an_experiment_without_its_plus_is_shown_the_plus(leave):
     assert "an experiment is added, +experiment=prune_unet" in error_line(*leave("experiment=prune_unet"))
 
 
@@ -316,9 +317,27 @@ def test_a_corrected_mistake_goes_on_under_the_same_name(leave, tiny_model, tmp_
     assert leave(*small)[0] == 0
 
 
-def test_damaged_files_of_a_run_are_one_line(leave, tiny_model, tmp_path):
-    small, path = [*JOB, "search=manual", "data.pairs.size=16", *tiny_model], tmp_path / "runs/prune_unet"
-    assert leave(*small)[0] == 0
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, tiny_model):
+    """The words of a small pruning, and the root under which it has run."""
+    root, small = tmp_path_factory.mktemp("finished"), [*JOB, "search=manual", "data.pairs.size=16", *tiny_model]
+    done = run_job("name=prune_unet", f"root={root}", *small)
+    assert done.returncode == 0, done.stderr
+    return small, root
+
+
+@pytest.fixture
+def copied(finished, tmp_path):
+    """The words of a small pruning, which has run under the root of the test."""
+    small, root = finished
+    shutil.copytree(root, tmp_path / "runs")
+    config = tmp_path / "runs/prune_unet/config.yaml"
+    config.write_text(config.read_text().replace(f"root: {root}", f"root: {tmp_path / 'runs'}"))
+    return small
+
+
+def test_damaged_files_of_a_run_are_one_line(leave, copied, tmp_path):
+    small, path = copied, tmp_path / "runs/prune_unet"
     (path / "recovery/weights.safetensors").write_bytes(b"torn")
     (path / "export.sealed.json").unlink()
     assert "recovery/weights.safetensors is damaged" in error_line(*leave(*small))
@@ -348,8 +367,8 @@ def test_a_loss_that_is_not_finite_is_reported_with_what_is_kept(leave, tiny_mod
     assert (tmp_path / "runs/prune_unet/round-00/not-finite-step-00000002-rank-0.pt").is_file()
 
 
-def test_a_run_of_another_configuration_is_refused_or_moved_aside(leave, tiny_model, tmp_path):
-    small = [*JOB, "search=manual", "data.pairs.size=16", *tiny_model]
+def test_a_run_of_another_configuration_is_refused_or_moved_aside(leave, copied, tmp_path):
+    small = copied
     assert leave(*small)[0] == 0
     assert "seed: 0 there, 1 now" in error_line(*leave(*small, "seed=1"))
     assert leave(*small, "seed=1", "run.overwrite=true")[0] == 0

@@ -45,6 +45,21 @@ def tiny_unet() -> UNet2DConditionModel:
     )  # fmt: skip
 
 
+def small_unet() -> UNet2DConditionModel:
+    """Two levels, each operation of a network that has four: 8 ResNets and 4 cross-attentions, for jobs."""
+    return UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, cross_attention_dim=WIDTH, attention_head_dim=2,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        layers_per_block=1,
+    )  # fmt: skip
+
+
+def small_pipeline(prediction_type: str = "v_prediction") -> StableDiffusionPipeline:
+    """Stable Diffusion 1.5 with two levels. Equal weights at every call."""
+    torch.manual_seed(0)
+    return tiny_pipeline(prediction_type, unet=small_unet())
+
+
 def tiny_pipeline(
     prediction_type: str = "epsilon", vae_channels: tuple[int, ...] = (8, 8), unet: UNet2DConditionModel | None = None
 ) -> StableDiffusionPipeline:

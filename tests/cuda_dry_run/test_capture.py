@@ -6,7 +6,7 @@ import torch
 from slimstep.eval.timing.inference import CannotRunError, InferenceConfig
 from slimstep.eval.timing.speed import TimedPipeline
 from slimstep.models.schedulers import swapped_scheduler
-from tests.cuda_dry_run.conftest import small_pipeline
+from tests.tiny import small_pipeline
 
 
 def captured(scheduler):

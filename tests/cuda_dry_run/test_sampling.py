@@ -7,8 +7,7 @@ from slimstep.eval.metrics.clip import ClipScorer
 from slimstep.eval.sampling import Sampler
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.schedulers import swapped_scheduler
-from tests.cuda_dry_run.conftest import small_pipeline
-from tests.tiny import tiny_sdxl_pipeline
+from tests.tiny import small_pipeline, tiny_sdxl_pipeline
 
 
 def waits_of(gpu, scheduler, steps, make=small_pipeline):

@@ -22,9 +22,8 @@ from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.noise_schedule import schedule_of
 from slimstep.prune.stochastic_depth import StochasticDepth
-from tests.cuda_dry_run.conftest import small_pipeline
 from tests.engine.two_networks import FakeScore, network
-from tests.tiny import DENOISER, WIDTH, no_caption
+from tests.tiny import DENOISER, WIDTH, no_caption, small_pipeline
 
 SKIPS = {"resnet": 0.2, "attention": 0.2}
 OBJECTIVES = {

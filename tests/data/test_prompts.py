@@ -256,7 +256,7 @@ def test_ranking_and_judging_share_no_prompt_however_few_there_are():
         disjoint_prompts(PromptSet(("a", "a"), "one"), 1, 1)
 
 
-def test_what_is_left_out_is_not_judged_on_and_few_prompts_are_repeated():
+def test_what_is_left_out_is_not_evaluated_on_and_few_prompts_are_repeated():
     letters = PromptSet(tuple("abcda"), "letters")
     assert letters.without({"b", "z"}, 2).prompts == ("a", "c")
     assert letters.without({"b"}, 5).prompts == ("a", "c", "d", "a", "c")

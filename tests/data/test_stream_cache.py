@@ -206,7 +206,7 @@ def test_large_images_are_held_few_at_a_time(pipeline, tmp_path, monkeypatch):
     assert [few[i]["index"] for i in range(10)] == [whole[i]["index"] for i in range(10)]
 
 
-def test_a_share_of_broken_samples_is_judged_at_the_end_or_far_above_it(pipeline, tmp_path):
+def test_a_share_of_broken_samples_is_checked_at_the_end_or_far_above_it(pipeline, tmp_path):
     good = sound([f"{i:04d}" for i in range(300)])
     bad = {f"bad{i:02d}.txt": b"alone" for i in range(60)}
     tar = write_tar(tmp_path / "a.tar", {**{f"bad{i:02d}.txt": b"alone" for i in range(12)}, **good})

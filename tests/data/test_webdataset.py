@@ -336,12 +336,12 @@ class Server(SimpleHTTPRequestHandler):
 
     def do_GET(self):
         if not Path(self.translate_path(self.path)).is_file():
-            self.asked.append(self.path)
+            self.requested.append(self.path)
             return self.send_error(404)
         content = Path(self.translate_path(self.path)).read_bytes()
         requested = self.headers.get("Range") if self.ranges else None
         start = int(requested.removeprefix("bytes=").removesuffix("-")) if requested else 0
-        self.asked.append(start)
+        self.requested.append(start)
         self.send_response(206 if requested else 200)
         rest = content[start:]
         self.send_header("Content-Length", str(len(rest)))
@@ -355,7 +355,7 @@ class Server(SimpleHTTPRequestHandler):
 @pytest.fixture
 def served(tmp_path, monkeypatch):
     monkeypatch.setattr(sources.time, "sleep", lambda _: None)
-    monkeypatch.setattr(Server, "asked", [])
+    monkeypatch.setattr(Server, "requested", [])
     server = ThreadingHTTPServer(("127.0.0.1", 0), partial(Server, directory=str(tmp_path)))
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
@@ -367,8 +367,8 @@ def test_a_url_gives_what_the_file_gives_and_goes_on_by_a_range(tmp_path, served
     (path,) = write_tars(tmp_path, tars=1)
     here, there = read(path), read(f"{served}/part-{{000..000}}.tar")
     assert here == there
-    Server.asked.clear()
-    assert read(f"{served}/part-000.tar", start=here[5].end) == here[6:] and Server.asked == [here[5].end]
+    Server.requested.clear()
+    assert read(f"{served}/part-000.tar", start=here[5].end) == here[6:] and Server.requested == [here[5].end]
 
 
 @pytest.mark.parametrize(("ranges", "breaks"), [(True, True), (False, False), (False, True)])
@@ -391,11 +391,11 @@ def test_images_behind_urls_are_asked_for_again_where_a_connection_breaks_and_on
     monkeypatch.setattr(Server, "breaks", True)
     (tmp_path / "a.png").write_bytes(picture("a", size=(64, 64)))
     assert image_cell({"bytes": None, "path": f"{served}/a.png"}) == (tmp_path / "a.png").read_bytes()
-    assert len(Server.asked) > 1
-    Server.asked.clear()
+    assert len(Server.requested) > 1
+    Server.requested.clear()
     with pytest.raises(OSError, match=r"gone.png cannot be read \(HTTP Error 404"):
         image_cell(f"{served}/gone.png")
-    assert Server.asked == ["/gone.png"]
+    assert Server.requested == ["/gone.png"]
 
 
 def test_a_dead_link_is_asked_twice_and_letters_that_no_url_has_are_quoted(tmp_path, served, monkeypatch):

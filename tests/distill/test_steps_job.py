@@ -77,7 +77,7 @@ def test_every_student_is_a_stock_pipeline_that_draws_what_we_evaluated(finished
         torch.testing.assert_close(theirs, ours, rtol=1e-4, atol=1e-4)
 
 
-def test_the_judgement_holds_every_point_paired_with_the_teacher(finished):
+def test_the_evaluation_holds_every_point_paired_with_the_teacher(finished):
     path, done = finished
     points = read_evaluation(path).points
     evaluated = {(model, steps) for model in ("teacher", "teacher-dpm", "steps-2", "steps-1") for steps in (1, 2)}
@@ -174,7 +174,7 @@ def assert_drawn_alike_elsewhere(export, steps, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("objective", ["guidance", "lcm"])
-def test_students_that_are_told_their_guidance_need_one_evaluation_a_step(tmp_path, tiny_model, objective):
+def test_guidance_distilled_students_need_one_evaluation_a_step(tmp_path, tiny_model, objective):
     embedded = [f"objective={objective}", "distillation.guidance_embed_dim=32", "distillation.steps=[4,2]"]
     done = run(*tiny_model, f"root={tmp_path}", *embedded)
     assert done.returncode == 0, done.stderr

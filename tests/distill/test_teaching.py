@@ -183,7 +183,7 @@ def test_the_original_loss_is_brought_to_the_size_of_the_distillation(unet):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in unet.parameters())
 
 
-def test_a_student_that_is_told_begins_as_it_was(unet):
+def test_a_guidance_distilled_student_begins_as_it_was(unet):
     prunable = PrunableUNet2DConditionModel.from_unet(unet).with_architecture({"mid_block.attentions.0": 0})
     z, t_B, text = batch()["latents"], torch.full((6,), 500), batch()["text"]
     with torch.no_grad():

@@ -97,7 +97,7 @@ CANNOT = [({"optimizer": "adafactor"}, "choose adamw8bit"), ({"compile": True}, 
 
 
 @pytest.mark.parametrize(("requested", "message"), CANNOT)
-def test_what_cannot_be_sharded_is_reported(requested, message):
+def test_what_cannot_be_sharded_is_an_error(requested, message):
     alone, sharing = (SimpleNamespace(distributed_type=kind) for kind in (DistributedType.NO, DistributedType.FSDP))
     check_sharding(TrainConfig(**requested), alone)
     with pytest.raises(ValueError, match=message):

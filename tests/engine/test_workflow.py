@@ -111,7 +111,7 @@ def test_a_stage_may_have_data_and_a_precision_of_its_own(workflow, tmp_path):
 def test_a_plan_tells_every_stage_and_how_long_all_take(workflow):
     assert workflow("plan=true")[:2] == (0, [])
     assert all(f"## {name}" in workflow.stdout for name in STAGES)
-    assert "all stages: about 7.0 h of networks at work" in workflow.stdout.splitlines()[-1]
+    assert "all stages: about 7.0 h of running networks" in workflow.stdout.splitlines()[-1]
 
 
 def test_what_follows_from_a_new_product_begins_anew(workflow, tmp_path, caplog):
@@ -185,7 +185,7 @@ def test_a_folder_of_the_users_own_is_not_replaced(workflow, tmp_path):
     assert (code, ran) == (1, []) and "snapfusion/export is a folder that this run has not made" in stderr
 
 
-def test_a_ladder_that_goes_on_is_no_finished_stage(workflow):
+def test_a_distillation_that_goes_on_is_no_finished_stage(workflow):
     workflow()
     _, ran, configs, stderr = workflow("stages.distill_steps.distillation.steps=[32,16,8,4]", "run.overwrite=true")
     assert ran[0] == "distill_steps" and list(configs["distill_steps"].distillation.steps) == [32, 16, 8, 4], stderr

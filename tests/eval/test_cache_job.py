@@ -123,7 +123,7 @@ USER_ERRORS = {
     "a source by number": (["data=webdataset", "data.source=5"], "data.pairs.source=5: .*string"),
     "an unknown storage": (["data.cache.dtype=int8"], "data.cache.dtype='int8' is unknown; choose from float32, float"),
     "shards of nothing": (["data.cache.shard_size=0"], "data.cache: shard_size=0 must be at least 1"),
-    "a size that does not fit": (["data.resolution=20"], "20x20 px.*nearest: 16, 32"),
+    "a size that does not fit": (["data.resolution=18"], "18x18 px.*nearest: 16, 20"),
     "a hub that is not there": (
         ["data=hub", "data.streaming=true", "data.source=no/such"],
         "no/such.*cannot be loaded",

@@ -71,7 +71,7 @@ def test_the_sentences_stand_at_the_head_of_every_page(tmp_path):
     assert "prune_unet: the scorer shapes-clip cannot evaluate these data" in head
 
 
-def test_a_teacher_above_chance_is_not_told(tmp_path):
+def test_a_teacher_above_chance_is_no_caution(tmp_path):
     run = write_run(tmp_path / "prune_unet")
     edit(run / "evaluation.json", of_teacher(versus(30.0, 10.0, 1.0)))
     assert cautions(run) == []

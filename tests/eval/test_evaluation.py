@@ -82,20 +82,20 @@ def test_a_model_may_have_its_own_numbers_of_steps(leave, tmp_path, tiny_model, 
     assert results["reference"] == {"model": "a", "steps": 3}
 
 
-def test_every_model_is_judged_at_the_resolution_that_is_asked_for(leave, tmp_path, tiny_model, models):
+def test_every_model_is_evaluated_at_the_resolution_that_is_asked_for(leave, tmp_path, tiny_model, models):
     evaluated = ["evaluation.distribution=false", "curves.guidance=[3]", "curves.steps=[2]"]
     code, stderr = leave(*tiny_model, *SMALL, models, *evaluated, "data.resolution=32")
     assert code == 0, stderr
     points = json.loads((tmp_path / "runs/evaluate/evaluation.json").read_text())["points"]
     assert [point["protocol"]["latents"] for point in points] == [[4, 16, 16]] * 2
-    line = error_line(*leave(*tiny_model, *SMALL, models, *evaluated, "data.resolution=20", "name=other"))
-    assert "multiples of 16" in line
+    line = error_line(*leave(*tiny_model, *SMALL, models, *evaluated, "data.resolution=18", "name=other"))
+    assert "multiples of 4" in line
 
 
 @pytest.mark.parametrize(
     "wrong", ["{path: DIR, stp: [1]}", "{steps: [1]}", "{path: DIR, steps: 4}", "{path: DIR, steps: [0]}"]
 )
-def test_a_model_that_is_told_wrongly_is_named(leave, tiny_model, tiny_pipeline_folder, wrong):
+def test_a_model_that_is_written_wrongly_is_named(leave, tiny_model, tiny_pipeline_folder, wrong):
     models = f"models={{student: {wrong.replace('DIR', str(tiny_pipeline_folder))}}}"
     assert "models.student" in error_line(*leave(*tiny_model, *SMALL, models))
 
@@ -111,7 +111,7 @@ def test_differences_are_paired_with_the_reference_at_its_most_steps(finished):
             assert point["metrics"]["psnr"]["mean"] < 58
 
 
-def test_a_setting_that_is_judged_is_not_judged_again(finished, tiny_model, models):
+def test_a_setting_that_is_evaluated_is_not_evaluated_again(finished, tiny_model, models):
     path, _ = finished
     before = {file: file.stat().st_mtime_ns for file in path.glob("evaluation/**/*.json")}
     gone = path / "evaluation/student/guidance-3.0-steps-1.json"
@@ -254,11 +254,11 @@ def test_fid_and_kid_stand_beside_the_distances_of_the_scorer(results, tmp_path,
     assert ["FID" in heading and "KID ×1000 ± sd" in heading for heading in headings] == [True, False]
 
 
-def test_a_single_file_is_evaluated_as_the_folder_of_the_same_model(results, tmp_path, tiny_pipeline_folder):
+def test_a_single_file_is_evaluated_as_the_folder_of_the_same_model(results, tmp_path, sd15_folder):
     file = tmp_path / "tiny.safetensors"
-    save_file(original_weights(StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder)), file)
-    given = f"models={{folder: {tiny_pipeline_folder}, file: {file}}}"
-    found = results(given, f"model.single_file_config={tiny_pipeline_folder}")
+    save_file(original_weights(StableDiffusionPipeline.from_pretrained(sd15_folder)), file)
+    given = f"models={{folder: {sd15_folder}, file: {file}}}"
+    found = results(given, f"model.single_file_config={sd15_folder}")
     ours, theirs = scores(found)
     assert ours == theirs
 
@@ -288,7 +288,7 @@ def test_what_belongs_to_the_teacher_is_not_given_to_its_students(tiny_pipeline_
         assert differing == ([attention] if name == "teacher" else [])
 
 
-def test_options_of_a_model_that_is_not_evaluated_are_told(tiny_pipeline_folder):
+def test_options_of_a_model_that_is_not_evaluated_are_an_error(tiny_pipeline_folder):
     for changes in ({"scheduler": "euler"}, {"scheduler": "euler", "name_or_path": "elsewhere"}):
         with pytest.raises(ValueError, match="model.scheduler=euler is of model.name_or_path=.*not among models="):
             given([str(tiny_pipeline_folder)], **changes).check()
@@ -334,7 +334,7 @@ def test_names_of_models_fit_on_a_disk(tmp_path):
 
 
 @pytest.mark.slow
-def test_compiled_networks_judge_alike_and_leave_their_graphs_for_the_next(finished, tmp_path, tiny_model):
+def test_compiled_networks_score_alike_and_leave_their_graphs_for_the_next(finished, tmp_path, tiny_model):
     given = [*tiny_model, "evaluation.compile=true", f"evaluation.artifacts={tmp_path / 'artifacts'}",
              "eval.batch_size=4", "curves.steps=[2]", "curves.guidance=[3]"]  # fmt: skip
     job = [sys.executable, ROOT / "train.py", *SMALL, *given, f"root={tmp_path}"]

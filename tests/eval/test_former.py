@@ -4,10 +4,7 @@ Each is a job on the random model of tests/tiny.py, run before there was one lay
 """
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +19,7 @@ from PIL import Image
 from slimstep.configs.schema import Config
 from slimstep.engine.checked import CONFIGS
 from slimstep.engine.identity import existing_run
+from slimstep.engine.renamed import with_new_key
 from slimstep.engine.run import Run
 from slimstep.eval.pages.comparison import compare_runs
 from slimstep.eval.pages.evaluation_page import write_evaluation_report
@@ -32,7 +30,8 @@ from slimstep.eval.pages.vae_page import write_vae_report
 from slimstep.eval.record import read_evaluation
 from slimstep.models.pipeline import load_pipeline
 from slimstep.prune.latency import read_table
-from tests.tiny import tiny_pipeline, write_tiny_clip
+from tests.jobs import run_job
+from tests.tiny import small_pipeline, write_tiny_clip
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMER = ROOT / "tests/fixtures/former"
@@ -149,7 +148,7 @@ def test_runs_are_compared(runs, tmp_path):
 @pytest.mark.parametrize("job", WORDS)
 def test_the_same_command_means_the_same_run(runs, job):
     with initialize_config_dir(str(CONFIGS), version_base="1.3"):
-        composed = compose("train", [f"+experiment={job}", *COMMON, *WORDS[job]])
+        composed = compose("train", [with_new_key(word) for word in (f"+experiment={job}", *COMMON, *WORDS[job])])
     config = OmegaConf.to_container(OmegaConf.merge(OmegaConf.structured(Config), composed), resolve=True)
     other = {**config, "seed": 1}
     (runs / job / "report.html").touch()
@@ -162,16 +161,15 @@ def test_the_same_command_means_the_same_run(runs, job):
         run.keep_config(other, ignoring=())
 
 
-def test_a_finished_evaluation_makes_nothing_anew(runs, tmp_path):
+def test_a_finished_evaluation_makes_nothing_anew(runs, tmp_path, monkeypatch):
     for folder in ("model", "runs/prune_unet/export"):
-        tiny_pipeline("v_prediction").save_pretrained(tmp_path / folder)
+        small_pipeline().save_pretrained(tmp_path / folder)
     (tmp_path / "scorer").mkdir()
     write_tiny_clip(tmp_path / "scorer")
     write_evaluation_report(runs / "evaluate")
     before = {file: file.stat().st_mtime_ns for file in (runs / "evaluate").rglob("*")}
-    command = [sys.executable, str(ROOT / "train.py"), "+experiment=evaluate", *COMMON, *WORDS["evaluate"]]
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=env)
+    monkeypatch.chdir(tmp_path)
+    done = run_job("+experiment=evaluate", *COMMON, *WORDS["evaluate"])
     assert done.returncode == 0, done.stderr
     assert "nothing was made anew" in done.stderr
     assert {file: file.stat().st_mtime_ns for file in (runs / "evaluate").rglob("*")} == before

@@ -14,7 +14,7 @@ from slimstep.eval.timing.graphs import WARMUP, CannotCaptureError, CapturedCall
 from slimstep.eval.timing.latency import compare_ms, forward_call, settled_launch
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.prune.latency import method_of
-from tests.tiny import tiny_unet
+from tests.tiny import small_unet
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
 FEW = LatencyConfig(warmup=1, iterations=3, text_length=5)
@@ -75,7 +75,7 @@ def test_a_call_that_waits_is_refused_before_anything_is_captured(device):
 
 @pytest.fixture(scope="module")
 def unet():
-    return PrunableUNet2DConditionModel.from_unet(tiny_unet())
+    return PrunableUNet2DConditionModel.from_unet(small_unet())
 
 
 @pytest.fixture

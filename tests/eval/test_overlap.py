@@ -23,7 +23,7 @@ from slimstep.eval.pages.text import overlap_sentence
 from slimstep.prune.vae_job import training_prompts
 from tests.data.tars import picture, write_tar
 from tests.eval.run_stub import write_run
-from tests.tiny import tiny_pipeline
+from tests.tiny import small_pipeline
 
 PROMPTS = PromptSet(("a cat", "A red  Dog", "a bird", "a cat", "a fish"), "prompts")
 
@@ -83,7 +83,7 @@ def test_of_a_stream_the_cache_is_looked_up(tmp_path):
     }
     pairs = WebDatasetPairs(str(write_tar(tmp_path / "a.tar", files)), 16, "all")
     assert known_captions(pairs, tmp_path / "cache") is None
-    cache_pairs(pairs, tiny_pipeline(), tmp_path / "cache")
+    cache_pairs(pairs, small_pipeline(), tmp_path / "cache")
     assert sorted(known_captions(pairs, tmp_path / "cache")) == ["a a", "a b"]
     other = WebDatasetPairs(str(tmp_path / "a.tar"), 8, "all")
     assert known_captions(other, tmp_path / "cache") is None
@@ -93,7 +93,7 @@ def test_a_caption_is_read_without_drawing_or_encoding_an_image(tmp_path):
     pairs = ShapesPairs("train", 12, resolution=16)
     captions = [pairs[k]["caption"] for k in range(12)]
     assert [pairs.caption(k) for k in range(12)] == captions
-    cached = cache_pairs(pairs, tiny_pipeline(), tmp_path, shard_size=5)
+    cached = cache_pairs(pairs, small_pipeline(), tmp_path, shard_size=5)
     assert set(cached.distinct_captions()) == set(captions)
 
 

@@ -13,7 +13,7 @@ from slimstep.eval.latents import sampled_latents
 from slimstep.eval.pages.comparison import metric, protocol_differences
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.timing.precision import products, settled
-from tests.tiny import tiny_pipeline
+from tests.tiny import small_pipeline
 from tests.user_errors import error_line
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -28,7 +28,7 @@ def capability(monkeypatch):
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return tiny_pipeline()
+    return small_pipeline("epsilon")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_bfloat16_is_the_unets_and_latents_stay_float32(pipeline):
 def test_every_protocol_says_it(pipeline):
     for precision in ("float32", "tf32", "bfloat16"):
         assert Sampler(pipeline, 2, 1.0, precision=precision).protocol["precision"] == precision
-    halved = tiny_pipeline().to(torch.bfloat16)
+    halved = small_pipeline("epsilon").to(torch.bfloat16)
     assert Sampler(halved, 2, 1.0, precision="tf32").protocol["precision"] == "bfloat16"  # of its weights
 
 

@@ -93,7 +93,7 @@ def test_what_leaves_clip_scores_alone_does_not_keep_them_from_being_compared(tm
 
 
 @pytest.mark.parametrize(("weights", "compared"), [("v1", True), ("v2", False)])
-def test_preferences_are_compared_where_one_scorer_judged(tmp_path, weights, compared):
+def test_preferences_are_compared_of_one_scorer(tmp_path, weights, compared):
     folders = []
     for name, options, shift in (("a", "v1", 0), ("b", weights, 2)):
         folder = one(tmp_path / name, name, f"/{name}", scores(shift))

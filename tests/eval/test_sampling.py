@@ -20,7 +20,7 @@ from slimstep.data.encoding import encode_images
 from slimstep.eval.sampling import Sampler
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.guidance import with_guidance_embedding
-from tests.tiny import tiny_pipeline
+from tests.tiny import small_pipeline
 
 PROMPTS = ("a red circle", "a blue square above a green star", "two yellow triangles", "a small red star")
 
@@ -38,7 +38,7 @@ def stock_images(pipeline, sampler: Sampler, indices) -> torch.Tensor:
 @pytest.mark.parametrize("guidance_scale", [1.0, 3.0])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_images_are_those_of_the_stock_pipeline(prediction_type, guidance_scale):
-    pipeline = tiny_pipeline(prediction_type)
+    pipeline = small_pipeline(prediction_type)
     sampler = Sampler(pipeline, steps=4, guidance_scale=guidance_scale)
     images = sampler.images(pipeline.unet, PROMPTS, [0, 1, 2])
     assert images.dtype == torch.uint8 and images.shape == (3, 3, 16, 16)
@@ -48,7 +48,7 @@ def test_images_are_those_of_the_stock_pipeline(prediction_type, guidance_scale)
 
 @pytest.mark.parametrize("scheduler", [EulerDiscreteScheduler, DPMSolverMultistepScheduler, PNDMScheduler])
 def test_any_scheduler_of_the_pipeline_draws_as_in_the_pipeline(scheduler):
-    pipeline = tiny_pipeline()
+    pipeline = small_pipeline("epsilon")
     pipeline.scheduler = scheduler.from_config(pipeline.scheduler.config)
     sampler = Sampler(pipeline, steps=5, guidance_scale=2.0)
     first = sampler.images(pipeline.unet, PROMPTS, [2, 3])
@@ -57,8 +57,8 @@ def test_any_scheduler_of_the_pipeline_draws_as_in_the_pipeline(scheduler):
     assert torch.equal(first, again), "a scheduler carried state between batches"
 
 
-def test_a_unet_that_is_reported_its_guidance_draws_as_in_the_pipeline():
-    pipeline = tiny_pipeline()
+def test_a_guidance_distilled_unet_draws_as_in_the_pipeline():
+    pipeline = small_pipeline("epsilon")
     torch.manual_seed(1)
     pipeline.unet = with_guidance_embedding(pipeline.unet, 32)
     torch.nn.init.normal_(pipeline.unet.time_embedding.cond_proj.weight)
@@ -69,7 +69,7 @@ def test_a_unet_that_is_reported_its_guidance_draws_as_in_the_pipeline():
 
 
 def test_an_image_belongs_to_its_prompt_not_to_its_batch():
-    pipeline = tiny_pipeline()
+    pipeline = small_pipeline("epsilon")
     pipeline.scheduler = LCMScheduler.from_config(pipeline.scheduler.config)  # draws noise at every step
     sampler = Sampler(pipeline, steps=3, guidance_scale=3.0)
     together = sampler.images(pipeline.unet, PROMPTS, [0, 1, 2, 3])
@@ -80,7 +80,7 @@ def test_an_image_belongs_to_its_prompt_not_to_its_batch():
 
 
 def test_the_seed_and_the_index_make_the_noise():
-    pipeline = tiny_pipeline()
+    pipeline = small_pipeline("epsilon")
     sampler, other = (Sampler(pipeline, 2, 1.0, seed=seed) for seed in (0, 1))
     assert torch.equal(sampler.noise(3), Sampler(pipeline, 9, 7.5, seed=0).noise(3))
     assert not torch.equal(sampler.noise(3), sampler.noise(4))
@@ -102,7 +102,7 @@ class SpyUNet(nn.Module):
 
 def test_block_masks_reach_both_halves_of_a_guidance_batch():
     unet = SpyUNet()
-    sampler = Sampler(tiny_pipeline(), steps=2, guidance_scale=3.0)
+    sampler = Sampler(small_pipeline("epsilon"), steps=2, guidance_scale=3.0)
     mask = torch.tensor([[True, False, True], [False, True, True]])
     sampler.images(unet, PROMPTS, [0, 0], block_mask_BN=mask)
     for call in unet.calls:
@@ -114,13 +114,13 @@ def test_block_masks_reach_both_halves_of_a_guidance_batch():
 
 def test_without_guidance_there_is_no_unconditional_half():
     unet = SpyUNet()
-    Sampler(tiny_pipeline(), steps=1, guidance_scale=1.0).images(unet, PROMPTS, [0, 1])
+    Sampler(small_pipeline("epsilon"), steps=1, guidance_scale=1.0).images(unet, PROMPTS, [0, 1])
     assert [len(call["sample"]) for call in unet.calls] == [2]
     assert unet.calls[0]["mask"] is None
 
 
 def test_texts_are_encoded_once_per_prompt_set(monkeypatch):
-    pipeline = tiny_pipeline()
+    pipeline = small_pipeline("epsilon")
     sampler = Sampler(pipeline, steps=1, guidance_scale=2.0)
     texts = sampler.encode(PROMPTS)
     monkeypatch.setattr(pipeline, "encode_prompt", lambda *_, **__: pytest.fail("encoded again"))
@@ -129,7 +129,7 @@ def test_texts_are_encoded_once_per_prompt_set(monkeypatch):
 
 
 def test_decoding_rounds_as_the_pipelines_image_processor():
-    pipeline = tiny_pipeline()
+    pipeline = small_pipeline("epsilon")
     latents = torch.randn(5, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         decoded = pipeline.vae.decode(latents / pipeline.vae.config.scaling_factor, return_dict=False)[0]
@@ -139,7 +139,7 @@ def test_decoding_rounds_as_the_pipelines_image_processor():
 
 def test_rounding_of_halves_is_that_of_numpy():
     halves = (torch.arange(256, dtype=torch.float32) + 0.5) / 255 * 2 - 1
-    pipeline = tiny_pipeline()
+    pipeline = small_pipeline("epsilon")
     pipeline.vae.decode = lambda z, return_dict: (halves.expand(1, 3, 1, 256),)
     expected = np.array(pipeline.image_processor.postprocess(halves.expand(1, 3, 1, 256))[0])
     decoded = Sampler(pipeline, 1, 1.0).decode(torch.zeros(1, 4, 1, 1))
@@ -148,11 +148,11 @@ def test_rounding_of_halves_is_that_of_numpy():
 
 def test_no_steps_is_refused():
     with pytest.raises(ValueError, match="steps is 0"):
-        Sampler(tiny_pipeline(), steps=0, guidance_scale=1.0)
+        Sampler(small_pipeline("epsilon"), steps=0, guidance_scale=1.0)
 
 
-def test_a_closed_gate_samples_as_the_pruned_unet_does():
-    pipeline = tiny_pipeline()
+def test_a_closed_mask_samples_as_the_pruned_unet_does():
+    pipeline = small_pipeline("epsilon")
     unet = PrunableUNet2DConditionModel.from_unet(pipeline.unet).eval()
     sampler = Sampler(pipeline, steps=3, guidance_scale=3.0)
     mask = torch.ones(2, len(unet.kept_blocks), dtype=torch.bool)
@@ -166,7 +166,7 @@ def test_a_closed_gate_samples_as_the_pruned_unet_does():
 
 @pytest.mark.slow
 def test_all_steps_and_batches_share_one_compiled_graph():
-    pipeline = tiny_pipeline()
+    pipeline = small_pipeline("epsilon")
     unet = PrunableUNet2DConditionModel.from_unet(pipeline.unet).eval()
     sampler = Sampler(pipeline, steps=3, guidance_scale=3.0)
     mask = torch.ones(2, len(unet.kept_blocks), dtype=torch.bool)
@@ -182,7 +182,7 @@ def test_all_steps_and_batches_share_one_compiled_graph():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_a_gpu_draws_what_the_cpu_draws():
-    pipeline = tiny_pipeline()
+    pipeline = small_pipeline("epsilon")
     sampler = Sampler(pipeline, steps=4, guidance_scale=3.0)
     expected = sampler.images(pipeline.unet, PROMPTS, [0, 1])
     pipeline.to("cuda")
@@ -192,7 +192,7 @@ def test_a_gpu_draws_what_the_cpu_draws():
 
 
 def test_evaluations_of_the_unet_are_counted_as_the_scheduler_asks_for_them():
-    pipeline = tiny_pipeline()
+    pipeline = small_pipeline("epsilon")
     requested = []
     pipeline.unet.register_forward_pre_hook(lambda module, inputs: requested.append(len(inputs[0])))
     for kind in (PNDMScheduler, HeunDiscreteScheduler, EulerDiscreteScheduler):
@@ -209,7 +209,7 @@ def test_evaluations_of_the_unet_are_counted_as_the_scheduler_asks_for_them():
     [("vae.decoder", "AutoencoderKL in float32 made images"), ("unet", "UNet2DConditionModel in float32 made latents")],
 )
 def test_images_that_are_not_finite_are_an_error_and_not_black(part, message):
-    pipeline = tiny_pipeline()
+    pipeline = small_pipeline("epsilon")
     torch.nn.init.constant_(attrgetter(part)(pipeline).conv_out.bias, torch.nan)
     sampler = Sampler(pipeline, steps=1, guidance_scale=1.0)
     with pytest.raises(ValueError, match=f"{message} that are not finite"):
@@ -219,13 +219,13 @@ def test_images_that_are_not_finite_are_an_error_and_not_black(part, message):
 
 
 def test_decoding_keeps_nothing_for_gradients():
-    pipeline = tiny_pipeline()
+    pipeline = small_pipeline("epsilon")
     assert pipeline.vae.decoder.conv_out.weight.requires_grad
     assert not Sampler(pipeline, steps=1, guidance_scale=1.0).pixels(torch.randn(1, 4, 8, 8)).requires_grad
 
 
 def test_an_autoencoder_is_given_a_few_large_images_at_a_time(monkeypatch):
-    pipeline, given = tiny_pipeline(), []
+    pipeline, given = small_pipeline("epsilon"), []
     sampler, latents = Sampler(pipeline, steps=1, guidance_scale=1.0), torch.randn(5, 4, 8, 8)
     images = torch.randint(256, (5, 3, 16, 16), dtype=torch.uint8)
     one_by_one = torch.cat([sampler.decode(row) for row in latents.split(1)])
@@ -240,6 +240,6 @@ def test_an_autoencoder_is_given_a_few_large_images_at_a_time(monkeypatch):
 
 def test_rows_of_texts_are_those_of_all_bit_for_bit(monkeypatch):
     monkeypatch.setattr("slimstep.eval.sampling.TEXTS_PER_BATCH", 3)
-    sampler = Sampler(tiny_pipeline(), steps=1, guidance_scale=3.0)
+    sampler = Sampler(small_pipeline("epsilon"), steps=1, guidance_scale=3.0)
     whole, some = sampler.encode(PROMPTS).rows([3, 0, 3]), sampler.encode_rows(PROMPTS, [3, 0, 3])
     assert torch.equal(whole.tensors["text"], some.tensors["text"])

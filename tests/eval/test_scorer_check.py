@@ -217,7 +217,7 @@ def test_data_of_one_caption_are_reported_on_the_page_too(job, monkeypatch, capl
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])  # of either split
-def test_of_few_captions_nothing_can_be_told_and_the_run_goes_on(count, job, caplog):
+def test_of_few_captions_nothing_can_be_said_and_the_run_goes_on(count, job, caplog):
     job.config.data.pairs.size, job.scorer.knows = count, False
     check_scorer(job.config, job.run, job.scorer)
     (sentence,) = cautions(job.run.path)

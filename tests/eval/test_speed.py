@@ -16,6 +16,7 @@ from slimstep.eval.timing.speed import TimedPipeline, measure, speedup
 from slimstep.eval.timing.stage_timer import timed_components
 from slimstep.eval.timing.tasks import TASKS, task_pipeline
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
+from tests.jobs import run_job
 from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
 from tests.user_errors import error_line
 
@@ -148,9 +149,9 @@ def test_the_cumulative_benchmark_builds_upon_what_ran_and_says_what_did_not(tmp
 
 
 def test_the_pipelines_table_counts_denoising_steps(tmp_path, tiny_model):
-    done = run("pipelines", *tiny_model, "benchmark.tasks=[txt2img,img2img]", "benchmark.batches=[2]",
-               "benchmark.base={memory_format: channels_last}", "benchmark.compile=[eager]",
-               f"root={tmp_path}", "eval.steps=4")  # fmt: skip
+    done = run_job("+experiment=pipelines", "name=pipelines", *SMALL, *tiny_model, f"root={tmp_path}", "eval.steps=4",
+                   "benchmark.tasks=[txt2img,img2img]", "benchmark.batches=[2]", "benchmark.compile=[eager]",
+                   "benchmark.base={memory_format: channels_last}")  # fmt: skip
     assert done.returncode == 0, done.stderr
     plain, changed = json.loads(done.stdout.splitlines()[-1])["rows"]
     assert (plain["task"], plain["unet_calls"]) == ("txt2img", 4) and changed["unet_calls"] == 3

@@ -6,6 +6,7 @@ from diffusers.models.resnet import ResnetBlock2D
 
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from tests.models.conftest import small_inputs, small_stock_unet
+from tests.tiny import small_unet
 
 
 def random_mask(unet, seed: int, batch: int = 3, open_prob: float = 0.6) -> torch.Tensor:
@@ -37,7 +38,7 @@ def test_closed_blocks_are_the_pruned_unet_in_every_row_of_a_mixed_batch(stock, 
 
 
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
-def test_each_site_alone_closed_is_the_unet_without_it(stock, every):
+def test_each_block_alone_closed_is_the_unet_without_it(stock, every):
     unet = PrunableUNet2DConditionModel.from_unet(stock)
     for column, block in list(enumerate(unet.blocks))[::every]:
         mask = torch.ones(3, len(unet.blocks), dtype=torch.bool)
@@ -161,9 +162,10 @@ def count_graphs(function, calls) -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def test_one_graph_for_any_mask(unet):
+def test_one_graph_for_any_mask():
+    unet = PrunableUNet2DConditionModel.from_unet(small_unet().eval())
     inputs = {**small_inputs(unet), "return_dict": False}
-    assert count_graphs(unet, [{**inputs, "block_mask": random_mask(unet, seed)} for seed in range(4)]) == 1
+    assert count_graphs(unet, [{**inputs, "block_mask": random_mask(unet, seed)} for seed in range(3)]) == 1
 
 
 @pytest.mark.slow

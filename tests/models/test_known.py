@@ -30,7 +30,7 @@ def test_the_tokenizer_gives_open_clips_ids():
     assert ours.decode(ours("a photo of a cat").input_ids, skip_special_tokens=True) == "a photo of a cat"
 
 
-def test_a_saved_tokenizer_is_the_same_and_pads_as_told(tmp_path):
+def test_a_saved_tokenizer_is_the_same_and_pads_as_configured(tmp_path):
     for pad, token in ((None, 49407), ("!", 0)):
         clip_tokenizer(pad).save_pretrained(tmp_path)
         loaded = CLIPTokenizer.from_pretrained(tmp_path)
@@ -62,6 +62,6 @@ def test_a_configuration_is_that_of_its_kind_at_its_full_size(tmp_path, name):
     assert found == ("sd21" if kind.networks[0] == "sd21" else name)
 
 
-def test_an_unknown_kind_is_reported_the_known_ones(tmp_path):
+def test_an_unknown_kind_is_answered_with_the_known_ones(tmp_path):
     with pytest.raises(ValueError, match="no pipeline is known as 'sd3'; choose from .*sd21_base"):
         write_configuration("sd3", tmp_path)

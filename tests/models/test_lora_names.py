@@ -189,7 +189,7 @@ def test_metadata_of_one_part_says_nothing_of_the_other(tmp_path):
         assert all(torch.equal(own[key], other[key]) for key in own), part
 
 
-def test_told_alphas_hold_for_a_pruned_unet(tmp_path):
+def test_written_alphas_hold_for_a_pruned_unet(tmp_path):
     file, block = write_told(tmp_path, ("unet",)), "down_blocks.1.attentions.0"
     whole, pruned = prunable(make_small_pipeline()), prunable(make_small_pipeline(), {block: 0})
     for pipeline in (whole, pruned):

@@ -71,7 +71,7 @@ def test_a_network_without_all_its_weights_is_refused_by_file_and_key(copied, pa
     assert ("it holds module." in message) == (damage == "renamed")
 
 
-def test_a_unet_that_was_saved_with_a_lora_attached_is_reported_so(copied):
+def test_a_unet_that_was_saved_with_a_lora_attached_is_named(copied):
     """PEFT calls what an adapter wraps `base_layer`."""
     file = copied / "unet/diffusion_pytorch_model.safetensors"
     rewrite(file, lambda w: {key.replace(".to_q.weight", ".to_q.base_layer.weight"): v for key, v in w.items()})
@@ -270,7 +270,7 @@ def test_a_table_that_is_none_is_named(copied, place, text):
     ({"text_encoder": ["transformers"]}, r"has text_encoder=\['transformers'\], which must be \[library, class\]"),
     ({"tokenizer": [None, "CLIPTokenizer"]}, "has tokenizer="),
 ])  # fmt: skip
-def test_an_index_of_no_pipeline_is_reported_so(copied, change, message):
+def test_an_index_of_no_pipeline_is_an_error(copied, change, message):
     index = copied / "model_index.json"
     index.write_text(json.dumps(json.loads(index.read_text()) | change))
     with pytest.raises(ValueError, match=f"its model_index.json .*{message}|its model_index.json {message}"):

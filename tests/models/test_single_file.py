@@ -20,25 +20,25 @@ from tests.models.conftest import assert_equal_weights, paint, small_kind
 
 
 @pytest.fixture(scope="module")
-def file(tmp_path_factory, tiny_pipeline_folder):
+def file(tmp_path_factory, sd15_folder):
     """The random pipeline's weights as one file."""
     path = tmp_path_factory.mktemp("single") / "tiny.safetensors"
-    save_file(original_weights(StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder)), path)
+    save_file(original_weights(StableDiffusionPipeline.from_pretrained(sd15_folder)), path)
     return path
 
 
-def test_a_single_file_paints_what_its_folder_paints(file, tiny_pipeline_folder, tmp_path, capfd):
-    loaded = load_pipeline(file, single_file_config=str(tiny_pipeline_folder))
+def test_a_single_file_paints_what_its_folder_paints(file, sd15_folder, tmp_path, capfd):
+    loaded = load_pipeline(file, single_file_config=str(sd15_folder))
     assert capfd.readouterr() == ("", "")
     assert isinstance(loaded.unet, PrunableUNet2DConditionModel) and not loaded.unet.training
-    folder = load_pipeline(tiny_pipeline_folder)
+    folder = load_pipeline(sd15_folder)
     for part in ("unet", "vae", "text_encoder"):
         ours, theirs = (getattr(pipeline, part).state_dict() for pipeline in (loaded, folder))
         assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours), part
     assert torch.equal(paint(loaded), paint(folder))
     export_pipeline(loaded, tmp_path / "export")
     assert torch.equal(paint(DiffusionPipeline.from_pretrained(tmp_path / "export")), paint(folder))
-    half = load_pipeline(file, "bfloat16", single_file_config=str(tiny_pipeline_folder))
+    half = load_pipeline(file, "bfloat16", single_file_config=str(sd15_folder))
     assert half.unet.dtype == half.vae.dtype == half.text_encoder.dtype == torch.bfloat16
 
 
@@ -47,7 +47,7 @@ def test_a_single_file_paints_what_its_folder_paints(file, tiny_pipeline_folder,
     {"q": "query", "k": "key", "v": "value", "proj_out": "proj_attn"},
 ])  # fmt: skip
 @pytest.mark.parametrize("kind", ["safetensors", "ckpt"])
-def test_a_web_uis_names_of_the_vaes_attention_are_read(file, tiny_pipeline_folder, tmp_path, names, kind):
+def test_a_web_uis_names_of_the_vaes_attention_are_read(file, sd15_folder, tmp_path, names, kind):
     mixed = {}
     for key, value in load_file(file).items():
         place, _, rest = key.partition(".mid.attn_1.")
@@ -57,8 +57,8 @@ def test_a_web_uis_names_of_the_vaes_attention_are_read(file, tiny_pipeline_fold
         mixed[key] = value.contiguous()
     web_ui = tmp_path / f"web_ui.{kind}"
     save_file(mixed, web_ui) if kind == "safetensors" else torch.save({"state_dict": mixed, "global_step": 7}, web_ui)
-    loaded = load_pipeline(web_ui, allow_pickle=True, single_file_config=str(tiny_pipeline_folder))
-    assert torch.equal(paint(loaded), paint(load_pipeline(tiny_pipeline_folder)))
+    loaded = load_pipeline(web_ui, allow_pickle=True, single_file_config=str(sd15_folder))
+    assert torch.equal(paint(loaded), paint(load_pipeline(sd15_folder)))
 
 
 def bare_text(weights):
@@ -92,13 +92,13 @@ def test_the_metadata_tells_what_is_predicted(small_kinds, tmp_path, key, said, 
     assert load_pipeline(file).scheduler.config.prediction_type == prediction_type
 
 
-def test_a_checkpoint_of_pickles_is_read_only_where_that_is_allowed(file, tiny_pipeline_folder, tmp_path):
-    config, pickled = str(tiny_pipeline_folder), tmp_path / "tiny.ckpt"
+def test_a_checkpoint_of_pickles_is_read_only_where_that_is_allowed(file, sd15_folder, tmp_path):
+    config, pickled = str(sd15_folder), tmp_path / "tiny.ckpt"
     torch.save({"state_dict": load_file(file)}, pickled)
     with pytest.raises(ValueError, match=r"tiny.ckpt' holds pickles.*model.allow_pickle=true"):
         load_pipeline(pickled, single_file_config=config)
     loaded = load_pipeline(pickled, allow_pickle=True, single_file_config=config)
-    assert torch.equal(paint(loaded), paint(load_pipeline(tiny_pipeline_folder)))
+    assert torch.equal(paint(loaded), paint(load_pipeline(sd15_folder)))
 
 
 def test_a_file_alone_is_read_with_the_configuration_of_its_kind(small_kinds, tmp_path, caplog):
@@ -183,27 +183,27 @@ def test_pickles_run_nothing(tmp_path):
     ("first_stage_model.", r"it holds no VAE .*: model.vae=FOLDER_OR_FILE gives it one"),
     ("cond_stage_model.", r"it holds no text encoder .* find the whole one"),
 ])  # fmt: skip
-def test_a_file_without_one_of_its_networks_is_reported_which(file, tiny_pipeline_folder, tmp_path, prefix, message):
+def test_a_file_without_one_of_its_networks_is_an_error_that_names_it(file, sd15_folder, tmp_path, prefix, message):
     part = tmp_path / "part.safetensors"
     save_file({key: value for key, value in load_file(file).items() if not key.startswith(prefix)}, part)
     with pytest.raises(ValueError, match=message):
-        load_pipeline(part, single_file_config=str(tiny_pipeline_folder))
+        load_pipeline(part, single_file_config=str(sd15_folder))
 
 
-def test_a_file_without_a_vae_takes_another(file, tiny_pipeline_folder, tmp_path):
+def test_a_file_without_a_vae_takes_another(file, sd15_folder, tmp_path):
     part = tmp_path / "part.safetensors"
     save_file({key: value for key, value in load_file(file).items() if "first_stage" not in key}, part)
-    folder = str(tiny_pipeline_folder)
+    folder = str(sd15_folder)
     assert_equal_weights(load_pipeline(part, single_file_config=folder, vae=folder), load_pipeline(folder))
 
 
-def test_what_cannot_be_read_is_one_line(file, tiny_pipeline_folder, tmp_path):
+def test_what_cannot_be_read_is_one_line(file, sd15_folder, tmp_path):
     def refused(path, match, **options):
         with pytest.raises(ValueError, match=match) as error:
             load_pipeline(path, **options)
         assert "\n" not in str(error.value)
 
-    config = {"single_file_config": str(tiny_pipeline_folder)}
+    config = {"single_file_config": str(sd15_folder)}
     refused(tmp_path / "gone.safetensors", "gone.safetensors' does not exist", **config)
     refused(file, r"time_embedding.linear_1.weight expected shape .*; model.single_file_config=FOLDER gives it another")
     refused(file, r"=/nowhere must be a diffusers folder, .*sdxl.*is no folder", single_file_config="/nowhere")

@@ -88,7 +88,7 @@ def test_jobs_run_at_a_listed_size_and_ask_for_a_square(sized, tiny_clip_folder,
         assert run(**sizes)[0] == 0
 
 
-def test_a_vae_of_no_size_is_reported_what_to_write(sized):
+def test_a_vae_of_no_size_is_an_error_that_says_what_to_write(sized):
     """Stock diffusers ends in a TypeError there."""
     with pytest.raises(ValueError, match="vae/config.json has sample_size=null, .*write its pixels"):
         load_pipeline(sized("sd", vae=None))

@@ -35,7 +35,7 @@ def test_blocks_are_the_module_paths_in_order_of_execution(unet):
 
 
 @pytest.mark.parametrize("every", [7, pytest.param(1, marks=pytest.mark.slow)])
-def test_each_site_can_go_and_leaves_a_subset_of_the_stock_weights(stock, every):
+def test_each_block_can_go_and_leaves_a_subset_of_the_stock_weights(stock, every):
     whole = PrunableUNet2DConditionModel.from_unet(stock)
     for block in whole.blocks[::every]:
         pruned = whole.with_architecture({block: 0})

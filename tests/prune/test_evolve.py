@@ -78,7 +78,7 @@ def test_a_block_without_a_clear_loss_is_not_copied_for_its_picture():
     assert chosen(choose_copies([seen("a", -1.0, 2.0, 0.9), seen("b", 1.0, 0.1, 0.1)], 4, 8, ("a", "b"))) == ["b"]
 
 
-def test_the_second_judge_changes_nothing_on_the_shipped_model():
+def test_the_second_scorer_changes_nothing_on_the_bundled_model():
     scores = json.loads((Path(__file__).parents[2] / "benchmarks/prune-baselines/block-scores.json").read_text())
     others = 6.9  # dB, of its base images to those of other prompts
     blocks = [

@@ -7,7 +7,7 @@ import pytest
 
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from tests.jobs import run_job
-from tests.tiny import tiny_unet
+from tests.tiny import small_unet
 
 SMALL = [
     "train.steps=3", "train.batch_size=4", "recovery.train.steps=3", "recovery.train.batch_size=4",
@@ -82,7 +82,7 @@ def test_a_plan_tells_what_is_done_and_writes_nothing(finished, tmp_path, tiny_m
     assert new.returncode == done.returncode == 0, new.stderr + done.stderr
     assert list(tmp_path.iterdir()) == []
     scores = next(line for line in new.stdout.splitlines() if "round-00/scores.json" in line)
-    assert "to do" in scores and "156 images (38 removals)" in scores and "624" in scores  # (1 + 38)·4, 2 steps, guided
+    assert "to do" in scores and "52 images (12 removals)" in scores and "208" in scores  # (1 + 12)·4, 2 steps, guided
     assert "| done" not in new.stdout and "| to do" not in done.stdout
 
 
@@ -100,7 +100,7 @@ def test_a_tampered_export_is_refused_and_a_missing_one_made_again(finished, tin
 
 def test_decisions_follow_a_table_made_elsewhere(tmp_path, tiny_model):
     """As from a phone: one block costs all the time, so it is the one that goes; the prediction is exact."""
-    blocks = {block: {"ms": 0.0} for block in PrunableUNet2DConditionModel.from_unet(tiny_unet()).blocks}
+    blocks = {block: {"ms": 0.0} for block in PrunableUNet2DConditionModel.from_unet(small_unet()).blocks}
     blocks["mid_block.attentions.0"]["ms"] = 5.0
     (tmp_path / "latency.json").write_text(json.dumps({"full_ms": 10.0, "sites": blocks}))
     table = ["+experiment=prune_unet", "search.rounds=1", f"latency.table={tmp_path / 'latency.json'}"]

@@ -26,7 +26,7 @@ def table(unet):
     return latency_table(unet, FEW, CPU)
 
 
-def test_every_kept_site_has_an_entry_and_the_entries_fit_into_the_whole(unet, table):
+def test_every_kept_block_has_an_entry_and_the_entries_fit_into_the_whole(unet, table):
     assert tuple(table["sites"]) == unet.kept_blocks
     assert 0 < sum(entry["ms"] for entry in table["sites"].values()) < table["full_ms"]
 

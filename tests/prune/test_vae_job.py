@@ -129,7 +129,7 @@ def test_other_ways_to_train_it(tmp_path, tiny_model, overrides):
         (["decoder.width=half"], "decoder.width=half must be a share"),
         (["decoder.width=[0.5]"], r"decoder.width=\[0.5\] has 1 values; this decoder has 2 levels: \(8, 8\)"),
         (["decoder.norm_groups=half"], "decoder.norm_groups='half' is unknown; choose from"),
-        (["latency.iterations=1"], "latency.iterations=1: a ratio is told with its quartiles"),
+        (["latency.iterations=1"], "latency.iterations=1: a ratio needs quartiles"),
         (["latents.steps=0"], "latents: steps=0 must be at least 1"),
         (["decoder.importance=best"], "decoder.importance='best' is unknown; choose from"),
         (["objective.mse=0"], "all of mse, l1, gradient and lpips are 0"),
@@ -244,7 +244,7 @@ def test_a_pruned_decoder_is_not_pruned_again_but_its_unet_is_and_is_distilled(f
 
 
 @pytest.mark.slow
-def test_two_processes_judge_and_sample_as_one_does(tmp_path, tiny_model):
+def test_two_processes_evaluate_and_sample_as_one_does(tmp_path, tiny_model):
     job = [*SMALL, *tiny_model]
     one = launch(1, tmp_path / "one", *job)
     there = tmp_path / "two/prune_vae/round-00"
