@@ -91,9 +91,14 @@ def evaluate_assets(assets: Path, config, pictures: Path) -> dict:
         error = float(score_N.std() / len(score_N) ** 0.5)
         report["clip"][name] = {"mean": float(score_N.mean()), "se": error}
         report["told_apart"][name] = distinguished(scorer, images, scenes)
-        grid = make_grid(images[:64].float() / 255, nrow=8, padding=2, pad_value=0.5)
-        save_image(grid.repeat_interleave(2, 1).repeat_interleave(2, 2), pictures / f"{name.replace(' ', '_')}.png")
+        save_grid(images, pictures / f"{name.replace(' ', '_')}.png")
     return report
+
+
+def save_grid(images_N3HW: Tensor, path: Path) -> None:
+    """The first 64 images, at twice their size."""
+    grid = make_grid(images_N3HW[:64].float() / 255, nrow=8, padding=2, pad_value=0.5)
+    save_image(grid.repeat_interleave(2, 1).repeat_interleave(2, 2), path)
 
 
 def _chunks(items: Sequence, size: int) -> list[Sequence]:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import open_clip
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline, UNet2DConditionModel
 from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -98,7 +98,7 @@ def build_pipeline(model: TextToImage, vae: AutoencoderKL, tokenizer: CLIPTokeni
     )  # fmt: skip
 
 
-def save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """An ordinary diffusers folder with float16 weights; turns the pipeline's weights to float16."""
     with whole_folder(folder) as aside:
         pipeline.to(dtype=torch.float16).save_pretrained(aside)

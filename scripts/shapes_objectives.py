@@ -13,7 +13,7 @@ from slimstep.data.render import render_scenes
 from slimstep.data.scene import Scene
 from slimstep.data.shapes import COLOURS, POSITIONS, SHAPES, SIZES, ShapesPairs, Wording, caption, hard_negatives
 from slimstep.engine.seeding import generator
-from slimstep.models.noise_schedule import VariancePreserving, add_noise, target_of
+from slimstep.models.noise_schedule import RectifiedFlow, VariancePreserving, add_noise, target_of
 
 Batch = dict[str, Tensor | list[str]]
 Metrics = dict[str, Tensor]
@@ -202,4 +202,29 @@ class DenoisingObjective:
         ids_BL = torch.where(dropped_B[:, None], self.empty_ids_L, ids_BL)
         level = self.schedule.alpha_sigma(t_B)
         pred_BCHW = model(add_noise(x0_BCHW, noise_BCHW, level), t_B, ids_BL)
+        return F.mse_loss(pred_BCHW, target_of(x0_BCHW, noise_BCHW, level, self.schedule.prediction_type)), {}
+
+
+class FlowObjective:
+    """The flow of noisy latents at the schedule's training times; some captions are emptied.
+
+    A share of the samples sees `padding` zeros behind the caption, as many as the stock pipeline appends, the others 1.
+    """
+
+    def __init__(
+        self, schedule: RectifiedFlow, empty_ids_L: Tensor, caption_dropout: float, padding: int, padded_share: float
+    ) -> None:
+        self.schedule, self.empty_ids_L, self.caption_dropout = schedule, empty_ids_L, caption_dropout
+        self.padding, self.padded_share = padding, padded_share
+
+    def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
+        x0_BCHW, ids_BL = batch["latents"], batch["ids"][:, : len(self.empty_ids_L)]
+        size, draw = len(x0_BCHW), {"generator": generator, "device": x0_BCHW.device}
+        t_B = self.schedule.sample_times(size, generator)
+        noise_BCHW = torch.randn(x0_BCHW.shape, **draw)
+        dropped_B = torch.rand(size, **draw) < self.caption_dropout
+        padding_B = torch.where(torch.rand(size, **draw) < self.padded_share, float(self.padding), 1.0)
+        ids_BL = torch.where(dropped_B[:, None], self.empty_ids_L, ids_BL)
+        level = self.schedule.alpha_sigma(t_B)
+        pred_BCHW = model(add_noise(x0_BCHW, noise_BCHW, level), t_B, ids_BL, padding_B)
         return F.mse_loss(pred_BCHW, target_of(x0_BCHW, noise_BCHW, level, self.schedule.prediction_type)), {}

@@ -24,6 +24,7 @@ from scripts.shapes_models import (
     build_pipeline,
     build_scheduler,
     build_vae,
+    plain,
     save_pipeline,
     save_scorer,
 )
@@ -32,11 +33,14 @@ from scripts.shapes_objectives import (
     AutoencoderObjective,
     CaptionReading,
     DenoisingObjective,
+    FlowObjective,
     ReadingObjective,
     Scenes,
     ScorerObjective,
     to_unit_range,
 )
+from scripts.shapes_transformer import TextToImageFlow, build_flow_pipeline, build_flow_scheduler
+from scripts.shapes_transformer_evaluation import evaluate_transformer
 from slimstep.data.shapes import ShapesPairs, caption
 from slimstep.data.shapes_tokenizer import build_tokenizer
 from slimstep.engine.checkpoints import EMA_WEIGHTS
@@ -181,6 +185,50 @@ class Recipe:
             write_json(self.root / "evaluation" / "report.json", report)
             print(json.dumps(report, indent=1))
 
+    def flow_ids(self, captions: list[str]) -> Tensor:
+        """Token ids [B, L] as the transformer's pipeline makes them."""
+        options = {"padding": "max_length", "max_length": self.config.transformer.max_tokens, "truncation": True}
+        return self.tokenizer(captions, return_tensors="pt", **options).input_ids
+
+    def flow_model(self) -> TextToImageFlow:
+        """The transformer and its text encoders, of which the first begins as the UNet's."""
+        unet_model = self.text_to_image()
+        load_newest(unet_model, self.root / "unet" / "train")
+        model = TextToImageFlow(self.config.transformer, self.tokenizer, self.config.vae.model.latent_channels)
+        pairs = ShapesPairs("train", 256, self.config.seed)
+        model.begin_from(unet_model.text_encoder, self.flow_ids([caption(*pairs.scene(n)) for n in range(len(pairs))]))
+        return model
+
+    def transformer(self) -> None:
+        """At a constant learning rate as long as `train.steps` says, then down to zero in `decay.steps` more."""
+        config, run = self.config.transformer, self.run("transformer")
+        empty_ids_L = self.flow_ids([""])[0].to(self.accelerator.device)
+        schedule = schedule_of(build_flow_scheduler())
+        objective = FlowObjective(schedule, empty_ids_L, config.caption_dropout, config.padding, config.padded_share)
+        latents = CachedScenes(self.root / "latents" / "latents.safetensors")
+        model = self.flow_model()
+        if config.compile:
+            for block in model.transformer.transformer_blocks:
+                block.compile(dynamic=False)
+        for stage in ("train", "decay"):
+            train(model, objective, latents, TrainConfig(**plain(config[stage])), run, stage)
+
+    def export_transformer(self) -> None:
+        """Whatever of it is trained so far, as a pipeline folder of the assets."""
+        if not self.accelerator.is_main_process:
+            return
+        model = self.flow_model()
+        for stage in ("train", "decay"):
+            load_newest(model, self.root / "transformer" / stage)
+        save_pipeline(build_flow_pipeline(model, self.trained_vae()), Path(self.config.assets) / "shapes-dit")
+
+    def evaluate_transformer(self) -> None:
+        if self.accelerator.is_main_process:
+            folder = self.root / "evaluation-transformer"
+            report = evaluate_transformer(Path(self.config.assets), self.config.transformer.evaluate, folder)
+            write_json(folder / "report.json", report)
+            print(json.dumps(report, indent=1))
+
 
 def load_newest(model: torch.nn.Module, folder: Path) -> None:
     """The stage's final weights, or the EMA of its newest checkpoint, or nothing where it has not begun."""
@@ -189,7 +237,8 @@ def load_newest(model: torch.nn.Module, folder: Path) -> None:
     elif checkpoints := sorted((folder / "checkpoints").glob("step-*")):
         state = torch.load(checkpoints[-1] / EMA_WEIGHTS, weights_only=True)
         model.load_state_dict(load_file(checkpoints[-1] / "model.safetensors"))
-        for parameter, weight in zip(model.parameters(), state["shadow_params"], strict=True):
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        for parameter, weight in zip(trained, state["shadow_params"], strict=True):
             parameter.data.copy_(weight)
 
 

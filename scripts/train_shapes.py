@@ -1,4 +1,4 @@
-"""Trains the embedded world from nothing: VAE, scorer, text encoder and UNet, and writes them to assets/.
+"""Trains the embedded world from nothing: VAE, scorer, text encoder, UNet and transformer, and writes them to assets/.
 
 python scripts/train_shapes.py                      # every stage, one process
 python scripts/train_shapes.py stage=vae            # one stage; the same command continues a killed one
@@ -20,7 +20,8 @@ from slimstep.engine.console import open_console
 from slimstep.engine.launch import fail
 from slimstep.engine.quiet import one_line
 
-STAGES = ("vae", "scorer", "latents", "text", "unet", "export", "evaluate")
+STAGES = ("vae", "scorer", "latents", "text", "unet", "export", "evaluate",
+          "transformer", "export_transformer", "evaluate_transformer")  # fmt: skip
 
 
 @hydra.main(config_path="../configs", config_name="train_shapes", version_base=None)
