@@ -21,8 +21,8 @@ from slimstep.data.shards import DTYPES, CachedPairs, cache_key, is_intact, writ
 from slimstep.data.stream_cache import PartShards
 from slimstep.data.streams import Stream
 from slimstep.models.decoding import STATISTICS, has_statistics
-from slimstep.models.families.unet2d.text import text_encoders
 from slimstep.models.family import family_of
+from slimstep.models.networks import network_of, text_encoders
 
 __all__ = ["CachedPairs", "cache_pairs"]
 
@@ -98,7 +98,7 @@ def described_cache(pairs, pipeline, dtype: str, shard_size: int) -> dict[str, s
     counted = {} if isinstance(pairs, Stream) else {"num_pairs": len(pairs)}
     if counted.get("num_pairs") == 0:
         raise ValueError(f"the data set {pairs.fingerprint} holds no pairs")
-    sized = {SIZED: pipeline.unet.config.sample_size} if len(text_encoders(pipeline)) > 1 else {}
+    sized = {SIZED: network_of(pipeline).config.get("sample_size")} if len(text_encoders(pipeline)) > 1 else {}
     return {
         **sized,
         **scale_of_latents(pipeline),
@@ -117,17 +117,21 @@ def scale_of_latents(pipeline) -> dict[str, str]:
     if (codec := family_of(pipeline).codec(pipeline)) is None:
         return {}
     config = codec.config
-    used = {"statistics": str([list(config[name]) for name in STATISTICS])} if has_statistics(pipeline) else {}
-    return used | ({"shift_factor": "unused"} if config.get("shift_factor") else {})
+    used = has_statistics(pipeline)
+    if used and config.get(STATISTICS[0]) is not None:
+        return {"statistics": str([list(config[name]) for name in STATISTICS])} | (
+            {"shift_factor": "unused"} if config.get("shift_factor") else {}
+        )
+    return {"shift_factor": str(config.shift_factor) if used else "unused"} if config.get("shift_factor") else {}
 
 
 def text_hashes(pipeline) -> dict[str, str]:
     """What text states depend on beside the captions."""
     zeros = pipeline.config.get("force_zeros_for_empty_prompt")
     hashes = {} if zeros is None else {"zeros_for_empty_prompt": str(zeros)}
-    for number in ("", "_2")[: len(text_encoders(pipeline))]:
-        hashes[f"text_encoder{number}"] = module_hash(getattr(pipeline, f"text_encoder{number}"))
-        hashes[f"tokenizer{number}"] = tokenizer_hash(getattr(pipeline, f"tokenizer{number}"))
+    for part, encoder in text_encoders(pipeline).items():
+        tokenizer = part.replace("text_encoder", "tokenizer")
+        hashes |= {part: module_hash(encoder), tokenizer: tokenizer_hash(getattr(pipeline, tokenizer))}
     return hashes
 
 

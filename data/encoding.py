@@ -14,8 +14,8 @@ from torch import Tensor, nn
 
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import has_statistics, scaled, statistics
-from slimstep.models.families.unet2d.text import text_encoders
 from slimstep.models.family import family_of
+from slimstep.models.networks import network_of, text_encoders
 from slimstep.models.sizes import scale_factor
 
 PIXELS_AT_ONCE = 4 * 512**2  # of an autoencoder: some 3 GB in float32 at the 256 channels of Stable Diffusion's
@@ -58,7 +58,7 @@ def encode_nothing(pipeline, device: torch.device) -> Conditioning:
 
 def encoder_of(pipeline) -> nn.Module:
     """What is to blame for conditioning that is not finite."""
-    return getattr(pipeline, "text_encoder", pipeline.unet)
+    return next(iter(text_encoders(pipeline).values()), network_of(pipeline))
 
 
 def is_truncated(pipeline, caption: str) -> bool:
@@ -69,11 +69,11 @@ def is_truncated(pipeline, caption: str) -> bool:
 
 
 def check_size(pipeline, height: int, width: int) -> None:
-    """Sides must survive every halving by the VAE and the UNet."""
-    vae_factor = scale_factor(pipeline)
-    unet_factor = 2 ** (len(pipeline.unet.config.block_out_channels) - 1)
-    step, factors = vae_factor * unet_factor, f"its VAE shrinks by {vae_factor} and its UNet by another {unet_factor}"
-    factors = factors if vae_factor > 1 else f"its UNet shrinks by {unet_factor}"
+    """Sides must survive every halving by the VAE and the UNet, or be cut into a transformer's patches."""
+    vae_factor, network_factor = scale_factor(pipeline), family_of(pipeline).shrinks(network_of(pipeline))
+    name, step = "UNet" if hasattr(pipeline, "unet") else "transformer", vae_factor * network_factor
+    factors = f"its VAE shrinks by {vae_factor} and its {name} by another {network_factor}"
+    factors = factors if vae_factor > 1 else f"its {name} shrinks by {network_factor}"
     if height % step or width % step:
         floors = {side // step * step for side in (height, width)}
         nearest = sorted({max(step, floor + more) for floor in floors for more in (0, step)})
@@ -98,7 +98,7 @@ def finite(encoded: Mapping[str, Tensor], module: nn.Module) -> Mapping[str, Ten
 @contextmanager
 def at_work(pipeline, device: torch.device) -> Iterator[None]:
     """VAE and text encoders on `device`, in eval mode, without gradients; where and as they were afterwards."""
-    modules = [module for module in (family_of(pipeline).codec(pipeline), *text_encoders(pipeline)) if module]
+    modules = [module for module in (family_of(pipeline).codec(pipeline), *text_encoders(pipeline).values()) if module]
     before = [(module, next(module.parameters()).device, module.training) for module in modules]
     # These two warn of truncated captions one by one; the cache counts them.
     encoder = getattr(type(pipeline), "encode_prompt", type(pipeline))

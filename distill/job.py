@@ -48,12 +48,12 @@ from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import check_scorer
 from slimstep.eval.timing.latency import compare_ms
 from slimstep.eval.training import compute_copy, train_stage
-from slimstep.models.families.prunable import PrunableUNet
+from slimstep.models.families.prunable import Prunable
 from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.pipeline import on_device, with_unet
 
 log = logging.getLogger("slimstep")
-UNets = dict[str, PrunableUNet]
+UNets = dict[str, Prunable]
 
 
 def distill_steps(config: Config, run: Run) -> int | Plan:
@@ -103,12 +103,12 @@ def trained_copy(
     job: Distillation,
     pairs: Callable[[], CachedPairs],
     offloadable: list[torch.nn.Module],
-    unet: PrunableUNet,
+    unet: Prunable,
     objective: Mapping[str, Any],
     config: Any,
     stage: str,
     **options: Any,
-) -> PrunableUNet:
+) -> Prunable:
     """A copy of the network in float32, trained on the job's noise schedule; it lies on the CPU afterwards."""
     copied = copy.deepcopy(unet).to(job.teacher.device, torch.float32).requires_grad_()
     options = {"schedule": job.schedule, **options}
@@ -116,13 +116,13 @@ def trained_copy(
     return trained.requires_grad_(False).to("cpu")
 
 
-def converted_to_v(job: Distillation, train: Callable[..., PrunableUNet]) -> UNets:
+def converted_to_v(job: Distillation, train: Callable[..., Prunable]) -> UNets:
     """The teacher and the student; networks that predict ε are converted to v-prediction: x̂ from ε is lost in noise."""
     unets = {"teacher": job.teacher.unet, "student": job.student}
     if job.predicts_v:
         return unets
     conversion = job.teacher.config.v_prediction
-    converted: dict[int, PrunableUNet] = {}  # the student may be the teacher
+    converted: dict[int, Prunable] = {}  # the student may be the teacher
     for name, unet in unets.items():
         if id(unet) not in converted:
             converted[id(unet)] = train(unet, conversion.objective, conversion.train, f"velocity-{name}")
@@ -134,15 +134,15 @@ def distilled(
     stage: DistillationStage,
     unets: UNets,
     pairs: Callable[[], CachedPairs],
-    train: Callable[..., PrunableUNet],
-) -> PrunableUNet:
+    train: Callable[..., Prunable],
+) -> Prunable:
     """The network that one stage trains; where it exists it is loaded."""
     unet, training, teacher = unets[stage.start], job.training(stage.name), job.teacher
     if job.distillation.guidance_embed_dim:
         unet = with_guidance_embedding(unet, job.distillation.guidance_embed_dim)
     log.info(f"{stage.name}: starts from {stage.start}, its teacher {stage.teacher} with {stage.teacher_steps} steps")
 
-    def teaching() -> PrunableUNet:
+    def teaching() -> Prunable:
         if not training.compile:
             return compute_copy(unets[stage.teacher], teacher)
         compiled = copy.deepcopy(unets[stage.teacher]).to(teacher.device, teacher.compute_dtype)
@@ -214,11 +214,12 @@ def evaluated(
     return evaluator.evaluate(points, {name: name for name in models}, protocol, seen)
 
 
-def sampled_models(job: Distillation, unets: UNets) -> dict[str, tuple[PrunableUNet, Any]]:
+def sampled_models(job: Distillation, unets: UNets) -> dict[str, tuple[Prunable, Any]]:
     """{name: a network and the scheduler that it is sampled with}, in the order in which they are evaluated."""
-    ddim = job.teacher.pipeline.scheduler
-    solver = job.on_the_grid(diffusers.DPMSolverMultistepScheduler, ddim)
-    models = {"teacher": (job.teacher.unet, ddim), "teacher-dpm": (job.teacher.unet, solver)}
+    own = job.teacher.pipeline.scheduler
+    models = {"teacher": (job.teacher.unet, own)}
+    if not job.is_flow:
+        models["teacher-dpm"] = job.teacher.unet, job.on_the_grid(diffusers.DPMSolverMultistepScheduler, own)
     if not job.predicts_v:
         models["teacher-v"] = (unets["teacher"], job.scheduler)
     return models | {name: (unets[name], job.student_scheduler) for name in job.evaluated if name not in models}

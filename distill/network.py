@@ -16,8 +16,11 @@ from slimstep.engine.objective import requirements
 from slimstep.eval.inputs import Teacher, check_inputs
 from slimstep.eval.training import check_objective
 from slimstep.models.denoiser import guidance_embed_dim
-from slimstep.models.families.prunable import PrunableUNet
+from slimstep.models.families.prunable import Prunable
+from slimstep.models.family import family_of, schedule_for
+from slimstep.models.flow import FlowSteps, is_flow, prediction_type_of
 from slimstep.models.guidance import with_guidance_embedding
+from slimstep.models.networks import network_of
 from slimstep.models.noise_schedule import NoiseSchedule, schedule_of
 from slimstep.models.pipeline import load_pipeline, one_line
 from slimstep.models.schedulers import check_noise_schedule, check_sampling, on_same_schedule, stated
@@ -26,37 +29,52 @@ from slimstep.models.sizes import native_pixels, set_resolution
 SOLVERS_OWN = (
     "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "algorithm_type", "final_sigmas_type",
 )  # fmt: skip
-SAME_IN_BOTH = ("in_channels", "out_channels", "cross_attention_dim")
+SAME_IN_BOTH = ("in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim",
+                "caption_channels")  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Distillation:
-    """The teacher samples by DDIM whose last step ends in clean latents; `student` is the network that learns, as it is
-    in its folder."""
+    """The teacher samples by DDIM whose last step ends in clean latents, or, where it learnt a flow, by its own
+    scheduler; `student` is the network that learns, as it is in its folder."""
 
     teacher: Teacher
     distillation: DistillationConfig
     stages: tuple[DistillationStage, ...]
-    student: PrunableUNet
+    student: Prunable
+
+    @property
+    def is_flow(self) -> bool:
+        """Whether the teacher learnt a flow: its scheduler is that of all networks."""
+        return is_flow(self.teacher.pipeline.scheduler)
+
+    @property
+    def flow(self) -> FlowSteps | None:
+        """How the teacher's pipeline makes the steps of a flow."""
+        return family_of(self.teacher.pipeline).flow(self.teacher.unet) if self.is_flow else None
 
     @property
     def predicts_v(self) -> bool:
         """Whether the teacher needs no conversion to v-prediction first."""
-        return self.teacher.pipeline.scheduler.config.prediction_type != "epsilon"
+        return prediction_type_of(self.teacher.pipeline.scheduler) != "epsilon"
 
     @property
-    def scheduler(self) -> diffusers.DDIMScheduler:
+    def scheduler(self) -> diffusers.SchedulerMixin:
         """What networks are trained and sampled with, as teachers too; ε-prediction has become v."""
+        if self.is_flow:
+            return self.teacher.pipeline.scheduler
         changes = {} if self.predicts_v else {"prediction_type": "v_prediction"}
         return self.on_the_grid(diffusers.DDIMScheduler, self.teacher.pipeline.scheduler, **changes)
 
     @property
     def schedule(self) -> NoiseSchedule:
-        return schedule_of(self.scheduler, self.teacher.device)
+        return schedule_for(self.teacher.pipeline, self.scheduler, self.teacher.device)
 
     @property
     def student_scheduler(self) -> Any:
         """The diffusers scheduler that students are exported with."""
+        if self.is_flow:
+            return self.scheduler
         objective = self.teacher.config.objective
         options = requirements(get_class(objective["_target_"])).sampler_options
         kwargs = {option: objective[key] for option, key in options.items() if key in objective}
@@ -88,7 +106,8 @@ class Distillation:
     @property
     def evaluated(self) -> tuple[str, ...]:
         """The models that are evaluated, in order: the teacher's samplers, the teacher converted to v, the students."""
-        teachers = ("teacher", "teacher-dpm") if self.predicts_v else ("teacher", "teacher-dpm", "teacher-v")
+        teachers = ["teacher"] if self.is_flow else ["teacher", "teacher-dpm"]
+        teachers += [] if self.predicts_v else ["teacher-v"]
         return *teachers, *(stage.name for stage in self.stages if stage.name.startswith("steps-"))
 
     def evaluated_steps(self, name: str) -> list[int]:
@@ -103,7 +122,8 @@ def distillation_of(teacher: Teacher) -> Distillation:
     stages = distillation_stages(distillation.steps, distillation.mode, same_network=not distillation.student)
     stages = with_changes(stages, distillation.stages or {})
     pipeline = teacher.pipeline
-    pipeline.scheduler = on_the_grid(distillation, diffusers.DDIMScheduler, pipeline.scheduler)
+    if not is_flow(pipeline.scheduler):
+        pipeline.scheduler = on_the_grid(distillation, diffusers.DDIMScheduler, pipeline.scheduler)
     return Distillation(teacher, distillation, stages, student_of(teacher, distillation))
 
 
@@ -118,7 +138,7 @@ def on_the_grid(distillation: DistillationConfig, kind: type, scheduler: Any, **
     return on_same_schedule(kind, scheduler, {**kept, "clip_sample": False, "thresholding": False, **grid, **changes})
 
 
-def student_of(teacher: Teacher, distillation: DistillationConfig) -> PrunableUNet:
+def student_of(teacher: Teacher, distillation: DistillationConfig) -> Prunable:
     """The network that learns, as it was loaded. ValueError where it does not fit the teacher's pipeline."""
     folder = distillation.student
     if not folder:
@@ -126,16 +146,16 @@ def student_of(teacher: Teacher, distillation: DistillationConfig) -> PrunableUN
     model = OmegaConf.to_container(teacher.config.model, resolve=True)
     options = {key: value for key, value in model.items() if key not in ("_target_", "name_or_path")}
     student = load_pipeline(folder, **options if folder == model["name_or_path"] else {})
+    network, scheduler = network_of(student), student.scheduler
+    if not is_flow(scheduler):
+        scheduler = on_the_grid(distillation, diffusers.DDIMScheduler, scheduler)  # as the teacher's is
     of_student, of_teacher = (
         {
-            "prediction_type": scheduler.config.prediction_type,
-            "noise schedule": schedule_of(scheduler).alpha_T.tolist(),
+            "prediction_type": prediction_type_of(scheduler),
+            "noise schedule": noise_levels(scheduler),
             **{key: unet.config.get(key) for key in SAME_IN_BOTH},
         }
-        for scheduler, unet in (
-            (on_the_grid(distillation, diffusers.DDIMScheduler, student.scheduler), student.unet),
-            (teacher.pipeline.scheduler, teacher.unet),
-        )
+        for scheduler, unet in ((scheduler, network), (teacher.pipeline.scheduler, teacher.unet))
     )
     if differing := [key for key in of_student if of_student[key] != of_teacher[key]]:
         both = {key: (of_student[key], of_teacher[key]) for key in differing if key != "noise schedule"}
@@ -143,7 +163,12 @@ def student_of(teacher: Teacher, distillation: DistillationConfig) -> PrunableUN
             f"distillation.student={folder} does not fit the teacher: it differs in {', '.join(differing)} {both or ''}"
         )
     set_resolution(student, native_pixels(teacher.pipeline))
-    return student.unet.requires_grad_(False).eval()
+    return network.requires_grad_(False).eval()
+
+
+def noise_levels(scheduler: Any) -> list[float]:
+    """α of every training timestep; of a flow, which has the same at all times, nothing."""
+    return [] if is_flow(scheduler) else schedule_of(scheduler).alpha_T.tolist()
 
 
 def check(job: Distillation) -> None:
@@ -158,7 +183,7 @@ def check(job: Distillation) -> None:
         check_objective("objective", job.objective(stage), job.training(stage.name), teacher, **options)
     for steps in config.curves.steps:
         try:
-            check_sampling(job.student_scheduler, steps)
+            check_sampling(job.student_scheduler, steps, job.flow)
         except ValueError as error:
             raise ValueError(f"curves.steps={list(config.curves.steps)}: {one_line(error)}") from error
     if job.distillation.guidance_embed_dim:
@@ -171,6 +196,9 @@ def check_agreement(job: Distillation) -> None:
     requires = requirements(kind)
     if not requires.distils_steps:
         raise ValueError(f"objective {kind.__name__} distils no steps; choose objective=steps, guidance or lcm")
+    if job.is_flow and requires.sampler:
+        needed = f"needs {requires.sampler}, which no flow has"
+        raise ValueError(f"objective {kind.__name__} {needed}; choose objective=steps")
     if requires.sampler == "LCMScheduler" and len(job.stages) > 1:
         raise ValueError(f"objective {kind.__name__} has one stage, as distillation.steps=[32,4]; it serves all steps")
     without_embedding = {
@@ -187,6 +215,8 @@ def check_agreement(job: Distillation) -> None:
     if requires.guidance_embedding != bool(distillation.guidance_embed_dim):
         way = f"needs distillation.guidance_embed_dim{', as 256' if requires.guidance_embedding else '=0'}"
         raise ValueError(f"objective {kind.__name__} {way}")
+    if job.is_flow:
+        return  # its scheduler stays
     if (requires.sampler or distillation.sampler) != distillation.sampler or (
         distillation.sampler == "LCMScheduler" and requires.sampler is None
     ):

@@ -65,7 +65,9 @@ def autocast_dtype(accelerator: Accelerator) -> torch.dtype:
 def copy_to_shard(model: nn.Module, accelerator: Accelerator) -> nn.Module:
     """A copy that `accelerator.prepare` may cut into shards. It takes the weights with it, and `model` has none until
     `with_room`: every rank would hold a whole network beside its shard."""
-    names = sorted({type(module).__name__ for module in model.modules() if isinstance(module, UNITS)})
+    units = {module for module in model.modules() if isinstance(module, UNITS)}
+    units |= {model.get_submodule(block) for block in getattr(model, "kept_blocks", ())}  # a transformer's
+    names = sorted({type(module).__name__ for module in units})
     accelerator.state.fsdp_plugin.transformer_cls_names_to_wrap = names
     model.to("cpu")
     copied = copy.deepcopy(model, {id(parameter): parameter for parameter in model.parameters()})

@@ -14,6 +14,7 @@ from slimstep.eval.config import Config
 from slimstep.eval.inputs import Teacher, check_data, load_teacher, storage, training_data
 from slimstep.eval.plan import size
 from slimstep.models.family import denoiser_of
+from slimstep.models.networks import network_of
 
 
 def cache_latents(config: Config, run: Run) -> int | Plan:
@@ -58,7 +59,7 @@ def sample_bytes(teacher: Teacher) -> tuple[int, int]:
     pipeline, one = teacher.pipeline, DTYPES[storage(teacher.config).dtype].itemsize
     with at_work(pipeline, teacher.device):
         tensors = encode_nothing(pipeline, teacher.device).tensors.values()
-    shape = denoiser_of(pipeline.unet).sample_shape
+    shape = denoiser_of(network_of(pipeline)).sample_shape
     return one * math.prod(shape), one * sum(tensor.numel() for tensor in tensors)
 
 

@@ -16,7 +16,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
-from slimstep.models.families.prunable import PrunableUNet, Removed
+from slimstep.models.families.prunable import Prunable
 
 LATENT_PIXELS = 4096  # of a part: 16 images of 16×16, one of 64×64
 
@@ -79,12 +79,11 @@ def running_network(
     return made[key], None
 
 
-def remove(unet: PrunableUNet, blocks: list[str]) -> None:
+def remove(unet: Prunable, blocks: list[str]) -> None:
     """Takes kept blocks out of a running network, layers before the transformers that hold them."""
     for block in sorted(blocks, key=lambda block: block not in unet.parents):
         for path in unet.instances(block):
-            module = unet.get_submodule(path)
-            unet.set_submodule(path, Removed(module, unet.skip_rules.get(block, "identity")))
+            unet.remove_block(path)
 
 
 def twin(network: nn.Module) -> nn.Module:

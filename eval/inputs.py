@@ -32,9 +32,10 @@ from slimstep.eval.overlap import among
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.timing.precision import settled
 from slimstep.models.denoiser import NUM_TOKENS
-from slimstep.models.families.prunable import PrunableUNet
-from slimstep.models.family import family_of
-from slimstep.models.noise_schedule import NoiseSchedule, schedule_of
+from slimstep.models.families.prunable import Prunable
+from slimstep.models.family import family_of, schedule_for
+from slimstep.models.networks import DENOISERS
+from slimstep.models.noise_schedule import NoiseSchedule
 from slimstep.models.pipeline import networks, upcast_vae
 from slimstep.models.sizes import native_pixels, set_resolution
 
@@ -47,13 +48,14 @@ class Teacher:
     """A job's teacher: a pipeline, frozen on the device, whose UNet is prunable; or, for what needs no more than
     that, a UNet alone. `config` is the job's, with the resolution that the data left open."""
 
-    pipeline: DiffusionPipeline | PrunableUNet
+    pipeline: DiffusionPipeline | Prunable
     config: Config
     run: Run
 
     @property
-    def unet(self) -> PrunableUNet:
-        return getattr(self.pipeline, "unet", self.pipeline)
+    def unet(self) -> Prunable:
+        parts = [part for part in DENOISERS if hasattr(self.pipeline, part)]
+        return getattr(self.pipeline, parts[0]) if parts else self.pipeline
 
     @property
     def is_conditional(self) -> bool:
@@ -76,12 +78,13 @@ class Teacher:
 
     @property
     def schedule(self) -> NoiseSchedule:
-        return schedule_of(self.pipeline.scheduler, self.device)
+        return schedule_for(self.pipeline, device=self.device)
 
     @property
     def text_length(self) -> int:
-        """Tokens of a prompt: the model's own, 77 for a UNet alone."""
-        return self.pipeline.tokenizer.model_max_length if hasattr(self.pipeline, "tokenizer") else NUM_TOKENS
+        """Tokens of a prompt: the model's own, 77 for a network alone."""
+        has_text = isinstance(self.pipeline, DiffusionPipeline)
+        return family_of(self.pipeline).tokens(self.pipeline) if has_text else NUM_TOKENS
 
     @property
     def latency(self) -> LatencyConfig:
@@ -103,7 +106,7 @@ def teacher_of(pipeline: DiffusionPipeline, config: Config, run: Run) -> Teacher
     """Raises ValueError for what is no pipeline, or has no noise schedule to train on."""
     if not isinstance(pipeline, DiffusionPipeline):
         raise ValueError(f"{config.model} is a UNet alone; it serves +experiment=latency_table only")
-    schedule_of(pipeline.scheduler)  # ValueError for one without betas
+    schedule_for(pipeline)  # ValueError for one without betas that is not flow matching's
     pipeline.to(run.accelerator.device)
     config = deepcopy(config)
     if config.data.resolution is None:

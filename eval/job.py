@@ -49,6 +49,7 @@ from slimstep.eval.timing.cold_start import compile_first
 from slimstep.eval.timing.inference import InferenceConfig, compile_networks
 from slimstep.eval.timing.precision import settled
 from slimstep.models.cost import count_parameters
+from slimstep.models.networks import network_of
 
 log = logging.getLogger("slimstep")
 
@@ -168,10 +169,11 @@ def evaluator_of(
     def candidate(name: str, steps: int, guidance: float) -> Candidate:
         pipeline = pipeline_of(name)
         drawn = sampler(pipeline, steps, guidance)
-        parts = {"UNet": pipeline.unet, **({"decoder": drawn.codec.decoder} if drawn.codec else {})}
+        network = network_of(pipeline)
+        parts = {"UNet": network, **({"decoder": drawn.codec.decoder} if drawn.codec else {})}
         facts = {"parameters": {name: count_parameters(part) for name, part in parts.items()},
-                 "evaluations": drawn.evaluations(pipeline.unet)}  # fmt: skip
-        return Candidate(partial(drawn.images, pipeline.unet, prompts.prompts), drawn.protocol, facts)
+                 "evaluations": drawn.evaluations(network)}  # fmt: skip
+        return Candidate(partial(drawn.images, network, prompts.prompts), drawn.protocol, facts)
 
     return Evaluator(run, candidate, prompts, metrics, scorer, models.reference, config.eval.batch_size,
                      config.eval.pictures, partial(real_images, config), read_finished(run))  # fmt: skip
@@ -181,7 +183,7 @@ def compile_pipeline(
     name: str, pipeline: DiffusionPipeline, sampler: Sampler, prompts: PromptSet, config: Config, run: Run
 ) -> None:
     """Compiles UNet and VAE decoder by drawing a batch, with the graphs that an earlier process has left."""
-    parts = [pipeline.unet, *filter(None, [sampler.codec])]
+    parts = [network_of(pipeline), *filter(None, [sampler.codec])]
     size, networks = min(config.eval.batch_size, len(prompts)), [described(part) for part in parts]
     guided = [guidance > 1 for guidance in config.curves.guidance]
     key = [*networks, size, guided, torch.__version__, run.accelerator.device.type]
@@ -189,7 +191,7 @@ def compile_pipeline(
     file = Path(config.evaluation.artifacts) / f"{hashlib.sha256(str(key).encode()).hexdigest()[:16]}.bin"
     compile_networks(pipeline, InferenceConfig(compile="default"))
     kept, start = run.agreed(file.exists()), time.perf_counter()
-    compile_first(file, lambda: sampler.images(pipeline.unet, prompts.prompts, range(size)), run.accelerator)
+    compile_first(file, lambda: sampler.images(network_of(pipeline), prompts.prompts, range(size)), run.accelerator)
     way = f"with {file}" if kept else f"which left {file}"
     log.info(f"{name}: first batch of compiled networks in {time.perf_counter() - start:.0f} s, {way}")
 

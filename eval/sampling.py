@@ -23,9 +23,11 @@ from slimstep.eval.cpu_parts import can_be_parted, draw_in_parts
 from slimstep.eval.timing.precision import computing, products_on
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import has_statistics, statistics, unscaled
-from slimstep.models.denoiser import Denoiser, guidance_embed_dim
+from slimstep.models.denoiser import Denoiser, takes_guidance
 from slimstep.models.family import denoiser_of, family_of
+from slimstep.models.flow import prediction_type_of, set_steps
 from slimstep.models.guidance import guided
+from slimstep.models.networks import network_of
 from slimstep.models.schedulers import check_sampling, used_spacing
 
 TEXTS_PER_BATCH = 64  # cut by index, so that a prompt's state does not depend on who asks for it
@@ -55,9 +57,10 @@ class Sampler:
         cannot do: models/schedulers.py."""
         if steps < 1:
             raise ValueError(f"steps is {steps}; sampling needs at least 1")
-        check_sampling(scheduler or pipeline.scheduler, steps)
         self.family, self.codec = family_of(pipeline), family_of(pipeline).codec(pipeline)
-        if guidance_scale > 1 and not self.family.IS_CONDITIONAL:
+        self.network, self.flow = network_of(pipeline), self.family.flow(network_of(pipeline))
+        check_sampling(scheduler or pipeline.scheduler, steps, self.flow)
+        if guidance_scale > 1 and not (self.family.GUIDES or takes_guidance(self.network)):
             raise ValueError(f"guidance_scale={guidance_scale:g}: {type(pipeline).__name__} has no guidance; set 1")
         self.pipeline = pipeline
         self.steps = steps
@@ -70,12 +73,12 @@ class Sampler:
 
     def guides(self, unet: nn.Module) -> bool:
         """Whether each step runs the UNet with the empty prompt, too."""
-        return self.guidance_scale > 1 and not guidance_embed_dim(unet)
+        return self.guidance_scale > 1 and self.family.GUIDES and not takes_guidance(unet)
 
     def evaluations(self, unet: nn.Module) -> int:
         """How often the UNet is asked for one image; some schedulers ask more than once a step."""
         scheduler = copy.deepcopy(self.scheduler)
-        scheduler.set_timesteps(self.steps)
+        set_steps(scheduler, self.steps, self.flow)
         return len(scheduler.timesteps) * (2 if self.guides(unet) else 1)
 
     @property
@@ -88,7 +91,7 @@ class Sampler:
             "seed": self.seed,
             "scheduler": type(scheduler).__name__,
             "timestep_spacing": used_spacing(scheduler),
-            "prediction_type": scheduler.config.get("prediction_type"),
+            "prediction_type": prediction_type_of(scheduler),
             "latents": list(self.latent_shape),
             "precision": self.weights_precision,
         }
@@ -96,13 +99,13 @@ class Sampler:
     @property
     def weights_precision(self) -> str:
         """What the networks compute in: `precision` is a choice where their weights are float32."""
-        dtype = self.pipeline.unet.dtype
+        dtype = self.network.dtype
         return self.precision if dtype == torch.float32 else str(dtype).removeprefix("torch.")
 
     @property
     def denoiser(self) -> Denoiser:
         """How the pipeline's UNet, and any that takes its place, is called."""
-        return denoiser_of(self.pipeline.unet, self.scheduler.config.get("prediction_type"))
+        return denoiser_of(self.network, prediction_type_of(self.scheduler))
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -180,21 +183,21 @@ class Sampler:
             away = (self.unconditional if uncond is None else uncond).to(*place)
         if block_mask_BN is not None:
             block_mask_BN = block_mask_BN.to(parameter.device)
-        if guidance_embed_dim(unet):
+        if takes_guidance(unet):
             scale, device = float(self.guidance_scale), parameter.device
             guidance_B = self.copied_once(("scale", device), lambda: torch.full((1,), scale, device=device))
             guidance_B = guidance_B.expand(len(noise_BCHW))
         if generators is None:
             generators = self.generators(range(len(noise_BCHW)))
         scheduler = copy.deepcopy(self.scheduler)  # it counts steps, and some keep past predictions
-        scheduler.set_timesteps(self.steps)
+        set_steps(scheduler, self.steps, self.flow)
         step_options = extra_step_options(scheduler, generators)
         # The scheduler reads its tables on the CPU, the UNet a tensor of its own device: no synchronisation per step.
         timesteps_S = self.copied_once(("t", parameter.device), lambda: scheduler.timesteps.to(parameter.device))
 
-        z_BCHW = noise_BCHW.to(*place) * scheduler.init_noise_sigma
+        z_BCHW = noise_BCHW.to(*place) * getattr(scheduler, "init_noise_sigma", 1)  # flow matching's has none
         for t, t_unet in zip(scheduler.timesteps, timesteps_S, strict=True):
-            x_t = scheduler.scale_model_input(z_BCHW, t)
+            x_t = scheduler.scale_model_input(z_BCHW, t) if hasattr(scheduler, "scale_model_input") else z_BCHW
             with computing(self.precision, parameter):
                 if away is not None:
                     inputs = x_t, t_unet, cond, away, self.guidance_scale
@@ -210,7 +213,7 @@ class Sampler:
 
         Raises ValueError for images that are not finite: as bytes they would be black, and as good as each other.
         """
-        return eight_bits(finite({"images": self.pixels(latents_BCHW)}, self.codec or self.pipeline.unet)["images"])
+        return eight_bits(finite({"images": self.pixels(latents_BCHW)}, self.codec or self.network)["images"])
 
     @torch.inference_mode()
     def pixels(self, latents_BCHW: Tensor) -> Tensor:

@@ -190,7 +190,8 @@ def canonical(
     for name, spec in architecture.items():
         check_repeats(name, spec.repeats, 1 if name in levels else MOST_REPEATS)
         if spec.repeats > 1 and copyable is not None and name not in copyable:
-            reason = f"copies {name}, a ResNet whose channels change; these can be copied: {tuple(copyable)}"
+            why = "a ResNet whose channels change" if ".resnets." in name else "whose text nothing would give on"
+            reason = f"copies {name}, {why}; these can be copied: {tuple(copyable)}"
             raise ValueError(f"the architecture {reason}")
     gone = [level for level in levels if is_removed(level, architecture)]
     if gone != list(levels)[: len(gone)]:

@@ -40,16 +40,18 @@ def origin_of(folder: str | Path) -> Origin | None:
 def write_card(folder: Path, results: Sequence[str] = ()) -> None:
     """README.md of an export that has an origin: what it is, how it is sampled, and a line for every result."""
     report = read_export_report(folder)
-    files = {part: folder / part / "config.json" for part in ("unet", "vae")}
+    files = {part: folder / part / "config.json" for part in ("unet", "transformer", "vae")}
     configs = {part: json.loads(file.read_text()) for part, file in files.items() if file.is_file()}
-    write_text(folder / CARD, card_text(Origin(**report["origin"]), report["is_stock"], configs, results))
+    options = report["load"].rpartition('"')[2].removesuffix(")")  # what it is loaded with beside the folder
+    write_text(folder / CARD, card_text(Origin(**report["origin"]), report["is_stock"], options, configs, results))
 
 
-def card_text(origin: Origin, is_stock: bool, configs: Mapping[str, Mapping[str, Any]], results: Sequence[str]) -> str:
+def card_text(
+    origin: Origin, is_stock: bool, options: str, configs: Mapping[str, Mapping[str, Any]], results: Sequence[str]
+) -> str:
     is_hub = HUB_ID.fullmatch(origin.teacher) and not Path(origin.teacher).exists()
     teacher = origin.teacher if is_hub else Path(origin.teacher).stem
     base = f"base_model: {teacher}\n" if is_hub else ""
-    flag = "" if is_stock else ", trust_remote_code=True"
     trust = "" if is_stock else " The folder carries the classes of its networks, hence `trust_remote_code=True`."
     has_prompts = "vae" in configs  # models of pixels are unconditional
     task = "text-to-image" if has_prompts else "unconditional-image-generation"
@@ -57,6 +59,7 @@ def card_text(origin: Origin, is_stock: bool, configs: Mapping[str, Mapping[str,
     guidance = guidance if has_prompts else ". Pass them: diffusers' default is another."
     call = f"num_inference_steps={origin.steps}"
     call = f'"…", {call}, guidance_scale={origin.guidance_scale:g}' if has_prompts else call
+    part, name = ("unet", "UNet") if "unet" in configs else ("transformer", "Transformer")
     decoder = f"\n- VAE decoder: {decoder_line(configs['vae'])}" if has_prompts else ""
     measured = "\n".join(f"- {line}" for line in results) or "Nothing was measured on it yet."
     return f"""---
@@ -66,12 +69,12 @@ pipeline_tag: {task}
 ---
 # A student of {teacher}
 
-- UNet: {unet_line(configs["unet"])}{decoder}
+- {name}: {network_line(part, configs[part])}{decoder}
 - Sampling: {origin.steps} steps{guidance}
 
 ```python
 from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained("THIS_FOLDER"{flag})
+pipeline = DiffusionPipeline.from_pretrained("THIS_FOLDER"{options})
 image = pipeline({call}).images[0]
 ```
 Nothing but diffusers has to be installed.{trust}
@@ -82,13 +85,13 @@ Nothing but diffusers has to be installed.{trust}
 """
 
 
-def unet_line(config: Mapping[str, Any]) -> str:
+def network_line(part: str, config: Mapping[str, Any]) -> str:
     """What was removed and copied; where that is diffusers' own class, its configuration says which layers are left."""
     architecture = as_architecture(config.get("depths") or {})
     removed = [f"`{block}`" for block, spec in architecture.items() if spec.repeats == 0]
     copied = [f"`{block}` (runs {spec.repeats} times)" for block, spec in architecture.items() if spec.repeats > 1]
     if not architecture:
-        return "of diffusers' own class; `unet/config.json` says its layers."
+        return f"of diffusers' own class; `{part}/config.json` says its layers."
     without = f"without {', '.join(removed)}" if removed else ""
     return "; ".join(filter(None, (without, f"copied: {', '.join(copied)}" if copied else ""))) + "."
 

@@ -18,20 +18,24 @@ STATISTICS = ("latents_mean", "latents_std")
 
 
 def has_statistics(pipeline) -> bool:
-    """Whether the VAE's `latents_mean` and `latents_std` count.
+    """Whether the VAE's `latents_mean` and `latents_std`, or its `shift_factor`, count.
 
-    They do where both are there and the stock pipeline of this class reads them: SDXL's do, Stable Diffusion's do not.
-    None of those around a UNet reads `shift_factor`. Raises ValueError for values that are no statistics.
+    They do where they are there and the stock pipeline of this class reads them: SDXL's reads the former, Stable
+    Diffusion 3's the latter, Stable Diffusion's none. Raises ValueError for values that are no statistics.
     """
     calls = [vars(kind)["__call__"] for kind in type(pipeline).__mro__ if "__call__" in vars(kind)]
-    if not any("latents_std" in inspect.unwrap(call).__code__.co_names for call in calls):
-        return False
+    names = {name for call in calls for name in inspect.unwrap(call).__code__.co_names}
     config = pipeline.vae.config
-    return all(config.get(name) is not None for name in STATISTICS) and len(statistics(config)) == 2
+    if "latents_std" in names and all(config.get(name) is not None for name in STATISTICS):
+        return len(statistics(config)) == 2
+    return "shift_factor" in names and bool(config.get("shift_factor"))
 
 
 def statistics(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation [1, C, 1, 1] of a VAE's latents. ValueError for what is neither."""
+    """Mean and standard deviation [1, C, 1, 1] of a VAE's latents; a `shift_factor` is a mean, beside a deviation of 1.
+    ValueError for what is neither."""
+    if config.get("latents_mean") is None and config.get("shift_factor"):
+        return torch.full((1, 1, 1, 1), float(config["shift_factor"])), torch.ones(1, 1, 1, 1)
     for name in STATISTICS:
         values, count = config[name], config["latent_channels"]
         is_list = isinstance(values, (list, tuple)) and all(type(value) in (int, float) for value in values)

@@ -68,6 +68,12 @@ def guidance_embed_dim(unet: nn.Module) -> int:
     return getattr(config, "time_cond_proj_dim", None) or 0
 
 
+def takes_guidance(network: nn.Module) -> bool:
+    """Whether the guidance scale is an input: of UNets that are distilled to it, and of FLUX.1 dev."""
+    config = extract_model_from_parallel(network, keep_torch_compile=False).config
+    return bool(guidance_embed_dim(network) or getattr(config, "guidance_embeds", False))
+
+
 def guidance_embedding(w_B: Tensor, width: int) -> Tensor:
     """[B, width]: the sinusoids of 1000·(w − 1) that diffusers' pipelines pass as `timestep_cond`; width is even."""
     half = width // 2

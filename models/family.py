@@ -17,22 +17,34 @@ from slimstep.models.checkpoint import is_single_file
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.denoiser import Denoiser
 from slimstep.models.families.ddpm import family as ddpm
-from slimstep.models.families.prunable import PrunableUNet
+from slimstep.models.families.prunable import Prunable
+from slimstep.models.families.transformer import sd3
 from slimstep.models.families.unet2d import family as unet2d
+from slimstep.models.flow import FlowSteps, is_flow
+from slimstep.models.networks import DENOISERS, network_of
+from slimstep.models.noise_schedule import NoiseSchedule, schedule_of
 
 
 class Family(Protocol):
     """What a family's module `family` has.
 
-    NAME: as errors list it. NETWORK: the prunable network. IS_CONDITIONAL: whether there are prompts, and guidance.
+    NAME: as errors list it. PART: what its pipelines call the network that denoises. NETWORK: the prunable network.
+    IS_CONDITIONAL: whether there are prompts. GUIDES: whether a second prediction, for the empty prompt, guides.
     """
 
-    NAME: str
-    NETWORK: type[PrunableUNet]
-    IS_CONDITIONAL: bool
+    @property
+    def NAME(self) -> str: ...
+    @property
+    def PART(self) -> str: ...
+    @property
+    def NETWORK(self) -> type[Prunable]: ...
+    @property
+    def IS_CONDITIONAL(self) -> bool: ...
+    @property
+    def GUIDES(self) -> bool: ...
 
     def matches(self, index: Mapping[str, Any]) -> bool:
-        """Whether a pipeline with this model_index.json, which names a UNet, is of the family."""
+        """Whether a pipeline with this model_index.json, which names a network PART, is of the family."""
         ...
 
     def check(self, name_or_path: str | Path) -> None:
@@ -69,12 +81,28 @@ class Family(Protocol):
         """One row: what guidance steers away from."""
         ...
 
+    def tokens(self, pipeline: DiffusionPipeline) -> int:
+        """Of a prompt, as the network gets them."""
+        ...
+
+    def channels(self, network: nn.Module) -> int:
+        """Of what is denoised."""
+        ...
+
+    def shrinks(self, network: nn.Module) -> int:
+        """What sides of latents must be multiples of."""
+        ...
+
+    def flow(self, network: nn.Module) -> FlowSteps | None:
+        """How pipelines of flow matching make their steps; None for those of other families."""
+        ...
+
     def codec(self, pipeline: DiffusionPipeline) -> AutoencoderKL | None:
         """The autoencoder between images and what is denoised; None where that is pixels."""
         ...
 
 
-FAMILIES: tuple[Family, ...] = (unet2d, ddpm)
+FAMILIES: tuple[Family, ...] = (unet2d, ddpm, sd3.FAMILY)
 
 
 def family_at(name_or_path: str | Path) -> Family:
@@ -86,14 +114,15 @@ def family_at(name_or_path: str | Path) -> Family:
             index = DiffusionPipeline.load_config(str(name_or_path))
     except OSError:
         return unet2d  # whose check tells what is wrong with it
-    if not isinstance(index, Mapping) or not is_named(index.get("unet")) and "unet" in index:
+    part = next((part for part in DENOISERS if part in index), None) if isinstance(index, Mapping) else None
+    if not isinstance(index, Mapping) or part and not is_named(index[part]):
         return unet2d
     for family in FAMILIES:
-        if "unet" in index and family.matches(index):
+        if part == family.PART and family.matches(index):
             return family
-    network = index["unet"][1] if "unet" in index else None
+    network = index[part][1] if part else None
     known = "; ".join(family.NAME for family in FAMILIES)
-    which = f"is a {index.get('_class_name')} {f'with a {network}' if network else 'without a UNet'}"
+    which = f"is a {index.get('_class_name')} {f'with a {network}' if network else 'without a UNet or transformer'}"
     raise ValueError(f"model {str(name_or_path)!r} {which}, of which no family is known; these are: {known}")
 
 
@@ -103,14 +132,23 @@ def is_named(part: Any) -> bool:
 
 def family_of(model: DiffusionPipeline | nn.Module) -> Family:
     """The family of a pipeline that is loaded, or of a network, whatever it is wrapped in."""
-    network = model.unet if isinstance(model, DiffusionPipeline) else model
+    network = network_of(model) if isinstance(model, DiffusionPipeline) else model
     bare = extract_model_from_parallel(network, keep_torch_compile=False)
     return next(family for family in FAMILIES if isinstance(bare, family.NETWORK.STOCK))
 
 
 def denoiser_of(network: nn.Module, prediction_type: str = "epsilon") -> Denoiser:
     """The denoiser of a network by its class; `prediction_type` is its scheduler's, and any where none is trained."""
-    config = extract_model_from_parallel(network, keep_torch_compile=False).config
-    size = config.sample_size
+    family, bare = family_of(network), extract_model_from_parallel(network, keep_torch_compile=False)
+    size = getattr(bare.config, "sample_size", None)
     sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-    return family_of(network).denoiser(network, prediction_type, (config.in_channels, *sides))
+    return family.denoiser(network, prediction_type, (family.channels(bare), *sides))
+
+
+def schedule_for(
+    pipeline: DiffusionPipeline, scheduler: Any = None, device: str | torch.device = "cpu"
+) -> NoiseSchedule:
+    """The noise schedule of a pipeline, or of another scheduler in it; ValueError as `schedule_of` raises it."""
+    scheduler = scheduler or pipeline.scheduler
+    flow = family_of(pipeline).flow(network_of(pipeline)) if is_flow(scheduler) else None
+    return schedule_of(scheduler, device, flow)

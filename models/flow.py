@@ -43,7 +43,7 @@ def is_flow(scheduler: Any) -> bool:
     return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
 
 
-def prediction_type_of(scheduler: Any) -> str | None:
+def prediction_type_of(scheduler: Any) -> str:
     """What the scheduler's network predicts: `flow`, or what its configuration says."""
     return "flow" if is_flow(scheduler) else scheduler.config.get("prediction_type")
 

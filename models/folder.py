@@ -151,8 +151,9 @@ def lacking_checker(name_or_path: str | Path) -> dict[str, Any]:
 
 
 def check_variant(name_or_path: str | Path, variant: str | None) -> None:
-    """ValueError for a variant of the weights that a folder's UNet does not have; None is the plain one."""
-    existing = {variant_of(file.name) for file in weight_files(Path(name_or_path) / "unet")}
+    """ValueError for a variant of the weights that a folder's network does not have; None is the plain one."""
+    files = [file for part in ("unet", "transformer") for file in weight_files(Path(name_or_path) / part)]
+    existing = {variant_of(file.name) for file in files}
     if existing and variant not in existing:
         choices = " or ".join(sorted(name or "null" for name in existing))
         raise ValueError(f"model {str(name_or_path)!r} has no weights of variant={variant}: choose {choices}")
@@ -223,14 +224,14 @@ def cached_folder(hub_id: str) -> Path | None:
     return Path(index).parent if isinstance(index, str) else None
 
 
-def stored_dtype(name_or_path: str | Path, variant: str | None) -> torch.dtype:
-    """What the UNet of a folder or hub id is stored in. ValueError where it has no safetensors file."""
+def stored_dtype(name_or_path: str | Path, variant: str | None, part: str = "unet") -> torch.dtype:
+    """What the network `part` of a folder or hub id is stored in. ValueError where it has no safetensors file."""
     if (folder := folder_of(name_or_path)) is None:
         raise ValueError("it is not in the hub cache, so its dtype is not known: say which, as float16")
-    files = [path for path in (folder / "unet").glob("*.safetensors") if variant_of(path.name) == variant]
+    files = [path for path in (folder / part).glob("*.safetensors") if variant_of(path.name) == variant]
     if not files:
-        raise ValueError("it has no unet/*.safetensors, which would tell its dtype: give one")
+        raise ValueError(f"it has no {part}/*.safetensors, which would tell its dtype: give one")
     with safe_open(files[0], "pt") as opened:
         if not (keys := list(opened.keys())):
-            raise ValueError(f"unet/{files[0].name} holds no weights")
+            raise ValueError(f"{part}/{files[0].name} holds no weights")
         return DTYPES[opened.get_slice(keys[0]).get_dtype()]

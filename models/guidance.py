@@ -54,6 +54,9 @@ def with_guidance_embedding(unet: PrunableUNet2DConditionModel, width: int) -> P
         raise ValueError(f"distillation.guidance_embed_dim={width}, but the network's has {existing} numbers")
     if existing:
         return unet
+    if not isinstance(unet, PrunableUNet2DConditionModel):
+        kind = type(unet).STOCK.__name__
+        raise ValueError(f"distillation.guidance_embed_dim={width}, but a {kind} takes no guidance embedding")
     new = PrunableUNet2DConditionModel.from_config(dict(unet.config), time_cond_proj_dim=width)
     missing, unexpected = new.load_state_dict(unet.state_dict(), strict=False)
     assert not unexpected and set(missing) <= {"time_embedding.cond_proj.weight"}, (missing, unexpected)

@@ -19,18 +19,35 @@ from slimstep.models.vae import NarrowAutoencoderKL
 
 log = logging.getLogger("slimstep")
 EMBEDDED = ".base_layer."  # PEFT's name for what an adapter wraps
+DENOISERS = ("unet", "transformer")  # the part of a pipeline that denoises
+TEXT_ENCODERS = ("text_encoder", "text_encoder_2", "text_encoder_3")
+
+
+def part_of(pipeline: DiffusionPipeline) -> str:
+    """What a pipeline calls the network that denoises."""
+    return next(part for part in DENOISERS if hasattr(pipeline, part))
+
+
+def network_of(pipeline: DiffusionPipeline) -> nn.Module:
+    """The network of a pipeline that denoises."""
+    return getattr(pipeline, part_of(pipeline))
+
+
+def text_encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """{part: network} of those that a pipeline has; none of an unconditional model."""
+    return {name: part for name in TEXT_ENCODERS if (part := getattr(pipeline, name, None)) is not None}
 
 
 def load_networks(
-    name_or_path: str | Path, index: Mapping[str, Any], unet: type[nn.Module], skipped: Iterable[str] = (), **options
+    name_or_path: str | Path, index: Mapping[str, Any], own: type[nn.Module], skipped: Iterable[str] = (), **options
 ) -> dict:
-    """{part: network} of a folder or hub id: the UNet of this class, others of the classes that its index names.
+    """{part: network} of a folder or hub id: what denoises of the class `own`, others of those that its index names.
 
     index: its model_index.json. skipped: parts to leave out. options: variant, dtype, use_safetensors.
     Raises ValueError as `load_network` does.
     """
     kinds = {part: network_class(*index[part]) for part in parts_of(index) if part not in skipped}
-    kinds["unet"] = unet
+    kinds[next(part for part in DENOISERS if part in kinds)] = own
     networks = [part for part, kind in kinds.items() if kind or part == "vae"]  # which may be an export's own
     folder = final_folder(name_or_path)
     if folder and (lacking := [part for part in networks if not (folder / part / "config.json").is_file()]):
@@ -110,10 +127,10 @@ def without_memory(network: nn.Module) -> list[str]:
 
 
 def with_unet(pipeline: DiffusionPipeline, unet: nn.Module, **parts) -> DiffusionPipeline:
-    """A pipeline of the same class, components and options around another UNet, and other `parts` where given."""
+    """A pipeline of the same class, components and options around another network, and other `parts` where given."""
     _, option_names = pipeline._get_signature_keys(type(pipeline))
     options = {name: pipeline.config[name] for name in option_names if name in pipeline.config}
-    return type(pipeline)(**{**pipeline.components, **options, "unet": unet, **parts})
+    return type(pipeline)(**{**pipeline.components, **options, part_of(pipeline): unet, **parts})
 
 
 def check_tokenizers(pipeline: DiffusionPipeline) -> None:

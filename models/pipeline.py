@@ -20,7 +20,7 @@ from slimstep.models.checkpoint import is_single_file
 from slimstep.models.family import family_at, family_of
 from slimstep.models.folder import check_pickles, check_variant, check_weights
 from slimstep.models.lora import check_loras, fuse_loras
-from slimstep.models.networks import with_unet, without_memory
+from slimstep.models.networks import network_of, part_of, with_unet, without_memory
 from slimstep.models.schedulers import replacement, scheduler_class, swapped_scheduler
 from slimstep.models.single_file import check_single_file
 
@@ -163,7 +163,10 @@ def export_pipeline(
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
         raise ValueError(f"export folder {str(folder)!r} holds something else than a pipeline; name a new one")
     stock, obstacles = family_of(pipeline).exported(pipeline)
-    flag = "" if not obstacles else ", trust_remote_code=True"
+    # diffusers asks for some parts although the folder says that there are none.
+    absent = {part for part, component in stock.components.items() if component is None}
+    options = [f", {part}=None" for part in sorted(absent - {*stock._optional_components})]
+    flag = "".join([*options, *([", trust_remote_code=True"] if obstacles else [])])
     export = ExportReport(not obstacles, obstacles, f'DiffusionPipeline.from_pretrained("{folder}"{flag})', origin)
     made = in_one_dtype(stock)
     with whole_folder(folder) as aside, quiet():
@@ -180,7 +183,7 @@ def in_one_dtype(pipeline: DiffusionPipeline) -> DiffusionPipeline:
     parts = {name: part for name, part in pipeline.components.items() if isinstance(part, nn.Module)}
     widest = functools.reduce(torch.promote_types, (part.dtype for part in parts.values()))
     copies = {name: copy.deepcopy(part).to(widest) for name, part in parts.items() if part.dtype != widest}
-    return with_unet(pipeline, **{"unet": pipeline.unet, **copies})
+    return with_unet(pipeline, **{"unet": copies.pop(part_of(pipeline), network_of(pipeline)), **copies})
 
 
 def networks(pipeline: DiffusionPipeline) -> Iterator[nn.Module]:

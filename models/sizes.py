@@ -3,17 +3,21 @@
 import logging
 
 import diffusers
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline, ModelMixin
+
+from slimstep.models.networks import network_of, part_of
 
 log = logging.getLogger("slimstep")
 
 
-def latent_side(unet: UNet2DConditionModel, way: str) -> int:
-    """The side of the square of latents that a UNet makes by itself. ValueError, with a way out, where it has none."""
-    if isinstance(size := unet.config.sample_size, int):
+def latent_side(network: ModelMixin, way: str) -> int:
+    """The side of the square of latents that a network makes by itself. ValueError, with a way out, where it has
+    none."""
+    if isinstance(size := network.config.get("sample_size"), int):
         return size
     reason = "has no sample_size" if size is None else f"has sample_size={list(size)}, and only squares can be drawn"
-    raise ValueError(f"unet/config.json {reason}: {way} says which size to take")
+    part = "unet" if hasattr(network, "down_blocks") else "transformer"
+    raise ValueError(f"{part}/config.json {reason}: {way} says which size to take")
 
 
 def settle_sizes(pipeline: DiffusionPipeline) -> None:
@@ -22,7 +26,8 @@ def settle_sizes(pipeline: DiffusionPipeline) -> None:
 
     Raises ValueError, which names the file, for what is no size. Sizes of rectangles stay: `native_pixels` tells.
     """
-    for part in ("unet", "vae"):
+    own = part_of(pipeline)
+    for part in (own, "vae"):
         network = getattr(pipeline, part)
         size = network.config.get("sample_size")
         sides = size if isinstance(size, (list, tuple)) else [size] * 2
@@ -30,9 +35,10 @@ def settle_sizes(pipeline: DiffusionPipeline) -> None:
             raise ValueError(f"{part}/config.json has sample_size={size}, which must be a number or [height, width]")
         if size is not None and sides[0] == sides[1]:
             network.register_to_config(sample_size=sides[0])
-    if pipeline.unet.config.sample_size is None and isinstance(pixels := pipeline.vae.config.get("sample_size"), int):
-        pipeline.unet.register_to_config(sample_size=pixels // pipeline.vae_scale_factor)
-        log.info(f"unet/config.json has no sample_size: the model draws {pixels} px, as its VAE's tells")
+    network, pixels = network_of(pipeline), pipeline.vae.config.get("sample_size")
+    if network.config.get("sample_size") is None and isinstance(pixels, int):
+        network.register_to_config(sample_size=pixels // pipeline.vae_scale_factor)
+        log.info(f"{own}/config.json has no sample_size: the model draws {pixels} px, as its VAE's tells")
     remember_size(pipeline)
 
 
@@ -43,20 +49,20 @@ def scale_factor(pipeline: DiffusionPipeline) -> int:
 
 def native_pixels(pipeline: DiffusionPipeline) -> int:
     """The side of the images that a pipeline draws by itself. ValueError where these are no squares."""
-    return latent_side(pipeline.unet, "data.resolution=PIXELS") * scale_factor(pipeline)
+    return latent_side(network_of(pipeline), "data.resolution=PIXELS") * scale_factor(pipeline)
 
 
 def set_resolution(pipeline: DiffusionPipeline, pixels: int) -> None:
     """Makes squares of so many pixels what the pipeline draws by itself, also where its model was made for others."""
     # Without the version a pipeline around weights of before diffusers 0.9 would take their size for a mistake.
     size, version = pixels // scale_factor(pipeline), diffusers.__version__
-    pipeline.unet.register_to_config(sample_size=size, _diffusers_version=version)
+    network_of(pipeline).register_to_config(sample_size=size, _diffusers_version=version)
     remember_size(pipeline)
 
 
 def remember_size(pipeline: DiffusionPipeline) -> None:
-    """Tells a pipeline the size in its UNet's config, as far as its class took it down when it was made."""
-    size = pipeline.unet.config.sample_size
+    """Tells a pipeline the size in its network's config, as far as its class took it down when it was made."""
+    size = network_of(pipeline).config.get("sample_size")
     for name, value in {"default_sample_size": size, "_is_unet_config_sample_size_int": isinstance(size, int)}.items():
         if hasattr(pipeline, name):
             setattr(pipeline, name, value)

@@ -39,7 +39,7 @@ from slimstep.eval.scorer_check import check_scorer
 from slimstep.eval.training import check_objective, train_stage
 from slimstep.models.cost import count_gflops, count_parameters
 from slimstep.models.denoiser import guidance_embed_dim
-from slimstep.models.families.prunable import PrunableUNet
+from slimstep.models.families.prunable import Prunable
 from slimstep.models.family import family_of
 from slimstep.models.pipeline import with_unet
 from slimstep.prune.config import Config
@@ -145,14 +145,14 @@ def check_metric(config: Config, metrics: Mapping[str, Metric]) -> None:
         raise ValueError(f"search.metric={config.search.metric} scores no single images; choose from {known}")
 
 
-def prunable_copy(teacher: Teacher) -> PrunableUNet:
+def prunable_copy(teacher: Teacher) -> Prunable:
     """A trainable copy of the teacher's UNet, in float32."""
     unet = type(teacher.unet).from_unet(teacher.unet, skip_rule=skip_rule(teacher.config))
     return unet.float().requires_grad_()
 
 
 def evaluator_of(
-    teacher: Teacher, unets: Mapping[str, PrunableUNet], prompts: PromptSet, scorer: Any
+    teacher: Teacher, unets: Mapping[str, Prunable], prompts: PromptSet, scorer: Any
 ) -> Evaluator:
     """Every UNet in the teacher's pipeline; `unets` grows while the job goes on."""
     config, run = teacher.config, teacher.run

@@ -33,7 +33,7 @@ from slimstep.eval.timing.latency import (
     warm_up_ms,
 )
 from slimstep.models.architecture import holds
-from slimstep.models.families.prunable import PrunableUNet
+from slimstep.models.families.prunable import Prunable
 from slimstep.models.sizes import latent_side
 
 
@@ -52,7 +52,7 @@ def read_table(path: str | Path) -> dict:
     return {**table, "full_ms": full_ms, "sites": blocks}
 
 
-def table_without(table: dict, unet: PrunableUNet) -> dict:
+def table_without(table: dict, unet: Prunable) -> dict:
     """What a table of the whole UNet says of a pruned one: entries of the kept blocks, the rest taken off `full_ms`."""
     if unknown := [block for block in unet.kept_blocks if block not in table["sites"]]:
         raise ValueError(f"latency.table has no entry for {unknown}: it was made for another UNet")
@@ -61,7 +61,7 @@ def table_without(table: dict, unet: PrunableUNet) -> dict:
     return {**table, "full_ms": full_ms, "sites": {block: {"ms": ms} for block, ms in entries.items()}}
 
 
-def predicted_ms(table: dict, unet: PrunableUNet) -> float:
+def predicted_ms(table: dict, unet: Prunable) -> float:
     """The whole time, less the entries of removed blocks, plus those of copies."""
     removed = {block for block in table["sites"] if unet.repeats(block) == 0}
     # A layer within a removed transformer went with it, and is not counted twice.
@@ -69,7 +69,7 @@ def predicted_ms(table: dict, unet: PrunableUNet) -> float:
     return table["full_ms"] + sum((unet.repeats(block) - 1) * table["sites"][block]["ms"] for block in counted)
 
 
-def latency_table(unet: PrunableUNet, config: LatencyConfig, device: torch.device) -> dict:
+def latency_table(unet: Prunable, config: LatencyConfig, device: torch.device) -> dict:
     """A JSON-ready table of the kept blocks, in milliseconds; `additive_error` is relative to the measured time."""
     unet = timed_copy(unet, config, device)
     config = settled_launch(unet, config, device)
@@ -106,7 +106,7 @@ def method_of(config: LatencyConfig, device: torch.device) -> str:
     return "difference" if config.compile else "in_place_hooks"  # a hook inside a compiled graph would break it
 
 
-def difference_times(unet: PrunableUNet, config: LatencyConfig) -> tuple[float, dict[str, float]]:
+def difference_times(unet: Prunable, config: LatencyConfig) -> tuple[float, dict[str, float]]:
     """Per block, latency(full) − latency(without it), interleaved; the full time is the median over all pairs."""
     full, saved = {}, {}
     for block in progress(unet.kept_blocks, desc="latency table", unit="block"):
@@ -122,7 +122,7 @@ def paired_ms(unet, pruned, config: LatencyConfig, desc: str) -> dict[str, float
     return interleaved_ms(calls, config, unet.device, desc)
 
 
-def in_place_times(unet: PrunableUNet, config: LatencyConfig) -> tuple[float, dict[str, float]]:
+def in_place_times(unet: Prunable, config: LatencyConfig) -> tuple[float, dict[str, float]]:
     """Per block, the median CPU time between entering and leaving it, less the time in what its skip rule keeps."""
     timed = {path: (block, unet.get_submodule(path)) for block in unet.kept_blocks for path in unet.instances(block)}
     kept = {block: timed[block][1].conv_shortcut for block in timed if unet.skip_rules.get(block) == "shortcut"}
@@ -164,7 +164,7 @@ def timing_hooks(modules: Mapping[str, nn.Module], times: dict[str, list[float]]
 
 
 def random_removals(
-    unet: PrunableUNet, full_ms: float, block_ms: Mapping[str, float], config: LatencyConfig
+    unet: Prunable, full_ms: float, block_ms: Mapping[str, float], config: LatencyConfig
 ) -> list[dict]:
     """Random architectures with 2 … 3/4 of the blocks gone: what the table predicts and what is measured."""
     draw = generator("removals", config.seed)

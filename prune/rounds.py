@@ -15,7 +15,7 @@ from slimstep.eval.metrics.metric import Metric
 from slimstep.eval.pages.cautions import score_cautions
 from slimstep.eval.timing.latency import compare_ms
 from slimstep.models.architecture import as_json
-from slimstep.models.families.prunable import PrunableUNet
+from slimstep.models.families.prunable import Prunable
 from slimstep.prune.config import Config
 from slimstep.prune.evolve import Action, BlockValue, apply, record_json
 from slimstep.prune.latency import latency_table, predicted_ms, read_table, table_without
@@ -46,7 +46,7 @@ class Measures:
     calibration: PromptSet | None = None
     metrics: Mapping[str, Metric] = field(default_factory=dict)
 
-    def latencies(self, unet: PrunableUNet) -> dict:
+    def latencies(self, unet: Prunable) -> dict:
         """The latency table of `unet`: measured by rank 0 for all, or taken from the table there is."""
         teacher = self.teacher
         if known := known_latencies(teacher.config):
@@ -61,7 +61,7 @@ class Measures:
         )
         return table
 
-    def ms(self, unet: PrunableUNet, teacher_ms: float) -> float:
+    def ms(self, unet: Prunable, teacher_ms: float) -> float:
         """The latency of `unet` on the teacher's clock: the ratio of the two, interleaved, times `teacher_ms`.
 
         Timed by rank 0 alone; predicted where the table was made elsewhere.
@@ -73,7 +73,7 @@ class Measures:
         times = teacher.run.agreed(compare_ms(unets, teacher.latency, teacher.device) if is_main else None)
         return teacher_ms * times["unet"] / times["teacher"]
 
-    def scores(self, unet: PrunableUNet, stage: str) -> dict:
+    def scores(self, unet: Prunable, stage: str) -> dict:
         """The block scores of `unet` with their protocol."""
         teacher, scoring, prompts = self.teacher, self.teacher.config.scoring, self.calibration
         sampler, keep = teacher.sampler(scoring), teacher.run.path / PARTIAL / stage
@@ -93,7 +93,7 @@ class Measures:
         return record
 
 
-def decide(measures: Measures, unet: PrunableUNet, previous: dict | None, r: int) -> dict:
+def decide(measures: Measures, unet: Prunable, previous: dict | None, r: int) -> dict:
     """What the round's latencies and scores say to do, in its decision.json."""
     run, stage = measures.teacher.run, f"round-{r:02d}"
     table = run.json(f"{stage}/latency.json", lambda: measures.latencies(unet))
@@ -109,7 +109,7 @@ def decide(measures: Measures, unet: PrunableUNet, previous: dict | None, r: int
 
 def decision(
     measures: Measures,
-    unet: PrunableUNet,
+    unet: Prunable,
     table: dict,
     scores: dict | None,
     previous: dict | None,
@@ -148,7 +148,7 @@ def decision(
 
 
 def block_values(
-    unet: PrunableUNet, table: dict, scores: dict | None, scale: float
+    unet: Prunable, table: dict, scores: dict | None, scale: float
 ) -> tuple[BlockValue, ...]:
     """Scores and milliseconds side by side; `scale` carries the table over to the teacher's clock."""
     unknown = {"delta_clip": math.nan, "se": math.nan}

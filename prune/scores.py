@@ -24,7 +24,7 @@ from slimstep.eval.metrics.compare import mean_and_error, split_half_agreement
 from slimstep.eval.metrics.metric import Metric, as_metric
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import shuffles
-from slimstep.models.families.prunable import PrunableUNet
+from slimstep.models.families.prunable import Prunable
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def none_if_nan(value: float) -> float | None:
 
 
 def score_blocks(
-    unet: PrunableUNet,
+    unet: Prunable,
     sampler: Sampler,
     metric: Metric | ClipScorer,
     prompts: PromptSet,

@@ -18,6 +18,7 @@ from slimstep.models.denoising import draw_noisy
 from slimstep.models.noise_schedule import NoiseSchedule
 
 RAMPS = ("constant", "depth", "time")
+KINDS = ("resnet", "attention", "transformer")  # of blocks
 
 
 class StochasticDepth:
@@ -42,8 +43,11 @@ class StochasticDepth:
         caption_dropout: float = 0.1,
         teacher_weight: float = 0.0,
     ):
-        if set(skip_prob) != {"resnet", "attention"} or not all(0 <= p < 1 for p in skip_prob.values()):
-            raise ValueError(f"objective.skip_prob={dict(skip_prob)} must give resnet and attention a value in [0, 1)")
+        bare = extract_model_from_parallel(teacher, keep_torch_compile=False)
+        kinds = {*bare.kinds.values()} if hasattr(bare, "kinds") else {"resnet", "attention"}
+        if not kinds <= set(skip_prob) <= set(KINDS) or not all(0 <= p < 1 for p in skip_prob.values()):
+            names = " and ".join(kind for kind in KINDS if kind in kinds)
+            raise ValueError(f"objective.skip_prob={dict(skip_prob)} must give {names} a value in [0, 1)")
         if ramp not in RAMPS:
             raise ValueError(f"objective.ramp={ramp!r} is unknown; choose from {RAMPS}")
         check_fraction("objective", caption_dropout=caption_dropout, teacher_weight=teacher_weight)

@@ -351,7 +351,7 @@ def nearness_on_real(
 
 def measure(job: DecoderPruning, student: NarrowAutoencoderKL) -> dict:
     """vae_ms.json: both decoders' milliseconds and the ratio, interleaved; rank 0 alone."""
-    native, run, teacher = job.teacher.unet.config.sample_size, job.run, job.teacher
+    native, run, teacher = job.teacher.unet.config.get("sample_size"), job.run, job.teacher
     sizes = job.decoder.latent_sizes or [native, 2 * native]
 
     def make() -> dict:

@@ -1,4 +1,7 @@
-"""The valued UNet: every block at its place in the U, coloured by what it is worth, with what became of it."""
+"""The valued network: every block at its place in the U, coloured by what it is worth, with what became of it.
+
+The blocks of a transformer stand in rows, in the order in which they run.
+"""
 
 from collections.abc import Mapping, Sequence
 
@@ -14,6 +17,8 @@ from slimstep.eval.pages.runs import Block, finite
 from slimstep.eval.pages.text import digits, signed
 from slimstep.models.architecture import Architecture, holder_of, holds, level_of, num_levels, repeats_of, unet_levels
 
+SIDES = ("down_blocks.", "mid_block.", "up_blocks.")
+PER_ROW = 8  # of a transformer's blocks
 BOX_W, BOX_H, GAP, INDENT, PITCH, MIDDLE = 1.0, 0.68, 0.07, 0.42, 1.0, 1.1
 VALUE_COLOURS = LinearSegmentedColormap.from_list(  # orange: free to remove; blue: worth its milliseconds
     "value", [(0, "#e8590c"), (0.25, "#ffc078"), (0.5, "#f4f5f7"), (0.62, "#bcdcf5"), (0.8, "#4a9fe0"), (1, "#0b4f94")]
@@ -33,7 +38,8 @@ def unet_figure(
     """Every block's value at its place in the U; removed ones struck out (with the round), copied ones doubled."""
     corners, levels = places(tuple(blocks)), num_levels(blocks)
     width = max(x for x, _ in corners.values()) + BOX_W
-    figure, (axes,) = canvas(0.98 * width + 1.2, 0.98 * (levels + 1) * PITCH + 0.9)
+    lowest = levels or round(-min(y for _, y in corners.values()) / PITCH)
+    figure, (axes,) = canvas(0.98 * width + 1.2, 0.98 * (lowest + 1) * PITCH + 0.9)
     axes.set_axis_off()
     norm = value_norm(list(blocks.values()))
     repeats = {path: repeats_of(path, architecture, unet_levels(levels)) for path in blocks}
@@ -43,7 +49,7 @@ def unet_figure(
         draw_box(axes, corner, blocks[path], repeats[path], (removed_in or {}).get(path), norm)
         draw_layers(axes, corner, layers, norm)
     axes.set_xlim(-0.75, width + 0.1)
-    axes.set_ylim(-(levels + 0.2) * PITCH, BOX_H + 0.14)
+    axes.set_ylim(-(lowest + 0.2) * PITCH, BOX_H + 0.14)
     axes.set_aspect("equal")
     if any(finite(b.clip_per_ms) for b in blocks.values()):
         draw_scale(figure, axes, norm)
@@ -57,6 +63,8 @@ def places(blocks: Sequence[str]) -> dict[str, tuple[float, float]]:
     """
     paths = [path for path in blocks if holder_of(path, blocks) is None]
     levels = num_levels(paths)
+    if not any(path.startswith(SIDES) for path in paths):
+        return rows_of_lists(paths)
     rows: dict[tuple[str, int], list[str]] = {}
     for path in paths:
         rows.setdefault((path.split(".")[0], level_of(path, levels)), []).append(path)
@@ -76,6 +84,15 @@ def places(blocks: Sequence[str]) -> dict[str, tuple[float, float]]:
             x = down + MIDDLE / 2 - len(row) * step / 2
         corners |= {path: (x + k * step, -level * PITCH) for k, path in enumerate(row)}
     return corners
+
+
+def rows_of_lists(paths: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """The corners of a transformer's blocks: rows of PER_ROW, and a new one for each of its lists."""
+    lists: dict[str, list[str]] = {}
+    for path in paths:
+        lists.setdefault(path.rpartition(".")[0], []).append(path)
+    rows = [row[k : k + PER_ROW] for row in lists.values() for k in range(0, len(row), PER_ROW)]
+    return {path: (k * (BOX_W + GAP), -y * PITCH) for y, row in enumerate(rows) for k, path in enumerate(row)}
 
 
 def value_norm(blocks: Sequence[Block]) -> FuncNorm:
@@ -155,7 +172,8 @@ def draw_box(axes: Axes, corner: tuple[float, float], block: Block, repeats: int
     else:
         outline(0, facecolor=(*fill[:3], 0.16), edgecolor=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
         axes.plot([x + 0.05, x + BOX_W - 0.05], [y + 0.05, y + BOX_H - 0.05], color=STUDENT, linewidth=1, alpha=0.6)
-    kind = "ResNet" if ".resnets." in block.path else "attn"
+    kinds = {"resnets": "ResNet", "attentions": "attn", "single_transformer_blocks": "single"}
+    kind = kinds.get(block.path.split(".")[-2], "block")
     note = f"  ×{repeats}" if repeats > 1 else f"  r{gone_in}" if gone_in is not None and not alive else ""
     text(0.07, BOX_H - 0.06, f"{kind} {block.path.rsplit('.', 1)[1]}{note}", 6, ha="left", va="top")
     score = signed(block.delta_clip) if finite(block.delta_clip) else "not scored"

@@ -18,7 +18,7 @@ from slimstep.engine.seeding import generator
 from slimstep.eval.config import LatencyConfig
 from slimstep.eval.timing.graphs import CannotCaptureError, CapturedCall
 from slimstep.models.denoiser import NUM_TOKENS
-from slimstep.models.families.prunable import PrunableUNet
+from slimstep.models.families.prunable import Prunable
 from slimstep.models.family import denoiser_of
 from slimstep.models.sizes import latent_side
 
@@ -27,7 +27,7 @@ log = logging.getLogger("slimstep")
 
 
 def compare_ms(
-    unets: Mapping[str, PrunableUNet], config: LatencyConfig, device: torch.device
+    unets: Mapping[str, Prunable], config: LatencyConfig, device: torch.device
 ) -> dict[str, float]:
     """Median milliseconds of whole UNets, interleaved call by call so that drift hits all alike."""
     copies = {name: timed_copy(unet, config, device) for name, unet in unets.items()}
@@ -37,13 +37,13 @@ def compare_ms(
         return interleaved_ms(calls, config, device)
 
 
-def timed_copy(unet: PrunableUNet, config: LatencyConfig, device: torch.device):
+def timed_copy(unet: Prunable, config: LatencyConfig, device: torch.device):
     """A copy of the UNet as it will run: on the device, in the dtype, without gradients."""
     dtype = getattr(torch, config.dtype)
     return unet.with_architecture({}).to(device=device, dtype=dtype).eval().requires_grad_(False)
 
 
-def settled_launch(unet: PrunableUNet, config: LatencyConfig, device: torch.device) -> LatencyConfig:
+def settled_launch(unet: Prunable, config: LatencyConfig, device: torch.device) -> LatencyConfig:
     """The configuration with `cuda_graph` true or false: the former by default where the network can be captured.
 
     Raises ValueError where it is true already and cannot be.
@@ -62,7 +62,7 @@ def settled_launch(unet: PrunableUNet, config: LatencyConfig, device: torch.devi
     return replace(config, cuda_graph=True)
 
 
-def forward_call(unet: PrunableUNet, config: LatencyConfig) -> Callable[[], None]:
+def forward_call(unet: Prunable, config: LatencyConfig) -> Callable[[], None]:
     """A call of the UNet on random inputs of the configured shape.
 
     Raises CannotCaptureError where it is to be a CUDA graph and cannot.

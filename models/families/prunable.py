@@ -1,12 +1,10 @@
-"""What every prunable UNet shares: blocks that can be removed, copied, and masked for each sample.
+"""What every prunable network shares: blocks that can be removed, copied, and masked for each sample.
 
-An architecture is a table {block: BlockSpec} (models/architecture.py). A block is the module path of a ResNet, of an
-attention or, where an attention holds several layers, of one of these. Everything else, names included, is diffusers'
-own class, which `PrunableUNet` is mixed into (unet2d/network.py, ddpm/network.py). One file travels with exports: that
-of the class with this one and architecture.py in the place of their imports, so that it holds all that the class needs
-and imports nothing but torch and diffusers.
+An architecture is a table {block: BlockSpec} (models/architecture.py), a block the module path of something that has
+its input's shape, or of a UNet's ResNet. Everything else, names included, is diffusers' own class, which `Prunable` is
+mixed into: families/unet.py does it for UNets, families/transformer/ for transformers.
 
-Axes: B batch, C channels, H and W height and width, N kept blocks. Some features are [B, C, H, W], some tokens.
+Axes: B batch, N kept blocks.
 """
 
 import copy
@@ -15,17 +13,12 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
-from itertools import takewhile
 from pathlib import Path
 from typing import Self
 
 import torch
 from diffusers import ModelMixin
-from diffusers.models.attention import BasicTransformerBlock
-from diffusers.models.attention_processor import Attention
 from diffusers.models.modeling_utils import no_init_weights
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -40,7 +33,6 @@ from slimstep.models.architecture import (
     instances,
     kept,
     repeats_of,
-    unet_levels,
 )
 
 OURS = re.compile(r"^from (slimstep\.[\w.]+) import (?:\(.*?\)|[^\n]*)\n", flags=re.M | re.S)
@@ -58,44 +50,39 @@ def class_file(file: str) -> tuple[str, str]:
     return f"slimstep_unet_{hashlib.sha256(text.encode()).hexdigest()[:10]}", text
 
 
-class PrunableUNet(ModelMixin):
-    """Mixed into a UNet of diffusers, before it: an architecture table and block masks.
+class Prunable(ModelMixin):
+    """Mixed into a network of diffusers, before it: an architecture table and block masks.
 
-    The class says `STOCK`, diffusers' own; `BLOCK_CLASSES`, the modules that are blocks; and `CLASS_FILE`, `class_file`
-    of its module. Its constructor takes the following beside the stock arguments, and calls `make_prunable`.
-    depths: the architecture, as config.json holds it: {block: repeats}. It may also name an innermost level as a whole
-        (`down_blocks.3: 0`): both its blocks, the mid block, and the resampling into it and out of it go.
-    bypass: the skip rule, what is left of a removed ResNet whose channels change: 'shortcut' keeps its 1×1 convolution;
-        'drop_skip' (up path, where the incoming features have the output's width) passes them on and drops the skip
-        connection. One rule for all blocks ('drop_skip' then means wherever it is possible), or {block: rule} for some.
-    auto_map: written by save_config, so that diffusers' AutoModel finds this file beside the weights.
-    Every other removed block is the identity.
-    Raises ValueError for unknown blocks, for copies of a ResNet that changes channels, and for an impossible skip rule.
+    The class says `STOCK`, diffusers' own, `INPUT`, its forward's first argument, and, by the methods under "what a
+    kind of network says", what its blocks are. Its constructor takes the following beside the stock arguments, and
+    calls `make_prunable`.
+    depths: the architecture, as config.json holds it: {block: repeats}.
+    bypass: the skip rule, what is left of a removed block that is not the identity (families/unet.py).
+    auto_map: written by save_config where the class travels with exports.
+    Raises ValueError for unknown blocks, for copies of a block that cannot run twice, and for an impossible skip rule.
 
     architecture: {block: BlockSpec}, in order of execution and without what says nothing.
     blocks: all prunable paths in order of execution, removed ones included. kept_blocks: those that run.
-    kinds: {block: 'resnet' or 'attention'}. parents: {layer: the transformer that holds it}; a removed or closed
-    transformer takes its layers along. copyable_blocks: those that can run more than once.
+    kinds: {block: 'resnet', 'attention' or 'transformer'}. parents: {layer: the transformer that holds it}; a removed
+    or closed transformer takes its layers along. copyable_blocks: those that can run more than once.
     skip_rules: {block: its rule}, for ResNets that change channels; skip_rule_choices: {block: those possible there}.
     levels: the innermost levels that can go as a whole, from the inside out.
     """
 
     STOCK: type[ModelMixin]
-    BLOCK_CLASSES: tuple[type[nn.Module], ...]
-    CLASS_FILE: tuple[str, str]
+    INPUT: str
 
     def make_prunable(
         self, depths: Mapping[str, int | Mapping | BlockSpec] | None, bypass: str | Mapping[str, str]
     ) -> None:
         """The rest of the constructor, once the stock network is built."""
-        self.__module__ = self.CLASS_FILE[0]  # a pipeline writes it into model_index.json, and finds the class by it
-        modules = find_blocks(self, self.BLOCK_CLASSES)
+        modules = self.find_blocks()
         self.blocks = tuple(modules)
-        self.kinds = {s: "resnet" if isinstance(m, ResnetBlock2D) else "attention" for s, m in modules.items()}
+        self.kinds = {s: self.kind_of(m) for s, m in modules.items()}
         self.parents = {s: parent for s in modules if (parent := holder_of(s, modules))}
         self.levels = self.removable_levels()
-        self.copyable_blocks = tuple(s for s, m in modules.items() if not changes_channels(m))
-        self.skip_rule_choices = {s: skip_rule_choices(self, s) for s, m in modules.items() if changes_channels(m)}
+        self.skip_rule_choices = {s: choices for s, m in modules.items() if (choices := self.rules_possible_at(s, m))}
+        self.copyable_blocks = tuple(s for s in modules if self.can_be_copied(s))
         self.skip_rules = self._skip_rule_of_each_block(bypass)
         self.architecture = canonical(as_architecture(depths or {}), self.blocks, self.levels, self.copyable_blocks)
         self.kept_blocks = kept(self.blocks, self.architecture, self.levels)
@@ -112,6 +99,43 @@ class PrunableUNet(ModelMixin):
         keys = set(inspect.signature(input_class.__init__).parameters)
         return keys | set(inspect.signature(input_class.STOCK.__init__).parameters) if "depths" in keys else keys
 
+    # ---- what a kind of network says ----
+
+    def find_blocks(self) -> dict[str, nn.Module]:
+        """{path: module} of all blocks, in order of execution."""
+        raise NotImplementedError
+
+    def kind_of(self, module: nn.Module) -> str:
+        raise NotImplementedError
+
+    def remove_block(self, path: str) -> None:
+        """Takes a module that is a block out; what runs in its place is what its skip rule gives."""
+        raise NotImplementedError
+
+    def masked_class(self, module: nn.Module) -> type[nn.Module]:
+        """A subclass of a block's class that looks at the mask, and runs its copies."""
+        raise NotImplementedError
+
+    def zero_init(self, block: nn.Module) -> nn.Module:
+        """The same module with the last layer of each residual branch zero: it becomes the identity."""
+        raise NotImplementedError
+
+    def adopt_rest(self, source: ModelMixin) -> None:
+        """Takes over from the network whose weights this one has what is in no state dict."""
+
+    def rules_possible_at(self, block: str, module: nn.Module) -> tuple[str, ...]:
+        """The skip rules of a block that is not the identity when it is removed; none for others."""
+        return ()
+
+    def can_be_copied(self, block: str) -> bool:
+        return True
+
+    def removable_levels(self) -> Levels:
+        return {}
+
+    def remove_level(self, level: str) -> None:
+        raise NotImplementedError
+
     # ---- the architecture table ----
 
     def repeats(self, block: str) -> int:
@@ -123,7 +147,7 @@ class PrunableUNet(ModelMixin):
         return instances(block, self.architecture, self.parents.get(block))
 
     def _skip_rule_of_each_block(self, rule: str | Mapping[str, str]) -> dict[str, str]:
-        """{block: rule} for every ResNet that changes channels."""
+        """{block: rule} for every block that has one."""
         if isinstance(rule, str):
             if rule not in ("shortcut", "drop_skip"):
                 raise ValueError(f"the skip rule is {rule!r}; choose 'shortcut', 'drop_skip', or {{block: rule}}")
@@ -135,16 +159,6 @@ class PrunableUNet(ModelMixin):
                 raise ValueError(f"skip rule {own!r} is impossible at {block}, which has {choices}; possible at {able}")
         return {block: rule.get(block, "shortcut") for block in self.skip_rule_choices}
 
-    # ---- travelling ----
-
-    def save_config(self, save_directory: str | Path, *args, **kwargs) -> None:
-        """As in diffusers; this file goes along, so that whoever saves the network has its class in the folder, too."""
-        name, text = self.CLASS_FILE
-        self.register_to_config(auto_map={"AutoModel": f"{name}.{type(self).__name__}"})
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        (Path(save_directory) / f"{name}.py").write_text(text, encoding="utf-8")
-        super().save_config(save_directory, *args, **kwargs)
-
     # ---- building ----
 
     @classmethod
@@ -155,7 +169,7 @@ class PrunableUNet(ModelMixin):
         skip_rule: str | Mapping[str, str] | None = None,
         copy_init: str = "zero",
     ) -> Self:
-        """A prunable UNet with copies of the weights of any other; where None, `unet`'s own table and rule, if any."""
+        """A prunable network with copies of another's weights; where None, `unet`'s own table and rule, if any."""
         table = unet.config.get("depths") if architecture is None else architecture
         return build_from(cls, unet, None, table, skip_rule, copy_init)
 
@@ -165,9 +179,9 @@ class PrunableUNet(ModelMixin):
         source: ModelMixin | None = None,
         copy_init: str = "zero",
     ) -> Self:
-        """A new UNet with these entries over the present table, and copies of this UNet's weights.
+        """A new network with these entries over the present table, and copies of this one's weights.
 
-        source: a UNet that holds the removed blocks which this puts back. copy_init: 'zero' zeroes the last layer of
+        source: a network that holds the removed blocks which this puts back. copy_init: 'zero' zeroes the last layer of
         a fresh copy, so that the network's function does not change; 'same' leaves it equal to the block it copies.
         """
         return build_from(type(self), self, source, {**self.architecture, **architecture}, None, copy_init)
@@ -179,47 +193,34 @@ class PrunableUNet(ModelMixin):
         for block in sorted(self.architecture.keys() & modules.keys(), key=lambda s: s not in self.parents):
             repeats = self.architecture[block].repeats
             if repeats == 0:
-                self.set_submodule(block, Removed(modules[block], self.skip_rules.get(block, "identity")))
+                self.remove_block(block)
             else:
                 copies = [copy.deepcopy(modules[block]) for _ in range(repeats - 1)]
-                modules[block].copies = nn.ModuleList(map(silence, copies))
+                modules[block].copies = nn.ModuleList(map(self.zero_init, copies))
 
     def _watch_mask(self) -> None:
         """Give each kept block's module the class that looks at the mask; paths and parameters stay what they are."""
         for column, block in enumerate(self.kept_blocks):
             for module in map(self.get_submodule, self.instances(block)):
-                module.__class__ = MASKED[type(module)]
+                module.__class__ = self.masked_class(module)
                 module.running, module.column = self._running, column
                 module.rule = self.skip_rules.get(block, "identity")
                 if self.repeats(block) == 1:
                     module.copies = ()
 
-    def removable_levels(self) -> Levels:
-        """The levels that can go as a whole, the innermost first, as far out as the width stays the same."""
-        widths = self.config.block_out_channels
-        same = takewhile(lambda i: widths[i] == widths[i - 1], reversed(range(1, len(widths))))
-        parts = unet_levels(len(widths))
-        return {level: parts[level] for level in (f"down_blocks.{i}" for i in same)}
-
-    def remove_level(self, level: str) -> None:
-        """Take the innermost level out; the levels that stay keep their paths, hence pop, which does not renumber."""
-        self.down_blocks._modules.pop(level.split(".")[1])
-        self.up_blocks._modules.pop(next(iter(self.up_blocks._modules)))
-        self.down_blocks[-1].downsamplers = None
-        self.mid_block = None
-
     # ---- running ----
 
-    def forward(self, sample: Tensor, *args, block_mask: Tensor | None = None, **kwargs):
+    def forward(self, *args, block_mask: Tensor | None = None, **kwargs):
         """The stock forward. block_mask: Bool[B, N]; where False, that sample skips that kept block."""
         if block_mask is None:
-            return super().forward(sample, *args, **kwargs)
-        assert block_mask.shape == (len(sample), len(self.kept_blocks)), (
-            f"block mask {tuple(block_mask.shape)} for a batch of {len(sample)} and {len(self.kept_blocks)} kept blocks"
+            return super().forward(*args, **kwargs)
+        rows = len(args[0] if args else kwargs[self.INPUT])
+        assert block_mask.shape == (rows, len(self.kept_blocks)), (
+            f"block mask {tuple(block_mask.shape)} for a batch of {rows} and {len(self.kept_blocks)} kept blocks"
         )
         self._running.mask_BN = block_mask
         try:
-            return super().forward(sample, *args, **kwargs)
+            return super().forward(*args, **kwargs)
         finally:
             self._running.mask_BN = None
 
@@ -228,81 +229,13 @@ class PrunableUNet(ModelMixin):
         super().enable_gradient_checkpointing(CheckpointWithMask(self._running, gradient_checkpointing_func))
 
 
-# ---- the parts of a running UNet ----
+# ---- the mask of a running network ----
 
 
 class RunningMask:
-    """The block mask of the forward that is running; every block of one UNet reads the same object."""
+    """The block mask of the forward that is running; every block of one network reads the same object."""
 
     mask_BN: Tensor | None = None
-
-
-class MaskedBlock:
-    """Mixed into the class of a kept block: runs its copies too, and lets samples skip them where the mask says so."""
-
-    running: RunningMask
-    column: int
-    rule: str
-    copies: nn.ModuleList | tuple
-
-    def forward(self, x: Tensor, *args, **kwargs):
-        output = super().forward(x, *args, **kwargs)
-        for module in self.copies:
-            output = module(output[0] if isinstance(output, tuple) else output, *args, **kwargs)
-        if self.running.mask_BN is None:
-            return output
-        y = output[0] if isinstance(output, tuple) else output
-        open_B = self.running.mask_BN[:, self.column]
-        # where, not a product: 0 * inf in a closed branch would still be nan.
-        y = torch.where(open_B.view(-1, *[1] * (y.ndim - 1)), y, skipped(self, self.rule, x))
-        return (y,) if isinstance(output, tuple) else y
-
-
-class MaskedResnet(MaskedBlock, ResnetBlock2D):
-    pass
-
-
-class MaskedTransformer(MaskedBlock, Transformer2DModel):
-    pass
-
-
-class MaskedLayer(MaskedBlock, BasicTransformerBlock):
-    pass
-
-
-class MaskedAttention(MaskedBlock, Attention):
-    pass
-
-
-MASKED = {
-    ResnetBlock2D: MaskedResnet, Transformer2DModel: MaskedTransformer, BasicTransformerBlock: MaskedLayer,
-    Attention: MaskedAttention,
-}  # fmt: skip
-
-
-class Removed(nn.Module):
-    """What is left of a removed block: what its skip rule gives."""
-
-    def __init__(self, removed: nn.Module, rule: str):
-        super().__init__()
-        self.rule, self.is_transformer = rule, isinstance(removed, Transformer2DModel)
-        self.is_attention = isinstance(removed, Attention)
-        self.out_channels = getattr(removed, "out_channels", None)
-        if rule == "shortcut":
-            self.conv_shortcut = removed.conv_shortcut
-
-    def forward(self, x: Tensor, *args, **kwargs):
-        y = skipped(self, self.rule, x)
-        if self.is_attention:  # it leaves features channels-last, and convolutions round otherwise on others
-            y = y.contiguous(memory_format=torch.channels_last)
-        return (y,) if self.is_transformer else y
-
-
-def skipped(module: nn.Module, rule: str, x: Tensor) -> Tensor:
-    """What a removed or closed block gives for the features x (on the way up: features and skip, concatenated)."""
-    if rule == "shortcut":
-        return module.conv_shortcut(x)
-    return x[:, : module.out_channels] if rule == "drop_skip" else x
 
 
 class CheckpointWithMask:
@@ -331,50 +264,18 @@ def recompute(block: Callable, *args):
     return checkpoint(block, *args, use_reentrant=False)
 
 
-# ---- what a stock UNet offers ----
-
-
-def find_blocks(unet: ModelMixin, classes: tuple[type[nn.Module], ...]) -> dict[str, nn.Module]:
-    """{path: module} of all blocks, of these classes, in order of execution; a transformer's layers follow it."""
-    sides = [(f"down_blocks.{i}", side) for i, side in enumerate(unet.down_blocks)]
-    sides += [("mid_block", unet.mid_block), *((f"up_blocks.{i}", side) for i, side in enumerate(unet.up_blocks))]
-    blocks = {}
-    for name, side in sides:
-        attentions = list(getattr(side, "attentions", None) or ())
-        for i, resnet in enumerate(getattr(side, "resnets", None) or ()):
-            if type(resnet) in classes:
-                blocks[f"{name}.resnets.{i}"] = resnet
-            if i < len(attentions) and type(attentions[i]) in classes:
-                block, layers = f"{name}.attentions.{i}", getattr(attentions[i], "transformer_blocks", ())
-                blocks[block] = attentions[i]
-                blocks |= {f"{block}.transformer_blocks.{k}": m for k, m in enumerate(layers) if len(layers) > 1}
-    return blocks
-
-
-def changes_channels(module: nn.Module) -> bool:
-    return isinstance(module, ResnetBlock2D) and module.in_channels != module.out_channels
-
-
-def skip_rule_choices(unet: ModelMixin, block: str) -> tuple[str, ...]:
-    """The rules possible at a ResNet that changes channels."""
-    side, level, _, index = block.split(".")
-    widths, level = list(reversed(unet.config.block_out_channels)), int(level)
-    keeps_width = side == "up_blocks" and (int(index) > 0 or level == 0 or widths[level] == widths[level - 1])
-    return ("shortcut", "drop_skip") if keeps_width else ("shortcut",)
-
-
 # ---- carrying weights over ----
 
 
 def build_from(
-    kind: type[PrunableUNet],
+    kind: type[Prunable],
     unet: ModelMixin,
     source: ModelMixin | None,
     architecture: Mapping[str, int | Mapping | BlockSpec] | None,
     skip_rule: str | Mapping[str, str] | None,
     copy_init: str,
-) -> PrunableUNet:
-    """A new prunable UNet: weights of `unet`, else of `source` (blocks put back), else of the block that is copied."""
+) -> Prunable:
+    """A new prunable network: weights of `unet`, else of `source` (blocks put back), else of what is copied."""
     if copy_init not in ("zero", "same"):
         raise ValueError(f"copy_init is {copy_init!r}; choose 'zero' or 'same'")
     rule = unet.config.get("bypass", "shortcut") if skip_rule is None else skip_rule
@@ -390,9 +291,10 @@ def build_from(
         blocks = [s for s in new.kept_blocks if any(holds(s, key) for key in missing)] or missing
         raise ValueError(f"no weights for {blocks}; with_architecture(…, source=a UNet that holds them) puts them back")
     new.load_state_dict({key: value.detach().clone() for key, value in weights.items()}, assign=True)
+    new.adopt_rest(unet)
     if copy_init == "zero":
         for path in copies_in(weights) - copies_in(own) - copies_in(more):
-            silence(new.get_submodule(path))
+            new.zero_init(new.get_submodule(path))
     return new.train(unet.training)
 
 
@@ -407,19 +309,3 @@ def origins(key: str) -> Iterator[str]:
 def copies_in(keys: Mapping[str, Tensor]) -> set[str]:
     """Paths of all copies that hold weights."""
     return {key[: match.end()] for key in keys for match in re.finditer(r"\.copies\.\d+", key)}
-
-
-def silence(block: nn.Module) -> nn.Module:
-    """Zero the last layer of each residual branch: the block becomes the identity."""
-    if isinstance(block, ResnetBlock2D):
-        last = [block.conv2]
-    elif isinstance(block, Transformer2DModel):
-        last = [block.proj_out]
-    elif isinstance(block, Attention):
-        last = [block.to_out[0]]
-    else:
-        attentions = [a.to_out[0] for a in (block.attn1, block.attn2) if a is not None]
-        last = [*attentions, [m for m in block.ff.net if isinstance(m, nn.Linear)][-1]]
-    for parameter in (p for layer in last for p in layer.parameters()):
-        nn.init.zeros_(parameter)
-    return block

@@ -16,7 +16,7 @@ from diffusers import ModelMixin
 from diffusers.models.modeling_utils import no_init_weights
 
 from slimstep.models.architecture import copies
-from slimstep.models.families.prunable import PrunableUNet
+from slimstep.models.families.unet import PrunableUNet
 
 
 @dataclass(frozen=True)

@@ -52,6 +52,15 @@ def test_transformer_layers_are_cells_under_their_block():
     assert sum(type(patch).__name__ == "Rectangle" for patch in figure.axes[0].patches) == 2
 
 
+def test_a_transformers_blocks_stand_in_rows_a_new_one_for_each_list():
+    paths = [f"transformer_blocks.{i}" for i in range(10)] + [f"single_transformer_blocks.{i}" for i in range(3)]
+    corners = places(paths)
+    assert [*corners] == paths and [round(-y) for _, y in corners.values()] == [0] * 8 + [1] * 2 + [2] * 3
+    blocks = {path: Block(path, 1.0, 0.1, 0.5) for path in paths}
+    shown = words(unet_figure(blocks, as_architecture({paths[0]: 0, paths[10]: 2}), {paths[0]: 0}))
+    assert "block 0  r0" in shown and "single 0  ×2" in shown
+
+
 def test_colours_are_centred_on_no_value():
     norm = value_norm([Block("a", 4.0, 0.1, 1.0), Block("b", -1.0, 0.1, 1.0), Block("c", 1.0, 0.1, 0.0)])
     assert (norm(0), norm(4), norm(1), norm(-1)) == pytest.approx((0.5, 1, 0.75, 0.25))

@@ -10,7 +10,7 @@ from diffusers import DiffusionPipeline, UNet2DModel
 from torch import nn
 
 from slimstep.models.conditioning import Conditioning
-from slimstep.models.denoiser import Denoiser
+from slimstep.models.denoiser import NUM_TOKENS, Denoiser
 from slimstep.models.families.ddpm.denoiser import UNet2DDenoiser
 from slimstep.models.families.ddpm.network import PrunableUNet2DModel
 from slimstep.models.families.ddpm.stock import stock_config, to_stock
@@ -18,8 +18,9 @@ from slimstep.models.folder import check_index, check_tables, final_folder, stor
 from slimstep.models.networks import load_networks, with_unet
 
 NAME = "unconditional DDPM: a DDPMPipeline or DDIMPipeline with a UNet2DModel"
+PART = "unet"
 NETWORK = PrunableUNet2DModel
-IS_CONDITIONAL = False
+IS_CONDITIONAL = GUIDES = False
 
 
 def matches(index: Mapping[str, Any]) -> bool:
@@ -82,6 +83,22 @@ def encode(pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.de
 
 def unconditional(pipeline: DiffusionPipeline, device: torch.device | None = None) -> Conditioning:
     return Conditioning()
+
+
+def tokens(pipeline: DiffusionPipeline) -> int:
+    return NUM_TOKENS
+
+
+def channels(network: nn.Module) -> int:
+    return network.config.in_channels
+
+
+def shrinks(network: nn.Module) -> int:
+    return 2 ** (len(network.config.block_out_channels) - 1)
+
+
+def flow(network: nn.Module) -> None:
+    return None
 
 
 def codec(pipeline: DiffusionPipeline) -> None:

@@ -1,4 +1,4 @@
-"""The prunable UNet of unconditional DDPMs: diffusers' UNet2DModel (families/prunable.py).
+"""The prunable UNet of unconditional DDPMs: diffusers' UNet2DModel (families/unet.py).
 
 Its blocks are ResNets and self-attentions (Attention).
 """
@@ -11,7 +11,8 @@ from diffusers.models.attention_processor import Attention
 from diffusers.models.resnet import ResnetBlock2D
 
 from slimstep.models.architecture import BlockSpec, Levels
-from slimstep.models.families.prunable import PrunableUNet, class_file
+from slimstep.models.families.prunable import class_file
+from slimstep.models.families.unet import PrunableUNet
 
 PLAIN = {"DownBlock2D", "AttnDownBlock2D", "UpBlock2D", "AttnUpBlock2D"}
 

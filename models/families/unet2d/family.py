@@ -26,8 +26,9 @@ from slimstep.models.sizes import settle_sizes
 from slimstep.models.vae import NarrowAutoencoderKL
 
 NAME = "Stable Diffusion: a pipeline with a UNet2DConditionModel and a VAE"
+PART = "unet"
 NETWORK = PrunableUNet2DConditionModel
-IS_CONDITIONAL = True
+IS_CONDITIONAL = GUIDES = True
 
 
 def matches(index: Mapping[str, Any]) -> bool:
@@ -115,6 +116,22 @@ def encode(pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.de
 
 def unconditional(pipeline: DiffusionPipeline, device: torch.device | None = None) -> Conditioning:
     return encode_unconditional(pipeline, device or pipeline.text_encoder.device)
+
+
+def tokens(pipeline: DiffusionPipeline) -> int:
+    return pipeline.tokenizer.model_max_length
+
+
+def channels(network: nn.Module) -> int:
+    return network.config.in_channels
+
+
+def shrinks(network: nn.Module) -> int:
+    return 2 ** (len(network.config.block_out_channels) - 1)
+
+
+def flow(network: nn.Module) -> None:
+    return None
 
 
 def codec(pipeline: DiffusionPipeline) -> AutoencoderKL:

@@ -1,4 +1,4 @@
-"""The prunable UNet of Stable Diffusion: diffusers' UNet2DConditionModel, SDXL's included (families/prunable.py).
+"""The prunable UNet of Stable Diffusion: diffusers' UNet2DConditionModel, SDXL's included (families/unet.py).
 
 Its blocks are ResNets, cross-attentions (Transformer2DModel) and, where a cross-attention holds several, its layers.
 """
@@ -11,7 +11,8 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 
 from slimstep.models.architecture import BlockSpec
-from slimstep.models.families.prunable import PrunableUNet, class_file
+from slimstep.models.families.prunable import class_file
+from slimstep.models.families.unet import PrunableUNet
 
 
 class PrunableUNet2DConditionModel(PrunableUNet, UNet2DConditionModel):

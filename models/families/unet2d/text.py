@@ -7,16 +7,11 @@ from collections.abc import Sequence
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
-from torch import Tensor, nn
+from torch import Tensor
 
 from slimstep.models.conditioning import Conditioning
 
 ONE_IMAGE = {"num_images_per_prompt": 1}
-
-
-def text_encoders(pipeline: DiffusionPipeline) -> list[nn.Module]:
-    """One, or SDXL's two; none of an unconditional model."""
-    return [*filter(None, (getattr(pipeline, name, None) for name in ("text_encoder", "text_encoder_2")))]
 
 
 def encode_prompts(pipeline: DiffusionPipeline, prompts: Sequence[str], device: str | torch.device) -> Conditioning:

@@ -1,0 +1,128 @@
+"""What families of transformers share: loading, exporting and encoding by diffusers' own pipelines.
+
+A family of `models/family.py` is a `TransformerFamily`, described in a small file of its own (sd3.py).
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline
+from torch import nn
+
+from slimstep.models.autoencoder import load_vae
+from slimstep.models.conditioning import Conditioning
+from slimstep.models.decoding import has_statistics
+from slimstep.models.denoiser import Denoiser
+from slimstep.models.families.transformer.denoiser import TransformerDenoiser
+from slimstep.models.families.transformer.network import PrunableTransformer
+from slimstep.models.families.transformer.stock import to_stock
+from slimstep.models.flow import FlowSteps
+from slimstep.models.folder import absent_parts, check_index, check_tables, final_folder, stored_dtype
+from slimstep.models.networks import check_tokenizers, load_networks, network_of, text_encoders, with_unet
+from slimstep.models.sizes import settle_sizes
+
+Encode = Callable[[DiffusionPipeline, Sequence[str], torch.device, bool], Conditioning]
+
+
+@dataclass(frozen=True)
+class TransformerFamily:
+    """A transformer of diffusers in pipelines of its own.
+
+    PIPELINES: names of their classes. DENOISER: the class of how the network is called. encoded: the conditioning of
+    prompts by encoders on a device, or, where the last argument is true, what guidance steers away from, one row.
+    num_tokens: of a prompt. packing: the latents along a side that become one token, beside the network's patch_size.
+    own_sigmas: whether the pipeline gives its scheduler its σ; is_flow: whether it is made for flow matching at all.
+    """
+
+    NAME: str
+    NETWORK: type[PrunableTransformer]
+    PIPELINES: tuple[str, ...]
+    DENOISER: type[TransformerDenoiser]
+    encoded: Encode
+    num_tokens: Callable[[DiffusionPipeline], int]
+    packing: int = 1
+    own_sigmas: bool = False
+    is_flow: bool = True
+    PART: str = "transformer"
+    IS_CONDITIONAL: bool = True
+    GUIDES: bool = True
+
+    def matches(self, index: Mapping[str, Any]) -> bool:
+        names = (self.NETWORK.__name__, self.NETWORK.STOCK.__name__)
+        return index.get("_class_name") in self.PIPELINES and index[self.PART][1] in names
+
+    # ---- loading and exporting ----
+
+    def check(self, name_or_path: str | Path) -> None:
+        name = str(name_or_path)
+        check_tables(name)
+        index = DiffusionPipeline.load_config(name)
+        check_index(name, index, (self.PART, "vae", "scheduler"))
+        if (folder := final_folder(name)) and (absent := absent_parts(folder, index)):
+            raise ValueError(f"model {name!r} is incomplete: its model_index.json names {absent}, which it lacks")
+
+    def read(
+        self,
+        name_or_path: str | Path,
+        dtype: torch.dtype | None,
+        variant: str | None,
+        allow_pickle: bool,
+        single_file_config: str | None,
+        vae: str | None,
+    ) -> DiffusionPipeline:
+        dtype = dtype or stored_dtype(name_or_path, variant, self.PART)
+        options = {"variant": variant, "dtype": dtype, "use_safetensors": None if allow_pickle else True}
+        index = DiffusionPipeline.load_config(name_or_path)
+        own = load_networks(name_or_path, index, self.NETWORK, ["vae"] if vae else [], **options)
+        if vae:
+            fields = AutoencoderKL.load_config(name_or_path, subfolder="vae")
+            own["vae"] = load_vae(vae, fields, dtype, allow_pickle)
+        # diffusers wants to be told of parts that a model_index.json says are not there, as T5 of a small SD3.
+        absent = (part for part, value in index.items() if isinstance(value, (list, tuple)) and value[:1] == [None])
+        rest = DiffusionPipeline.from_pretrained(name_or_path, **dict.fromkeys([*own, *absent]), **options)
+        pipeline = with_unet(rest, own.pop(self.PART), **own)
+        settle_sizes(pipeline)
+        check_tokenizers(pipeline)
+        has_statistics(pipeline)  # ValueError for damaged ones
+        return pipeline
+
+    def exported(self, pipeline: DiffusionPipeline) -> tuple[DiffusionPipeline, tuple[str, ...]]:
+        return with_unet(pipeline, to_stock(network_of(pipeline))), ()
+
+    # ---- conditioning, latents ----
+
+    def denoiser(self, network: nn.Module, prediction_type: str, sample_shape: tuple[int, ...]) -> Denoiser:
+        return self.DENOISER(prediction_type, sample_shape)
+
+    def encode(
+        self, pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device | None = None
+    ) -> Conditioning:
+        return self.encoded(pipeline, list(prompts), device or encoder_device(pipeline), False)
+
+    def unconditional(self, pipeline: DiffusionPipeline, device: torch.device | None = None) -> Conditioning:
+        return self.encoded(pipeline, [""], device or encoder_device(pipeline), True)
+
+    def tokens(self, pipeline: DiffusionPipeline) -> int:
+        return self.num_tokens(pipeline)
+
+    def channels(self, network: nn.Module) -> int:
+        return network.config.in_channels // self.packing**2
+
+    def shrinks(self, network: nn.Module) -> int:
+        return network.config.patch_size * self.packing
+
+    def flow(self, network: nn.Module) -> FlowSteps | None:
+        if not self.is_flow:
+            return None
+        side = (network.config.get("sample_size") or 0) // self.shrinks(network)
+        return FlowSteps(tokens=side**2, own_sigmas=self.own_sigmas)
+
+    def codec(self, pipeline: DiffusionPipeline) -> AutoencoderKL:
+        return pipeline.vae
+
+
+def encoder_device(pipeline: DiffusionPipeline) -> torch.device:
+    return next(iter(text_encoders(pipeline).values())).device

@@ -1,0 +1,45 @@
+"""Every pruned transformer is one of diffusers' own class: blocks are numbered anew, and config.json counts them."""
+
+import torch
+from diffusers import ModelMixin
+from diffusers.models.modeling_utils import no_init_weights
+
+from slimstep.models.families.transformer.network import PrunableTransformer, adopt_rest
+
+OWN_FIELDS = ("depths", "bypass", "auto_map")
+
+
+def stock_paths(network: PrunableTransformer) -> dict[str, str]:
+    """{path of a module that runs: its path in the stock network}; copies stand in line behind what they copy."""
+    return {path: f"{name}.{k}" for name in network.LISTS for k, path in enumerate(network.running_paths(name))}
+
+
+def stock_config(network: ModelMixin) -> dict:
+    """The stock configuration with the pruned network's output."""
+    fields = {k: v for k, v in network.config.items() if not k.startswith("_") and k not in OWN_FIELDS}
+    if not isinstance(network, PrunableTransformer):
+        return fields
+    counts = {count: len([*network.running_paths(name)]) for name, count in network.LISTS.items()}
+    return fields | counts | network.stock_fields()
+
+
+def to_stock(network: ModelMixin) -> ModelMixin:
+    """The stock network with the pruned one's output: copies of its weights, renumbered."""
+    if not isinstance(network, PrunableTransformer):
+        return network
+    paths = stock_paths(network)
+    with torch.device("meta"), no_init_weights():
+        stock = network.STOCK.from_config(stock_config(network))
+    weights = network.stock_weights(network.state_dict())
+    stock.load_state_dict({renamed(key, paths): w.detach().clone() for key, w in weights.items()}, assign=True)
+    adopt_rest(stock, network, network.LISTS)
+    return stock.train(network.training)
+
+
+def renamed(key: str, paths: dict[str, str]) -> str:
+    """A weight's name in the stock network."""
+    parts = key.split(".")
+    for n in range(len(parts), 0, -1):
+        if (path := ".".join(parts[:n])) in paths:
+            return ".".join((paths[path], *parts[n:]))
+    return key

@@ -1,0 +1,77 @@
+"""The jobs on a small random Stable Diffusion 3: pruned and distilled in steps, from a folder to an export."""
+
+import json
+from pathlib import Path
+
+import pytest
+from diffusers import DiffusionPipeline, SD3Transformer2DModel
+
+from slimstep.models.pipeline import export_pipeline, load_pipeline
+from tests.jobs import run_job
+from tests.tiny import write_tiny_clip
+from tests.transformers import small_sd3_pipeline
+
+pytestmark = pytest.mark.slow  # some 40 s of one core
+NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with `model` and `clip`."""
+    place = tmp_path_factory.mktemp("sd3")
+    small_sd3_pipeline().save_pretrained(place / "model")
+    export_pipeline(load_pipeline(place / "model"), place / "exported")
+    (place / "clip").mkdir()
+    write_tiny_clip(place / "clip")
+    return place
+
+
+def run(experiment: str, place: Path, *overrides: str) -> tuple[Path, str]:
+    """The job's folder, and what it printed."""
+    scorer = ["scorer=openclip", f"scorer.model=local-dir:{place}/clip", "scorer.pretrained=null", "scorer.force=true"]
+    small = ["data.pairs.size=16", "train.steps=2", "train.batch_size=4", "eval.prompts=4", "eval.pictures=2",
+             "eval.steps=2", "latency.iterations=3", "latency.text_length=20"]  # fmt: skip
+    model = ["model=path", f"model.name_or_path={place}/model", f"root={place}/runs", f"name={experiment}"]
+    done = run_job(f"+experiment={experiment}", *model, *scorer, *small, *overrides)
+    assert done.returncode in (0, 3), done.stderr
+    return place / "runs" / experiment, done.stdout
+
+
+def stock_image(folder: Path):
+    """What a stock pipeline draws, loaded without any flag."""
+    pipeline = DiffusionPipeline.from_pretrained(folder, **NO_T5)
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline.transformer) is SD3Transformer2DModel
+    return pipeline("a b", num_inference_steps=2, height=16, width=16).images[0], pipeline
+
+
+def test_a_transformer_is_pruned(place):
+    own = ["recovery.train.steps=2", "recovery.train.batch_size=4", "search.rounds=1", "search.target_fraction=0.7",
+           "scoring.prompts=4", "scoring.steps=2", "latency.additive_samples=2"]  # fmt: skip
+    path, _ = run("prune_transformer", place, *own)
+    scores = json.loads((path / "round-00/scores.json").read_text())
+    assert [*scores["sites"]] == [f"transformer_blocks.{i}" for i in range(5)]
+    assert scores["protocol"]["prediction_type"] == "flow"
+    decision = json.loads((path / "round-00/decision.json").read_text())
+    removed = [block for block, repeats in decision["after"].items() if repeats == 0]
+    assert removed and json.loads((path / "export/export_report.json").read_text())["is_stock"]
+    assert "CLIP lost" in (path / "report.html").read_text()
+    image, pipeline = stock_image(path / "export")
+    assert image.size == (16, 16) and pipeline.transformer.config.num_layers == 5 - len(removed)
+
+
+def test_a_transformer_is_distilled_in_steps(place):
+    path, _ = run("distill_steps", place, "distillation.steps=[8,4,2]", "curves.steps=[2]", "curves.guidance=[3.0]")
+    points = json.loads((path / "evaluation.json").read_text())["points"]
+    assert [point["model"] for point in points] == ["teacher", "teacher", "steps-4", "steps-2"]
+    assert (path / "report.html").is_file()
+    image, pipeline = stock_image(path / "steps-2/export")
+    assert image.size == (16, 16) and type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
+    assert pipeline.scheduler.config.shift == 3.0
+
+
+def test_objectives_that_a_flow_has_no_sampler_for_are_refused(place):
+    scorer = ["scorer=openclip", f"scorer.model=local-dir:{place}/clip", "scorer.pretrained=null"]
+    model = ["model=path", f"model.name_or_path={place}/model", f"root={place}/runs", "name=lcm", *scorer]
+    done = run_job("+experiment=distill_steps", "objective=lcm", "distillation.steps=[32,4]", *model)
+    assert done.returncode == 1 and "needs LCMScheduler, which no flow has; choose objective=steps" in done.stderr

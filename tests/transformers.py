@@ -1,0 +1,67 @@
+"""Small random transformers in pipelines of their own, built offline."""
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+)
+from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+
+from tests.tiny import MAX_TOKENS, tiny_tokenizer
+
+TEXT_WIDTH, POOLED = 16, 8
+
+
+def small_vae(**fields) -> AutoencoderKL:
+    """16×16 images, 8×8 latents of 4 channels, with a shift."""
+    fields = {"latent_channels": 4, "scaling_factor": 1.5, "shift_factor": 0.1, **fields}
+    levels = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    return AutoencoderKL(
+        block_out_channels=(8, 8), sample_size=16, norm_num_groups=4, layers_per_block=1, use_quant_conv=False,
+        use_post_quant_conv=False, **levels, **fields,
+    ).eval()  # fmt: skip
+
+
+def small_clip(seed: int, kind: type = CLIPTextModelWithProjection):
+    torch.manual_seed(seed)
+    tokenizer = tiny_tokenizer()
+    special = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH // 2, intermediate_size=16, num_hidden_layers=2,
+        num_attention_heads=2, max_position_embeddings=MAX_TOKENS, projection_dim=POOLED // 2, **special,
+    )  # fmt: skip
+    return kind(config).eval()
+
+
+def alive(network: torch.nn.Module) -> torch.nn.Module:
+    """The network with random biases and embeddings, too: gates and tables that start at zero would hide blocks."""
+    draw = torch.Generator().manual_seed(1)
+    for parameter in network.parameters():
+        if parameter.ndim == 1 or not parameter.any():
+            parameter.data = torch.randn(parameter.shape, generator=draw) * 0.3
+    return network.eval()
+
+
+def small_sd3(num_layers: int = 5, **fields) -> SD3Transformer2DModel:
+    """8×8 latents in 16 tokens. `dual_attention_layers` and `qk_norm` make it one of version 3.5."""
+    torch.manual_seed(0)
+    return alive(SD3Transformer2DModel(
+        sample_size=8, patch_size=2, in_channels=4, num_layers=num_layers, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH, caption_projection_dim=16, pooled_projection_dim=POOLED, out_channels=4,
+        pos_embed_max_size=8, **fields,
+    ))  # fmt: skip
+
+
+def small_sd3_pipeline(transformer: SD3Transformer2DModel | None = None, **scheduler) -> StableDiffusion3Pipeline:
+    """Two CLIPs and no T5, 16×16 images; equal weights at every call."""
+    scheduler = FlowMatchEulerDiscreteScheduler(**(scheduler or {"shift": 3.0}))
+    torch.manual_seed(2)
+    pipeline = StableDiffusion3Pipeline(
+        transformer=transformer or small_sd3(), scheduler=scheduler, vae=small_vae(), text_encoder=small_clip(3),
+        tokenizer=tiny_tokenizer(), text_encoder_2=small_clip(4), tokenizer_2=tiny_tokenizer("!"), text_encoder_3=None,
+        tokenizer_3=None,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
