@@ -18,7 +18,7 @@ from slimstep.models.conditioning import Conditioning
 from slimstep.models.denoiser import Denoiser
 from slimstep.models.families.ddpm import family as ddpm
 from slimstep.models.families.prunable import Prunable
-from slimstep.models.families.transformer import sd3
+from slimstep.models.families.transformer import flux, pixart, sd3
 from slimstep.models.families.unet2d import family as unet2d
 from slimstep.models.flow import FlowSteps, is_flow
 from slimstep.models.networks import DENOISERS, network_of
@@ -102,7 +102,7 @@ class Family(Protocol):
         ...
 
 
-FAMILIES: tuple[Family, ...] = (unet2d, ddpm, sd3.FAMILY)
+FAMILIES: tuple[Family, ...] = (unet2d, ddpm, sd3.FAMILY, pixart.FAMILY, flux.FAMILY)
 
 
 def family_at(name_or_path: str | Path) -> Family:

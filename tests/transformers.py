@@ -3,11 +3,17 @@
 import torch
 from diffusers import (
     AutoencoderKL,
+    DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+    PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from transformers import CLIPTextConfig, CLIPTextModelWithProjection
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
 
 from tests.tiny import MAX_TOKENS, tiny_tokenizer
 
@@ -62,6 +68,54 @@ def small_sd3_pipeline(transformer: SD3Transformer2DModel | None = None, **sched
         transformer=transformer or small_sd3(), scheduler=scheduler, vae=small_vae(), text_encoder=small_clip(3),
         tokenizer=tiny_tokenizer(), text_encoder_2=small_clip(4), tokenizer_2=tiny_tokenizer("!"), text_encoder_3=None,
         tokenizer_3=None,
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def small_t5() -> T5EncoderModel:
+    torch.manual_seed(5)
+    config = T5Config(vocab_size=len(tiny_tokenizer()), d_model=TEXT_WIDTH, d_kv=8, d_ff=16, num_layers=1, num_heads=2)
+    return T5EncoderModel(config).eval()
+
+
+def small_pixart(num_layers: int = 4, **fields) -> PixArtTransformer2DModel:
+    """8×8 latents in 16 tokens."""
+    torch.manual_seed(0)
+    fields = {"sample_size": 8, **fields}
+    return alive(PixArtTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=8, num_layers=num_layers,
+        cross_attention_dim=16, caption_channels=TEXT_WIDTH, patch_size=2, **fields,
+    ))  # fmt: skip
+
+
+def small_pixart_pipeline(kind: type = PixArtSigmaPipeline, **fields) -> PixArtSigmaPipeline | PixArtAlphaPipeline:
+    torch.manual_seed(2)
+    scheduler = DPMSolverMultistepScheduler(beta_schedule="linear", beta_start=0.0001, beta_end=0.02)
+    pipeline = kind(
+        tokenizer=tiny_tokenizer(), text_encoder=small_t5(), vae=small_vae(shift_factor=None), scheduler=scheduler,
+        transformer=small_pixart(**fields),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def small_flux(guidance_embeds: bool = False) -> FluxTransformer2DModel:
+    """8×8 latents in 16 tokens; three double blocks and two single ones."""
+    torch.manual_seed(0)
+    return alive(FluxTransformer2DModel(
+        patch_size=1, in_channels=16, num_layers=3, num_single_layers=2, attention_head_dim=8, num_attention_heads=2,
+        joint_attention_dim=TEXT_WIDTH, pooled_projection_dim=TEXT_WIDTH // 2, guidance_embeds=guidance_embeds,
+        axes_dims_rope=(4, 2, 2),
+    ))  # fmt: skip
+
+
+def small_flux_pipeline(guidance_embeds: bool = False, **scheduler) -> FluxPipeline:
+    torch.manual_seed(2)
+    pipeline = FluxPipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**scheduler), transformer=small_flux(guidance_embeds),
+        vae=small_vae(), text_encoder=small_clip(3, CLIPTextModel), tokenizer=tiny_tokenizer(),
+        text_encoder_2=small_t5(), tokenizer_2=tiny_tokenizer("!"),
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -1,0 +1,86 @@
+"""PixArt-α and PixArt-Σ: PixArtTransformer2DModel, which attends to the text by cross-attention.
+
+It learns by betas and predicts ε, beside a variance that sampling leaves aside. Captions have a mask.
+
+Axes: B batch, L tokens, E text width.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin, PixArtTransformer2DModel
+from torch import Tensor, nn
+
+from slimstep.models.conditioning import Conditioning
+from slimstep.models.families.transformer.denoiser import TransformerDenoiser
+from slimstep.models.families.transformer.family import TransformerFamily
+from slimstep.models.families.transformer.network import PrunableTransformer
+
+TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # the pipelines' defaults
+PIXELS_PER_LATENT = 8
+
+
+class PrunablePixArtTransformer2DModel(PrunableTransformer, PixArtTransformer2DModel):
+    """A PixArtTransformer2DModel with an architecture table and block masks (network.py)."""
+
+    STOCK, LISTS = PixArtTransformer2DModel, {"transformer_blocks": "num_layers"}
+    STREAMS = ("hidden_states",)
+    _repeated_blocks = ["BasicTransformerBlock", "MaskedBasicTransformerBlock"]
+
+    def make_prunable(self, *table) -> None:
+        # diffusers takes them from sample_size, which changes with the resolution that is trained.
+        self.register_to_config(use_additional_conditions=self.use_additional_conditions,
+                                interpolation_scale=self.pos_embed.interpolation_scale)  # fmt: skip
+        super().make_prunable(*table)
+
+    def stock_fields(self) -> dict[str, Any]:
+        """The size that the positions were made for; others are interpolated from it."""
+        return {"sample_size": self.pos_embed.height * self.config.patch_size}
+
+
+class PixArtDenoiser(TransformerDenoiser):
+    def arguments(
+        self, network: nn.Module, x_t: Tensor, t_B: Tensor, cond: Mapping[str, Tensor], guidance_B: Tensor | None
+    ) -> dict[str, Any]:
+        assert guidance_B is None, "its networks have no guidance embedding"
+        text = {"encoder_hidden_states": cond["text"], "encoder_attention_mask": cond["text_mask"]}
+        return {"hidden_states": x_t, "timestep": t_B, "added_cond_kwargs": self.size(network, x_t), **text}
+
+    def size(self, network: nn.Module, x_t: Tensor) -> dict[str, Tensor | None]:
+        """The image's size, which PixArt-α of 1024 pixels is told; others are told nothing."""
+        if not network.config.use_additional_conditions:
+            return {"resolution": None, "aspect_ratio": None}
+        height, width = (PIXELS_PER_LATENT * side for side in x_t.shape[-2:])
+        resolution_B2 = x_t.new_tensor([[height, width]]).expand(len(x_t), -1)
+        return {"resolution": resolution_B2, "aspect_ratio": x_t.new_full((len(x_t), 1), height / width)}
+
+    def prediction(self, output: Tensor, x_t: Tensor) -> Tensor:
+        return output[:, : x_t.shape[1]]
+
+    def shapes(self, network: ModelMixin, tokens: int) -> dict[str, tuple[int, ...]]:
+        return {"text": (tokens, network.config.caption_channels), "text_mask": (tokens,)}
+
+
+def encoded(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device, is_negative: bool
+) -> Conditioning:
+    """T5's states [B, L, E], and which of them are the caption's [B, L], 1 or 0."""
+    states = pipeline.encode_prompt(prompts, is_negative, device=device, clean_caption=True)
+    text_BLE, mask_BL = states[2:4] if is_negative else states[:2]
+    return Conditioning({"text": text_BLE, "text_mask": mask_BL.to(text_BLE.dtype)})
+
+
+def num_tokens(pipeline: DiffusionPipeline) -> int:
+    return TOKENS[type(pipeline).__name__]
+
+
+FAMILY = TransformerFamily(
+    NAME="PixArt: a PixArtAlphaPipeline or PixArtSigmaPipeline with a PixArtTransformer2DModel",
+    NETWORK=PrunablePixArtTransformer2DModel,
+    PIPELINES=tuple(TOKENS),
+    DENOISER=PixArtDenoiser,
+    encoded=encoded,
+    num_tokens=num_tokens,
+    is_flow=False,
+)

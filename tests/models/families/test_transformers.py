@@ -1,0 +1,146 @@
+"""PixArt and FLUX: their blocks, their exports as stock, their sampling (test_sd3.py has all laws)."""
+
+import pytest
+import torch
+from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline
+
+from slimstep.eval.sampling import Sampler
+from slimstep.models.conditioning import Conditioning
+from slimstep.models.families.transformer.flux import PrunableFluxTransformer2DModel, packed, unpacked
+from slimstep.models.families.transformer.pixart import PrunablePixArtTransformer2DModel
+from slimstep.models.families.transformer.stock import to_stock
+from slimstep.models.family import denoiser_of
+from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
+from slimstep.models.sizes import settle_sizes
+from tests.transformers import (
+    small_flux,
+    small_flux_pipeline,
+    small_pixart,
+    small_pixart_pipeline,
+)
+
+BLOCKS = {
+    "PixArt": [f"transformer_blocks.{i}" for i in range(4)],
+    "FLUX": [f"transformer_blocks.{i}" for i in range(3)] + [f"single_transformer_blocks.{i}" for i in range(2)],
+}
+
+
+@pytest.fixture(scope="module", params=BLOCKS)
+def family(request) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def network(family):
+    if family == "PixArt":
+        return PrunablePixArtTransformer2DModel.from_unet(small_pixart())
+    network = PrunableFluxTransformer2DModel.from_unet(small_flux())
+    network.register_to_config(sample_size=8)  # which its pipeline does not say
+    return network
+
+
+def run(network, **options) -> torch.Tensor:
+    denoiser = denoiser_of(network)
+    x_t, t_B, cond = denoiser.example(network, 3, tokens=7, generator=torch.Generator().manual_seed(0))
+    if "text_mask" in cond.tensors:
+        cond = Conditioning({**cond.tensors, "text_mask": (cond.tensors["text_mask"] > 0).float()})
+    with torch.no_grad():
+        return denoiser(network, x_t, t_B, cond, **options)
+
+
+def test_open_masks_are_the_stock_transformer(network, family):
+    stock = {"PixArt": small_pixart, "FLUX": small_flux}[family]()
+    stock.register_to_config(sample_size=8)
+    assert [*network.blocks] == BLOCKS[family] == [*network.copyable_blocks]
+    mask_BN = torch.ones(3, len(network.blocks), dtype=torch.bool)
+    assert torch.equal(run(network, block_mask_BN=mask_BN), run(stock)) and torch.equal(run(network), run(stock))
+
+
+def test_a_closed_mask_is_the_pruned_transformer_for_each_sample_alone(network):
+    mask_BN = torch.rand(3, len(network.blocks), generator=torch.Generator().manual_seed(2)) < 0.6
+    masked = run(network, block_mask_BN=mask_BN)
+    for row, open_N in enumerate(mask_BN.tolist()):
+        closed = [block for block, is_open in zip(network.blocks, open_N, strict=True) if not is_open]
+        assert torch.equal(run(network.with_architecture(dict.fromkeys(closed, 0)))[row], masked[row])
+
+
+def test_a_fresh_copy_changes_nothing(network):
+    torch.testing.assert_close(run(network.with_architecture(dict.fromkeys(network.blocks, 2))), run(network))
+
+
+def test_the_stock_transformer_has_the_pruned_ones_output(network):
+    for block in network.blocks:
+        other = next(b for b in network.blocks if b != block)
+        pruned = network.with_architecture({block: 0, other: 2}, copy_init="same")
+        made = to_stock(pruned)
+        assert type(made) is type(network).STOCK and torch.equal(run(made), run(pruned))
+        assert (run(pruned) - run(network)).abs().max() > 1e-3, "a block that does nothing says nothing"
+
+
+def test_a_mask_survives_gradient_checkpointing(network):
+    own = network.with_architecture({}).train()
+    denoiser = denoiser_of(own)
+    inputs = denoiser.example(own, 3, tokens=7, generator=torch.Generator().manual_seed(0))
+    mask_BN = torch.rand(3, len(own.blocks), generator=torch.Generator().manual_seed(0)) < 0.5
+    grads = []
+    for _ in range(2):
+        own.zero_grad()
+        denoiser(own, *inputs, block_mask_BN=mask_BN).square().mean().backward()
+        grads.append([p.grad.clone() for p in own.parameters() if p.grad is not None])
+        own.enable_gradient_checkpointing()
+    for plain, recomputed in zip(*grads, strict=True):
+        torch.testing.assert_close(plain, recomputed)
+
+
+def test_packing_is_undone():
+    x = torch.randn(2, 3, 4, 6, generator=torch.Generator().manual_seed(0))
+    assert packed(x).shape == (2, 6, 12) and torch.equal(unpacked(packed(x), 4, 6), x)
+
+
+def drawn(stock, sampler: Sampler, noise: torch.Tensor, latents: torch.Tensor, **options):
+    """The latents of a stock pipeline and ours, for prompts of different lengths."""
+    prompts = ["a b", "c", "d e f"]
+    theirs = stock(prompts, latents=latents, output_type="latent", height=16, width=16, **options).images
+    return theirs, sampler.latents(stock.transformer, sampler.encode(prompts), noise)
+
+
+@pytest.mark.parametrize("kind", [PixArtAlphaPipeline, PixArtSigmaPipeline])
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_sampling_is_pixarts(kind, guidance_scale):
+    stock = small_pixart_pipeline(kind, use_additional_conditions=False)
+    sampler = Sampler(stock, steps=3, guidance_scale=guidance_scale)
+    noise = torch.stack([sampler.noise(i) for i in range(3)])
+    options = {"num_inference_steps": 3, "guidance_scale": guidance_scale, "use_resolution_binning": False}
+    theirs, ours = drawn(stock, sampler, noise, noise, **options)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("guidance_embeds", [False, True], ids=["schnell", "dev"])
+def test_sampling_is_flux(guidance_embeds):
+    by_resolution = {"use_dynamic_shifting": True} if guidance_embeds else {}
+    stock, scale = small_flux_pipeline(guidance_embeds, **by_resolution), 3.5 if guidance_embeds else 1.0
+    settle_sizes(stock)  # as load_pipeline does
+    sampler = Sampler(stock, steps=3, guidance_scale=scale)
+    noise = torch.stack([sampler.noise(i) for i in range(3)])
+    theirs, ours = drawn(stock, sampler, noise, packed(noise), num_inference_steps=3, guidance_scale=scale)
+    torch.testing.assert_close(packed(ours), theirs, rtol=1e-4, atol=1e-5)
+    assert sampler.evaluations(stock.transformer) == 3
+    if not guidance_embeds:
+        with pytest.raises(ValueError, match="guidance_scale=2: FluxPipeline has no guidance; set 1"):
+            Sampler(stock, steps=3, guidance_scale=2.0)
+
+
+def test_an_export_draws_the_same_image_in_plain_diffusers(family, tmp_path):
+    made = {"PixArt": small_pixart_pipeline, "FLUX": small_flux_pipeline}[family]()
+    made.save_pretrained(tmp_path / "model")
+    pipeline = load_pipeline(tmp_path / "model")
+    last = pipeline.transformer.blocks[-1]
+    student = with_unet(pipeline, pipeline.transformer.with_architecture({last: 0, "transformer_blocks.0": 2}))
+    export = export_pipeline(student, tmp_path / "export")
+    assert export.load == f'DiffusionPipeline.from_pretrained("{tmp_path / "export"}")'
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "export")
+    stock.set_progress_bar_config(disable=True)
+    options = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "pt"}
+    options |= {"use_resolution_binning": False} if family == "PixArt" else {}
+    ours, theirs = (p("a b", generator=torch.Generator().manual_seed(0), **options).images for p in (student, stock))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
