@@ -1,20 +1,17 @@
 """The script for GPUs, as far as a CPU can prove it, and the random pipelines that it times."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 import slimstep.models.known as known
 import slimstep.models.reference as reference
+from scripts.gpu_benchmarks import main
 from slimstep.models.pipeline import load_pipeline
 from slimstep.prune.family import make_family
 from tests.tiny import WIDTH, tiny_sdxl_pipeline, tiny_unet
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture
@@ -43,35 +40,35 @@ def test_a_random_pipeline_draws_and_its_kin_are_slimmer(tmp_path, small, size):
     assert sizes["narrow"][1] < sizes["teacher"][1] == sizes["pruned"][1]
 
 
-@pytest.mark.slow
-def test_the_script_measures_a_part_once(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts/gpu_benchmarks.py"), "--size", "shapes", "--quick", "--parts",
-               "compile", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]  # fmt: skip
-    first = subprocess.run(command, capture_output=True, text=True)
-    assert first.returncode == 0, first.stderr
-    file = tmp_path / "out/quick/shapes/compile.json"
-    written = json.loads(file.read_text())
-    assert [row["cannot"] for row in written["rows"]] == [None, "CUDA graphs need a CUDA device"]
-    again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 0 and json.loads(file.read_text()) == written and "compile:" not in again.stdout
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    """Runs scripts/gpu_benchmarks.py in this process, on the bundled model; its exit code and what it printed."""
+
+    def run(*options):
+        places = ["--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]
+        monkeypatch.setattr(sys, "argv", ["gpu_benchmarks.py", "--size", "shapes", "--quick", *options, *places])
+        return main(), capsys.readouterr().out
+
+    return run
 
 
 @pytest.mark.slow
-def test_the_script_measures_training(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts/gpu_benchmarks.py"), "--size", "shapes", "--quick", "--parts",
-               "training", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    rows = json.loads((tmp_path / "out/quick/shapes/training.json").read_text())["rows"]
+def test_the_script_measures_its_parts_once(tmp_path, script):
+    parts = ["--parts", "compile", "training"]
+    assert script(*parts)[0] == 0
+    compiling, training = (tmp_path / f"out/quick/shapes/{part}.json" for part in parts[1:])
+    written = compiling.read_text()
+    assert [row["cannot"] for row in json.loads(written)["rows"]] == [None, "CUDA graphs need a CUDA device"]
+    rows = json.loads(training.read_text())["rows"]
     assert [row["part"] for row in rows] == ["stochastic_depth", "decoder"]
     for row in rows:
         assert row["samples_per_second"] == pytest.approx(row["batch"] / row["seconds_per_step"])
         assert row["share_of_peak"] == pytest.approx(row["tflops"] / row["matmul_peak_tflops"]) and row["tflops"] > 0
+    code, printed = script(*parts)
+    assert code == 0 and compiling.read_text() == written and "compile:" not in printed
 
 
 @pytest.mark.slow
-def test_a_script_whose_time_is_up_says_that_it_goes_on(tmp_path):
-    command = [sys.executable, str(ROOT / "scripts/gpu_benchmarks.py"), "--size", "shapes", "--quick", "--minutes",
-               "0.1", "--runs", str(tmp_path / "runs"), "--out", str(tmp_path / "out")]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 75 and "goes on with cumulative" in done.stdout
+def test_a_script_whose_time_is_up_says_that_it_goes_on(script):
+    code, printed = script("--minutes", "0.1")
+    assert code == 75 and "goes on with cumulative" in printed

@@ -2,9 +2,6 @@
 wants float32, zeros for the empty prompt, sizes of the resolution that is trained at."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -13,9 +10,9 @@ from diffusers import DDIMScheduler, EulerDiscreteScheduler, LCMScheduler, Stabl
 from slimstep.data.shards import CachedPairs
 from slimstep.eval.sampling import Sampler
 from slimstep.models.pipeline import export_pipeline, load_pipeline, upcast_vae
+from tests.jobs import run_job
 from tests.tiny import tiny_sdxl_pipeline
 
-ROOT = Path(__file__).resolve().parents[1]
 SMALL = ["data.pairs.size=16", "eval.prompts=4", "eval.pictures=2", "eval.batch_size=4"]
 TRAINED = ["train.steps=2", "train.batch_size=2", "train.gradient_checkpointing=true", "recovery.train.steps=2",
            "recovery.train.batch_size=2", "v_prediction.train.steps=2", "v_prediction.train.batch_size=2"]  # fmt: skip
@@ -33,7 +30,7 @@ def sdxl(tmp_path_factory, tiny_clip_folder):
 
 def run(root, experiment, *overrides):
     job = [f"+experiment={experiment}", f"name={experiment}", f"root={root}", *SMALL, *overrides]
-    done = subprocess.run([sys.executable, str(ROOT / "train.py"), *job], capture_output=True, text=True, cwd=ROOT)
+    done = run_job(*job)
     assert done.returncode in (0, 3), done.stderr
     return root / experiment
 

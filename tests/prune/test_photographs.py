@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.jobs import run_job
+
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
     "train.steps=10", "train.batch_size=8", "recovery.train.steps=10", "recovery.train.batch_size=8",
@@ -21,8 +23,10 @@ def test_the_shipped_model_is_pruned_on_a_folder_of_captioned_photographs(tmp_pa
     photos = tmp_path / "photos"
     made = [sys.executable, str(ROOT / "scripts/make_photo_folder.py"), "--root", str(photos), "--size", "64"]
     subprocess.run(made, check=True, capture_output=True)
-    job = [sys.executable, str(ROOT / "train.py"), "+experiment=prune_unet", "data=imagefolder", f"data.root={photos}"]
-    job += [
+    job = [
+        "+experiment=prune_unet",
+        "data=imagefolder",
+        f"data.root={photos}",
         "data.heldout_fraction=0.2",
         f"root={tmp_path}/runs",
         "name=photos",
@@ -31,7 +35,7 @@ def test_the_shipped_model_is_pruned_on_a_folder_of_captioned_photographs(tmp_pa
         "scorer.force=true",
         *SMALL,
     ]
-    done = subprocess.run(job, capture_output=True, text=True, cwd=ROOT)
+    done = run_job(*job)
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs/photos"
     assert "cannot evaluate these data" in (run / "report.html").read_text()

@@ -1,8 +1,6 @@
 """The jobs on a small random DDPM and tiny images: pruned, distilled in steps, ranked and measured without prompts."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,8 +9,8 @@ from diffusers import DDPMPipeline, DDPMScheduler, DiffusionPipeline, UNet2DMode
 from PIL import Image
 
 from slimstep.engine.seeding import generator
+from tests.jobs import run_job
 
-ROOT = Path(__file__).resolve().parents[3]
 pytestmark = pytest.mark.slow
 
 
@@ -39,8 +37,7 @@ def run(experiment: str, place: Path, *overrides: str) -> tuple[Path, str]:
     data = ["data=imagefolder", f"data.root={place}/images", "data.heldout_fraction=0.3"]
     small = ["train.steps=2", "train.batch_size=4", "eval.prompts=4", "eval.pictures=2", "latency.iterations=3"]
     arguments = [f"+experiment={experiment}", f"model.name_or_path={place}/model", f"root={place}/runs", *data, *small]
-    command = [sys.executable, str(ROOT / "train.py"), *arguments, f"name={experiment}", *overrides]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = run_job(*arguments, f"name={experiment}", *overrides)
     assert done.returncode in (0, 3), done.stderr
     return place / "runs" / experiment, done.stdout
 
@@ -88,8 +85,6 @@ def test_a_ddpm_is_distilled_in_steps(place):
 
 
 def test_the_plain_experiment_says_what_an_unconditional_model_wants(place):
-    command = [sys.executable, str(ROOT / "train.py"), "+experiment=prune_unet", "model=path", "scorer=shapes",
-               f"model.name_or_path={place}/model", "data=imagefolder", f"data.root={place}/images", "name=plain",
-               f"root={place}/runs"]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    done = run_job("+experiment=prune_unet", "model=path", "scorer=shapes", f"model.name_or_path={place}/model",
+                   "data=imagefolder", f"data.root={place}/images", "name=plain", f"root={place}/runs")  # fmt: skip
     assert done.returncode == 1 and "DDPMPipeline has no guidance; set 1" in done.stderr, done.stderr
