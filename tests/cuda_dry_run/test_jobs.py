@@ -10,10 +10,10 @@ CURVES = ["curves.steps=[2]", "curves.guidance=[2.5]"]
 TIMES = ["latency.iterations=1", "latency.warmup=1", "benchmark.images=2", "eval.prompts=4", "eval.steps=2"]
 STEPS = [*TRAIN, "eval.prompts=4", "eval.pictures=2", *CURVES, "v_prediction.train.steps=2"]
 METHOD = [
-    *TRAIN, *EVAL, *CURVES, "scoring.prompts=4", "scoring.steps=2", "scoring.batch_size=8", "search.rounds=1",
-    "latents.count=4", "latents.prompts=4", "latents.steps=2", "v_prediction.train.steps=2", "latency.iterations=2",
-    "latency.warmup=1", "latency.additive_samples=1", "benchmark.images=2",
-    "stages.distill_steps.distillation.steps=[2,1]",
+    *TRAIN, *EVAL[:2], "eval.steps=1", "curves.steps=[1]", "curves.guidance=[2.5]", "scoring.prompts=4",
+    "scoring.steps=1", "scoring.batch_size=64", "search.rounds=1", "latents.count=4", "latents.prompts=4",
+    "latents.steps=1", "v_prediction.train.steps=2", "latency.iterations=2", "latency.warmup=1",
+    "latency.additive_samples=1", "benchmark.images=2", "stages.distill_steps.distillation.steps=[2,1]",
     "stages.evaluate.models.teacher.steps=[2]", "stages.benchmark.models.teacher.steps=[2]",
 ]  # fmt: skip
 JOBS = {

@@ -118,6 +118,6 @@ def test_a_compiled_training_passes_dynamo(gpu, tmp_path):
 
 @pytest.mark.slow
 def test_a_stopped_training_goes_on_from_its_checkpoint(gpu, tmp_path):
-    trained(tmp_path, "denoising", "bf16", 3, ema_decay=0.9, accumulation=2, gradient_checkpointing=True)
+    trained(tmp_path, "denoising", "bf16", 1, ema_decay=0.9, accumulation=2, gradient_checkpointing=True)
     (tmp_path / "stage/weights.safetensors").unlink()
-    trained(tmp_path, "denoising", "bf16", 4, ema_decay=0.9, accumulation=2, gradient_checkpointing=True)
+    trained(tmp_path, "denoising", "bf16", 2, ema_decay=0.9, accumulation=2, gradient_checkpointing=True)
