@@ -6,7 +6,7 @@ from diffusers.models.resnet import ResnetBlock2D
 
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from tests.models.conftest import small_inputs, small_stock_unet
-from tests.tiny import small_unet
+from tests.tiny import small_pipeline, small_unet
 
 
 def random_mask(unet, seed: int, batch: int = 3, open_prob: float = 0.6) -> torch.Tensor:
@@ -178,7 +178,8 @@ def test_one_graph_for_any_mask_of_a_unet_with_everything():
 
 
 @pytest.mark.slow
-def test_inductor_paints_what_eager_paints_for_any_mask(unet):
+def test_inductor_paints_what_eager_paints_for_any_mask():
+    unet = PrunableUNet2DConditionModel.from_unet(small_pipeline().unet)
     torch._dynamo.reset()
     compiled = torch.compile(unet, fullgraph=True)
     for seed in range(2):
