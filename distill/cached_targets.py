@@ -7,11 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from slimstep.engine.files import damaged, write_tensors
 from slimstep.engine.loop import Samples
 from slimstep.engine.objective import Batch, CachedTargets
 from slimstep.engine.parallel import map_batches
@@ -68,19 +66,16 @@ def with_targets(
 
     `compute(batch)` gives (target [B, C, H, W], gap [B]). Finished batches lie under `keep` until all are there.
     """
-    file = f"{stage}/{FILE}"
-    if not run.made(file):
 
-        def compute_rows(indices: list[int]) -> Tensor:
-            batch = torch.utils.data.default_collate([draws[j] for j in indices])
-            moved = {key: v.to(run.accelerator.device) for key, v in batch.items() if torch.is_tensor(v)}
-            target_BCHW, gap_B = compute(moved)
-            return torch.cat([target_BCHW.flatten(1), gap_B[:, None]], dim=1)
+    def compute_rows(indices: list[int]) -> Tensor:
+        batch = torch.utils.data.default_collate([draws[j] for j in indices])
+        moved = {key: v.to(run.accelerator.device) for key, v in batch.items() if torch.is_tensor(v)}
+        target_BCHW, gap_B = compute(moved)
+        return torch.cat([target_BCHW.flatten(1), gap_B[:, None]], dim=1)
 
-        shape = draws[0]["latents"].shape
-        values = map_batches(compute_rows, len(draws), batch_size, run.accelerator, f"{stage}: teacher targets", keep)
-        if run.accelerator.is_main_process:
-            write_tensors(run.path / file, {"target": values[:, :-1].unflatten(1, shape), "gap": values[:, -1]})
-        run.accelerator.wait_for_everyone()
-    with damaged(run.path / file):
-        return CachedTargetPairs(draws, load_file(run.path / file))
+    def targets() -> dict[str, Tensor]:
+        shape, desc = draws[0]["latents"].shape, f"{stage}: teacher targets"
+        values = map_batches(compute_rows, len(draws), batch_size, run.accelerator, desc, keep)
+        return {"target": values[:, :-1].unflatten(1, shape), "gap": values[:, -1]}
+
+    return CachedTargetPairs(draws, run.tensors(f"{stage}/{FILE}", targets))

@@ -248,7 +248,7 @@ def measure_unets(job: Distillation, unets: UNets) -> None:
         ms = {rows: compare_ms(timed, replace(teacher.latency, batch=rows), teacher.device) for rows in (1, 2)}
         return {"ms": ms, "protocol": asdict(teacher.latency), "environment": environment()}
 
-    run.json("unet_ms.json", lambda: run.agreed(make() if run.accelerator.is_main_process else None))
+    run.json("unet_ms.json", lambda: run.of_rank_0(make))
 
 
 def track(run: Run) -> None:

@@ -34,7 +34,12 @@ def map_batches(
     done = []
     for k in range(rank, len(batches), world):
         file = keep / f"{k:06d}.safetensors" if keep else None
-        done.append(kept(file) if file and file.exists() else computed(fn(batches[k].tolist()).cpu(), file))
+        if file and file.exists():
+            done.append(load_file(file)["values"])
+        else:
+            done.append(fn(batches[k].tolist()).cpu())
+            if file:
+                write_tensors(file, {"values": done[-1]})
         bar.update(min(len(batches[k]) * world, bar.total - bar.n))
     bar.close()
     values = gathered(done, batches, world) if world > 1 else torch.cat(done)
@@ -59,15 +64,4 @@ def gathered(mine: list[Tensor], batches: list[Tensor], world: int) -> Tensor:
                 values = part.new_empty(sum(map(len, batches)), *part.shape[1:])
             values[indices] = part
     assert values is not None, "there are no batches"
-    return values
-
-
-def kept(file: Path) -> Tensor:
-    return load_file(file)["values"]
-
-
-def computed(values: Tensor, file: Path | None) -> Tensor:
-    """The values, written to `file` if there is one."""
-    if file:
-        write_tensors(file, {"values": values})
     return values

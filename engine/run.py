@@ -6,7 +6,7 @@ The same command continues a killed run. Rank 0 decides what exists and tells th
 import itertools
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -15,9 +15,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch import Tensor
 
 from slimstep.engine.artifacts import CARD
-from slimstep.engine.files import damaged, digests, whole_folder, write_json, write_text
+from slimstep.engine.files import damaged, digests, whole_folder, write_json, write_tensors, write_text
 from slimstep.engine.identity import differences, has_begun, has_grown
 from slimstep.engine.names import disk_name
 from slimstep.engine.tracking import Tracker
@@ -44,13 +46,17 @@ class Run:
             torch.distributed.broadcast_object_list(box, src=0, group=sleeping_ranks())
         return box[0]
 
+    def of_rank_0(self, make: Callable[[], Any]) -> Any:
+        """What rank 0 alone makes, on every rank."""
+        return self.agreed(make() if self.accelerator.is_main_process else None)
+
     def keep_config(self, config: dict[str, Any], ignoring: Sequence[str], overwrite: bool = False) -> None:
         """Writes config.yaml. Raises ValueError where another configuration has already made something here.
 
         Lists of GROWING may have more at their end than they had: what is there stays, and the rest is made.
         With `overwrite` what was made is moved aside instead, to the next free NAME.before-N.
         """
-        if overwrite and self.agreed(self.differing(config, ignoring) if self.accelerator.is_main_process else None):
+        if overwrite and self.of_rank_0(lambda: self.differing(config, ignoring)):
             if self.accelerator.is_main_process:
                 self.move_aside("it was made by another configuration")
             self.accelerator.wait_for_everyone()
@@ -62,8 +68,7 @@ class Run:
 
     def check_config(self, config: dict[str, Any], ignoring: Sequence[str]) -> None:
         """Raises ValueError where another configuration has already made something here."""
-        differing = self.agreed(self.differing(config, ignoring) if self.accelerator.is_main_process else None)
-        if differing:
+        if differing := self.of_rank_0(lambda: self.differing(config, ignoring)):
             changes = [f"{key}: {old!r} there, {new!r} now" for key, (old, new) in differing.items()]
             raise ValueError(
                 f"{self.path} was made by another configuration ({'; '.join(changes[:5])}); give this run another "
@@ -101,12 +106,21 @@ class Run:
 
     def json(self, name: str, make: Callable[[], Any]) -> Any:
         """The content of `name`; made by all ranks together, and written by rank 0, where it does not exist yet."""
+        self.keep(name, make, write_json)
+        return self.load(name)
+
+    def tensors(self, name: str, make: Callable[[], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+        """The same of a safetensors file."""
+        self.keep(name, make, write_tensors)
+        with damaged(self.path / name):
+            return load_file(self.path / name)
+
+    def keep(self, name: str, make: Callable[[], Any], write: Callable[[Path, Any], None]) -> None:
         if not self.made(name):
             value = make()
             if self.accelerator.is_main_process:
-                write_json(self.path / name, value)
+                write(self.path / name, value)
         self.accelerator.wait_for_everyone()
-        return self.load(name)
 
     def load(self, name: str) -> Any:
         """A JSON artifact of an earlier stage. ValueError where the file is damaged."""
@@ -134,7 +148,7 @@ class Run:
             if self.accelerator.is_main_process:
                 make(self.path / name)
                 write_json(self.path / seal, self.sealed(name))
-        elif wrong := self.agreed(self.broken_seals(name, seal) if self.accelerator.is_main_process else None):
+        elif wrong := self.of_rank_0(lambda: self.broken_seals(name, seal)):
             raise ValueError(
                 f"{self.path / name} is not what was written: {', '.join(wrong)}; remove {self.path / seal} to make it "
                 f"again"

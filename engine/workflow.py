@@ -196,7 +196,7 @@ class Workflow:
 
     def make(self, stage: Stage) -> int:
         """Runs or continues a stage whose inputs are there, and keeps what it was made from."""
-        inputs = self.run.agreed(self.seen_inputs(stage) if self.accelerator.is_main_process else None)
+        inputs = self.run.of_rank_0(lambda: self.seen_inputs(stage))
         if self.accelerator.is_main_process:
             record = self.record(stage.name)
             if record.get("inputs", inputs) != inputs:
@@ -296,7 +296,7 @@ class Workflow:
             same = not Run(self.path / stage.name, self.accelerator).changed(config, WATCHING)
             return same and record["inputs"] == self.seen_inputs(stage)
 
-        return self.run.agreed(look() if self.accelerator.is_main_process else None)
+        return self.run.of_rank_0(look)
 
     def seen_inputs(self, stage: Stage) -> dict[str, Any]:
         """{artifact: {file: digest}} of what the stage is made from; empty where an artifact is not made yet."""

@@ -51,8 +51,7 @@ class Measures:
         teacher = self.teacher
         if known := known_latencies(teacher.config):
             return table_without(known, unet)
-        is_main = teacher.run.accelerator.is_main_process
-        table = teacher.run.agreed(latency_table(unet, teacher.latency, teacher.device) if is_main else None)
+        table = teacher.run.of_rank_0(lambda: latency_table(unet, teacher.latency, teacher.device))
         error = table["additive_error"]
         say = log.warning if error["median"] > 0.1 else log.info
         say(
@@ -69,8 +68,8 @@ class Measures:
         teacher = self.teacher
         if known := known_latencies(teacher.config):
             return predicted_ms(known, unet)
-        unets, is_main = {"teacher": teacher.unet, "unet": unet}, teacher.run.accelerator.is_main_process
-        times = teacher.run.agreed(compare_ms(unets, teacher.latency, teacher.device) if is_main else None)
+        unets = {"teacher": teacher.unet, "unet": unet}
+        times = teacher.run.of_rank_0(lambda: compare_ms(unets, teacher.latency, teacher.device))
         return teacher_ms * times["unet"] / times["teacher"]
 
     def scores(self, unet: Prunable, stage: str) -> dict:

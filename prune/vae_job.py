@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKL
 from omegaconf import OmegaConf
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -24,7 +23,7 @@ from slimstep.data.latents import LatentMix
 from slimstep.data.prompts import PromptSet, heldout_prompts, read_prompts
 from slimstep.engine.components import check, component
 from slimstep.engine.environment import environment
-from slimstep.engine.files import damaged, write_tensors
+from slimstep.engine.files import damaged
 from slimstep.engine.loop import load_trained, train, trained
 from slimstep.engine.objective import check_requirements
 from slimstep.engine.parallel import map_batches
@@ -185,24 +184,21 @@ def check_job(job: DecoderPruning) -> None:
 
 def latent_mix(job: DecoderPruning, r: int, data: Callable[[], Dataset]) -> LatentMix:
     """What round r learns from: its sampled latents, from the cache or made now, and its encoded images."""
-    num_sampled, num_real = parts(job.latents, r)
-    sampled = sampled_for_training(job, num_sampled) if num_sampled else ()
+    teacher, size, folder = job.teacher, job.latents.batch_size, Path(job.teacher.config.data.cache.folder)
+    (num_sampled, num_real), sampled = parts(job.latents, r), ()
+    if num_sampled:
+        teacher.pipeline.to(teacher.device)
+        sampler = teacher.sampler(job.latents)
+        sampled = sampled_latents(sampler, teacher.unet, job.prompts, num_sampled, size, folder, job.run.accelerator)
     return LatentMix(sampled, num_sampled, data() if num_real else (), num_real)
-
-
-def sampled_for_training(job: DecoderPruning, count: int) -> Dataset:
-    """At least so many latents of the teacher."""
-    teacher, folder = job.teacher, Path(job.teacher.config.data.cache.folder)
-    teacher.pipeline.to(teacher.device)
-    sampler, size = teacher.sampler(job.latents), job.latents.batch_size
-    return sampled_latents(sampler, teacher.unet, job.prompts, count, size, folder, job.run.accelerator)
 
 
 def heldout(job: DecoderPruning, prompts: PromptSet) -> dict[str, Tensor]:
     """What decoders are evaluated on: `sampled` latents of the eval prompts, `real` ones of held-out images, and those
     images, uint8 [P, 3, H, W]."""
     run, teacher, config = job.run, job.teacher, job.teacher.config.eval
-    if not run.made(HELDOUT):
+
+    def make() -> dict[str, Tensor]:
         real = heldout_images(job, len(prompts)) if run.accelerator.is_main_process else {}
         teacher.pipeline.to(teacher.device)
         sampler = teacher.sampler(config)
@@ -214,11 +210,9 @@ def heldout(job: DecoderPruning, prompts: PromptSet) -> dict[str, Tensor]:
 
         size, keep = len(prompts), run.path / PARTIAL / "heldout"
         sampled = map_batches(draw, size, config.batch_size, run.accelerator, "held-out latents", keep)
-        if run.accelerator.is_main_process:
-            write_tensors(run.path / HELDOUT, {"sampled": sampled, **real})
-        run.accelerator.wait_for_everyone()
-    with damaged(run.path / HELDOUT):
-        return load_file(run.path / HELDOUT)
+        return {"sampled": sampled, **real}
+
+    return run.tensors(HELDOUT, make)
 
 
 def heldout_images(job: DecoderPruning, count: int) -> dict[str, Tensor]:
@@ -360,7 +354,7 @@ def measure(job: DecoderPruning, student: NarrowAutoencoderKL) -> dict:
         rows = compare_decoders(vaes, sizes, job.decoder.batches, config, teacher.device)
         return {"rows": rows, "protocol": asdict(config), "environment": environment()}
 
-    return run.json("vae_ms.json", lambda: run.agreed(make() if run.accelerator.is_main_process else None))
+    return run.json("vae_ms.json", lambda: run.of_rank_0(make))
 
 
 def results(evaluation: Evaluation, times: Values) -> Sequence[str]:
