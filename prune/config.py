@@ -11,6 +11,9 @@ from slimstep.engine.checks import check_minimum
 from slimstep.engine.config import StageConfig
 
 MOST_ROUNDS = 200
+NORM_GROUPS = ("whole", "per_group")
+BY_ACTIVATIONS = ("taylor", "activation_energy")
+IMPORTANCE = ("magnitude", *BY_ACTIVATIONS, "random", "first")
 
 
 @dataclass
@@ -59,6 +62,9 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         check_minimum("decoder", self, 1, "samples")
+        for name, known in {"norm_groups": NORM_GROUPS, "importance": IMPORTANCE}.items():
+            if (value := getattr(self, name)) not in known:
+                raise ValueError(f"decoder.{name}={value!r} is unknown; choose from {known}")
         shares = self.width if OmegaConf.is_list(self.width) or isinstance(self.width, list) else [self.width]
         if not shares or not all(isinstance(share, (int, float)) and 0 < share <= 1 for share in shares):
             raise ValueError(f"decoder.width={self.width} must be a share above 0 and at most 1, or a list of them")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from slimstep.models.decoding import ImageDecoder
 from slimstep.models.pipeline import quiet
 from slimstep.models.vae import NarrowAutoencoderKL
+from slimstep.prune.config import BY_ACTIVATIONS, IMPORTANCE
 
 Channels = dict[str, list[int]]
 
@@ -74,8 +75,6 @@ def choose_channels(
     'activation_energy' (the mean square of what is written to the channel), 'random', or 'first'. 'taylor' and
     'activation_energy' look at `latents_BCHW`, as the pipeline samples them; `normalised` is ImageDecoder's.
     """
-    if importance not in IMPORTANCE:
-        raise ValueError(f"decoder.importance={importance!r} is unknown; choose from {IMPORTANCE}")
     decoder, graph = traced(vae)
     groups = {name_of(decoder, group): group for group in all_groups(graph, decoder)}
     if importance in BY_ACTIVATIONS:
@@ -87,17 +86,13 @@ def choose_channels(
         draw = torch.Generator().manual_seed(seed)
         values = {name: torch.rand(len(group[0].idxs), generator=draw) for name, group in groups.items()}
     else:
+        assert importance == "first", f"importance is {importance!r}, none of {IMPORTANCE}"
         values = {name: -torch.arange(float(len(group[0].idxs))) for name, group in groups.items()}
     rule = best_groups if norm_groups == "whole" else best
     return {
         name: rule(values[name], widths[level_of(name, len(widths))], num_parts(group))
         for name, group in groups.items()
     }
-
-
-NORM_GROUPS = ("whole", "per_group")
-BY_ACTIVATIONS = ("taylor", "activation_energy")
-IMPORTANCE = ("magnitude", *BY_ACTIVATIONS, "random", "first")
 
 
 def best(values_C: Tensor, keep: int, parts: int) -> list[int]:

@@ -5,7 +5,7 @@ Axes: P latents, C channels, H and W height and width.
 
 import copy
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -63,8 +63,8 @@ from slimstep.models.cost import count_parameters
 from slimstep.models.decoding import ImageDecoder, has_statistics
 from slimstep.models.pipeline import with_unet
 from slimstep.models.vae import NarrowAutoencoderKL
-from slimstep.prune.config import Config, DecoderConfig
-from slimstep.prune.decoder import BY_ACTIVATIONS, IMPORTANCE, NORM_GROUPS, choose_channels, pruned_vae, pruned_widths
+from slimstep.prune.config import BY_ACTIVATIONS, Config, DecoderConfig
+from slimstep.prune.decoder import choose_channels, pruned_vae, pruned_widths
 
 log = logging.getLogger("slimstep")
 HELDOUT = "heldout.safetensors"
@@ -157,11 +157,7 @@ def check_decoder(teacher: Teacher) -> None:
     if type(vae) is not AutoencoderKL:
         kind = type(vae).__name__
         raise ValueError(f"the model's VAE is {kind}; a decoder is pruned from diffusers' own AutoencoderKL")
-    if decoder.norm_groups not in NORM_GROUPS:
-        raise ValueError(f"decoder.norm_groups={decoder.norm_groups!r} is unknown; choose from {NORM_GROUPS}")
     pruned_widths(vae, decoder.width, decoder.norm_groups)
-    if decoder.importance not in IMPORTANCE:
-        raise ValueError(f"decoder.importance={decoder.importance!r} is unknown; choose from {IMPORTANCE}")
     check_data(teacher)
 
 
@@ -243,17 +239,17 @@ def heldout_images(job: DecoderPruning, count: int) -> dict[str, Tensor]:
 
 def pruned_decoder(job: DecoderPruning, data: Callable[[], Dataset]) -> NarrowAutoencoderKL:
     """The chosen channels of the teacher's decoder, untrained; the choice is in channels.json."""
-    decoder, run, vae = job.decoder, job.run, job.vae
-    if not run.made("channels.json"):
-        mix = latent_mix(job, 0, data) if decoder.importance in BY_ACTIVATIONS else None
+    decoder, run, vae, statistics = job.decoder, job.run, job.vae, has_statistics(job.teacher.pipeline)
+
+    def choose() -> dict | None:
+        mix = latent_mix(job, 0, data) if decoder.importance in BY_ACTIVATIONS else None  # by all ranks together
+        if not run.accelerator.is_main_process:
+            return None
         # Channels are chosen by the first latents that training sees.
         latents = mix and torch.stack([mix[i]["latents"] for i in range(min(decoder.samples, len(mix)))])
-
-    def choose() -> dict:
-        statistics = has_statistics(job.teacher.pipeline)
         return choose_channels(vae, job.widths, decoder.importance, latents, run.seed, decoder.norm_groups, statistics)
 
-    channels = run.json("channels.json", lambda: choose() if run.accelerator.is_main_process else None)
+    channels = run.json("channels.json", choose)
     log.info(f"decoder: {tuple(vae.config.block_out_channels)} → {job.widths} channels, by {decoder.importance}")
     with damaged(run.path / "channels.json"):
         return pruned_vae(vae, channels, job.widths, decoder.norm_groups)
@@ -306,9 +302,8 @@ def evaluator_of(job: DecoderPruning, vaes: dict[str, AutoencoderKL], prompts: P
     def candidate(name: str, *_: Any) -> Candidate:
         sampler = sampler_with(job, vaes[name])
         facts = {"parameters": {"decoder": count_parameters(vaes[name].decoder)}}
-        more = partial(nearness_on_real, job, sampler, name, held()["real"], near)
         return Candidate(lambda indices: sampler.decode(held()["sampled"][indices]), sampler.protocol, facts,
-                         more=lambda: more(sampler_with(job, job.vae), held()["images"]))  # fmt: skip
+                         more=lambda: nearness_on_real(job, name, sampler, held(), near))  # fmt: skip
 
     metrics = {**load_metrics(teacher.config, scorer, teacher.device), **near}
     return Evaluator(run, candidate, prompts, metrics, scorer, ("teacher", config.steps), config.batch_size,
@@ -322,11 +317,11 @@ def sampler_with(job: DecoderPruning, vae: nn.Module) -> Sampler:
 
 
 def nearness_on_real(
-    job: DecoderPruning, sampler: Sampler, name: str, latents: Tensor, metrics: dict[str, Metric], reference: Sampler,
-    images: Tensor,
-) -> dict[str, Values]:  # fmt: skip
+    job: DecoderPruning, name: str, sampler: Sampler, held: Mapping[str, Tensor], metrics: Mapping[str, Metric]
+) -> dict[str, Values]:
     """A decoder's images of real latents beside the teacher decoder's (`real_…`) and beside the images (`image_…`)."""
-    run, config = job.run, job.teacher.config.eval
+    run, config, latents, images = job.run, job.teacher.config.eval, held["real"], held["images"]
+    reference = sampler_with(job, job.vae)
     run.folder(f"images/{name}/real", lambda path: write_pictures(sampler.decode(latents[: config.pictures]), path))
 
     def rate(indices: list[int]) -> Tensor:

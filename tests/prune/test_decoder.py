@@ -13,17 +13,8 @@ from slimstep.eval.decoders import decoder_gflops
 from slimstep.models.decoding import ImageDecoder
 from slimstep.models.reference import VAE_CONFIGS
 from slimstep.models.vae import NarrowAutoencoderKL
-from slimstep.prune.decoder import (
-    IMPORTANCE,
-    NORM_GROUPS,
-    all_groups,
-    choose_channels,
-    name_of,
-    pruned_vae,
-    pruned_widths,
-    traced,
-    writers,
-)
+from slimstep.prune.config import IMPORTANCE, NORM_GROUPS
+from slimstep.prune.decoder import all_groups, choose_channels, name_of, pruned_vae, pruned_widths, traced, writers
 
 SMALL = {"block_out_channels": (8, 16, 32, 32), "norm_num_groups": 4, "layers_per_block": 1}
 
