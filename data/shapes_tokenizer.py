@@ -4,7 +4,6 @@ Other text still encodes, byte by byte, so that the bundled pipeline takes capti
 """
 
 from itertools import pairwise
-from pathlib import Path
 
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
@@ -40,8 +39,3 @@ def build_tokenizer() -> CLIPTokenizer:
     tokens += ["<|startoftext|>", "<|endoftext|>"]
     vocab = {token: index for index, token in enumerate(tokens)}
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=MAX_TOKENS)
-
-
-def save_tokenizer(folder: Path) -> None:
-    """Writes the tokenizer where `CLIPTokenizer.from_pretrained` and open_clip's `local-dir:` find it."""
-    build_tokenizer().save_pretrained(folder)

@@ -14,7 +14,7 @@ import bisect
 import hashlib
 import json
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
@@ -59,10 +59,6 @@ class CachedPairs(Dataset):
     def fingerprint(self) -> str:
         return cache_key(self.made_from)
 
-    @property
-    def captions(self) -> "Captions":
-        return Captions(self)
-
     def distinct_captions(self) -> Iterator[str]:
         """The captions, each once per shard, without the samples."""
         for name in self._files:
@@ -99,19 +95,6 @@ class CachedPairs(Dataset):
 
     def __getstate__(self) -> dict:
         return {**self.__dict__, "_open": OrderedDict()}
-
-
-class Captions(Sequence[str]):
-    """The captions of a cache, read when asked for."""
-
-    def __init__(self, cached: CachedPairs) -> None:
-        self._cached = cached
-
-    def __len__(self) -> int:
-        return len(self._cached)
-
-    def __getitem__(self, i: int) -> str:  # type: ignore[override]  # no slices
-        return self._cached.caption(i)
 
 
 class _Shard:

@@ -34,7 +34,7 @@ def test_latents_are_the_scaled_posterior_mean(pipeline, noise_pairs, tmp_path):
 
 def test_text_states_are_those_of_the_pipelines_encode_prompt(pipeline, noise_pairs, tmp_path):
     cached = cache_pairs(noise_pairs(), pipeline, tmp_path)
-    captions = [cached.captions[i] for i in range(len(cached))]
+    captions = [cached.caption(i) for i in range(len(cached))]
     pipeline.text_encoder.eval()
     text, negative = pipeline.encode_prompt(captions, "cpu", 1, do_classifier_free_guidance=True)
     torch.testing.assert_close(torch.stack([cached[i]["text"] for i in range(10)]), text.detach(), atol=1e-6, rtol=0)
@@ -46,7 +46,7 @@ def test_items_keep_their_order_index_and_caption(pipeline, noise_pairs, tmp_pat
     cached = cache_pairs(pairs, pipeline, tmp_path, shard_size=4)
     assert len(cached) == 10
     assert [cached[i]["index"] for i in range(10)] == list(range(10))
-    assert list(cached.captions) == [pairs.captions[i % 3] for i in range(10)]
+    assert [cached.caption(i) for i in range(10)] == [pairs.captions[i % 3] for i in range(10)]
     with pytest.raises(IndexError, match="sample 10 of a cache of 10"):
         cached[10]
 
@@ -201,7 +201,7 @@ def test_a_long_caption_is_cut_as_the_pipeline_cuts_it_and_counted_once(pipeline
 def test_broken_images_are_skipped_and_counted(pipeline, noise_pairs, tmp_path, caplog):
     cached = cache_pairs(noise_pairs(broken=(1, 7), allowed_broken=2), pipeline, tmp_path, batch_size=2, shard_size=4)
     assert [cached[i]["index"] for i in range(len(cached))] == [0, 2, 3, 4, 5, 6, 8, 9]
-    assert list(cached.captions)[1] == noise_pairs.captions[2]
+    assert cached.caption(1) == noise_pairs.captions[2]
     assert "2 broken images are skipped: noise-1 (torn); noise-7 (torn)" in caplog.text
 
 
