@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from slimstep.engine.console import open_console
 from slimstep.engine.files import write_json, write_text
-from slimstep.eval.pages.evaluation_page import difference
 from slimstep.eval.pages.tables import markdown_table
+from slimstep.eval.pages.text import difference
 from slimstep.eval.pages.vae_page import measures
 from slimstep.eval.record import Point, read_evaluation
 

@@ -26,16 +26,15 @@ from slimstep.engine.console import open_console
 from slimstep.engine.files import whole_folder, write_json, write_text
 from slimstep.engine.loop import WEIGHTS
 from slimstep.eval.metrics.compare import paired_difference, paired_ratio
-from slimstep.eval.pages.evaluation_page import difference
 from slimstep.eval.pages.figures import save_png
 from slimstep.eval.pages.steps_page import (
     SAMPLERS,
     curves_figure,
     display,
     distance_figure,
-    ratio_text,
 )
 from slimstep.eval.pages.tables import markdown_table
+from slimstep.eval.pages.text import difference, ratio
 from slimstep.eval.record import Evaluation, Point, read_evaluation
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
@@ -213,7 +212,7 @@ def cells(point: Point, points: Sequence[Point]) -> list[str]:
         display(point.model), str(point.steps), str(point.facts["evaluations"]),
         f"{point.clip['mean']:.2f} ± {point.clip['se']:.2f}", difference(point.versus_reference),
         "–" if error is None else f"{error:.4f}",
-        *map(ratio_text, over_samplers(point, points).values()),
+        *map(ratio, over_samplers(point, points).values()),
     ]  # fmt: skip
 
 
@@ -224,7 +223,7 @@ def answer(points: Sequence[Point], a: str, b: str) -> list[list[str]]:
         if (a, steps) in of and (b, steps) in of:
             one, other = of[a, steps], of[b, steps]
             versus = vars(paired_difference(one.clip["per_prompt"], other.clip["per_prompt"]))
-            rows.append([a, b, str(steps), difference(versus), ratio_text(error_ratio(one, other))])
+            rows.append([a, b, str(steps), difference(versus), ratio(error_ratio(one, other))])
     return rows
 
 

@@ -5,19 +5,16 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from markupsafe import Markup
-from PIL import Image
-
 from slimstep.engine.console import print_for_programs
 from slimstep.engine.files import write_json, write_text
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
 from slimstep.eval.config import Config
 from slimstep.eval.pages.cautions import cautions_of
-from slimstep.eval.pages.figures import save_figures, themed
-from slimstep.eval.pages.html import render
+from slimstep.eval.pages.html import write_page
 from slimstep.eval.pages.outcome import AGAINST, Outcome
 from slimstep.eval.pages.text import flatten, overlap_sentence
+from slimstep.eval.reporting import track_table
 from slimstep.models.card import origin_of, write_card
 
 log = logging.getLogger("slimstep")
@@ -32,7 +29,7 @@ def report(config: Config, run: Run) -> int | Plan:
         return Plan(f"run   {run.path}\npage  of {page.evaluation} and {page.benchmark}")
     if run.accelerator.is_main_process:
         outcome = Outcome(page.evaluation, page.benchmark)
-        write_page(outcome, run, page.stages)
+        write_report(outcome, run, page.stages)
         if origin_of(student := Path(str(outcome.evaluation.models[outcome.student_name]))):
             write_card(student, outcome.results())
         print(outcome.console_text())
@@ -42,30 +39,31 @@ def report(config: Config, run: Run) -> int | Plan:
     return 0
 
 
-def write_page(outcome: Outcome, run: Run, stages: Sequence[str]) -> None:
-    figures, folder = outcome.figures(), run.path
-    save_figures(folder / "report", figures)
+def write_report(outcome: Outcome, run: Run, stages: Sequence[str]) -> None:
+    folder = run.path
     write_text(folder / "table.md", outcome.text())
     write_json(folder / "summary.json", outcome.summary())
-    if run.tracker:
-        run.tracker.table("artifacts", outcome.artifacts_header(), outcome.artifact_rows())
-        run.tracker.table("student against teacher", AGAINST, outcome.against_rows())
-        for name in figures:
-            run.tracker.images(f"report/{name}", [Image.open(folder / f"report/{name}.png").convert("RGB")], [name])
+
+    def track() -> None:
+        if run.tracker:
+            run.tracker.table("student against teacher", AGAINST, outcome.against_rows())
+        track_table(run, "artifacts", outcome.artifacts_header(), outcome.artifact_rows())
+
     evaluation, facts = outcome.evaluation, ("models", "prompts", "n", "protocol", "environment")
-    page = render(
+    write_page(
+        folder,
         "final.html.j2",
+        outcome.figures(),
+        track,
         cautions=cautions_of({name: folder.parent / name for name in stages}),
         name=folder.parent.name,
         outcome=outcome,
         seen=overlap_sentence(evaluation.n, evaluation.seen),
         against_header=AGAINST,
-        figures={name: Markup(themed(figure, name)) for name, figure in figures.items()},
         clock=outcome.benchmark["protocol"]["clock"],
         stages=[(name, command(folder.parent, name), link(folder.parent, name)) for name in stages],
         facts=flatten({key: getattr(evaluation, key) for key in facts}),
     )
-    write_text(folder / "report.html", page)
 
 
 def command(workflow: Path, stage: str) -> str:

@@ -9,13 +9,12 @@ from markupsafe import Markup
 from slimstep.engine.files import write_text
 from slimstep.eval.metrics.compare import paired_difference
 from slimstep.eval.pages.cautions import cautions_of
-from slimstep.eval.pages.evaluation_page import difference
 from slimstep.eval.pages.figures import SERIES, TEACHER, Point, pareto_figure, save_png, themed
 from slimstep.eval.pages.html import render
 from slimstep.eval.pages.run_page import facts
 from slimstep.eval.pages.runs import Model, RunRecord, read_run, run_names
 from slimstep.eval.pages.tables import console_table, markdown_table
-from slimstep.eval.pages.text import count, digits, display_name, percent
+from slimstep.eval.pages.text import count, difference, digits, display_name, percent, score
 
 BEFORE_A_CHOICE = {"precision": "float32"}  # of protocols that do not say theirs
 COLUMNS = ["parameters", "GFLOPs", "UNet ms", "of teacher", "CLIP ± se", "against teacher"]
@@ -109,7 +108,7 @@ def cells(name: str, model: Model, teacher: Model, to_teacher: Mapping | None) -
         digits(model.gflops),
         digits(model.ms),
         percent(model.ms / teacher.ms),
-        f"{model.clip['mean']:.2f} ± {model.clip['se']:.2f}",
+        score(model.clip),
         difference(to_teacher),
     ]
 

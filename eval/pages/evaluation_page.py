@@ -7,43 +7,33 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
 from slimstep.engine.files import write_text
-from slimstep.eval.pages.cautions import cautions
-from slimstep.eval.pages.figures import MUTED, SERIES, canvas, grid_figure, save_figures, styled, themed
-from slimstep.eval.pages.html import render
+from slimstep.eval.pages.figures import MUTED, SERIES, canvas, grid_figure, styled
+from slimstep.eval.pages.html import write_page
 from slimstep.eval.pages.tables import csv_table, markdown_table
-from slimstep.eval.pages.text import count, flatten, overlap_sentence
+from slimstep.eval.pages.text import count, difference, flatten, overlap_sentence, score
 from slimstep.eval.record import Evaluation, Point, read_evaluation
 
 
 def write_evaluation_report(folder: str | Path, track: Callable[[], None] = lambda: None) -> Path:
-    """Makes table.md, results.csv, `folder`/report/*.png and `folder`/report.html anew from evaluation.json.
-
-    `track` is called when the pictures are there; the page, which says that all is done, comes last.
-    """
+    """Makes table.md, results.csv and the page with its pictures anew from evaluation.json."""
     folder = Path(folder)
     read = read_evaluation(folder)
-    figures = draw_figures(folder, read)
     write_text(folder / "table.md", results_table(read.points))
     write_text(folder / "results.csv", csv_table(summary(read)["points"]))
-    save_figures(folder / "report", figures)
-    track()
-    page = render(
+    return write_page(
+        folder,
         "evaluation.html.j2",
-        cautions=cautions(folder),
-        name=folder.name,
+        draw_figures(folder, read),
+        track,
         reference=read.reference,
         seen=overlap_sentence(read.n, read.seen),
         header=header(read.points),
         rows=rows(read.points),
-        figures={name: Markup(themed(figure, name)) for name, figure in figures.items()},
         facts=flatten({key: getattr(read, key) for key in ("models", "prompts", "n", "protocol", "environment")}),
     )
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
 
 
 def results_table(points: Sequence[Point]) -> str:
@@ -94,24 +84,11 @@ def sizes(point: Point) -> str:
 
 def score_columns(name: str) -> dict[str, Callable[[Point], str]]:
     """A per-image metric and its paired difference; CLIP score's headings name no metric."""
-
-    def score(point: Point) -> str:
-        measured = point.metrics.get(name)
-        return f"{measured['mean']:.2f} ± {measured['se']:.2f}" if measured else "–"
-
-    def versus(point: Point) -> str:
-        return difference((point.metrics.get(name) or {}).get("versus_reference"))
-
-    if name == "clip":
-        return {"CLIP ± se": score, "against the reference": versus}
-    return {f"{name} ± se": score, f"{name} against the reference": versus}
-
-
-def difference(paired: Mapping[str, Any] | None) -> str:
-    """A paired difference with its interval; a dash for the reference itself."""
-    if paired is None:
-        return "–"
-    return f"{paired['mean']:+.2f} [{paired['low']:+.2f}, {paired['high']:+.2f}]".replace("-", "−")
+    heading, versus = ("CLIP", "") if name == "clip" else (name, f"{name} ")
+    return {
+        f"{heading} ± se": lambda p: score(p.metrics.get(name)),
+        f"{versus}against the reference": lambda p: difference((p.metrics.get(name) or {}).get("versus_reference")),
+    }
 
 
 def near(point: Point, metric: str, form: str) -> str:
@@ -132,18 +109,16 @@ def distance(point: Point, name: str, times: int) -> str:
 
 def summary(evaluation: Evaluation) -> dict[str, Any]:
     """What a program wants to know, without the scores of single prompts."""
-    points = [
-        without_prompts({"model": p.model, "guidance": p.guidance, "steps": p.steps, **p.facts, **p.metrics})
-        for p in evaluation.points
-    ]
-    return {"reference": evaluation.reference, "n": evaluation.n, "points": points}
 
+    def without_prompts(value: Any) -> Any:
+        if not isinstance(value, Mapping):
+            return value
+        left_out = ("per_prompt", "against_shuffled", "kind")
+        return {key: without_prompts(inner) for key, inner in value.items() if key not in left_out}
 
-def without_prompts(value: Any) -> Any:
-    if not isinstance(value, Mapping):
-        return value
-    left_out = ("per_prompt", "against_shuffled", "kind")
-    return {key: without_prompts(inner) for key, inner in value.items() if key not in left_out}
+    points = [{"model": p.model, "guidance": p.guidance, "steps": p.steps, **p.facts, **p.metrics}
+              for p in evaluation.points]  # fmt: skip
+    return {"reference": evaluation.reference, "n": evaluation.n, "points": list(map(without_prompts, points))}
 
 
 def draw_figures(folder: Path, evaluation: Evaluation) -> dict[str, Figure]:

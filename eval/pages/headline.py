@@ -3,12 +3,10 @@
 from collections.abc import Mapping
 from typing import Any
 
-from slimstep.eval.pages.evaluation_page import difference
 from slimstep.eval.pages.gathered import Gathered
 from slimstep.eval.pages.pareto import speedup
 from slimstep.eval.pages.results import Row, setting, setting_text
-from slimstep.eval.pages.speed_page import ratio
-from slimstep.eval.pages.text import digits
+from slimstep.eval.pages.text import difference, digits, ratio
 
 Tile = Mapping[str, str]
 

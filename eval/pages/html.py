@@ -2,17 +2,37 @@
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jinja2
+from markupsafe import Markup
+from matplotlib.figure import Figure
 from PIL import Image
 
+from slimstep.engine.files import write_text
+from slimstep.eval.pages.cautions import cautions
+from slimstep.eval.pages.figures import save_figures, themed
 from slimstep.eval.pages.runs import finite
 from slimstep.eval.pages.text import count, digits, percent, signed
 
 PICTURE = 256  # pixels on the page: larger images are scaled down, smaller ones have their pixels repeated
+
+
+def write_page(
+    folder: Path, template: str, figures: Mapping[str, Figure], track: Callable[[], None] = lambda: None, **values: Any
+) -> Path:
+    """Makes `folder`/report/*.png and `folder`/report.html anew, with the run's own name and cautions.
+
+    `track` is called when the pictures are there; the page, which says that all is done, comes last.
+    """
+    save_figures(folder / "report", figures)
+    track()
+    drawn = {name: Markup(themed(figure, name)) for name, figure in figures.items()}
+    own = {"name": folder.name, "cautions": cautions(folder), "figures": drawn}
+    write_text(folder / "report.html", render(template, **{**own, **values}))
+    return folder / "report.html"
 
 
 def render(template: str, cautions: Sequence[str] = (), **values: Any) -> str:

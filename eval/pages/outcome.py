@@ -13,12 +13,11 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from slimstep.eval.metrics.compare import paired_difference
-from slimstep.eval.pages.evaluation_page import difference, images_figure
+from slimstep.eval.pages.evaluation_page import images_figure
 from slimstep.eval.pages.gathered import Gathered
 from slimstep.eval.pages.results_figures import draw_time
-from slimstep.eval.pages.speed_page import ratio
 from slimstep.eval.pages.tables import console_table, markdown_table
-from slimstep.eval.pages.text import count, percent
+from slimstep.eval.pages.text import count, difference, percent, ratio, score
 from slimstep.eval.record import Point
 
 AGAINST = ["teacher at", "its CLIP ± se", "student − teacher, paired [95 %]", "times as fast [95 %]"]
@@ -75,7 +74,7 @@ class Outcome:
     # ---- tables ----
 
     def against_rows(self) -> list[list[str]]:
-        return [[f"{t.steps} steps", score(t), difference(self.versus(self.student, t)),
+        return [[f"{t.steps} steps", score(t.clip), difference(self.versus(self.student, t)),
                  ratio(self.faster(self.student, t))] for t in self.teachers]  # fmt: skip
 
     def artifacts_header(self) -> list[str]:
@@ -89,8 +88,8 @@ class Outcome:
         row, most, parameters = self.row(point), self.teachers[0], point.facts["parameters"]
         versus = None if point is most else self.versus(point, most)
         ms = f"{row['ms']['median'] / row['batch']:.0f}" if row else "–"
-        return [point.model, str(point.steps), count(parameters["UNet"]), count(parameters["decoder"]), score(point),
-                difference(versus), ms, ratio(self.faster(point, most))]  # fmt: skip
+        return [point.model, str(point.steps), count(parameters["UNet"]), count(parameters["decoder"]),
+                score(point.clip), difference(versus), ms, ratio(self.faster(point, most))]  # fmt: skip
 
     @staticmethod
     def versus(point: Point, other: Point) -> dict[str, Any]:
@@ -110,7 +109,7 @@ class Outcome:
     def results(self) -> list[str]:
         """For a model card: the student's score, and what it is beside the teacher at each of its numbers of steps."""
         student, n, where = self.student, self.evaluation.n, self.benchmark["environment"]["device"]
-        lines = [f"CLIP score {score(student)} on {n} prompts"]
+        lines = [f"CLIP score {score(student.clip)} on {n} prompts"]
         for t in self.teachers:
             line = f"against {t.steps} steps of the teacher: CLIP {difference(self.versus(student, t))}, paired"
             lines.append(f"{line}; {ratio(self.faster(student, t))} times as fast an image")
@@ -159,10 +158,6 @@ class Outcome:
         drawn = [draw_time(self.runs, condition) for condition in self.runs.conditions]
         pictures = {picture.name: picture.figure for picture in drawn}
         return pictures | ({"images": images_figure(self.folder, self.evaluation)} if self.evaluation.shown else {})
-
-
-def score(point: Point) -> str:
-    return f"{point.clip['mean']:.2f} ± {point.clip['se']:.2f}"
 
 
 def without_prompts(point: Point) -> dict[str, float]:

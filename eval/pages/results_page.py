@@ -11,7 +11,7 @@ from slimstep.engine.files import write_text
 from slimstep.eval.metrics.compare import PairedDifference
 from slimstep.eval.pages.cautions import cautions_of
 from slimstep.eval.pages.comparison import facts_that_differ, protocol_differences
-from slimstep.eval.pages.evaluation_page import columns, difference
+from slimstep.eval.pages.evaluation_page import columns
 from slimstep.eval.pages.figures import grid_figure, save_figures, themed
 from slimstep.eval.pages.gathered import Gathered
 from slimstep.eval.pages.headline import headline, tiles
@@ -22,7 +22,7 @@ from slimstep.eval.pages.results_figures import draw_sections, image_grid, untim
 from slimstep.eval.pages.speed_page import LABELS, NOTES, cells
 from slimstep.eval.pages.speed_page import header as speed_header
 from slimstep.eval.pages.tables import console_table, markdown_table
-from slimstep.eval.pages.text import digits
+from slimstep.eval.pages.text import difference, digits
 
 
 @dataclass(frozen=True)

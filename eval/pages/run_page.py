@@ -8,11 +8,8 @@ from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from slimstep.engine.files import write_text
-from slimstep.eval.pages.cautions import cautions
 from slimstep.eval.pages.figures import (
     STEP,
     STUDENT,
@@ -22,10 +19,8 @@ from slimstep.eval.pages.figures import (
     evolution_figure,
     grid_figure,
     pareto_figure,
-    save_figures,
-    themed,
 )
-from slimstep.eval.pages.html import data_uri, render
+from slimstep.eval.pages.html import data_uri, write_page
 from slimstep.eval.pages.runs import Model, RunRecord, read_run
 from slimstep.eval.pages.text import count, digits, display_name, flatten, overlap_sentence, percent, signed
 from slimstep.eval.pages.unet_figure import unet_figure
@@ -40,23 +35,19 @@ def write_report(folder: str | Path) -> Path:
     Raises FileNotFoundError where `folder` is no run.
     """
     run = read_run(folder)
-    figures = draw_figures(run)
-    save_figures(run.path / "report", figures)
-    page = render(
+    return write_page(
+        run.path,
         "run.html.j2",
-        cautions=cautions(run.path),
+        draw_figures(run),
         run=run,
         headline=headline(run),
         seen=overlap_sentence(run.evaluation.n, run.evaluation.seen) if run.evaluation else "",
         tiles=tiles(run),
         rows=[model_row(model, run.models[0]) for model in run.models],
-        figures={name: Markup(themed(figure, name)) for name, figure in figures.items() if name != "images"},
         pictures=pictures(run),
         additive=(first_latency(run) or {}).get("additive_error"),
         facts=facts(run),
     )
-    write_text(run.path / "report.html", page)
-    return run.path / "report.html"
 
 
 # ---- what the page says ----

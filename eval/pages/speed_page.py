@@ -6,16 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from slimstep.engine.files import write_text
-from slimstep.eval.pages.figures import MUTED, SERIES, STUDENT, canvas, save_figures, styled, themed
-from slimstep.eval.pages.html import render
+from slimstep.eval.pages.figures import MUTED, SERIES, STUDENT, canvas, styled
+from slimstep.eval.pages.html import write_page
 from slimstep.eval.pages.runs import read_speed
 from slimstep.eval.pages.tables import console_table, csv_table, markdown_table
-from slimstep.eval.pages.text import digits, flatten, percent, signed
+from slimstep.eval.pages.text import difference, digits, flatten, percent, ratio
 from slimstep.eval.plan import size
 from slimstep.eval.timing.stage_timer import PARTS
 
@@ -43,31 +42,24 @@ NOTES = {
 
 
 def write_speed_report(folder: str | Path, track: Callable[[], None] = lambda: None) -> Path:
-    """Makes table.md, results.csv, `folder`/report/*.png and `folder`/report.html anew from results.json.
-
-    `track` is called when the pictures are there; the page, which says that all is done, comes last.
-    """
+    """Makes table.md, results.csv and the page with its pictures anew from results.json."""
     folder = Path(folder)
     results = read_speed(folder / "results.json")
-    kind, figures = results["kind"], draw_figures(results)
     write_text(folder / "table.md", table(results))
     write_text(folder / "results.csv", csv_table(summary(results)["rows"]))
-    save_figures(folder / "report", figures)
-    track()
-    page = render(
+    return write_page(
+        folder,
         "speed.html.j2",
-        name=folder.name,
-        note=NOTES[kind],
+        draw_figures(results),
+        track,
+        note=NOTES[results["kind"]],
         clock=results["protocol"]["clock"],
         header=header(results),
         rows=cells(results),
         first_header=COLD_START,
         first_rows=cold_start_rows(results),
-        figures={name: Markup(themed(figure, name)) for name, figure in figures.items()},
         facts=flatten({key: results[key] for key in ("models", "protocol", "environment")}),
     )
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
 
 
 def table(results: Results) -> str:
@@ -194,7 +186,7 @@ LINES = {"benchmark": benchmark_line, "cumulative": cumulative_line, "pipelines"
 def measures(row: Row) -> list[str]:
     """The cells of MEASURES."""
     ms, memory, graphs = row["ms"], row["memory"], row["graphs"]
-    psnr, difference = row.get("psnr"), row.get("clip_difference")
+    psnr = row.get("psnr")
     return [
         digits(ms["median"]),
         f"{digits(ms['p10'])}–{digits(ms['p90'])}",
@@ -205,13 +197,8 @@ def measures(row: Row) -> list[str]:
         f"{graphs['graphs']}" + (f", {graphs['breaks']} breaks" if graphs["breaks"] else "")
         + (f", {row['recompiled']} more later" if row["recompiled"] else ""),
         f"{psnr['mean']:.1f}" if psnr else "–",
-        f"{signed(difference['mean'])} [{signed(difference['low'])}, {signed(difference['high'])}]"
-        if difference else "–",
+        difference(row.get("clip_difference")),
     ]  # fmt: skip
-
-
-def ratio(faster: Mapping[str, float] | None) -> str:
-    return f"{faster['ratio']:.2f} [{faster['low']:.2f}, {faster['high']:.2f}]" if faster else "–"
 
 
 # ---- pictures ----

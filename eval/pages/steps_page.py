@@ -5,20 +5,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from markupsafe import Markup
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
-from slimstep.engine.files import write_text
 from slimstep.eval.metrics.compare import paired_ratio
-from slimstep.eval.pages.cautions import cautions
-from slimstep.eval.pages.evaluation_page import difference
-from slimstep.eval.pages.figures import MUTED, SERIES, grid_figure, save_figures, styled, themed
-from slimstep.eval.pages.html import render
+from slimstep.eval.pages.figures import MUTED, SERIES, grid_figure, styled
+from slimstep.eval.pages.html import write_page
 from slimstep.eval.pages.runs import read_json
 from slimstep.eval.pages.tables import console_table
-from slimstep.eval.pages.text import flatten, overlap_sentence
+from slimstep.eval.pages.text import difference, flatten, overlap_sentence, ratio, score
 from slimstep.eval.record import Point, read_evaluation
 
 SAMPLERS = ("teacher", "teacher-dpm")
@@ -26,33 +22,25 @@ NAMES = {"teacher": "teacher, DDIM", "teacher-dpm": "teacher, DPM++ 2M", "teache
 
 
 def write_steps_report(folder: str | Path, track: Callable[[], None] = lambda: None) -> Path:
-    """Makes `folder`/report.html and `folder`/report/*.png anew from the evaluation and the pictures.
-
-    `track` is called when the pictures are there; the page, which says that all is done, comes last.
-    """
+    """Makes the page and its pictures anew from the evaluation and the images."""
     folder = Path(folder)
     evaluation, points = read_evaluation(folder), timed_points(folder)
     figures = {
         "clip-against-steps": curves_figure(points, "steps", "sampling steps"),
         "clip-against-time": curves_figure(points, "unet_ms", "UNet time of an image, ms"),
         "distance-against-steps": distance_figure(points),
+        **{f"images-guidance-{g:g}": images_figure(folder, points, g) for g in guidances(points)},
     }
-    pictures = {f"images-guidance-{g:g}": images_figure(folder, points, g) for g in guidances(points)}
-    save_figures(folder / "report", {**figures, **pictures})
-    track()
-    page = render(
+    return write_page(
+        folder,
         "steps.html.j2",
-        cautions=cautions(folder),
-        name=folder.name,
-        figures={name: Markup(themed(figure, name)) for name, figure in figures.items()},
-        pictures={name: Markup(themed(figure, name)) for name, figure in pictures.items()},
+        figures,
+        track,
         seen=overlap_sentence(evaluation.n, evaluation.seen),
         header=HEADER,
         rows=point_rows(points),
         facts=flatten({"n": evaluation.n, **evaluation.protocol, **evaluation.environment}),
     )
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
 
 
 @dataclass(frozen=True)
@@ -77,7 +65,7 @@ def image_ms(point: Point, unet_ms: Mapping[str, Mapping[str, float]]) -> float:
 def curves_table(points: Sequence[Point]) -> str:
     """Per guidance scale and model: CLIP ± standard error at every number of steps."""
     steps = sorted({point.steps for point in points})
-    cells = {key(point): f"{point.clip['mean']:.1f} ± {point.clip['se']:.1f}" for point in points}
+    cells = {key(point): score(point.clip, places=1) for point in points}
     rows = [
         [display(model), f"{guidance:g}", *(cells.get((guidance, model, n), "") for n in steps)]
         for guidance in guidances(points)
@@ -100,7 +88,7 @@ def point_rows(points: Sequence[Point]) -> list[list[str]]:
         over = [error_over(p, by_key.get((p.guidance, sampler, p.steps))) for sampler in SAMPLERS]
         rows.append([
             display(p.model), f"{p.guidance:g}", str(p.steps), str(p.facts["evaluations"]), f"{p.unet_ms:.1f}",
-            f"{p.clip['mean']:.2f} ± {p.clip['se']:.2f}", difference(p.versus_reference),
+            score(p.clip), difference(p.versus_reference),
             number(p, "latent_error", ".4f"), *over, number(p, "psnr", ".1f"), number(p, "features", ".3f"),
         ])  # fmt: skip
     return rows
@@ -117,11 +105,7 @@ def error_over(point: Point, other: Point | None) -> str:
     errors, others = (p and p.metrics.get("latent_error") for p in (point, other))
     if not errors or not others or not others["mean"]:
         return "–"
-    return ratio_text(vars(paired_ratio(errors["per_prompt"], others["per_prompt"])))
-
-
-def ratio_text(ratio: Mapping[str, float] | None) -> str:
-    return "–" if ratio is None else f"{ratio['ratio']:.2f} [{ratio['low']:.2f}, {ratio['high']:.2f}]"
+    return ratio(vars(paired_ratio(errors["per_prompt"], others["per_prompt"])))
 
 
 def display(model: str) -> str:

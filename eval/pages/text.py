@@ -1,6 +1,6 @@
 """Numbers and names as pages and tables write them, and what they say of prompts. No library is loaded for it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 # {key of an evaluation's `seen`, the number of such prompts: what they were seen as}
@@ -21,6 +21,21 @@ def signed(value: float, places: int = 2) -> str:
     return f"{value:+.{places}f}".replace("-", "−")
 
 
+def score(measured: Mapping[str, Any] | None, places: int = 2) -> str:
+    """A mean and its standard error; a dash for what was not measured."""
+    return f"{measured['mean']:.{places}f} ± {measured['se']:.{places}f}" if measured else "–"
+
+
+def difference(paired: Mapping[str, Any] | None) -> str:
+    """A paired difference with its interval; a dash for the reference itself."""
+    return f"{signed(paired['mean'])} [{signed(paired['low'])}, {signed(paired['high'])}]" if paired else "–"
+
+
+def ratio(measured: Mapping[str, Any] | None) -> str:
+    """A ratio with its interval; a dash for what was not measured."""
+    return f"{measured['ratio']:.2f} [{measured['low']:.2f}, {measured['high']:.2f}]" if measured else "–"
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
@@ -37,17 +52,24 @@ def display_name(name: str) -> str:
     return f"round {int(name.removeprefix('round-'))}" if name.startswith("round-") else name
 
 
-def flatten(table: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+def leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted name, value) of everything in nested tables."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from leaves(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
+
+
+def flatten(table: Mapping[str, Any]) -> dict[str, Any]:
     """{'a': {'b': 1}} as {'a.b': 1}; lists as text."""
-    flat: dict[str, Any] = {}
-    for key, value in table.items():
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{prefix}{key}.")
-        elif isinstance(value, list):
-            flat[prefix + key] = ", ".join(map(str, value))
-        else:
-            flat[prefix + key] = f"{value:.4g}" if isinstance(value, float) else value
-    return flat
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, list):
+            return ", ".join(map(str, value))
+        return f"{value:.4g}" if isinstance(value, float) else value
+
+    return {name: shown(value) for name, value in leaves(table)}
 
 
 def overlap_sentence(n: int, seen: Mapping[str, int]) -> str:

@@ -6,18 +6,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 from matplotlib.figure import Figure
 from PIL import Image
 
-from slimstep.engine.files import write_text
-from slimstep.eval.pages.cautions import cautions
-from slimstep.eval.pages.evaluation_page import difference
-from slimstep.eval.pages.figures import MUTED, STUDENT, canvas, save_figures, styled, themed
-from slimstep.eval.pages.html import render
+from slimstep.eval.pages.figures import MUTED, STUDENT, canvas, styled
+from slimstep.eval.pages.html import write_page
 from slimstep.eval.pages.runs import read_json
 from slimstep.eval.pages.tables import console_table
-from slimstep.eval.pages.text import count, digits, flatten, overlap_sentence
+from slimstep.eval.pages.text import count, difference, digits, flatten, overlap_sentence, ratio, score
 from slimstep.eval.record import Evaluation, Point, read_evaluation
 
 FORMER = {"teacher": "wide", "pruned": "sliced", "student": "narrow"}  # decoders as earlier versions called them
@@ -30,20 +26,16 @@ TIME_HEADER = ["mode", "latents", "batch", "teacher, ms", "student, ms", "ratio"
 
 
 def write_vae_report(folder: str | Path, track: Callable[[], None] = lambda: None) -> Path:
-    """Makes `folder`/report.html and `folder`/report/*.png anew from what the run has written.
-
-    `track` is called when the pictures are there; the page, which says that all is done, comes last.
-    """
+    """Makes the page and its pictures anew from what the run has written."""
     folder = Path(folder)
     evaluation, times = read_evaluation(folder), read_times(folder)
     figures = {"nearness": nearness_figure(evaluation)}
     figures |= {f"crops-{kind}": crops_figure(folder, evaluation, kind) for kind in KINDS}
-    save_figures(folder / "report", figures)
-    track()
-    page = render(
+    return write_page(
+        folder,
         "vae.html.j2",
-        cautions=cautions(folder),
-        name=folder.name,
+        figures,
+        track,
         widths=evaluation.facts["widths"],
         seen=overlap_sentence(evaluation.n, evaluation.seen),
         header=HEADER,
@@ -51,12 +43,9 @@ def write_vae_report(folder: str | Path, track: Callable[[], None] = lambda: Non
         time_header=TIME_HEADER,
         time_rows=time_rows(times["rows"]),
         kinds=KINDS,
-        figures={name: Markup(themed(figure, name)) for name, figure in figures.items()},
         facts=flatten({"n": evaluation.n, "n_real": evaluation.facts["n_real"], "protocol": evaluation.protocol,
                        "environment": evaluation.environment}),  # fmt: skip
     )
-    write_text(folder / "report.html", page)
-    return folder / "report.html"
 
 
 def vae_table(folder: Path) -> str:
@@ -67,13 +56,11 @@ def vae_table(folder: Path) -> str:
 
 def quality_rows(evaluation: Evaluation) -> list[list[str]]:
     """A line per decoder; means over the held-out latents."""
-    rows = []
-    for p in evaluation.points:
-        rows.append([
-            p.model, count(p.facts["parameters"]["decoder"]), f"{p.clip['mean']:.2f} ± {p.clip['se']:.2f}",
-            difference(p.versus_reference), *measures(p, ""), *measures(p, "real_"), *measures(p, "image_"),
-        ])  # fmt: skip
-    return rows
+    return [
+        [p.model, count(p.facts["parameters"]["decoder"]), score(p.clip), difference(p.versus_reference),
+         *measures(p, ""), *measures(p, "real_"), *measures(p, "image_")]
+        for p in evaluation.points
+    ]  # fmt: skip
 
 
 def measures(point: Point, prefix: str) -> list[str]:
@@ -81,19 +68,19 @@ def measures(point: Point, prefix: str) -> list[str]:
     if not point.metrics.get(f"{prefix}psnr"):
         return ["–"] * 3
     psnr, ssim, features = (point.metrics[f"{prefix}{name}"] for name in ("psnr", "ssim", "features"))
-    return [f"{psnr['mean']:.2f} ± {psnr['se']:.2f}", f"{ssim['mean']:.4f}", f"{features['mean']:.4f}"]
+    return [score(psnr), f"{ssim['mean']:.4f}", f"{features['mean']:.4f}"]
 
 
 def time_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
     """A line per measurement; one that did not fit says so."""
-    return [
-        [row["mode"], f"{row['latent_size']}×{row['latent_size']}", str(row["batch"]), row["skipped"], *["–"] * 5]
-        if "skipped" in row else
-        [row["mode"], f"{row['latent_size']}×{row['latent_size']}", str(row["batch"]), digits(row["ms"]["teacher"]),
-         digits(row["ms"]["student"]), f"{row['ratio']:.2f}", f"[{row['low']:.2f}, {row['high']:.2f}]",
-         f"{row['flop_ratio']:.2f}", f"{row['of_flops']:.0%}"]
-        for row in rows
-    ]  # fmt: skip
+
+    def times(row: Mapping[str, Any]) -> list[str]:
+        if "skipped" in row:
+            return [row["skipped"], *["–"] * 5]
+        return [digits(row["ms"]["teacher"]), digits(row["ms"]["student"]), *ratio(row).split(" ", 1),
+                f"{row['flop_ratio']:.2f}", f"{row['of_flops']:.0%}"]  # fmt: skip
+
+    return [[row["mode"], f"{row['latent_size']}×{row['latent_size']}", str(row["batch"]), *times(row)] for row in rows]
 
 
 @styled
