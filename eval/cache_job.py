@@ -12,7 +12,7 @@ from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
 from slimstep.eval.config import Config
 from slimstep.eval.inputs import Teacher, check_data, load_teacher, storage, training_data
-from slimstep.eval.plan import size
+from slimstep.eval.pages.text import size
 from slimstep.models.family import denoiser_of
 from slimstep.models.networks import network_of
 

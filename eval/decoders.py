@@ -1,7 +1,4 @@
-"""Comparing VAE decoders: how near one's images are to another's, and how long each takes.
-
-Axes: B images, H and W height and width in pixels.
-"""
+"""Comparing VAE decoders: how long each takes, eager and compiled."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -12,23 +9,11 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from slimstep.eval.config import LatencyConfig
-from slimstep.eval.metrics.clip import ClipScorer, psnr
 from slimstep.eval.timing.latency import interleaved_times, one_thread
 from slimstep.models.decoding import ImageDecoder
 from slimstep.models.pipeline import quiet
-
-NEARNESS = ("psnr", "ssim", "features")
-
-
-def nearness(images_B3HW: Tensor, target_B3HW: Tensor, scorer: ClipScorer) -> Tensor:
-    """[B, 3] of uint8 images: PSNR in dB, SSIM (Wang et al. 2004), cosine of the scorer's image features."""
-    images, targets = (x.float() / 255 for x in (images_B3HW, target_B3HW))
-    ssim_B = structural_similarity_index_measure(images, targets, data_range=1.0, reduction="none")
-    cosine_B = (scorer.image(images_B3HW) * scorer.image(target_B3HW)).sum(1)
-    return torch.stack([psnr(images_B3HW, target_B3HW).cpu(), ssim_B.cpu(), cosine_B.cpu()], dim=1)
 
 
 def decoder_gflops(vae: AutoencoderKL, latent_size: int) -> float:

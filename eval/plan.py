@@ -9,7 +9,7 @@ from slimstep.engine.planning import Plan, duration
 from slimstep.engine.run import FINISHED, Run
 from slimstep.eval.inputs import Teacher
 from slimstep.eval.pages.tables import markdown_table
-from slimstep.eval.pages.text import count
+from slimstep.eval.pages.text import count, size
 from slimstep.eval.throughput import hours
 from slimstep.models.cost import count_activation_bytes, count_gflops
 from slimstep.models.pipeline import networks
@@ -122,12 +122,3 @@ def time_line(teacher: Teacher, stages: Sequence[Stage], trainings: Sequence[Tra
     work = ", ".join(f"{rows[kind]:,} rows of {kind} at {rate:.3g}/s" for kind, rate in rates.items())
     count = teacher.run.accelerator.num_processes
     return f"to do      about {duration(time)} on {count} process(es): {work} each", time
-
-
-def size(count_bytes: int) -> str:
-    """Bytes in the unit people read: 3.4 GB."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count_bytes < 1000:
-            return f"{count_bytes:.3g} {unit}" if count_bytes else "–"
-        count_bytes /= 1000
-    return f"{count_bytes:.3g} TB"

@@ -23,7 +23,7 @@ COLUMNS = ["parameters", "GFLOPs", "UNet ms", "of teacher", "CLIP ± se", "again
 def run_table(folder: str | Path) -> str:
     """The models of one finished run as a table for a terminal: the teacher, every round, the student."""
     models = finished_run(folder).models
-    rows = [cells(display_name(model.name), model, models[0], model.versus_teacher) for model in models]
+    rows = [cells(display_name(model.model), model, models[0], model.versus_reference) for model in models]
     return console_table(["model", *COLUMNS], rows)
 
 
@@ -88,7 +88,7 @@ def run_rows(name: str, run: RunRecord, first: RunRecord) -> list[dict[str, Any]
         {"name": f"teacher of {name}", "kind": "teacher", "model": teacher,
          "cells": [*cells(f"teacher of {name}", teacher, teacher, None), difference(None)]},
         {"name": name, "kind": "student", "model": student,
-         "cells": [*cells(name, student, teacher, student.versus_teacher), difference(versus_first(run, first))]},
+         "cells": [*cells(name, student, teacher, student.versus_reference), difference(versus_first(run, first))]},
     ]  # fmt: skip
 
 

@@ -6,7 +6,7 @@ from typing import Any
 from slimstep.eval.pages.gathered import Gathered
 from slimstep.eval.pages.pareto import speedup
 from slimstep.eval.pages.results import Row, setting, setting_text
-from slimstep.eval.pages.text import difference, digits, ratio
+from slimstep.eval.pages.text import difference, digits, ratio, tile
 
 Tile = Mapping[str, str]
 
@@ -85,10 +85,6 @@ def tiles(gathered: Gathered) -> list[Tile]:
             note = f"{best['model']}, {best['task']}, batch {best['batch']}, {best['mode']}"
             shown.append(tile(f"{name}, most it/s", digits(best["its"]), note))
     return shown
-
-
-def tile(label: str, value: str, note: str) -> Tile:
-    return {"label": label, "value": value, "note": note}
 
 
 def evaluation_tiles(gathered: Gathered) -> list[Tile]:

@@ -17,7 +17,7 @@ from slimstep.eval.pages.evaluation_page import images_figure
 from slimstep.eval.pages.gathered import Gathered
 from slimstep.eval.pages.results_figures import draw_time
 from slimstep.eval.pages.tables import console_table, markdown_table
-from slimstep.eval.pages.text import count, difference, percent, ratio, score
+from slimstep.eval.pages.text import count, difference, percent, ratio, score, tile
 from slimstep.eval.record import Point
 
 AGAINST = ["teacher at", "its CLIP ± se", "student − teacher, paired [95 %]", "times as fast [95 %]"]
@@ -130,14 +130,14 @@ class Outcome:
     def tiles(self) -> list[dict[str, str]]:
         """Label, value, explanation: the large numbers of the page."""
         clip, steps, n = self.student.clip, self.student.steps, self.evaluation.n
-        shown = [(f"CLIP, student, {steps} steps", f"{clip['mean']:.2f}", f"± {clip['se']:.2f}, {n} prompts")]
+        shown = [tile(f"CLIP, student, {steps} steps", f"{clip['mean']:.2f}", f"± {clip['se']:.2f}, {n} prompts")]
         for teacher in self.teachers:
             value, interval = difference(self.versus(self.student, teacher)).split(" ", 1)
-            shown.append((f"CLIP against {teacher.steps} steps", value, f"95 %: {interval}"))
+            shown.append(tile(f"CLIP against {teacher.steps} steps", value, f"95 %: {interval}"))
             if faster := self.faster(self.student, teacher):
                 value, interval = ratio(faster).split(" ", 1)
-                shown.append((f"speed against {teacher.steps} steps", f"{value}×", f"95 %: {interval}"))
-        return [dict(zip(("label", "value", "note"), tile, strict=True)) for tile in shown]
+                shown.append(tile(f"speed against {teacher.steps} steps", f"{value}×", f"95 %: {interval}"))
+        return shown
 
     def summary(self) -> dict[str, Any]:
         """What a program wants to know."""

@@ -22,7 +22,7 @@ from slimstep.eval.pages.figures import (
 )
 from slimstep.eval.pages.html import data_uri, write_page
 from slimstep.eval.pages.runs import Model, RunRecord, read_run
-from slimstep.eval.pages.text import count, digits, display_name, flatten, overlap_sentence, percent, signed
+from slimstep.eval.pages.text import count, digits, display_name, flatten, overlap_sentence, percent, signed, tile
 from slimstep.eval.pages.unet_figure import unet_figure
 from slimstep.models.architecture import kept
 
@@ -59,7 +59,7 @@ def headline(run: RunRecord) -> str:
         decided = sum(r.decision is not None for r in run.rounds)
         return f"This run is under way: {decided} of its rounds are decided, and the models have not been compared yet."
     teacher, student = run.models[0], run.models[-1]
-    versus = student.versus_teacher
+    versus = student.versus_reference
     outcome = "cannot be distinguished from its teacher's on these prompts"
     if versus["low"] > 0 or versus["high"] < 0:
         outcome = f"is {abs(versus['mean']):.2f} {'above' if versus['low'] > 0 else 'below'} its teacher's"
@@ -75,7 +75,7 @@ def tiles(run: RunRecord) -> list[dict[str, str]]:
     if not run.evaluation:
         return []
     teacher, student = run.models[0], run.models[-1]
-    versus, blocks = student.versus_teacher, run.latest_blocks
+    versus, blocks = student.versus_reference, run.latest_blocks
     num_kept = len(kept(blocks, run.architecture, run.levels))
     copied = sum(spec.repeats > 1 for spec in run.architecture.values())
     interval = f"{signed(versus['low'])} to {signed(versus['high'])} (95 %)"
@@ -85,21 +85,22 @@ def tiles(run: RunRecord) -> list[dict[str, str]]:
         ("GFLOPs", attrgetter("gflops"), digits, ""),
     )
     return [
-        *({"label": label, "value": percent(value(student) / value(teacher)),
-           "note": f"{form(value(student))} of {form(value(teacher))}{unit}"} for label, value, form, unit in shares),
-        {"label": "blocks kept", "value": f"{num_kept} / {len(blocks)}", "note": f"{copied} copied"},
-        {"label": "CLIP, paired", "value": signed(versus["mean"]), "note": interval},
+        *(tile(label, percent(of(student) / of(teacher)), f"{form(of(student))} of {form(of(teacher))}{unit}")
+          for label, of, form, unit in shares),
+        tile("blocks kept", f"{num_kept} / {len(blocks)}", f"{copied} copied"),
+        tile("CLIP, paired", signed(versus["mean"]), interval),
     ]  # fmt: skip
 
 
 def model_row(model: Model, teacher: Model) -> dict[str, Any]:
     """A model's line of the table."""
     return {
-        "name": display_name(model.name),
-        "kind": KINDS.get(model.name, ("step",))[0],
+        "name": display_name(model.model),
+        "kind": KINDS.get(model.model, ("step",))[0],
         "share": model.ms / teacher.ms,
-        "psnr": model.point.mean("psnr"),
-        **{key: getattr(model, key) for key in ("parameters", "gflops", "ms", "clip", "versus_teacher")},
+        "psnr": model.mean("psnr"),
+        "versus_teacher": model.versus_reference,
+        **{key: getattr(model, key) for key in ("parameters", "gflops", "ms", "clip")},
     }
 
 
@@ -134,7 +135,7 @@ def draw_figures(run: RunRecord) -> dict[str, Figure]:
         predicted = {r.name: r.decision["predicted_ms"] for r in run.rounds if r.decision} if run.evaluation else {}
         target = next((r.decision["target_ms"] for r in reversed(run.rounds) if r.decision), None)
         figures["evolution"] = evolution_figure(
-            points, target, [predicted.get(m.name) for m in run.models] or [None]
+            points, target, [predicted.get(m.model) for m in run.models] or [None]
         )
         figures["pareto"] = pareto_figure(points)
     if (timed := first_latency(run)) and "samples" in timed:  # a table made elsewhere may hold nothing but its entries
@@ -155,8 +156,8 @@ def stages(run: RunRecord) -> list[Point]:
     if run.evaluation:
         points = []
         for m in run.models:
-            kind, colour = KINDS.get(m.name, ("step", STEP))
-            points.append(Point(display_name(m.name), m.ms, m.clip["mean"], m.clip["se"], kind, colour))
+            kind, colour = KINDS.get(m.model, ("step", STEP))
+            points.append(Point(display_name(m.model), m.ms, m.clip["mean"], m.clip["se"], kind, colour))
         return points
     scored = [(f"before {display_name(r.name)}", r) for r in run.rounds if r.latency and r.scores]
     return [

@@ -60,31 +60,18 @@ class Round:
 
 
 @dataclass(frozen=True)
-class Model:
+class Model(Point):
     """An evaluated model of a pruning run, with the milliseconds of its UNet."""
 
-    point: Point
-    ms: float
-
-    @property
-    def name(self) -> str:
-        return self.point.model
-
-    @property
-    def clip(self) -> Mapping[str, Any]:
-        return self.point.clip
-
-    @property
-    def versus_teacher(self) -> Mapping[str, float] | None:
-        return self.point.versus_reference
+    ms: float = 0.0
 
     @property
     def parameters(self) -> int:
-        return self.point.facts["parameters"]["UNet"]
+        return self.facts["parameters"]["UNet"]
 
     @property
     def gflops(self) -> float:
-        return self.point.facts["gflops"]
+        return self.facts["gflops"]
 
 
 @dataclass(frozen=True)
@@ -100,16 +87,12 @@ class RunRecord:
     config: str | None
 
     @property
-    def name(self) -> str:
-        return self.path.name
-
-    @property
-    def models(self) -> tuple["Model", ...]:
+    def models(self) -> tuple[Model, ...]:
         """The evaluated models: the teacher first, the student last."""
         if not self.evaluation:
             return ()
         times = self.evaluation.facts["ms"]
-        return tuple(Model(point, times[point.model]) for point in self.evaluation.points)
+        return tuple(Model(**vars(point), ms=times[point.model]) for point in self.evaluation.points)
 
     @property
     def architecture(self) -> Architecture:

@@ -14,8 +14,7 @@ from slimstep.eval.pages.figures import MUTED, SERIES, STUDENT, canvas, styled
 from slimstep.eval.pages.html import write_page
 from slimstep.eval.pages.runs import read_speed
 from slimstep.eval.pages.tables import console_table, csv_table, markdown_table
-from slimstep.eval.pages.text import difference, digits, flatten, percent, ratio
-from slimstep.eval.plan import size
+from slimstep.eval.pages.text import difference, digits, flatten, percent, ratio, size
 from slimstep.eval.timing.stage_timer import PARTS
 
 Row = Mapping[str, Any]

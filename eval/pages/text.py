@@ -36,6 +36,20 @@ def ratio(measured: Mapping[str, Any] | None) -> str:
     return f"{measured['ratio']:.2f} [{measured['low']:.2f}, {measured['high']:.2f}]" if measured else "–"
 
 
+def tile(label: str, value: str, note: str) -> dict[str, str]:
+    """One of a page's few large numbers, with its explanation."""
+    return {"label": label, "value": value, "note": note}
+
+
+def size(count_bytes: float) -> str:
+    """Bytes in the unit people read: 3.4 GB."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count_bytes < 1000:
+            return f"{count_bytes:.3g} {unit}" if count_bytes else "–"
+        count_bytes /= 1000
+    return f"{count_bytes:.3g} TB"
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
