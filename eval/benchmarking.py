@@ -21,7 +21,7 @@ from slimstep.engine.environment import environment
 from slimstep.engine.files import damaged, write_tensors
 from slimstep.engine.names import disk_name
 from slimstep.engine.run import Run
-from slimstep.eval.config import Config, LatencyConfig
+from slimstep.eval.config import Config
 from slimstep.eval.given import LONGEST_NAME, given_models, resolution_of
 from slimstep.eval.inputs import load_scorer
 from slimstep.eval.job import eval_prompts
@@ -47,54 +47,28 @@ class Benchmark:
         """Raises ValueError, before anything is timed, for models or prompts that cannot be had."""
         if run.accelerator.num_processes > 1 and not config.plan:
             raise ValueError("times are those of one process: start the benchmark without accelerate launch's others")
-        self.given = given_models(config, [config.eval.steps], "time")
-        self.given.check()
-        if not self.given.is_conditional:
-            raise ValueError(f"{self.given.paths} take no prompts, and what is timed here begins with their encoding; "
+        self.models = given_models(config, [config.eval.steps], "time")
+        self.models.check()
+        if not self.models.is_conditional:
+            raise ValueError(f"{self.models.paths} take no prompts, and what is timed here begins with their encoding; "
                              "a DDPM's UNet is timed by +experiment=prune_ddpm")  # fmt: skip
         if (images := config.benchmark.images) > (prompts := config.eval.prompts):
             raise ValueError(f"benchmark.images={images} is more than eval.prompts={prompts}")
         self.config, self.run, self.device = copy.deepcopy(config), run, run.accelerator.device
-        self.config.data.resolution = resolution_of(self.given)
-        _ = self.base, self.inference_configs
+        self.config.data.resolution = resolution_of(self.models)
+        self.base = base_config(config)
+        self.inference_configs = combinations(**{name: list(config.benchmark[name]) for name in CHOICES})
         self.prompts, self.scorer = eval_prompts(self.config), load_scorer(config, self.device)
         self.peaks: dict[str, float] = {}  # what was measured once, by dtype
         self.row_gflops: dict[str, float] = {}  # what was counted once, by the UNet's configuration
-
-    @property
-    def models(self) -> dict[str, str]:
-        """{name: folder or hub id}."""
-        return self.given.paths
-
-    @property
-    def reference(self) -> str:
-        return self.given.reference[0]
-
-    def steps_of(self, name: str) -> list[int]:
-        return self.given.steps(name)
-
-    @property
-    def latency(self) -> LatencyConfig:
-        return OmegaConf.to_object(self.config.latency)
-
-    @property
-    def base(self) -> InferenceConfig:
-        requested = OmegaConf.to_container(self.config.benchmark).get("base") or {}
-        if unknown := set(requested) - set(CONFIG_FIELDS):
-            raise ValueError(f"benchmark.base names {sorted(unknown)}; an inference config has {CONFIG_FIELDS}")
-        return InferenceConfig(**requested)
-
-    @property
-    def inference_configs(self) -> list[InferenceConfig]:
-        return combinations(**{name: list(self.config.benchmark[name]) for name in CHOICES})
 
     # ---- pipelines ----
 
     def assembled(self, case: BenchmarkCase) -> DiffusionPipeline:
         """A new pipeline, with parts of others where the case names them."""
-        pipeline = self.given.load(case.model)
-        unet = self.given.load(case.unet).unet if case.unet else pipeline.unet
-        vae = self.given.load(case.vae).vae if case.vae else pipeline.vae
+        pipeline = self.models.load(case.model)
+        unet = self.models.load(case.unet).unet if case.unet else pipeline.unet
+        vae = self.models.load(case.vae).vae if case.vae else pipeline.vae
         return with_unet(pipeline, unet, vae=vae)
 
     def timed_pipeline(
@@ -135,7 +109,7 @@ class Benchmark:
         self, timed: TimedPipeline, others: Mapping[str, TimedPipeline], reference: Tensor | None = None
     ) -> dict[str, Any]:
         """Times, the share of the peak that the UNet reaches, and how far the images are from `reference`'s."""
-        row = measure(timed, others, self.latency)
+        row = measure(timed, others, OmegaConf.to_object(self.config.latency))
         # One CUDA graph of the whole loop has no parts, and the peak of quantized products is not measured.
         if "UNet" in row["parts_ms"] and timed.inference.quantize == "none":
             achieved = self.unet_gflops(timed) * row["unet_calls"] / row["parts_ms"]["UNet"]  # 10⁹/ms is 10¹²/s
@@ -150,8 +124,8 @@ class Benchmark:
         parts = (case.model, case.unet, case.vae)
         request = {**asdict(case), "batch": batch, "guidance_scale": config.guidance_scale, "seed": config.seed,
                    "prompts": list(self.prompts.prompts[:batch]), "device": str(self.device),
-                   "options": {where: self.given.options(where) for where in parts if where},
-                   "resolution": self.given.pixels}  # fmt: skip
+                   "options": {where: self.models.options(where) for where in parts if where},
+                   "resolution": self.models.pixels}  # fmt: skip
         self.free_memory()  # the processes want it
         return self.run.json(name, lambda: compile_cost(request, self.run.path / f"artifacts/{file}.bin"))
 
@@ -195,7 +169,7 @@ class Benchmark:
         config = self.config
         return self.run.json("results.json", lambda: {
             "kind": kind,
-            "models": self.models,
+            "models": self.models.paths,
             "rows": rows,
             "protocol": {"base": asdict(self.base), "warmup": config.latency.warmup, "seconds": config.latency.seconds,
                          "steps": config.eval.steps, "guidance_scale": config.eval.guidance_scale,
@@ -204,6 +178,14 @@ class Benchmark:
                          "iterations": config.latency.iterations, "scorer": self.scorer.protocol},
             "environment": environment(),
         })  # fmt: skip
+
+
+def base_config(config: Config) -> InferenceConfig:
+    """What ratios are to."""
+    requested = OmegaConf.to_container(config.benchmark).get("base") or {}
+    if unknown := set(requested) - set(CONFIG_FIELDS):
+        raise ValueError(f"benchmark.base names {sorted(unknown)}; an inference config has {CONFIG_FIELDS}")
+    return InferenceConfig(**requested)
 
 
 def file_name(words: str) -> str:

@@ -101,16 +101,21 @@ class Evaluator:
 
     def reference_samples(self, guidance: float, candidate: Candidate | None = None) -> Tensor:
         """What the reference draws, kept in a file."""
-        run, file = self.run, f"reference/guidance-{guidance}.safetensors"
+        key = (*self.reference, guidance)
+        draw = lambda: self.draw(key, candidate or self.candidate(*key))  # noqa: E731
+        return self.kept(f"guidance-{guidance}", "samples", draw)
+
+    def kept(self, file: str, name: str, make: Callable[[], Tensor]) -> Tensor:
+        """A tensor that all processes make and one writes: reference/`file`.safetensors."""
+        run, path = self.run, self.run.path / (file := f"reference/{file}.safetensors")
         if not run.made(file):
-            key = (*self.reference, guidance)
-            samples = self.draw(key, candidate or self.candidate(*key))
+            tensor = make()
             if run.accelerator.is_main_process:
-                write_tensors(run.path / file, {"samples": samples})
+                write_tensors(path, {name: tensor})
             run.accelerator.wait_for_everyone()
-        with damaged(run.path / file):
-            (samples,) = load_file(run.path / file).values()
-        return samples
+        with damaged(path):
+            (tensor,) = load_file(path).values()
+        return tensor
 
     # ---- metrics ----
 
@@ -154,17 +159,14 @@ class Evaluator:
 
     def real_features(self, name: str, metric: DistributionMetric) -> Tensor:
         """[R, D] of real images, kept in a file."""
-        run, file = self.run, f"reference/real-{name}.safetensors"
-        if not run.made(file):
+
+        def features() -> Tensor:
             assert self.real_images, f"{name} compares with real images, and there are none"
-            images = self.real_images()
+            images, what = self.real_images(), f"{name} of real images"
             rate = lambda indices: metric.features(images[indices])  # noqa: E731
-            features = map_batches(rate, len(images), self.batch_size, run.accelerator, f"{name} of real images")
-            if run.accelerator.is_main_process:
-                write_tensors(run.path / file, {"features": features})
-            run.accelerator.wait_for_everyone()
-        with damaged(run.path / file):
-            return load_file(run.path / file)["features"]
+            return map_batches(rate, len(images), self.batch_size, self.run.accelerator, what)
+
+        return self.kept(f"real-{name}", "features", features)
 
     def against_shuffled(self, candidate: Candidate, samples: Tensor) -> Values | None:
         """Whether the reference's images fit their prompts better than others' (eval/scorer_check.py); None where

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields, replace
-from functools import cache
+from functools import cache, partial
 from itertools import product
 from typing import Any
 
@@ -22,48 +22,51 @@ def benchmark_rows(benchmark: Benchmark) -> Rows:
 
     Each is timed beside the same model in the base config, and beside the first model in it, at all of its steps.
     """
+    rows: Rows = []
+    for batch, name in product(benchmark.config.benchmark.batches, benchmark.models.paths):
+        first = cache(partial(first_model, benchmark, batch))
+        for steps in benchmark.models.steps(name):
+            rows += config_rows(benchmark, name, steps, batch, first)
+    return rows
+
+
+def config_rows(
+    benchmark: Benchmark, name: str, steps: int, batch: int, first: Callable[[], dict[str, TimedPipeline]]
+) -> Rows:
+    """A model at its steps in every inference config; compiling is measured last, by processes of their own."""
+    case = BenchmarkCase(benchmark.models.paths[name], steps, benchmark.base)
+    cases = [replace(case, inference=inference) for inference in benchmark.inference_configs]
+    base = cache(lambda: benchmark.timed_pipeline(case, batch))
+    reference = cache(
+        lambda: benchmark.reference_images(f"{name}-steps-{steps}", replace(case, inference=InferenceConfig()))
+    )
+
+    def make(this: BenchmarkCase) -> dict[str, Any]:
+        others = {} if this.model == next(iter(benchmark.models.paths.values())) else first()
+        return benchmark.measured(benchmark.timed_pipeline(this, batch), {"base": base(), **others}, reference())
+
+    def place(this: BenchmarkCase) -> str:
+        return f"{name}/steps-{steps}/batch-{batch}/{this.inference.key}"
+
     rows = []
-    for batch, (name, where) in product(benchmark.config.benchmark.batches, benchmark.models.items()):
-        first = cache(lambda batch=batch: first_model(benchmark, batch))
-        for steps in benchmark.steps_of(name):
-            case, place = BenchmarkCase(where, steps, benchmark.base), f"{name}/steps-{steps}/batch-{batch}"
-            base = cache(lambda case=case, batch=batch: benchmark.timed_pipeline(case, batch))
-            plain = replace(case, inference=InferenceConfig())
-            reference = cache(lambda plain=plain, at=f"{name}-steps-{steps}": benchmark.reference_images(at, plain))
-            made = []
-            for inference in benchmark.inference_configs:
-                this = replace(case, inference=inference)
-
-                def make(this=this, batch=batch, base=base, reference=reference, first=first):
-                    others = {} if this.model == benchmark.models[benchmark.reference] else first()
-                    return benchmark.measured(
-                        benchmark.timed_pipeline(this, batch), {"base": base(), **others}, reference()
-                    )
-
-                label = {
-                    "model": name,
-                    "steps": steps,
-                    "batch": batch,
-                    "setup": asdict(inference),
-                    "name": str(inference),
-                }
-                made.append(benchmark.row(f"{place}/{inference.key}", label, make))
-            base.cache_clear()  # compiling in other processes wants the device's memory
-            first.cache_clear()
-            for row, inference in zip(made, benchmark.inference_configs, strict=True):
-                if benchmark.config.benchmark.cold_start and inference.compile != "eager" and not row["cannot"]:
-                    this = replace(case, inference=inference)
-                    row["cold_start"] = benchmark.cold_start(this, batch, f"{place}/{inference.key}")
-            rows += made
+    for this in cases:
+        label = {"model": name, "steps": steps, "batch": batch, "setup": asdict(this.inference),
+                 "name": str(this.inference)}  # fmt: skip
+        rows.append(benchmark.row(place(this), label, partial(make, this)))
+    base.cache_clear()  # compiling in other processes wants the device's memory
+    first.cache_clear()
+    for row, this in zip(rows, cases, strict=True):
+        if benchmark.config.benchmark.cold_start and this.inference.compile != "eager" and not row["cannot"]:
+            row["cold_start"] = benchmark.cold_start(this, batch, place(this))
     return rows
 
 
 def first_model(benchmark: Benchmark, batch: int) -> dict[str, TimedPipeline]:
     """{"teacher, 32 steps": …}: the first model in the base config, one pipeline at all of its numbers of steps."""
-    most, *fewer = benchmark.steps_of(benchmark.reference)
-    timed = benchmark.timed_pipeline(BenchmarkCase(benchmark.models[benchmark.reference], most, benchmark.base), batch)
-    timed_pipelines = {most: timed, **{steps: timed.at(steps) for steps in fewer}}
-    return {f"{benchmark.reference}, {steps} steps": made for steps, made in timed_pipelines.items()}
+    name, most = benchmark.models.reference
+    timed = benchmark.timed_pipeline(BenchmarkCase(benchmark.models.paths[name], most, benchmark.base), batch)
+    fewer = benchmark.models.steps(name)[1:]
+    return {f"{name}, {most} steps": timed, **{f"{name}, {steps} steps": timed.at(steps) for steps in fewer}}
 
 
 def cumulative_rows(benchmark: Benchmark) -> Rows:
@@ -73,8 +76,8 @@ def cumulative_rows(benchmark: Benchmark) -> Rows:
     """
     if len(benchmark.config.benchmark.batches) > 1:
         raise ValueError(f"benchmark.batches={list(benchmark.config.benchmark.batches)}: give one batch size")
-    (teacher, *_), (batch,) = benchmark.models.values(), benchmark.config.benchmark.batches
-    state = BenchmarkCase(teacher, benchmark.steps_of(benchmark.reference)[0])
+    (teacher, *_), (batch,) = benchmark.models.paths.values(), benchmark.config.benchmark.batches
+    state = BenchmarkCase(teacher, benchmark.models.reference[1])
     made: dict[BenchmarkCase, TimedPipeline] = {}
 
     def timed(case: BenchmarkCase) -> TimedPipeline:
@@ -88,7 +91,7 @@ def cumulative_rows(benchmark: Benchmark) -> Rows:
         name = changes.pop("name")
 
         def make(changes=changes, state=state, first=first, before=before):
-            case = changed(state, changes, benchmark.models)
+            case = changed(state, changes, benchmark.models.paths)
             others = {"first": timed(first), "before": timed(before)} if first else {"itself": timed(case)}
             this = benchmark.timed_pipeline(case, batch)
             row = benchmark.measured(this, others, benchmark.reference_images("first", first or case))
@@ -100,7 +103,7 @@ def cumulative_rows(benchmark: Benchmark) -> Rows:
         row = benchmark.row(f"{number:02d}-{file_name(name)}", label, make)
         rows.append(row)
         if row["kept"]:
-            state = before = changed(state, changes, benchmark.models)
+            state = before = changed(state, changes, benchmark.models.paths)
             first = first or state
         for case in set(made) - {first, before}:
             del made[case]
@@ -137,35 +140,24 @@ def pipelines_rows(benchmark: Benchmark) -> Rows:
     config, rows = benchmark.config.benchmark, []
     if unknown := set(config.tasks) - set(TASKS):
         raise ValueError(f"benchmark.tasks={sorted(unknown)} are unknown; choose from {TASKS}")
-    for task, (name, where), batch in product(config.tasks, benchmark.models.items(), config.batches):
-        case = BenchmarkCase(where, benchmark.steps_of(name)[0], benchmark.base)
+    for task, (name, where), batch in product(config.tasks, benchmark.models.paths.items(), config.batches):
+        case = BenchmarkCase(where, benchmark.models.steps(name)[0], benchmark.base)
 
         def timed(case: BenchmarkCase, task=task, batch=batch) -> TimedPipeline:
-            pipeline, kwargs = task_pipeline(benchmark.given.load(case.model), task, batch)
+            pipeline, kwargs = task_pipeline(benchmark.models.load(case.model), task, batch)
             return benchmark.timed_pipeline(case, batch, pipeline, **kwargs)
 
         eager = cache(lambda timed=timed, case=case: timed(case))
         for mode in dict.fromkeys(("eager", *config.compile)):
             this = replace(case, inference=replace(case.inference, compile=mode))
-            make = timing(benchmark, timed, this, eager if mode != "eager" else None)
+
+            def make(this=this, timed=timed, beside={"eager": eager} if mode != "eager" else {}):
+                row = benchmark.measured(timed(this), {name: other() for name, other in beside.items()})
+                return {**row, "its": 1e3 * row["unet_calls"] / row["ms"]["median"]}  # as the published tables do
+
             label = {"task": task, "model": name, "batch": batch, "mode": mode}
             rows.append(benchmark.row(f"{task}/{name}/batch-{batch}/{mode}", label, make))
     return rows
-
-
-def timing(
-    benchmark: Benchmark,
-    timed: Callable[[BenchmarkCase], TimedPipeline],
-    case: BenchmarkCase,
-    eager: Callable[[], TimedPipeline] | None,
-) -> Callable[[], dict[str, Any]]:
-    """Makes a row of the pipelines table; `its` counts denoising steps as the published tables do."""
-
-    def make() -> dict[str, Any]:
-        row = benchmark.measured(timed(case), {"eager": eager()} if eager else {})
-        return {**row, "its": 1e3 * row["unet_calls"] / row["ms"]["median"]}
-
-    return make
 
 
 TABLES = {"benchmark": benchmark_rows, "cumulative": cumulative_rows, "pipelines": pipelines_rows}

@@ -1,6 +1,5 @@
 """How many rows a second this device makes, and how many hours a plan's work takes at that rate."""
 
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from slimstep.engine.config import TrainConfig
 from slimstep.eval.inputs import Teacher
+from slimstep.eval.timing.latency import wall_ms
 from slimstep.eval.timing.precision import computing
 from slimstep.models.family import denoiser_of
 
@@ -108,23 +108,10 @@ def backward_rate(
 
 def rate(of_rows: Callable[[int], Callable[[], None]], batch: int, device: torch.device) -> float:
     """Rows a second of wall time, after a first call. A batch is as large as the job's, or as SECONDS allow."""
-    one = min(seconds_of(of_rows(1), device) for _ in range(2))  # the first call of a process is slow
-    rows = max(1, min(batch, int(SECONDS / one)))
+    one_ms = min(wall_ms(of_rows(1), device) for _ in range(2))  # the first call of a process is slow
+    rows = max(1, min(batch, int(1e3 * SECONDS / one_ms)))
     call = of_rows(rows)
     if rows > 1:
         call()
     calls = 1 if rows == 1 else CALLS
-    return rows / min(seconds_of(call, device) for _ in range(calls))
-
-
-def seconds_of(call: Callable[[], None], device: torch.device) -> float:
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    return 1e3 * rows / min(wall_ms(call, device) for _ in range(calls))

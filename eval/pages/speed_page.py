@@ -18,13 +18,8 @@ from slimstep.eval.pages.text import difference, digits, flatten, percent, ratio
 from slimstep.eval.timing.stage_timer import PARTS
 
 Row = Mapping[str, Any]
+Columns = dict[str, Callable[[Row], str]]  # {heading: what it shows of a row}
 Results = Mapping[str, Any]
-MEASURES = ["ms", "10–90 %", "calls", "images/s", "of peak", "memory", "graphs", "PSNR, dB", "CLIP, paired"]
-COLUMNS = {
-    "benchmark": ["model", "steps", "batch", "config", "× base", *MEASURES, *PARTS, "parts of whole"],
-    "cumulative": ["row", "× row before", "× first", "kept", *MEASURES],
-    "pipelines": ["task", "model", "batch", "mode", "it/s", "× eager", "ms", "10–90 %", "calls", "memory", "graphs"],
-}
 LABELS = {"benchmark": 4, "cumulative": 1, "pipelines": 4}  # columns that name a row
 COLD_START = ["model", "steps", "batch", "config", "eager, s", "cold, s", "with artefacts, s", "with a kept cache, s",
                "break-even calls (cold)", "(artefacts)", "(kept cache)"]  # fmt: skip
@@ -79,14 +74,7 @@ def console_text(results: Results) -> str:
 
 
 def header(results: Results) -> list[str]:
-    """The kind's columns; a benchmark's has one more for each number of steps of the first model."""
-    return with_others(COLUMNS[results["kind"]], [f"× {name}" for name in timed_beside(results)])
-
-
-def with_others(columns: list[str], others: list[str]) -> list[str]:
-    """`others`, of which only benchmarks have some, after × base."""
-    k = COLUMNS["benchmark"].index("× base") + 1
-    return [*columns[:k], *others, *columns[k:]] if others else columns
+    return list(columns(results))
 
 
 def timed_beside(results: Results) -> list[str]:
@@ -128,13 +116,76 @@ def summary(results: Results) -> dict[str, Any]:
 
 def cells(results: Results) -> list[list[str]]:
     """A line per row, in the kind's columns; what could not run says why after its name."""
-    line, beside = LINES[results["kind"]], timed_beside(results)
-    return [
-        failed_row(row, len(header(results)))
-        if row["cannot"]
-        else with_others(line(row), [ratio(row["speedup"].get(name)) for name in beside])
-        for row in results["rows"]
-    ]
+    shown = columns(results).values()
+
+    def line(row: Row) -> list[str]:
+        if not row["cannot"]:
+            return [cell(row) for cell in shown]
+        names = row_name(row)
+        return [*names, reason_text(row), *["–"] * (len(shown) - len(names) - 1)]
+
+    return [line(row) for row in results["rows"]]
+
+
+def columns(results: Results) -> Columns:
+    """The kind's columns; a benchmark's has one more for each number of steps of the first model."""
+    if results["kind"] == "cumulative":
+        return {"row": value("name"), "× row before": before, "× first": faster_than("first"),
+                "kept": lambda row: "yes" if row["kept"] else "no", **MEASURES}  # fmt: skip
+    if results["kind"] == "pipelines":
+        fewer = ("ms", "10–90 %", "calls", "memory", "graphs")
+        return {**{name: value(name) for name in ("task", "model", "batch", "mode")},
+                "it/s": lambda row: digits(row["its"]), "× eager": faster_than("eager"),
+                **{name: MEASURES[name] for name in fewer}}  # fmt: skip
+    others = {f"× {name}": faster_than(name) for name in timed_beside(results)}
+    return {**{name: value(name) for name in ("model", "steps", "batch")}, "config": value("name"),
+            "× base": faster_than("base"), **others, **MEASURES, **{part: part_ms(part) for part in PARTS},
+            "parts of whole": sum_of_parts}  # fmt: skip
+
+
+def value(key: str) -> Callable[[Row], str]:
+    return lambda row: str(row[key])
+
+
+def faster_than(other: str) -> Callable[[Row], str]:
+    return lambda row: ratio(row["speedup"].get(other))
+
+
+def part_ms(part: str) -> Callable[[Row], str]:
+    return lambda row: digits(row["parts_ms"][part]) if part in row["parts_ms"] else "–"
+
+
+def before(row: Row) -> str:
+    """The speed-up over the row before; of the first row, that of the pipeline over itself."""
+    itself = row["speedup"].get("itself")
+    return f"itself: {ratio(itself)}" if itself else ratio(row["speedup"].get("before"))
+
+
+def sum_of_parts(row: Row) -> str:
+    """The parts' sum as a share of the whole call; beyond 3 % it says so."""
+    if (share := row["parts_of_whole"]) is None:
+        return "–"
+    return percent(share) + ("" if abs(share - 1) <= 0.03 else ", beyond 3 %")
+
+
+def graphs(row: Row) -> str:
+    """How many graphs were compiled, with breaks between them, and later ones."""
+    made, later = row["graphs"], row["recompiled"]
+    breaks = f", {made['breaks']} breaks" if made["breaks"] else ""
+    return f"{made['graphs']}{breaks}" + (f", {later} more later" if later else "")
+
+
+MEASURES: Columns = {
+    "ms": lambda row: digits(row["ms"]["median"]),
+    "10–90 %": lambda row: f"{digits(row['ms']['p10'])}–{digits(row['ms']['p90'])}",
+    "calls": lambda row: str(row["ms"]["n"]),
+    "images/s": lambda row: digits(row["images_per_s"]),
+    "of peak": lambda row: percent(row["share_of_peak"]) if "share_of_peak" in row else "–",
+    "memory": lambda row: size(row["memory"]) if row["memory"] else "–",
+    "graphs": graphs,
+    "PSNR, dB": lambda row: f"{row['psnr']['mean']:.1f}" if row.get("psnr") else "–",
+    "CLIP, paired": lambda row: difference(row.get("clip_difference")),
+}
 
 
 def row_name(row: Row) -> list[str]:
@@ -144,60 +195,8 @@ def row_name(row: Row) -> list[str]:
     return [str(row[key]) for key in ("task", "model", "steps", "batch", "mode", "name") if key in row]
 
 
-def failed_row(row: Row, width: int) -> list[str]:
-    names = row_name(row)
-    return [*names, reason_text(row), *["–"] * (width - len(names) - 1)]
-
-
 def reason_text(row: Row) -> str:
     return f"cannot run: {textwrap.shorten(row['cannot'], 100, placeholder=' …')}"
-
-
-def benchmark_line(row: Row) -> list[str]:
-    parts = [digits(row["parts_ms"][part]) if part in row["parts_ms"] else "–" for part in PARTS]
-    return [row["model"], str(row["steps"]), str(row["batch"]), row["name"], ratio(row["speedup"]["base"]),
-            *measures(row), *parts, sum_of_parts(row["parts_of_whole"])]  # fmt: skip
-
-
-def cumulative_line(row: Row) -> list[str]:
-    faster = [ratio(row["speedup"].get(other)) for other in ("before", "first")]
-    if "itself" in row["speedup"]:
-        faster[0] = f"itself: {ratio(row['speedup']['itself'])}"
-    return [row["name"], *faster, "yes" if row["kept"] else "no", *measures(row)]
-
-
-def pipelines_line(row: Row) -> list[str]:
-    ms, spread, calls, _, _, memory, graphs, _, _ = measures(row)
-    return [row["task"], row["model"], str(row["batch"]), row["mode"], digits(row["its"]),
-            ratio(row["speedup"].get("eager")), ms, spread, calls, memory, graphs]  # fmt: skip
-
-
-def sum_of_parts(share: float | None) -> str:
-    """The parts' sum as a share of the whole call; beyond 3 % it says so."""
-    if share is None:
-        return "–"
-    return percent(share) + ("" if abs(share - 1) <= 0.03 else ", beyond 3 %")
-
-
-LINES = {"benchmark": benchmark_line, "cumulative": cumulative_line, "pipelines": pipelines_line}
-
-
-def measures(row: Row) -> list[str]:
-    """The cells of MEASURES."""
-    ms, memory, graphs = row["ms"], row["memory"], row["graphs"]
-    psnr = row.get("psnr")
-    return [
-        digits(ms["median"]),
-        f"{digits(ms['p10'])}–{digits(ms['p90'])}",
-        str(ms["n"]),
-        digits(row["images_per_s"]),
-        percent(row["share_of_peak"]) if "share_of_peak" in row else "–",
-        size(memory) if memory else "–",
-        f"{graphs['graphs']}" + (f", {graphs['breaks']} breaks" if graphs["breaks"] else "")
-        + (f", {row['recompiled']} more later" if row["recompiled"] else ""),
-        f"{psnr['mean']:.1f}" if psnr else "–",
-        difference(row.get("clip_difference")),
-    ]  # fmt: skip
 
 
 # ---- pictures ----

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 
 import torch
 
@@ -106,8 +107,13 @@ def interleaved_times(
 
 def warm_up_ms(call: Callable[[], None], device: torch.device) -> float:
     """Wall time of a second call; the first may compile."""
-    finished = torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    call()
+    wall_ms(call, device)
+    return wall_ms(call, device)
+
+
+def wall_ms(call: Callable[[], None], device: torch.device) -> float:
+    """Wall time of a call, until the device has finished it."""
+    finished = partial(torch.cuda.synchronize, device) if device.type == "cuda" else lambda: None
     finished()
     start = time.perf_counter()
     call()
