@@ -4,6 +4,7 @@ Axes: B batch, G guided rows.
 """
 
 import torch
+from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from slimstep.models.conditioning import Conditioning
@@ -54,8 +55,8 @@ def with_guidance_embedding(unet: PrunableUNet2DConditionModel, width: int) -> P
         raise ValueError(f"distillation.guidance_embed_dim={width}, but the network's has {existing} numbers")
     if existing:
         return unet
-    if not isinstance(unet, PrunableUNet2DConditionModel):
-        kind = type(unet).STOCK.__name__
+    if not isinstance(unet, UNet2DConditionModel):
+        kind = type(unet).__name__.removeprefix("Prunable")
         raise ValueError(f"distillation.guidance_embed_dim={width}, but a {kind} takes no guidance embedding")
     new = PrunableUNet2DConditionModel.from_config(dict(unet.config), time_cond_proj_dim=width)
     missing, unexpected = new.load_state_dict(unet.state_dict(), strict=False)

@@ -9,7 +9,7 @@ from torch import nn
 
 from slimstep.eval.pages.runs import Round, RunRecord
 from slimstep.models.architecture import as_architecture, as_json
-from slimstep.models.families.prunable import Removed
+from slimstep.models.families.unet import Removed
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.prune.evolve import BlockValue, apply, copy, nested, removal
 from slimstep.prune.latency import predicted_ms
