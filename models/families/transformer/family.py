@@ -80,7 +80,7 @@ class TransformerFamily:
         if vae:
             fields = AutoencoderKL.load_config(name_or_path, subfolder="vae")
             own["vae"] = load_vae(vae, fields, dtype, allow_pickle)
-        # diffusers wants to be told of parts that a model_index.json says are not there, as T5 of a small SD3.
+        # diffusers has to be given the parts that a model_index.json says are not there, as T5 of a small SD3.
         absent = (part for part, value in index.items() if isinstance(value, (list, tuple)) and value[:1] == [None])
         rest = DiffusionPipeline.from_pretrained(name_or_path, **dict.fromkeys([*own, *absent]), **options)
         pipeline = with_unet(rest, own.pop(self.PART), **own)

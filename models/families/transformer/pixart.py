@@ -48,7 +48,7 @@ class PixArtDenoiser(TransformerDenoiser):
         return {"hidden_states": x_t, "timestep": t_B, "added_cond_kwargs": self.size(network, x_t), **text}
 
     def size(self, network: nn.Module, x_t: Tensor) -> dict[str, Tensor | None]:
-        """The image's size, which PixArt-α of 1024 pixels is told; others are told nothing."""
+        """The image's size, which PixArt-α of 1024 pixels takes as an input; others do not."""
         if not network.config.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
         height, width = (PIXELS_PER_LATENT * side for side in x_t.shape[-2:])
