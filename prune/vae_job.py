@@ -300,10 +300,10 @@ def evaluator_of(job: DecoderPruning, vaes: dict[str, AutoencoderKL], prompts: P
     near = {"psnr": Psnr(), "ssim": Ssim(), "features": FeatureSimilarity(scorer)}
 
     def candidate(name: str, *_: Any) -> Candidate:
-        sampler = sampler_with(job, vaes[name])
+        sampler, latents = sampler_with(job, vaes[name]), held()  # here, by all ranks: a batch is of one alone
         facts = {"parameters": {"decoder": count_parameters(vaes[name].decoder)}}
-        return Candidate(lambda indices: sampler.decode(held()["sampled"][indices]), sampler.protocol, facts,
-                         more=lambda: nearness_on_real(job, name, sampler, held(), near))  # fmt: skip
+        return Candidate(lambda indices: sampler.decode(latents["sampled"][indices]), sampler.protocol, facts,
+                         more=lambda: nearness_on_real(job, name, sampler, latents, near))  # fmt: skip
 
     metrics = {**load_metrics(teacher.config, scorer, teacher.device), **near}
     return Evaluator(run, candidate, prompts, metrics, scorer, ("teacher", config.steps), config.batch_size,
