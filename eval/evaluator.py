@@ -13,13 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
 from slimstep.data.prompts import PromptSet
 from slimstep.engine.environment import environment
-from slimstep.engine.files import damaged, write_tensors
+from slimstep.engine.files import damaged
 from slimstep.engine.parallel import map_batches
 from slimstep.engine.run import Run
 from slimstep.eval.metrics.clip import ClipScorer
@@ -107,14 +106,7 @@ class Evaluator:
 
     def kept(self, file: str, name: str, make: Callable[[], Tensor]) -> Tensor:
         """A tensor that all processes make and one writes: reference/`file`.safetensors."""
-        run, path = self.run, self.run.path / (file := f"reference/{file}.safetensors")
-        if not run.made(file):
-            tensor = make()
-            if run.accelerator.is_main_process:
-                write_tensors(path, {name: tensor})
-            run.accelerator.wait_for_everyone()
-        with damaged(path):
-            (tensor,) = load_file(path).values()
+        (tensor,) = self.run.tensors(f"reference/{file}.safetensors", lambda: {name: make()}).values()
         return tensor
 
     # ---- metrics ----

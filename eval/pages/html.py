@@ -21,15 +21,21 @@ PICTURE = 256  # pixels on the page: larger images are scaled down, smaller ones
 
 
 def write_page(
-    folder: Path, template: str, figures: Mapping[str, Figure], track: Callable[[], None] = lambda: None, **values: Any
+    folder: Path,
+    template: str,
+    figures: Mapping[str, Figure],
+    track: Callable[[], None] = lambda: None,
+    saved_alone: Sequence[str] = (),
+    **values: Any,
 ) -> Path:
     """Makes `folder`/report/*.png and `folder`/report.html anew, with the run's own name and cautions.
 
-    `track` is called when the pictures are there; the page, which says that all is done, comes last.
+    `track` is called when the pictures are there; the page, which says that all is done, comes last. Figures of
+    `saved_alone` are not on the page.
     """
     save_figures(folder / "report", figures)
     track()
-    drawn = {name: Markup(themed(figure, name)) for name, figure in figures.items()}
+    drawn = {name: Markup(themed(figure, name)) for name, figure in figures.items() if name not in saved_alone}
     own = {"name": folder.name, "cautions": cautions(folder), "figures": drawn}
     write_text(folder / "report.html", render(template, **{**own, **values}))
     return folder / "report.html"

@@ -39,6 +39,7 @@ def write_report(folder: str | Path) -> Path:
         run.path,
         "run.html.j2",
         draw_figures(run),
+        saved_alone=("images",),
         run=run,
         headline=headline(run),
         seen=overlap_sentence(run.evaluation.n, run.evaluation.seen) if run.evaluation else "",

@@ -1,4 +1,4 @@
-"""A scorer that cannot evaluate the data ends a job before anything is trained, unless it is told to go on."""
+"""A scorer that cannot evaluate the data ends a job before anything is trained, unless it is forced to go on."""
 
 import json
 import random

@@ -244,7 +244,7 @@ def test_a_masked_image_is_the_pruned_networks(pipeline):
 def test_an_export_draws_the_same_image_in_plain_diffusers(pipeline, tmp_path, architecture):
     student = with_unet(pipeline, pipeline.transformer.with_architecture(architecture, copy_init="same"))
     export = export_pipeline(student, tmp_path / "export")
-    absent = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers wants to be told so, whatever the folder says
+    absent = {"text_encoder_3": None, "tokenizer_3": None}  # diffusers wants both, whatever the folder says
     place = f'"{tmp_path / "export"}", text_encoder_3=None, tokenizer_3=None'
     assert export.is_stock and export.load == f"DiffusionPipeline.from_pretrained({place})"
     stock = DiffusionPipeline.from_pretrained(tmp_path / "export", **absent)
