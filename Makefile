@@ -37,10 +37,10 @@ setup: $(READY)  ## create the environment and install the tested releases (LATE
 demo: setup  ## the whole method on the bundled model, in ten minutes on two cores; prints tables and the report
 	$(BIN)/python train.py +experiment=snapfusion budget=demo
 
-test: setup  ## the fast tests, on CPU, without network, two files at a time
+test: setup $(SOURCES)  ## the fast tests, on CPU, without network, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
-slow: setup  ## the slow tests (minutes each), on CPU, two files at a time
+slow: setup $(SOURCES)  ## the slow tests (minutes each), on CPU, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu and not huge"
 
 huge: setup  ## ten minutes and 15 GB of memory: steps of every training of a random Stable Diffusion 1.5
