@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from slimstep.models.conditioning import Conditioning
-from slimstep.models.decoding import has_statistics, scaled, statistics
+from slimstep.models.decoding import encoded_images, has_statistics, scaled, scaling_of, statistics
 from slimstep.models.family import family_of
 from slimstep.models.networks import network_of, text_encoders
 from slimstep.models.sizes import scale_factor
@@ -35,10 +35,10 @@ def encode_images(pipeline, images_BCHW: Tensor, device: torch.device) -> dict[s
         return {"latents": images_BCHW.to(device).float() / 127.5 - 1}
     factor = pipeline.vae_scale_factor
     slices = images_BCHW.split(rows_at_once(pipeline, *(side // factor for side in images_BCHW.shape[-2:])))
-    means = [vae.encode(x_bCHW.to(device, vae.dtype) / 127.5 - 1).latent_dist.mode() for x_bCHW in slices]
+    means = [encoded_images(vae, x_bCHW.to(device, vae.dtype) / 127.5 - 1) for x_bCHW in slices]
     mean_BChw = torch.cat(means)
     mean_std = [x.to(mean_BChw) for x in statistics(vae.config)] if has_statistics(pipeline) else None
-    return finite({"latents": scaled(mean_BChw, vae.config.scaling_factor, mean_std)}, vae)
+    return finite({"latents": scaled(mean_BChw, scaling_of(vae), mean_std)}, vae)
 
 
 def rows_at_once(pipeline, height: int, width: int) -> int:

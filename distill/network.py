@@ -18,7 +18,7 @@ from slimstep.eval.training import check_objective
 from slimstep.models.denoiser import guidance_embed_dim
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.family import family_of, schedule_for
-from slimstep.models.flow import FlowSteps, is_flow, prediction_type_of
+from slimstep.models.flow import FlowSteps, eulers, is_flow, prediction_type_of
 from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.networks import network_of
 from slimstep.models.noise_schedule import NoiseSchedule, schedule_of
@@ -35,8 +35,8 @@ SAME_IN_BOTH = ("in_channels", "out_channels", "cross_attention_dim", "joint_att
 
 @dataclass(frozen=True)
 class Distillation:
-    """The teacher samples by DDIM whose last step ends in clean latents, or, where it learnt a flow, by its own
-    scheduler; `student` is the network that learns, as it is in its folder."""
+    """The teacher samples by DDIM whose last step ends in clean latents, or, where it learnt a flow, by Euler's steps
+    with its own shift; `student` is the network that learns, as it is in its folder."""
 
     teacher: Teacher
     distillation: DistillationConfig
@@ -122,7 +122,9 @@ def distillation_of(teacher: Teacher) -> Distillation:
     stages = distillation_stages(distillation.steps, distillation.mode, same_network=not distillation.student)
     stages = with_changes(stages, distillation.stages or {})
     pipeline = teacher.pipeline
-    if not is_flow(pipeline.scheduler):
+    if is_flow(pipeline.scheduler):
+        pipeline.register_modules(scheduler=eulers(pipeline.scheduler))
+    else:
         pipeline.scheduler = on_the_grid(distillation, diffusers.DDIMScheduler, pipeline.scheduler)
     return Distillation(teacher, distillation, stages, student_of(teacher, distillation))
 

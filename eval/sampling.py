@@ -22,7 +22,7 @@ from slimstep.engine.seeding import generator
 from slimstep.eval.cpu_parts import can_be_parted, draw_in_parts
 from slimstep.eval.timing.precision import computing, products_on
 from slimstep.models.conditioning import Conditioning
-from slimstep.models.decoding import has_statistics, statistics, unscaled
+from slimstep.models.decoding import decoded_images, has_statistics, scaling_of, statistics, unscaled
 from slimstep.models.denoiser import Denoiser, takes_guidance
 from slimstep.models.family import denoiser_of, family_of
 from slimstep.models.flow import prediction_type_of, set_steps
@@ -222,10 +222,10 @@ class Sampler:
             return latents_BCHW
         z_BCHW = latents_BCHW.to(vae.device, vae.dtype)
         mean_std = (self.statistic(0, z_BCHW), self.statistic(1, z_BCHW)) if has_statistics(self.pipeline) else None
-        z_BCHW = unscaled(z_BCHW, vae.config.scaling_factor, mean_std)
+        z_BCHW = unscaled(z_BCHW, scaling_of(vae), mean_std)
         slices = z_BCHW.split(rows_at_once(self.pipeline, *z_BCHW.shape[-2:]))
         with products_on(vae.device, self.precision):
-            return torch.cat([vae.decode(z_bCHW, return_dict=False)[0] for z_bCHW in slices])
+            return torch.cat([decoded_images(vae, z_bCHW) for z_bCHW in slices])
 
     def images(
         self, unet: nn.Module, prompts: Sequence[str], indices: Sequence[int], block_mask_BN: Tensor | None = None

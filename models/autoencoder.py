@@ -16,6 +16,7 @@ from slimstep.models.decoding import STATISTICS
 from slimstep.models.networks import load_network
 from slimstep.models.vae import NarrowAutoencoderKL
 
+KINDS = {kind.__name__: kind for kind in (AutoencoderKL, NarrowAutoencoderKL)}
 PREFIX, ORIGINAL = "first_stage_model.", "decoder.mid.block_1.conv1.weight"
 OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
 OLD = re.compile(rf"(.*\bmid_block\.attentions\.0)\.({'|'.join(OLD_ATTENTION)})\.(weight|bias)")
@@ -27,6 +28,8 @@ def load_vae(source: str, config: Mapping[str, Any], dtype: torch.dtype, allow_p
     config: that of the pipeline's own. A single file has the same; its names are the original ones, with or without
     `first_stage_model.`, or diffusers'. Raises ValueError where it cannot be read, or has other latents than the own.
     """
+    if (kind := config.get("_class_name", AutoencoderKL.__name__)) not in KINDS:
+        raise ValueError(f"model.vae={source} takes the place of an AutoencoderKL alone; the model has an {kind}")
     with torch.device("meta"):
         new = AutoencoderKL.from_config(dict(config))
     try:
@@ -72,10 +75,9 @@ def own_name(key: str) -> str:
 
 def vae_of_folder(source: str, dtype: torch.dtype, allow_pickle: bool) -> AutoencoderKL:
     where = "vae" if (Path(source) / "model_index.json").is_file() else None
-    kinds = {kind.__name__: kind for kind in (AutoencoderKL, NarrowAutoencoderKL)}
     fields = AutoencoderKL.load_config(source, subfolder=where)
     if not isinstance(fields, dict):
         raise ValueError(f"{Path(where or '.') / 'config.json'} must hold a table, and holds {fields!r:.40}")
-    if (class_name := fields.get("_class_name")) not in kinds:
-        raise ValueError(f"its class is {class_name}, not one of {list(kinds)}")
-    return load_network(source, where, kinds[class_name], dtype, use_safetensors=None if allow_pickle else True)
+    if (class_name := fields.get("_class_name")) not in KINDS:
+        raise ValueError(f"its class is {class_name}, not one of {list(KINDS)}")
+    return load_network(source, where, KINDS[class_name], dtype, use_safetensors=None if allow_pickle else True)

@@ -1,4 +1,5 @@
-"""From a pipeline's latents to images: what they are scaled by, and the decoding half of a VAE as one network.
+"""Between images and a pipeline's latents: VAEs of every kind, what latents are scaled by, and the decoding half of
+an AutoencoderKL as one network.
 
 Axes: B batch, C channels, H and W height and width in latents.
 """
@@ -10,11 +11,34 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, ModelMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 STATISTICS = ("latents_mean", "latents_std")
+
+
+def encoded_images(vae: ModelMixin, x_BCHW: Tensor) -> Tensor:
+    """What a VAE makes of images from -1 to 1: the mean of its posterior, or, of one without, its only answer."""
+    output = vae.encode(x_BCHW[:, :, None] if takes_frames(vae) else x_BCHW)
+    latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latent
+    return latents[:, :, 0] if takes_frames(vae) else latents
+
+
+def decoded_images(vae: ModelMixin, z_BCHW: Tensor) -> Tensor:
+    """The images of what is not scaled any more (`unscaled`)."""
+    if takes_frames(vae):
+        return vae.decode(z_BCHW[:, :, None], return_dict=False)[0][:, :, 0]
+    return vae.decode(z_BCHW, return_dict=False)[0]
+
+
+def takes_frames(vae: ModelMixin) -> bool:
+    """Whether it is a VAE of videos, of which an image is one frame."""
+    return isinstance(vae.encoder.conv_in, nn.Conv3d)
+
+
+def scaling_of(vae: ModelMixin) -> float:
+    return vae.config.get("scaling_factor") or 1.0
 
 
 def has_statistics(pipeline) -> bool:
@@ -37,7 +61,7 @@ def statistics(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     if config.get("latents_mean") is None and config.get("shift_factor"):
         return torch.full((1, 1, 1, 1), float(config["shift_factor"])), torch.ones(1, 1, 1, 1)
     for name in STATISTICS:
-        values, count = config[name], config["latent_channels"]
+        values, count = config[name], config.get("latent_channels") or config["z_dim"]  # of videos' VAEs
         is_list = isinstance(values, (list, tuple)) and all(type(value) in (int, float) for value in values)
         if not is_list or len(values) != count or not all(map(math.isfinite, values)):
             raise ValueError(f"the VAE's {name}={values} must be {count} numbers, one per latent channel")

@@ -51,6 +51,10 @@ class Denoiser(Protocol):
         """
         ...
 
+    def rescaled(self, guided: Tensor, plain: Tensor) -> Tensor:
+        """What becomes of a guided prediction beside the plain one it was made of: in most pipelines nothing."""
+        ...
+
     def example(
         self, network: nn.Module, batch: int, *, side: int | None = None, tokens: int = NUM_TOKENS,
         generator: torch.Generator | None = None,

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from accelerate.utils import extract_model_from_parallel
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import nn
 
 from slimstep.engine.quiet import quiet
@@ -18,7 +18,7 @@ from slimstep.models.conditioning import Conditioning
 from slimstep.models.denoiser import Denoiser
 from slimstep.models.families.ddpm import family as ddpm
 from slimstep.models.families.prunable import Prunable
-from slimstep.models.families.transformer import flux, pixart, sd3
+from slimstep.models.families.transformer import flux, pixart, qwen, sana, sd3
 from slimstep.models.families.unet2d import family as unet2d
 from slimstep.models.flow import FlowSteps, is_flow
 from slimstep.models.networks import DENOISERS, network_of
@@ -97,12 +97,14 @@ class Family(Protocol):
         """How pipelines of flow matching make their steps; None for those of other families."""
         ...
 
-    def codec(self, pipeline: DiffusionPipeline) -> AutoencoderKL | None:
-        """The autoencoder between images and what is denoised; None where that is pixels."""
+    def codec(self, pipeline: DiffusionPipeline) -> ModelMixin | None:
+        """The autoencoder between images and what is denoised (models/decoding.py); None where that is pixels."""
         ...
 
 
-FAMILIES: tuple[Family, ...] = (unet2d, ddpm, sd3.FAMILY, pixart.FAMILY, flux.FAMILY)
+FAMILIES: tuple[Family, ...] = (
+    unet2d, ddpm, sd3.FAMILY, pixart.FAMILY, flux.FAMILY, sana.FAMILY, qwen.FAMILY,
+)  # fmt: skip
 
 
 def family_at(name_or_path: str | Path) -> Family:

@@ -1,4 +1,5 @@
-"""Flow matching's steps as diffusers' pipelines make them: FlowMatchEulerDiscreteScheduler and its shifts.
+"""Flow matching's steps as diffusers' pipelines make them: FlowMatchEulerDiscreteScheduler and its shifts, and solvers
+of other kinds with flow matching's σ (`use_flow_sigmas`), as Sana's DPM-Solver.
 
 A shift s moves times towards noise: σ = s·u / (1 + (s − 1)·u) for u from 0 to 1 (Esser et al. 2024, equation 23). It is
 a number of the scheduler, or follows from an image's tokens, as the pipeline that calls the scheduler works it out.
@@ -40,7 +41,22 @@ def set_steps(scheduler: Any, steps: int, flow: FlowSteps | None = None) -> None
 
 
 def is_flow(scheduler: Any) -> bool:
-    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler)
+    return isinstance(scheduler, FlowMatchEulerDiscreteScheduler) or is_flow_solver(scheduler)
+
+
+def is_flow_solver(scheduler: Any) -> bool:
+    """Whether a solver of another kind takes flow matching's σ, and a network that predicts the flow."""
+    config = scheduler.config
+    takes_flow = config.get("use_flow_sigmas") and config.get("flow_shift") is not None
+    return bool(takes_flow) and config.get("prediction_type") == "flow_prediction"
+
+
+def eulers(scheduler: Any) -> Any:
+    """The scheduler that makes Euler's steps on a flow, with the same shift: itself, or one in a solver's place."""
+    if not is_flow_solver(scheduler):
+        return scheduler
+    fields = {"num_train_timesteps": scheduler.config.num_train_timesteps, "shift": scheduler.config.flow_shift}
+    return FlowMatchEulerDiscreteScheduler(**fields)
 
 
 def prediction_type_of(scheduler: Any) -> str:
@@ -53,6 +69,9 @@ def check_flow(scheduler: Any) -> None:
     for name in ("invert_sigmas", "stochastic_sampling"):
         if scheduler.config.get(name):
             raise ValueError(f"the model's {type(scheduler).__name__} has {name}=True, which is not supported")
+    if is_flow_solver(scheduler) and scheduler.config.get("use_dynamic_shifting"):
+        name = type(scheduler).__name__
+        raise ValueError(f"the model's {name} has use_dynamic_shifting=True, which only Euler's scheduler has here")
 
 
 def resolution_shift(scheduler: Any, tokens: int) -> float:
@@ -66,6 +85,8 @@ def resolution_shift(scheduler: Any, tokens: int) -> float:
 
 def shift_of(scheduler: Any, flow: FlowSteps) -> float:
     """s: that of the scheduler, or the one for so many tokens."""
+    if is_flow_solver(scheduler):
+        return scheduler.config.flow_shift
     if not scheduler.config.get("use_dynamic_shifting"):
         return scheduler.shift
     mu = resolution_shift(scheduler, flow.tokens)

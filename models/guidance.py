@@ -24,6 +24,7 @@ def guided(
     block_mask_BN: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """(guided, plain): pred(∅) + w·(pred(c) − pred(∅)) and pred(c), from one batch of the network, ∅'s rows last.
+    The denoiser rescales what is guided, where its pipeline does.
 
     uncond: ∅, one row. w: a scale for all rows, which is rounded as in diffusers' pipelines; or the scales w_G of the
     first G rows, the others stay plain. These are w·pred(c) − (w − 1)·pred(∅), so that w = 1 is no guidance to the bit.
@@ -41,9 +42,10 @@ def guided(
     preds = denoiser(network, *inputs, block_mask_BN=None if block_mask_BN is None else again(block_mask_BN))
     plain, empty_G = preds.split([len(x_t), rows])
     if not isinstance(w, Tensor):
-        return empty_G + w * (plain - empty_G), plain
+        return denoiser.rescaled(empty_G + w * (plain - empty_G), plain), plain
     w_G = w.view(-1, *[1] * (x_t.ndim - 1))
-    return torch.cat([w_G * plain[:rows] - (w_G - 1) * empty_G, plain[rows:]]), plain
+    led_G = denoiser.rescaled(w_G * plain[:rows] - (w_G - 1) * empty_G, plain[:rows])
+    return torch.cat([led_G, plain[rows:]]), plain
 
 
 def with_guidance_embedding(unet: PrunableUNet2DConditionModel, width: int) -> PrunableUNet2DConditionModel:

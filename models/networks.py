@@ -133,6 +133,12 @@ def with_unet(pipeline: DiffusionPipeline, unet: nn.Module, **parts) -> Diffusio
     return type(pipeline)(**{**pipeline.components, **options, part_of(pipeline): unet, **parts})
 
 
+def learnt_places(encoder: nn.Module) -> int | None:
+    """The rows of a text encoder's table of positions; None where it rotates them, which has no end."""
+    tables = (m for name, m in encoder.named_modules() if name.endswith("position_embedding"))
+    return next((table.num_embeddings for table in tables), None)
+
+
 def check_tokenizers(pipeline: DiffusionPipeline) -> None:
     """ValueError where a tokenizer gives tokens, or as many of them, as its text encoder has no place for."""
     for part in ("", "_2"):
@@ -145,7 +151,7 @@ def check_tokenizers(pipeline: DiffusionPipeline) -> None:
             word = tokenizer.convert_ids_to_tokens(highest)
             raise ValueError(f"{files[0]}/ gives the token {word!r} the number {highest}, and {files[1]} has "
                              f"vocab_size={rows}: they do not belong together")  # fmt: skip
-        places = getattr(encoder.config, "max_position_embeddings", None)
+        places = learnt_places(encoder)
         if places is not None and tokenizer.model_max_length > places:
             longest = f"{files[0]}/tokenizer_config.json has model_max_length={tokenizer.model_max_length}"
             raise ValueError(f"{longest}, and {files[1]} max_position_embeddings={places}: lower the former to that")

@@ -111,7 +111,7 @@ class RectifiedFlow:
         return shifted(u_B, self.shift) * self.num_train_timesteps
 
     def grid(self, scheduler: SchedulerMixin, steps: int) -> Tensor:
-        """Those of FlowMatchEulerDiscreteScheduler, which lands where the next step starts, and ends at 0."""
+        """Those of a flow's scheduler, which lands where the next step starts, and ends at 0."""
         scheduler = copy.deepcopy(scheduler)
         set_steps(scheduler, steps, self.steps)
         sigmas = scheduler.sigmas.cpu() * self.num_train_timesteps

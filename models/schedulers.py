@@ -148,7 +148,8 @@ def check_noise_schedule(scheduler) -> None:
     if why:
         raise ValueError(
             f"the model's {type(scheduler).__name__} {why}: EDM and flow matching are neither trained nor given "
-            "another model.scheduler yet, but for FlowMatchEulerDiscreteScheduler, which is trained; "
+            "another model.scheduler yet, but for FlowMatchEulerDiscreteScheduler and solvers with use_flow_sigmas "
+            "and prediction_type=flow_prediction, which are trained; "
             "+experiment=evaluate and benchmark take one that its stock pipeline samples"
         )
 

@@ -39,6 +39,8 @@ def settle_sizes(pipeline: DiffusionPipeline) -> None:
     if network.config.get("sample_size") is None and isinstance(pixels, int):
         network.register_to_config(sample_size=pixels // pipeline.vae_scale_factor)
         log.info(f"{own}/config.json has no sample_size: the model draws {pixels} px, as its VAE's tells")
+    elif own == "transformer" and network.config.get("sample_size") is None:  # then the pipeline knows one
+        network.register_to_config(sample_size=getattr(pipeline, "default_sample_size", None))
     remember_size(pipeline)
 
 

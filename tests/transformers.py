@@ -2,7 +2,9 @@
 
 import torch
 from diffusers import (
+    AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLQwenImage,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -10,10 +12,28 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    QwenImagePipeline,
+    QwenImageTransformer2DModel,
+    SanaPipeline,
+    SanaTransformer2DModel,
+    SchedulerMixin,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, T5Config, T5EncoderModel
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2Tokenizer,
+    T5Config,
+    T5EncoderModel,
+)
 
 from tests.tiny import MAX_TOKENS, tiny_tokenizer
 
@@ -116,6 +136,90 @@ def small_flux_pipeline(guidance_embeds: bool = False, **scheduler) -> FluxPipel
         scheduler=FlowMatchEulerDiscreteScheduler(**scheduler), transformer=small_flux(guidance_embeds),
         vae=small_vae(), text_encoder=small_clip(3, CLIPTextModel), tokenizer=tiny_tokenizer(),
         text_encoder_2=small_t5(), tokenizer_2=tiny_tokenizer("!"),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def small_gemma() -> tuple[GemmaTokenizer, Gemma2Model]:
+    """Reads single characters; bytes of others."""
+    special = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>"]
+    tokens = [*special, *(f"<0x{byte:02X}>" for byte in range(256)), "▁", *map(chr, range(ord("!"), ord("~") + 1))]
+    tokenizer = GemmaTokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
+    torch.manual_seed(6)
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=16, num_hidden_layers=1, head_dim=8,
+        num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64,
+    )  # fmt: skip
+    return tokenizer, Gemma2Model(config).eval()
+
+
+def small_sana(num_layers: int = 4, **fields) -> SanaTransformer2DModel:
+    """8×8 latents in 64 tokens."""
+    torch.manual_seed(0)
+    return alive(SanaTransformer2DModel(
+        sample_size=8, patch_size=1, in_channels=4, out_channels=4, num_layers=num_layers, num_attention_heads=2,
+        attention_head_dim=8, num_cross_attention_heads=2, cross_attention_head_dim=8, cross_attention_dim=16,
+        caption_channels=TEXT_WIDTH, **fields,
+    ))  # fmt: skip
+
+
+def small_sana_pipeline(scheduler: SchedulerMixin | None = None, **fields) -> SanaPipeline:
+    """The solver is the published one's: 32×32 images, the least that it takes, and 8×8 latents."""
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    tokenizer, text_encoder = small_gemma()
+    torch.manual_seed(2)
+    vae = AutoencoderDC(
+        latent_channels=4, attention_head_dim=4, encoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"),
+        decoder_block_types=("ResBlock", "ResBlock", "EfficientViTBlock"), encoder_block_out_channels=(8,) * 3,
+        decoder_block_out_channels=(8,) * 3, encoder_qkv_multiscales=((), (), (5,)),
+        decoder_qkv_multiscales=((), (), (5,)), encoder_layers_per_block=(1,) * 3, decoder_layers_per_block=(1,) * 3,
+        downsample_block_type="conv", upsample_block_type="interpolate", scaling_factor=0.41,
+    )  # fmt: skip
+    pipeline = SanaPipeline(
+        tokenizer=tokenizer, text_encoder=text_encoder, vae=vae.eval(), transformer=small_sana(**fields),
+        scheduler=scheduler or DPMSolverMultistepScheduler(**flow),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def small_qwen() -> tuple[Qwen2Tokenizer, Qwen2_5_VLForConditionalGeneration]:
+    """Reads bytes."""
+    tokens = [*sorted(ByteLevel.alphabet()), "<|endoftext|>"]
+    tokenizer = Qwen2Tokenizer(vocab={token: i for i, token in enumerate(tokens)}, merges=[])
+    torch.manual_seed(7)
+    text = {
+        "hidden_size": TEXT_WIDTH, "intermediate_size": TEXT_WIDTH, "num_hidden_layers": 1, "num_attention_heads": 2,
+        "num_key_value_heads": 2, "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default"},
+        "vocab_size": len(tokenizer),
+    }  # fmt: skip
+    vision = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": TEXT_WIDTH}
+    config = Qwen2_5_VLConfig(text_config=text, vision_config=vision, vision_start_token_id=1, vision_token_id=2,
+                              image_token_id=3, video_token_id=4)  # fmt: skip
+    return tokenizer, Qwen2_5_VLForConditionalGeneration(config).eval()
+
+
+def small_qwen_image(num_layers: int = 4, **fields) -> QwenImageTransformer2DModel:
+    """8×8 latents in 16 tokens."""
+    torch.manual_seed(0)
+    return alive(QwenImageTransformer2DModel(
+        patch_size=2, in_channels=16, out_channels=4, num_layers=num_layers, attention_head_dim=8,
+        num_attention_heads=2, joint_attention_dim=TEXT_WIDTH, axes_dims_rope=(4, 2, 2), **fields,
+    ))  # fmt: skip
+
+
+def small_qwen_image_pipeline(**scheduler) -> QwenImagePipeline:
+    """16×16 images, 8×8 latents with a mean and a deviation of their own in each of 4 channels."""
+    tokenizer, text_encoder = small_qwen()
+    torch.manual_seed(2)
+    vae = AutoencoderKLQwenImage(
+        base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1, temperal_downsample=[False],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.7, 2.0, 1.1],
+    )  # fmt: skip
+    pipeline = QwenImagePipeline(
+        scheduler=FlowMatchEulerDiscreteScheduler(**scheduler), vae=vae.eval(), text_encoder=text_encoder,
+        tokenizer=tokenizer, transformer=small_qwen_image(),
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -3,10 +3,19 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import FlowMatchEulerDiscreteScheduler
+from diffusers import DPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.pipelines.stable_diffusion_3.pipeline_stable_diffusion_3 import calculate_shift, retrieve_timesteps
 
-from slimstep.models.flow import FlowSteps, check_flow, resolution_shift, shifted, unshifted
+from slimstep.models.flow import (
+    FlowSteps,
+    check_flow,
+    eulers,
+    is_flow,
+    prediction_type_of,
+    resolution_shift,
+    shifted,
+    unshifted,
+)
 from slimstep.models.noise_schedule import (
     LEAST_SIGMA,
     add_noise,
@@ -51,6 +60,29 @@ def test_the_grid_is_the_stock_pipelines(kind, steps):
     assert torch.equal(starts, stock.timesteps) and torch.equal(starts[1:], ends[:-1]) and ends[-1] == 0
     torch.testing.assert_close(schedule.alpha_sigma(starts)[1], stock.sigmas[:-1], rtol=1e-6, atol=0)
     check_sampling(scheduler(**fields), steps, flow)
+
+
+SOLVERS = (DPMSolverMultistepScheduler, UniPCMultistepScheduler)
+
+
+@pytest.mark.parametrize("kind", SOLVERS)
+def test_solvers_that_take_a_flows_sigmas_have_its_schedule(kind):
+    solver = kind(use_flow_sigmas=True, prediction_type="flow_prediction", flow_shift=3.0)
+    schedule = schedule_of(solver)
+    assert schedule.shift == 3.0 and schedule.prediction_type == "flow" == prediction_type_of(solver)
+    starts, ends = schedule.grid(solver, 4).T
+    solver.set_timesteps(4)
+    assert torch.equal(starts.long(), solver.timesteps) and torch.equal(starts[1:], ends[:-1]) and ends[-1] == 0
+    check_sampling(solver, 4, FlowSteps())
+    euler = eulers(solver)
+    assert type(euler) is FlowMatchEulerDiscreteScheduler and schedule_of(euler).shift == 3.0
+    assert eulers(euler) is euler and not is_flow(kind(use_flow_sigmas=True, prediction_type="epsilon"))
+
+
+def test_a_solver_whose_shift_is_by_resolution_is_refused_by_name():
+    fields = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "use_dynamic_shifting": True}
+    with pytest.raises(ValueError, match="DPMSolverMultistepScheduler has use_dynamic_shifting=True, which only"):
+        schedule_of(DPMSolverMultistepScheduler(**fields))
 
 
 def test_the_grid_of_stable_diffusion_3_ends_with_a_step_of_nearly_nothing():

@@ -32,6 +32,9 @@ class UNet2DDenoiser:
         dtype = next(network.parameters()).dtype
         return network(x_t.to(dtype), t_B, return_dict=False, **mask)[0].to(x_t.dtype)
 
+    def rescaled(self, guided: Tensor, plain: Tensor) -> Tensor:
+        return guided
+
     def example(
         self, network: ModelMixin, batch: int, *, side: int | None = None, tokens: int = NUM_TOKENS,
         generator: torch.Generator | None = None,

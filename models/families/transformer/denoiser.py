@@ -52,6 +52,9 @@ class TransformerDenoiser:
         inputs = self.arguments(network, x_t.to(dtype), t_B, cond.to(dtype=dtype).tensors, guidance_B)
         return self.prediction(network(**inputs, return_dict=False, **mask)[0], x_t).to(x_t.dtype)
 
+    def rescaled(self, guided: Tensor, plain: Tensor) -> Tensor:
+        return guided
+
     def example(
         self, network: ModelMixin, batch: int, *, side: int | None = None, tokens: int = NUM_TOKENS,
         generator: torch.Generator | None = None,

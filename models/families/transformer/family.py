@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from torch import nn
 
 from slimstep.models.autoencoder import load_vae
@@ -33,8 +33,10 @@ class TransformerFamily:
 
     PIPELINES: names of their classes. DENOISER: the class of how the network is called. encoded: the conditioning of
     prompts by encoders on a device, or, where the last argument is true, what guidance steers away from, one row.
-    num_tokens: of a prompt. packing: the latents along a side that become one token, beside the network's patch_size.
+    num_tokens: of a prompt. packing: the latents along a side that the pipeline makes one token of; 1 where the network
+    has patches of its own.
     own_sigmas: whether the pipeline gives its scheduler its σ; is_flow: whether it is made for flow matching at all.
+    refused: fields of config.json that make other networks of the class, of pipelines of their own.
     """
 
     NAME: str
@@ -46,6 +48,7 @@ class TransformerFamily:
     packing: int = 1
     own_sigmas: bool = False
     is_flow: bool = True
+    refused: tuple[str, ...] = ()
     PART: str = "transformer"
     IS_CONDITIONAL: bool = True
     GUIDES: bool = True
@@ -63,6 +66,10 @@ class TransformerFamily:
         check_index(name, index, (self.PART, "vae", "scheduler"))
         if (folder := final_folder(name)) and (absent := absent_parts(folder, index)):
             raise ValueError(f"model {name!r} is incomplete: its model_index.json names {absent}, which it lacks")
+        fields = self.NETWORK.STOCK.load_config(name, subfolder=self.PART) if self.refused else {}
+        if differing := [field for field in self.refused if fields.get(field)]:
+            which = f"{self.PART}/config.json has {differing[0]}=true, a network that {index['_class_name']} cannot run"
+            raise ValueError(f"model {name!r}: its {which}; supported is {self.NAME}, without it")
 
     def read(
         self,
@@ -112,7 +119,7 @@ class TransformerFamily:
         return network.config.in_channels // self.packing**2
 
     def shrinks(self, network: nn.Module) -> int:
-        return network.config.patch_size * self.packing
+        return self.packing if self.packing > 1 else network.config.patch_size
 
     def flow(self, network: nn.Module) -> FlowSteps | None:
         if not self.is_flow:
@@ -120,7 +127,7 @@ class TransformerFamily:
         side = (network.config.get("sample_size") or 0) // self.shrinks(network)
         return FlowSteps(tokens=side**2, own_sigmas=self.own_sigmas)
 
-    def codec(self, pipeline: DiffusionPipeline) -> AutoencoderKL:
+    def codec(self, pipeline: DiffusionPipeline) -> ModelMixin:
         return pipeline.vae
 
 

@@ -40,6 +40,9 @@ class UNet2DConditionDenoiser:
         text = {"encoder_hidden_states": tensors["text"]}
         return network(x_t.to(dtype), t_B, **text, return_dict=False, **options)[0].to(x_t.dtype)
 
+    def rescaled(self, guided: Tensor, plain: Tensor) -> Tensor:
+        return guided
+
     def example(
         self, network: ModelMixin, batch: int, *, side: int | None = None, tokens: int = NUM_TOKENS,
         generator: torch.Generator | None = None,

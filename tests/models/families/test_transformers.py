@@ -1,28 +1,45 @@
-"""PixArt and FLUX: their blocks, their exports as stock, their sampling (test_sd3.py has all laws)."""
+"""PixArt, FLUX, Sana, Qwen-Image: their blocks, their exports as stock, their sampling (test_sd3.py has all laws)."""
+
+import json
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, PixArtAlphaPipeline, PixArtSigmaPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
 
+from slimstep.data.encoding import encode_images
 from slimstep.eval.sampling import Sampler
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.families.transformer.flux import PrunableFluxTransformer2DModel, packed, unpacked
 from slimstep.models.families.transformer.pixart import PrunablePixArtTransformer2DModel
+from slimstep.models.families.transformer.qwen import PrunableQwenImageTransformer2DModel
+from slimstep.models.families.transformer.sana import PrunableSanaTransformer2DModel
 from slimstep.models.families.transformer.stock import to_stock
 from slimstep.models.family import denoiser_of
-from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
+from slimstep.models.pipeline import check_pipeline, export_pipeline, load_pipeline, with_unet
 from slimstep.models.sizes import settle_sizes
 from tests.transformers import (
     small_flux,
     small_flux_pipeline,
     small_pixart,
     small_pixart_pipeline,
+    small_qwen_image,
+    small_qwen_image_pipeline,
+    small_sana,
+    small_sana_pipeline,
 )
 
+FOUR = [f"transformer_blocks.{i}" for i in range(4)]
 BLOCKS = {
-    "PixArt": [f"transformer_blocks.{i}" for i in range(4)],
-    "FLUX": [f"transformer_blocks.{i}" for i in range(3)] + [f"single_transformer_blocks.{i}" for i in range(2)],
+    "PixArt": FOUR,
+    "FLUX": FOUR[:3] + [f"single_transformer_blocks.{i}" for i in range(2)],
+    "Sana": FOUR,
+    "Qwen-Image": FOUR,
 }
+STOCK = {"PixArt": small_pixart, "FLUX": small_flux, "Sana": small_sana, "Qwen-Image": small_qwen_image}
+PIPELINES = {"PixArt": small_pixart_pipeline, "FLUX": small_flux_pipeline, "Sana": small_sana_pipeline,
+             "Qwen-Image": small_qwen_image_pipeline}  # fmt: skip
+PRUNABLE = {"PixArt": PrunablePixArtTransformer2DModel, "FLUX": PrunableFluxTransformer2DModel,
+            "Sana": PrunableSanaTransformer2DModel, "Qwen-Image": PrunableQwenImageTransformer2DModel}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=BLOCKS)
@@ -32,10 +49,8 @@ def family(request) -> str:
 
 @pytest.fixture(scope="module")
 def network(family):
-    if family == "PixArt":
-        return PrunablePixArtTransformer2DModel.from_unet(small_pixart())
-    network = PrunableFluxTransformer2DModel.from_unet(small_flux())
-    network.register_to_config(sample_size=8)  # which its pipeline does not say
+    network = PRUNABLE[family].from_unet(STOCK[family]())
+    network.register_to_config(sample_size=8)  # which pipelines of some do not say
     return network
 
 
@@ -49,7 +64,7 @@ def run(network, **options) -> torch.Tensor:
 
 
 def test_open_masks_are_the_stock_transformer(network, family):
-    stock = {"PixArt": small_pixart, "FLUX": small_flux}[family]()
+    stock = STOCK[family]()
     stock.register_to_config(sample_size=8)
     assert [*network.blocks] == BLOCKS[family] == [*network.copyable_blocks]
     mask_BN = torch.ones(3, len(network.blocks), dtype=torch.bool)
@@ -97,10 +112,15 @@ def test_packing_is_undone():
     assert packed(x).shape == (2, 6, 12) and torch.equal(unpacked(packed(x), 4, 6), x)
 
 
+def sides(pipeline) -> dict[str, int]:
+    """The size of 8×8 latents."""
+    return dict.fromkeys(("height", "width"), 8 * pipeline.vae_scale_factor)
+
+
 def drawn(stock, sampler: Sampler, noise: torch.Tensor, latents: torch.Tensor, **options):
     """The latents of a stock pipeline and ours, for prompts of different lengths."""
     prompts = ["a b", "c", "d e f"]
-    theirs = stock(prompts, latents=latents, output_type="latent", height=16, width=16, **options).images
+    theirs = stock(prompts, latents=latents, output_type="latent", **sides(stock), **options).images
     return theirs, sampler.latents(stock.transformer, sampler.encode(prompts), noise)
 
 
@@ -130,8 +150,78 @@ def test_sampling_is_flux(guidance_embeds):
             Sampler(stock, steps=3, guidance_scale=2.0)
 
 
+def pixels(stock, prompts: list[str], noise: torch.Tensor, **options) -> torch.Tensor:
+    """The images of a stock pipeline, of 255."""
+    images = stock(prompts, latents=noise, output_type="np", **sides(stock), **options).images
+    return torch.from_numpy(images).permute(0, 3, 1, 2) * 255
+
+
+EULER = FlowMatchEulerDiscreteScheduler(shift=3.0)
+
+
+@pytest.mark.parametrize(("scheduler", "guidance_scale"), [(None, 1.0), (None, 4.5), (EULER, 4.5)])
+def test_sampling_is_sanas(scheduler, guidance_scale):
+    stock = small_sana_pipeline(scheduler)
+    sampler = Sampler(stock, steps=3, guidance_scale=guidance_scale)
+    noise = torch.stack([sampler.noise(i) for i in range(3)])
+    options = {"num_inference_steps": 3, "guidance_scale": guidance_scale, "use_resolution_binning": False}
+    theirs, ours = drawn(stock, sampler, noise, noise, **options)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert sampler.protocol["prediction_type"] == "flow"
+    prompts = ["a b", "c", "d e f"]
+    images = sampler.images(stock.transformer, prompts, [0, 1, 2]).float()
+    assert (images - pixels(stock, prompts, noise, **options)).abs().max() <= 0.51  # the scale of its autoencoder
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_sampling_is_qwen_images(guidance_scale):
+    """The length of what is guided, too, and the mean and deviation of its VAE."""
+    stock = small_qwen_image_pipeline(use_dynamic_shifting=True, shift_terminal=0.02)
+    stock.transformer.register_to_config(sample_size=8)
+    sampler = Sampler(stock, steps=3, guidance_scale=guidance_scale)
+    noise, prompts = torch.stack([sampler.noise(i) for i in range(3)]), ["a b", "c", "d e f"]
+    options = {"num_inference_steps": 3, "true_cfg_scale": guidance_scale, "negative_prompt": [" "] * 3}
+    theirs, ours = drawn(stock, sampler, noise, packed(noise), **options)
+    torch.testing.assert_close(packed(ours), theirs, rtol=1e-4, atol=1e-5)
+    images = sampler.images(stock.transformer, prompts, [0, 1, 2]).float()
+    assert (images - pixels(stock, prompts, packed(noise), **options)).abs().max() <= 0.51
+
+
+@pytest.mark.parametrize("make", [small_sana_pipeline, small_qwen_image_pipeline])
+def test_latents_of_images_are_as_the_pipeline_decodes_them(make):
+    """What it decodes from the latents that are kept of images is what its autoencoder makes of these images."""
+    pipeline = make()
+    pipeline.transformer.register_to_config(sample_size=8)
+    side = sides(pipeline)["width"]
+    images = torch.randint(256, (2, 3, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    with torch.no_grad():
+        latents = encode_images(pipeline, images, torch.device("cpu"))["latents"]
+        frames = images / 127.5 - 1 if make is small_sana_pipeline else (images / 127.5 - 1)[:, :, None]
+        own = pipeline.vae(frames).sample
+    assert latents.shape == (2, 4, 8, 8)
+    torch.testing.assert_close(Sampler(pipeline, 1, 1.0).pixels(latents), own.view(images.shape), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "field"),
+    [(small_sana_pipeline, "guidance_embeds"), (small_qwen_image_pipeline, "zero_cond_t")],
+)
+def test_networks_of_other_pipelines_are_refused_by_name(make, field, tmp_path):
+    make().save_pretrained(tmp_path)
+    config = tmp_path / "transformer/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {field: True}))
+    with pytest.raises(ValueError, match=f"transformer/config.json has {field}=true, a network that"):
+        check_pipeline(tmp_path)
+
+
+def test_another_autoencoder_takes_the_place_of_an_autoencoderkl_alone(tmp_path):
+    small_sana_pipeline().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"model.vae={tmp_path} takes the place of an AutoencoderKL alone.*DC"):
+        load_pipeline(tmp_path, vae=str(tmp_path))
+
+
 def test_an_export_draws_the_same_image_in_plain_diffusers(family, tmp_path):
-    made = {"PixArt": small_pixart_pipeline, "FLUX": small_flux_pipeline}[family]()
+    made = PIPELINES[family]()
     made.save_pretrained(tmp_path / "model")
     pipeline = load_pipeline(tmp_path / "model")
     last = pipeline.transformer.blocks[-1]
@@ -140,7 +230,8 @@ def test_an_export_draws_the_same_image_in_plain_diffusers(family, tmp_path):
     assert export.load == f'DiffusionPipeline.from_pretrained("{tmp_path / "export"}")'
     stock = DiffusionPipeline.from_pretrained(tmp_path / "export")
     stock.set_progress_bar_config(disable=True)
-    options = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "pt"}
-    options |= {"use_resolution_binning": False} if family == "PixArt" else {}
+    options = {"num_inference_steps": 2, "output_type": "pt", **sides(stock)}
+    options |= {"use_resolution_binning": False} if family in ("PixArt", "Sana") else {}
+    options |= {"negative_prompt": " "} if family == "Qwen-Image" else {}
     ours, theirs = (p("a b", generator=torch.Generator().manual_seed(0), **options).images for p in (student, stock))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
