@@ -21,8 +21,7 @@ from slimstep.engine.environment import environment
 from slimstep.engine.files import write_json
 from slimstep.eval.config import LatencyConfig
 from slimstep.eval.decoders import compare_decoders
-from slimstep.eval.pages.tables import markdown_table
-from slimstep.eval.pages.vae_page import TIME_HEADER, time_rows
+from slimstep.eval.pages.vae_page import time_table
 from slimstep.models.reference import VAE_CONFIGS, random_vae
 from slimstep.prune.decoder import choose_channels, pruned_vae, pruned_widths
 
@@ -51,7 +50,7 @@ def main() -> None:
     name = re.sub(r"\W+", "-", torch.cuda.get_device_name() if device.type == "cuda" else "cpu").lower()
     record = {"vae": options.vae, "widths": widths, "dtype": options.dtype, "rows": rows, "environment": environment()}
     write_json(options.out / f"{name}.json", record)
-    print(markdown_table(TIME_HEADER, time_rows(rows)))
+    print(time_table(rows).markdown)
 
 
 if __name__ == "__main__":

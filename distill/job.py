@@ -39,8 +39,8 @@ from slimstep.eval.inputs import (
 )
 from slimstep.eval.metrics.metric import FeatureSimilarity, Psnr, SampleError
 from slimstep.eval.overlap import among, read_calibration_prompts
-from slimstep.eval.pages.evaluation_page import results_table, write_evaluation_report
-from slimstep.eval.pages.steps_page import HEADER, curves_table, point_rows, timed_points, write_steps_report
+from slimstep.eval.pages.evaluation_page import models_table, write_evaluation_report
+from slimstep.eval.pages.steps_page import curves_table, points_table, timed_points, write_steps_report
 from slimstep.eval.plan import planned, scorer_stage
 from slimstep.eval.record import Evaluation, Point
 from slimstep.eval.reporting import report, track_table
@@ -92,7 +92,7 @@ def distill_steps(config: Config, run: Run) -> int | Plan:
     if job.teacher.is_conditional:
         report(run, lambda: write_steps_report(run.path, partial(track, run)), lambda: curves_table(evaluation.points))
     else:
-        report(run, partial(write_evaluation_report, run.path), partial(results_table, evaluation.points))
+        report(run, partial(write_evaluation_report, run.path), lambda: models_table(evaluation.points).markdown)
     return 0
 
 
@@ -253,4 +253,4 @@ def measure_unets(job: Distillation, unets: UNets) -> None:
 
 def track(run: Run) -> None:
     """The curves as a table, and the report's pictures, for a tracker if there is one."""
-    track_table(run, "curves", HEADER, point_rows(timed_points(run.path)))
+    track_table(run, "curves", points_table(timed_points(run.path)))

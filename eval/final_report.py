@@ -12,7 +12,7 @@ from slimstep.engine.run import Run
 from slimstep.eval.config import Config
 from slimstep.eval.pages.cautions import cautions_of
 from slimstep.eval.pages.html import write_page
-from slimstep.eval.pages.outcome import AGAINST, Outcome
+from slimstep.eval.pages.outcome import Outcome
 from slimstep.eval.pages.text import flatten, overlap_sentence
 from slimstep.eval.reporting import track_table
 from slimstep.models.card import origin_of, write_card
@@ -32,7 +32,7 @@ def report(config: Config, run: Run) -> int | Plan:
         write_report(outcome, run, page.stages)
         if origin_of(student := Path(str(outcome.evaluation.models[outcome.student_name]))):
             write_card(student, outcome.results())
-        print(outcome.console_text())
+        print(f"{outcome.against.console}\n{outcome.artifacts.console}")
         log.info(f"report: {(run.path / 'report.html').resolve()}")
         print_for_programs({"run": str(run.path.resolve()), **outcome.summary()})
     run.accelerator.wait_for_everyone()
@@ -41,13 +41,13 @@ def report(config: Config, run: Run) -> int | Plan:
 
 def write_report(outcome: Outcome, run: Run, stages: Sequence[str]) -> None:
     folder = run.path
-    write_text(folder / "table.md", outcome.text())
+    write_text(folder / "table.md", f"{outcome.against.markdown}\n{outcome.artifacts.markdown}")
     write_json(folder / "summary.json", outcome.summary())
 
     def track() -> None:
         if run.tracker:
-            run.tracker.table("student against teacher", AGAINST, outcome.against_rows())
-        track_table(run, "artifacts", outcome.artifacts_header(), outcome.artifact_rows())
+            run.tracker.table("student against teacher", outcome.against.header, outcome.against.rows)
+        track_table(run, "artifacts", outcome.artifacts)
 
     evaluation, facts = outcome.evaluation, ("models", "prompts", "n", "protocol", "environment")
     write_page(
@@ -59,7 +59,6 @@ def write_report(outcome: Outcome, run: Run, stages: Sequence[str]) -> None:
         name=folder.parent.name,
         outcome=outcome,
         seen=overlap_sentence(evaluation.n, evaluation.seen),
-        against_header=AGAINST,
         clock=outcome.benchmark["protocol"]["clock"],
         stages=[(name, command(folder.parent, name), link(folder.parent, name)) for name in stages],
         facts=flatten({key: getattr(evaluation, key) for key in facts}),

@@ -37,8 +37,7 @@ from slimstep.eval.metrics.clip import ClipScorer
 from slimstep.eval.metrics.inception import Inception
 from slimstep.eval.metrics.metric import FeatureDistance, FeatureSimilarity, InceptionDistance, PixelDistance, Psnr
 from slimstep.eval.overlap import among, known_captions, read_calibration_prompts
-from slimstep.eval.pages.evaluation_page import header, rows, summary, write_evaluation_report
-from slimstep.eval.pages.tables import console_table
+from slimstep.eval.pages.evaluation_page import models_table, summary, write_evaluation_report
 from slimstep.eval.pages.text import overlap_sentence
 from slimstep.eval.plan import Stage, image_rows, scorer_stage, stages_table, time_line
 from slimstep.eval.record import Evaluation
@@ -77,7 +76,7 @@ def evaluate(config: Config, run: Run) -> int | Plan:
     points = [evaluator.point(*key) for key in settings(models, config)]
     seen = seen_in_training(config, prompts) if has_images else {}
     evaluation = evaluator.evaluate(points, models.paths, protocol(config, scorer), seen)
-    report(run, partial(write_page, run, evaluation), lambda: table(evaluation))
+    report(run, partial(write_page, run, evaluation), lambda: models_table(evaluation.points).console)
     if run.accelerator.is_main_process:
         print_for_programs({"run": str(run.path.resolve()), **summary(evaluation)})
     return 0
@@ -199,12 +198,8 @@ def compile_pipeline(
 # ---- the report ----
 
 
-def table(evaluation: Evaluation) -> str:
-    return console_table(header(evaluation.points), rows(evaluation.points), labels=3)
-
-
 def write_page(run: Run, evaluation: Evaluation) -> None:
     if seen := overlap_sentence(evaluation.n, evaluation.seen):
         log.info(seen)
-    track = partial(track_table, run, "models", header(evaluation.points), rows(evaluation.points))
+    track = partial(track_table, run, "models", models_table(evaluation.points))
     write_evaluation_report(run.path, track)

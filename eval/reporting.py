@@ -8,6 +8,7 @@ from PIL import Image
 
 from slimstep.engine.run import FINISHED, Run
 from slimstep.eval.evaluator import PARTIAL
+from slimstep.eval.pages.tables import Table
 
 log = logging.getLogger("slimstep")
 
@@ -24,9 +25,9 @@ def report(run: Run, write: Callable[[], object], table: Callable[[], str]) -> N
     run.accelerator.wait_for_everyone()
 
 
-def track_table(run: Run, name: str, header: list[str], rows: list[list[str]]) -> None:
+def track_table(run: Run, name: str, table: Table) -> None:
     """A table, and the pictures of the run's report, for a tracker if there is one."""
     if run.tracker:
-        run.tracker.table(name, header, rows)
+        run.tracker.table(name, list(table.header), [list(row) for row in table.rows])
         for path in sorted((run.path / "report").glob("*.png")):
             run.tracker.images(f"report/{path.stem}", [Image.open(path).convert("RGB")], [path.stem])

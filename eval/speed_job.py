@@ -8,7 +8,7 @@ from slimstep.engine.renamed import with_new_kind
 from slimstep.engine.run import Run
 from slimstep.eval.benchmarking import Benchmark
 from slimstep.eval.config import Config
-from slimstep.eval.pages.speed_page import cells, console_text, header, summary, write_speed_report
+from slimstep.eval.pages.speed_page import console_text, rows_table, summary, write_speed_report
 from slimstep.eval.reporting import report, track_table
 from slimstep.eval.speed_tables import TABLES
 
@@ -39,7 +39,7 @@ def make_table(kind: str, config: Config, run: Run) -> int | Plan:
         made = len(list(run.path.glob("rows/**/*.json")))
         return Plan(f"run   {run.path}\nrows  {made} made; each takes at most {config.latency.seconds:g} s of timing")
     results = with_new_kind(timed.results(kind, TABLES[kind](timed)))
-    track = partial(track_table, run, kind, header(results), cells(results))
+    track = partial(track_table, run, kind, rows_table(results))
     report(run, partial(write_speed_report, run.path, track), partial(console_text, results))
     print_for_programs({"run": str(run.path.resolve()), **summary(results)})
     return 0

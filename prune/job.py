@@ -29,7 +29,7 @@ from slimstep.eval.inputs import (
 )
 from slimstep.eval.metrics.metric import Metric, Psnr, of_kind
 from slimstep.eval.pages.comparison import run_table
-from slimstep.eval.pages.evaluation_page import results_table, write_evaluation_report
+from slimstep.eval.pages.evaluation_page import models_table, write_evaluation_report
 from slimstep.eval.pages.run_page import write_report
 from slimstep.eval.pages.runs import read_run
 from slimstep.eval.plan import planned, scorer_stage
@@ -98,7 +98,7 @@ def prune_unet(config: Config, run: Run) -> int | Plan:
     if teacher.is_conditional:
         report(run, partial(write_page, run), partial(run_table, run.path))
     else:
-        report(run, partial(write_evaluation_report, run.path), partial(results_table, evaluation.points))
+        report(run, partial(write_evaluation_report, run.path), lambda: models_table(evaluation.points).markdown)
     return missed_target(run, decision)
 
 

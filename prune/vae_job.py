@@ -51,7 +51,7 @@ from slimstep.eval.inputs import (
 from slimstep.eval.latents import sampled_latents
 from slimstep.eval.metrics.compare import mean_and_error
 from slimstep.eval.metrics.metric import FeatureSimilarity, Metric, Psnr, Ssim
-from slimstep.eval.pages.vae_page import HEADER, quality_rows, vae_table, write_vae_report
+from slimstep.eval.pages.vae_page import quality_table, vae_table, write_vae_report
 from slimstep.eval.plan import BYTES, CHECKPOINT_COPIES, Stage, image_rows, planned, scorer_stage
 from slimstep.eval.plan import export as export_stage
 from slimstep.eval.record import Evaluation, Values
@@ -98,7 +98,7 @@ def prune_vae(config: Config, run: Run) -> int | Plan:
     evaluation = evaluator.evaluate(points, dict(zip(vaes, vaes, strict=True)), protocol, seen_prompts(run),
                                     n_real=len(held["real"]), widths=widths)  # fmt: skip
     write_results(run, "export", results(evaluation, times))
-    track = partial(track_table, run, "decoders", HEADER, quality_rows(evaluation))
+    track = partial(track_table, run, "decoders", quality_table(evaluation))
     report(run, partial(write_vae_report, run.path, track), partial(vae_table, run.path))
     return 0
 

@@ -13,7 +13,7 @@ from slimstep.eval.pages.figures import SERIES, TEACHER, Point, pareto_figure, s
 from slimstep.eval.pages.html import render
 from slimstep.eval.pages.run_page import facts
 from slimstep.eval.pages.runs import Model, RunRecord, read_run, run_names
-from slimstep.eval.pages.tables import console_table, markdown_table
+from slimstep.eval.pages.tables import Table
 from slimstep.eval.pages.text import count, difference, digits, display_name, percent, score
 
 BEFORE_A_CHOICE = {"precision": "float32"}  # of protocols that do not say theirs
@@ -24,7 +24,7 @@ def run_table(folder: str | Path) -> str:
     """The models of one finished run as a table for a terminal: the teacher, every round, the student."""
     models = finished_run(folder).models
     rows = [cells(display_name(model.model), model, models[0], model.versus_reference) for model in models]
-    return console_table(["model", *COLUMNS], rows)
+    return Table(["model", *COLUMNS], rows).console
 
 
 def compare_runs(folders: Sequence[str | Path], out: str | Path) -> str:
@@ -38,23 +38,22 @@ def compare_runs(folders: Sequence[str | Path], out: str | Path) -> str:
     runs = dict(zip(run_names([record.path for record in records]), records, strict=True))
     first_name, first = next(iter(runs.items()))
     rows = without_repeated_teachers([row for name, run in runs.items() for row in run_rows(name, run, first)])
-    header = ["run", *COLUMNS, f"against {first_name}"]
-    lines = [row["cells"] for row in rows]
+    header, classes = ["run", *COLUMNS, f"against {first_name}"], [row["kind"] for row in rows]
+    table = Table(header, [row["cells"] for row in rows], row_classes=classes)
     figure = pareto_figure(points(rows))
     save_png(figure, out / "clip-against-latency.png")
-    write_text(out / "table.md", markdown_table(header, lines))
+    write_text(out / "table.md", table.markdown)
     page = render(
         "comparison.html.j2",
         cautions=cautions_of({name: run.path for name, run in runs.items()}),
         title=", ".join(runs),
-        header=header,
-        rows=rows,
+        table=table,
         figure=Markup(themed(figure, "comparison")),
         differences=protocol_differences({name: metric(run) for name, run in runs.items()}),
         facts=facts_that_differ({name: facts(run) for name, run in runs.items()}),
     )
     write_text(out / "report.html", page)
-    return console_table(header, lines)
+    return table.console
 
 
 def finished_run(folder: str | Path) -> RunRecord:

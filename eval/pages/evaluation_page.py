@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from slimstep.engine.files import write_text
 from slimstep.eval.pages.figures import MUTED, SERIES, canvas, grid_figure, styled
 from slimstep.eval.pages.html import write_page
-from slimstep.eval.pages.tables import csv_table, markdown_table
+from slimstep.eval.pages.tables import Table, csv_table
 from slimstep.eval.pages.text import count, difference, flatten, overlap_sentence, score
 from slimstep.eval.record import Evaluation, Point, read_evaluation
 
@@ -21,7 +21,8 @@ def write_evaluation_report(folder: str | Path, track: Callable[[], None] = lamb
     """Makes table.md, results.csv and the page with its pictures anew from evaluation.json."""
     folder = Path(folder)
     read = read_evaluation(folder)
-    write_text(folder / "table.md", results_table(read.points))
+    table = models_table(read.points)
+    write_text(folder / "table.md", table.markdown)
     write_text(folder / "results.csv", csv_table(summary(read)["points"]))
     return write_page(
         folder,
@@ -30,24 +31,14 @@ def write_evaluation_report(folder: str | Path, track: Callable[[], None] = lamb
         track,
         reference=read.reference,
         seen=overlap_sentence(read.n, read.seen),
-        header=header(read.points),
-        rows=rows(read.points),
+        table=table,
         facts=flatten({key: getattr(read, key) for key in ("models", "prompts", "n", "protocol", "environment")}),
     )
 
 
-def results_table(points: Sequence[Point]) -> str:
-    """The points in Markdown."""
-    return markdown_table(header(points), rows(points))
-
-
-def header(points: Sequence[Point]) -> list[str]:
-    return list(columns(points))
-
-
-def rows(points: Sequence[Point]) -> list[list[str]]:
+def models_table(points: Sequence[Point]) -> Table:
     """A line per model and setting; differences are paired prompt by prompt."""
-    return [[cell(point) for cell in columns(points).values()] for point in points]
+    return Table.of(columns(points), points, labels=3)
 
 
 def columns(points: Sequence[Point]) -> dict[str, Callable[[Point], str]]:

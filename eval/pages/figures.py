@@ -200,6 +200,14 @@ def additivity_figure(samples: Sequence[dict]) -> Figure:
     return figure
 
 
+def show_image(axes: Axes, image: np.ndarray | None) -> None:
+    """An image without ticks and frame; nothing at all for None."""
+    if image is not None:
+        axes.imshow(image, interpolation="nearest")
+    axes.set(xticks=[], yticks=[])
+    axes.spines[:].set_visible(False)
+
+
 @styled
 def grid_figure(rows: Sequence[tuple[str, Sequence[Path | None]]], prompts: Sequence[str], columns: int = 8) -> Figure:
     """Rows of images, one row per model, each column one prompt and one noise; None leaves a cell empty."""
@@ -208,10 +216,7 @@ def grid_figure(rows: Sequence[tuple[str, Sequence[Path | None]]], prompts: Sequ
     cells = figure.subplots(len(rows), columns, squeeze=False)
     for (name, paths), line in zip(rows, cells, strict=True):
         for path, axes in zip(paths, line, strict=False):
-            if path:
-                axes.imshow(np.asarray(Image.open(path)), interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
+            show_image(axes, np.asarray(Image.open(path)) if path else None)
         line[0].set_ylabel(name, fontsize=9)
     for prompt, axes in zip(prompts, cells[-1], strict=False):
         axes.set_xlabel(textwrap.fill(prompt, 24), fontsize=6.5, color=MUTED, parse_math=False)

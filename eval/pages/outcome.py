@@ -16,12 +16,9 @@ from slimstep.eval.metrics.compare import paired_difference
 from slimstep.eval.pages.evaluation_page import images_figure
 from slimstep.eval.pages.gathered import Gathered
 from slimstep.eval.pages.results_figures import draw_time
-from slimstep.eval.pages.tables import console_table, markdown_table
+from slimstep.eval.pages.tables import Table
 from slimstep.eval.pages.text import count, difference, percent, ratio, score, tile
 from slimstep.eval.record import Point
-
-AGAINST = ["teacher at", "its CLIP ± se", "student − teacher, paired [95 %]", "times as fast [95 %]"]
-ARTIFACTS = ["model", "steps", "UNet", "decoder", "CLIP ± se"]
 
 
 class Outcome:
@@ -73,16 +70,20 @@ class Outcome:
 
     # ---- tables ----
 
-    def against_rows(self) -> list[list[str]]:
-        return [[f"{t.steps} steps", score(t.clip), difference(self.versus(self.student, t)),
-                 ratio(self.faster(self.student, t))] for t in self.teachers]  # fmt: skip
+    @property
+    def against(self) -> Table:
+        """The student beside the teacher at each of its numbers of steps."""
+        header = ["teacher at", "its CLIP ± se", "student − teacher, paired [95 %]", "times as fast [95 %]"]
+        return Table(header, [[f"{t.steps} steps", score(t.clip), difference(self.versus(self.student, t)),
+                               ratio(self.faster(self.student, t))] for t in self.teachers])  # fmt: skip
 
-    def artifacts_header(self) -> list[str]:
-        most = self.teachers[0].steps
-        return [*ARTIFACTS, f"against {most} steps, paired [95 %]", "ms an image", f"× {most} steps [95 %]"]
-
-    def artifact_rows(self) -> list[list[str]]:
-        return [self.artifact_row(point) for point in self.points]
+    @property
+    def artifacts(self) -> Table:
+        """The teacher at each of its steps, then what every stage made."""
+        most = f"{self.teachers[0].steps} steps"
+        header = ["model", "steps", "UNet", "decoder", "CLIP ± se", f"against {most}, paired [95 %]", "ms an image",
+                  f"× {most} [95 %]"]  # fmt: skip
+        return Table(header, list(map(self.artifact_row, self.points)), labels=2)
 
     def artifact_row(self, point: Point) -> list[str]:
         row, most, parameters = self.row(point), self.teachers[0], point.facts["parameters"]
@@ -94,15 +95,6 @@ class Outcome:
     @staticmethod
     def versus(point: Point, other: Point) -> dict[str, Any]:
         return asdict(paired_difference(point.clip["per_prompt"], other.clip["per_prompt"]))
-
-    def text(self) -> str:
-        return "\n".join(markdown_table(*table) for table in self.tables())
-
-    def console_text(self) -> str:
-        return "\n".join(console_table(*table, labels) for table, labels in zip(self.tables(), (1, 2), strict=True))
-
-    def tables(self) -> tuple[tuple[list[str], list[list[str]]], ...]:
-        return (AGAINST, self.against_rows()), (self.artifacts_header(), self.artifact_rows())
 
     # ---- words ----
 

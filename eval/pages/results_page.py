@@ -2,7 +2,6 @@
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from markupsafe import Markup
@@ -19,23 +18,9 @@ from slimstep.eval.pages.html import render
 from slimstep.eval.pages.pareto import key, speedup
 from slimstep.eval.pages.results import SPEED_KINDS, common_settings, metric, pair_matrix, setting, setting_text
 from slimstep.eval.pages.results_figures import draw_sections, image_grid, untimed
-from slimstep.eval.pages.speed_page import LABELS, NOTES, cells
-from slimstep.eval.pages.speed_page import header as speed_header
-from slimstep.eval.pages.tables import console_table, markdown_table
+from slimstep.eval.pages.speed_page import rows_table
+from slimstep.eval.pages.tables import Table
 from slimstep.eval.pages.text import difference, digits
-
-
-@dataclass(frozen=True)
-class Table:
-    """Cells with their heading; CSS classes of whole rows, or of every cell, where they have some."""
-
-    title: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
-    labels: int = 1  # columns that name a row
-    note: str = ""
-    row_classes: Sequence[str] = ()
-    cell_classes: Sequence[Sequence[str]] = ()
 
 
 def compare_results(folders: Sequence[str | Path], out: str | Path) -> str:
@@ -73,9 +58,9 @@ def compare_results(folders: Sequence[str | Path], out: str | Path) -> str:
         facts=facts_that_differ({name: run.facts for name, run in gathered.runs.items()}),
     )
     tables = [*models, *pairs, *speeds]
-    write_text(out / "table.md", "\n".join(titled(t, markdown_table(t.header, t.rows)) for t in tables))
+    write_text(out / "table.md", "\n".join(titled(t, t.markdown) for t in tables))
     write_text(out / "report.html", page)
-    return "\n".join(titled(t, console_table(t.header, t.rows, t.labels)) for t in tables)
+    return "\n".join(titled(t, t.console) for t in tables)
 
 
 def titled(table: Table, text: str) -> str:
@@ -110,8 +95,7 @@ def models_table(gathered: Gathered) -> list[Table]:
     classes = [
         "teacher" if key(p) == gathered.reference_of(p) else "" if p.compared else "step" for p in gathered.points
     ]
-    rows = [[cell(p) for cell in shown.values()] for p in gathered.points]
-    return [Table("All models", list(shown), rows, 3, row_classes=classes)]
+    return [Table.of(shown, gathered.points, labels=3, title="All models", row_classes=classes)]
 
 
 def pair_tables(gathered: Gathered) -> list[Table]:
@@ -123,7 +107,8 @@ def pair_tables(gathered: Gathered) -> list[Table]:
         rows = [[label, *map(pair_cell, line)] for label, line in zip(labels, matrix, strict=True)]
         classes = [["", *map(side, line)] for line in matrix]
         header = ["row − column", *labels]
-        tables.append(Table(f"Every two models at {setting_text(chosen)}", header, rows, cell_classes=classes))
+        title = f"Every two models at {setting_text(chosen)}"
+        tables.append(Table(header, rows, title=title, cell_classes=classes))
     return tables
 
 
@@ -140,8 +125,4 @@ def side(d: PairedDifference | None) -> str:
 
 def speed_tables(gathered: Gathered) -> list[Table]:
     """All rows of the benchmarks, cumulative benchmarks and pipelines tables."""
-    return [
-        Table(name, speed_header(results), cells(results), LABELS[kind], NOTES[kind])
-        for kind in SPEED_KINDS
-        for name, results in gathered.of_kind(kind).items()
-    ]
+    return [rows_table(results, name) for kind in SPEED_KINDS for name, results in gathered.of_kind(kind).items()]

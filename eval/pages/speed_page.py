@@ -13,7 +13,7 @@ from slimstep.engine.files import write_text
 from slimstep.eval.pages.figures import MUTED, SERIES, STUDENT, canvas, styled
 from slimstep.eval.pages.html import write_page
 from slimstep.eval.pages.runs import read_speed
-from slimstep.eval.pages.tables import console_table, csv_table, markdown_table
+from slimstep.eval.pages.tables import Table, csv_table
 from slimstep.eval.pages.text import difference, digits, flatten, percent, ratio, size
 from slimstep.eval.timing.stage_timer import PARTS
 
@@ -21,8 +21,6 @@ Row = Mapping[str, Any]
 Columns = dict[str, Callable[[Row], str]]  # {heading: what it shows of a row}
 Results = Mapping[str, Any]
 LABELS = {"benchmark": 4, "cumulative": 1, "pipelines": 4}  # columns that name a row
-COLD_START = ["model", "steps", "batch", "config", "eager, s", "cold, s", "with artefacts, s", "with a kept cache, s",
-               "break-even calls (cold)", "(artefacts)", "(kept cache)"]  # fmt: skip
 NOTES = {
     "benchmark": "Each row is timed beside the same pipeline in the base config, and the first model in it, call by "
     "call; a row of the base config itself shows what such a ratio is worth. PSNR is to the images that float32 draws "
@@ -39,42 +37,28 @@ def write_speed_report(folder: str | Path, track: Callable[[], None] = lambda: N
     """Makes table.md, results.csv and the page with its pictures anew from results.json."""
     folder = Path(folder)
     results = read_speed(folder / "results.json")
-    write_text(folder / "table.md", table(results))
+    rows, cold_start = rows_table(results), cold_start_table(results)
+    costs = f"\n{cold_start.markdown}" if cold_start.rows else ""
+    write_text(folder / "table.md", rows.markdown + costs)
     write_text(folder / "results.csv", csv_table(summary(results)["rows"]))
     return write_page(
         folder,
         "speed.html.j2",
         draw_figures(results),
         track,
-        note=NOTES[results["kind"]],
         clock=results["protocol"]["clock"],
-        header=header(results),
-        rows=cells(results),
-        first_header=COLD_START,
-        first_rows=cold_start_rows(results),
+        table=rows,
+        cold_start=cold_start,
         facts=flatten({key: results[key] for key in ("models", "protocol", "environment")}),
     )
 
 
-def table(results: Results) -> str:
-    """All rows, and what compiling cost where that was measured."""
-    first = cold_start_rows(results)
-    costs = "\n" + markdown_table(COLD_START, first) if first else ""
-    return markdown_table(header(results), cells(results)) + costs
-
-
 def console_text(results: Results) -> str:
     """The table for a terminal, and below it what compiling cost and why rows could not run."""
-    ran = {**results, "rows": [row for row in results["rows"] if not row["cannot"]]}
+    ran = {**results, "rows": rows_that_ran(results)}
     failed = [f"{', '.join(row_name(row))}: {reason_text(row)}" for row in results["rows"] if row["cannot"]]
-    first = cold_start_rows(results)
-    text = [console_table(header(ran), cells(ran), LABELS[results["kind"]])] if ran["rows"] else []
-    text += [console_table(COLD_START, first, LABELS["benchmark"])] if first else []
-    return "\n".join([*text, *failed])
-
-
-def header(results: Results) -> list[str]:
-    return list(columns(results))
+    tables = [table.console for table in (rows_table(ran), cold_start_table(results)) if table.rows]
+    return "\n".join([*tables, *failed])
 
 
 def timed_beside(results: Results) -> list[str]:
@@ -85,11 +69,17 @@ def timed_beside(results: Results) -> list[str]:
     return [name for name in named if name != "base"]
 
 
-def cold_start_rows(results: Results) -> list[list[str]]:
+def rows_that_ran(results: Results) -> list[Row]:
+    return [row for row in results["rows"] if not row["cannot"]]
+
+
+def cold_start_table(results: Results) -> Table:
     """A line for each compiled row: seconds to the first image of a new process, and the break-even calls.
 
     A process that failed says why in the place of its seconds.
     """
+    header = ["model", "steps", "batch", "config", "eager, s", "cold, s", "with artefacts, s", "with a kept cache, s",
+              "break-even calls (cold)", "(artefacts)", "(kept cache)"]  # fmt: skip
     lines = []
     for row in results["rows"]:
         if cost := (row.get("cold_start") or row.get("first_image")):
@@ -97,7 +87,7 @@ def cold_start_rows(results: Results) -> list[list[str]]:
             seconds = [first_seconds(way) for way in (cost["eager"], *ways)]
             break_even = [f"{way['calls']:.0f}" if way and way.get("calls") is not None else "–" for way in ways]
             lines.append([row["model"], str(row["steps"]), str(row["batch"]), row["name"], *seconds, *break_even])
-    return lines
+    return Table(header, lines, LABELS["benchmark"])
 
 
 def first_seconds(way: Mapping[str, Any] | None) -> str:
@@ -114,17 +104,17 @@ def summary(results: Results) -> dict[str, Any]:
 # ---- cells ----
 
 
-def cells(results: Results) -> list[list[str]]:
+def rows_table(results: Results, title: str = "") -> Table:
     """A line per row, in the kind's columns; what could not run says why after its name."""
-    shown = columns(results).values()
+    shown, kind = columns(results), results["kind"]
 
     def line(row: Row) -> list[str]:
         if not row["cannot"]:
-            return [cell(row) for cell in shown]
+            return [cell(row) for cell in shown.values()]
         names = row_name(row)
         return [*names, reason_text(row), *["–"] * (len(shown) - len(names) - 1)]
 
-    return [line(row) for row in results["rows"]]
+    return Table(list(shown), list(map(line, results["rows"])), LABELS[kind], title, NOTES[kind])
 
 
 def columns(results: Results) -> Columns:
@@ -203,8 +193,7 @@ def reason_text(row: Row) -> str:
 
 
 def draw_figures(results: Results) -> dict[str, Figure]:
-    ran = [row for row in results["rows"] if not row["cannot"]]
-    if not ran:
+    if not (ran := rows_that_ran(results)):
         return {}
     if results["kind"] == "cumulative":
         return {"cumulative": cumulative_figure(results["rows"])}

@@ -13,7 +13,7 @@ from slimstep.eval.metrics.compare import paired_ratio
 from slimstep.eval.pages.figures import MUTED, SERIES, grid_figure, styled
 from slimstep.eval.pages.html import write_page
 from slimstep.eval.pages.runs import read_json
-from slimstep.eval.pages.tables import console_table
+from slimstep.eval.pages.tables import Table, console_table
 from slimstep.eval.pages.text import difference, flatten, overlap_sentence, ratio, score
 from slimstep.eval.record import Point, read_evaluation
 
@@ -37,8 +37,7 @@ def write_steps_report(folder: str | Path, track: Callable[[], None] = lambda: N
         figures,
         track,
         seen=overlap_sentence(evaluation.n, evaluation.seen),
-        header=HEADER,
-        rows=point_rows(points),
+        table=points_table(points),
         facts=flatten({"n": evaluation.n, **evaluation.protocol, **evaluation.environment}),
     )
 
@@ -74,15 +73,13 @@ def curves_table(points: Sequence[Point]) -> str:
     return console_table(["model", "guidance", *(f"{n} steps" for n in steps)], rows, labels=2)
 
 
-HEADER = ["model", "guidance", "steps", "UNet evaluations", "UNet ms", "CLIP ± se", "against teacher", "latent error",
-          "over DDIM's", "over DPM++'s", "PSNR, dB", "features"]  # fmt: skip
-
-
-def point_rows(points: Sequence[Point]) -> list[list[str]]:
+def points_table(points: Sequence[TimedPoint]) -> Table:
     """A line per point; differences are to the teacher at its most steps and the same guidance scale.
 
     The latent error is also given in units of the teacher's own at as many steps, with DDIM and with DPM++ 2M.
     """
+    header = ["model", "guidance", "steps", "UNet evaluations", "UNet ms", "CLIP ± se", "against teacher",
+              "latent error", "over DDIM's", "over DPM++'s", "PSNR, dB", "features"]  # fmt: skip
     by_key, rows = {key(p): p for p in points}, []
     for p in points:
         over = [error_over(p, by_key.get((p.guidance, sampler, p.steps))) for sampler in SAMPLERS]
@@ -91,7 +88,7 @@ def point_rows(points: Sequence[Point]) -> list[list[str]]:
             score(p.clip), difference(p.versus_reference),
             number(p, "latent_error", ".4f"), *over, number(p, "psnr", ".1f"), number(p, "features", ".3f"),
         ])  # fmt: skip
-    return rows
+    return Table(header, rows)
 
 
 def number(point: Point, metric: str, form: str) -> str:

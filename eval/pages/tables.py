@@ -3,13 +3,41 @@
 import csv
 import io
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 from slimstep.eval.pages.text import leaves
 
 NOTHING = {"", "–"}
 WIDTH = 120  # where no terminal says its own
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells with their headings; the first `labels` columns name a row. CSS classes of whole rows, or of every cell,
+    where they have some."""
+
+    header: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    labels: int = 1
+    title: str = ""
+    note: str = ""
+    row_classes: Sequence[str] = ()
+    cell_classes: Sequence[Sequence[str]] = ()
+
+    @classmethod
+    def of(cls, columns: Mapping[str, Callable[[Any], str]], things: Iterable[Any], **options: Any) -> Self:
+        """A row for each thing; columns: {heading: what it shows of a thing}."""
+        return cls(list(columns), [[cell(thing) for cell in columns.values()] for thing in things], **options)
+
+    @property
+    def markdown(self) -> str:
+        return markdown_table(self.header, self.rows)
+
+    @property
+    def console(self) -> str:
+        return console_table(self.header, self.rows, self.labels)
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

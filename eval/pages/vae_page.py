@@ -9,10 +9,10 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from slimstep.eval.pages.figures import MUTED, STUDENT, canvas, styled
+from slimstep.eval.pages.figures import MUTED, STUDENT, canvas, show_image, styled
 from slimstep.eval.pages.html import write_page
 from slimstep.eval.pages.runs import read_json
-from slimstep.eval.pages.tables import console_table
+from slimstep.eval.pages.tables import Table
 from slimstep.eval.pages.text import count, difference, digits, flatten, overlap_sentence, ratio, score
 from slimstep.eval.record import Evaluation, Point, read_evaluation
 
@@ -20,15 +20,12 @@ FORMER = {"teacher": "wide", "pruned": "sliced", "student": "narrow"}  # decoder
 PREFIXES = {"sampled": "", "real": "real_"}  # of metrics
 KINDS = {"sampled": "sampled latents", "real": "latents of real images"}
 CROP, AMPLIFIED, SHOWN = 128, 8, 4
-HEADER = ["decoder", "parameters", "CLIP ± se", "against the teacher's", "sampled: PSNR", "SSIM", "features",
-          "real: PSNR", "SSIM", "features", "to the real image: PSNR", "SSIM", "features"]  # fmt: skip
-TIME_HEADER = ["mode", "latents", "batch", "teacher, ms", "student, ms", "ratio", "quartiles", "FLOP ratio", "of it"]
 
 
 def write_vae_report(folder: str | Path, track: Callable[[], None] = lambda: None) -> Path:
     """Makes the page and its pictures anew from what the run has written."""
     folder = Path(folder)
-    evaluation, times = read_evaluation(folder), read_times(folder)
+    evaluation = read_evaluation(folder)
     figures = {"nearness": nearness_figure(evaluation)}
     figures |= {f"crops-{kind}": crops_figure(folder, evaluation, kind) for kind in KINDS}
     return write_page(
@@ -38,10 +35,8 @@ def write_vae_report(folder: str | Path, track: Callable[[], None] = lambda: Non
         track,
         widths=evaluation.facts["widths"],
         seen=overlap_sentence(evaluation.n, evaluation.seen),
-        header=HEADER,
-        rows=quality_rows(evaluation),
-        time_header=TIME_HEADER,
-        time_rows=time_rows(times["rows"]),
+        quality=quality_table(evaluation),
+        times=time_table(read_times(folder)["rows"]),
         kinds=KINDS,
         facts=flatten({"n": evaluation.n, "n_real": evaluation.facts["n_real"], "protocol": evaluation.protocol,
                        "environment": evaluation.environment}),  # fmt: skip
@@ -50,17 +45,19 @@ def write_vae_report(folder: str | Path, track: Callable[[], None] = lambda: Non
 
 def vae_table(folder: Path) -> str:
     """Quality, then time, as text for a terminal."""
-    quality, time = quality_rows(read_evaluation(folder)), time_rows(read_times(folder)["rows"])
-    return f"{console_table(HEADER, quality)}\n{console_table(TIME_HEADER, time, labels=3)}"
+    quality, time = quality_table(read_evaluation(folder)), time_table(read_times(folder)["rows"])
+    return f"{quality.console}\n{time.console}"
 
 
-def quality_rows(evaluation: Evaluation) -> list[list[str]]:
+def quality_table(evaluation: Evaluation) -> Table:
     """A line per decoder; means over the held-out latents."""
-    return [
+    header = ["decoder", "parameters", "CLIP ± se", "against the teacher's", "sampled: PSNR", "SSIM", "features",
+              "real: PSNR", "SSIM", "features", "to the real image: PSNR", "SSIM", "features"]  # fmt: skip
+    return Table(header, [
         [p.model, count(p.facts["parameters"]["decoder"]), score(p.clip), difference(p.versus_reference),
          *measures(p, ""), *measures(p, "real_"), *measures(p, "image_")]
         for p in evaluation.points
-    ]  # fmt: skip
+    ])  # fmt: skip
 
 
 def measures(point: Point, prefix: str) -> list[str]:
@@ -71,8 +68,9 @@ def measures(point: Point, prefix: str) -> list[str]:
     return [score(psnr), f"{ssim['mean']:.4f}", f"{features['mean']:.4f}"]
 
 
-def time_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
+def time_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     """A line per measurement; one that did not fit says so."""
+    header = ["mode", "latents", "batch", "teacher, ms", "student, ms", "ratio", "quartiles", "FLOP ratio", "of it"]
 
     def times(row: Mapping[str, Any]) -> list[str]:
         if "skipped" in row:
@@ -80,7 +78,8 @@ def time_rows(rows: Sequence[Mapping[str, Any]]) -> list[list[str]]:
         return [digits(row["ms"]["teacher"]), digits(row["ms"]["student"]), *ratio(row).split(" ", 1),
                 f"{row['flop_ratio']:.2f}", f"{row['of_flops']:.0%}"]  # fmt: skip
 
-    return [[row["mode"], f"{row['latent_size']}×{row['latent_size']}", str(row["batch"]), *times(row)] for row in rows]
+    cases = [[row["mode"], f"{row['latent_size']}×{row['latent_size']}", str(row["batch"])] for row in rows]
+    return Table(header, [[*case, *times(row)] for case, row in zip(cases, rows, strict=True)], labels=3)
 
 
 @styled
@@ -114,9 +113,7 @@ def crops_figure(folder: Path, evaluation: Evaluation, kind: str) -> Figure:
         for axes, title, image in zip(
             line, titles, [*crops, np.clip(AMPLIFIED * error, 0, 255).astype("uint8")], strict=True
         ):
-            axes.imshow(image, interpolation="nearest")
-            axes.set(xticks=[], yticks=[])
-            axes.spines[:].set_visible(False)
+            show_image(axes, image)
             if i == 0:
                 axes.set_title(title, fontsize=9)
     return figure

@@ -9,7 +9,7 @@ import torch
 from torch._inductor.exc import InductorError
 
 import slimstep.eval.timing.cold_start as cold_start
-from slimstep.eval.pages.speed_page import COLD_START, cold_start_rows
+from slimstep.eval.pages.speed_page import cold_start_table
 from slimstep.eval.timing.child import child_result, reason_in
 from slimstep.eval.timing.cold_start import compile_cost
 from slimstep.eval.timing.inference import CannotRunError
@@ -105,8 +105,9 @@ def test_a_way_that_failed_says_so_and_the_page_is_drawn(monkeypatch, tmp_path, 
     for name in {"cold", "artifacts", "kept_cache"} - set(failing):
         assert cost[name] is None or cost[name]["calls"] == (None if "eager" in failing else 0)
     row = {"model": "teacher", "steps": 8, "batch": 1, "name": "compile", "first_image": json.loads(json.dumps(cost))}
-    (line,) = cold_start_rows({"rows": [row]})
-    assert len(line) == len(COLD_START) and sum("SIGKILL" in cell for cell in line) == len(failing)
+    table = cold_start_table({"rows": [row]})
+    (line,) = table.rows
+    assert len(line) == len(table.header) and sum("SIGKILL" in cell for cell in line) == len(failing)
 
 
 def test_a_process_that_dies_is_the_row_of_its_own(monkeypatch, tmp_path):
