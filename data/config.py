@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 
 import slimstep.engine.config
 from slimstep.engine.checked import CONFIGS
-from slimstep.engine.checks import check_minimum
+from slimstep.engine.checks import check_choice, check_minimum
 
 STORAGE_DTYPES = ("float32", "float16")
 
@@ -26,8 +26,7 @@ class CacheConfig:
     def __post_init__(self) -> None:
         check_minimum("data.cache", self, 1, "batch_size", "shard_size")
         check_minimum("data.cache", self, 0, "workers")
-        if self.dtype not in STORAGE_DTYPES:
-            raise ValueError(f"data.cache.dtype={self.dtype!r} is unknown; choose from {', '.join(STORAGE_DTYPES)}")
+        check_choice("data.cache", self, dtype=STORAGE_DTYPES)
 
 
 @dataclass

@@ -191,12 +191,16 @@ def allowed_of(samples: int, max_broken: float) -> int:
     return max(int(max_broken * samples), min(ALWAYS_SKIPPED, samples // 2))
 
 
-def split_of(names: Iterable[str], split: str, heldout_fraction: float, source: str) -> list[int]:
-    """The indices of the names that belong to `split`; a name's place depends on the name and the fraction alone."""
+def check_split(split: str, heldout_fraction: float) -> None:
     if split not in SPLITS:
         raise ValueError(f"split={split!r} is unknown; choose from {', '.join(SPLITS)}")
     if not 0 <= heldout_fraction < 1:
         raise ValueError(f"heldout_fraction={heldout_fraction} must lie in [0, 1)")
+
+
+def split_of(names: Iterable[str], split: str, heldout_fraction: float, source: str) -> list[int]:
+    """The indices of the names that belong to `split`; a name's place depends on the name and the fraction alone."""
+    check_split(split, heldout_fraction)
     names = list(names)
     held_out = [is_held_out(name, heldout_fraction) for name in names]
     chosen = [i for i, held in enumerate(held_out) if split == "all" or held == (split == "heldout")]

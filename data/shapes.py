@@ -116,10 +116,14 @@ def _draw(uniforms: np.ndarray) -> Scene:
     return Scene(things=things, centres=tuple(centres), radii=tuple(radii), relation=relation, **look)
 
 
-def scene_at(split: str, seed: int, index: int) -> tuple[Scene, Wording]:
-    """Scene `index` of a split and how its caption words it, a function of the arguments alone."""
+def check_split(split: str) -> None:
     if split not in SPLITS:
         raise ValueError(f"split {split!r} is unknown; the shapes world has {SPLITS}")
+
+
+def scene_at(split: str, seed: int, index: int) -> tuple[Scene, Wording]:
+    """Scene `index` of a split and how its caption words it, a function of the arguments alone."""
+    check_split(split)
     source = np.random.Generator(np.random.Philox(key=[seed_of("shapes", split, seed), index]))
     wording = Wording(*(source.random(5) > (0.25, 0.1, 0.2, 0.25, 0.2)), source.random() < 0.3)
     while is_held_out(scene := _draw(source.random(32))) != (split == "heldout"):
@@ -184,8 +188,7 @@ class ShapesPairs:
     """The pair dataset of the shapes world: `ds[i]` is {"image": uint8 [3, resolution, resolution], "caption": str}."""
 
     def __init__(self, split: str = "train", size: int = 100_000, seed: int = 0, resolution: int = 64) -> None:
-        if split not in SPLITS:
-            raise ValueError(f"split {split!r} is unknown; the shapes world has {SPLITS}")
+        check_split(split)
         if size < 1:
             raise ValueError(f"data.pairs.size={size} must be at least 1")
         self.split, self.size, self.seed, self.resolution = split, size, seed, resolution

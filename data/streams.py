@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from slimstep.data.folder import few
-from slimstep.data.images import SPLITS, allowed_of, is_held_out
+from slimstep.data.images import allowed_of, check_split, is_held_out
 from slimstep.data.pixels import BrokenImageError, check_framing, cut_square, decode_rgb
 from slimstep.engine.seeding import generator
 
@@ -61,10 +61,7 @@ class Stream(ABC):
 
     def __init__(self, resolution: int, split: str, heldout_fraction: float, crop: str, max_broken: float) -> None:
         check_framing(resolution, crop)
-        if split not in SPLITS:
-            raise ValueError(f"split={split!r} is unknown; choose from {', '.join(SPLITS)}")
-        if not 0 <= heldout_fraction < 1:
-            raise ValueError(f"heldout_fraction={heldout_fraction} must lie in [0, 1)")
+        check_split(split, heldout_fraction)
         self.resolution, self.crop, self.max_broken = resolution, crop, max_broken
         self.split, self.heldout_fraction = split, heldout_fraction
 

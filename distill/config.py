@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 import slimstep.eval.config
-from slimstep.engine.checks import as_table
+from slimstep.engine.checks import as_table, check_choice
 from slimstep.engine.config import StageConfig
 
 SAMPLERS = ("DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler")
@@ -56,8 +56,7 @@ class DistillationConfig:
     sampler: str = "DDIMScheduler"
 
     def __post_init__(self) -> None:
-        if self.mode not in ("direct", "progressive"):
-            raise ValueError(f"distillation.mode={self.mode!r} is unknown; choose direct or progressive")
+        check_choice("distillation", self, mode=("direct", "progressive"), sampler=SAMPLERS)
         if self.stages:  # None stays None: Hydra lets a table replace it, and nothing be added to an empty one
             table = as_table("distillation.stages", self.stages)
             self.stages = {name: StageChanges.of(name, changes) for name, changes in table.items()}
@@ -69,8 +68,6 @@ class DistillationConfig:
             raise ValueError("distillation.recover=true trains a pruned student, and distillation.student names none")
         if (width := self.guidance_embed_dim) and (width < 4 or width % 2):
             raise ValueError(f"distillation.guidance_embed_dim={width} must be even and at least 4, or 0")
-        if self.sampler not in SAMPLERS:
-            raise ValueError(f"distillation.sampler={self.sampler!r} is unknown; choose from {SAMPLERS}")
 
 
 @dataclass

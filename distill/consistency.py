@@ -3,6 +3,8 @@
 Axes: B batch, N steps of the grid, K bounds of a step, C channels, H and W latent size.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -14,6 +16,7 @@ from slimstep.models.guidance import guided
 from slimstep.models.noise_schedule import VariancePreserving, ddim_step, each, nested_steps, x0_of
 
 
+@dataclass(eq=False)
 class ConsistencyDistillation:
     """Latent consistency distillation (Luo et al. 2023): along one guided teacher step the student's prediction stays.
 
@@ -23,6 +26,15 @@ class ConsistencyDistillation:
     further end, without gradient. The loss is the pseudo-Huber distance.
     """
 
+    denoiser: Denoiser
+    schedule: VariancePreserving
+    uncond: Conditioning
+    teacher: nn.Module
+    step_schedule: StepSchedule
+    grid_steps: int = 50
+    guidance_range: tuple[float, float] = (1.0, 8.0)
+    huber: float = 0.001
+
     requires = Requirements(
         distils_steps=True,
         sampler="LCMScheduler",
@@ -31,26 +43,15 @@ class ConsistencyDistillation:
     )
     DATA_STD, TIMESTEP_SCALING = 0.5, 10.0
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        schedule: VariancePreserving,
-        uncond: Conditioning,
-        teacher: nn.Module,
-        step_schedule: StepSchedule,
-        grid_steps: int = 50,
-        guidance_range: tuple[float, float] = (1.0, 8.0),
-        huber: float = 0.001,
-    ):
-        self.denoiser, self.schedule, self.uncond, self.teacher = denoiser, schedule, uncond, teacher
-        if guidance_embed_dim(teacher):
+    def __post_init__(self) -> None:
+        schedule, steps, scheduler = self.schedule, self.grid_steps, self.step_schedule.teacher_scheduler
+        if guidance_embed_dim(self.teacher):
             raise ValueError("objective=lcm has one stage, as distillation.steps=[32,4]: its student is no teacher")
-        scheduler = step_schedule.teacher_scheduler
-        grid = nested_steps(schedule, scheduler, grid_steps, scheduler, grid_steps)
-        if len(schedule) % grid_steps or grid[0, 0] != len(schedule) - 1:
-            raise ValueError(f"objective.grid_steps={grid_steps} must divide {len(schedule)}, on a trailing grid")
-        self.bounds_NK = grid.to(next(teacher.parameters()).device)
-        self.guidance_range, self.huber = validate_range(guidance_range), huber
+        grid = nested_steps(schedule, scheduler, steps, scheduler, steps)
+        if len(schedule) % steps or grid[0, 0] != len(schedule) - 1:
+            raise ValueError(f"objective.grid_steps={steps} must divide {len(schedule)}, on a trailing grid")
+        self.bounds_NK = grid.to(next(self.teacher.parameters()).device)
+        validate_range(self.guidance_range)
 
     def consistency(self, unet: nn.Module, z_BCHW: Tensor, t_B: Tensor, cond: Conditioning, w_B: Tensor) -> Tensor:
         """f(z, t): clean latents; z itself at t = 0."""

@@ -3,6 +3,8 @@
 Axes: B batch, N steps of the student, K bounds of a step, C channels, H and W latent size.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -21,6 +23,7 @@ from slimstep.models.denoiser import Denoiser
 from slimstep.models.noise_schedule import NoiseSchedule
 
 
+@dataclass(eq=False)
 class GuidanceDistillation:
     """Guided distillation (Meng et al. 2023): a student with a guidance embedding needs one evaluation a step.
 
@@ -28,22 +31,20 @@ class GuidanceDistillation:
     many steps as the teacher the student learns the guidance alone (their first stage).
     """
 
+    denoiser: Denoiser
+    schedule: NoiseSchedule
+    uncond: Conditioning
+    teacher: nn.Module
+    step_schedule: StepSchedule
+    guidance_range: tuple[float, float] = (1.0, 8.0)
+    weighting: str = "relative"
+
     requires = Requirements(distils_steps=True, guidance_embedding=True)
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        schedule: NoiseSchedule,
-        uncond: Conditioning,
-        teacher: nn.Module,
-        step_schedule: StepSchedule,
-        guidance_range: tuple[float, float] = (1.0, 8.0),
-        weighting: str = "relative",
-    ):
-        self.denoiser, self.schedule, self.uncond, self.teacher = denoiser, schedule, uncond, teacher
-        self.bounds_NK = step_schedule.bounds(schedule).to(next(teacher.parameters()).device)
-        self.guidance_range = validate_range(guidance_range)
-        self.weighting = validate_weighting(weighting, step_schedule)
+    def __post_init__(self) -> None:
+        self.bounds_NK = self.step_schedule.bounds(self.schedule).to(next(self.teacher.parameters()).device)
+        validate_range(self.guidance_range)
+        validate_weighting(self.weighting, self.step_schedule)
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         schedule = self.schedule

@@ -3,6 +3,8 @@
 Axes: B batch, C channels, H and W latent size.
 """
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor, nn
 
@@ -14,19 +16,18 @@ from slimstep.models.denoising import draw_noisy
 from slimstep.models.noise_schedule import NoiseSchedule
 
 
+@dataclass(eq=False)
 class Denoising:
     """L_ori: the denoising loss of what `schedule` says the network predicts."""
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        schedule: NoiseSchedule,
-        uncond: Conditioning,
-        teacher: nn.Module,
-        caption_dropout: float = 0.1,
-    ):
-        check_fraction("v_prediction.objective", caption_dropout=caption_dropout)
-        self.denoiser, self.schedule, self.uncond, self.caption_dropout = denoiser, schedule, uncond, caption_dropout
+    denoiser: Denoiser
+    schedule: NoiseSchedule
+    uncond: Conditioning
+    teacher: nn.Module
+    caption_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        check_fraction("v_prediction.objective", caption_dropout=self.caption_dropout)
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         noisy = draw_noisy(batch, self.schedule, self.uncond, self.caption_dropout, generator)

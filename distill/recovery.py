@@ -5,6 +5,7 @@ Axes: B batch, C channels, H and W latent size.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from slimstep.models.denoising import draw_noisy
 from slimstep.models.noise_schedule import NoiseSchedule
 
 
+@dataclass(eq=False)
 class Recovery:
     """Denoising loss + `output_weight` · output distillation + `feature_weight` · feature distillation.
 
@@ -26,23 +28,20 @@ class Recovery:
     mean square there (LAPTOP-Diff, section 3.3), so that no level drowns the others; BK-SDM uses the plain sum.
     """
 
+    denoiser: Denoiser
+    schedule: NoiseSchedule
+    uncond: Conditioning
+    teacher: nn.Module
+    output_weight: float = 1.0
+    feature_weight: float = 0.5
+    caption_dropout: float = 0.1
+
     requires = Requirements(feature_hooks=True)
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        schedule: NoiseSchedule,
-        uncond: Conditioning,
-        teacher: nn.Module,
-        output_weight: float = 1.0,
-        feature_weight: float = 0.5,
-        caption_dropout: float = 0.1,
-    ):
-        check_fraction("recovery.objective", caption_dropout=caption_dropout)
-        check_not_negative("recovery.objective", output_weight=output_weight, feature_weight=feature_weight)
-        self.denoiser, self.schedule, self.uncond, self.teacher = denoiser, schedule, uncond, teacher
-        self.output_weight, self.feature_weight = output_weight, feature_weight
-        self.caption_dropout = caption_dropout
+    def __post_init__(self) -> None:
+        check_fraction("recovery.objective", caption_dropout=self.caption_dropout)
+        weights = {"output_weight": self.output_weight, "feature_weight": self.feature_weight}
+        check_not_negative("recovery.objective", **weights)
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         noisy = draw_noisy(batch, self.schedule, self.uncond, self.caption_dropout, generator)

@@ -4,7 +4,7 @@ Axes: B batch, G guided rows, N steps of the student, K bounds of a step, C chan
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,7 @@ from slimstep.models.guidance import guided
 from slimstep.models.noise_schedule import NoiseSchedule, add_noise, target_of
 
 
+@dataclass(eq=False)
 class StepDistillation:
     """L_dstl + γ·L_ori (SnapFusion, section 4): vanilla step distillation, CFG-aware in some rows.
 
@@ -41,33 +42,31 @@ class StepDistillation:
     teacher targets are computed once, before the training (vanilla only: `guided_share` 0).
     """
 
+    denoiser: Denoiser
+    schedule: NoiseSchedule
+    uncond: Conditioning
+    teacher: nn.Module
+    step_schedule: StepSchedule
+    guided_share: float = 0.1
+    guidance_range: tuple[float, float] = (2.0, 14.0)
+    weighting: str = "relative"
+    original_weight: float = 0.2
+    caption_dropout: float = 0.1
+    cached_draws: int = 0
+
     requires = Requirements(distils_steps=True)
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        schedule: NoiseSchedule,
-        uncond: Conditioning,
-        teacher: nn.Module,
-        step_schedule: StepSchedule,
-        guided_share: float = 0.1,
-        guidance_range: tuple[float, float] = (2.0, 14.0),
-        weighting: str = "relative",
-        original_weight: float = 0.2,
-        caption_dropout: float = 0.1,
-        cached_draws: int = 0,
-    ):
-        check_fraction("objective", guided_share=guided_share, caption_dropout=caption_dropout)
-        check_not_negative("objective", original_weight=original_weight, cached_draws=cached_draws)
-        if cached_draws and guided_share:
-            raise ValueError(f"objective.cached_draws={cached_draws} needs guided_share=0, and it is {guided_share}")
-        self.denoiser, self.schedule, self.uncond, self.teacher = denoiser, schedule, uncond, teacher
-        self.bounds_NK = step_schedule.bounds(schedule).to(next(teacher.parameters()).device)
-        self.guided_share, self.guidance_range = guided_share, validate_range(guidance_range)
-        self.weighting, self.original_weight = validate_weighting(weighting, step_schedule), original_weight
-        self.caption_dropout, self.cached_draws = caption_dropout, cached_draws
-        if cached_draws:
-            cached = CachedTargets(cached_draws, len(self.bounds_NK), caption_dropout, self.compute_targets)
+    def __post_init__(self) -> None:
+        share, draws = self.guided_share, self.cached_draws
+        check_fraction("objective", guided_share=share, caption_dropout=self.caption_dropout)
+        check_not_negative("objective", original_weight=self.original_weight, cached_draws=draws)
+        if draws and share:
+            raise ValueError(f"objective.cached_draws={draws} needs guided_share=0, and it is {share}")
+        self.bounds_NK = self.step_schedule.bounds(self.schedule).to(next(self.teacher.parameters()).device)
+        validate_range(self.guidance_range)
+        validate_weighting(self.weighting, self.step_schedule)
+        if draws:
+            cached = CachedTargets(draws, len(self.bounds_NK), self.caption_dropout, self.compute_targets)
             self.requires = replace(self.requires, cached_targets=cached)
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:

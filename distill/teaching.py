@@ -142,16 +142,14 @@ def draw_guidance(rows: int, guidance_range: tuple[float, float], generator: tor
     return low + (high - low) * torch.rand(rows, generator=generator, device=generator.device)
 
 
-def validate_weighting(weighting: str, step_schedule: StepSchedule) -> str:
+def validate_weighting(weighting: str, step_schedule: StepSchedule) -> None:
     if weighting not in WEIGHTINGS:
         raise ValueError(f"objective.weighting={weighting!r} is unknown; choose from {WEIGHTINGS}")
     if weighting == "relative" and step_schedule.steps == step_schedule.teacher_steps:
         raise ValueError(f"objective.weighting=relative needs a teacher with more steps than {step_schedule.steps}")
-    return weighting
 
 
-def validate_range(guidance_range: tuple[float, float]) -> tuple[float, float]:
+def validate_range(guidance_range: tuple[float, float]) -> None:
     low, high = guidance_range
     if not 1 <= low <= high:
         raise ValueError(f"objective.guidance_range={list(guidance_range)} must be two scales, 1 <= low <= high")
-    return low, high

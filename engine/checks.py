@@ -1,6 +1,7 @@
 """What sections of the configuration check their values with."""
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 
@@ -9,6 +10,13 @@ def check_minimum(section: str, config: Any, least: int, *names: str) -> None:
     for name in names:
         if not least <= getattr(config, name) < math.inf:
             raise ValueError(f"{section}: {name}={getattr(config, name)} must be at least {least}")
+
+
+def check_choice(section: str, config: Any, **known: Collection[Any]) -> None:
+    """ValueError for values of a section that are none of the known ones."""
+    for name, choices in known.items():
+        if (value := getattr(config, name)) not in choices:
+            raise ValueError(f"{section}.{name}={value!r} is unknown; choose from {', '.join(map(str, choices))}")
 
 
 def check_not_negative(key: str, **values: float) -> None:

@@ -11,7 +11,7 @@ from typing import Any, cast
 from hydra.core.config_store import ConfigStore
 from omegaconf import DictConfig, OmegaConf
 
-from slimstep.engine.checks import check_minimum
+from slimstep.engine.checks import check_choice, check_minimum
 from slimstep.engine.launcher import precision_of
 
 SCHEDULES = ("cosine", "constant")
@@ -51,10 +51,7 @@ class TrainConfig:
     channels_last: bool = False
 
     def __post_init__(self) -> None:
-        if self.schedule not in SCHEDULES:
-            raise ValueError(f"train.schedule={self.schedule!r} is unknown; choose from {SCHEDULES}")
-        if self.optimizer not in OPTIMIZERS:
-            raise ValueError(f"train.optimizer={self.optimizer!r} is unknown; choose from {OPTIMIZERS}")
+        check_choice("train", self, schedule=SCHEDULES, optimizer=OPTIMIZERS)
         names = ("steps", "batch_size", "accumulation", "checkpoint_every", "keep_checkpoints", "log_every")
         check_minimum("train", self, 1, *names)
         if len(self.betas) != 2:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import slimstep.data.config
-from slimstep.engine.checks import as_table, check_minimum
+from slimstep.engine.checks import as_table, check_choice, check_minimum
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
@@ -19,8 +19,7 @@ class DrawingConfig:
     precision: str | None = None
 
     def __post_init__(self) -> None:
-        if self.precision is not None and self.precision not in PRECISIONS:
-            raise ValueError(f"sampling.precision={self.precision!r} is unknown; choose from {PRECISIONS}")
+        check_choice("sampling", self, precision=(None, *PRECISIONS))
 
 
 @dataclass
@@ -34,9 +33,10 @@ class SamplingConfig:
     batch_size: int = 64
 
     def __post_init__(self) -> None:
-        check_minimum(type(self).__name__.removesuffix("Config").lower(), self, 2, "prompts")
-        check_minimum(type(self).__name__.removesuffix("Config").lower(), self, 1, "steps", "batch_size")
-        check_minimum(type(self).__name__.removesuffix("Config").lower(), self, 0, "guidance_scale")
+        section = type(self).__name__.removesuffix("Config").lower()
+        check_minimum(section, self, 2, "prompts")
+        check_minimum(section, self, 1, "steps", "batch_size")
+        check_minimum(section, self, 0, "guidance_scale")
 
 
 @dataclass
@@ -47,8 +47,7 @@ class ScoringConfig(SamplingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.protocol != "snapfusion":
-            raise ValueError(f"scoring.protocol={self.protocol!r} is unknown; choose snapfusion")
+        check_choice("scoring", self, protocol=("snapfusion",))
 
 
 @dataclass
@@ -183,8 +182,7 @@ class LatencyConfig:
     def __post_init__(self) -> None:
         check_minimum("latency", self, 1, "batch", "warmup", "iterations", "additive_samples")
         check_minimum("latency", self, 0, "latent_size", "text_length", "seconds")
-        if self.dtype not in ("float32", "float16", "bfloat16"):
-            raise ValueError(f"latency.dtype={self.dtype!r} is unknown; choose float32, float16 or bfloat16")
+        check_choice("latency", self, dtype=("float32", "float16", "bfloat16"))
 
 
 @dataclass

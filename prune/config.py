@@ -7,7 +7,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 import slimstep.eval.config
-from slimstep.engine.checks import check_minimum
+from slimstep.engine.checks import check_choice, check_minimum
 from slimstep.engine.config import StageConfig
 
 MOST_ROUNDS = 200
@@ -35,8 +35,7 @@ class SearchConfig:
             raise ValueError(f"search.rounds={self.rounds} is more than {MOST_ROUNDS}: no UNet has so many blocks")
         if not isinstance(self.skip_rule, (str, dict)) and not OmegaConf.is_dict(self.skip_rule):
             raise ValueError(f"search.skip_rule={self.skip_rule} must be shortcut, drop_skip or {{block: rule}}")
-        if self.copy_init not in ("zero", "same"):
-            raise ValueError(f"search.copy_init={self.copy_init!r} is unknown; choose zero or same")
+        check_choice("search", self, copy_init=("zero", "same"))
         for name in ("target_fraction", "target_ms"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"search.{name}={value} must be above 0")
@@ -62,9 +61,7 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         check_minimum("decoder", self, 1, "samples")
-        for name, known in {"norm_groups": NORM_GROUPS, "importance": IMPORTANCE}.items():
-            if (value := getattr(self, name)) not in known:
-                raise ValueError(f"decoder.{name}={value!r} is unknown; choose from {known}")
+        check_choice("decoder", self, norm_groups=NORM_GROUPS, importance=IMPORTANCE)
         shares = self.width if OmegaConf.is_list(self.width) or isinstance(self.width, list) else [self.width]
         if not shares or not all(isinstance(share, (int, float)) and 0 < share <= 1 for share in shares):
             raise ValueError(f"decoder.width={self.width} must be a share above 0 and at most 1, or a list of them")

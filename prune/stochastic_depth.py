@@ -5,12 +5,13 @@ Axes: B batch, N blocks, C channels, H and W latent size.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from slimstep.engine.checks import check_fraction
+from slimstep.engine.checks import check_choice, check_fraction
 from slimstep.engine.objective import Batch, Metrics
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.denoiser import Denoiser
@@ -21,6 +22,7 @@ RAMPS = ("constant", "depth", "time")
 KINDS = ("resnet", "attention", "transformer")  # of blocks
 
 
+@dataclass(eq=False)
 class StochasticDepth:
     """The denoising loss of a UNet in which every block is skipped at random, per sample and independently.
 
@@ -32,29 +34,23 @@ class StochasticDepth:
     Raises ValueError for a probability outside [0, 1), an unknown kind or an unknown ramp.
     """
 
-    def __init__(
-        self,
-        denoiser: Denoiser,
-        schedule: NoiseSchedule,
-        uncond: Conditioning,
-        teacher: nn.Module,
-        skip_prob: Mapping[str, float],
-        ramp: str = "constant",
-        caption_dropout: float = 0.1,
-        teacher_weight: float = 0.0,
-    ):
-        bare = extract_model_from_parallel(teacher, keep_torch_compile=False)
+    denoiser: Denoiser
+    schedule: NoiseSchedule
+    uncond: Conditioning
+    teacher: nn.Module
+    skip_prob: Mapping[str, float]
+    ramp: str = "constant"
+    caption_dropout: float = 0.1
+    teacher_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        skip_prob, bare = self.skip_prob, extract_model_from_parallel(self.teacher, keep_torch_compile=False)
         kinds = {*bare.kinds.values()} if hasattr(bare, "kinds") else {"resnet", "attention"}
         if not kinds <= set(skip_prob) <= set(KINDS) or not all(0 <= p < 1 for p in skip_prob.values()):
             names = " and ".join(kind for kind in KINDS if kind in kinds)
             raise ValueError(f"objective.skip_prob={dict(skip_prob)} must give {names} a value in [0, 1)")
-        if ramp not in RAMPS:
-            raise ValueError(f"objective.ramp={ramp!r} is unknown; choose from {RAMPS}")
-        check_fraction("objective", caption_dropout=caption_dropout, teacher_weight=teacher_weight)
-        self.denoiser, self.schedule, self.uncond = denoiser, schedule, uncond
-        self.skip_prob, self.ramp = skip_prob, ramp
-        self.caption_dropout, self.teacher_weight = caption_dropout, teacher_weight
-        self.teacher = teacher if teacher_weight else None
+        check_choice("objective", self, ramp=RAMPS)
+        check_fraction("objective", caption_dropout=self.caption_dropout, teacher_weight=self.teacher_weight)
         self.copied: dict[tuple, Tensor] = {}
 
     def skip_probs(self, kinds: list[str], progress: float, device: str | torch.device = "cpu") -> Tensor:
@@ -75,7 +71,7 @@ class StochasticDepth:
         pred_BCHW = self.denoiser(unet, *noisy.inputs, block_mask_BN=uniform_BN >= probs_N)
         loss = nn.functional.mse_loss(pred_BCHW, noisy.target_BCHW)
         metrics = {"denoising": loss}
-        if self.teacher is not None:
+        if self.teacher_weight:
             with torch.no_grad():
                 target_BCHW = self.denoiser(self.teacher, *noisy.inputs)
             metrics["to_teacher"] = nn.functional.mse_loss(pred_BCHW, target_BCHW)
