@@ -7,9 +7,11 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
+from typing import ClassVar
 
 import fsspec
 
@@ -22,24 +24,18 @@ from slimstep.data.tables import caption_column as find_caption_column
 ROWS_AT_ONCE = 32
 
 
+@dataclass(eq=False)
 class RowStream(Stream):
-    """Rows with an image and a caption. A subclass gives `columns` and `rows`; `name` stands in error messages."""
+    """Rows with an image and a caption. A subclass gives `columns`, `rows` and `name`, which errors begin with."""
 
-    def __init__(
-        self,
-        name: str,
-        resolution: int,
-        split: str,
-        heldout_fraction: float,
-        image_column: str,
-        caption_column: str | None,
-        crop: str,
-        max_broken: float,
-    ) -> None:
-        super().__init__(resolution, split, heldout_fraction, crop, max_broken)
-        self.name, self.image_column = name, image_column
-        self.caption_column = find_caption_column(self.columns, caption_column, name)
-        existing_column(self.columns, image_column, name, "data.image_column")
+    image_column: str = "image"
+
+    name: ClassVar[str]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.caption_column = find_caption_column(self.columns, self.caption_column, self.name)
+        existing_column(self.columns, self.image_column, self.name, "data.image_column")
 
     @property
     @abstractmethod
@@ -49,12 +45,6 @@ class RowStream(Stream):
     @abstractmethod
     def rows(self, part: int, start: int, columns: list[str]) -> Iterator[dict]:
         """The rows of a part from number `start` on, images undecoded."""
-
-    @property
-    def taken(self) -> list:
-        """What of the rows is taken, and how."""
-        columns = [self.image_column, self.caption_column]
-        return [self.split, self.heldout_fraction, *columns, self.resolution, self.crop]
 
     def read(self, part: int, start: int, images: bool = True) -> Iterator[Entry]:
         """A row's key is its part's name and its own number."""
@@ -78,22 +68,10 @@ class ParquetPairs(RowStream):
     Raises ValueError for a source of nothing, files that are no parquet, unknown columns.
     """
 
-    def __init__(
-        self,
-        source: str | list[str],
-        resolution: int,
-        split: str = "train",
-        heldout_fraction: float = 0.1,
-        image_column: str = "image",
-        caption_column: str | None = None,
-        crop: str = "center",
-        max_broken: float = 0.01,
-    ) -> None:
-        self._files = expand(source, (".parquet",))
-        self.parts = [file.rpartition("/")[2] for file in self._files]
-        super().__init__(
-            self._files[0], resolution, split, heldout_fraction, image_column, caption_column, crop, max_broken
-        )
+    def __post_init__(self) -> None:
+        self._files = expand(self.source, (".parquet",))
+        self.name, self.parts = self._files[0], [file.rpartition("/")[2] for file in self._files]
+        super().__post_init__()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -131,44 +109,34 @@ class ParquetPairs(RowStream):
             return open_parquet(Path(file), fsspec.open(file, "rb").open())
 
 
+@dataclass(eq=False)
 class HubStream(RowStream):
     """A data set of the Hugging Face hub, or a local folder of files, read shard by shard as it comes.
 
-    `subset` is the data set's own split. `heldout_subset` is held out as a whole, in place of the fraction.
-    Raises ValueError, in one line, for a name that cannot be loaded and for unknown columns.
+    `source` is its name, `subset` the data set's own split. `heldout_subset` is held out as a whole, in place of the
+    fraction. Raises ValueError, in one line, for a name that cannot be loaded and for unknown columns.
     """
 
-    def __init__(
-        self,
-        name: str,
-        resolution: int,
-        split: str = "train",
-        heldout_fraction: float = 0.1,
-        image_column: str = "image",
-        caption_column: str | None = None,
-        subset: str = "train",
-        heldout_subset: str | None = None,
-        config: str | None = None,
-        crop: str = "center",
-        max_broken: float = 0.01,
-    ) -> None:
+    subset: str = "train"
+    heldout_subset: str | None = None
+    config: str | None = None
+
+    def __post_init__(self) -> None:
         import datasets  # late: a second of imports
 
-        if heldout_subset:
-            subset = heldout_subset if split == "heldout" else subset
-            split = "all"
+        name = self.source
+        if self.heldout_subset:
+            self.subset = self.heldout_subset if self.split == "heldout" else self.subset
+            self.split = "all"
         if (Path(name) / "state.json").is_file() or (Path(name) / "dataset_dict.json").is_file():
             raise ValueError(f"data set {name} was saved whole and is read at random access: data.streaming=false")
-        with loading(name, subset):
-            self._builder = datasets.load_dataset_builder(name, config)
-            rows = self._builder.as_streaming_dataset(split=subset)
+        with loading(name, self.subset):
+            self._builder = datasets.load_dataset_builder(name, self.config)
+            rows = self._builder.as_streaming_dataset(split=self.subset)
             self._rows = rows if rows.features else rows._resolve_features()
-        self.subset = subset
         self.parts = [f"shard {number}" for number in range(self._rows.num_shards)]
-        super().__init__(
-            f"data set {name}, {subset}", resolution, split, heldout_fraction, image_column, caption_column, crop,
-            max_broken,
-        )  # fmt: skip
+        self.name = f"data set {name}, {self.subset}"
+        super().__post_init__()
 
     @cached_property
     def fingerprint(self) -> str:
@@ -207,9 +175,10 @@ def hub_pairs(
     skip_empty: bool = False,
 ) -> HubPairs | HubStream:
     """A data set of the hub, downloaded for random access, or `streaming`. Raises what the two raise."""
-    taken = (split, heldout_fraction, image_column, caption_column, subset, heldout_subset, config, crop, max_broken)
+    options = {"subset": subset, "heldout_subset": heldout_subset, "config": config, "max_broken": max_broken}
+    options |= {"image_column": image_column, "caption_column": caption_column, "crop": crop}
     if not streaming:
-        return HubPairs(name, resolution, *taken, skip_empty)
+        return HubPairs(name, resolution, split, heldout_fraction, **options, skip_empty=skip_empty)
     if skip_empty:
         raise ValueError("data.skip_empty=true: a stream counts rows without one as broken: data.max_broken")
-    return HubStream(name, resolution, *taken)
+    return HubStream(name, resolution, split, heldout_fraction, **options)

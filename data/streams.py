@@ -7,7 +7,8 @@ cache in any order.
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any, Protocol
 
 import torch
@@ -50,20 +51,38 @@ class Pairs(Protocol):
     def __getitem__(self, index: int, /) -> Mapping[str, Any]: ...
 
 
+@dataclass(eq=False)
 class Stream(ABC):
     """What all streams share. A subclass gives `parts`, the names; `fingerprint`; and `read`.
 
-    `split` "heldout" holds the samples whose key hashes into `heldout_fraction`, "train" the others, "all" both.
+    `split` "heldout" holds the samples whose key hashes into `heldout_fraction`, "train" the others, "all" both. Where
+    `image_column` or `caption_column` is None, it is found by itself.
     """
 
-    parts: list[str]
-    fingerprint: str
+    source: str | list[str]
+    resolution: int
+    split: str = "train"
+    heldout_fraction: float = 0.1
+    image_column: str | None = None
+    caption_column: str | None = None
+    crop: str = "center"
+    max_broken: float = 0.01
+    parts: list[str] = field(init=False)
 
-    def __init__(self, resolution: int, split: str, heldout_fraction: float, crop: str, max_broken: float) -> None:
-        check_framing(resolution, crop)
-        check_split(split, heldout_fraction)
-        self.resolution, self.crop, self.max_broken = resolution, crop, max_broken
-        self.split, self.heldout_fraction = split, heldout_fraction
+    def __post_init__(self) -> None:
+        check_framing(self.resolution, self.crop)
+        check_split(self.split, self.heldout_fraction)
+
+    @property
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """Changes with what the source holds, and with what of it is taken, and how."""
+
+    @property
+    def taken(self) -> list:
+        """What of the source is taken, and how."""
+        columns = [self.image_column, self.caption_column]
+        return [self.split, self.heldout_fraction, *columns, self.resolution, self.crop]
 
     @abstractmethod
     def read(self, part: int, start: int, images: bool = True) -> Iterator[Entry]:
@@ -112,11 +131,7 @@ class FirstSamples:
     """The first `count` samples that a scan of a stream meets, kept as they are stored, at random access."""
 
     def __init__(self, stream: Stream, count: int) -> None:
-        self.stream, self.entries = stream, []
-        for entry in stream.scan(images=True):
-            self.entries.append(entry)
-            if len(self.entries) == count:
-                break
+        self.stream, self.entries = stream, list(islice(stream.scan(images=True), count))
 
     def __len__(self) -> int:
         return len(self.entries)

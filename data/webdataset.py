@@ -42,26 +42,14 @@ class WebDatasetPairs(Stream):
     Raises ValueError for a source of nothing.
     """
 
-    def __init__(
-        self,
-        source: str | list[str],
-        resolution: int,
-        split: str = "train",
-        heldout_fraction: float = 0.1,
-        image_column: str | None = None,
-        caption_column: str | None = None,
-        crop: str = "center",
-        max_broken: float = 0.01,
-    ) -> None:
-        super().__init__(resolution, split, heldout_fraction, crop, max_broken)
-        self.parts = expand(source, SUFFIXES)
-        self.image_column, self.caption_column = image_column, caption_column
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.parts = expand(self.source, SUFFIXES)
 
     @cached_property
     def fingerprint(self) -> str:
         """Changes with any tar's name, size or time of change (what a server says of it), and with what is taken."""
-        taken = [self.split, self.heldout_fraction, self.image_column, self.caption_column, self.resolution, self.crop]
-        facts = [marks(self.parts), taken, *(["tars' names in keys"] if self.prefixes[0] else [])]
+        facts = [marks(self.parts), self.taken, *(["tars' names in keys"] if self.prefixes[0] else [])]
         return f"webdataset-1/{hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]}"
 
     @cached_property
