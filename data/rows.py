@@ -7,11 +7,10 @@ import hashlib
 import json
 from abc import abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import ClassVar
 
 import fsspec
 
@@ -29,8 +28,7 @@ class RowStream(Stream):
     """Rows with an image and a caption. A subclass gives `columns`, `rows` and `name`, which errors begin with."""
 
     image_column: str = "image"
-
-    name: ClassVar[str]
+    name: str = field(init=False)
 
     def __post_init__(self) -> None:
         super().__post_init__()

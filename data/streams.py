@@ -5,6 +5,7 @@ to processes by number and work goes on where it was killed. `data/stream_cache.
 cache in any order.
 """
 
+import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from slimstep.data.images import allowed_of, check_split, is_held_out
 from slimstep.data.pixels import BrokenImageError, check_framing, cut_square, decode_rgb
 from slimstep.engine.seeding import generator
 
+log = logging.getLogger("slimstep")
 FEWEST_CHECKED, SLACK = 1000, 5  # before the end, a share of broken samples is that of as many, and may be so much more
 
 
@@ -125,6 +127,16 @@ class Stream(ABC):
             of = f"{len(broken)} of {seen} samples{' so far' if so_far else ''} cannot be used"
             message = f"data.max_broken={self.max_broken} skips {allowed}"
             raise ValueError(f"{of}, and {message}: {few(broken)}; repair them, or raise data.max_broken")
+
+
+def readable(pairs: Pairs, order: str, tell: bool = True) -> Iterator[Mapping[str, Any]]:
+    """The samples that can be read, in the fixed shuffled order of this name; the others are logged."""
+    for index in torch.randperm(len(pairs), generator=generator(order)).tolist():
+        try:
+            yield pairs[index]
+        except BrokenImageError as error:
+            if tell:
+                log.warning(f"left out: {error}")
 
 
 class FirstSamples:

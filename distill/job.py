@@ -24,18 +24,16 @@ from slimstep.engine.environment import environment
 from slimstep.engine.objective import Objective, requirements
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
-from slimstep.eval.evaluator import PARTIAL, Candidate, Evaluator, read_finished
+from slimstep.eval.evaluator import PARTIAL, Candidate, Evaluator
 from slimstep.eval.exporting import export, result_line, write_results
 from slimstep.eval.inputs import (
     load_metrics,
     load_prompts,
     load_scorer,
     load_teacher,
-    note_trained_on,
     offloadable,
-    real_images,
     seen_prompts,
-    training_data,
+    training_pairs,
 )
 from slimstep.eval.metrics.metric import FeatureSimilarity, Psnr, SampleError
 from slimstep.eval.overlap import among, read_calibration_prompts
@@ -67,13 +65,7 @@ def distill_steps(config: Config, run: Run) -> int | Plan:
         return planned(job.teacher, [*checked, *distilling_stages(job)], trainings(job))
     if job.teacher.is_conditional:
         check_scorer(job.teacher.config, run, scorer)
-
-    @cache
-    def pairs() -> CachedPairs:
-        data = training_data(job.teacher)
-        note_trained_on(run, prompts, data.distinct_captions())
-        return data
-
+    pairs = training_pairs(job.teacher, prompts)
     train = partial(trained_copy, job, pairs, [*offloadable(job.teacher.pipeline, scorer)])
     unets = converted_to_v(job, train)
     if job.distillation.recover:
@@ -194,8 +186,7 @@ def evaluated(
         sampler = Sampler(teacher.pipeline, steps, guidance, config.eval.seed, scheduler, teacher.precision)
 
         def draw(indices: list[int]) -> Tensor:
-            noise, draws = torch.stack([sampler.noise(i) for i in indices]), sampler.generators(indices)
-            return sampler.latents(unet, encoded().rows(indices), noise, generators=draws).float()
+            return sampler.latents_at(unet, encoded().rows(indices), indices).float()
 
         facts = {"evaluations": sampler.evaluations(unet)}
         return Candidate(draw, sampler.protocol, facts, sampler.decode,
@@ -204,9 +195,8 @@ def evaluated(
     features = {"features": FeatureSimilarity(scorer)} if scorer else {}
     near = {"psnr": Psnr(), **features, "latent_error": SampleError()}
     metrics = {**load_metrics(config, scorer, teacher.device, teacher.is_conditional), **near}
-    drawn = config.eval.batch_size, config.eval.pictures, partial(real_images, config)
-    evaluator = Evaluator(run, candidate, prompts, metrics, scorer, ("teacher", job.distillation.steps[0]), *drawn,
-                          read_finished(run))  # fmt: skip
+    reference = "teacher", job.distillation.steps[0]
+    evaluator = Evaluator(config, run, candidate, prompts, metrics, scorer, reference)
     points = [evaluator.point(*key) for key in settings(job)]
     forget_times_of_others(run, evaluator.finished, points)
     protocol = {**(scorer.protocol if scorer else {}), "seed": config.eval.seed}

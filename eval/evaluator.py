@@ -9,6 +9,7 @@ Axes: P prompts, R real images, D features, H and W height and width in pixels.
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ from slimstep.engine.environment import environment
 from slimstep.engine.files import damaged
 from slimstep.engine.parallel import map_batches
 from slimstep.engine.run import Run
+from slimstep.eval.config import Config
+from slimstep.eval.inputs import real_images
 from slimstep.eval.metrics.clip import ClipScorer
 from slimstep.eval.metrics.compare import mean_and_error, paired_difference
 from slimstep.eval.metrics.metric import DistributionMetric, Kind, Metric, of_kind
@@ -49,20 +52,23 @@ class Evaluator:
     """What all points of an evaluation share.
 
     `candidate(model, steps, guidance)` is asked for points that are not there yet. `reference` is the model and the
-    number of steps that others are compared with, at the same guidance scale. `real_images` gives uint8 [R, 3, H, W]
-    for distribution metrics. The first `pictures` images are kept. `finished` is what the run holds already.
+    number of steps that others are compared with, at the same guidance scale. `config` is the job's: its `eval` says
+    in which batches images are drawn and how many are kept, its data hold the real images of distribution metrics.
     """
 
+    config: Config
     run: Run
     candidate: Callable[[str, int, float], Candidate]
     prompts: PromptSet
     metrics: Mapping[str, Metric]
     scorer: ClipScorer | None
     reference: tuple[str, int]
-    batch_size: int
-    pictures: int
-    real_images: Callable[[], Tensor] | None = None
-    finished: Evaluation | None = None
+
+    @cached_property
+    def finished(self) -> Evaluation | None:
+        """What a finished run of this or an earlier version holds already."""
+        run = self.run
+        return read_evaluation(run.path) if run.made(FILE) or run.made("results.json") else None
 
     def point(self, model: str, steps: int, guidance: float) -> Point:
         """A model at a setting, in evaluation/MODEL/guidance-G-steps-N.json."""
@@ -79,10 +85,9 @@ class Evaluator:
         reference = self.reference_samples(guidance, candidate if is_reference else None)
         samples = reference if is_reference else self.draw(key, candidate)
         beside = None if is_reference or reference.shape != samples.shape else reference
-        kept = samples[: self.pictures]
-        if self.pictures:
+        if pictures := self.config.eval.pictures:
             folder = f"images/{model}/steps-{steps}-guidance-{guidance}"
-            self.run.folder(folder, lambda path: write_pictures(candidate.images(kept), path))
+            self.run.folder(folder, lambda path: write_pictures(candidate.images(samples[:pictures]), path))
         metrics = self.measure(f"{model}, {steps} steps, guidance {guidance:g}", candidate, samples, beside)
         metrics |= candidate.more()
         shuffled = {"against_shuffled": self.against_shuffled(candidate, samples)} if is_reference else {}
@@ -96,7 +101,7 @@ class Evaluator:
             return self.mapped(candidate.draw, f"images of {what}", self.run.path / PARTIAL / keep)
 
     def mapped(self, fn: Callable[[list[int]], Tensor], what: str, keep: Path | None = None) -> Tensor:
-        return map_batches(fn, len(self.prompts), self.batch_size, self.run.accelerator, what, keep)
+        return map_batches(fn, len(self.prompts), self.config.eval.batch_size, self.run.accelerator, what, keep)
 
     def reference_samples(self, guidance: float, candidate: Candidate | None = None) -> Tensor:
         """What the reference draws, kept in a file."""
@@ -153,10 +158,9 @@ class Evaluator:
         """[R, D] of real images, kept in a file."""
 
         def features() -> Tensor:
-            assert self.real_images, f"{name} compares with real images, and there are none"
-            images, what = self.real_images(), f"{name} of real images"
+            images, size = real_images(self.config), self.config.eval.batch_size
             rate = lambda indices: metric.features(images[indices])  # noqa: E731
-            return map_batches(rate, len(images), self.batch_size, self.run.accelerator, what)
+            return map_batches(rate, len(images), size, self.run.accelerator, f"{name} of real images")
 
         return self.kept(f"real-{name}", "features", features)
 
@@ -192,7 +196,7 @@ class Evaluator:
             prompts=self.prompts.name,
             prompts_hash=self.prompts.hash,
             n=len(self.prompts.distinct),
-            shown=self.prompts.prompts[: self.pictures],
+            shown=self.prompts.prompts[: self.config.eval.pictures],
             protocol=protocol,
             points=tuple(compared(point, base[point.guidance]) for point in points),
             environment=environment(),
@@ -202,11 +206,6 @@ class Evaluator:
         evaluation = read_evaluation(run.path)
         assert evaluation, f"{run.path / FILE} was written"
         return evaluation
-
-
-def read_finished(run: Run) -> Evaluation | None:
-    """What a finished run of this or an earlier version holds."""
-    return read_evaluation(run.path) if run.made(FILE) or run.made("results.json") else None
 
 
 def place(model: str, steps: int, guidance: float) -> str:

@@ -2,9 +2,11 @@
 
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import cache
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -17,13 +19,11 @@ from slimstep.data.cache import CachedPairs, cache_pairs
 from slimstep.data.config import CacheConfig
 from slimstep.data.encoding import is_truncated
 from slimstep.data.folder import few
-from slimstep.data.images import BrokenImageError
 from slimstep.data.prompts import PromptSet, disjoint_prompts, read_prompts
-from slimstep.data.streams import at_random_access
+from slimstep.data.streams import at_random_access, readable
 from slimstep.engine.checks import check_minimum
 from slimstep.engine.components import component
 from slimstep.engine.run import Run
-from slimstep.engine.seeding import generator
 from slimstep.engine.sharding import autocast_dtype
 from slimstep.eval.config import Config, LatencyConfig, SamplingConfig
 from slimstep.eval.metrics.clip import ClipScorer
@@ -214,6 +214,18 @@ def training_data(teacher: Teacher) -> CachedPairs:
     return cache_pairs(pairs, teacher.pipeline, **options, accelerator=teacher.run.accelerator)
 
 
+def training_pairs(teacher: Teacher, prompts: PromptSet) -> Callable[[], CachedPairs]:
+    """`training_data`, made when it is first asked for, and with it the note which of the prompts are trained on."""
+
+    @cache
+    def pairs() -> CachedPairs:
+        data = training_data(teacher)
+        note_trained_on(teacher.run, prompts, data.distinct_captions())
+        return data
+
+    return pairs
+
+
 def heldout_pairs(config: Config, enough: int | None = None) -> Dataset:
     """Images that nothing is trained on."""
     held = component(OmegaConf.merge(config, {"data": {"pairs": {"split": "heldout"}}}), "data.pairs")
@@ -224,15 +236,7 @@ def real_images(config: Config) -> Tensor:
     """Held-out images that can be read, uint8 [R, 3, H, W], in a fixed shuffled order."""
     count = config.evaluation.real_images
     pairs = heldout_pairs(config, count)
-    found = []
-    for index in torch.randperm(len(pairs), generator=generator("real images")).tolist():
-        try:
-            found.append(pairs[index]["image"])
-        except BrokenImageError as error:
-            log.warning(f"left out: {error}")
-        if len(found) == count:
-            break
-    return torch.stack(found)
+    return torch.stack([pair["image"] for pair in islice(readable(pairs, "real images"), count)])
 
 
 def check_inputs(teacher: Teacher) -> None:

@@ -21,7 +21,7 @@ from slimstep.engine.files import digest
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
 from slimstep.eval.config import Config
-from slimstep.eval.evaluator import Candidate, Evaluator, place, read_finished
+from slimstep.eval.evaluator import Candidate, Evaluator, place
 from slimstep.eval.given import GivenModels, given_models, resolution_of
 from slimstep.eval.inputs import (
     Teacher,
@@ -30,7 +30,6 @@ from slimstep.eval.inputs import (
     load_scorer,
     numbered_images,
     read_prompt_set,
-    real_images,
     storage,
 )
 from slimstep.eval.metrics.clip import ClipScorer
@@ -174,8 +173,7 @@ def evaluator_of(
                  "evaluations": drawn.evaluations(network)}  # fmt: skip
         return Candidate(partial(drawn.images, network, prompts.prompts), drawn.protocol, facts)
 
-    return Evaluator(run, candidate, prompts, metrics, scorer, models.reference, config.eval.batch_size,
-                     config.eval.pictures, partial(real_images, config), read_finished(run))  # fmt: skip
+    return Evaluator(config, run, candidate, prompts, metrics, scorer, models.reference)
 
 
 def compile_pipeline(

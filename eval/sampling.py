@@ -160,6 +160,11 @@ class Sampler:
         """What `denoise` gives; ValueError where it is not finite."""
         return finite({"latents": self.denoise(unet, *given, **options)}, unet)["latents"]
 
+    def latents_at(self, unet: nn.Module, cond: Conditioning, indices: Sequence[int], **options: Any) -> Tensor:
+        """The latents of the images `indices`, whose conditioning is `cond`, each from its own noise."""
+        noise_BCHW = torch.stack([self.noise(i) for i in indices])
+        return self.latents(unet, cond, noise_BCHW, generators=self.generators(indices), **options)
+
     @torch.inference_mode()
     def denoise(
         self,
@@ -238,10 +243,8 @@ class Sampler:
         uncond = self.unconditional if self.guides(unet) else None  # here, not by as many threads as draw
 
         def draw(network: nn.Module, rows: list[int], block_mask_BN: Tensor | None) -> Tensor:
-            numbers = [indices[row] for row in rows]
-            noise_BCHW = torch.stack([self.noise(i) for i in numbers])
-            given = cond.rows(rows), noise_BCHW, block_mask_BN, self.generators(numbers)
-            return self.decode(self.latents(network, *given, uncond=uncond))
+            options = {"block_mask_BN": block_mask_BN, "uncond": uncond}
+            return self.decode(self.latents_at(network, cond.rows(rows), [indices[row] for row in rows], **options))
 
         if can_be_parted(unet):
             return draw_in_parts(draw, unet, len(indices), block_mask_BN, math.prod(self.latent_shape[1:]))

@@ -10,7 +10,7 @@ Axes: N images, R shuffles, D feature width.
 
 import json
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from itertools import islice
 from typing import Any
 
@@ -19,15 +19,13 @@ from accelerate import Accelerator
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from slimstep.data.images import BrokenImageError
 from slimstep.data.prompts import PromptSet
-from slimstep.data.streams import at_random_access
+from slimstep.data.streams import at_random_access, readable
 from slimstep.engine.components import component
 from slimstep.engine.files import write_json
 from slimstep.engine.identity import SCORER_CHECK
 from slimstep.engine.parallel import map_batches
 from slimstep.engine.run import FINISHED, Run
-from slimstep.engine.seeding import generator
 from slimstep.eval.config import Config
 from slimstep.eval.metrics.clip import BATCH, ClipScorer
 from slimstep.eval.metrics.compare import mean_and_error
@@ -157,19 +155,11 @@ def own_images(config: Config, count: int) -> tuple[list[Tensor], list[str]]:
             if split == "train" and not images:
                 raise
             continue
-        for sample in islice(readable(pairs), count - len(images)):
+        # Those that cannot be read are counted and reported where all are encoded.
+        for sample in islice(readable(pairs, "scorer check", tell=False), count - len(images)):
             images.append(sample["image"])
             captions.append(sample["caption"])
     return images, captions
-
-
-def readable(pairs) -> Iterator[dict[str, Any]]:
-    """Those that can be read; the others are counted and reported where all are encoded."""
-    for index in torch.randperm(len(pairs), generator=generator("scorer check")).tolist():
-        try:
-            yield pairs[index]
-        except BrokenImageError:
-            continue
 
 
 # ---- the teacher ----

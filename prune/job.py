@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from slimstep.data.prompts import PromptSet
 from slimstep.engine.components import component
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
-from slimstep.eval.evaluator import Candidate, Evaluator, read_finished
+from slimstep.eval.evaluator import Candidate, Evaluator
 from slimstep.eval.exporting import export, result_line, write_results
 from slimstep.eval.inputs import (
     Teacher,
@@ -21,11 +21,9 @@ from slimstep.eval.inputs import (
     load_prompts,
     load_scorer,
     load_teacher,
-    note_trained_on,
     offloadable,
-    real_images,
     seen_prompts,
-    training_data,
+    training_pairs,
 )
 from slimstep.eval.metrics.metric import Metric, Psnr, of_kind
 from slimstep.eval.pages.comparison import run_table
@@ -67,14 +65,8 @@ def prune_unet(config: Config, run: Run) -> int | Plan:
         check_scorer(teacher.config, run, scorer)
     ranking = list(calibration.distinct) if search.needs_scores else []
     run.json("prompts.json", lambda: {"calibration_prompts": ranking, "eval_prompts": list(prompts.distinct)})
-
-    @cache
-    def pairs():
-        data = training_data(teacher)
-        note_trained_on(run, prompts, data.distinct_captions())
-        return data
-
-    train = partial(train_stage, teacher=teacher, pairs=pairs, offloadable=offloadable(teacher.pipeline, scorer))
+    pairs, offloaded = training_pairs(teacher, prompts), offloadable(teacher.pipeline, scorer)
+    train = partial(train_stage, teacher=teacher, pairs=pairs, offloadable=offloaded)
     setting = config.eval.steps, config.eval.guidance_scale
     points, times = [evaluator.point("teacher", *setting)], {}
     measures = Measures(teacher, search, calibration, evaluator.metrics)
@@ -155,8 +147,7 @@ def evaluator_of(
     teacher: Teacher, unets: Mapping[str, Prunable], prompts: PromptSet, scorer: Any
 ) -> Evaluator:
     """Every UNet in the teacher's pipeline; `unets` grows while the job goes on."""
-    config, run = teacher.config, teacher.run
-    sampler = teacher.sampler(config.eval)
+    config, sampler = teacher.config, teacher.sampler(teacher.config.eval)
     codec = family_of(teacher.pipeline).codec(teacher.pipeline)
     decoder = {"decoder": count_parameters(codec.decoder)} if codec else {}
 
@@ -168,8 +159,7 @@ def evaluator_of(
         return Candidate(partial(sampler.images, unet, prompts.prompts), sampler.protocol, facts)
 
     metrics = {**load_metrics(config, scorer, teacher.device, teacher.is_conditional), "psnr": Psnr()}
-    return Evaluator(run, candidate, prompts, metrics, scorer, ("teacher", config.eval.steps), config.eval.batch_size,
-                     config.eval.pictures, partial(real_images, config), read_finished(run))  # fmt: skip
+    return Evaluator(config, teacher.run, candidate, prompts, metrics, scorer, ("teacher", config.eval.steps))
 
 
 def results(teacher: Teacher, evaluation: Evaluation) -> Sequence[str]:

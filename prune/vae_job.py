@@ -8,6 +8,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,9 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from slimstep.data.encoding import encode_images
-from slimstep.data.images import BrokenImageError
 from slimstep.data.latents import LatentMix
 from slimstep.data.prompts import PromptSet, heldout_prompts, read_prompts
+from slimstep.data.streams import readable
 from slimstep.engine.components import check, component
 from slimstep.engine.environment import environment
 from slimstep.engine.files import damaged
@@ -29,10 +30,9 @@ from slimstep.engine.objective import check_requirements
 from slimstep.engine.parallel import map_batches
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
-from slimstep.engine.seeding import generator
 from slimstep.eval.config import LatentsConfig
 from slimstep.eval.decoders import compare_decoders
-from slimstep.eval.evaluator import PARTIAL, Candidate, Evaluator, read_finished, write_pictures
+from slimstep.eval.evaluator import PARTIAL, Candidate, Evaluator, write_pictures
 from slimstep.eval.exporting import clip_line, export, write_results
 from slimstep.eval.inputs import (
     Teacher,
@@ -201,8 +201,7 @@ def heldout(job: DecoderPruning, prompts: PromptSet) -> dict[str, Tensor]:
 
         def draw(indices: list[int]) -> Tensor:
             cond = sampler.encode(prompts.prompts).rows(indices)
-            noise, draws = torch.stack([sampler.noise(i) for i in indices]), sampler.generators(indices)
-            return sampler.latents(teacher.unet, cond, noise, generators=draws).float()
+            return sampler.latents_at(teacher.unet, cond, indices).float()
 
         size, keep = len(prompts), run.path / PARTIAL / "heldout"
         sampled = map_batches(draw, size, config.batch_size, run.accelerator, "held-out latents", keep)
@@ -213,16 +212,8 @@ def heldout(job: DecoderPruning, prompts: PromptSet) -> dict[str, Tensor]:
 
 def heldout_images(job: DecoderPruning, count: int) -> dict[str, Tensor]:
     """Up to `count` held-out images that can be read, in a fixed shuffled order, and their latents."""
-    teacher, pairs = job.teacher, job.heldout_pairs
-    order = torch.randperm(len(pairs), generator=generator("held-out images")).tolist()
-    images = []
-    for index in order:
-        try:
-            images.append(pairs[index]["image"])
-        except BrokenImageError as error:
-            log.warning(f"left out: {error}")
-        if len(images) == count:
-            break
+    teacher, pairs = job.teacher, readable(job.heldout_pairs, "held-out images")
+    images = [pair["image"] for pair in islice(pairs, count)]
     if len(images) < 2:
         reason = f"{len(images)} held-out images can be read; a decoder is evaluated on 2 and more"
         raise ValueError(f"{reason}: repair them, or a higher data.heldout_fraction")
@@ -295,7 +286,7 @@ def objective_of(job: DecoderPruning) -> Any:
 def evaluator_of(job: DecoderPruning, vaes: dict[str, AutoencoderKL], prompts: PromptSet, scorer: Any) -> Evaluator:
     """Every decoder on the same latents: sampled ones by the evaluator, real ones beside it. `vaes` grows while the
     job goes on."""
-    teacher, run, config = job.teacher, job.run, job.teacher.config.eval
+    teacher, config = job.teacher, job.teacher.config.eval
     held = cache(lambda: heldout(job, prompts))
     near = {"psnr": Psnr(), "ssim": Ssim(), "features": FeatureSimilarity(scorer)}
 
@@ -306,8 +297,7 @@ def evaluator_of(job: DecoderPruning, vaes: dict[str, AutoencoderKL], prompts: P
                          more=lambda: nearness_on_real(job, name, sampler, latents, near))  # fmt: skip
 
     metrics = {**load_metrics(teacher.config, scorer, teacher.device), **near}
-    return Evaluator(run, candidate, prompts, metrics, scorer, ("teacher", config.steps), config.batch_size,
-                     config.pictures, finished=read_finished(run))  # fmt: skip
+    return Evaluator(teacher.config, teacher.run, candidate, prompts, metrics, scorer, ("teacher", config.steps))
 
 
 def sampler_with(job: DecoderPruning, vae: nn.Module) -> Sampler:
