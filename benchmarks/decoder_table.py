@@ -9,14 +9,13 @@ of each. The table and every evaluation go to --out. Started again, it continues
 """
 
 import argparse
-import os
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.launching import run_job
 from slimstep.engine.console import open_console
 from slimstep.engine.files import write_json, write_text
 from slimstep.eval.pages.tables import markdown_table
@@ -24,7 +23,6 @@ from slimstep.eval.pages.text import difference
 from slimstep.eval.pages.vae_page import measures
 from slimstep.eval.record import Point, read_evaluation
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 ROWS = {
     **{name: [f"decoder.importance={name}"]
        for name in ("magnitude", "taylor", "activation_energy", "random", "first")},
@@ -45,15 +43,9 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", help="further overrides of the experiment, for all rows")
     options = parser.parse_args()
     for name in options.only:
-        command = [
-            sys.executable, str(REPOSITORY / "train.py"), "+experiment=prune_vae", f"root={options.root}",
-            f"name={name.replace(' ', '-')}", f"train.steps={options.steps}", "latency.iterations=2",
-            "decoder.batches=[1]", *ROWS[name], *options.overrides,
-        ]  # fmt: skip
-        print("$", " ".join(command), flush=True)
-        on_cpu = {"ACCELERATE_USE_CPU": "true"} if not os.path.exists("/dev/nvidia0") else {}
-        if code := subprocess.run(command, env={**os.environ, **on_cpu}).returncode:
-            sys.exit(f"{name} failed with exit code {code}; the same command continues")
+        place = [f"root={options.root}", f"name={name.replace(' ', '-')}", f"train.steps={options.steps}"]
+        times = ["latency.iterations=2", "decoder.batches=[1]"]
+        run_job("prune_vae", [*place, *times, *ROWS[name], *options.overrides])
         write_results(options)
 
 

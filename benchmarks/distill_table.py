@@ -12,9 +12,7 @@ Schedules share what is the same in them: the teacher's evaluation, the stages o
 """
 
 import argparse
-import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, replace
@@ -22,24 +20,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.launching import REPOSITORY, run_job
 from slimstep.engine.console import open_console
 from slimstep.engine.files import whole_folder, write_json, write_text
 from slimstep.engine.loop import WEIGHTS
-from slimstep.eval.metrics.compare import paired_difference, paired_ratio
+from slimstep.eval.metrics.compare import paired_difference
 from slimstep.eval.pages.figures import save_png
-from slimstep.eval.pages.steps_page import (
-    SAMPLERS,
-    curves_figure,
-    display,
-    distance_figure,
-)
+from slimstep.eval.pages.steps_page import SAMPLERS, curves_figure, display, distance_figure, error_ratio, number
 from slimstep.eval.pages.tables import markdown_table
-from slimstep.eval.pages.text import difference, ratio
+from slimstep.eval.pages.text import difference, ratio, score
 from slimstep.eval.record import Evaluation, Point, read_evaluation
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 TEACHER = REPOSITORY / "assets/shapes"
 # BK-SDM's rule, the second of every pair of blocks, but for the innermost up level: 73 % of the UNet's time.
 CUT = (
@@ -145,23 +138,15 @@ def copy(source: Path, there: Path) -> None:
 
 
 def run(name: str, options: argparse.Namespace) -> None:
-    python = [sys.executable]
-    if options.processes > 1:
-        python = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={options.processes}"]
     batch = options.batch // options.processes
     values = {"root": options.root, "together": 3 * options.steps, "long": options.long_steps}
     own = [word.format(**values) for word in SCHEDULES[name]]
-    command = [
-        *python, str(REPOSITORY / "train.py"), "+experiment=distill_steps", f"root={options.root}",
-        f"name={slug(name)}", f"train.steps={options.steps}", f"train.batch_size={batch}",
+    overrides = [
+        f"root={options.root}", f"name={slug(name)}", f"train.steps={options.steps}", f"train.batch_size={batch}",
         f"recovery.train.steps={2 * options.steps}", f"recovery.train.batch_size={batch}",
         f"train.learning_rate={options.learning_rate}", *COMMON, *own, *options.overrides,
     ]  # fmt: skip
-    print("$", " ".join(command), flush=True)
-    on_cpu = {"ACCELERATE_USE_CPU": "true"} if not os.path.exists("/dev/nvidia0") else {}
-    code = subprocess.run(command, env={**os.environ, **on_cpu}).returncode
-    if code:
-        sys.exit(f"{name} failed with exit code {code}; the same command continues")
+    run_job("distill_steps", overrides, options.processes)
 
 
 def write_results(options: argparse.Namespace, names: Sequence[str]) -> None:
@@ -199,19 +184,10 @@ def over_samplers(point: Point, points: Sequence[Point]) -> dict[str, dict | Non
     return {name: error_ratio(point, others.get(name)) for name in SAMPLERS}
 
 
-def error_ratio(point: Point, other: Point | None) -> dict | None:
-    """Of the latent errors, prompt by prompt; None where either has none."""
-    errors, others = (p and p.metrics["latent_error"] for p in (point, other))
-    is_apart = errors and others and others["mean"]
-    return vars(paired_ratio(errors["per_prompt"], others["per_prompt"])) if is_apart else None
-
-
 def cells(point: Point, points: Sequence[Point]) -> list[str]:
-    error = point.mean("latent_error")
     return [
         display(point.model), str(point.steps), str(point.facts["evaluations"]),
-        f"{point.clip['mean']:.2f} ± {point.clip['se']:.2f}", difference(point.versus_reference),
-        "–" if error is None else f"{error:.4f}",
+        score(point.clip), difference(point.versus_reference), number(point, "latent_error", ".4f"),
         *map(ratio, over_samplers(point, points).values()),
     ]  # fmt: skip
 

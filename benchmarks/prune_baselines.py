@@ -10,19 +10,17 @@ Started again, it continues.
 """
 
 import argparse
-import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from benchmarks.launching import run_job
 from slimstep.engine.console import open_console
 from slimstep.engine.files import whole_folder
 from slimstep.eval.pages.comparison import compare_runs
 
-REPOSITORY = Path(__file__).resolve().parents[1]
 RULES = {
     "snapfusion": ["search=snapfusion"],
     "bk_sdm": ["search=bk_sdm"],
@@ -42,7 +40,9 @@ def main() -> None:
     options = parser.parse_args()
     for rule, overrides in RULES.items():
         share_trained_weights(options.root / "snapfusion", options.root / rule)
-        run_rule(rule, overrides, options)
+        search = ["search.rounds=1", "search.skip_rule=drop_skip", f"search.target_fraction={options.fraction}"]
+        own = [*search, f"root={options.root}", f"name={rule}", *overrides, *options.overrides]
+        run_job("prune_unet", own, options.processes, fine=(0, 3))
     print(compare_runs([options.root / rule for rule in RULES], options.out))
     for rule in RULES:
         shutil.copyfile(options.root / rule / "evaluation.json", options.out / f"{rule}.json")
@@ -55,22 +55,6 @@ def share_trained_weights(source: Path, run: Path) -> None:
     if weights.exists() and not target.exists():
         with whole_folder(target.parent) as aside:
             shutil.copyfile(weights, aside / weights.name)
-
-
-def run_rule(rule: str, overrides: list[str], options: argparse.Namespace) -> None:
-    python = [sys.executable]
-    if options.processes > 1:
-        python = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={options.processes}"]
-    command = [
-        *python, str(REPOSITORY / "train.py"), "+experiment=prune_unet", "search.rounds=1",
-        "search.skip_rule=drop_skip", f"search.target_fraction={options.fraction}", f"root={options.root}",
-        f"name={rule}", *overrides, *options.overrides,
-    ]  # fmt: skip
-    print("$", " ".join(command), flush=True)
-    on_cpu = {"ACCELERATE_USE_CPU": "true"} if not os.path.exists("/dev/nvidia0") else {}
-    code = subprocess.run(command, env={**os.environ, **on_cpu}).returncode
-    if code not in (0, 3):
-        sys.exit(f"{rule} failed with exit code {code}; the same command continues")
 
 
 if __name__ == "__main__":

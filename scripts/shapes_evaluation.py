@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.utils import make_grid, save_image
 
+from slimstep.data.making import cut
 from slimstep.data.prompts import PromptSet
 from slimstep.data.scene import Scene
 from slimstep.data.shapes import ShapesPairs, caption, hard_negatives
@@ -31,7 +32,7 @@ def top1_of_100(scorer: ClipScorer, images_N3HW: Tensor, captions: Sequence[str]
     """How often an image prefers its own caption to those of 99 other scenes; equal captions count as own."""
     hits = []
     for image_BD, text_BD, texts in zip(
-        scorer.image(images_N3HW).split(100), scorer.text(captions).split(100), _chunks(captions, 100), strict=True
+        scorer.image(images_N3HW).split(100), scorer.text(captions).split(100), cut(captions, 100), strict=True
     ):
         best = (image_BD @ text_BD.T).argmax(1).tolist()
         hits += [texts[chosen] == texts[index] for index, chosen in enumerate(best)]
@@ -87,19 +88,17 @@ def evaluate_assets(assets: Path, config, pictures: Path) -> dict:
     text_ND = scorer.text(prompts.prompts)
     pictures.mkdir(parents=True, exist_ok=True)
     for name, images in shown.items():
-        score_N = scorer.score(images, text_ND)
-        error = float(score_N.std() / len(score_N) ** 0.5)
-        report["clip"][name] = {"mean": float(score_N.mean()), "se": error}
+        report["clip"][name] = mean_and_error(scorer.score(images, text_ND))
         report["told_apart"][name] = distinguished(scorer, images, scenes)
         save_grid(images, pictures / f"{name.replace(' ', '_')}.png")
     return report
+
+
+def mean_and_error(score_N: Tensor) -> dict[str, float]:
+    return {"mean": float(score_N.mean()), "se": float(score_N.std() / len(score_N) ** 0.5)}
 
 
 def save_grid(images_N3HW: Tensor, path: Path) -> None:
     """The first 64 images, at twice their size."""
     grid = make_grid(images_N3HW[:64].float() / 255, nrow=8, padding=2, pad_value=0.5)
     save_image(grid.repeat_interleave(2, 1).repeat_interleave(2, 2), path)
-
-
-def _chunks(items: Sequence, size: int) -> list[Sequence]:
-    return [items[start : start + size] for start in range(0, len(items), size)]

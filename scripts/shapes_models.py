@@ -1,6 +1,5 @@
 """The networks of the embedded world: small widths in the topology of Stable Diffusion 1.5, and its CLIP scorer."""
 
-import json
 from pathlib import Path
 
 import open_clip
@@ -14,6 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from slimstep.data.shapes_tokenizer import MAX_TOKENS
 from slimstep.engine.files import whole_folder, write_json
+from slimstep.models.pipeline import make_readable
 
 LATENT_SIZE, RESOLUTION = 16, 64
 
@@ -102,7 +102,7 @@ def save_pipeline(pipeline: DiffusionPipeline, folder: Path) -> None:
     """An ordinary diffusers folder with float16 weights; turns the pipeline's weights to float16."""
     with whole_folder(folder) as aside:
         pipeline.to(dtype=torch.float16).save_pretrained(aside)
-        readable(aside)
+        make_readable(aside)
 
 
 def scorer_config(config: DictConfig, tokenizer: CLIPTokenizer) -> dict:
@@ -135,11 +135,5 @@ def save_scorer(scorer: open_clip.CLIP, config: DictConfig, tokenizer: CLIPToken
         state = {name: tensor.half().contiguous() for name, tensor in scorer.state_dict().items()}
         save_file(state, aside / "open_clip_model.safetensors")
         described = {"model_cfg": scorer_config(config, tokenizer), "preprocess_cfg": preprocess}
-        write_json(aside / "open_clip_config.json", json.loads(json.dumps(described)))
-        readable(aside)
-
-
-def readable(folder: Path) -> None:
-    """safetensors writes files that only their owner may read."""
-    for path in folder.rglob("*"):
-        path.chmod(0o755 if path.is_dir() else 0o644)
+        write_json(aside / "open_clip_config.json", described)
+        make_readable(aside)

@@ -12,7 +12,7 @@ import torch
 from diffusers import SD3Transformer2DModel, StableDiffusion3Pipeline
 from torch import Tensor
 
-from scripts.shapes_evaluation import BATCH, distinguished, heldout_scenes, save_grid, through_vae
+from scripts.shapes_evaluation import BATCH, distinguished, heldout_scenes, mean_and_error, save_grid, through_vae
 from slimstep.data.shapes import caption
 from slimstep.engine.seeding import generator
 from slimstep.eval.metrics.clip import ClipScorer
@@ -47,10 +47,6 @@ def without_block(transformer: SD3Transformer2DModel, index: int) -> Iterator[No
         yield
     finally:
         del transformer.forward
-
-
-def mean_and_error(score_N: Tensor) -> dict[str, float]:
-    return {"mean": float(score_N.mean()), "se": float(score_N.std() / len(score_N) ** 0.5)}
 
 
 def block_losses(

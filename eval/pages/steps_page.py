@@ -82,7 +82,7 @@ def points_table(points: Sequence[TimedPoint]) -> Table:
               "latent error", "over DDIM's", "over DPM++'s", "PSNR, dB", "features"]  # fmt: skip
     by_key, rows = {key(p): p for p in points}, []
     for p in points:
-        over = [error_over(p, by_key.get((p.guidance, sampler, p.steps))) for sampler in SAMPLERS]
+        over = [ratio(error_ratio(p, by_key.get((p.guidance, sampler, p.steps)))) for sampler in SAMPLERS]
         rows.append([
             display(p.model), f"{p.guidance:g}", str(p.steps), str(p.facts["evaluations"]), f"{p.unet_ms:.1f}",
             score(p.clip), difference(p.versus_reference),
@@ -97,12 +97,11 @@ def number(point: Point, metric: str, form: str) -> str:
     return "–" if mean is None else format(mean, form)
 
 
-def error_over(point: Point, other: Point | None) -> str:
-    """The latent error in units of another point's, prompt by prompt; a dash where either has none."""
+def error_ratio(point: Point, other: Point | None) -> dict[str, float] | None:
+    """The latent error in units of another point's, prompt by prompt; None where either has none."""
     errors, others = (p and p.metrics.get("latent_error") for p in (point, other))
-    if not errors or not others or not others["mean"]:
-        return "–"
-    return ratio(vars(paired_ratio(errors["per_prompt"], others["per_prompt"])))
+    is_apart = errors and others and others["mean"]
+    return vars(paired_ratio(errors["per_prompt"], others["per_prompt"])) if is_apart else None
 
 
 def display(model: str) -> str:
