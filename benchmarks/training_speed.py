@@ -41,15 +41,7 @@ from slimstep.engine.environment import environment
 from slimstep.engine.files import write_json
 from slimstep.engine.run import Run
 from slimstep.eval.decoders import decoder_gflops
-from slimstep.eval.inputs import (
-    Teacher,
-    heldout_pairs,
-    load_metrics,
-    load_prompts,
-    load_scorer,
-    teacher_of,
-    training_data,
-)  # fmt: skip
+from slimstep.eval.inputs import Teacher, load_metrics, load_prompts, load_scorer, teacher_of, training_data
 from slimstep.eval.pages.tables import markdown_table
 from slimstep.eval.timing.child import child_result
 from slimstep.eval.timing.inference import CannotRunError, InferenceConfig
@@ -60,7 +52,7 @@ from slimstep.models.known import random_pipeline
 from slimstep.models.pipeline import load_pipeline, networks
 from slimstep.prune.job import prunable_copy
 from slimstep.prune.rounds import Measures
-from slimstep.prune.vae_job import DecoderPruning, distilled, pruned_decoder, training_prompts
+from slimstep.prune.vae_job import decoder_pruning, distilled, pruned_decoder
 
 JOBS = {"stochastic_depth": "prune_unet", "scoring": "prune_unet", "recovery": "prune_unet", "steps": "distill_steps",
         "decoder": "prune_vae"}  # fmt: skip
@@ -233,7 +225,7 @@ def measure_steps(teacher: Teacher) -> tuple[int, float, None]:
 def measure_decoder(teacher: Teacher) -> tuple[int, float, None]:
     config, data, (_, prompts) = teacher.config, cache(partial(training_data, teacher)), load_prompts(teacher)
     teacher.pipeline.vae.float()
-    job = DecoderPruning(teacher, heldout_pairs(config, config.eval.prompts), training_prompts(config))
+    job = decoder_pruning(teacher)
     student = distilled(job, pruned_decoder(job, data), prompts, data, [*networks(teacher.pipeline)])
     batch, size = config.train.batch_size, teacher.unet.config.sample_size
     return batch, batch * (decoder_gflops(job.vae, size) + TRAINING * decoder_gflops(student, size)), None

@@ -22,7 +22,7 @@ from slimstep.data.encoding import encode_images
 from slimstep.data.latents import LatentMix
 from slimstep.data.prompts import PromptSet, heldout_prompts, read_prompts
 from slimstep.data.streams import readable
-from slimstep.engine.components import check, component
+from slimstep.engine import components
 from slimstep.engine.environment import environment
 from slimstep.engine.files import damaged
 from slimstep.engine.loop import load_trained, train, trained
@@ -74,9 +74,8 @@ def prune_vae(config: Config, run: Run) -> int | Plan:
     """Runs or continues the job, or says what it would do; returns exit code 0."""
     teacher = load_teacher(config, run)
     teacher.pipeline.vae.float()  # it is pruned and distilled from in float32
-    check_decoder(teacher)
-    job = DecoderPruning(teacher, heldout_pairs(teacher.config, config.eval.prompts), training_prompts(teacher.config))
-    check_job(job)
+    job = decoder_pruning(teacher)
+    check(job)
     (_, prompts), scorer = load_prompts(teacher), load_scorer(config, run.accelerator.device)
     if config.plan:
         return planned(teacher, [*scorer_stage(run), *decoder_stages(job)], [])
@@ -105,32 +104,31 @@ def prune_vae(config: Config, run: Run) -> int | Plan:
 
 @dataclass(frozen=True)
 class DecoderPruning:
-    """What all steps of the job share: the teacher, whose decoder is frozen; images that nothing is trained on; and the
-    prompts that latents are sampled from, None where all latents are those of images."""
+    """What all steps of the job share: the teacher, whose decoder is frozen, what the configuration says, the widths
+    that follow; images that nothing is trained on; and the prompts that latents are sampled from, None where all
+    latents are those of images."""
 
     teacher: Teacher
+    run: Run
+    vae: AutoencoderKL
+    decoder: DecoderConfig
+    latents: LatentsConfig
+    widths: tuple[int, ...]
     heldout_pairs: Dataset
     prompts: PromptSet | None
 
-    @property
-    def run(self) -> Run:
-        return self.teacher.run
 
-    @property
-    def vae(self) -> AutoencoderKL:
-        return self.teacher.pipeline.vae
-
-    @property
-    def decoder(self) -> DecoderConfig:
-        return OmegaConf.to_object(self.teacher.config.decoder)
-
-    @property
-    def latents(self) -> LatentsConfig:
-        return OmegaConf.to_object(self.teacher.config.latents)
-
-    @property
-    def widths(self) -> tuple[int, ...]:
-        return pruned_widths(self.vae, self.decoder.width, self.decoder.norm_groups)
+def decoder_pruning(teacher: Teacher) -> DecoderPruning:
+    """Raises ValueError for a decoder that cannot be pruned, or not so, and for data that cannot be had."""
+    config, vae = teacher.config, teacher.pipeline.vae
+    decoder, latents = OmegaConf.to_object(config.decoder), OmegaConf.to_object(config.latents)
+    if type(vae) is not AutoencoderKL:
+        kind = type(vae).__name__
+        raise ValueError(f"the model's VAE is {kind}; a decoder is pruned from diffusers' own AutoencoderKL")
+    widths = pruned_widths(vae, decoder.width, decoder.norm_groups)
+    check_data(teacher)
+    data = heldout_pairs(config, config.eval.prompts), training_prompts(config)
+    return DecoderPruning(teacher, teacher.run, vae, decoder, latents, widths, *data)
 
 
 def parts(latents: LatentsConfig, r: int) -> tuple[int, int]:
@@ -148,23 +146,13 @@ def training_prompts(config: Config) -> PromptSet | None:
     if latents.prompt_file:
         prompts = read_prompts(latents.prompt_file, latents.prompt_column, "latents.prompt_column")
         return prompts.take(latents.prompts, way=f"latents.prompts={len(prompts)} or fewer, or a longer file")
-    return heldout_prompts(component(config, "data.pairs"), latents.prompts, name="training captions")
+    return heldout_prompts(components.component(config, "data.pairs"), latents.prompts, name="training captions")
 
 
-def check_decoder(teacher: Teacher) -> None:
-    """ValueError for a decoder that cannot be pruned, or not so."""
-    vae, decoder = teacher.pipeline.vae, OmegaConf.to_object(teacher.config.decoder)
-    if type(vae) is not AutoencoderKL:
-        kind = type(vae).__name__
-        raise ValueError(f"the model's VAE is {kind}; a decoder is pruned from diffusers' own AutoencoderKL")
-    pruned_widths(vae, decoder.width, decoder.norm_groups)
-    check_data(teacher)
-
-
-def check_job(job: DecoderPruning) -> None:
+def check(job: DecoderPruning) -> None:
     """ValueError, before anything is made, for latents, data or an objective that will not do."""
     config = job.teacher.config
-    check(config.objective, "objective")
+    components.check(config.objective, "objective")
     check_requirements(objective_of(job), config.train, job.run.accelerator)
     if job.teacher.latency.iterations < 2:
         raise ValueError("latency.iterations=1: a ratio needs quartiles, of 2 timings and more")
