@@ -1,7 +1,7 @@
 """The report of an evaluation: a table, also as CSV and Markdown, curves over steps and guidance, the images."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from operator import attrgetter
 from pathlib import Path
@@ -114,13 +114,18 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
 
 def draw_figures(folder: Path, evaluation: Evaluation) -> dict[str, Figure]:
     """Curves where there is more than one number of steps or guidance scale; images, if kept, at the first setting."""
-    points, figures = evaluation.points, {}
-    for x, other, label in (("steps", "guidance", "sampling steps"), ("guidance", "steps", "guidance scale")):
-        if evaluation.has_prompts and len({getattr(p, x) for p in points}) > 1:
-            figures[f"clip-against-{x}"] = curve_figure(points, x, other, label)
+    curves = draw_curves(evaluation.points) if evaluation.has_prompts else ()
+    figures = {name: figure for name, _, figure in curves}
     if evaluation.shown:
         figures["images"] = images_figure(folder, evaluation)
     return figures
+
+
+def draw_curves(points: Sequence[Point]) -> Iterator[tuple[str, str, Figure]]:
+    """(name, what is on x, figure) where there is more than one number of steps, or guidance scale."""
+    for x, other, label in (("steps", "guidance", "sampling steps"), ("guidance", "steps", "guidance scale")):
+        if len({getattr(point, x) for point in points}) > 1:
+            yield f"clip-against-{x}", label, curve_figure(points, x, other, label)
 
 
 def name_of(point: Point) -> str:
@@ -143,9 +148,8 @@ def curve_figure(points: Sequence[Point], x: str, other: str, label: str) -> Fig
             axes.errorbar([getattr(p, x) for p in line], [c["mean"] for c in clip], [c["se"] for c in clip], capsize=2,
                           color=colour, linestyle=style, marker="o", markersize=4, linewidth=1.6)  # fmt: skip
     for value, style in styles.items():
-        axes.plot(
-            [], [], color=MUTED, linestyle=style, label=f"{value} steps" if other == "steps" else f"{other} {value:g}"
-        )
+        name = f"{value} steps" if other == "steps" else f"{other} {value:g}"
+        axes.plot([], [], color=MUTED, linestyle=style, label=name)
     axes.set(xlabel=label, ylabel="CLIP score ± se")
     if x == "steps":
         axes.set_xscale("log")

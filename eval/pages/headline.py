@@ -6,6 +6,7 @@ from typing import Any
 from slimstep.eval.pages.gathered import Gathered
 from slimstep.eval.pages.pareto import speedup
 from slimstep.eval.pages.results import Row, setting, setting_text
+from slimstep.eval.pages.speed_page import rows_that_ran
 from slimstep.eval.pages.text import difference, digits, ratio, tile
 
 Tile = Mapping[str, str]
@@ -80,7 +81,7 @@ def tiles(gathered: Gathered) -> list[Tile]:
             faster, interval = ratio(last["speedup"]["first"]).split(" ", 1)
             shown.append(tile(name, f"{faster}×", f"first row to last, 95 %: {interval}"))
     for name, results in gathered.of_kind("pipelines").items():
-        if ran := [row for row in results["rows"] if not row["cannot"]]:
+        if ran := rows_that_ran(results):
             best = max(ran, key=lambda row: row["its"])
             note = f"{best['model']}, {best['task']}, batch {best['batch']}, {best['mode']}"
             shown.append(tile(f"{name}, most it/s", digits(best["its"]), note))
@@ -105,7 +106,7 @@ def benchmark_tiles(gathered: Gathered) -> list[Tile]:
     """The fastest config of each benchmark, in units of its base."""
     shown = []
     for name, results in gathered.of_kind("benchmark").items():
-        if ran := [row for row in results["rows"] if not row["cannot"]]:
+        if ran := rows_that_ran(results):
             best = max(ran, key=lambda row: row["speedup"]["base"]["ratio"])
             faster, interval = ratio(best["speedup"]["base"]).split(" ", 1)
             shown.append(tile(f"{name}, × base", f"{faster}×", f"{best['model']}, {best['name']} {interval}"))

@@ -16,6 +16,7 @@ from slimstep.eval.metrics.compare import paired_difference
 from slimstep.eval.pages.evaluation_page import images_figure
 from slimstep.eval.pages.gathered import Gathered
 from slimstep.eval.pages.results_figures import draw_time
+from slimstep.eval.pages.speed_page import rows_that_ran
 from slimstep.eval.pages.tables import Table
 from slimstep.eval.pages.text import count, difference, percent, ratio, score, tile
 from slimstep.eval.record import Point
@@ -60,7 +61,7 @@ class Outcome:
     def row(self, point: Point) -> Mapping[str, Any] | None:
         """How long the point takes, in the setup that the teacher is timed in; None where it was not timed."""
         base, target = self.benchmark["protocol"]["base"], (point.model, point.steps)
-        rows = (row for row in self.benchmark["rows"] if not row["cannot"] and row["setup"] == base)
+        rows = (row for row in rows_that_ran(self.benchmark) if row["setup"] == base)
         return next((row for row in rows if (row["model"], row["steps"]) == target), None)
 
     def faster(self, point: Point, teacher: Point) -> Mapping[str, float] | None:

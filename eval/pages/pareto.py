@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 
 from slimstep.eval.pages.figures import DASHES, MUTED, PAPER, SERIES, Point, canvas, label_points, pareto_front, styled
 from slimstep.eval.pages.results import Results, Row, same_path, setting
+from slimstep.eval.pages.speed_page import rows_that_ran
 
 Key = tuple[str, float, int]  # label, guidance scale, sampling steps
 
@@ -49,9 +50,7 @@ def join(points: Sequence[Row], benchmarks: Mapping[str, Results]) -> dict[Condi
     timings: dict[Condition, dict[Key, Timing]] = {}
     for run, results in benchmarks.items():
         protocol, device = results["protocol"], results["environment"]["device"]
-        for row in results["rows"]:
-            if row["cannot"]:
-                continue
+        for row in rows_that_ran(results):
             condition = Condition(device, protocol["clock"], row["name"], row["batch"])
             timed_setting = protocol["guidance_scale"], row["steps"]
             where, timing = results["models"][row["model"]], Timing(row["ms"]["median"] / row["batch"], run)

@@ -1,17 +1,16 @@
 """The pictures of a page of several runs: CLIP against time, curves, benchmarks, pipelines, the grid of images."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from matplotlib.figure import Figure
 
-from slimstep.eval.pages.evaluation_page import curve_figure
+from slimstep.eval.pages.evaluation_page import draw_curves
 from slimstep.eval.pages.gathered import Gathered
 from slimstep.eval.pages.html import data_uri
 from slimstep.eval.pages.pareto import Condition, plane, time_figure
-from slimstep.eval.pages.results import Results, Row, Setting, setting, setting_text
-from slimstep.eval.pages.speed_page import draw_figures, parts_figure
+from slimstep.eval.pages.results import Results, Setting, setting, setting_text
+from slimstep.eval.pages.speed_page import draw_figures, parts_figure, rows_that_ran
 
 NUM_PICTURES = 8  # prompts in the grid
 
@@ -29,7 +28,7 @@ def draw_sections(gathered: Gathered) -> dict[str, list[Picture]]:
     """{section of the page: its pictures}, empty where nothing was measured for it."""
     return {
         "time": [draw_time(gathered, condition) for condition in gathered.conditions],
-        "curves": draw_curves(gathered.compared),
+        "curves": [Picture(name, f"over {label}", figure) for name, label, figure in draw_curves(gathered.compared)],
         "cumulative": draw_speed(gathered, "cumulative"),
         "benchmark": [p for run, results in gathered.of_kind("benchmark").items() for p in draw_parts(run, results)],
         "pipelines": draw_speed(gathered, "pipelines"),
@@ -44,16 +43,6 @@ def draw_time(gathered: Gathered, condition: Condition) -> Picture:
     return Picture(name, str(condition), figure)
 
 
-def draw_curves(points: Sequence[Row]) -> list[Picture]:
-    """Where there is more than one number of steps, or guidance scale."""
-    axes = (("steps", "guidance", "sampling steps"), ("guidance", "steps", "guidance scale"))
-    return [
-        Picture(f"clip-against-{x}", f"over {label}", curve_figure(points, x, other, label))
-        for x, other, label in axes
-        if len({getattr(point, x) for point in points}) > 1
-    ]
-
-
 def draw_speed(gathered: Gathered, kind: str) -> list[Picture]:
     """The figures of the runs' own reports."""
     return [
@@ -65,8 +54,7 @@ def draw_speed(gathered: Gathered, kind: str) -> list[Picture]:
 
 def draw_parts(run: str, results: Results) -> list[Picture]:
     """Where the time of all models goes, on one scale; nothing where no row ran. What all share is said once."""
-    ran = [row for row in results["rows"] if not row["cannot"]]
-    if not ran:
+    if not (ran := rows_that_ran(results)):
         return []
     setups = [row["name"].split(", ") for row in ran]
     shared = [word for word in setups[0] if all(word in setup for setup in setups)]

@@ -104,16 +104,12 @@ def pair_tables(gathered: Gathered) -> list[Table]:
     for chosen in common_settings(gathered.compared):
         points = [point for point in gathered.compared if setting(point) == chosen]
         matrix, labels = pair_matrix(points), [point.label for point in points]
-        rows = [[label, *map(pair_cell, line)] for label, line in zip(labels, matrix, strict=True)]
+        rows = [[label, *(difference(d and vars(d)) for d in line)] for label, line in zip(labels, matrix, strict=True)]
         classes = [["", *map(side, line)] for line in matrix]
         header = ["row − column", *labels]
         title = f"Every two models at {setting_text(chosen)}"
         tables.append(Table(header, rows, title=title, cell_classes=classes))
     return tables
-
-
-def pair_cell(d: PairedDifference | None) -> str:
-    return difference(d and vars(d))
 
 
 def side(d: PairedDifference | None) -> str:

@@ -135,9 +135,7 @@ def draw_figures(run: RunRecord) -> dict[str, Figure]:
     if len(points := stages(run)) > 1:
         predicted = {r.name: r.decision["predicted_ms"] for r in run.rounds if r.decision} if run.evaluation else {}
         target = next((r.decision["target_ms"] for r in reversed(run.rounds) if r.decision), None)
-        figures["evolution"] = evolution_figure(
-            points, target, [predicted.get(m.model) for m in run.models] or [None]
-        )
+        figures["evolution"] = evolution_figure(points, target, [predicted.get(m.model) for m in run.models] or [None])
         figures["pareto"] = pareto_figure(points)
     if (timed := first_latency(run)) and "samples" in timed:  # a table made elsewhere may hold nothing but its entries
         figures["additivity"] = additivity_figure(timed["samples"])

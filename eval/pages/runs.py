@@ -49,9 +49,8 @@ class Round:
         """Every block that was timed or scored in this round, in order of execution."""
         ms = {path: entry["ms"] for path, entry in (self.latency or {"sites": {}})["sites"].items()}
         score = (self.scores or {"sites": {}})["sites"]
-        paths = list(ms) + [path for path in score if path not in ms]
-        empty = {"delta_clip": None, "se": None}
-        return {p: Block(p, score.get(p, empty)["delta_clip"], score.get(p, empty)["se"], ms.get(p)) for p in paths}
+        scores = {path: (own["delta_clip"], own["se"]) for path, own in score.items()}
+        return {path: Block(path, *scores.get(path, (None, None)), ms.get(path)) for path in {**ms, **score}}
 
     @property
     def architecture(self) -> Architecture:
