@@ -162,9 +162,11 @@ def _stream_captions(stream: Stream) -> Iterator[str]:
     return (entry.caption for entry in stream.scan(images=False) if entry.caption is not None)
 
 
-def _txt_prompts(path: Path, column: str | None, key: str) -> Iterator[tuple[str, str]]:
+def _prompts_alone(path: Path, column: str | None, key: str) -> Iterator[tuple[str, str]]:
     if column is not None:
         raise ValueError(f"{key}={column}: {path} has no columns")
+    if path.suffix.lower() == ".json":
+        return coco_rows(path)
     lines = read_text(path).removesuffix("\n").split("\n")
     return ((f"line {number}", line) for number, line in enumerate(lines, 1))
 
@@ -172,12 +174,6 @@ def _txt_prompts(path: Path, column: str | None, key: str) -> Iterator[tuple[str
 def _jsonl_prompts(path: Path, column: str | None, key: str) -> Iterator[tuple[str, str]]:
     for where, row in json_rows(path):
         yield where, row[caption_column(row, column, f"{path}, {where}", key)]
-
-
-def _coco_prompts(path: Path, column: str | None, key: str) -> Iterator[tuple[str, str]]:
-    if column is not None:
-        raise ValueError(f"{key}={column}: {path} has no columns")
-    return coco_rows(path)
 
 
 def _csv_prompts(path: Path, column: str | None, key: str) -> Iterator[tuple[str, str]]:
@@ -191,9 +187,9 @@ def _parquet_prompts(path: Path, column: str | None, key: str) -> Iterator[tuple
 
 
 READERS = {
-    ".txt": _txt_prompts,
+    ".txt": _prompts_alone,
     ".jsonl": _jsonl_prompts,
-    ".json": _coco_prompts,
+    ".json": _prompts_alone,
     ".csv": _csv_prompts,
     ".tsv": _csv_prompts,
     ".parquet": _parquet_prompts,

@@ -10,6 +10,7 @@ DEIS space over one step more than DDIM and Euler.
 import copy
 import inspect
 import logging
+from contextlib import suppress
 from typing import Any
 
 import diffusers
@@ -159,9 +160,8 @@ def can_keep(kind: type, scheduler) -> bool:
     if kind.__name__ in NO_SAMPLE and scheduler.config.prediction_type == "sample":
         return False
     try:
-        made = built(kind, own_fields(scheduler, kind))
-        return same_noise_schedule(made, scheduler) and starts_finite(made)
-    except NotImplementedError:  # diffusers', for a beta_schedule that the class does not know
+        return starts_finite(on_same_schedule(kind, scheduler, own_fields(scheduler, kind)))
+    except ValueError:
         return False
 
 
@@ -186,15 +186,12 @@ def schedule_in_words(scheduler) -> str:
 
 def on_same_schedule(kind: type, scheduler, config: dict[str, Any]):
     """A scheduler of this kind and configuration. ValueError where it has another noise schedule than `scheduler`."""
-    try:
+    with suppress(NotImplementedError):  # diffusers', for a beta_schedule that the class does not know
         made = built(kind, config)
-        is_same = same_noise_schedule(made, scheduler)
-    except NotImplementedError:  # diffusers', for an unknown beta_schedule
-        is_same = False
-    if not is_same:
-        words = schedule_in_words(scheduler)
-        raise ValueError(f"{kind.__name__} cannot keep the noise schedule of the model's scheduler ({words})")
-    return made
+        if same_noise_schedule(made, scheduler):
+            return made
+    words = schedule_in_words(scheduler)
+    raise ValueError(f"{kind.__name__} cannot keep the noise schedule of the model's scheduler ({words})")
 
 
 # ---- sampling
