@@ -24,8 +24,6 @@ from slimstep.models.decoding import STATISTICS, has_statistics
 from slimstep.models.family import family_of
 from slimstep.models.networks import network_of, text_encoders
 
-__all__ = ["CachedPairs", "cache_pairs"]
-
 FORMAT = 1
 # Beside it in the key of a cache of SDXL, whose captions have a size; PACKED where all was in rows of the text states.
 SIZED, PACKED = "conditioning_of_size", "told_size"
@@ -60,7 +58,8 @@ def cache_pairs(
     folder = Path(folder) / cache_key(made_from)
     agree(folder, world)
     folder.mkdir(parents=True, exist_ok=True)
-    shards, empty = shards_of(pairs, folder, shard_size), folder / "empty.safetensors"
+    cut = PartShards if isinstance(pairs, Stream) else RangeShards
+    shards, empty = cut(pairs, folder, shard_size), folder / "empty.safetensors"
     with alone(folder / ".lock") if rank == 0 else nullcontext():
         if rank == 0:
             _tell_old_form(made_from, folder)
@@ -74,7 +73,9 @@ def cache_pairs(
                 if no_empty:
                     maker.write_empty(empty)
                 shards.make(missing, maker, workers, verify, show=rank == 0)
-            _tell_speed(maker.encoded, time.perf_counter() - began, world)
+            seconds, by = time.perf_counter() - began, " by this process" if world > 1 else ""
+            speed = f"{maker.encoded / seconds:.1f} a second"
+            log.info(f"{maker.encoded} images and captions encoded{by} in {seconds:.1f} s, {speed}")
         _wait(accelerator)
         if rank == 0:
             write_index(folder, made_from, shards.paths())
@@ -84,11 +85,6 @@ def cache_pairs(
     if rank == 0:
         _tell(cached)
     return cached
-
-
-def shards_of(pairs, folder: Path, shard_size: int) -> "RangeShards | PartShards":
-    """The shards that the pairs are cut into."""
-    return (PartShards if isinstance(pairs, Stream) else RangeShards)(pairs, folder, shard_size)
 
 
 def described_cache(pairs, pipeline, dtype: str, shard_size: int) -> dict[str, str | int]:
@@ -164,11 +160,6 @@ def _tell_old_form(made_from: dict[str, str | int], folder: Path) -> None:
         old = {PACKED if key == SIZED else key: value for key, value in made_from.items()}
         if (packed := folder.parent / cache_key(old)).exists():
             log.info(f"the cache {packed} is of an earlier form, and is made again; nothing reads it any more")
-
-
-def _tell_speed(encoded: int, seconds: float, world: int) -> None:
-    by = " by this process" if world > 1 else ""
-    log.info("%d images and captions encoded%s in %.1f s, %.1f a second", encoded, by, seconds, encoded / seconds)
 
 
 def _tell(cached: CachedPairs) -> None:

@@ -20,8 +20,6 @@ from slimstep.data.sources import is_url, read_whole
 from slimstep.data.tables import caption_column as find_caption_column
 from slimstep.data.tables import caption_text, existing_column
 
-__all__ = ["BrokenImageError", "HubPairs", "ImageFolderPairs"]
-
 SPLITS = ("train", "heldout", "all")
 log = logging.getLogger("slimstep")
 ALWAYS_SKIPPED = 10  # samples, where a share of them may be

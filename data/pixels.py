@@ -63,12 +63,9 @@ def upright(image: Image.Image) -> Image.Image:
 def flaw_of(error: Exception, source: Path | bytes) -> str:
     """Why an image cannot be decoded, in one line."""
     if isinstance(error, UnidentifiedImageError):  # its own message is an address in memory
-        return "no image of a known kind" if size_of(source) else "it is empty"
+        size = len(source) if isinstance(source, bytes) else source.stat().st_size
+        return "no image of a known kind" if size else "it is empty"
     return str(error).splitlines()[0] if str(error) else type(error).__name__
-
-
-def size_of(source: Path | bytes) -> int:
-    return len(source) if isinstance(source, bytes) else source.stat().st_size
 
 
 def to_rgb(image: Image.Image) -> Image.Image:

@@ -12,9 +12,9 @@ import diffusers
 import torch
 from torch import Tensor
 
-from slimstep.data.cache import CachedPairs
 from slimstep.data.folder import few
 from slimstep.data.prompts import PromptSet
+from slimstep.data.shards import CachedPairs
 from slimstep.distill.cached_targets import TargetInputs, with_targets
 from slimstep.distill.config import Config
 from slimstep.distill.network import Distillation, check, distillation_of
@@ -82,7 +82,7 @@ def distill_steps(config: Config, run: Run) -> int | Plan:
             write_results(run, f"{point.model}/export", [line])
     measure_unets(job, unets)
     if job.teacher.is_conditional:
-        report(run, lambda: write_steps_report(run.path, partial(track, run)), lambda: curves_table(evaluation.points))
+        report(run, partial(write_page, run), lambda: curves_table(evaluation.points))
     else:
         report(run, partial(write_evaluation_report, run.path), lambda: models_table(evaluation.points).markdown)
     return 0
@@ -241,6 +241,6 @@ def measure_unets(job: Distillation, unets: UNets) -> None:
     run.json("unet_ms.json", lambda: run.of_rank_0(make))
 
 
-def track(run: Run) -> None:
-    """The curves as a table, and the report's pictures, for a tracker if there is one."""
-    track_table(run, "curves", points_table(timed_points(run.path)))
+def write_page(run: Run) -> None:
+    """The page, and the curves as a table for a tracker if there is one."""
+    write_steps_report(run.path, lambda: track_table(run, "curves", points_table(timed_points(run.path))))

@@ -4,6 +4,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ FORMER_EMA_WEIGHTS = "averages.pt"  # of earlier versions
 FIRST_EMA_WEIGHTS = "custom_checkpoint_0.pkl"  # accelerate's name, of checkpoints before there was one of ours
 
 
+@dataclass(eq=False)
 class Checkpoints:
     """Accelerate states under `folder/step-00001000`, written aside and renamed; the newest `keep` are kept.
 
@@ -32,16 +34,11 @@ class Checkpoints:
     from a whole one.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        keep: int,
-        accelerator: Accelerator,
-        ema: DeviceEMA | None = None,
-        networks: tuple[str, ...] = (STUDENT,),
-    ):
-        self.folder, self.keep, self.accelerator, self.ema = folder, keep, accelerator, ema
-        self.networks = networks
+    folder: Path
+    keep: int
+    accelerator: Accelerator
+    ema: DeviceEMA | None = None
+    networks: tuple[str, ...] = (STUDENT,)
 
     def steps(self) -> list[int]:
         names = (path.name.removeprefix("step-") for path in self.folder.glob("step-*"))

@@ -8,7 +8,7 @@ import os
 import secrets
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -51,7 +51,11 @@ def execute(config: DictConfig) -> int:
     """Runs one job, or a workflow of them, and returns its exit code, 1 after a mistake."""
     quiet_libraries()
     try:
-        return run_chain(config) if config.stages else run_job(config)
+        if not config.stages:
+            return run_job(config)
+        # A stage has its own configuration and its own tracker; the workflow has neither.
+        accelerator = make_accelerator(config)
+        return Workflow(config, run_path(config), accelerator, run_job, planned_job, checked_config).execute()
     except (Preempted, Exception) as error:
         if was_preempted(error):
             if os.environ.get("RANK", "0") == "0":
@@ -65,8 +69,7 @@ def execute(config: DictConfig) -> int:
         print(f"{where}{message_of(error, config)}", file=sys.stderr)
         return 1
     finally:
-        AcceleratorState._reset_state(True)  # the next job of a multirun may want another precision
-        GradientState._reset_state()
+        forget_accelerator(processes=True)  # the next job of a multirun may want another precision
 
 
 def message_of(error: BaseException, config: DictConfig) -> str:
@@ -94,20 +97,15 @@ def is_lost_connection(error: BaseException) -> bool:
     return isinstance(error, torch.distributed.DistError) or (isinstance(error, RuntimeError) and "gloo" in str(error))
 
 
-def run_chain(config: DictConfig) -> int:
-    """Every stage in turn. A stage has its own configuration and its own tracker; the workflow has neither."""
-    return Workflow(config, run_path(config), make_accelerator(config), run_job, planned_job, checked_config).execute()
-
-
 def make_accelerator(config: DictConfig, **options: Any) -> Accelerator:
     forget_accelerator()  # of the stage before, which may have had another precision
     return Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=config.mixed_precision,
                        kwargs_handlers=[InitProcessGroupKwargs(timeout=PATIENCE)], **options)  # fmt: skip
 
 
-def forget_accelerator() -> None:
-    """What Accelerate holds beside the process group."""
-    AcceleratorState._reset_state()
+def forget_accelerator(processes: bool = False) -> None:
+    """What Accelerate holds beside the process group, and of that as well."""
+    AcceleratorState._reset_state(processes)
     GradientState._reset_state()
 
 
@@ -143,10 +141,9 @@ def run_job(config: DictConfig) -> int:
         if int(os.environ.get("RANK", 0)) == 0:
             print(plan.text)
         return 0
-    run, job = make_run(config), named_job(config.job)
-    resolved = as_dict(config)
+    run = make_run(config)
     with leaving_nothing(run):
-        return run_kept(config, run, job, resolved)
+        return run_kept(config, run)
 
 
 @contextmanager
@@ -164,16 +161,15 @@ def leaving_nothing(run: Run) -> Iterator[None]:
         raise
 
 
-def run_kept(config: DictConfig, run: Run, job: Callable[..., int | Plan], resolved: dict[str, Any]) -> int:
+def run_kept(config: DictConfig, run: Run) -> int:
     """Runs or continues a job in its directory, which keeps its configuration; returns the job's exit code."""
-    path = run.path
+    path, job, resolved = run.path, named_job(config.job), as_dict(config)
     run.keep_config(resolved, ignoring=WATCHING, overwrite=config.run.overwrite)
     if config.tracker.log_with and getattr(job, "is_tracked", True) and not run.made(FINISHED):
         in_workflow = (path.parent / "stages").is_dir()  # many runs cannot share one id
         known_id = None if in_workflow else os.environ.get("WANDB_RUN_ID")  # by a W&B sweep's agent
-        identity = run.json(
-            "tracker.json", lambda: {"id": known_id or secrets.token_hex(4)}
-        )  # a continued run keeps it
+        # A continued run keeps it.
+        identity = run.json("tracker.json", lambda: {"id": known_id or secrets.token_hex(4)})
         with damaged(path / "tracker.json"):
             run_id = identity["id"]
         run.tracker = Tracker(run.accelerator, config.tracker, path, resolved, run_id)

@@ -11,7 +11,7 @@ import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol, cast
 
 import torch
@@ -52,23 +52,22 @@ class Samples(Protocol):
     def __getitem__(self, index: int, /) -> Any: ...
 
 
+@dataclass(eq=False)
 class StepBatches(Sampler[list[int]]):
     """This rank's index lists from `first_step` on: a function of (seed, step, update, micro-step, rank) alone."""
 
-    def __init__(
-        self,
-        size: int,
-        config: TrainConfig,
-        seed: int,
-        first_step: int,
-        rank: int,
-        world: int,
-        num_updates: Callable[[int], int] = lambda step: 1,
-    ):
-        self.size, self.config, self.seed, self.first_step, self.rank, self.world = (
-            size, config, seed, first_step, rank, world)  # fmt: skip
-        self.first_update = sum(map(num_updates, range(first_step)))
-        self.last_update = self.first_update + sum(map(num_updates, range(first_step, config.steps)))
+    size: int
+    config: TrainConfig
+    seed: int
+    first_step: int
+    rank: int
+    world: int
+    num_updates: Callable[[int], int] = lambda step: 1
+
+    def __post_init__(self) -> None:
+        self.first_update, self.last_update = (
+            sum(map(self.num_updates, range(step))) for step in (self.first_step, self.config.steps)
+        )
         self.epoch, self.order = -1, torch.empty(0)
 
     def sample_at(self, position: int) -> int:

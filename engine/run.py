@@ -148,17 +148,12 @@ class Run:
             if self.accelerator.is_main_process:
                 make(self.path / name)
                 write_json(self.path / seal, self.sealed(name))
-        elif wrong := self.of_rank_0(lambda: self.broken_seals(name, seal)):
-            raise ValueError(
-                f"{self.path / name} is not what was written: {', '.join(wrong)}; remove {self.path / seal} to make it "
-                f"again"
-            )
+        elif wrong := self.of_rank_0(lambda: self.load(seal).items() ^ self.sealed(name).items()):
+            files = ", ".join(sorted({file for file, _ in wrong}))
+            way = f"remove {self.path / seal} to make it again"
+            raise ValueError(f"{self.path / name} is not what was written: {files}; {way}")
         self.accelerator.wait_for_everyone()
         return self.path / name
-
-    def broken_seals(self, name: str, seal: str) -> list[str]:
-        """The files of a folder that are changed, gone or new."""
-        return sorted({file for file, _ in self.load(seal).items() ^ self.sealed(name).items()})
 
     def sealed(self, name: str) -> dict[str, str]:
         """The digest of every file of a folder but its model card, which may be written anew and edited."""

@@ -59,6 +59,7 @@ class Stage:
         return shlex.join(["python", "train.py", *self.overrides])
 
 
+@dataclass(eq=False)
 class Workflow:
     """The stages of one configuration, in their order, under `path`.
 
@@ -66,19 +67,16 @@ class Workflow:
     refuses a directory of another configuration; checked makes a checked configuration from a composed one.
     """
 
-    def __init__(
-        self,
-        config: DictConfig,
-        path: Path,
-        accelerator: Accelerator,
-        run_job: Callable[[DictConfig], int],
-        planned_job: Callable[..., Plan],
-        checked: Callable[[DictConfig], DictConfig],
-    ):
-        self.config, self.path, self.accelerator = config, path, accelerator
-        self.run_job, self.planned_job, self.checked = run_job, planned_job, checked
-        self.run = Run(path, accelerator)
-        self.stages = [self.stage(name) for name in config.stages]
+    config: DictConfig
+    path: Path
+    accelerator: Accelerator
+    run_job: Callable[[DictConfig], int]
+    planned_job: Callable[..., Plan]
+    checked: Callable[[DictConfig], DictConfig]
+
+    def __post_init__(self) -> None:
+        self.run = Run(self.path, self.accelerator)
+        self.stages = [self.stage(name) for name in self.config.stages]
         self.configs: dict[str, DictConfig] = {}
 
     def stage(self, name: str) -> Stage:

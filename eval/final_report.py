@@ -60,17 +60,14 @@ def write_report(outcome: Outcome, run: Run, stages: Sequence[str]) -> None:
         outcome=outcome,
         seen=overlap_sentence(evaluation.n, evaluation.seen),
         clock=outcome.benchmark["protocol"]["clock"],
-        stages=[(name, command(folder.parent, name), link(folder.parent, name)) for name in stages],
+        stages=[(name, *command_and_link(folder.parent, name)) for name in stages],
         facts=flatten({key: getattr(evaluation, key) for key in facts}),
     )
 
 
-def command(workflow: Path, stage: str) -> str:
-    """What made a stage, as the workflow has kept it; nothing for runs that no workflow has made."""
-    record = workflow / "stages" / f"{stage}.json"
-    return json.loads(record.read_text())["command"] if record.is_file() else ""
-
-
-def link(workflow: Path, stage: str) -> str | None:
-    """A stage's own page as seen from here, where it has one."""
-    return f"../{stage}/report.html" if (workflow / stage / "report.html").is_file() else None
+def command_and_link(workflow: Path, stage: str) -> tuple[str, str | None]:
+    """What made a stage, as the workflow has kept it, nothing for runs that no workflow has made; and the stage's own
+    page as seen from here, where it has one."""
+    record, page = workflow / "stages" / f"{stage}.json", workflow / stage / "report.html"
+    command = json.loads(record.read_text())["command"] if record.is_file() else ""
+    return command, f"../{stage}/report.html" if page.is_file() else None

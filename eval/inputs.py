@@ -15,11 +15,12 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from slimstep.data.cache import CachedPairs, cache_pairs
+from slimstep.data.cache import cache_pairs
 from slimstep.data.config import CacheConfig
 from slimstep.data.encoding import is_truncated
 from slimstep.data.folder import few
 from slimstep.data.prompts import PromptSet, disjoint_prompts, read_prompts
+from slimstep.data.shards import CachedPairs
 from slimstep.data.streams import at_random_access, readable
 from slimstep.engine.checks import check_minimum
 from slimstep.engine.components import component

@@ -10,7 +10,7 @@ from hydra.utils import instantiate
 from torch import nn
 from torch.utils.data import Dataset
 
-from slimstep.data.cache import CachedPairs
+from slimstep.data.shards import CachedPairs
 from slimstep.engine.components import check
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.loop import load_trained, train, trained

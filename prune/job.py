@@ -143,9 +143,7 @@ def prunable_copy(teacher: Teacher) -> Prunable:
     return unet.float().requires_grad_()
 
 
-def evaluator_of(
-    teacher: Teacher, unets: Mapping[str, Prunable], prompts: PromptSet, scorer: Any
-) -> Evaluator:
+def evaluator_of(teacher: Teacher, unets: Mapping[str, Prunable], prompts: PromptSet, scorer: Any) -> Evaluator:
     """Every UNet in the teacher's pipeline; `unets` grows while the job goes on."""
     config, sampler = teacher.config, teacher.sampler(teacher.config.eval)
     codec = family_of(teacher.pipeline).codec(teacher.pipeline)
@@ -171,20 +169,14 @@ def results(teacher: Teacher, evaluation: Evaluation) -> Sequence[str]:
 
 
 def write_page(run: Run) -> None:
-    track(run)
-    write_report(run.path)
-
-
-def track(run: Run) -> None:
-    """Block values as tables and the pictures of every model, for a tracker if there is one."""
-    if run.tracker is None:
-        return
+    """The page; block values as tables and the pictures of every model, for a tracker if there is one."""
     record = read_run(run.path)
-    for r in record.rounds:
+    for r in record.rounds if run.tracker else ():
         rows = [[b.path, b.ms, b.delta_clip, b.se, b.clip_per_ms] for b in r.blocks.values()]
         run.tracker.table(f"{r.name}/blocks", ["block", "ms", "CLIP lost", "se", "CLIP lost per ms"], rows)
-    for name, paths in record.images.items():
+    for name, paths in record.images.items() if run.tracker else ():
         run.tracker.images(f"images/{name}", [Image.open(path) for path in paths], list(record.prompts))
+    write_report(run.path)
 
 
 def missed_target(run: Run, decision: Mapping[str, Any]) -> int:

@@ -163,9 +163,7 @@ def timing_hooks(modules: Mapping[str, nn.Module], times: dict[str, list[float]]
             handle.remove()
 
 
-def random_removals(
-    unet: Prunable, full_ms: float, block_ms: Mapping[str, float], config: LatencyConfig
-) -> list[dict]:
+def random_removals(unet: Prunable, full_ms: float, block_ms: Mapping[str, float], config: LatencyConfig) -> list[dict]:
     """Random architectures with 2 … 3/4 of the blocks gone: what the table predicts and what is measured."""
     draw = generator("removals", config.seed)
     samples, blocks = [], list(unet.kept_blocks)

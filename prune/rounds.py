@@ -146,9 +146,7 @@ def decision(
     }
 
 
-def block_values(
-    unet: Prunable, table: dict, scores: dict | None, scale: float
-) -> tuple[BlockValue, ...]:
+def block_values(unet: Prunable, table: dict, scores: dict | None, scale: float) -> tuple[BlockValue, ...]:
     """Scores and milliseconds side by side; `scale` carries the table over to the teacher's clock."""
     unknown = {"delta_clip": math.nan, "se": math.nan}
     return tuple(

@@ -27,9 +27,7 @@ WAY = "latency.latent_size=N"
 log = logging.getLogger("slimstep")
 
 
-def compare_ms(
-    unets: Mapping[str, Prunable], config: LatencyConfig, device: torch.device
-) -> dict[str, float]:
+def compare_ms(unets: Mapping[str, Prunable], config: LatencyConfig, device: torch.device) -> dict[str, float]:
     """Median milliseconds of whole UNets, interleaved call by call so that drift hits all alike."""
     copies = {name: timed_copy(unet, config, device) for name, unet in unets.items()}
     config = settled_launch(next(iter(copies.values())), config, device)  # all alike
