@@ -17,7 +17,7 @@ from slimstep.data.prompts import PromptSet
 from slimstep.data.shards import CachedPairs
 from slimstep.distill.cached_targets import TargetInputs, with_targets
 from slimstep.distill.config import Config
-from slimstep.distill.network import Distillation, check, distillation_of
+from slimstep.distill.network import Distillation, check, distillation_of, on_the_grid
 from slimstep.distill.plan import distilling_stages, trainings
 from slimstep.distill.stages import DistillationStage
 from slimstep.engine.environment import environment
@@ -209,7 +209,8 @@ def sampled_models(job: Distillation, unets: UNets) -> dict[str, tuple[Prunable,
     own = job.teacher.pipeline.scheduler
     models = {"teacher": (job.teacher.unet, own)}
     if not job.is_flow:
-        models["teacher-dpm"] = job.teacher.unet, job.on_the_grid(diffusers.DPMSolverMultistepScheduler, own)
+        solver = on_the_grid(job.distillation, diffusers.DPMSolverMultistepScheduler, own)
+        models["teacher-dpm"] = job.teacher.unet, solver
     if not job.predicts_v:
         models["teacher-v"] = (unets["teacher"], job.scheduler)
     return models | {name: (unets[name], job.student_scheduler) for name in job.evaluated if name not in models}

@@ -64,7 +64,7 @@ class Distillation:
         if self.is_flow:
             return self.teacher.pipeline.scheduler
         changes = {} if self.predicts_v else {"prediction_type": "v_prediction"}
-        return self.on_the_grid(diffusers.DDIMScheduler, self.teacher.pipeline.scheduler, **changes)
+        return on_the_grid(self.distillation, diffusers.DDIMScheduler, self.teacher.pipeline.scheduler, **changes)
 
     @property
     def schedule(self) -> NoiseSchedule:
@@ -78,10 +78,8 @@ class Distillation:
         objective = self.teacher.config.objective
         options = requirements(get_class(objective["_target_"])).sampler_options
         kwargs = {option: objective[key] for option, key in options.items() if key in objective}
-        return self.on_the_grid(getattr(diffusers, self.distillation.sampler), self.scheduler, **kwargs)
-
-    def on_the_grid(self, kind: type, scheduler: Any, **changes: Any) -> Any:
-        return on_the_grid(self.distillation, kind, scheduler, **changes)
+        kind = getattr(diffusers, self.distillation.sampler)
+        return on_the_grid(self.distillation, kind, self.scheduler, **kwargs)
 
     def changes(self, name: str) -> StageChanges:
         """What is different in one stage."""
@@ -154,7 +152,8 @@ def student_of(teacher: Teacher, distillation: DistillationConfig) -> Prunable:
     of_student, of_teacher = (
         {
             "prediction_type": prediction_type_of(scheduler),
-            "noise schedule": noise_levels(scheduler),
+            # α of every training timestep; of a flow, which has the same at all times, nothing.
+            "noise schedule": [] if is_flow(scheduler) else schedule_of(scheduler).alpha_T.tolist(),
             **{key: unet.config.get(key) for key in SAME_IN_BOTH},
         }
         for scheduler, unet in ((scheduler, network), (teacher.pipeline.scheduler, teacher.unet))
@@ -166,11 +165,6 @@ def student_of(teacher: Teacher, distillation: DistillationConfig) -> Prunable:
         )
     set_resolution(student, native_pixels(teacher.pipeline))
     return network.requires_grad_(False).eval()
-
-
-def noise_levels(scheduler: Any) -> list[float]:
-    """α of every training timestep; of a flow, which has the same at all times, nothing."""
-    return [] if is_flow(scheduler) else schedule_of(scheduler).alpha_T.tolist()
 
 
 def check(job: Distillation) -> None:

@@ -1,5 +1,6 @@
 """Work shared by any number of processes with the same bits as one: batches are cut by index, never by rank."""
 
+import gc
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,14 @@ def map_batches(
     if keep and accelerator.is_main_process:
         shutil.rmtree(keep, ignore_errors=True)
     return values
+
+
+def free_memory() -> None:
+    """What nobody holds any more is free on the device, for the next stage or row, or another process."""
+    gc.collect()  # a compiled network is in a cycle
+    torch.compiler.reset()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def gathered(mine: list[Tensor], batches: list[Tensor], world: int) -> Tensor:

@@ -8,7 +8,6 @@ A stage is what train.py would run by hand with the overrides of its command, wh
 is finished is skipped; a stage whose inputs were made anew since is moved aside and made anew, too.
 """
 
-import gc
 import json
 import logging
 import os
@@ -22,7 +21,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 from accelerate import Accelerator
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
@@ -35,6 +33,7 @@ from slimstep.engine.config import as_dict
 from slimstep.engine.files import whole_folder, write_json
 from slimstep.engine.identity import WATCHING
 from slimstep.engine.overrides import compose, hydra_value, stage_overrides, strings, with_texts
+from slimstep.engine.parallel import free_memory
 from slimstep.engine.planning import Plan, duration
 from slimstep.engine.renamed import EXPERIMENTS, with_new_artifacts
 from slimstep.engine.run import Run
@@ -320,11 +319,3 @@ def naming_stage(stage: Stage) -> Iterator[None]:
     except Exception as error:
         error.add_note(f"stages.{stage.name}")
         raise
-
-
-def free_memory() -> None:
-    """What a stage held on the device is free for the next."""
-    gc.collect()
-    torch.compiler.reset()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()

@@ -4,14 +4,12 @@ A row is a file that is not made again. What a device cannot run is a row that s
 """
 
 import copy
-import gc
 import logging
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from typing import Any
 
-import torch
 from diffusers import DiffusionPipeline
 from omegaconf import OmegaConf
 from safetensors.torch import load_file
@@ -20,6 +18,7 @@ from torch import Tensor
 from slimstep.engine.environment import environment
 from slimstep.engine.files import damaged, write_tensors
 from slimstep.engine.names import disk_name
+from slimstep.engine.parallel import free_memory
 from slimstep.engine.run import Run
 from slimstep.eval.config import Config
 from slimstep.eval.given import LONGEST_NAME, given_models, resolution_of
@@ -96,14 +95,7 @@ class Benchmark:
         try:
             return self.run.json(f"rows/{file}.json", made)
         finally:
-            torch.compiler.reset()
-            self.free_memory()
-
-    def free_memory(self) -> None:
-        """Gives back what no pipeline holds any more, to the next row or another process."""
-        gc.collect()  # a compiled network is in a cycle
-        if self.device.type == "cuda":
-            torch.cuda.empty_cache()
+            free_memory()
 
     def measured(
         self, timed: TimedPipeline, others: Mapping[str, TimedPipeline], reference: Tensor | None = None
@@ -126,7 +118,7 @@ class Benchmark:
                    "prompts": list(self.prompts.prompts[:batch]), "device": str(self.device),
                    "options": {where: self.models.options(where) for where in parts if where},
                    "resolution": self.models.pixels}  # fmt: skip
-        self.free_memory()  # the processes want it
+        free_memory()  # the processes want it
         return self.run.json(name, lambda: compile_cost(request, self.run.path / f"artifacts/{file}.bin"))
 
     def unet_gflops(self, timed: TimedPipeline) -> float:

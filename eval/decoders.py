@@ -1,5 +1,6 @@
 """Comparing VAE decoders: how long each takes, eager and compiled."""
 
+import copy
 import statistics
 from collections.abc import Mapping, Sequence
 from itertools import product
@@ -64,9 +65,7 @@ def compare_decoders(
 def decode_call(vae: AutoencoderKL, latents: Tensor, config: LatencyConfig, device: torch.device, mode: str):
     """A call of the decoder as it will run: on the device, in the dtype, without gradients."""
     with quiet():
-        copied = type(vae).from_config(dict(vae.config))
-        copied.load_state_dict(vae.state_dict())
-        copied = copied.to(device, getattr(torch, config.dtype)).eval()
+        copied = copy.deepcopy(vae).to(device, getattr(torch, config.dtype)).eval()
     decoder, z = ImageDecoder(copied), latents.to(device)
     if mode == "compiled":
         torch.compiler.reset()

@@ -143,15 +143,11 @@ def numbered_images(count: int) -> PromptSet:
 def load_prompts(teacher: Teacher) -> tuple[PromptSet, PromptSet]:
     """The calibration prompts, which blocks are ranked on, and others, the eval prompts; of an unconditional model
     numbers, each with its noise."""
-    config = teacher.config
-    if not teacher.is_conditional:
-        numbers = numbered_images(config.scoring.prompts + config.eval.prompts)
-        return disjoint_prompts(numbers, config.scoring.prompts, config.eval.prompts)
-    prompts = read_prompt_set(config)
-    cut = sum(is_truncated(teacher.pipeline, prompt) for prompt in prompts.prompts)
-    if cut:
+    config, counts = teacher.config, (teacher.config.scoring.prompts, teacher.config.eval.prompts)
+    prompts = read_prompt_set(config) if teacher.is_conditional else numbered_images(sum(counts))
+    if cut := sum(is_truncated(teacher.pipeline, prompt) for prompt in prompts.prompts):
         log.warning(f"{cut} of {len(prompts)} prompts are longer than the text encoder takes, and are cut")
-    return disjoint_prompts(prompts, config.scoring.prompts, config.eval.prompts)
+    return disjoint_prompts(prompts, *counts)
 
 
 def note_trained_on(run: Run, prompts: PromptSet, captions: Iterable[str]) -> None:

@@ -114,16 +114,12 @@ def eval_prompts(config: Config) -> PromptSet:
     """The requested prompts, without the calibration prompts of a pruned network."""
     prompts, count = read_prompt_set(config), config.eval.prompts
     if file := config.evaluation.calibration_prompts:
-        return prompts.without(calibration_prompts(Path(file)), count)
+        if not Path(file).is_file():
+            message = f"evaluation.calibration_prompts={file} does not exist"
+            raise FileNotFoundError(f"{message}; give prune_unet's prompts.json")
+        return prompts.without(read_calibration_prompts(Path(file)), count)
     fewer = f"eval.prompts={len(prompts)} or fewer, or " if len(prompts) > 1 else ""
     return prompts.take(count, way=f"{fewer}data.prompt_file=FILE with more")
-
-
-def calibration_prompts(file: Path) -> frozenset[str]:
-    """The calibration prompts of the run that pruned a network."""
-    if not file.is_file():
-        raise FileNotFoundError(f"evaluation.calibration_prompts={file} does not exist; give prune_unet's prompts.json")
-    return read_calibration_prompts(file)
 
 
 def seen_in_training(config: Config, prompts: PromptSet) -> dict[str, int]:

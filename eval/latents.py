@@ -57,14 +57,11 @@ def sampled_latents(
     accelerator.wait_for_everyone()
     if rank == 0:
         with alone(folder / ".lock-0"):  # there may be more, of another run
-            write_index(folder, made_from, list(takewhile(has_record, shard_paths(folder, count_up()))))
+            whole = takewhile(lambda path: path.with_suffix(".json").exists(), shard_paths(folder, count_up()))
+            write_index(folder, made_from, list(whole))
     accelerator.wait_for_everyone()
     return CachedPairs(folder)
 
 
 def shard_paths(folder: Path, numbers: Iterable[int]) -> Iterator[Path]:
     return (folder / f"shard-{k:05d}.safetensors" for k in numbers)
-
-
-def has_record(shard: Path) -> bool:
-    return shard.with_suffix(".json").exists()

@@ -42,9 +42,7 @@ def train_stage(
         return load_trained(unet, teacher.run, stage)
     taught_by = teaching() if teaching else compute_copy(teacher.unet, teacher)
     uncond = pairs().unconditional.to(teacher.device)
-    kwargs = {"schedule": teacher.schedule, "uncond": uncond, "teacher": taught_by, **kwargs}
-    kwargs = {"denoiser": denoiser_of(teacher.unet, kwargs["schedule"].prediction_type), **kwargs}
-    objective = make_objective(description, **kwargs)
+    objective = objective_of(description, teacher, taught_by, uncond, **kwargs)
     data = samples(objective) if samples else pairs()
     with offloaded([network for network in offloadable if network is not taught_by], teacher.device):
         return train(unet, objective, data, config, teacher.run, stage)
@@ -71,6 +69,15 @@ def compute_copy(network: nn.Module, teacher: Teacher) -> nn.Module:
     return copy.deepcopy(network).to(teacher.device, teacher.compute_dtype)
 
 
+def objective_of(
+    description: Mapping[str, Any], job: Teacher, teacher: nn.Module, uncond: Conditioning, **kwargs: Any
+) -> Objective:
+    """An objective of networks that are called as the job's teacher, on its noise schedule where no other is given."""
+    kwargs = {"schedule": job.schedule, "uncond": uncond, "teacher": teacher, **kwargs}
+    denoiser = denoiser_of(job.unet, kwargs["schedule"].prediction_type)
+    return make_objective(description, denoiser=denoiser, **kwargs)
+
+
 def make_objective(description: Mapping[str, Any], **kwargs: Any) -> Objective:
     """An objective of the loop from its `_target_`. ValueError where its arguments are not what the class takes."""
     try:
@@ -84,6 +91,5 @@ def check_objective(
 ) -> None:
     """ValueError for the objective under `key` if it cannot be, or be trained in this way; no data are touched."""
     check(description, key)
-    kwargs = {"schedule": teacher.schedule, "teacher": teacher.unet, "uncond": Conditioning(), **kwargs}
-    kwargs = {"denoiser": denoiser_of(teacher.unet, kwargs["schedule"].prediction_type), **kwargs}
-    check_requirements(make_objective(description, **kwargs), training, teacher.run.accelerator)
+    objective = objective_of(description, teacher, teacher.unet, Conditioning(), **kwargs)
+    check_requirements(objective, training, teacher.run.accelerator)

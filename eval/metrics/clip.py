@@ -35,6 +35,7 @@ from open_clip.utils import to_2tuple
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
+from slimstep.engine.files import digest
 from slimstep.engine.quiet import one_line
 
 LOCAL, HUB = "local-dir:", "hf-hub:"
@@ -319,8 +320,6 @@ def local_weights(model: str, pretrained: str | None) -> list[Path]:
 
 def local_weights_hash(model: str, pretrained: str | None) -> str | None:
     """12 hex digits of the sha256 of a checkpoint on disk; None for open_clip's tags, which name their weights."""
-    digest, files = hashlib.sha256(), local_weights(model, pretrained)
-    for path in files:
-        with open(path, "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()[:12] if files else None
+    files = local_weights(model, pretrained)
+    digests = b"".join(bytes.fromhex(digest(path)) for path in files)
+    return hashlib.sha256(digests).hexdigest()[:12] if files else None

@@ -140,9 +140,9 @@ def measure(timed: TimedPipeline, others: Mapping[str, TimedPipeline], config: L
         for other in others.values():
             other.call()  # compiled ones may have to be made again
         memory = MemoryFrom(device)
-        graphs, start = Graphs(), time.perf_counter()
+        before, start = compiled_graphs(), time.perf_counter()
         timed.call()
-        first_s, made = time.perf_counter() - start, graphs.since()
+        first_s, made = time.perf_counter() - start, compiled_graphs()
         needed = memory.of(timed.call, held_tensors(timed))
 
         def watch_parts() -> None:
@@ -160,8 +160,8 @@ def measure(timed: TimedPipeline, others: Mapping[str, TimedPipeline], config: L
         "speedup": {name: speedup(times[name], whole) for name in others},
         "images_per_s": 1e3 * timed.batch / statistics.median(whole),
         **needed,
-        "graphs": made,
-        "recompiled": graphs.since()["graphs"] - made["graphs"],
+        "graphs": {key: value - before[key] for key, value in made.items()},
+        "recompiled": compiled_graphs()["graphs"] - made["graphs"],
         "first_call_s": first_s,
     }
 
@@ -190,17 +190,9 @@ def speedup(before_ms: Sequence[float], after_ms: Sequence[float], resamples: in
     return {"ratio": float(np.median(ratios)), "low": low, "high": high, "n": len(ratios)}
 
 
-class Graphs:
-    """Graphs that torch.compile has made since this was, and how often it had to break one."""
-
-    def __init__(self):
-        self.before = self.now()
-
-    def now(self) -> dict[str, int]:
-        return {"graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values())}
-
-    def since(self) -> dict[str, int]:
-        return {key: value - self.before[key] for key, value in self.now().items()}
+def compiled_graphs() -> dict[str, int]:
+    """How many graphs torch.compile has made in this process, and how often it had to break one."""
+    return {"graphs": counters["stats"]["unique_graphs"], "breaks": sum(counters["graph_break"].values())}
 
 
 def held_tensors(timed: TimedPipeline) -> Iterator[Tensor]:
