@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
+CONFIDENCE, RESAMPLES = 0.95, 10_000
+
 
 @dataclass(frozen=True)
 class Mean:
@@ -50,11 +52,7 @@ def mean_and_error(scores: Sequence[float]) -> Mean:
 
 
 def paired_difference(
-    scores: Sequence[float],
-    reference: Sequence[float],
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
+    scores: Sequence[float], reference: Sequence[float], resamples: int = RESAMPLES, seed: int = 0
 ) -> PairedDifference:
     """How much higher `scores` are than `reference`, prompt by prompt; percentile bootstrap over prompts, seeded.
 
@@ -63,24 +61,18 @@ def paired_difference(
     scores_2N = paired(scores, reference)
     difference_N = scores_2N[0] - scores_2N[1]
     mean = mean_and_error(difference_N)
-    low, high = interval([difference_N[draw].mean() for draw in bootstrap(mean.n, resamples, seed)], confidence)
+    low, high = interval([difference_N[draw].mean() for draw in bootstrap(mean.n, resamples, seed)])
     return PairedDifference(mean.mean, mean.se, low, high, mean.n)
 
 
-def paired_ratio(
-    errors: Sequence[float],
-    reference: Sequence[float],
-    confidence: float = 0.95,
-    resamples: int = 10_000,
-    seed: int = 0,
-) -> PairedRatio:
+def paired_ratio(errors: Sequence[float], reference: Sequence[float]) -> PairedRatio:
     """How large `errors` are on average in units of `reference`'s; prompts are drawn for both at once.
 
     Raises ValueError if the two were not measured on equally many prompts.
     """
     errors_2N = paired(errors, reference)
-    means = [errors_2N[:, draw].mean(1) for draw in bootstrap(len(errors), resamples, seed)]
-    low, high = interval([mean[0] / mean[1] for mean in means], confidence)
+    means = [errors_2N[:, draw].mean(1) for draw in bootstrap(len(errors), RESAMPLES)]
+    low, high = interval([mean[0] / mean[1] for mean in means])
     whole = errors_2N.mean(1)
     return PairedRatio(float(whole[0] / whole[1]), low, high, len(errors))
 
@@ -91,14 +83,15 @@ def paired(scores: Sequence[float], reference: Sequence[float]) -> np.ndarray:
     return np.asarray([scores, reference], dtype=np.float64)
 
 
-def bootstrap(size: int, resamples: int, seed: int) -> Iterator[np.ndarray]:
+def bootstrap(size: int, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
     """Resamples of `size` prompts, as indices."""
     draw = np.random.default_rng(seed)
     return (draw.integers(size, size=size) for _ in range(resamples))
 
 
-def interval(values: Sequence[float], confidence: float) -> tuple[float, float]:
-    low, high = np.quantile(values, [(1 - confidence) / 2, (1 + confidence) / 2])
+def interval(values: Sequence[float]) -> tuple[float, float]:
+    """The middle 95 % of resampled values."""
+    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)
 
 

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from slimstep.eval.metrics.compare import Mean, mean_and_error
 
+SUBSETS = 100
+
 
 def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
     """Fréchet distance of the Gaussians with the sets' means and covariances (Heusel et al. 2017), in float64.
@@ -31,18 +33,16 @@ def covariance_root(x_ND: np.ndarray) -> np.ndarray:
     return centred if len(centred) <= centred.shape[1] else np.asarray(np.linalg.qr(centred, mode="r"))
 
 
-def kernel_distance(
-    a_ND: Tensor, b_MD: Tensor, divisor: float = 1.0, subsets: int = 100, size: int = 100, seed: int = 0
-) -> Mean:
+def kernel_distance(a_ND: Tensor, b_MD: Tensor, divisor: float = 1.0, size: int = 100) -> Mean:
     """Unbiased squared MMD with the kernel (x·y / divisor + 1)³ (Bińkowski et al. 2018), over random subsets.
 
     The published KID has divisor D, for features of norm √D; 1 is for unit features. The error is that of one subset's
     value: subsets share images. The expected value does not depend on the subsets' size.
     """
-    draw, size = np.random.default_rng(seed), min(size, len(a_ND), len(b_MD))
+    draw, size = np.random.default_rng(0), min(size, len(a_ND), len(b_MD))
     scale = divisor**-0.5
     a, b, values = a_ND.double() * scale, b_MD.double() * scale, []
-    for _ in range(subsets):
+    for _ in range(SUBSETS):
         x, y = a[draw.choice(len(a), size, replace=False)], b[draw.choice(len(b), size, replace=False)]
         values.append(mmd(x, y).item())
     mean = mean_and_error(values)

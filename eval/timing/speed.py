@@ -34,6 +34,7 @@ from slimstep.eval.timing.memory import MemoryFrom
 from slimstep.eval.timing.stage_timer import timed_components
 from slimstep.models.pipeline import networks
 
+RESAMPLES = 2000  # of neighbouring calls
 # What torch says where a device has no kernel for a dtype, a size or an operation.
 # Memory runs out in CUDA's libraries, too, and for the driver: those errors are no OutOfMemoryError.
 REFUSALS = ("No available kernel", "not implemented for", "not supported", "is unsupported", "not available",
@@ -183,10 +184,10 @@ def spread(times_ms: Sequence[float]) -> dict[str, float]:
             "n": len(times_ms)}  # fmt: skip
 
 
-def speedup(before_ms: Sequence[float], after_ms: Sequence[float], resamples: int = 2000) -> dict[str, float]:
+def speedup(before_ms: Sequence[float], after_ms: Sequence[float]) -> dict[str, float]:
     """How many times as fast: the median ratio of neighbouring calls, and its bootstrap 95 % interval over them."""
     ratios = np.asarray(before_ms) / np.asarray(after_ms)
-    low, high = interval([float(np.median(ratios[draw])) for draw in bootstrap(len(ratios), resamples, seed=0)], 0.95)
+    low, high = interval([float(np.median(ratios[draw])) for draw in bootstrap(len(ratios), RESAMPLES)])
     return {"ratio": float(np.median(ratios)), "low": low, "high": high, "n": len(ratios)}
 
 
@@ -213,10 +214,10 @@ def reason(error: Exception) -> str | None:
     return textwrap.shorten(str(error), 400, placeholder=" …") or type(error).__name__ if known else None
 
 
-def matmul_peak_tflops(inference: InferenceConfig, device: torch.device, seconds: float = 1.0) -> float:
+def matmul_peak_tflops(inference: InferenceConfig, device: torch.device) -> float:
     """10¹² operations a second of the best of a few square matrix products in the config's number format."""
     sizes = (4096, 8192) if device.type == "cuda" else (512, 1024)
-    config = LatencyConfig(iterations=20, warmup=3, seconds=seconds)
+    config = LatencyConfig(iterations=20, warmup=3, seconds=1.0)
     best = 0.0
     with running(inference), one_thread(device):
         for size in sizes:
