@@ -20,10 +20,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler
 from diffusers.training_utils import EMAModel
 from torch import Tensor, nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from slimstep.data.shapes import ShapesPairs
 from slimstep.distill.steps import StepDistillation
@@ -34,9 +33,10 @@ from slimstep.engine.files import write_json
 from slimstep.eval.pages.tables import markdown_table
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.family import denoiser_of
+from slimstep.models.known import random_pipeline
 from slimstep.models.noise_schedule import add_noise, ddim_step, schedule_of, snr, x0_between, x0_of
 from slimstep.models.pipeline import load_pipeline
-from slimstep.models.reference import CLIP_L, random_unet, random_vae
+from slimstep.models.sizes import native_pixels
 
 ROOT = Path(__file__).resolve().parents[1]
 GUIDANCE = (2.0, 14.0)
@@ -47,20 +47,13 @@ class Networks:
 
     def __init__(self, sd15: bool, batch: int, device: torch.device):
         self.device, self.batch = device, batch
-        if sd15:
-            self.vae, self.text_encoder = random_vae("sd15"), CLIPTextModel(CLIPTextConfig(**CLIP_L))
-            self.teacher = random_unet("sd15")
-            self.images = torch.rand(batch, 3, 512, 512) * 2 - 1
-            self.ids = torch.randint(49000, (batch, 77))
-            self.empty_ids = torch.randint(49000, (1, 77))
-        else:
-            pipeline: StableDiffusionPipeline = load_pipeline(ROOT / "assets/shapes")
-            self.vae, self.text_encoder, self.teacher = pipeline.vae, pipeline.text_encoder, pipeline.unet
-            pairs = ShapesPairs("train", batch)
-            self.images = pairs.images(range(batch)).float() / 127.5 - 1
-            token = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
-            self.ids = pipeline.tokenizer([pairs[i]["caption"] for i in range(batch)], **token).input_ids
-            self.empty_ids = pipeline.tokenizer([""], **token).input_ids
+        pipeline = random_pipeline("sd15") if sd15 else load_pipeline(ROOT / "assets/shapes")
+        self.vae, self.text_encoder, self.teacher = pipeline.vae, pipeline.text_encoder, pipeline.unet
+        pairs = ShapesPairs("train", batch, resolution=native_pixels(pipeline))
+        self.images = pairs.images(range(batch)).float() / 127.5 - 1
+        token = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}
+        self.ids = pipeline.tokenizer([pairs.caption(i) for i in range(batch)], **token).input_ids
+        self.empty_ids = pipeline.tokenizer([""], **token).input_ids
         for name in ("vae", "text_encoder", "teacher"):
             setattr(self, name, getattr(self, name).to(device).requires_grad_(False).eval())
         self.images, self.ids, self.empty_ids = (x.to(device) for x in (self.images, self.ids, self.empty_ids))
@@ -177,7 +170,6 @@ def main() -> None:
         middle = statistics.median(ratios)
         record[name] = {"speed_over_example": middle, "quartiles": [low, high], "seconds": taken}
         rows.append([name, f"{middle:.2f}×", f"[{low:.2f}, {high:.2f}]"])
-    options.out.mkdir(parents=True, exist_ok=True)
     model = "sd15" if options.sd15 else "shapes"
     facts = {"model": model, "batch": options.batch, "rounds": options.rounds, "environment": environment()}
     write_json(options.out / f"{model}-{device.type}.json", {**facts, "loops": record})

@@ -27,6 +27,7 @@ def main() -> None:
     from omegaconf import OmegaConf
 
     from slimstep.engine.environment import environment
+    from slimstep.engine.files import write_json
     from slimstep.engine.run import Run
     from slimstep.eval.metrics.clip import ClipScorer
     from slimstep.eval.pages.cautions import is_above_chance
@@ -44,9 +45,7 @@ def main() -> None:
             seconds = {"seconds": time.perf_counter() - start, "cpu_seconds": time.process_time() - cpu}
             results[name] = {**seconds, **record, "passes": is_above_chance(record)}
             print(name, json.dumps(results[name]))
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    content = {"sets": results, "scorer": scorer.protocol, "environment": environment()}
-    options.out.write_text(json.dumps(content, indent=1) + "\n")
+    write_json(options.out, {"sets": results, "scorer": scorer.protocol, "environment": environment()})
 
 
 if __name__ == "__main__":

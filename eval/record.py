@@ -140,8 +140,12 @@ def whole(value: Values, points: list[Point], reference: Values, **own: Any) -> 
     """Of the keys that all layouts shared."""
     seen = {key: count for key, count in value.items() if key.startswith("prompts_in_")}
     shared = {"models": {point.model: point.model for point in points}, "shown": (), "prompts": "", "environment": {}}
-    kept = {key: value[key] for key in ("prompts", "prompts_hash", "n", "protocol", "environment") if key in value}
+    kept = present(value, "prompts", "prompts_hash", "n", "protocol", "environment")
     return Evaluation(**{**shared, **kept, "reference": reference, "points": tuple(points), "seen": seen, **own})
+
+
+def present(value: Values, *keys: str) -> dict[str, Any]:
+    return {key: value[key] for key in keys if key in value}
 
 
 def per_image(score: Values, versus: Values | None) -> Values:
@@ -161,7 +165,7 @@ def of_models(value: Values) -> Evaluation:
                     for name in ("psnr", "features")}  # fmt: skip
         if p["distribution"]:
             metrics |= split_distances(p["distribution"])
-        facts = {key: p[key] for key in ("parameters", "evaluations", "against_shuffled") if key in p}
+        facts = present(p, "parameters", "evaluations", "against_shuffled")
         return Point(p["model"], p["steps"], p["guidance"], metrics, p["protocol"], facts)
 
     return whole(value, [point(p) for p in value["points"]], value["reference"], models=value["models"],
@@ -170,9 +174,9 @@ def of_models(value: Values) -> Evaluation:
 
 def split_distances(distances: Values) -> dict[str, Values]:
     """Of the scorer's features, and of Inception's."""
-    counts = {key: distances[key] for key in ("n", "n_real")}
+    counts = present(distances, "n", "n_real")
     sets = {"fd": ("fd", "kd", "kd_se", "features"), "fid": ("fid", "kid", "kid_se")}
-    return {name: {"kind": "distribution", **{key: distances[key] for key in keys if key in distances}, **counts}
+    return {name: {"kind": "distribution", **present(distances, *keys), **counts}
             for name, keys in sets.items() if name in distances}  # fmt: skip
 
 
@@ -182,8 +186,7 @@ def of_pruning(value: Values) -> Evaluation:
 
     def point(m: Values) -> Point:
         metrics = {"clip": per_image(m["clip"], m["versus_teacher"]), "psnr": paired(m.get("psnr_to_teacher"))}
-        facts = {"parameters": {"UNet": m["parameters"]}, "gflops": m["gflops"]}
-        facts |= {key: m[key] for key in ("against_shuffled",) if key in m}
+        facts = {"parameters": {"UNet": m["parameters"]}, "gflops": m["gflops"], **present(m, "against_shuffled")}
         return Point(m["name"], steps, guidance, metrics, protocol, facts)
 
     times = {m["name"]: m["ms"] for m in value["models"]}
@@ -199,7 +202,7 @@ def of_distillation(value: Values) -> Evaluation:
             "features": paired(p["feature_cosine_to_teacher"]),
             "latent_error": paired(error["mean"], None, error["per_prompt"]),
         }
-        facts = {key: p[key] for key in ("evaluations", "against_shuffled") if key in p}
+        facts = present(p, "evaluations", "against_shuffled")
         return Point(p["model"], p["steps"], p["guidance"], metrics, p["protocol"], facts)
 
     points = [point(p) for p in value["points"]]
@@ -221,8 +224,7 @@ def of_decoders(value: Values) -> Evaluation:
         metrics = {"clip": per_image(d["clip"], d["versus_wide"]), **nearness(near["sampled_to_wide"])}
         metrics |= {f"real_{name}": own for name, own in nearness(near["real_to_wide"]).items()}
         metrics |= {f"image_{name}": own for name, own in nearness(near["real_to_image"]).items()}
-        facts = {"parameters": {"decoder": d["parameters"]}}
-        facts |= {key: d[key] for key in ("against_shuffled",) if key in d}
+        facts = {"parameters": {"decoder": d["parameters"]}, **present(d, "against_shuffled")}
         return Point(names.get(name, name), steps, guidance, metrics, protocol, facts)
 
     widths = {names[name]: channels for name, channels in value["widths"].items()}

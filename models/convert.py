@@ -36,7 +36,8 @@ def convert(
     pipeline = read_pipeline(source, dtype, vae=vae, **options)
     if not from_file:
         check_layout(pipeline)
-    log.info(f"writing {size_gb(pipeline):.2f} GB of weights to {target}")
+    size = sum(p.numel() * p.element_size() for network in networks(pipeline) for p in network.parameters())
+    log.info(f"writing {size / 1e9:.2f} GB of weights to {target}")
     if from_file:
         export_pipeline(pipeline, target, variant)
     else:
@@ -64,8 +65,3 @@ def left_out(pipeline: DiffusionPipeline) -> str:
                (vae, "scaling_factor", usual_scale)]  # fmt: skip
     matches = [f"{field}={config[field]}" for config, field, guess in guesses if config.get(field, guess) != guess]
     return ", ".join([*matches, *([f"the VAE's {' and '.join(STATISTICS)}"] if has_statistics(pipeline) else [])])
-
-
-def size_gb(pipeline: DiffusionPipeline) -> float:
-    """10⁹ bytes of weights."""
-    return sum(p.numel() * p.element_size() for network in networks(pipeline) for p in network.parameters()) / 1e9

@@ -84,7 +84,8 @@ def read_lora(pipeline: DiffusionPipeline, source: str | Path | dict[str, Tensor
     for part, (stored, config) in read.items():
         stored = without_embeddings(stored)
         check_kind(stored, config)
-        weights = kohya_named(pipeline, stored) if is_kohya(stored) else diffusers_named(pipeline, stored, part)
+        is_kohya = bool(stored) and all(key.startswith(KOHYA) for key in stored)
+        weights = kohya_named(pipeline, stored) if is_kohya else diffusers_named(pipeline, stored, part)
         has_alphas = any(key.endswith(".alpha") for key in stored)
         updates |= updates_of(weights, {} if has_alphas else config)
     return updates
@@ -142,10 +143,6 @@ def check_kind(stored: Mapping[str, Tensor], config: Mapping[str, Any]) -> None:
     for pattern, kind in KINDS.items():
         if key := next((key for key in stored if re.search(pattern, key)), None):
             raise ValueError(f"it is {kind} ({preview([key])}); only LoRAs, and DoRAs in PEFT's names, are supported")
-
-
-def is_kohya(stored: Mapping[str, Tensor]) -> bool:
-    return bool(stored) and all(key.startswith(KOHYA) for key in stored)
 
 
 def kohya_named(pipeline: DiffusionPipeline, stored: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -19,8 +19,9 @@ def make_family(size: str, folder: Path) -> dict[str, str]:
     Raises ValueError for an unknown size.
     """
     folders = {name: folder / name for name in ("teacher", "pruned", "narrow")}
+    named = {name: str(place) for name, place in folders.items()}
     if all((place / "model_index.json").exists() for place in folders.values()):
-        return {name: str(place) for name, place in folders.items()}
+        return named
     pipeline = load_pipeline(ROOT / "assets/shapes") if size == "shapes" else random_pipeline(size, torch.float16)
     unet = pipeline.unet
     order = list(OmegaConf.load(ROOT / "configs/search/bk_sdm.yaml").method.blocks)
@@ -33,4 +34,4 @@ def make_family(size: str, folder: Path) -> dict[str, str]:
     with quiet():
         for name, member in family.items():
             export_pipeline(member.to(dtype=torch.float16), folders[name])
-    return {name: str(place) for name, place in folders.items()}
+    return named

@@ -20,6 +20,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -91,11 +92,8 @@ class Campaign:
         except psutil.NoSuchProcess:
             return
         for process in family:
-            with_no_one_there = (psutil.NoSuchProcess, ProcessLookupError)
-            try:
+            with suppress(psutil.NoSuchProcess, ProcessLookupError):
                 process.send_signal(sent)
-            except with_no_one_there:
-                continue
         _, alive = psutil.wait_procs(family, timeout=120)
         for process in alive:
             process.kill()

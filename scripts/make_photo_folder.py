@@ -25,6 +25,7 @@ from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from slimstep.engine.console import open_console
+from slimstep.engine.files import write_text
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,7 @@ def make_photo_folder(root: Path, size: int) -> int:
             name = f"images/{Path(view.photo).stem}-{len(rows):03d}.jpg"
             image.save(root / name, quality=95)
             rows.append(json.dumps({"file_name": name, "text": caption}))
-    aside = root / ".metadata.jsonl"
-    aside.write_text("\n".join(rows) + "\n")
-    aside.replace(metadata)  # written last: it says that the folder is complete
+    write_text(metadata, "\n".join(rows) + "\n")  # last: it says that the folder is complete
     return len(rows)
 
 

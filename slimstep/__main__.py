@@ -6,6 +6,7 @@ With several processes: `accelerate launch -m slimstep +experiment=NAME …`.
 import os
 import signal
 import sys
+from importlib import import_module
 
 COMMANDS = ("compare", "convert", "report")
 
@@ -27,13 +28,7 @@ def command(name: str) -> None:
 
     open_console()
     sys.argv[0] = f"slimstep {name}"
-    if name == "convert":
-        from slimstep.commands.convert import main
-    elif name == "report":
-        from slimstep.commands.report import main
-    else:
-        from slimstep.commands.compare import main
-    sys.exit(main())
+    sys.exit(import_module(f"slimstep.commands.{name}").main())
 
 
 def train() -> None:

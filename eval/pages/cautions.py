@@ -32,8 +32,7 @@ MORE = "more scoring.prompts, another scorer, or a longer training of the teache
 
 def cautions(folder: str | Path) -> list[str]:
     """The sentences about a run, the most serious first; none for a run whose files do not speak of it."""
-    folder = Path(folder)
-    return [sentence for sentence in sentences_of(folder) if sentence]
+    return list(filter(None, sentences_of(Path(folder))))
 
 
 def cautions_of(folders: Mapping[str, str | Path]) -> list[str]:
