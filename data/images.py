@@ -9,6 +9,7 @@ import json
 import logging
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
@@ -29,9 +30,8 @@ FEWEST_PROMPTS = 4  # two to rank blocks on, and two to evaluate on
 class CaptionedImages:
     """What both sources share; item i: {"image": uint8 [3, resolution, resolution], "caption": str}."""
 
-    def __init__(self, resolution: int, crop: str, max_broken: float) -> None:
-        check_framing(resolution, crop)
-        self.resolution, self.crop, self.max_broken = resolution, crop, max_broken
+    def __post_init__(self) -> None:
+        check_framing(self.resolution, self.crop)
 
     @property
     def allowed_broken(self) -> int:
@@ -44,6 +44,7 @@ class CaptionedImages:
         return {"image": image, "caption": self.caption(index)}
 
 
+@dataclass(eq=False)
 class ImageFolderPairs(CaptionedImages):
     """The images under `root`, captioned by metadata files or .txt files as `data/folder.py` tells.
 
@@ -54,25 +55,25 @@ class ImageFolderPairs(CaptionedImages):
     unknown column, an empty split.
     """
 
-    def __init__(
-        self,
-        root: str | Path,
-        resolution: int,
-        split: str = "train",
-        heldout_fraction: float = 0.1,
-        caption_column: str | None = None,
-        crop: str = "center",
-        max_broken: float = 0.01,
-    ) -> None:
-        super().__init__(resolution, crop, max_broken)
-        self.root = Path(root)
-        contents = read_folder(self.root, caption_column)
+    root: str | Path
+    resolution: int
+    split: str = "train"
+    heldout_fraction: float = 0.1
+    caption_column: str | None = None
+    crop: str = "center"
+    max_broken: float = 0.01
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        root = self.root = Path(self.root)
+        contents = read_folder(root, self.caption_column)
         everything, flaws = contents.pairs, contents.flaws
-        self._report_flaws(flaws, len(everything) + len(flaws), told_before=split == "heldout")
-        if contents.passed_over and split != "heldout":
-            log.warning("not read in %s: %s", self.root, few(contents.passed_over))
+        self._report_flaws(flaws, len(everything) + len(flaws), told_before=self.split == "heldout")
+        if contents.passed_over and self.split != "heldout":
+            log.warning("not read in %s: %s", root, few(contents.passed_over))
         names = [contents.first_names[name] for name, _ in everything]
-        self.pairs = [everything[i] for i in split_of(names, split, heldout_fraction, f"image folder {root}")]
+        chosen = split_of(names, self.split, self.heldout_fraction, f"image folder {root}")
+        self.pairs = [everything[i] for i in chosen]
 
     def _report_flaws(self, flaws: list[str], of: int, told_before: bool) -> None:
         allowed = allowed_of(of, self.max_broken)
@@ -104,6 +105,7 @@ class ImageFolderPairs(CaptionedImages):
         return self.pairs[index][1]
 
 
+@dataclass(eq=False)
 class HubPairs(CaptionedImages):
     """A data set of the Hugging Face hub, a local copy of one (a folder of its files, or one made by `save_to_disk`).
 
@@ -113,35 +115,34 @@ class HubPairs(CaptionedImages):
     Raises ValueError, in one line, for a name that cannot be loaded (offline too), an unknown column, an empty caption.
     """
 
-    def __init__(
-        self,
-        name: str,
-        resolution: int,
-        split: str = "train",
-        heldout_fraction: float = 0.1,
-        image_column: str = "image",
-        caption_column: str | None = None,
-        subset: str = "train",
-        heldout_subset: str | None = None,
-        config: str | None = None,
-        crop: str = "center",
-        max_broken: float = 0.01,
-        skip_empty: bool = False,
-    ) -> None:
-        super().__init__(resolution, crop, max_broken)
-        if heldout_subset and split == "heldout":
-            split, subset = "all", heldout_subset
-        elif heldout_subset and split == "train":
+    name: str
+    resolution: int
+    split: str = "train"
+    heldout_fraction: float = 0.1
+    image_column: str = "image"
+    caption_column: str | None = None
+    subset: str = "train"
+    heldout_subset: str | None = None
+    config: str | None = None
+    crop: str = "center"
+    max_broken: float = 0.01
+    skip_empty: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        split, subset = self.split, self.subset
+        if self.heldout_subset and split == "heldout":
+            split, subset = "all", self.heldout_subset
+        elif self.heldout_subset and split == "train":
             split = "all"
-        self.name = f"data set {name}, {subset}"
-        rows = load_rows(name, config, subset)
-        self.image_column = image_column
-        self.caption_column = find_caption_column(rows.column_names, caption_column, self.name)
+        self.title = f"data set {self.name}, {subset}"
+        rows = load_rows(self.name, self.config, subset)
+        self.caption_column = find_caption_column(rows.column_names, self.caption_column, self.title)
         self._rows_print = rows._fingerprint  # private, and the only name datasets has for what rows hold
-        self._images = as_encoded_images(rows, image_column, self.name)
+        self._images = as_encoded_images(rows, self.image_column, self.title)
         self._captions = rows.select_columns([self.caption_column])
-        kept = self._rows_with_captions(skip_empty)
-        self.numbers = [kept[i] for i in split_of(map(str, kept), split, heldout_fraction, self.name)]
+        kept = self._rows_with_captions()
+        self.numbers = [kept[i] for i in split_of(map(str, kept), split, self.heldout_fraction, self.title)]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -164,15 +165,15 @@ class HubPairs(CaptionedImages):
         return self._text(self.numbers[index], self._captions[self.numbers[index]])
 
     def _text(self, number: int, row: dict) -> str:
-        return caption_text(row[self.caption_column], f"{self.name}: column {self.caption_column!r} of row {number}")
+        return caption_text(row[self.caption_column], f"{self.title}: column {self.caption_column!r} of row {number}")
 
-    def _rows_with_captions(self, skip_empty: bool) -> list[int]:
+    def _rows_with_captions(self) -> list[int]:
         kept = []
         for number, row in enumerate(self._captions):
             try:
                 self._text(number, row)
             except ValueError as error:
-                if not skip_empty:
+                if not self.skip_empty:
                     raise ValueError(f"{error}, or leave such rows out with data.skip_empty=true") from None
             else:
                 kept.append(number)

@@ -133,19 +133,6 @@ def logged_name(update: str, metric: str) -> str:
     return metric if update == STUDENT else f"{update}/{metric}"
 
 
-class Speedometer:
-    """Samples per second since it was last asked."""
-
-    def __init__(self) -> None:
-        self.samples, self.seconds = 0, time.perf_counter()
-
-    def samples_per_second(self) -> float:
-        now = time.perf_counter()
-        speed = self.samples / (now - self.seconds)
-        self.samples, self.seconds = 0, now
-        return speed
-
-
 def learning_rate_at(step: int, config: TrainConfig, network: str = STUDENT) -> float:
     """Linear warm-up, then constant or a cosine to zero at `config.steps`."""
     learning_rate = (config.learning_rates or {}).get(network, config.learning_rate)
@@ -236,7 +223,7 @@ def _run_steps(
     run.rewind(stage, first_step)
     seed = seed_of(run.seed, stage)
     batches = _batches(dataset, objective, config, seed, first_step, accelerator)
-    speedometer = Speedometer()
+    samples, since = 0, time.perf_counter()  # since they were last logged
     quiet = not accelerator.is_main_process
     bar = progress(total=config.steps, initial=first_step, desc=stage, unit="step", disable=quiet)
     logged = first_step
@@ -258,7 +245,7 @@ def _run_steps(
                         loss, metrics = objective.loss(called, batch, draw, update)
                     accelerator.backward(loss / config.accumulation)
                 means.add(update, {"loss": loss, **metrics})
-                speedometer.samples += config.batch_size * accelerator.num_processes
+                samples += config.batch_size * accelerator.num_processes
             grad_norm = accelerator.clip_grad_norm_(trained.learning.parameters(), config.max_grad_norm)
             means.end_update(update, None if accelerator.scaler else as_number(grad_norm, accelerator))
             trained.optimizer.step()
@@ -275,7 +262,9 @@ def _run_steps(
             if bad is not None:
                 _stop_at(logged + bad, dataset, objective, config, run, stage)
             logged = done
-            rates = {"samples_per_second": speedometer.samples_per_second()}
+            now = time.perf_counter()
+            rates = {"samples_per_second": samples / (now - since)}
+            samples, since = 0, now
             lr = {logged_name(name, "lr"): learning_rate_at(step, config, name) for name in networks}
             run.log(stage, done, {**values, **lr}, rates, tracked=not came)
             losses = {name: f"{value:.4f}" for name, value in values.items() if name.endswith("loss")}

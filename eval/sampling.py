@@ -10,6 +10,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -33,6 +34,7 @@ from slimstep.models.schedulers import check_sampling, used_spacing
 TEXTS_PER_BATCH = 64  # cut by index, so that a prompt's state does not depend on who asks for it
 
 
+@dataclass(eq=False)
 class Sampler:
     """Draws images with the scheduler, text encoder and VAE of `pipeline`, as far as it has them, and any UNet that
     fits between them.
@@ -42,32 +44,28 @@ class Sampler:
     Stochastic schedulers draw from one generator per image, so they are as reproducible as the others (η is 0).
     `precision` is that of networks whose weights are float32: float32 strictly, tf32, or the UNet in bfloat16 by
     autocast and the decoder in TF32 where the device has it.
+
+    Raises ValueError for fewer than 1 step, for guidance of a model that has none, and for what the scheduler cannot
+    do: models/schedulers.py.
     """
 
-    def __init__(
-        self,
-        pipeline: DiffusionPipeline,
-        steps: int,
-        guidance_scale: float,
-        seed: int = 0,
-        scheduler: SchedulerMixin | None = None,
-        precision: str = "float32",
-    ) -> None:
-        """Raises ValueError for fewer than 1 step, for guidance of a model that has none, and for what the scheduler
-        cannot do: models/schedulers.py."""
-        if steps < 1:
-            raise ValueError(f"steps is {steps}; sampling needs at least 1")
+    pipeline: DiffusionPipeline
+    steps: int
+    guidance_scale: float
+    seed: int = 0
+    scheduler: Any = None  # of diffusers; the pipeline's own where there is none
+    precision: str = "float32"
+
+    def __post_init__(self) -> None:
+        pipeline, scale = self.pipeline, self.guidance_scale
+        if self.steps < 1:
+            raise ValueError(f"steps is {self.steps}; sampling needs at least 1")
         self.family, self.codec = family_of(pipeline), family_of(pipeline).codec(pipeline)
         self.network, self.flow = network_of(pipeline), self.family.flow(network_of(pipeline))
-        check_sampling(scheduler or pipeline.scheduler, steps, self.flow)
-        if guidance_scale > 1 and not (self.family.GUIDES or takes_guidance(self.network)):
-            raise ValueError(f"guidance_scale={guidance_scale:g}: {type(pipeline).__name__} has no guidance; set 1")
-        self.pipeline = pipeline
-        self.steps = steps
-        self.guidance_scale = guidance_scale
-        self.seed = seed
-        self.precision = precision
-        self.scheduler = scheduler or pipeline.scheduler
+        self.scheduler = self.scheduler or pipeline.scheduler
+        check_sampling(self.scheduler, self.steps, self.flow)
+        if scale > 1 and not (self.family.GUIDES or takes_guidance(self.network)):
+            raise ValueError(f"guidance_scale={scale:g}: {type(pipeline).__name__} has no guidance; set 1")
         self._encoded: dict[tuple[str, ...], Conditioning] = {}
         self._copies: dict[tuple, Tensor] = {}
 

@@ -85,14 +85,11 @@ def write_configuration(name: str, folder: Path) -> None:
         CLIPTextConfig(**getattr(reference, text)).save_pretrained(folder / part)
         clip_tokenizer(pad).save_pretrained(folder / tokenizer)
         index |= {part: ["transformers", class_name], tokenizer: ["transformers", "CLIPTokenizer"]}
-    unet_fields = {"force_zeros_for_empty_prompt": True, "add_watermarker": False}
+    options = {"force_zeros_for_empty_prompt": True, "add_watermarker": False}
     if kind.pipeline == SD:
-        unet_fields = {
-            "safety_checker": [None, None],
-            "feature_extractor": [None, None],
-            "requires_safety_checker": False,
-        }
-    write_json(folder / "model_index.json", {"_class_name": kind.pipeline, **index, **unet_fields})
+        index |= {"safety_checker": [None, None], "feature_extractor": [None, None]}
+        options = {"requires_safety_checker": False}
+    write_json(folder / "model_index.json", {"_class_name": kind.pipeline, **index, **options})
 
 
 def random_pipeline(name: str, dtype: torch.dtype = torch.float32, seed: int = 0) -> DiffusionPipeline:
