@@ -41,6 +41,15 @@ def json_bytes(value: Any) -> bytes:
     return (json.dumps(value, indent=1) + "\n").encode()
 
 
+def load_json(path: Path) -> Any:
+    """A table or list that `write_json` wrote. ValueError, which names the file, where it is damaged or empty."""
+    with damaged(path):
+        value = json.loads(path.read_text())
+        if not isinstance(value, (dict, list)) or not value:
+            raise ValueError(f"it holds {value}")
+        return value
+
+
 def write_tensors(path: Path, tensors: Mapping[str, "Tensor"], metadata: Mapping[str, str] | None = None) -> None:
     """A safetensors file, readable for all (the library writes 0600), in one step."""
     from safetensors.torch import save_file  # here, since who writes other files does without torch

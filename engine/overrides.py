@@ -127,12 +127,3 @@ def strings(value: Any) -> Iterator[str]:
     elif isinstance(value, (dict, list)):
         for inner in value.values() if isinstance(value, dict) else value:
             yield from strings(inner)
-
-
-def with_texts(value: Any, others: dict[str, str | None]) -> Any:
-    """Nested tables and lists with other texts, or null, in the places of some."""
-    if isinstance(value, dict):
-        return {key: with_texts(inner, others) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [with_texts(inner, others) for inner in value]
-    return others.get(value, value) if isinstance(value, str) else value

@@ -113,21 +113,24 @@ def with_new_kind(results: dict[str, Any]) -> dict[str, Any]:
     return {**results, "kind": EXPERIMENTS.get(results["kind"], results["kind"])} if "kind" in results else results
 
 
-def at_their_place(value: Any) -> Any:
-    """A nested value with every moved path replaced, and stages called as they are now."""
+def map_texts(value: Any, change: Callable[[str], Any]) -> Any:
+    """Nested tables and lists with every text changed; keys stay."""
     if isinstance(value, dict):
-        return {key: at_their_place(inner) for key, inner in value.items()}
+        return {key: map_texts(inner, change) for key, inner in value.items()}
     if isinstance(value, list):
-        return [at_their_place(inner) for inner in value]
-    if not isinstance(value, str):
-        return value
-    path = f"slimstep.{value}" if BARE.fullmatch(value) else OLD_STAGE.sub(lambda old: EXPERIMENTS[old[0]], value)
+        return [map_texts(inner, change) for inner in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def at_its_place(text: str) -> str:
+    """A path that has moved where it lies now, a stage as it is called now; any other text as it is."""
+    path = f"slimstep.{text}" if BARE.fullmatch(text) else OLD_STAGE.sub(lambda old: EXPERIMENTS[old[0]], text)
     return MOVED.get(path, path)
 
 
 def with_new_artifacts(record: dict[str, Any]) -> dict[str, Any]:
     """{artifact: what is known of it}, where the artifacts' first folders are stages, called as they are now."""
-    return {at_their_place(artifact): value for artifact, value in record.items()}
+    return {at_its_place(artifact): value for artifact, value in record.items()}
 
 
 def replace_moved(config: DictConfig | ListConfig) -> None:
@@ -139,9 +142,10 @@ def replace_moved(config: DictConfig | ListConfig) -> None:
         if OmegaConf.is_config(config[key]):
             replace_moved(config[key])
         elif key in ("job", "_target_"):
-            config[key] = at_their_place(config[key])
+            config[key] = map_texts(config[key], at_its_place)
 
 
 def is_same(key: str, old: Any, new: Any) -> bool:
     """Whether a value of an earlier version's configuration, None where it had no such key, is what is there now."""
-    return at_their_place(old) == at_their_place(new) or (old is None and key in ADDED and ADDED[key] == new)
+    there, now = (map_texts(value, at_its_place) for value in (old, new))
+    return there == now or (old is None and key in ADDED and ADDED[key] == new)

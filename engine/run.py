@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from slimstep.engine.artifacts import CARD
-from slimstep.engine.files import damaged, digests, whole_folder, write_json, write_tensors, write_text
+from slimstep.engine.files import damaged, digests, load_json, whole_folder, write_json, write_tensors, write_text
 from slimstep.engine.identity import differences, has_begun, has_grown
 from slimstep.engine.names import disk_name
 from slimstep.engine.tracking import Tracker
@@ -124,11 +124,7 @@ class Run:
 
     def load(self, name: str) -> Any:
         """A JSON artifact of an earlier stage. ValueError where the file is damaged."""
-        with damaged(self.path / name):
-            value = json.loads((self.path / name).read_text())
-            if not isinstance(value, (dict, list)) or not value:
-                raise ValueError(f"it holds {value}")
-            return value
+        return load_json(self.path / name)
 
     def folder(self, name: str, make: Callable[[Path], None]) -> Path:
         """The folder `name`, filled by rank 0 alone where it does not exist yet."""

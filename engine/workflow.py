@@ -32,10 +32,10 @@ from slimstep.engine.components import named_job
 from slimstep.engine.config import as_dict
 from slimstep.engine.files import whole_folder, write_json
 from slimstep.engine.identity import WATCHING
-from slimstep.engine.overrides import compose, hydra_value, stage_overrides, strings, with_texts
+from slimstep.engine.overrides import compose, hydra_value, stage_overrides, strings
 from slimstep.engine.parallel import free_memory
 from slimstep.engine.planning import Plan, duration
-from slimstep.engine.renamed import EXPERIMENTS, with_new_artifacts
+from slimstep.engine.renamed import EXPERIMENTS, map_texts, with_new_artifacts
 from slimstep.engine.run import Run
 
 OF_LAUNCHERS = (
@@ -185,7 +185,8 @@ class Workflow:
         config = as_dict(self.configs[stage.name], resolve=False)
         teacher = self.config.model.get("name_or_path")
         stand_ins = {str(self.path / name): None if Path(name).suffix else teacher for name in self.absent(stage)}
-        return self.checked(OmegaConf.create({**with_texts(config, stand_ins), "plan": True, **changes}))
+        config = map_texts(config, lambda text: stand_ins.get(text, text))
+        return self.checked(OmegaConf.create({**config, "plan": True, **changes}))
 
     def absent(self, stage: Stage) -> list[str]:
         """The artifacts that a stage is made from and that are not made yet."""

@@ -3,13 +3,12 @@
 Every job that evaluates writes it as evaluation.json, and every page is drawn from it. Nothing here computes.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from slimstep.engine.files import damaged
+from slimstep.engine.files import damaged, load_json
 
 FILE = "evaluation.json"
 Values = Mapping[str, Any]
@@ -109,10 +108,8 @@ def read_evaluation(folder: str | Path) -> Evaluation | None:
     """
     for name in (FILE, "results.json"):
         if (file := Path(folder) / name).is_file():
+            value = load_json(file)
             with damaged(file):
-                value = json.loads(file.read_text())
-                if not value:
-                    raise ValueError(f"it holds {value}")
                 if value.get("kind") == "evaluation":
                     return Evaluation.from_json(value)
                 if "kind" not in value:

@@ -92,9 +92,6 @@ class Action:
     why: str
     predicted_ms: float
 
-    def as_json(self) -> dict:
-        return record_json(self)
-
 
 def record_json(record: BlockValue | Action) -> dict:
     """Its fields by their names in files, null for what was not scored or timed."""

@@ -6,14 +6,13 @@ images/MODEL/…/NNN.png                              the same prompts and noise
 export/export_report.json, config.yaml              the export, and the configuration
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from slimstep.engine.files import damaged
+from slimstep.engine.files import load_json
 from slimstep.engine.renamed import with_new_kind
 from slimstep.eval.record import Evaluation, Point, read_evaluation
 from slimstep.models.architecture import Architecture, Levels, as_architecture, is_removed, num_levels, unet_levels
@@ -154,13 +153,7 @@ def read_run(path: str | Path) -> RunRecord:
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file, None where it does not exist (yet)."""
-    if not path.is_file():
-        return None
-    with damaged(path):
-        value = json.loads(path.read_text())
-        if not value:
-            raise ValueError(f"it holds {value}")
-        return value
+    return load_json(path) if path.is_file() else None
 
 
 def read_speed(path: Path) -> Any:
