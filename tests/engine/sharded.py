@@ -1,13 +1,14 @@
-"""A training of a tiny network, alone or as one of several processes, whole or in FSDP2's shards, on the CPU.
+"""Trainings of tiny networks, alone or as one of several processes, whole or in FSDP2's shards, on the CPU.
 
-    python -m tests.engine.sharded ROOT NETWORK plain|ddp|fsdp [precision=bf16] [kill_at=STEP] [KEY=VALUE …]
+    python -m tests.engine.sharded plain|ddp|fsdp PRECISION ROOT NETWORK [kill_at=STEP] [KEY=VALUE …] [-- ROOT …]
 
-accelerate shards on GPUs only: here its state is told to on the CPU, and all that follows is its own code.
+A process takes seconds to start, and so does several trainings in turn. accelerate shards on GPUs only: here its state
+is told to on the CPU, and all that follows is its own code.
 """
 
 import sys
 from functools import partial
-from pathlib import Path
+from itertools import groupby
 
 import torch
 from accelerate import Accelerator
@@ -34,14 +35,22 @@ from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
 SHORT = {"steps": 6, "batch_size": 2, "warmup_steps": 0, "log_every": 1, "checkpoint_every": 2}
 
 
-def main(root: str, name: str, way: str, *overrides: str) -> None:
+def main(way: str, precision: str, *words: str) -> None:
     torch.set_num_threads(1)
-    options = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
-    precision, kill_at = options.pop("precision", "no"), options.pop("kill_at", None)
+    torch.compile = partial(torch.compile, backend="eager")  # inductor takes minutes
     plugin = {"deepspeed_plugin": DeepSpeedPlugin(zero_stage=2)} if way == "deepspeed" else {}
     accelerator = Accelerator(cpu=way != "deepspeed", mixed_precision=precision, **plugin)
     if way == "fsdp":
         shard(accelerator, precision)
+    for is_separator, training in groupby(words, "--".__eq__):
+        if not is_separator:
+            run_training(accelerator, *training)
+    accelerator.end_training()
+
+
+def run_training(accelerator: Accelerator, root: str, name: str, *overrides: str) -> None:
+    options = OmegaConf.to_container(OmegaConf.from_dotlist(list(overrides)))
+    kill_at = options.pop("kill_at", None)
     config = TrainConfig(**{**SHORT, **options})
     network, objective, samples = subject(name)
 
@@ -55,13 +64,11 @@ def main(root: str, name: str, way: str, *overrides: str) -> None:
 
     objective.loss = mortal
 
-    torch.compile = partial(torch.compile, backend="eager")  # inductor takes minutes
     trained = train(network, objective, samples, config, Run(root, accelerator), "stage")
     assert trained is network and {type(p) for p in trained.parameters()} == {nn.Parameter}
     batch = default_collate([samples[i] for i in range(2)])
     with torch.no_grad(), accelerator.autocast():  # it can be called as before
         loss({STUDENT: trained, **objective.networks}, {**batch, "progress": 1.0}, torch.Generator(), STUDENT)
-    accelerator.end_training()
 
 
 def shard(accelerator: Accelerator, precision: str) -> None:
@@ -101,4 +108,4 @@ def subject(name: str) -> tuple[nn.Module, Objective | PlainObjective, StackData
 
 
 if __name__ == "__main__":
-    main(str(Path(sys.argv[1])), *sys.argv[2:])
+    main(*sys.argv[1:])

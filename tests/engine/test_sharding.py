@@ -19,9 +19,20 @@ ROOT = Path(__file__).resolve().parents[2]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
 
 
-def run(root, network, way, *overrides):
+# What two processes learn in shards, and one process by twice the accumulation: {network: (options, doubled)}.
+SHARDED = {
+    "sdxl": (["steps=3", "gradient_checkpointing=true"], ["accumulation=2"]),
+    "decoder": (["steps=3"], ["accumulation=2"]),
+    "recovery": (["steps=3", "accumulation=2"], ["accumulation=4"]),
+}
+KILLED = [("decoder", "fsdp"), ("two", "ddp")]
+
+
+def launch(way, precision, *trainings):
+    """Trains in turn, (root, network, *options) each, in one process or two; how it ended."""
     launcher = [] if way == "plain" else TORCHRUN
-    command = [sys.executable, *launcher, "-m", "tests.engine.sharded", str(root), network, way, *overrides]
+    words = [word for training in trainings for word in ("--", *map(str, training))][1:]
+    command = [sys.executable, *launcher, "-m", "tests.engine.sharded", way, precision, *words]
     on_cpu = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, cwd=ROOT, env=on_cpu, capture_output=True, text=True)
 
@@ -30,52 +41,58 @@ def weights(root):
     return load_file(root / "stage/weights.safetensors")
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("network", "more"),
-    [("sdxl", ["gradient_checkpointing=true"]), ("decoder", []), ("recovery", ["accumulation=2"])],
-    ids=["sdxl", "decoder", "recovery"],
-)
-def test_shards_train_to_the_weights_of_one_process(tmp_path, network, more):
-    accumulation = "accumulation=4" if "accumulation=2" in more else "accumulation=2"
-    one = run(tmp_path / "one", network, "plain", "steps=3", *more, accumulation)
-    two = run(tmp_path / "two", network, "fsdp", "steps=3", *more)
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-4, atol=1e-6)
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder of all trainings that nothing disturbs, WAY/NETWORK each, and FSDP2's of three steps in `sharded`."""
+    root = tmp_path_factory.mktemp("trained")
+    one = [(root / "plain" / name, name, *options, *doubled) for name, (options, doubled) in SHARDED.items()]
+    sharded = [(root / "sharded" / name, name, *options) for name, (options, _) in SHARDED.items()]
+    for way, trainings in {
+        "plain": [*one, (root / "plain/two", "two", "accumulation=2")],
+        "fsdp": [*sharded, (root / "fsdp/decoder", "decoder")],
+        "ddp": [(root / "ddp/two", "two")],
+    }.items():
+        done = launch(way, "no", *trainings)
+        assert done.returncode == 0, done.stderr
+    return root
 
 
 @pytest.mark.slow
-def test_two_networks_train_in_two_processes_to_the_weights_of_one(tmp_path):
-    one = run(tmp_path / "one", "two", "plain", "steps=6", "accumulation=2")
-    two = run(tmp_path / "two", "two", "ddp", "steps=6")
-    assert one.returncode == two.returncode == 0, one.stderr + two.stderr
-    torch.testing.assert_close(weights(tmp_path / "two"), weights(tmp_path / "one"), rtol=1e-5, atol=1e-7)
+@pytest.mark.parametrize("network", SHARDED)
+def test_shards_train_to_the_weights_of_one_process(trained, network):
+    ours, theirs = (weights(trained / way / network) for way in ("sharded", "plain"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("network", "way"), [("decoder", "fsdp"), ("decoder", "ddp"), ("two", "ddp")])
-def test_a_killed_training_of_two_ranks_ends_with_the_bits_of_a_quiet_one(tmp_path, network, way):
+def test_two_networks_train_in_two_processes_to_the_weights_of_one(trained):
+    ours, theirs = (weights(trained / way / "two") for way in ("ddp", "plain"))
+    torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("network", "way"), KILLED)
+def test_a_killed_training_of_two_ranks_ends_with_the_bits_of_a_quiet_one(trained, tmp_path, network, way):
     """Weights, optimizer states and EMA come back, from their shards or rank after rank."""
-    assert run(tmp_path / "quiet", network, way).returncode == 0
-    assert run(tmp_path / "killed", network, way, "kill_at=5").returncode != 0
-    (last, *_) = sorted((tmp_path / "killed/stage/checkpoints").iterdir(), reverse=True)
+    root = tmp_path / "killed"
+    assert launch(way, "no", (root, network, "kill_at=5")).returncode != 0
+    (last, *_) = sorted((root / "stage/checkpoints").iterdir(), reverse=True)
     assert last.name == "step-00000004" and (last / "ema.pt").is_file()
     assert (last / "pytorch_model_fsdp_0").is_dir() == (way == "fsdp")
-    continued = run(tmp_path / "killed", network, way)
+    continued = launch(way, "no", (root, network))
     assert continued.returncode == 0, continued.stderr
-    ours, theirs = weights(tmp_path / "quiet"), weights(tmp_path / "killed")
+    ours, theirs = weights(trained / way / network), weights(root)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("way", ["plain", "ddp"])
 def test_a_compiled_training_in_half_precision_leaves_the_names_and_the_network_as_they_were(tmp_path, way):
-    eager = run(tmp_path / "eager", "sdxl", way, "steps=2", "precision=bf16")
-    compiled = run(tmp_path / "compiled", "sdxl", way, "steps=2", "precision=bf16", "compile=true")
-    assert eager.returncode == compiled.returncode == 0, eager.stderr + compiled.stderr
+    eager = tmp_path / "eager", "sdxl", "steps=2"
+    compiled = tmp_path / "compiled", "sdxl", "steps=2", "compile=true"
+    done = launch(way, "bf16", eager, compiled, compiled)  # the second time its finished weights are read
+    assert done.returncode == 0, done.stderr
     torch.testing.assert_close(weights(tmp_path / "compiled"), weights(tmp_path / "eager"), rtol=1e-3, atol=1e-5)
-    again = run(tmp_path / "compiled", "sdxl", way, "steps=2", "precision=bf16", "compile=true")
-    assert again.returncode == 0, again.stderr  # its finished weights are read
 
 
 def test_a_network_that_is_sharded_gives_its_weights_away_and_gets_room_for_them():
