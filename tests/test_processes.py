@@ -16,6 +16,7 @@ from slimstep import ROOT
 from slimstep.eval.evaluator import place
 from tests.distill.test_steps_job import SMALL as DISTILLING
 from tests.eval.test_evaluation import ANY_DATA as EVALUATING
+from tests.jobs import run_job
 from tests.prune.test_job import SMALL
 
 PRUNING = ["+experiment=prune_unet", *SMALL]
@@ -33,41 +34,40 @@ def launch(processes, root, *overrides):
 
 
 def start(processes, root, *overrides):
+    """One process is that of the test."""
     size = [] if any(override.startswith("data=") for override in overrides) else ["data.pairs.size=16"]
     named = [f"name={word[12:]}" for word in overrides if word.startswith("+experiment=")]
-    job = [str(ROOT / "train.py"), *named, *size, f"root={root}", *overrides]
-    command = [sys.executable, *(LAUNCHERS[processes] if processes > 1 else []), *job]
+    job = [*named, *size, f"root={root}", *overrides]
+    if processes == 1:
+        return run_job(*job)
+    command = [sys.executable, *LAUNCHERS[processes], str(ROOT / "train.py"), *job]
     on_cpu = {**os.environ, "ACCELERATE_USE_CPU": "true"}
     return subprocess.run(command, capture_output=True, text=True, env=on_cpu, timeout=300)
 
 
 @pytest.mark.slow
-def test_two_and_three_processes_score_as_one_does(tmp_path, tiny_model):
+def test_three_processes_score_as_one_does(tmp_path, tiny_model):
     job = [*PRUNING, "search.rounds=1", *tiny_model]
     one = launch(1, tmp_path / "one", *job)
-    for processes in (2, 3):
-        root = tmp_path / str(processes)
-        (root / "prune_unet/round-00").mkdir(parents=True)
-        shutil.copy(one / "round-00/weights.safetensors", root / "prune_unet/round-00")  # the same network to score
-        several = launch(processes, root, *job)
-        for artifact in ("scorer_check.json", "round-00/scores.json", place("teacher", 2, 2.5)):
-            assert (several / artifact).read_bytes() == (one / artifact).read_bytes(), (processes, artifact)
+    (tmp_path / "3/prune_unet/round-00").mkdir(parents=True)
+    shutil.copy(one / "round-00/weights.safetensors", tmp_path / "3/prune_unet/round-00")  # the same network to score
+    three = launch(3, tmp_path / "3", *job)
+    for artifact in ("scorer_check.json", "round-00/scores.json", place("teacher", 2, 2.5)):
+        assert (three / artifact).read_bytes() == (one / artifact).read_bytes(), artifact
 
 
 @pytest.mark.slow
-def test_two_and_three_processes_evaluate_a_distillation_as_one_does(tmp_path, tiny_model):
+def test_three_processes_evaluate_a_distillation_as_one_does(tmp_path, tiny_model):
     job = [*DISTILLING, "distillation.steps=[4,2]", "eval.batch_size=2", *tiny_model]
     one = launch(1, tmp_path / "one", *job)
-    for processes in (2, 3):
-        root = tmp_path / str(processes)
-        shutil.copytree(one / "steps-2", root / "distill_steps/steps-2")  # the same student to judge
-        (root / "distill_steps/steps-2/export.sealed.json").unlink()
-        several = launch(processes, root, *job)
-        artifacts = sorted(path.relative_to(one) for path in one.glob("evaluation/*/*.json"))
-        artifacts += sorted(path.relative_to(one) for path in one.glob("images/**/*.png"))
-        assert len(artifacts) == 3 * 2 + 1 + 2 * 7
-        for artifact in artifacts:
-            assert (several / artifact).read_bytes() == (one / artifact).read_bytes(), (processes, artifact)
+    shutil.copytree(one / "steps-2", tmp_path / "3/distill_steps/steps-2")  # the same student to judge
+    (tmp_path / "3/distill_steps/steps-2/export.sealed.json").unlink()
+    three = launch(3, tmp_path / "3", *job)
+    artifacts = sorted(path.relative_to(one) for path in one.glob("evaluation/*/*.json"))
+    artifacts += sorted(path.relative_to(one) for path in one.glob("images/**/*.png"))
+    assert len(artifacts) == 3 * 2 + 1 + 2 * 7
+    for artifact in artifacts:
+        assert (three / artifact).read_bytes() == (one / artifact).read_bytes(), artifact
 
 
 @pytest.mark.slow

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline
 
 from slimstep import ROOT
 from slimstep.models.vae import NarrowAutoencoderKL
+from tests.jobs import run_job
 from tests.test_processes import LAUNCHERS
 
 SMALL = [
@@ -22,11 +23,8 @@ SMALL = [
 ]  # fmt: skip
 
 
-def run(root, *overrides, processes=1, small=SMALL):
-    launcher = LAUNCHERS[processes] if processes > 1 else []
-    command = [sys.executable, *launcher, str(ROOT / "train.py"), *small, f"root={root}", *overrides]
-    on_cpu = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=on_cpu)
+def run(root, *overrides, small=SMALL):
+    return run_job(*small, f"root={root}", *overrides)
 
 
 @pytest.fixture(scope="module")
@@ -89,7 +87,9 @@ def test_every_stage_can_be_planned_on_a_folder_of_photographs(tmp_path, tiny_mo
 
 @pytest.mark.slow
 def test_two_processes_run_the_whole_method_and_track_it(tmp_path, tiny_model):
-    done = run(tmp_path, *tiny_model, "tracker=wandb", "tracker.mode=offline", processes=2)
+    job = [str(ROOT / "train.py"), *SMALL, f"root={tmp_path}", *tiny_model, "tracker=wandb", "tracker.mode=offline"]
+    on_cpu = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run([sys.executable, *LAUNCHERS[2], *job], capture_output=True, text=True, cwd=ROOT, env=on_cpu)
     assert done.returncode in (0, 1), done.stderr  # launchers make 1 of a missed target's 3
     assert (tmp_path / "snapfusion/report/report.html").is_file(), done.stderr
     assert json.loads((tmp_path / "snapfusion/benchmark/results.json").read_text())["rows"]
