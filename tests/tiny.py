@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import open_clip
+import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
@@ -22,6 +23,11 @@ from slimstep.models.families.unet2d.denoiser import UNet2DConditionDenoiser
 
 WIDTH, MAX_TOKENS = 16, 16
 DENOISER = UNet2DConditionDenoiser("v_prediction", (4, 8, 8))
+
+
+def slow(*values) -> list:
+    """Parameters of a test that are for `make slow`, beside fewer that are always tried."""
+    return [pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def no_caption(tokens: int = 5) -> Conditioning:

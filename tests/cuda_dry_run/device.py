@@ -25,6 +25,7 @@ PROPERTIES = SimpleNamespace(
     L2_cache_size=50 * 2**20, is_integrated=False, is_multi_gpu_board=False, warp_size=32, gcnArchName="",
     max_threads_per_multi_processor=2048, regs_per_multiprocessor=65536, shared_memory_per_block_optin=232448,
 )  # fmt: skip
+MEMORY = ("memory_allocated", "memory_reserved", "max_memory_allocated", "max_memory_reserved")
 FOREACH = [*sys.modules["torch.optim.optimizer"]._foreach_supported_types, FakeTensor]
 class Stream:
     """A stream; all run in the order of the program."""
@@ -68,7 +69,7 @@ def cuda_dry_run() -> Iterator[CudaDryRun]:
         warnings.filterwarnings("ignore", message="Accessing the data pointer of FakeTensor")
         for owner, names in (
             (torch.cuda, cuda_functions(mode)),
-            (torch.cuda.memory, {"reset_peak_memory_stats": mode.memory.reset, "empty_cache": nothing}),
+            (torch.cuda.memory, {"reset_peak_memory_stats": nothing, "empty_cache": nothing}),
             (torch, {"Generator": Generator, "compile": compile_eagerly(torch.compile), "load": from_host(torch.load),
                      "isfinite": marked(torch.isfinite)}),
             (torch.utils, {"swap_tensors": swap}),
@@ -148,11 +149,8 @@ def cuda_functions(mode: CudaDryRun) -> dict:
         "graph_pool_handle": lambda: (0, 1),
         "set_sync_debug_mode": set_sync_debug_mode,
         "get_sync_debug_mode": lambda: ("default", "warn", "error").index(mode.sync_debug),
-        "empty_cache": nothing, "memory_allocated": lambda _=None: mode.memory.now,
-        "memory_reserved": lambda _=None: mode.memory.now,
-        "max_memory_allocated": lambda _=None: mode.memory.peak, "max_memory_reserved": lambda _=None: mode.memory.peak,
-        "reset_peak_memory_stats": mode.memory.reset, "mem_get_info": lambda _=None: (2**36, 2**36),
-        "ipc_collect": nothing,
+        "empty_cache": nothing, "reset_peak_memory_stats": nothing, **dict.fromkeys(MEMORY, lambda _=None: 0),
+        "mem_get_info": lambda _=None: (2**36, 2**36), "ipc_collect": nothing,
         "manual_seed": nothing, "manual_seed_all": nothing, "get_rng_state_all": list, "set_rng_state_all": nothing,
         "get_rng_state": lambda _=None: torch.zeros(16, dtype=torch.uint8), "set_rng_state": nothing,
     }  # fmt: skip

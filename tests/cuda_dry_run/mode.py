@@ -7,7 +7,7 @@ zeros, and is noted as a wait, which raises under capture and under `set_sync_de
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 CUDA, META = torch.device("cuda:0"), torch.device("meta")
@@ -47,7 +47,6 @@ class CudaDryRun(TorchDispatchMode):
         self.waits: Counter[str] = Counter()
         self.capturing = False
         self.sync_debug = "default"
-        self.memory = Memory()
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -82,18 +81,18 @@ class CudaDryRun(TorchDispatchMode):
             return func(*args, **kwargs)  # somebody's own fakes: dynamo at work
         if func is torch.ops.prim.device.default:
             return META  # to C++, whose autograd engine would look for streams of a CUDA device
-        leaves = tree_leaves((args, kwargs))
+        leaves = leaves_of(args, kwargs)
         if not any(isinstance(x, FakeTensor) or (isinstance(x, torch.device) and x.type == "cuda") for x in leaves):
             return self.on_host(func, args, kwargs)
         special = getattr(self, "do_" + func._schema.name.split("::")[1], None)
         if special is not None:
-            return self.kept(special(func, *args, **kwargs))
+            return special(func, *args, **kwargs)
         if torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"):
             with self:
                 done = func.decompose(*args, **kwargs)
             if done is not NotImplemented:
                 return done
-        return self.kept(self.on_device(func, args, kwargs, leaves))
+        return self.on_device(func, args, kwargs, leaves)
 
     def on_host(self, func, args, kwargs) -> Any:
         """The CPU's own; what asks for pinned memory gets a note that it is."""
@@ -107,29 +106,22 @@ class CudaDryRun(TorchDispatchMode):
         if func.overloadpacket in INDEXED:
             check_indexed(func, args)
             args = (args[0], [self.index_on_device(i) for i in args[1]], *args[2:])
-            leaves = tree_leaves((args, kwargs))
+            leaves = leaves_of(args, kwargs)
         made = {x: self.empty(x) for x in leaves if isinstance(x, Tensor) and x.is_meta}  # by C++, for this operation
-        args, kwargs = tree_map(lambda x: made[x] if isinstance(x, Tensor) and x in made else x, (args, kwargs))
-        leaves = tree_leaves((args, kwargs))
-        tensors = [x for x in leaves if isinstance(x, Tensor)]
+        tensors = [made.get(x, x) for x in leaves if isinstance(x, Tensor)]
         check_devices(func, tensors)
         check_dtypes(func, tensors)
-        fakes = {x: self.scalar_on_host(x) for x in tensors if not isinstance(x, FakeTensor)}
-        args, kwargs = tree_map(
-            lambda x: fakes[x] if isinstance(x, Tensor) and x in fakes
-            else None if isinstance(x, torch._C.Generator) else x, (args, kwargs),
-        )  # fmt: skip
+        fakes = made | {x: self.scalar_on_host(x) for x in tensors if not isinstance(x, FakeTensor)}
+        if fakes or any(isinstance(x, torch._C.Generator) for x in leaves):
+            args, kwargs = tree_map(
+                lambda x: fakes.get(x, x) if isinstance(x, Tensor)
+                else None if isinstance(x, torch._C.Generator) else x, (args, kwargs),
+            )  # fmt: skip
         result = self.fake.dispatch(func, (), args, kwargs)
         if isinstance(result, FakeTensor) and result.dtype == torch.bool:
             sound = all(getattr(x, "is_sound", False) for x in tensors)
             result.is_sound = sound and func.overloadpacket not in NEGATIONS
             result.is_nowhere = sound and func.overloadpacket in NEGATIONS
-        return result
-
-    def kept(self, result: Any) -> Any:
-        for x in tree_leaves(result):
-            if isinstance(x, FakeTensor):
-                self.memory.note(x)
         return result
 
     def empty(self, like: Tensor, dtype: torch.dtype | None = None, device: torch.device = CUDA) -> FakeTensor:
@@ -212,17 +204,12 @@ class CudaDryRun(TorchDispatchMode):
         return scale
 
 
-class Memory:
-    """Bytes of the storages that live, and of as many as ever lived at once."""
-
-    def __init__(self) -> None:
-        self.now = self.peak = 0
-        self.owners: dict[int, int] = {}
-
-    def note(self, x: FakeTensor) -> None: ...
-
-    def reset(self, device=None) -> None:
-        self.peak = self.now
+def leaves_of(args: Iterable, kwargs: Mapping[str, Any]) -> list:
+    """The arguments of an operation, whose lists are flat."""
+    leaves = []
+    for x in (*args, *kwargs.values()):
+        leaves.extend(x if isinstance(x, (list, tuple)) else (x,))
+    return leaves
 
 
 def zeros_like(x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import torch
 from slimstep.eval.timing.inference import CannotRunError, InferenceConfig
 from slimstep.eval.timing.speed import TimedPipeline
 from slimstep.models.schedulers import swapped_scheduler
-from tests.tiny import small_pipeline
+from tests.tiny import slow, small_pipeline
 
 
 def captured(scheduler):
@@ -16,7 +16,7 @@ def captured(scheduler):
     return TimedPipeline(pipeline, inference, ["a", "b"], 2, 2.5, torch.device("cuda"))
 
 
-@pytest.mark.parametrize("scheduler", ["ddim", "dpmsolver++", "euler"])
+@pytest.mark.parametrize("scheduler", ["ddim", *slow("dpmsolver++", "euler")])
 def test_a_scheduler_that_stays_on_the_device_is_captured_once(gpu, scheduler):
     timed = captured(scheduler)
     timed.call()
@@ -25,7 +25,7 @@ def test_a_scheduler_that_stays_on_the_device_is_captured_once(gpu, scheduler):
     assert timed.captured.graph is graph
 
 
-@pytest.mark.parametrize("scheduler", ["lcm", "unipc", "euler_a", "ddpm", "dpm2_a"])
+@pytest.mark.parametrize("scheduler", ["euler_a", *slow("lcm", "unipc", "ddpm", "dpm2_a")])
 def test_a_scheduler_that_copies_in_its_steps_is_refused_before_the_capture(gpu, scheduler):
     timed = captured(scheduler)
     with pytest.raises(CannotRunError, match="Scheduler cannot be one CUDA graph.*synchronizing"):

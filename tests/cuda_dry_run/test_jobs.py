@@ -9,15 +9,17 @@ TRAIN = ["train.steps=2", "train.batch_size=4", "recovery.train.steps=2", "recov
 CURVES = ["curves.steps=[2]", "curves.guidance=[2.5]"]
 TIMES = ["latency.iterations=1", "latency.warmup=1", "benchmark.images=2", "eval.prompts=4", "eval.steps=2"]
 STEPS = [*TRAIN, "eval.prompts=4", "eval.pictures=2", *CURVES, "v_prediction.train.steps=2"]
+LEFT_OUT = {"evaluate": ["evolved", "narrow_decoder", "distilled"],
+            "benchmark": ["repaired", "narrow_decoder", "distilled"]}  # fmt: skip
 METHOD = [
     *TRAIN, *EVAL[:2], "eval.steps=1", "curves.steps=[1]", "curves.guidance=[2.5]", "scoring.prompts=4",
     "scoring.steps=1", "scoring.batch_size=64", "search.rounds=1", "latents.count=4", "latents.prompts=4",
     "latents.steps=1", "v_prediction.train.steps=2", "latency.iterations=2", "latency.warmup=1",
     "latency.additive_samples=1", "benchmark.images=2", "stages.distill_steps.distillation.steps=[2,1]",
     "stages.evaluate.models.teacher.steps=[2]", "stages.benchmark.models.teacher.steps=[2]",
+    *(f"stages.{stage}.models.{name}=null" for stage, names in LEFT_OUT.items() for name in names),
 ]  # fmt: skip
 JOBS = {
-    "latency_table": ["latency.iterations=1", "latency.additive_samples=1"],
     "benchmark": [*TIMES, "benchmark.dtype=[tf32,bfloat16]", "benchmark.compile=[eager]", "benchmark.batches=[2]"],
     "pipelines": [*TIMES, "benchmark.tasks=[img2img,two_controlnets]", "benchmark.compile=[eager]",
                   "benchmark.batches=[1]"],

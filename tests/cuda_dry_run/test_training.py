@@ -1,5 +1,7 @@
 """The training loop on a device that is not there: every objective, every precision, no wait per step."""
 
+from itertools import product
+
 import pytest
 import torch
 from accelerate import Accelerator
@@ -77,10 +79,8 @@ def trained(path, name, precision, steps, **options):
         AcceleratorState._reset_state(True)
 
 
-# All precisions of three objectives are fast tests, of the others bfloat16 alone.
-FAST = ("stochastic depth", "decoder", "two networks")
-ALL = [pytest.param(name, precision, marks=[] if name in FAST or precision == "bf16" else pytest.mark.slow)
-       for name in OBJECTIVES for precision in DTYPES]  # fmt: skip
+FAST = [("stochastic depth", "bf16"), ("steps", "bf16"), *product(("decoder", "two networks"), DTYPES)]
+ALL = [pytest.param(*both, marks=[] if both in FAST else pytest.mark.slow) for both in product(OBJECTIVES, DTYPES)]
 
 
 @pytest.mark.parametrize(("name", "precision"), ALL)
