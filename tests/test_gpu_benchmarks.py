@@ -11,7 +11,7 @@ import slimstep.models.reference as reference
 from scripts.gpu_benchmarks import main
 from slimstep.models.pipeline import load_pipeline
 from slimstep.prune.family import make_family
-from tests.tiny import WIDTH, tiny_sdxl_pipeline, tiny_unet
+from tests.tiny import WIDTH, slow, tiny_sdxl_pipeline, tiny_unet
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def small(monkeypatch):
         monkeypatch.setitem(known.KNOWN, name, replace(known.KNOWN[name], pixels=64))
 
 
-@pytest.mark.parametrize("size", ("sd15", "sdxl"))
+@pytest.mark.parametrize("size", ["sd15", *slow("sdxl")])
 def test_a_random_pipeline_draws_and_its_kin_are_slimmer(tmp_path, small, size):
     family = {name: load_pipeline(folder) for name, folder in make_family(size, tmp_path).items()}
     for pipeline in family.values():

@@ -152,6 +152,7 @@ def test_the_loss_of_the_flow_falls_and_the_weights_that_are_shared_stay(tmp_pat
     assert frozen and all(model.state_dict()[name].equal(begun[name]) for name in frozen)
 
 
+@pytest.mark.slow
 def test_a_killed_training_continues_as_if_uninterrupted(tmp_path, monkeypatch):
     final = {}
     for name in ("whole", "killed"):

@@ -336,6 +336,7 @@ def copied(finished, tmp_path):
     return small
 
 
+@pytest.mark.slow
 def test_damaged_files_of_a_run_are_one_line(leave, copied, tmp_path):
     small, path = copied, tmp_path / "runs/prune_unet"
     (path / "recovery/weights.safetensors").write_bytes(b"torn")

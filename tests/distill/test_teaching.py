@@ -33,7 +33,7 @@ from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.guidance import guided, with_guidance_embedding
 from slimstep.models.noise_schedule import PREDICTION_TYPES, add_noise, ddim_step, pred_of, schedule_of, snr
 from tests.models.conftest import small_stock_unet
-from tests.tiny import DENOISER, WIDTH, no_caption
+from tests.tiny import DENOISER, WIDTH, no_caption, slow
 
 EMPTY = no_caption()
 NO_GUIDANCE = torch.empty(0)
@@ -278,7 +278,7 @@ def test_a_bfloat16_teacher_teaches_a_float32_student_and_nothing_becomes_float1
     assert loss.dtype == torch.float32 and all(p.grad.dtype == torch.float32 for p in unet.parameters())
 
 
-@pytest.mark.parametrize("name", ["sd15", "sd21"])
+@pytest.mark.parametrize("name", ["sd21", *slow("sd15")])
 @pytest.mark.parametrize("kind", [StepDistillation, ConsistencyDistillation])
 def test_gradient_checkpointing_changes_memory_and_nothing_else(tmp_path, name, kind):
     """With accumulation and EMA, on SD-1.5's and SD-2.1's topologies."""

@@ -16,6 +16,7 @@ from slimstep.engine.objective import STUDENT, Requirements, as_objective, check
 from slimstep.engine.run import Run
 from tests.engine.test_loop import Killed, Points, denoise, run_once
 from tests.engine.two_networks import FakeScore, network
+from tests.tiny import slow
 
 CONFIG = TrainConfig(
     steps=12, batch_size=4, checkpoint_every=5, log_every=4, warmup_steps=2, learning_rate=1e-2,
@@ -54,7 +55,7 @@ def same(ours, theirs):
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"accumulation": 2, "workers": 1}, {"optimizer": "adafactor", "ema_decay": 0.0}],
+    [{}, *slow({"accumulation": 2, "workers": 1}, {"optimizer": "adafactor", "ema_decay": 0.0})],
     ids=["plain", "accumulation", "adafactor"],
 )
 def test_a_killed_run_of_two_networks_equals_an_uninterrupted_one(tmp_path, changes):

@@ -198,6 +198,7 @@ def test_a_restart_that_was_killed_goes_on(workflow, tmp_path, monkeypatch):
     assert workflow("restart=evaluate")[1] == list(STAGES[4:])
 
 
+@pytest.mark.slow
 def test_a_sweep_runs_a_chain_for_every_value(workflow, tmp_path):
     code, ran, configs, stderr = workflow("-m", "seed=1,2")
     assert (code, ran) == (3, 2 * list(STAGES)), stderr

@@ -55,6 +55,7 @@ def of_teacher(record):
     return lambda evaluation: evaluation["points"][0]["facts"].update(against_shuffled=record)
 
 
+@pytest.mark.slow
 def test_the_sentences_stand_at_the_head_of_every_page(tmp_path):
     run = write_run(tmp_path / "prune_unet")
     quiet = write_report(run).read_text()

@@ -238,6 +238,7 @@ def test_the_scores_are_those_of_open_clip_on_the_pictures(results, tmp_path, ti
     np.testing.assert_allclose(scores(found)[0], by_hand, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_fid_and_kid_stand_beside_the_distances_of_the_scorer(results, tmp_path, inception_file):
     found = results(f"evaluation.inception={inception_file}", "evaluation.real_images=4", "eval.pictures=4")
     plain = results("evaluation.real_images=4", "eval.pictures=4", name="plain")

@@ -17,7 +17,7 @@ from slimstep.eval.timing.stage_timer import timed_components
 from slimstep.eval.timing.tasks import TASKS, task_pipeline
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.jobs import run_job
-from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
+from tests.tiny import slow, small_pipeline, tiny_sdxl_pipeline
 from tests.user_errors import error_line
 
 CPU, ROOT = torch.device("cpu"), Path(__file__).resolve().parents[2]
@@ -69,7 +69,7 @@ def test_time_spent_in_a_network_is_its_own_part(tiny_pipeline_folder):
     assert max(grown, key=grown.get) == "VAE"
 
 
-@pytest.mark.parametrize("make", [tiny_pipeline, tiny_sdxl_pipeline])
+@pytest.mark.parametrize("make", [small_pipeline, *slow(tiny_sdxl_pipeline)])
 @pytest.mark.parametrize("task", TASKS)
 def test_every_task_runs_around_one_unet(make, task):
     pipeline, options = task_pipeline(make(), task, batch=2)

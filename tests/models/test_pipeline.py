@@ -115,6 +115,7 @@ def test_an_export_replaces_nothing_but_a_pipeline(pipeline, tmp_path):
         export_pipeline(pipeline, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_export_loads_where_this_project_is_unknown(pipeline, tmp_path, elsewhere):
     architecture = {**ONE_ATTENTION, "up_blocks.1.resnets.0": 0, "mid_block.attentions.0": 2}
     student = with_architecture(pipeline, architecture)
@@ -277,6 +278,7 @@ pipe.save_pretrained(target, max_shard_size='20KB')
 """
 
 
+@pytest.mark.slow
 def test_a_copy_saved_elsewhere_loads_in_a_new_process_and_so_do_copies_of_it(pipeline, tmp_path, elsewhere):
     """Saved, saved with a LoRA fused, and saved again, each by a process that reads the one before."""
     export_pipeline(with_architecture(pipeline, ONE_ATTENTION), tmp_path / "export")

@@ -39,7 +39,7 @@ from slimstep.models.schedulers import (
     used_spacing,
 )
 from slimstep.models.single_file import scheduler_with
-from tests.tiny import tiny_pipeline
+from tests.tiny import small_pipeline
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 ZERO_SNR = {**BETAS, "prediction_type": "v_prediction", "timestep_spacing": "trailing", "rescale_betas_zero_snr": True}
@@ -67,7 +67,7 @@ SCHEDULERS = {type(scheduler).__name__: scheduler for scheduler in all_scheduler
 
 @pytest.fixture(scope="module")
 def pipeline():
-    return tiny_pipeline()
+    return small_pipeline()
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

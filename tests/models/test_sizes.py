@@ -10,9 +10,9 @@ from slimstep.engine.quiet import quiet
 from slimstep.models.pipeline import load_pipeline
 from slimstep.models.sizes import native_pixels, set_resolution
 from tests.models.conftest import paint
-from tests.tiny import tiny_pipeline, tiny_sdxl_pipeline
+from tests.tiny import small_pipeline, tiny_sdxl_pipeline
 
-MAKERS = {"sd": tiny_pipeline, "sdxl": tiny_sdxl_pipeline}
+MAKERS = {"sd": small_pipeline, "sdxl": tiny_sdxl_pipeline}
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 from slimstep.models.vae import NarrowAutoencoderKL
 from tests.jobs import run_job
 from tests.test_processes import launch
-from tests.tiny import tiny_pipeline
+from tests.tiny import slow, tiny_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = [
@@ -103,9 +103,11 @@ def test_a_plan_tells_what_would_be_made_and_writes_nothing(tmp_path, tiny_model
     "overrides",
     [
         ["latents.rounds=2", "latents.real_share=0.5", "decoder.importance=taylor", "objective.l1=0.5"],
-        ["latents.real_share=1", "decoder.importance=activation_energy", "objective.gradient=0.3",
-         "mixed_precision=bf16"],
-        ["train.channels_last=true", "train.gradient_checkpointing=true", "decoder.norm_groups=per_group"],
+        *slow(
+            ["latents.real_share=1", "decoder.importance=activation_energy", "objective.gradient=0.3",
+             "mixed_precision=bf16"],
+            ["train.channels_last=true", "train.gradient_checkpointing=true", "decoder.norm_groups=per_group"],
+        ),
     ],
     ids=["rounds, mixed", "real, bf16", "channels_last"],
 )
@@ -178,6 +180,7 @@ def test_the_losses_are_what_their_names_say():
         assert set(metrics) == {name for name, weight in weights.items() if weight}
 
 
+@pytest.mark.slow
 def test_lpips_is_learned_from_where_its_weights_are(tmp_path, monkeypatch):
     """VGG-16's file with random weights in torch's cache; a picture is at distance zero of itself alone."""
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
