@@ -1,6 +1,7 @@
 """What a run is about: its models and its data."""
 
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -58,13 +59,18 @@ class Config(slimstep.engine.config.Config):
         check_data(config.data)
 
 
+@cache
+def data_groups() -> list[DictConfig]:
+    """What the files of the group say, read once: a workflow checks the configurations of all its stages."""
+    return [OmegaConf.load(path) for path in (CONFIGS / "data").glob("*.yaml")]
+
+
 def check_data(data: DictConfig | None) -> None:
     """ValueError, or Hydra's own, for keys that the group with these pairs has not, and values that cannot be."""
     if data is None:
         raise ValueError(f"data=null: choose one of {', '.join(path.stem for path in (CONFIGS / 'data').iterdir())}")
     kind = "pairs._target_"
-    groups = [OmegaConf.load(path) for path in (CONFIGS / "data").glob("*.yaml")]
-    same = (group for group in groups if OmegaConf.select(group, kind) == OmegaConf.select(data, kind))
+    same = (group for group in data_groups() if OmegaConf.select(group, kind) == OmegaConf.select(data, kind))
     known = list(next(same, data))  # pairs of the user's own may have any keys
     if unknown := [key for key in data if key not in known]:
         raise ValueError(f"data has no key {unknown[0]}, which +data.{unknown[0]}=… would add; keys: {', '.join(data)}")
