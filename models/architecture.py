@@ -191,6 +191,7 @@ def canonical(
         check_repeats(name, spec.repeats, 1 if name in levels else MOST_REPEATS)
         if spec.repeats > 1 and copyable is not None and name not in copyable:
             why = "a ResNet whose channels change" if ".resnets." in name else "whose text nothing would give on"
+            why = why if copyable else "of whose class nobody knows a copy that changes nothing"
             reason = f"copies {name}, {why}; these can be copied: {tuple(copyable)}"
             raise ValueError(f"the architecture {reason}")
     gone = [level for level in levels if is_removed(level, architecture)]

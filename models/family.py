@@ -19,6 +19,7 @@ from slimstep.models.denoiser import Denoiser
 from slimstep.models.families.ddpm import family as ddpm
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.families.transformer import flux, pixart, qwen, sana, sd3
+from slimstep.models.families.transformer.others import OTHERS, REFUSED
 from slimstep.models.families.unet2d import family as unet2d
 from slimstep.models.flow import FlowSteps, is_flow
 from slimstep.models.networks import DENOISERS, network_of
@@ -125,7 +126,15 @@ def family_at(name_or_path: str | Path) -> Family:
     network = index[part][1] if part else None
     known = "; ".join(family.NAME for family in FAMILIES)
     which = f"is a {index.get('_class_name')} {f'with a {network}' if network else 'without a UNet or transformer'}"
-    raise ValueError(f"model {str(name_or_path)!r} {which}, of which no family is known; these are: {known}")
+    raise ValueError(f"model {str(name_or_path)!r} {which}, of which no family is known; these are: {known}"
+                     f"{without_a_job(network)}")  # fmt: skip
+
+
+def without_a_job(network: str | None) -> str:
+    """What can be done with a transformer whose pipelines no job drives."""
+    if network in OTHERS:
+        return f". Blocks of a {network} can be removed without a job (docs/models.md, Other transformers)"
+    return f". Blocks of a {network} cannot be removed, either: {REFUSED[network]}" if network in REFUSED else ""
 
 
 def is_named(part: Any) -> bool:

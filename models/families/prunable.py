@@ -77,21 +77,26 @@ class Prunable(ModelMixin):
     ) -> None:
         """The rest of the constructor, once the stock network is built."""
         modules = self.find_blocks()
-        self.blocks = tuple(modules)
+        self.all_blocks = tuple(modules)
         self.kinds = {s: self.kind_of(m) for s, m in modules.items()}
         self.parents = {s: parent for s in modules if (parent := holder_of(s, modules))}
         self.levels = self.removable_levels()
         self.skip_rule_choices = {s: choices for s, m in modules.items() if (choices := self.rules_possible_at(s, m))}
         self.copyable_blocks = tuple(s for s in modules if self.can_be_copied(s))
         self.skip_rules = self._skip_rule_of_each_block(bypass)
-        self.architecture = canonical(as_architecture(depths or {}), self.blocks, self.levels, self.copyable_blocks)
-        self.kept_blocks = kept(self.blocks, self.architecture, self.levels)
+        self.architecture = canonical(as_architecture(depths or {}), self.all_blocks, self.levels, self.copyable_blocks)
+        self.kept_blocks = kept(self.all_blocks, self.architecture, self.levels)
         written = {"depths": as_json(self.architecture), "bypass": bypass if isinstance(bypass, str) else dict(bypass)}
         self.register_to_config(**written)
 
         self._running = RunningMask()
         self._remove_and_copy(modules)
         self._watch_mask()
+
+    @property
+    def blocks(self) -> tuple[str, ...]:
+        """All prunable paths. Where a class has a list of modules of this name, it is `all_blocks` alone."""
+        return self.all_blocks
 
     @staticmethod
     def _get_init_keys(input_class: type) -> set[str]:

@@ -32,12 +32,14 @@ class PrunableTransformer(Prunable):
     """Mixed into a transformer of diffusers, before it.
 
     Beside what `Prunable` asks for the class says `LISTS`, {path of a list of blocks: the field of config.json that
-    holds its length}, in order of execution; and `STREAMS`, the arguments of a block that it gives back, in that order.
+    holds its length}, in order of execution; and `STREAMS`, the arguments of a block that it gives back, in that order,
+    of every list or of each. `STAYS` names what cannot be removed, by list and number, and why.
     """
 
     INPUT = "hidden_states"
     LISTS: Mapping[str, str]
-    STREAMS: tuple[str, ...]
+    STREAMS: tuple[str, ...] | Mapping[str, tuple[str, ...]]
+    STAYS: Mapping[tuple[str, int], str] = {}
 
     @register_to_config
     def __init__(
@@ -57,15 +59,25 @@ class PrunableTransformer(Prunable):
     def kind_of(self, module: nn.Module) -> str:
         return "transformer"
 
+    def reason_to_stay(self, block: str) -> str | None:
+        own = block.rpartition(".")[0]
+        of_list = [path for path in self.all_blocks if path.rpartition(".")[0] == own]
+        return next((why for (name, k), why in self.STAYS.items() if name == own and of_list[k] == block), None)
+
     def remove_block(self, path: str) -> None:
         name, _, index = path.rpartition(".")
+        if reason := self.reason_to_stay(path):
+            raise ValueError(f"{path} of a {self.STOCK.__name__} cannot be removed: {reason}")
         self.get_submodule(name)._modules.pop(index)
 
     def settle_streams(self) -> None:
         """What changes where another block has become the last to run. None of its output does: it saves time."""
 
     def masked_class(self, module: nn.Module) -> type[nn.Module]:
-        return masked(type(module), self.STREAMS)
+        if isinstance(self.STREAMS, tuple):
+            return masked(type(module), self.STREAMS)
+        own = next(name for name in self.LISTS if any(module is block for block in getattr(self, name).children()))
+        return masked(type(module), self.STREAMS[own])
 
     def zero_init(self, block: nn.Module) -> nn.Module:
         layers = [layer for name in LAST_LAYERS if (layer := submodule(block, name)) is not None]
