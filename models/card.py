@@ -13,6 +13,7 @@ from slimstep.models.architecture import as_architecture
 
 EXPORT_REPORT = "export_report.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+GUIDANCE = {"QwenImageTransformer2DModel": 'negative_prompt=" ", true_cfg_scale={:g}'}  # where a pipeline calls it so
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,9 @@ def card_text(
     guidance = f" at guidance {origin.guidance_scale:g}. Pass both: diffusers' defaults are others."
     guidance = guidance if has_prompts else ". Pass them: diffusers' default is another."
     call = f"num_inference_steps={origin.steps}"
-    call = f'"…", {call}, guidance_scale={origin.guidance_scale:g}' if has_prompts else call
     part, name = ("unet", "UNet") if "unet" in configs else ("transformer", "Transformer")
+    guided = GUIDANCE.get(configs[part].get("_class_name", ""), "guidance_scale={:g}").format(origin.guidance_scale)
+    call = f'"…", {call}, {guided}' if has_prompts else call
     decoder = f"\n- VAE decoder: {decoder_line(configs['vae'])}" if has_prompts else ""
     measured = "\n".join(f"- {line}" for line in results) or "Nothing was measured on it yet."
     return f"""---
@@ -97,6 +99,8 @@ def network_line(part: str, config: Mapping[str, Any]) -> str:
 
 
 def decoder_line(config: Mapping[str, Any]) -> str:
+    if "block_out_channels" not in config:
+        return "as the teacher's."  # of another kind, of which none is pruned
     whole = list(config["block_out_channels"])
     widths = list(config.get("decoder_block_out_channels") or whole)
     return "as the teacher's." if widths == whole else f"{widths} channels per level, where the teacher's has {whole}."
