@@ -17,6 +17,7 @@ from slimstep.models.checkpoint import is_single_file
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.denoiser import Denoiser
 from slimstep.models.families.ddpm import family as ddpm
+from slimstep.models.families.exported import Exported
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.families.transformer import flux, pixart, qwen, sana, sd3
 from slimstep.models.families.transformer.others import OTHERS, REFUSED
@@ -64,8 +65,8 @@ class Family(Protocol):
         """The pipeline around a prunable network; arguments are those of models/pipeline.py's load_pipeline."""
         ...
 
-    def exported(self, pipeline: DiffusionPipeline) -> tuple[DiffusionPipeline, tuple[str, ...]]:
-        """The pipeline with diffusers' own classes where they can express its networks, and, else, why not."""
+    def exported(self, pipeline: DiffusionPipeline) -> Exported:
+        """The pipeline with diffusers' own classes where they can express its networks."""
         ...
 
     def denoiser(self, network: nn.Module, prediction_type: str, sample_shape: tuple[int, ...]) -> Denoiser:

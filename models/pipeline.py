@@ -2,9 +2,9 @@
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,13 +32,14 @@ class ExportReport:
     """What kind of folder an export is.
 
     is_stock: UNet and VAE are diffusers' own classes. obstacles: why not, by block. load: the Python that loads it.
-    origin: whose student it is.
+    origin: whose student it is. blocks: {block of the full network: its paths here, none where it is removed}.
     """
 
     is_stock: bool
     obstacles: tuple[str, ...]
     load: str
     origin: Origin | None = None
+    blocks: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 def load_pipeline(
@@ -162,12 +163,13 @@ def export_pipeline(
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()) and not (folder / "model_index.json").is_file():
         raise ValueError(f"export folder {str(folder)!r} holds something else than a pipeline; name a new one")
-    stock, obstacles = family_of(pipeline).exported(pipeline)
+    stock, obstacles, blocks = family_of(pipeline).exported(pipeline)
     # diffusers asks for some parts although the folder says that there are none.
     absent = {part for part, component in stock.components.items() if component is None}
     options = [f", {part}=None" for part in sorted(absent - {*stock._optional_components})]
     flag = "".join([*options, *([", trust_remote_code=True"] if obstacles else [])])
-    export = ExportReport(not obstacles, obstacles, f'DiffusionPipeline.from_pretrained("{folder}"{flag})', origin)
+    load = f'DiffusionPipeline.from_pretrained("{folder}"{flag})'
+    export = ExportReport(not obstacles, obstacles, load, origin, blocks)
     made = in_one_dtype(stock)
     with whole_folder(folder) as aside, quiet():
         made.save_pretrained(aside, variant=variant)

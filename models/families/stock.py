@@ -9,7 +9,7 @@ time on the stack of skip connections, and one of the two up ResNets that would 
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from diffusers import ModelMixin
@@ -21,10 +21,12 @@ from slimstep.models.families.unet import PrunableUNet
 
 @dataclass(frozen=True)
 class StockEquivalent:
-    """config: that of diffusers' own class, or None where `obstacles` (one block and its reason each) prevent it."""
+    """config: that of diffusers' own class, or None where `obstacles` (one block and its reason each) prevent it.
+    paths: of the modules that have another path there, and it."""
 
     config: dict | None
     obstacles: tuple[str, ...]
+    paths: Mapping[str, str] = field(default_factory=dict)
 
 
 def public_fields(unet: ModelMixin) -> dict:
@@ -57,7 +59,9 @@ class StockPlan:
 
     @property
     def equivalent(self) -> StockEquivalent:
-        return StockEquivalent(None if self.obstacles else self.config, tuple(self.obstacles))
+        if self.obstacles:
+            return StockEquivalent(None, tuple(self.obstacles))
+        return StockEquivalent(self.config, (), self.paths)
 
     def network(self) -> ModelMixin:
         """The stock UNet with the pruned one's output: copies of its weights, renumbered; ValueError if none is."""

@@ -14,6 +14,7 @@ from slimstep.models.denoiser import NUM_TOKENS, Denoiser
 from slimstep.models.families.ddpm.denoiser import UNet2DDenoiser
 from slimstep.models.families.ddpm.network import PrunableUNet2DModel
 from slimstep.models.families.ddpm.stock import stock_config, to_stock
+from slimstep.models.families.exported import Exported, block_map
 from slimstep.models.folder import check_index, check_tables, final_folder, stored_dtype
 from slimstep.models.networks import load_networks, with_unet
 
@@ -64,10 +65,10 @@ def read(
     return getattr(diffusers, index["_class_name"])(unet=unet, scheduler=scheduler)
 
 
-def exported(pipeline: DiffusionPipeline) -> tuple[DiffusionPipeline, tuple[str, ...]]:
+def exported(pipeline: DiffusionPipeline) -> Exported:
     stock = stock_config(pipeline.unet)
     unet = pipeline.unet if stock.config is None else to_stock(pipeline.unet)
-    return with_unet(pipeline, unet), stock.obstacles
+    return Exported(with_unet(pipeline, unet), stock.obstacles, block_map(pipeline.unet, stock.paths))
 
 
 # ---- conditioning, latents ----

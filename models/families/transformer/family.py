@@ -16,9 +16,10 @@ from slimstep.models.autoencoder import load_vae
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import has_statistics
 from slimstep.models.denoiser import Denoiser
+from slimstep.models.families.exported import Exported, block_map
 from slimstep.models.families.transformer.denoiser import TransformerDenoiser
 from slimstep.models.families.transformer.network import PrunableTransformer
-from slimstep.models.families.transformer.stock import to_stock
+from slimstep.models.families.transformer.stock import stock_paths, to_stock
 from slimstep.models.flow import FlowSteps
 from slimstep.models.folder import absent_parts, check_index, check_tables, final_folder, stored_dtype
 from slimstep.models.networks import check_tokenizers, load_networks, network_of, text_encoders, with_unet
@@ -96,8 +97,10 @@ class TransformerFamily:
         has_statistics(pipeline)  # ValueError for damaged ones
         return pipeline
 
-    def exported(self, pipeline: DiffusionPipeline) -> tuple[DiffusionPipeline, tuple[str, ...]]:
-        return with_unet(pipeline, to_stock(network_of(pipeline))), ()
+    def exported(self, pipeline: DiffusionPipeline) -> Exported:
+        network = network_of(pipeline)
+        paths = stock_paths(network) if isinstance(network, PrunableTransformer) else {}
+        return Exported(with_unet(pipeline, to_stock(network)), (), block_map(network, paths))
 
     # ---- conditioning, latents ----
 

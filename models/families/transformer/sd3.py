@@ -48,10 +48,15 @@ class PrunableSD3Transformer2DModel(PrunableTransformer, SD3Transformer2DModel):
         kept = dict(weights)
         for path in [*self.running_paths("transformer_blocks")][-1:]:
             for name in (f"{path}.norm1_context.linear.{part}" for part in ("weight", "bias")):
-                width = self.inner_dim
-                if len(kept[name]) == 6 * width:
-                    kept[name] = torch.cat([kept[name][width : 2 * width], kept[name][:width]])
+                if len(kept[name]) == 6 * self.inner_dim:
+                    kept[name] = last_text_modulation(kept[name])
         return kept
+
+
+def last_text_modulation(rows: Tensor) -> Tensor:
+    """Of six modulations of a block's text, one above the other, those that the last block has, in its order."""
+    shift, scale, *_ = rows.chunk(6)
+    return torch.cat([scale, shift])
 
 
 class NormAlone(AdaLayerNormZero):

@@ -15,6 +15,7 @@ from slimstep.models.checkpoint import is_single_file
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import has_statistics
 from slimstep.models.denoiser import Denoiser
+from slimstep.models.families.exported import Exported, block_map
 from slimstep.models.families.unet2d.denoiser import UNet2DConditionDenoiser
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.families.unet2d.stock import stock_config, to_stock
@@ -75,13 +76,13 @@ def load_folder(
     return with_unet(rest, **own)
 
 
-def exported(pipeline: DiffusionPipeline) -> tuple[DiffusionPipeline, tuple[str, ...]]:
+def exported(pipeline: DiffusionPipeline) -> Exported:
     stock, vae = stock_config(pipeline.unet), stock_vae(pipeline.vae)
     unet, obstacles = pipeline.unet if stock.config is None else to_stock(pipeline.unet), stock.obstacles
     if isinstance(vae, NarrowAutoencoderKL):
         obstacles += (f"vae.decoder: its widths {vae.decoder_widths} are not its encoder's",)
     keep_text_names(pipeline)
-    return with_unet(pipeline, unet, vae=vae), obstacles
+    return Exported(with_unet(pipeline, unet, vae=vae), obstacles, block_map(pipeline.unet, stock.paths))
 
 
 def keep_text_names(pipeline: DiffusionPipeline) -> None:
