@@ -1,4 +1,4 @@
-"""Ways to choose an architecture round by round: SnapFusion's value, a given order, chance, or a hand-picked table.
+"""Ways to choose an architecture round by round: SnapFusion's value, orders and rules of hand, chance, or a table.
 
 A search is a callable `(situation) -> list[Action]`; `needs_scores` says whether the blocks have to be scored for it,
 `named_blocks` what its configuration names, so that a misspelt one is found before anything is trained.
@@ -102,6 +102,38 @@ class RandomRemoval:
         draw = generator("random removal", self.seed, situation.round_index)
         order = torch.randperm(len(situation.values), generator=draw).tolist()
         return take_in_order([situation.values[i] for i in order], situation.latency_ms, situation.goal_ms)
+
+
+class MiddleRow:
+    """Removes blocks from the middle of the network outwards until the target is met: a row of neighbours, the rule of
+    those who hold that the first and the last layers matter most."""
+
+    needs_scores, named_blocks = False, ()
+
+    def __call__(self, situation: Situation) -> list[Action]:
+        values = situation.values
+        ordered = sorted(range(len(values)), key=lambda i: abs(2 * i - len(values) + 1))
+        return take_in_order([values[i] for i in ordered], situation.latency_ms, situation.goal_ms)
+
+
+class EverySecond:
+    """Removes every second block until the target is met, so that no two neighbours go before half of all are gone.
+
+    However many go, they lie evenly over the depth.
+    """
+
+    needs_scores, named_blocks = False, ()
+
+    def __call__(self, situation: Situation) -> list[Action]:
+        ordered = [value for half in (situation.values[1::2], situation.values[::2]) for value in spread(half)]
+        return take_in_order(ordered, situation.latency_ms, situation.goal_ms)
+
+
+def spread(values: Sequence[BlockValue]) -> list[BlockValue]:
+    """The values in an order whose every beginning is spread evenly over all of them: van der Corput's."""
+    digits = len(values).bit_length()
+    points = (int(f"{k:0{digits}b}"[::-1], 2) / 2**digits for k in range(2**digits))
+    return [values[i] for i in dict.fromkeys(int(point * len(values)) for point in points)] if values else []
 
 
 class Manual:

@@ -11,7 +11,15 @@ import torch
 from slimstep.models.architecture import as_architecture, as_json
 from slimstep.prune.evolve import BlockValue, apply, choose_copies, choose_removals, record_json, round_target_ms
 from slimstep.prune.scores import picture_error
-from slimstep.prune.search import InOrder, Manual, RandomRemoval, Situation, SnapFusionSearch
+from slimstep.prune.search import (
+    EverySecond,
+    InOrder,
+    Manual,
+    MiddleRow,
+    RandomRemoval,
+    Situation,
+    SnapFusionSearch,
+)
 
 
 def value(block, delta_clip, saved_ms):
@@ -142,6 +150,33 @@ def test_a_random_removal_depends_on_its_seed_alone_and_meets_the_target():
 
 def test_a_given_order_is_cut_where_the_target_is_met():
     assert chosen(InOrder(["c", "a", "b"])(situation())) == ["c", "a"]
+
+
+LINE = tuple(value(f"{i}", math.nan, 1.0) for i in range(12))
+
+
+def removed(search, target_ms, values=LINE):
+    return chosen(search(situation(latency_ms=12.0, target_ms=target_ms, values=values)))
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_a_row_in_the_middle_has_no_gap_and_as_much_before_it_as_behind_it(count):
+    row = sorted(map(int, removed(MiddleRow(), 12 - count)))
+    assert row == [*range(row[0], row[0] + count)] and abs(row[0] - (11 - row[-1])) <= 1
+
+
+@pytest.mark.parametrize("count", range(1, 7))
+def test_of_every_second_block_no_two_are_neighbours_and_they_are_spread_evenly(count):
+    gone = sorted(map(int, removed(EverySecond(), 12 - count)))
+    assert len(gone) == count and set(gone) <= {1, 3, 5, 7, 9, 11}
+    halves = sum(block < 6 for block in gone), sum(block >= 6 for block in gone)
+    assert abs(halves[0] - halves[1]) <= 1
+
+
+def test_a_rule_by_hand_goes_on_until_the_target_is_met():
+    for search in (MiddleRow(), EverySecond()):
+        assert len(removed(search, 3.0)) == 9 and len(set(removed(search, 0.0))) == 12
+        assert removed(search, 0.5, LINE[:1]) == ["0"] and removed(search, 0.5, ()) == []
 
 
 def test_a_table_by_hand_is_taken_whole_and_says_what_is_unknown():
