@@ -44,6 +44,7 @@ from slimstep.prune.config import Config
 from slimstep.prune.latency import table_without
 from slimstep.prune.plan import latency_stage, pruning_stages
 from slimstep.prune.rounds import Measures, decide, known_latencies, skip_rule, tell
+from slimstep.prune.search import ranks_by_prompts
 
 log = logging.getLogger("slimstep")
 TARGET_MISSED = 3
@@ -59,11 +60,11 @@ def prune_unet(config: Config, run: Run) -> int | Plan:
     check_metric(config, evaluator.metrics)
     if config.plan:
         checked = scorer_stage(run) if teacher.is_conditional else []
-        stages = [*checked, *pruning_stages(teacher, search.needs_scores)]
+        stages = [*checked, *pruning_stages(teacher, search)]
         return planned(teacher, stages, [config.train, config.recovery.train])
     if teacher.is_conditional:
         check_scorer(teacher.config, run, scorer)
-    ranking = list(calibration.distinct) if search.needs_scores else []
+    ranking = list(calibration.distinct) if ranks_by_prompts(search) else []
     run.json("prompts.json", lambda: {"calibration_prompts": ranking, "eval_prompts": list(prompts.distinct)})
     pairs, offloaded = training_pairs(teacher, prompts), offloadable(teacher.pipeline, scorer)
     train = partial(train_stage, teacher=teacher, pairs=pairs, offloadable=offloaded)
@@ -125,7 +126,7 @@ def check(teacher: Teacher, search: Any) -> None:
     for key, stage in {"objective": config, "recovery.objective": config.recovery}.items():
         check_objective(key, stage.objective, stage.train, teacher)
     check_inputs(teacher)
-    if search.needs_scores:
+    if ranks_by_prompts(search):
         teacher.sampler(config.scoring)
 
 

@@ -1,13 +1,15 @@
 """The stages of the pruning job and of a latency table, with what each costs."""
 
 from collections.abc import Iterator
+from typing import Any
 
 from slimstep.eval.evaluator import place
 from slimstep.eval.inputs import Teacher
 from slimstep.eval.plan import Stage, export, image_rows, training
+from slimstep.prune.search import needs_similarity
 
 
-def pruning_stages(teacher: Teacher, needs_scores: bool) -> Iterator[Stage]:
+def pruning_stages(teacher: Teacher, search: Any) -> Iterator[Stage]:
     """All stages in the order in which they run; upper bounds, for a student is never larger than the teacher."""
     config, blocks = teacher.config, len(teacher.unet.kept_blocks)
     yield evaluation("teacher", teacher)
@@ -15,10 +17,13 @@ def pruning_stages(teacher: Teacher, needs_scores: bool) -> Iterator[Stage]:
         stage = f"round-{r:02d}"
         yield training(stage, config.train, teacher, teacher_rows=int(config.objective.get("teacher_weight", 0) > 0))
         yield Stage(f"{stage}/latency.json", config.latency.table or f"{blocks} blocks")
-        if needs_scores:
-            drawn, scoring = (1 + blocks) * config.scoring.prompts, config.scoring
-            rows = drawn * image_rows(scoring.steps, scoring.guidance_scale)
-            yield Stage(f"{stage}/scores.json", f"{drawn} images ({blocks} removals)", rows)
+        scoring = config.scoring
+        rows = scoring.prompts * image_rows(scoring.steps, scoring.guidance_scale)
+        if search.needs_scores:
+            drawn = (1 + blocks) * scoring.prompts
+            yield Stage(f"{stage}/scores.json", f"{drawn} images ({blocks} removals)", (1 + blocks) * rows)
+        if needs_similarity(search):
+            yield Stage(f"{stage}/similarities.json", f"latents of {scoring.prompts} images", rows)
         yield Stage(f"{stage}/decision.json", "")
         yield evaluation(stage, teacher)
     yield export("evolved", teacher)

@@ -20,7 +20,8 @@ from slimstep.prune.config import Config
 from slimstep.prune.evolve import Action, BlockValue, apply, record_json
 from slimstep.prune.latency import latency_table, predicted_ms, read_table, table_without
 from slimstep.prune.scores import score_blocks
-from slimstep.prune.search import Situation
+from slimstep.prune.search import Situation, needs_similarity
+from slimstep.prune.similarity import block_similarities
 
 log = logging.getLogger("slimstep")
 
@@ -72,6 +73,13 @@ class Measures:
         times = teacher.run.of_rank_0(lambda: compare_ms(unets, teacher.latency, teacher.device))
         return teacher_ms * times["unet"] / times["teacher"]
 
+    def similarities(self, unet: Prunable, stage: str) -> dict:
+        """Those of the blocks of `unet`, and what they were measured with."""
+        teacher, scoring, prompts = self.teacher, self.teacher.config.scoring, self.calibration
+        sampler, keep = teacher.sampler(scoring), teacher.run.path / PARTIAL / f"{stage}-similarities"
+        found = block_similarities(unet, sampler, prompts, scoring.batch_size, teacher.run.accelerator, keep)
+        return {"protocol": {"prompts_hash": prompts.hash, **sampler.protocol}, "blocks": found}
+
     def scores(self, unet: Prunable, stage: str) -> dict:
         """The block scores of `unet` with their protocol."""
         teacher, scoring, prompts = self.teacher, self.teacher.config.scoring, self.calibration
@@ -98,12 +106,15 @@ def decide(measures: Measures, unet: Prunable, previous: dict | None, r: int) ->
     table = run.json(f"{stage}/latency.json", lambda: measures.latencies(unet))
     needs_scores = measures.search.needs_scores
     scores = run.json(f"{stage}/scores.json", lambda: measures.scores(unet, stage)) if needs_scores else None
+    alike: dict = {}
+    if needs_similarity(measures.search):
+        alike = run.json(f"{stage}/similarities.json", lambda: measures.similarities(unet, stage))["blocks"]
     followed = [f"evaluation/{stage}", f"round-{r + 1:02d}/weights.safetensors", "recovery/weights.safetensors"]
     if not run.made(f"{stage}/decision.json") and (orphans := [name for name in followed if run.made(name)]):
         raise ValueError(
             f"{run.path / stage}/decision.json is gone, and {', '.join(orphans)} follow from it: remove them too"
         )
-    return run.json(f"{stage}/decision.json", lambda: decision(measures, unet, table, scores, previous, r))
+    return run.json(f"{stage}/decision.json", lambda: decision(measures, unet, table, scores, alike, previous, r))
 
 
 def decision(
@@ -111,6 +122,7 @@ def decision(
     unet: Prunable,
     table: dict,
     scores: dict | None,
+    similarities: dict,
     previous: dict | None,
     r: int,
 ) -> dict:
@@ -121,7 +133,8 @@ def decision(
     target_ms = config.target_ms or (config.target_fraction and config.target_fraction * teacher_ms)
     values = block_values(unet, table, scores, scale=latency_ms / table["full_ms"])
     target = target_ms or math.inf
-    situation = Situation(values, unet.architecture, latency_ms, target, unet.copyable_blocks, r, config.rounds)
+    now = values, unet.architecture, latency_ms, target
+    situation = Situation(*now, unet.copyable_blocks, r, config.rounds, similarities)
     actions: list[Action] = []
     after, measured_ms = unet.architecture, latency_ms
     while more := measures.search(situation):

@@ -1,13 +1,14 @@
 """Ways to choose an architecture round by round: SnapFusion's value, orders and rules of hand, chance, or a table.
 
-A search is a callable `(situation) -> list[Action]`; `needs_scores` says whether the blocks have to be scored for it,
+A search is a callable `(situation) -> list[Action]`. `needs_scores` says whether the blocks have to be scored for it,
+`needs_similarity`, where it has that, whether their similarities have to be measured (similarity.py), and
 `named_blocks` what its configuration names, so that a misspelt one is found before anything is trained.
 """
 
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,8 @@ from slimstep.prune.evolve import (
 
 @dataclass(frozen=True)
 class Situation:
-    """What a search knows when a round has to be decided; `values` are in order of execution."""
+    """What a search knows when a round has to be decided; `values` are in order of execution, and `similarities` there
+    where the search needs them."""
 
     values: tuple[BlockValue, ...]
     architecture: Architecture
@@ -39,6 +41,7 @@ class Situation:
     copyable: tuple[str, ...]
     round_index: int
     rounds: int
+    similarities: Mapping[str, float | None] = field(default_factory=dict)
 
     @property
     def goal_ms(self) -> float:
@@ -102,6 +105,20 @@ class RandomRemoval:
         draw = generator("random removal", self.seed, situation.round_index)
         order = torch.randperm(len(situation.values), generator=draw).tolist()
         return take_in_order([situation.values[i] for i in order], situation.latency_ms, situation.goal_ms)
+
+
+class MostSimilar:
+    """Removes the blocks that change their input least until the target is met (SANA-1.5, FLUX.1-lite).
+
+    Blocks whose output has another shape, as ResNets that change the channels, go last.
+    """
+
+    needs_scores, needs_similarity, named_blocks = False, True, ()
+
+    def __call__(self, situation: Situation) -> list[Action]:
+        known = {block: value for block, value in situation.similarities.items() if value is not None}
+        ordered = sorted(situation.values, key=lambda value: -known.get(value.block, -math.inf))
+        return take_in_order(ordered, situation.latency_ms, situation.goal_ms)
 
 
 class MiddleRow:
@@ -168,6 +185,15 @@ class Manual:
                 actions.append(change(value, latency_ms))
                 latency_ms = actions[-1].predicted_ms
         return actions
+
+
+def needs_similarity(search: Any) -> bool:
+    return getattr(search, "needs_similarity", False)
+
+
+def ranks_by_prompts(search: Any) -> bool:
+    """Whether the search looks at images of the calibration prompts, which nothing is evaluated on then."""
+    return search.needs_scores or needs_similarity(search)
 
 
 def read_architecture(path: Path) -> tuple[dict[str, Any], str | dict[str, str] | None]:
