@@ -31,8 +31,9 @@ ORIGINAL = {  # {class: {what the original layout calls a list of blocks: its na
     "FluxTransformer2DModel": {"double_blocks": "transformer_blocks", "single_blocks": "single_transformer_blocks"},
 }
 ORIGINAL_UNET = re.compile(r"(input_blocks|output_blocks|middle_block)[._]\d")
-STEM = re.compile(r"\.(lora[_.]|alpha$|hada_|lokr_|b?oft_|dora_scale|diff|[wb]_norm)")
-DOWN, UP = re.compile(r"\.(lora_A|lora_down|lora\.down)\b"), re.compile(r"\.(lora_B|lora_up|lora\.up)\b")
+STEM = re.compile(r"[._]lora[_.]|\.(alpha$|hada_|lokr_|b?oft_|dora_scale|diff|[wb]_norm)")
+DOWN, UP = re.compile(r"[._]lora(_A|[_.]down)\b"), re.compile(r"[._]lora(_B|[_.]up)\b")
+PROCESSOR = ".processor."  # in old names of diffusers, which are not those of modules
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ def stored(lora: str | Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 @dataclass(frozen=True)
 class Place:
-    """A key of the export's LoRA, and the path of its module; None outside the blocks, and in original names."""
+    """A key of the export's LoRA, and the path of its module; None outside the blocks, and in names of other kinds."""
 
     key: str
     module: str | None = None
@@ -134,7 +135,8 @@ class Names:
         for path in self.blocks[block]:
             moved = key[: found.start()] + self.spellings(path)[kind] + key[found.end() :]
             module = stem_of(moved)[found.start() :]
-            places.append(Place(moved, self.modules.get(module, module) if kind < 2 else None))
+            is_known = kind < 2 and PROCESSOR not in key
+            places.append(Place(moved, self.modules.get(module, module) if is_known else None))
         return places
 
     def has(self, place: Place) -> bool:
