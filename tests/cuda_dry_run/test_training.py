@@ -79,7 +79,7 @@ def trained(path, name, precision, steps, **options):
         AcceleratorState._reset_state(True)
 
 
-FAST = [("stochastic depth", "bf16"), ("steps", "bf16"), *product(("decoder", "two networks"), DTYPES)]
+FAST = [("stochastic depth", "bf16"), *product(("decoder", "two networks"), DTYPES)]
 ALL = [pytest.param(*both, marks=[] if both in FAST else pytest.mark.slow) for both in product(OBJECTIVES, DTYPES)]
 
 

@@ -147,6 +147,7 @@ def test_the_export_is_that_of_the_last_stage_that_has_one(workflow, tmp_path):
     assert (export / "README.md").read_text() == "mine"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("left", ["link", "torn copy"])
 def test_an_export_of_earlier_versions_or_of_a_killed_copy_becomes_a_folder(workflow, tmp_path, left):
     workflow()
@@ -161,6 +162,7 @@ def test_an_export_of_earlier_versions_or_of_a_killed_copy_becomes_a_folder(work
     assert workflow()[0] == 3 and export.is_dir() and not export.is_symlink() and (export / "made.json").is_file()
 
 
+@pytest.mark.slow
 def test_a_workflow_that_an_earlier_version_has_made_is_not_made_anew(workflow, tmp_path):
     """Its stage `handover` is `export_student` now: in folders, records and configurations."""
     workflow()
@@ -191,6 +193,7 @@ def test_a_distillation_that_goes_on_is_no_finished_stage(workflow):
     assert ran[0] == "distill_steps" and list(configs["distill_steps"].distillation.steps) == [32, 16, 8, 4], stderr
 
 
+@pytest.mark.slow
 def test_a_restart_that_was_killed_goes_on(workflow, tmp_path, monkeypatch):
     workflow()
     (tmp_path / "snapfusion/stages/restart.json").write_text('["evaluate"]')  # as a kill amid a restart leaves it

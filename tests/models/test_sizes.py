@@ -73,6 +73,7 @@ JOBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("job", JOBS)
 def test_jobs_run_at_a_listed_size_and_ask_for_a_square(sized, tiny_clip_folder, tmp_path, leave, job):
     def run(**sizes):

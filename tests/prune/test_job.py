@@ -68,6 +68,7 @@ def test_the_decision_is_reproduced_by_hand(finished, tmp_path, tiny_model):
     assert by_hand["after"] == json.loads(decision.read_text())["after"]
 
 
+@pytest.mark.slow
 def test_an_unreachable_target_exports_the_best_effort_and_says_so(tmp_path, tiny_model):
     done = run("+experiment=prune_unet", "search.target_ms=0.001", "search.rounds=1", f"root={tmp_path}", *tiny_model)
     assert done.returncode == 3, done.stderr
