@@ -34,7 +34,7 @@ help:  ## explain the targets
 
 setup: $(READY)  ## create the environment and install the tested releases (LATEST=1: the newest)
 
-demo: setup  ## the whole method on the bundled model, in six minutes on two cores; prints tables and the report
+demo: setup  ## the whole method on the bundled model, in five minutes on two cores; prints tables and the report
 	$(BIN)/python train.py +experiment=snapfusion budget=demo data.pairs.size=1024
 
 test: setup $(SOURCES)  ## the fast tests, on CPU, without network, two files at a time

@@ -12,6 +12,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -156,8 +157,9 @@ class Names:
                     for place in self.places(key)}  # fmt: skip
         if isinstance(value, list):
             return [place.key for text in value for place in self.places(text)] if is_texts(value) else value
-        if isinstance(value, str) and value.startswith("{"):
-            return json.dumps(self.renamed_metadata(json.loads(value)))
+        with suppress(TypeError, json.JSONDecodeError):  # most of it is other text, or a number
+            if isinstance(read := json.loads(value), dict):
+                return json.dumps(self.renamed_metadata(read))
         return value
 
 

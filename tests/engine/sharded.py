@@ -3,7 +3,7 @@
     python -m tests.engine.sharded plain|ddp|fsdp PRECISION ROOT NETWORK [kill_at=STEP] [KEY=VALUE …] [-- ROOT …]
 
 A process takes seconds to start, and so does several trainings in turn. accelerate shards on GPUs only: here its state
-is told to on the CPU, and all that follows is its own code.
+is set so on the CPU, and all that follows is its own code.
 """
 
 import sys

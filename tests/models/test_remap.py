@@ -155,13 +155,14 @@ def test_settings_of_single_modules_in_the_metadata_are_renamed(flux, tmp_path):
         "transformer.alpha_pattern": {"transformer_blocks.1.attn.to_q": 8, "transformer_blocks.0.attn.to_q": 4},
         "transformer.target_modules": ["transformer_blocks.2.attn.to_q", "x_embedder"], "transformer.r": 2,
     }  # fmt: skip
-    metadata = {"lora_adapter_metadata": json.dumps(settings), "format": "pt"}
+    metadata = {"lora_adapter_metadata": json.dumps(settings), "format": "pt", "note": "{not JSON"}
     tensors = {"transformer.transformer_blocks.1.attn.to_q.lora_A.weight": torch.ones(2, 3)}
     save_file(tensors, tmp_path / "lora.safetensors", metadata)
     remap(tmp_path / "lora.safetensors", flux, tmp_path / "new.safetensors")
     with safe_open(tmp_path / "new.safetensors", "pt") as file:
         metadata = file.metadata()
-    assert metadata["format"] == "pt" and json.loads(metadata["lora_adapter_metadata"]) == {
+    assert (metadata["format"], metadata["note"]) == ("pt", "{not JSON")
+    assert json.loads(metadata["lora_adapter_metadata"]) == {
         "transformer.alpha_pattern": {"transformer_blocks.0.attn.to_q": 8}, "transformer.r": 2,
         "transformer.target_modules": [
             "transformer_blocks.1.attn.to_q", "transformer_blocks.2.attn.to_q", "x_embedder",
