@@ -10,6 +10,7 @@ from typing import Any
 from slimstep.engine.artifacts import CARD
 from slimstep.engine.files import write_text
 from slimstep.models.architecture import as_architecture
+from slimstep.models.readers import Reading
 
 EXPORT_REPORT = "export_report.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -44,12 +45,15 @@ def write_card(folder: Path, results: Sequence[str] = ()) -> None:
     files = {part: folder / part / "config.json" for part in ("unet", "transformer", "vae")}
     configs = {part: json.loads(file.read_text()) for part, file in files.items() if file.is_file()}
     options = report["load"].rpartition('"')[2].removesuffix(")")  # what it is loaded with beside the folder
-    write_text(folder / CARD, card_text(Origin(**report["origin"]), report["is_stock"], options, configs, results))
+    read_by = {program: Reading(**fields) for program, fields in report.get("readers", {}).items()}
+    origin = Origin(**report["origin"])
+    write_text(folder / CARD, card_text(origin, report["is_stock"], options, configs, results, read_by))
 
 
 def card_text(
-    origin: Origin, is_stock: bool, options: str, configs: Mapping[str, Mapping[str, Any]], results: Sequence[str]
-) -> str:
+    origin: Origin, is_stock: bool, options: str, configs: Mapping[str, Mapping[str, Any]], results: Sequence[str],
+    read_by: Mapping[str, Reading],
+) -> str:  # fmt: skip
     is_hub = HUB_ID.fullmatch(origin.teacher) and not Path(origin.teacher).exists()
     teacher = origin.teacher if is_hub else Path(origin.teacher).stem
     base = f"base_model: {teacher}\n" if is_hub else ""
@@ -63,6 +67,7 @@ def card_text(
     guided = GUIDANCE.get(configs[part].get("_class_name", ""), "guidance_scale={:g}").format(origin.guidance_scale)
     call = f'"…", {call}, {guided}' if has_prompts else call
     decoder = f"\n- VAE decoder: {decoder_line(configs['vae'])}" if has_prompts else ""
+    others = readers_line(read_by)
     measured = "\n".join(f"- {line}" for line in results) or "Nothing was measured on it yet."
     return f"""---
 library_name: diffusers
@@ -79,12 +84,21 @@ from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("THIS_FOLDER"{options})
 image = pipeline({call}).images[0]
 ```
-Nothing but diffusers has to be installed.{trust}
+Nothing but diffusers has to be installed.{trust}{others}
 
 ## Measured
 
 {measured}
 """
+
+
+def readers_line(read_by: Mapping[str, Reading]) -> str:
+    """What other programs make of the network's file."""
+    said = [
+        f"{program} {'reads' if reading.reads else 'does not read'} it ({reading.why})"
+        for program, reading in read_by.items() if program != "diffusers"
+    ]  # fmt: skip
+    return f" Other programs, by their source code: {'; '.join(said)}." if said else ""
 
 
 def network_line(part: str, config: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from slimstep.models.family import family_at, family_of
 from slimstep.models.folder import check_pickles, check_variant, check_weights
 from slimstep.models.lora import check_loras, fuse_loras
 from slimstep.models.networks import network_of, part_of, with_unet, without_memory
+from slimstep.models.readers import Reading, readers
 from slimstep.models.schedulers import replacement, scheduler_class, swapped_scheduler
 from slimstep.models.single_file import check_single_file
 
@@ -33,6 +34,7 @@ class ExportReport:
 
     is_stock: UNet and VAE are diffusers' own classes. obstacles: why not, by block. load: the Python that loads it.
     origin: whose student it is. blocks: {block of the full network: its paths here, none where it is removed}.
+    readers: {program: whether it reads the network, and why} (models/readers.py).
     """
 
     is_stock: bool
@@ -40,6 +42,7 @@ class ExportReport:
     load: str
     origin: Origin | None = None
     blocks: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    readers: Mapping[str, Reading] = field(default_factory=dict)
 
 
 def load_pipeline(
@@ -169,7 +172,8 @@ def export_pipeline(
     options = [f", {part}=None" for part in sorted(absent - {*stock._optional_components})]
     flag = "".join([*options, *([", trust_remote_code=True"] if obstacles else [])])
     load = f'DiffusionPipeline.from_pretrained("{folder}"{flag})'
-    export = ExportReport(not obstacles, obstacles, load, origin, blocks)
+    read_by = readers(network_of(stock), obstacles)
+    export = ExportReport(not obstacles, obstacles, load, origin, blocks, read_by)
     made = in_one_dtype(stock)
     with whole_folder(folder) as aside, quiet():
         made.save_pretrained(aside, variant=variant)
