@@ -10,7 +10,6 @@ from typing import Any
 from slimstep.engine.artifacts import CARD
 from slimstep.engine.files import write_text
 from slimstep.models.architecture import as_architecture
-from slimstep.models.readers import Reading
 
 EXPORT_REPORT = "export_report.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -24,6 +23,14 @@ class Origin:
     teacher: str
     steps: int
     guidance_scale: float
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Whether a program reads an export's network, and why."""
+
+    reads: bool
+    why: str
 
 
 def read_export_report(folder: Path) -> dict[str, Any] | None:

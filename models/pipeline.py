@@ -15,13 +15,13 @@ from torch import nn
 
 from slimstep.engine.files import whole_folder, write_json
 from slimstep.engine.quiet import one_line, preview, quiet
-from slimstep.models.card import EXPORT_REPORT, Origin, write_card
+from slimstep.models.card import EXPORT_REPORT, Origin, Reading, write_card
 from slimstep.models.checkpoint import is_single_file
 from slimstep.models.family import family_at, family_of
 from slimstep.models.folder import check_pickles, check_variant, check_weights
 from slimstep.models.lora import check_loras, fuse_loras
 from slimstep.models.networks import network_of, part_of, with_unet, without_memory
-from slimstep.models.readers import Reading, readers
+from slimstep.models.readers import readers
 from slimstep.models.schedulers import replacement, scheduler_class, swapped_scheduler
 from slimstep.models.single_file import check_single_file
 

@@ -6,18 +6,13 @@ own file in an export has diffusers' names, which both take.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from diffusers import ModelMixin
 
+from slimstep.models.card import Reading
+
 COMFY, CPP = "ComfyUI", "stable-diffusion.cpp"
-
-
-@dataclass(frozen=True)
-class Reading:
-    reads: bool
-    why: str
 
 
 class UNetShape(NamedTuple):
