@@ -24,7 +24,7 @@ from torch import Tensor
 
 from slimstep.engine.quiet import one_line, preview
 from slimstep.models.card import read_export_report
-from slimstep.models.families.transformer.sd3 import last_text_modulation
+from slimstep.models.families.transformer.networks.sd3 import last_text_modulation
 from slimstep.models.networks import DENOISERS
 
 ORIGINAL = {  # {class: {what the original layout calls a list of blocks: its name in diffusers}}

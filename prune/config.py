@@ -18,10 +18,12 @@ IMPORTANCE = ("magnitude", *BY_ACTIVATIONS, "random", "first")
 
 @dataclass
 class SearchConfig:
-    """How an architecture is chosen. `target_ms` wins over `target_fraction`, a share of the teacher's UNet latency;
+    """How an architecture is chosen. `blocks`: whole ones, or the attentions and feed-forwards of transformer blocks,
+    too. `target_ms` wins over `target_fraction`, a share of the teacher's UNet latency;
     blocks are ranked by `metric`, CLIP score or a per-image one of `metrics`."""
 
     method: Any = None
+    blocks: str = "whole"
     target_fraction: float | None = 0.75
     target_ms: float | None = None
     rounds: int = 2
@@ -35,7 +37,7 @@ class SearchConfig:
             raise ValueError(f"search.rounds={self.rounds} is more than {MOST_ROUNDS}: no UNet has so many blocks")
         if not isinstance(self.skip_rule, (str, dict)) and not OmegaConf.is_dict(self.skip_rule):
             raise ValueError(f"search.skip_rule={self.skip_rule} must be shortcut, drop_skip or {{block: rule}}")
-        check_choice("search", self, copy_init=("zero", "same"))
+        check_choice("search", self, copy_init=("zero", "same"), blocks=("whole", "sublayers"))
         for name in ("target_fraction", "target_ms"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"search.{name}={value} must be above 0")

@@ -37,14 +37,15 @@ from slimstep.eval.scorer_check import check_scorer
 from slimstep.eval.training import check_objective, train_stage
 from slimstep.models.cost import count_gflops, count_parameters
 from slimstep.models.denoiser import guidance_embed_dim
-from slimstep.models.families.prunable import Prunable
+from slimstep.models.families.prunable import Prunable, fields_of
+from slimstep.models.families.transformer.network import PrunableTransformer
 from slimstep.models.family import family_of
 from slimstep.models.pipeline import with_unet
 from slimstep.prune.config import Config
 from slimstep.prune.latency import table_without
 from slimstep.prune.plan import latency_stage, pruning_stages
 from slimstep.prune.rounds import Measures, decide, known_latencies, skip_rule, tell
-from slimstep.prune.search import ranks_by_prompts
+from slimstep.prune.search import needs_similarity, ranks_by_prompts
 
 log = logging.getLogger("slimstep")
 TARGET_MISSED = 3
@@ -53,6 +54,7 @@ TARGET_MISSED = 3
 def prune_unet(config: Config, run: Run) -> int | Plan:
     """Runs or continues the job, or says what it would do; returns the exit code: 0, or 3 for a missed target."""
     teacher, search = load_teacher(config, run), component(config, "search.method", _convert_="all")
+    divide_blocks(teacher)
     check(teacher, search)
     (calibration, prompts), scorer = load_prompts(teacher), load_scorer(config, run.accelerator.device)
     unets = {"teacher": teacher.unet}
@@ -98,6 +100,7 @@ def prune_unet(config: Config, run: Run) -> int | Plan:
 def make_latency_table(config: Config, run: Run) -> int | Plan:
     """The latency table of a model on its own, written to latency.json and printed."""
     teacher = Teacher(component(config, "model"), config, run)
+    divide_blocks(teacher)
     if config.plan:
         return planned(teacher, [latency_stage(teacher)], [])
     table = run.json("latency.json", lambda: Measures(teacher).latencies(teacher.unet))
@@ -105,6 +108,15 @@ def make_latency_table(config: Config, run: Run) -> int | Plan:
         log.info(f"{block:<52} {entry['ms']:9.3f} ms  {entry['ms'] / table['full_ms']:6.1%}")
     log.info(f"{run.path / 'latency.json'}: {table['full_ms']:.2f} ms for a batch of {teacher.latency.batch}")
     return 0
+
+
+def divide_blocks(teacher: Teacher) -> None:
+    """Makes sublayers blocks, too, where search.blocks says so; ValueError where there are none."""
+    if teacher.config.search.blocks == "sublayers":
+        if not isinstance(teacher.unet, PrunableTransformer):
+            kind = teacher.unet.STOCK.__name__
+            raise ValueError(f"search.blocks=sublayers is for transformers; a {kind} has its ResNets and attentions")
+        teacher.unet.divide_blocks()
 
 
 def check(teacher: Teacher, search: Any) -> None:
@@ -117,12 +129,14 @@ def check(teacher: Teacher, search: Any) -> None:
         raise ValueError(f"search.method names unknown blocks {unknown}; this network has {known}")
     if (decided := getattr(search, "skip_rule", None)) not in (None, skip_rule(config)):
         raise ValueError(f"search.method.architecture was decided with search.skip_rule={decided}; set it here")
+    if config.search.blocks == "sublayers" and needs_similarity(search):
+        raise ValueError("search=similarity compares the input and output of whole blocks: set search.blocks=whole")
     if table := known_latencies(config):
         table_without(table, unet)
     with torch.device("meta"):
-        bare = type(unet).from_config(dict(unet.config), bypass=skip_rule(config))
+        bare = type(unet).from_config(fields_of(unet), bypass=skip_rule(config))
         if architecture := getattr(search, "architecture", {}):
-            type(unet).from_config(dict(bare.config), depths=architecture)
+            type(unet).from_config(fields_of(bare), depths=architecture)
     for key, stage in {"objective": config, "recovery.objective": config.recovery}.items():
         check_objective(key, stage.objective, stage.train, teacher)
     check_inputs(teacher)

@@ -10,7 +10,7 @@ import json
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Hashable, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -124,28 +124,32 @@ def paired_ms(unet, pruned, config: LatencyConfig, desc: str) -> dict[str, float
 
 def in_place_times(unet: Prunable, config: LatencyConfig) -> tuple[float, dict[str, float]]:
     """Per block, the median CPU time between entering and leaving it, less the time in what its skip rule keeps."""
-    timed = {path: (block, unet.get_submodule(path)) for block in unet.kept_blocks for path in unet.instances(block)}
-    kept = {block: timed[block][1].conv_shortcut for block in timed if unet.skip_rules.get(block) == "shortcut"}
-    inside = {path: [] for path in timed}
+    timed = {
+        (path, n): (block, module) for block in unet.kept_blocks for path in unet.instances(block)
+        for n, module in enumerate(unet.modules_of(path))
+    }  # fmt: skip
+    rules = {block: unet.skip_rules.get(block) for block in unet.kept_blocks}
+    kept = {block: timed[block, 0][1].conv_shortcut for block, rule in rules.items() if rule == "shortcut"}
+    inside = {place: [] for place in timed}
     beside = {block: [] for block in kept}
     whole: list[float] = []
     call = forward_call(unet, config)
     _, iterations = affordable(warm_up_ms(call, unet.device), config)
-    with timing_hooks({p: module for p, (_, module) in timed.items()}, inside), timing_hooks(kept, beside):
+    with timing_hooks({place: module for place, (_, module) in timed.items()}, inside), timing_hooks(kept, beside):
         for _ in progress(range(iterations), desc="latency table"):
             whole.append(thread_ms(call))
     medians = dict.fromkeys(unet.kept_blocks, 0.0)
-    for path, (block, _) in timed.items():
-        medians[block] += statistics.median(inside[path])
+    for place, (block, _) in timed.items():
+        medians[block] += statistics.median(inside[place])
     for block, times in beside.items():
         medians[block] -= statistics.median(times)
     return statistics.median(whole), medians
 
 
 @contextmanager
-def timing_hooks(modules: Mapping[str, nn.Module], times: dict[str, list[float]]):
+def timing_hooks(modules: Mapping[Hashable, nn.Module], times: Mapping[Hashable, list[float]]):
     """Appends the milliseconds of CPU time spent in each module's forward while the block runs."""
-    started: dict[str, float] = {}
+    started: dict[Hashable, float] = {}
     handles = []
     for name, module in modules.items():
 

@@ -19,7 +19,7 @@ from slimstep.models.denoising import draw_noisy
 from slimstep.models.noise_schedule import NoiseSchedule
 
 RAMPS = ("constant", "depth", "time")
-KINDS = ("resnet", "attention", "transformer")  # of blocks
+KINDS = ("resnet", "attention", "transformer", "sublayer")  # of blocks
 
 
 @dataclass(eq=False)

@@ -13,8 +13,9 @@ import inspect
 import re
 from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
+from itertools import chain
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import torch
 from diffusers import ModelMixin
@@ -38,7 +39,7 @@ from slimstep.models.architecture import (
 OURS = re.compile(r"^from (slimstep\.[\w.]+) import (?:\(.*?\)|[^\n]*)\n", flags=re.M | re.S)
 
 
-def class_file(file: str) -> tuple[str, str]:
+def class_file(file: str, kind: str = "unet") -> tuple[str, str]:
     """The name under which the file of a class travels with exports, and its text: what it imports of ours stands in
     the place of the imports. diffusers keys imported files by their names alone, hence the hash."""
     text, inlined = Path(file).read_text(encoding="utf-8"), set()
@@ -47,15 +48,15 @@ def class_file(file: str) -> tuple[str, str]:
         inner = "" if name in inlined else Path(find_spec(name).origin).read_text(encoding="utf-8")
         text = text[: imported.start()] + inner + text[imported.end() :]
         inlined.add(name)
-    return f"slimstep_unet_{hashlib.sha256(text.encode()).hexdigest()[:10]}", text
+    return f"slimstep_{kind}_{hashlib.sha256(text.encode()).hexdigest()[:10]}", text
 
 
 class Prunable(ModelMixin):
     """Mixed into a network of diffusers, before it: an architecture table and block masks.
 
     The class says `STOCK`, diffusers' own, `INPUT`, its forward's first argument, and, by the methods under "what a
-    kind of network says", what its blocks are. Its constructor takes the following beside the stock arguments, and
-    calls `make_prunable`.
+    kind of network says", what its blocks are; `CLASS_FILE` is `class_file` of its module, None where no file travels.
+    Its constructor takes the following beside the stock arguments, and calls `make_prunable`.
     depths: the architecture, as config.json holds it: {block: repeats}.
     bypass: the skip rule, what is left of a removed block that is not the identity (families/unet.py).
     auto_map: written by save_config where the class travels with exports.
@@ -63,19 +64,22 @@ class Prunable(ModelMixin):
 
     architecture: {block: BlockSpec}, in order of execution and without what says nothing.
     blocks: all prunable paths in order of execution, removed ones included. kept_blocks: those that run.
-    kinds: {block: 'resnet', 'attention' or 'transformer'}. parents: {layer: the transformer that holds it}; a removed
-    or closed transformer takes its layers along. copyable_blocks: those that can run more than once.
+    kinds: {block: 'resnet', 'attention', 'transformer' or 'sublayer'}. parents: {layer: the block that holds it}; a
+    removed or closed block takes its layers along. copyable_blocks: those that can run more than once.
     skip_rules: {block: its rule}, for ResNets that change channels; skip_rule_choices: {block: those possible there}.
     levels: the innermost levels that can go as a whole, from the inside out.
     """
 
     STOCK: type[ModelMixin]
     INPUT: str
+    CLASS_FILE: tuple[str, str] | None = None
 
     def make_prunable(
         self, depths: Mapping[str, int | Mapping | BlockSpec] | None, bypass: str | Mapping[str, str]
     ) -> None:
         """The rest of the constructor, once the stock network is built."""
+        if self.CLASS_FILE:
+            self.__module__ = self.CLASS_FILE[0]  # which a pipeline writes into model_index.json, to find the class by
         modules = self.find_blocks()
         self.all_blocks = tuple(modules)
         self.kinds = {s: self.kind_of(m) for s, m in modules.items()}
@@ -112,6 +116,10 @@ class Prunable(ModelMixin):
 
     def kind_of(self, module: nn.Module) -> str:
         raise NotImplementedError
+
+    def modules_of(self, block: str) -> Iterator[nn.Module]:
+        """What a block, or its twin in a copy, consists of."""
+        yield self.get_submodule(block)
 
     def remove_block(self, path: str) -> None:
         """Takes a module that is a block out; what runs in its place is what its skip rule gives."""
@@ -206,12 +214,23 @@ class Prunable(ModelMixin):
     def _watch_mask(self) -> None:
         """Give each kept block's module the class that looks at the mask; paths and parameters stay what they are."""
         for column, block in enumerate(self.kept_blocks):
-            for module in map(self.get_submodule, self.instances(block)):
+            for module in chain.from_iterable(map(self.modules_of, self.instances(block))):
                 module.__class__ = self.masked_class(module)
                 module.running, module.column = self._running, column
                 module.rule = self.skip_rules.get(block, "identity")
                 if self.repeats(block) == 1:
                     module.copies = ()
+
+    # ---- travelling ----
+
+    def save_config(self, save_directory: str | Path, *args, **kwargs) -> None:
+        """As in diffusers; this file goes along, so that whoever saves the network has its class in the folder, too."""
+        if self.CLASS_FILE:
+            name, text = self.CLASS_FILE
+            self.register_to_config(auto_map={"AutoModel": f"{name}.{type(self).__name__}"})
+            Path(save_directory).mkdir(parents=True, exist_ok=True)
+            (Path(save_directory) / f"{name}.py").write_text(text, encoding="utf-8")
+        super().save_config(save_directory, *args, **kwargs)
 
     # ---- running ----
 
@@ -286,7 +305,7 @@ def build_from(
     rule = unet.config.get("bypass", "shortcut") if skip_rule is None else skip_rule
     table = as_json(as_architecture(architecture or {}))
     with torch.device("meta"), no_init_weights():  # all of them come from elsewhere
-        new = kind.from_config(dict(unet.config), depths=table, bypass=rule)
+        new = kind.from_config(fields_of(unet), depths=table, bypass=rule)
     own, more = unet.state_dict(), source.state_dict() if source is not None else {}
     before = as_architecture(unet.config.get("depths") or {})
     back = tuple(f"{s}." for s in new.kept_blocks if s in before and before[s].repeats == 0)
@@ -301,6 +320,12 @@ def build_from(
         for path in copies_in(weights) - copies_in(own) - copies_in(more):
             new.zero_init(new.get_submodule(path))
     return new.train(unet.training)
+
+
+def fields_of(network: ModelMixin) -> dict[str, Any]:
+    """A network's configuration for another one. diffusers keeps a list in it of the fields that were at their defaults
+    when it was built, and would set these to the defaults again, also where something else was registered since."""
+    return {name: value for name, value in network.config.items() if name != "_use_default_values"}
 
 
 def origins(key: str) -> Iterator[str]:

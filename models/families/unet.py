@@ -8,9 +8,7 @@ imports nothing but torch and diffusers.
 Axes: B batch, C channels, H and W height and width. Some features are [B, C, H, W], some tokens.
 """
 
-from collections.abc import Mapping
 from itertools import takewhile
-from pathlib import Path
 
 import torch
 from diffusers import ModelMixin
@@ -20,16 +18,16 @@ from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-from slimstep.models.architecture import BlockSpec, Levels, unet_levels
+from slimstep.models.architecture import Levels, unet_levels
 from slimstep.models.families.prunable import Prunable, RunningMask
 
 
 class PrunableUNet(Prunable):
     """Mixed into a UNet of diffusers, before it.
 
-    Beside what `Prunable` asks for the class says `BLOCK_CLASSES`, the modules that are blocks; and `CLASS_FILE`,
-    `class_file` of its module. `depths` may also name an innermost level as a whole (`down_blocks.3: 0`): both its
-    blocks, the mid block, and the resampling into it and out of it go.
+    Beside what `Prunable` asks for the class says `BLOCK_CLASSES`, the modules that are blocks. `depths` may also name
+    an innermost level as a whole (`down_blocks.3: 0`): both its blocks, the mid block, and the resampling into it and
+    out of it go.
     bypass: what is left of a removed ResNet whose channels change: 'shortcut' keeps its 1×1 convolution; 'drop_skip'
         (up path, where the incoming features have the output's width) passes them on and drops the skip connection. One
         rule for all blocks ('drop_skip' then means wherever it is possible), or {block: rule} for some.
@@ -39,13 +37,6 @@ class PrunableUNet(Prunable):
 
     INPUT = "sample"
     BLOCK_CLASSES: tuple[type[nn.Module], ...]
-    CLASS_FILE: tuple[str, str]
-
-    def make_prunable(
-        self, depths: Mapping[str, int | Mapping | BlockSpec] | None, bypass: str | Mapping[str, str]
-    ) -> None:
-        self.__module__ = self.CLASS_FILE[0]  # a pipeline writes it into model_index.json, and finds the class by it
-        super().make_prunable(depths, bypass)
 
     # ---- its blocks ----
 
@@ -83,16 +74,6 @@ class PrunableUNet(Prunable):
         self.up_blocks._modules.pop(next(iter(self.up_blocks._modules)))
         self.down_blocks[-1].downsamplers = None
         self.mid_block = None
-
-    # ---- travelling ----
-
-    def save_config(self, save_directory: str | Path, *args, **kwargs) -> None:
-        """As in diffusers; this file goes along, so that whoever saves the network has its class in the folder, too."""
-        name, text = self.CLASS_FILE
-        self.register_to_config(auto_map={"AutoModel": f"{name}.{type(self).__name__}"})
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        (Path(save_directory) / f"{name}.py").write_text(text, encoding="utf-8")
-        super().save_config(save_directory, *args, **kwargs)
 
 
 # ---- the parts of a running UNet ----

@@ -10,8 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from scripts.remap import main
 from slimstep.models.card import read_export_report
-from slimstep.models.families.transformer.flux import PrunableFluxTransformer2DModel
-from slimstep.models.families.transformer.sd3 import PrunableSD3Transformer2DModel
+from slimstep.models.families.transformer.networks.flux import PrunableFluxTransformer2DModel
+from slimstep.models.families.transformer.networks.sd3 import PrunableSD3Transformer2DModel
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.networks import network_of, with_unet
 from slimstep.models.pipeline import export_pipeline, load_pipeline

@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from slimstep.data.prompts import PromptSet
 from slimstep.eval.sampling import Sampler
-from slimstep.models.families.transformer.sd3 import PrunableSD3Transformer2DModel
+from slimstep.models.families.transformer.networks.sd3 import PrunableSD3Transformer2DModel
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.networks import network_of
 from slimstep.prune.similarity import block_similarities

@@ -3,6 +3,7 @@
 A family of `models/family.py` is a `TransformerFamily`, described in a small file of its own (sd3.py).
 """
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +20,7 @@ from slimstep.models.denoiser import Denoiser
 from slimstep.models.families.exported import Exported, block_map
 from slimstep.models.families.transformer.denoiser import TransformerDenoiser
 from slimstep.models.families.transformer.network import PrunableTransformer
-from slimstep.models.families.transformer.stock import stock_paths, to_stock
+from slimstep.models.families.transformer.stock import obstacles_of, stock_paths, to_stock
 from slimstep.models.flow import FlowSteps
 from slimstep.models.folder import absent_parts, check_index, check_tables, final_folder, stored_dtype
 from slimstep.models.networks import check_tokenizers, load_networks, network_of, text_encoders, with_unet
@@ -99,6 +100,10 @@ class TransformerFamily:
 
     def exported(self, pipeline: DiffusionPipeline) -> Exported:
         network = network_of(pipeline)
+        if obstacles := obstacles_of(network):
+            removed = (block for block in network.parents if not network.repeats(block))
+            gone = {path: [] for block in removed for path in network.parts_of(block)}
+            return Exported(with_unet(pipeline, travelling(network)), obstacles, block_map(network, {}) | gone)
         paths = stock_paths(network) if isinstance(network, PrunableTransformer) else {}
         return Exported(with_unet(pipeline, to_stock(network)), (), block_map(network, paths))
 
@@ -132,6 +137,13 @@ class TransformerFamily:
 
     def codec(self, pipeline: DiffusionPipeline) -> ModelMixin:
         return pipeline.vae
+
+
+def travelling(network: PrunableTransformer) -> PrunableTransformer:
+    """A copy whose configuration says the size that its positions were made for, which diffusers makes anew."""
+    copied = copy.deepcopy(network)
+    copied.register_to_config(**network.size_fields())
+    return copied
 
 
 def encoder_device(pipeline: DiffusionPipeline) -> torch.device:

@@ -10,26 +10,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, FluxTransformer2DModel, ModelMixin
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.families.transformer.denoiser import TransformerDenoiser
 from slimstep.models.families.transformer.family import TransformerFamily
-from slimstep.models.families.transformer.network import PrunableTransformer
+from slimstep.models.families.transformer.networks.flux import PrunableFluxTransformer2DModel
 
 T5_TOKENS = 512  # the pipeline's default
 GUIDANCE = 3.5  # the pipeline's default, with which dev is trained further where nothing else is said
-
-
-class PrunableFluxTransformer2DModel(PrunableTransformer, FluxTransformer2DModel):
-    """A FluxTransformer2DModel with an architecture table and block masks (network.py)."""
-
-    STOCK = FluxTransformer2DModel
-    LISTS = {"transformer_blocks": "num_layers", "single_transformer_blocks": "num_single_layers"}
-    STREAMS = ("encoder_hidden_states", "hidden_states")
-    _repeated_blocks = ["FluxTransformerBlock", "FluxSingleTransformerBlock", "MaskedFluxTransformerBlock",
-                        "MaskedFluxSingleTransformerBlock"]  # fmt: skip
 
 
 class FluxDenoiser(TransformerDenoiser):

@@ -1,8 +1,9 @@
 """The prunable transformer: diffusers' own class, whose lists of equal blocks may be shorter (families/prunable.py).
 
 A block is a whole entry of such a list. A removed one is gone, and the others keep their numbers as long as the network
-is pruned here; exports number them anew (stock.py), so that they are always diffusers' own class, and no class file
-travels with them.
+is pruned here; exports number them anew (stock.py), so that they are diffusers' own class, and no class file travels
+with them. With `sublayers` the attentions and feed-forwards of each entry are blocks, too, and a removed one adds
+nothing to its residual stream. diffusers' own classes have no such entries: exports without some carry their class.
 
 Axes: B batch.
 """
@@ -33,13 +34,16 @@ class PrunableTransformer(Prunable):
 
     Beside what `Prunable` asks for the class says `LISTS`, {path of a list of blocks: the field of config.json that
     holds its length}, in order of execution; and `STREAMS`, the arguments of a block that it gives back, in that order,
-    of every list or of each. `STAYS` names what cannot be removed, by list and number, and why.
+    of every list or of each. `STAYS` names what cannot be removed, by list and number, and why. `SUBLAYERS` has, for
+    each list, the sublayers of an entry in order of execution: {module: {each module that goes with it, its own among
+    them: the arguments whose shapes its outputs have, or None for a linear layer}}. sublayers: whether they are blocks.
     """
 
     INPUT = "hidden_states"
     LISTS: Mapping[str, str]
     STREAMS: tuple[str, ...] | Mapping[str, tuple[str, ...]]
     STAYS: Mapping[tuple[str, int], str] = {}
+    SUBLAYERS: Mapping[str, Mapping[str, Mapping[str, tuple[str, ...] | None]]] = {}
 
     @register_to_config
     def __init__(
@@ -47,17 +51,47 @@ class PrunableTransformer(Prunable):
         depths: Mapping[str, int | Mapping | BlockSpec] | None = None,
         bypass: str | Mapping[str, str] = "shortcut",
         auto_map: Mapping[str, str] | None = None,
+        sublayers: bool = False,
         **kwargs,
     ):
         super().__init__(**kwargs)
         self.make_prunable(depths, bypass)
         self.settle_streams()
 
+    def divide_blocks(self) -> None:
+        """Makes sublayers blocks too, in place. ValueError where they are not known, or the network is pruned."""
+        if self.architecture:
+            pruned = [*self.architecture]
+            raise ValueError(f"the blocks of this {type(self).__name__} cannot be divided: it is pruned at {pruned}")
+        self.register_to_config(sublayers=True)
+        self.make_prunable({}, "shortcut")
+
     def find_blocks(self) -> dict[str, nn.Module]:
-        return {f"{name}.{i}": module for name in self.LISTS for i, module in getattr(self, name).named_children()}
+        if self.config.sublayers and not self.SUBLAYERS:
+            raise ValueError(f"the sublayers of a {self.STOCK.__name__} are not known; its blocks are whole ones alone")
+        found = {}
+        for name in self.LISTS:
+            for i, entry in getattr(self, name).named_children():
+                found[f"{name}.{i}"] = entry
+                if self.config.sublayers:
+                    found |= {f"{name}.{i}.{part}": getattr(entry, part) for part in self.SUBLAYERS[name]}
+        return found
+
+    def parts_of(self, block: str) -> dict[str, tuple[str, ...] | None]:
+        """{path: what it gives} of the modules that a sublayer consists of; empty for a whole block."""
+        holder, _, own = block.rpartition(".")
+        parts = self.SUBLAYERS.get(block.split(".")[0], {}).get(own, {})
+        return {path: gives for part, gives in parts.items() if submodule(self, path := f"{holder}.{part}")}
+
+    def modules_of(self, block: str) -> Iterator[nn.Module]:
+        yield from map(self.get_submodule, self.parts_of(block) or (block,))
+
+    def can_be_copied(self, block: str) -> bool:
+        return block not in self.parents
 
     def kind_of(self, module: nn.Module) -> str:
-        return "transformer"
+        entries = (entry for name in self.LISTS for entry in getattr(self, name).children())
+        return "transformer" if any(module is entry for entry in entries) else "sublayer"
 
     def reason_to_stay(self, block: str) -> str | None:
         own = block.rpartition(".")[0]
@@ -65,6 +99,10 @@ class PrunableTransformer(Prunable):
         return next((why for (name, k), why in self.STAYS.items() if name == own and of_list[k] == block), None)
 
     def remove_block(self, path: str) -> None:
+        if parts := self.parts_of(path):
+            for part, gives in parts.items():
+                self.set_submodule(part, RemovedSublayer(self.get_submodule(part), gives))
+            return
         name, _, index = path.rpartition(".")
         if reason := self.reason_to_stay(path):
             raise ValueError(f"{path} of a {self.STOCK.__name__} cannot be removed: {reason}")
@@ -74,6 +112,8 @@ class PrunableTransformer(Prunable):
         """What changes where another block has become the last to run. None of its output does: it saves time."""
 
     def masked_class(self, module: nn.Module) -> type[nn.Module]:
+        if isinstance(module, MaskedSublayer) or self.kind_of(module) == "sublayer":
+            return masked_sublayer(type(module))
         if isinstance(self.STREAMS, tuple):
             return masked(type(module), self.STREAMS)
         own = next(name for name in self.LISTS if any(module is block for block in getattr(self, name).children()))
@@ -96,6 +136,10 @@ class PrunableTransformer(Prunable):
             yield from (block, *copies(block, self.architecture))
 
     # ---- what a class adds to the stock configuration and weights (stock.py)
+
+    def size_fields(self) -> dict[str, Any]:
+        """Fields of config.json that say which size the positions were made for."""
+        return {}
 
     def stock_fields(self) -> dict[str, Any]:
         """Fields of config.json that depend on the numbers of blocks, beside the lengths of the lists."""
@@ -146,6 +190,48 @@ class MaskedTransformerBlock:
             for x, y in zip(before, after, strict=True)
         )
         return after if isinstance(output, tuple) else after[0]
+
+
+class MaskedSublayer:
+    """Mixed into the class of a kept sublayer: it gives zeros for samples whose mask is closed."""
+
+    running: RunningMask
+    column: int
+
+    def forward(self, *args, **kwargs):
+        output = super().forward(*args, **kwargs)
+        if self.running.mask_BN is None:
+            return output
+        open_B = self.running.mask_BN[:, self.column]
+
+        def masked(y: Tensor) -> Tensor:
+            return torch.where(open_B.view(-1, *[1] * (y.ndim - 1)), y, 0)
+
+        return tuple(map(masked, output)) if isinstance(output, tuple) else masked(output)
+
+
+class RemovedSublayer(nn.Module):
+    """What is left of a sublayer: zeros, shaped as the arguments that `gives` names, or as a linear layer's output."""
+
+    def __init__(self, module: nn.Module, gives: tuple[str, ...] | None) -> None:
+        super().__init__()
+        names = inspect.signature(module.forward).parameters
+        self.first, self.gives = next(iter(names)), gives
+        self.width = None if gives else module.out_features
+
+    def forward(self, *args, **kwargs):
+        inputs = {self.first: args[0], **kwargs} if args else kwargs
+        if not self.gives:
+            x = inputs[self.first]
+            return x.new_zeros(*x.shape[:-1], self.width)
+        zeros = tuple(torch.zeros_like(inputs[name]) for name in self.gives)
+        return zeros if len(zeros) > 1 else zeros[0]
+
+
+@cache
+def masked_sublayer(kind: type[nn.Module]) -> type[nn.Module]:
+    """The class of a kept sublayer, for diffusers' class of it, or for one that is a kept sublayer's already."""
+    return kind if issubclass(kind, MaskedSublayer) else type(f"Masked{kind.__name__}", (MaskedSublayer, kind), {})
 
 
 @cache

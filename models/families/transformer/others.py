@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 from diffusers import ModelMixin
 
-from slimstep.models.families.transformer.flux import PrunableFluxTransformer2DModel
 from slimstep.models.families.transformer.network import PrunableTransformer
-from slimstep.models.families.transformer.pixart import PrunablePixArtTransformer2DModel
-from slimstep.models.families.transformer.qwen import PrunableQwenImageTransformer2DModel
-from slimstep.models.families.transformer.sana import PrunableSanaTransformer2DModel
-from slimstep.models.families.transformer.sd3 import PrunableSD3Transformer2DModel
+from slimstep.models.families.transformer.networks.flux import PrunableFluxTransformer2DModel
+from slimstep.models.families.transformer.networks.pixart import PrunablePixArtTransformer2DModel
+from slimstep.models.families.transformer.networks.qwen import PrunableQwenImageTransformer2DModel
+from slimstep.models.families.transformer.networks.sana import PrunableSanaTransformer2DModel
+from slimstep.models.families.transformer.networks.sd3 import PrunableSD3Transformer2DModel
 
 OF_FAMILIES = {kind.STOCK.__name__: kind for kind in (
     PrunableSD3Transformer2DModel, PrunablePixArtTransformer2DModel, PrunableFluxTransformer2DModel,

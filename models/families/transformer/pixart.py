@@ -9,34 +9,16 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, PixArtTransformer2DModel
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.families.transformer.denoiser import TransformerDenoiser
 from slimstep.models.families.transformer.family import TransformerFamily
-from slimstep.models.families.transformer.network import PrunableTransformer
+from slimstep.models.families.transformer.networks.pixart import PrunablePixArtTransformer2DModel
 
 TOKENS = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # the pipelines' defaults
 PIXELS_PER_LATENT = 8
-
-
-class PrunablePixArtTransformer2DModel(PrunableTransformer, PixArtTransformer2DModel):
-    """A PixArtTransformer2DModel with an architecture table and block masks (network.py)."""
-
-    STOCK, LISTS = PixArtTransformer2DModel, {"transformer_blocks": "num_layers"}
-    STREAMS = ("hidden_states",)
-    _repeated_blocks = ["BasicTransformerBlock", "MaskedBasicTransformerBlock"]
-
-    def make_prunable(self, *table) -> None:
-        # diffusers takes them from sample_size, which changes with the resolution that is trained.
-        self.register_to_config(use_additional_conditions=self.use_additional_conditions,
-                                interpolation_scale=self.pos_embed.interpolation_scale)  # fmt: skip
-        super().make_prunable(*table)
-
-    def stock_fields(self) -> dict[str, Any]:
-        """The size that the positions were made for; others are interpolated from it."""
-        return {"sample_size": self.pos_embed.height * self.config.patch_size}
 
 
 class PixArtDenoiser(TransformerDenoiser):

@@ -10,25 +10,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, QwenImageTransformer2DModel
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.families.transformer.denoiser import TransformerDenoiser
 from slimstep.models.families.transformer.family import TransformerFamily
 from slimstep.models.families.transformer.flux import packed, unpacked
-from slimstep.models.families.transformer.network import PrunableTransformer
+from slimstep.models.families.transformer.networks.qwen import PrunableQwenImageTransformer2DModel
 
 TOKENS = 512  # the most that the pipeline takes by default
 EMPTY = " "  # the negative prompt of the examples in diffusers: of an empty one there would be no guidance
-
-
-class PrunableQwenImageTransformer2DModel(PrunableTransformer, QwenImageTransformer2DModel):
-    """A QwenImageTransformer2DModel with an architecture table and block masks (network.py)."""
-
-    STOCK, LISTS = QwenImageTransformer2DModel, {"transformer_blocks": "num_layers"}
-    STREAMS = ("encoder_hidden_states", "hidden_states")
-    _repeated_blocks = ["QwenImageTransformerBlock", "MaskedQwenImageTransformerBlock"]
 
 
 class QwenImageDenoiser(TransformerDenoiser):

@@ -11,27 +11,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, SanaTransformer2DModel
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.families.transformer.denoiser import TransformerDenoiser
 from slimstep.models.families.transformer.family import TransformerFamily
-from slimstep.models.families.transformer.network import PrunableTransformer
+from slimstep.models.families.transformer.networks.sana import PrunableSanaTransformer2DModel
 
 TOKENS = 300  # the pipeline's default
-
-
-class PrunableSanaTransformer2DModel(PrunableTransformer, SanaTransformer2DModel):
-    """A SanaTransformer2DModel with an architecture table and block masks (network.py)."""
-
-    STOCK, LISTS = SanaTransformer2DModel, {"transformer_blocks": "num_layers"}
-    STREAMS = ("hidden_states",)
-    _repeated_blocks = ["SanaTransformerBlock", "MaskedSanaTransformerBlock"]
-
-    def stock_fields(self) -> dict[str, Any]:
-        """The size that the positions were made for, by which its pipeline also chooses its sizes of images."""
-        return {"sample_size": self.patch_embed.height * self.config.patch_size}
 
 
 class SanaDenoiser(TransformerDenoiser):

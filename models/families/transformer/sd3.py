@@ -10,69 +10,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, ModelMixin, SD3Transformer2DModel
-from diffusers.models.normalization import AdaLayerNormZero
+from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.families.transformer.denoiser import TransformerDenoiser
 from slimstep.models.families.transformer.family import TransformerFamily
-from slimstep.models.families.transformer.network import PrunableTransformer
+from slimstep.models.families.transformer.networks.sd3 import PrunableSD3Transformer2DModel
 
 T5_TOKENS = 256  # the pipeline's default, also where there is no T5 and its states are zero
-
-
-class PrunableSD3Transformer2DModel(PrunableTransformer, SD3Transformer2DModel):
-    """An SD3Transformer2DModel with an architecture table and block masks (network.py)."""
-
-    STOCK, LISTS = SD3Transformer2DModel, {"transformer_blocks": "num_layers"}
-    STREAMS = ("encoder_hidden_states", "hidden_states")
-    _repeated_blocks = ["JointTransformerBlock", "MaskedJointTransformerBlock"]
-
-    def can_be_copied(self, block: str) -> bool:
-        return block != self.blocks[-1]  # it gives no text that a copy could take
-
-    def settle_streams(self) -> None:
-        running = [*self.transformer_blocks.children()]
-        if running:
-            last = running[-1]
-            give_no_text([last, *getattr(last, "copies", ())][-1])
-
-    def stock_fields(self) -> dict[str, Any]:
-        dual = {f"transformer_blocks.{i}" for i in self.config.dual_attention_layers}
-        running = [path.split(".copies.")[0] for path in self.running_paths("transformer_blocks")]
-        return {"dual_attention_layers": [k for k, block in enumerate(running) if block in dual]}
-
-    def stock_weights(self, weights: dict[str, Tensor]) -> dict[str, Tensor]:
-        """The scale and shift of the last block's text, in the order of the class that stock networks have there."""
-        kept = dict(weights)
-        for path in [*self.running_paths("transformer_blocks")][-1:]:
-            for name in (f"{path}.norm1_context.linear.{part}" for part in ("weight", "bias")):
-                if len(kept[name]) == 6 * self.inner_dim:
-                    kept[name] = last_text_modulation(kept[name])
-        return kept
-
-
-def last_text_modulation(rows: Tensor) -> Tensor:
-    """Of six modulations of a block's text, one above the other, those that the last block has, in its order."""
-    shift, scale, *_ = rows.chunk(6)
-    return torch.cat([scale, shift])
-
-
-class NormAlone(AdaLayerNormZero):
-    """The normed text, without the gates of what is no longer computed."""
-
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        return super().forward(x, emb=emb)[0]
-
-
-def give_no_text(block: nn.Module) -> None:
-    """Makes a block the last one. What it gives of the image stays the same to the bit, hence the norm it has."""
-    if block.context_pre_only:
-        return
-    block.context_pre_only = block.attn.context_pre_only = True
-    block.norm2_context = block.ff_context = block.attn.to_add_out = None
-    block.norm1_context.__class__ = NormAlone
 
 
 class SD3Denoiser(TransformerDenoiser):

@@ -1,4 +1,4 @@
-"""Every pruned transformer is one of diffusers' own class: blocks are numbered anew, and config.json counts them."""
+"""A transformer of whole blocks is one of diffusers' own class: they are numbered anew, and config.json counts them."""
 
 import torch
 from diffusers import ModelMixin
@@ -6,7 +6,7 @@ from diffusers.models.modeling_utils import no_init_weights
 
 from slimstep.models.families.transformer.network import PrunableTransformer, adopt_rest
 
-OWN_FIELDS = ("depths", "bypass", "auto_map")
+OWN_FIELDS = ("depths", "bypass", "auto_map", "sublayers")
 
 
 def stock_paths(network: PrunableTransformer) -> dict[str, str]:
@@ -20,13 +20,24 @@ def stock_config(network: ModelMixin) -> dict:
     if not isinstance(network, PrunableTransformer):
         return fields
     counts = {count: len([*network.running_paths(name)]) for name, count in network.LISTS.items()}
-    return fields | counts | network.stock_fields()
+    return fields | counts | network.size_fields() | network.stock_fields()
+
+
+def obstacles_of(network: ModelMixin) -> tuple[str, ...]:
+    """Why a network is not one of diffusers' own class: the sublayers that it lacks."""
+    if not isinstance(network, PrunableTransformer):
+        return ()
+    gone = (path for path in network.parents if path in network.architecture)
+    return tuple(f"{path} is removed, and the blocks of a {network.STOCK.__name__} are all alike" for path in gone)
 
 
 def to_stock(network: ModelMixin) -> ModelMixin:
-    """The stock network with the pruned one's output: copies of its weights, renumbered."""
+    """The stock network with the pruned one's output: copies of its weights, renumbered. ValueError where it lacks
+    sublayers."""
     if not isinstance(network, PrunableTransformer):
         return network
+    if obstacles := obstacles_of(network):
+        raise ValueError(f"no {network.STOCK.__name__} is this network, because {'; '.join(obstacles)}")
     paths = stock_paths(network)
     with torch.device("meta"), no_init_weights():
         stock = network.STOCK.from_config(stock_config(network))

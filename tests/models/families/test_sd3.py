@@ -21,7 +21,8 @@ from slimstep.distill.teaching import Draw, StepSchedule, teacher_target
 from slimstep.eval.sampling import Sampler
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.cost import count_activation_bytes, count_gflops
-from slimstep.models.families.transformer.sd3 import FAMILY, PrunableSD3Transformer2DModel
+from slimstep.models.families.transformer.networks.sd3 import PrunableSD3Transformer2DModel
+from slimstep.models.families.transformer.sd3 import FAMILY
 from slimstep.models.families.transformer.stock import stock_config, to_stock
 from slimstep.models.family import denoiser_of, family_of, schedule_for
 from slimstep.models.noise_schedule import add_noise, ddim_step, pred_of

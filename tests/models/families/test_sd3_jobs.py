@@ -60,6 +60,31 @@ def test_a_transformer_is_pruned(place):
     assert image.size == (16, 16) and pipeline.transformer.config.num_layers == 5 - len(removed)
 
 
+def test_a_transformer_is_pruned_by_its_sublayers(place):
+    own = ["recovery.train.steps=2", "recovery.train.batch_size=4", "search.rounds=1", "search.target_fraction=0.7",
+           "scoring.prompts=4", "scoring.steps=2", "latency.additive_samples=2", "search.blocks=sublayers"]  # fmt: skip
+    path, _ = run("prune_transformer", place, *own, "name=sublayers")
+    path = path.with_name("sublayers")
+    scores = json.loads((path / "round-00/scores.json").read_text())
+    latencies = json.loads((path / "round-00/latency.json").read_text())["sites"]
+    for part in ("", ".attn", ".ff"):
+        assert f"transformer_blocks.1{part}" in scores["sites"] and latencies[f"transformer_blocks.1{part}"]["ms"] > 0
+    decision = json.loads((path / "round-00/decision.json").read_text())
+    removed = [block for block, repeats in decision["after"].items() if repeats == 0]
+    report = json.loads((path / "export/export_report.json").read_text())
+    assert removed and report["is_stock"] == (not any(block.endswith(("attn", "ff")) for block in removed))
+    export = DiffusionPipeline.from_pretrained(path / "export", trust_remote_code=True, **NO_T5)
+    export.set_progress_bar_config(disable=True)
+    assert export("a b", num_inference_steps=2, height=16, width=16).images[0].size == (16, 16)
+
+
+def test_similarity_is_of_whole_blocks(place):
+    model = ["model=path", f"model.name_or_path={place}/model", f"root={place}/runs", "name=alike", "scorer.force=true"]
+    scorer = ["scorer=openclip", f"scorer.model=local-dir:{place}/clip", "scorer.pretrained=null"]
+    done = run_job("+experiment=prune_transformer", "search=similarity", "search.blocks=sublayers", *model, *scorer)
+    assert done.returncode == 1 and "set search.blocks=whole" in done.stderr
+
+
 def test_a_transformer_is_distilled_in_steps(place):
     path, _ = run("distill_steps", place, "distillation.steps=[8,4,2]", "curves.steps=[2]", "curves.guidance=[3.0]")
     points = json.loads((path / "evaluation.json").read_text())["points"]

@@ -9,10 +9,11 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, PixArt
 from slimstep.data.encoding import encode_images
 from slimstep.eval.sampling import Sampler
 from slimstep.models.conditioning import Conditioning
-from slimstep.models.families.transformer.flux import PrunableFluxTransformer2DModel, packed, unpacked
-from slimstep.models.families.transformer.pixart import PrunablePixArtTransformer2DModel
-from slimstep.models.families.transformer.qwen import PrunableQwenImageTransformer2DModel
-from slimstep.models.families.transformer.sana import PrunableSanaTransformer2DModel
+from slimstep.models.families.transformer.flux import packed, unpacked
+from slimstep.models.families.transformer.networks.flux import PrunableFluxTransformer2DModel
+from slimstep.models.families.transformer.networks.pixart import PrunablePixArtTransformer2DModel
+from slimstep.models.families.transformer.networks.qwen import PrunableQwenImageTransformer2DModel
+from slimstep.models.families.transformer.networks.sana import PrunableSanaTransformer2DModel
 from slimstep.models.families.transformer.stock import to_stock
 from slimstep.models.family import denoiser_of
 from slimstep.models.pipeline import check_pipeline, export_pipeline, load_pipeline, with_unet
