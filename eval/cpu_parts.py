@@ -17,6 +17,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from slimstep.models.families.prunable import Prunable
+from slimstep.models.families.transformer.network import PrunableTransformer
 
 LATENT_PIXELS = 4096  # of a part: 16 images of 16×16, one of 64×64
 
@@ -29,7 +30,7 @@ class Stopped(Exception):
 
 def can_be_parted(unet: nn.Module) -> bool:
     """Whether this is a network on the CPU that is not compiled, which would make a graph for every size of a part."""
-    return isinstance(unet, UNet2DConditionModel) and unet.device.type == "cpu"
+    return isinstance(unet, (UNet2DConditionModel, PrunableTransformer)) and unet.device.type == "cpu"
 
 
 def draw_in_parts(draw: Draw, unet: nn.Module, rows: int, block_mask_BN: Tensor | None, pixels: int) -> Tensor:

@@ -6,17 +6,24 @@ import torch
 import slimstep.eval.cpu_parts
 from slimstep.eval.cpu_parts import remove, twin
 from slimstep.eval.sampling import Sampler
+from slimstep.models.families.transformer.networks.sd3 import PrunableSD3Transformer2DModel
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
-from tests.models.conftest import small_inputs
+from slimstep.models.family import denoiser_of
+from slimstep.models.networks import network_of
 from tests.tiny import small_pipeline
+from tests.transformers import small_sd3_pipeline
 
 PROMPTS = [f"prompt {letter}" for letter in "abcdefghijkl"]
 
 
-@pytest.fixture(scope="module")
-def sampler():
-    pipeline = small_pipeline()
-    pipeline.unet = PrunableUNet2DConditionModel.from_unet(pipeline.unet)
+@pytest.fixture(scope="module", params=["UNet", "transformer"])
+def sampler(request):
+    if request.param == "transformer":
+        pipeline = small_sd3_pipeline()
+        pipeline.transformer = PrunableSD3Transformer2DModel.from_unet(pipeline.transformer)
+    else:
+        pipeline = small_pipeline()
+        pipeline.unet = PrunableUNet2DConditionModel.from_unet(pipeline.unet)
     return Sampler(pipeline, steps=2, guidance_scale=2.0)
 
 
@@ -33,11 +40,16 @@ def threads():
 
 
 def images(sampler, block_mask=None, indices=range(8)):
-    return sampler.images(sampler.pipeline.unet, PROMPTS, list(indices), block_mask)
+    return sampler.images(network_of(sampler.pipeline), PROMPTS, list(indices), block_mask)
+
+
+def random_masks(sampler, seed):
+    blocks = len(network_of(sampler.pipeline).kept_blocks)
+    return torch.rand(8, blocks, generator=torch.Generator().manual_seed(seed)) < 0.7
 
 
 def test_images_do_not_depend_on_the_number_of_threads(sampler, parts_of_two, threads):
-    mask = torch.rand(8, 12, generator=torch.Generator().manual_seed(0)) < 0.7
+    mask = random_masks(sampler, 0)
     mask[2:4] = mask[2]
     threads(1)
     whole, masked = images(sampler), images(sampler, mask)
@@ -50,7 +62,7 @@ def test_images_do_not_depend_on_the_number_of_threads(sampler, parts_of_two, th
 def test_rows_of_mixed_parts_do_not_see_each_other(sampler, parts_of_two, threads):
     """Every part of two rows holds two different masks, and runs beside another."""
     threads(2)
-    mask = torch.rand(8, 12, generator=torch.Generator().manual_seed(1)) < 0.7
+    mask = random_masks(sampler, 1)
     together = images(sampler, mask)
     threads(1)
     for first in range(0, 8, 2):
@@ -58,21 +70,24 @@ def test_rows_of_mixed_parts_do_not_see_each_other(sampler, parts_of_two, thread
         assert torch.equal(together[pair], images(sampler, mask[pair], range(8)[pair]))
 
 
-@pytest.mark.parametrize("architecture", [{}, {"mid_block.attentions.0": 3, "down_blocks.0.resnets.0": 2}])
-def test_a_network_without_closed_blocks_is_the_masked_one(sampler, architecture):
-    unet = sampler.pipeline.unet.with_architecture(architecture, copy_init="same")
-    inputs = small_inputs(unet)
-    for n, block in enumerate(unet.kept_blocks):
-        mask = torch.ones(len(inputs["sample"]), len(unet.kept_blocks), dtype=torch.bool)
+@pytest.mark.parametrize("are_copied", [False, True])
+def test_a_network_without_closed_blocks_is_the_masked_one(sampler, are_copied):
+    network = network_of(sampler.pipeline)
+    copied = {block: 2 + n for n, block in enumerate(network.copyable_blocks[:2])} if are_copied else {}
+    network = network.with_architecture(copied, copy_init="same")
+    denoiser = denoiser_of(network)
+    inputs = denoiser.example(network, 2, generator=torch.Generator().manual_seed(0))
+    for n, block in enumerate(network.kept_blocks):
+        mask = torch.ones(2, len(network.kept_blocks), dtype=torch.bool)
         mask[:, n] = False
-        without = twin(unet)
+        without = twin(network)
         remove(without, [block])
         with torch.no_grad():
-            assert torch.equal(without(**inputs).sample, unet(**inputs, block_mask=mask).sample), block
+            assert torch.equal(denoiser(without, *inputs), denoiser(network, *inputs, block_mask_BN=mask)), block
 
 
 def test_a_twin_shares_every_weight(sampler):
-    unet = sampler.pipeline.unet
+    unet = network_of(sampler.pipeline)
     pairs = zip(twin(unet).state_dict().values(), unet.state_dict().values(), strict=True)
     assert all(one.data_ptr() == other.data_ptr() for one, other in pairs)
 

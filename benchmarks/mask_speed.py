@@ -1,0 +1,123 @@
+"""Scoring blocks by masks, beside surgery and the stock pipeline, which is how it is done by hand.
+
+    python benchmarks/mask_speed.py --model assets/shapes
+
+Both take the CLIP score that is lost without each block, on the same held-out captions from the same noise, with equal
+steps, guidance and batch size, in turn, A B B A, in one process with all threads. By hand, a stock pipeline is built
+around the network without the block and called. A speed is the ratio within a round, of wall and of CPU seconds; the
+scores of both are compared.
+"""
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import torch
+from accelerate import Accelerator
+from diffusers import DiffusionPipeline
+from torch import Tensor
+
+from slimstep import ROOT
+from slimstep.data.prompts import PromptSet
+from slimstep.data.shapes import shapes_prompts
+from slimstep.engine.environment import environment
+from slimstep.engine.files import write_json
+from slimstep.eval.metrics.clip import ClipScorer
+from slimstep.eval.metrics.metric import as_metric
+from slimstep.eval.sampling import Sampler
+from slimstep.models.family import family_of
+from slimstep.models.networks import network_of
+from slimstep.models.pipeline import load_pipeline, with_unet
+from slimstep.prune.scores import score_blocks
+
+STEPS, GUIDANCE = 8, 2.5
+Losses = dict[str, float]
+
+
+def by_masks(pipeline: DiffusionPipeline, scorer: ClipScorer, prompts: Sequence[str], batch: int) -> Losses:
+    """{block: CLIP score lost without it}, by the code of the pruning job."""
+    captions = PromptSet(list(prompts), "held-out captions")
+    sampler, accelerator = Sampler(pipeline, STEPS, GUIDANCE), Accelerator(cpu=True)
+    table = score_blocks(network_of(pipeline), sampler, as_metric(scorer), captions, batch, accelerator)
+    return {block: score["delta_clip"] for block, score in table.record({})["sites"].items()}
+
+
+def by_surgery(
+    pipeline: DiffusionPipeline, scorer: ClipScorer, prompts: Sequence[str], batch: int, max_tokens: int | None
+) -> Losses:
+    """The same, by the stock pipeline's own call; `max_tokens` is its max_sequence_length, where it has one."""
+    network, text_ND = network_of(pipeline), scorer.text(prompts)
+    sampler = Sampler(pipeline, STEPS, GUIDANCE)
+    options = {} if max_tokens is None else {"max_sequence_length": max_tokens}
+
+    def scores(architecture: dict[str, int]) -> Tensor:
+        pruned = with_unet(pipeline, network.with_architecture(architecture))
+        stock = family_of(pipeline).exported(pruned).pipeline
+        stock.set_progress_bar_config(disable=True)
+        found = []
+        for indices in torch.arange(len(prompts)).split(batch):
+            noise = torch.stack([sampler.noise(index) for index in indices.tolist()])
+            images = stock(
+                [prompts[index] for index in indices], latents=noise, num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE, output_type="pt", **options,
+            ).images  # fmt: skip
+            found.append(scorer.score((images * 255).round().to(torch.uint8), text_ND[indices]))
+        return torch.cat(found)
+
+    whole_N = scores({})
+    return {block: float((whole_N - scores({block: 0})).mean()) for block in network.blocks}
+
+
+def timed(work: Callable[[], Losses]) -> dict:
+    start, cpu = time.perf_counter(), time.process_time()
+    lost = work()
+    return {"wall": time.perf_counter() - start, "cpu": time.process_time() - cpu, "lost": lost}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "assets/shapes")
+    parser.add_argument("--scorer", type=Path, default=ROOT / "assets/shapes-clip")
+    parser.add_argument("--rounds", type=int, default=2, help="of A B B A (default: %(default)s)")
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--out", type=Path, help="default: benchmarks/mask-speed/MODEL.json")
+    options = parser.parse_args()
+    pipeline, scorer = load_pipeline(options.model), ClipScorer(f"local-dir:{options.scorer}")
+    prompts = list(shapes_prompts("heldout", options.prompts, 0).prompts)
+    text = getattr(pipeline, "tokenizer_max_length", None)
+    max_tokens = family_of(pipeline).tokens(pipeline) - text if text else None
+    ways = {
+        "masks": lambda: by_masks(pipeline, scorer, prompts, options.batch),
+        "surgery": lambda: by_surgery(pipeline, scorer, prompts, options.batch, max_tokens),
+    }
+    runs: dict[str, list[dict]] = {name: [] for name in ways}
+    for _ in range(options.rounds):
+        for name in ("surgery", "masks", "masks", "surgery"):
+            runs[name].append(timed(ways[name]))
+            print(f"{name}: {runs[name][-1]['wall']:.1f} s, CPU {runs[name][-1]['cpu']:.1f} s", flush=True)
+    pairs = list(zip(runs["surgery"], runs["masks"], strict=True))
+    ratios = {clock: [surgery[clock] / masks[clock] for surgery, masks in pairs] for clock in ("wall", "cpu")}
+    by_hand, ours = (runs[name][0]["lost"] for name in ("surgery", "masks"))
+    result = {
+        "model": options.model.name,
+        "environment": environment(),
+        "setting": {"prompts": options.prompts, "steps": STEPS, "guidance": GUIDANCE, "batch": options.batch,
+                    "threads": torch.get_num_threads(), "blocks": len(ours)},
+        "times_as_fast": {c: {"median": statistics.median(r), "range": [min(r), max(r)]} for c, r in ratios.items()},
+        "largest_difference_of_scores": max(abs(by_hand[block] - ours[block]) for block in ours),
+        "runs": {name: [{k: v for k, v in run.items() if k != "lost"} for run in made] for name, made in runs.items()},
+        "lost": ours,
+    }  # fmt: skip
+    write_json(options.out or ROOT / f"benchmarks/mask-speed/{options.model.name}.json", result)
+    print(json.dumps({k: v for k, v in result.items() if k not in ("runs", "environment", "lost")}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
