@@ -22,7 +22,7 @@ from slimstep.data.stream_cache import PartShards
 from slimstep.data.streams import Stream
 from slimstep.models.decoding import STATISTICS, has_statistics
 from slimstep.models.family import family_of
-from slimstep.models.networks import network_of, text_encoders
+from slimstep.models.networks import network_of, sequence_length, text_encoders
 
 FORMAT = 1
 # Beside it in the key of a cache of SDXL, whose captions have a size; PACKED where all was in rows of the text states.
@@ -95,8 +95,10 @@ def described_cache(pairs, pipeline, dtype: str, shard_size: int) -> dict[str, s
     if counted.get("num_pairs") == 0:
         raise ValueError(f"the data set {pairs.fingerprint} holds no pairs")
     sized = {SIZED: network_of(pipeline).config.get("sample_size")} if len(text_encoders(pipeline)) > 1 else {}
+    cut = {"max_sequence_length": length} if (length := sequence_length(pipeline)) else {}
     return {
         **sized,
+        **cut,
         **scale_of_latents(pipeline),
         "format": FORMAT,
         "pairs": pairs.fingerprint,

@@ -11,6 +11,7 @@ from slimstep.eval.config import SamplingConfig
 from slimstep.eval.inputs import Teacher
 from slimstep.eval.record import Point, Values
 from slimstep.models.card import Origin, origin_of, write_card
+from slimstep.models.networks import sequence_length
 from slimstep.models.pipeline import export_pipeline
 
 log = logging.getLogger("slimstep")
@@ -20,7 +21,8 @@ def export(
     student: DiffusionPipeline, name: str, teacher: Teacher, sampling: SamplingConfig, steps: int | None = None
 ) -> None:
     """The folder `name` of the run: the student as it was evaluated, but for its own `steps`."""
-    origin = Origin(str(teacher.config.model.name_or_path), steps or sampling.steps, sampling.guidance_scale)
+    name_or_path, length = str(teacher.config.model.name_or_path), sequence_length(student)
+    origin = Origin(name_or_path, steps or sampling.steps, sampling.guidance_scale, length)
 
     def write(folder: Path) -> None:
         log.info(f"exported: {export_pipeline(student, folder, origin=origin).load}")

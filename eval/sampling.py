@@ -28,7 +28,7 @@ from slimstep.models.denoiser import Denoiser, takes_guidance
 from slimstep.models.family import denoiser_of, family_of
 from slimstep.models.flow import prediction_type_of, set_steps
 from slimstep.models.guidance import guided
-from slimstep.models.networks import network_of
+from slimstep.models.networks import network_of, sequence_length
 from slimstep.models.schedulers import check_sampling, used_spacing
 
 TEXTS_PER_BATCH = 64  # cut by index, so that a prompt's state does not depend on who asks for it
@@ -82,7 +82,7 @@ class Sampler:
     @property
     def protocol(self) -> dict:
         """What an image depends on beside the networks and the prompt; goes into every record of a score."""
-        scheduler = self.scheduler
+        scheduler, length = self.scheduler, sequence_length(self.pipeline)
         return {
             "steps": self.steps,
             "guidance_scale": self.guidance_scale,
@@ -92,6 +92,7 @@ class Sampler:
             "prediction_type": prediction_type_of(scheduler),
             "latents": list(self.latent_shape),
             "precision": self.weights_precision,
+            **({"max_sequence_length": length} if length else {}),
         }
 
     @property

@@ -18,11 +18,12 @@ GUIDANCE = {"QwenImageTransformer2DModel": 'negative_prompt=" ", true_cfg_scale=
 
 @dataclass(frozen=True)
 class Origin:
-    """Whose student an export is, and how it is sampled: diffusers keeps neither steps nor guidance in a folder."""
+    """Whose student an export is, and how it is sampled: diffusers keeps none of this in a folder."""
 
     teacher: str
     steps: int
     guidance_scale: float
+    max_sequence_length: int | None = None  # None: the default of its pipeline, if that has one
 
 
 @dataclass(frozen=True)
@@ -67,12 +68,14 @@ def card_text(
     trust = "" if is_stock else " The folder carries the classes of its networks, hence `trust_remote_code=True`."
     has_prompts = "vae" in configs  # models of pixels are unconditional
     task = "text-to-image" if has_prompts else "unconditional-image-generation"
-    guidance = f" at guidance {origin.guidance_scale:g}. Pass both: diffusers' defaults are others."
+    length = f", max_sequence_length={origin.max_sequence_length}" if origin.max_sequence_length else ""
+    said = f" at guidance {origin.guidance_scale:g}{length.replace('=', ' ')}"
+    guidance = f"{said}. Pass {'all' if length else 'both'}: diffusers' defaults are others."
     guidance = guidance if has_prompts else ". Pass them: diffusers' default is another."
     call = f"num_inference_steps={origin.steps}"
     part, name = ("unet", "UNet") if "unet" in configs else ("transformer", "Transformer")
     guided = GUIDANCE.get(configs[part].get("_class_name", ""), "guidance_scale={:g}").format(origin.guidance_scale)
-    call = f'"…", {call}, {guided}' if has_prompts else call
+    call = f'"…", {call}, {guided}{length}' if has_prompts else call
     decoder = f"\n- VAE decoder: {decoder_line(configs['vae'])}" if has_prompts else ""
     others = readers_line(read_by)
     measured = "\n".join(f"- {line}" for line in results) or "Nothing was measured on it yet."

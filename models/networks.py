@@ -130,7 +130,19 @@ def with_unet(pipeline: DiffusionPipeline, unet: nn.Module, **parts) -> Diffusio
     """A pipeline of the same class, components and options around another network, and other `parts` where given."""
     _, option_names = pipeline._get_signature_keys(type(pipeline))
     options = {name: pipeline.config[name] for name in option_names if name in pipeline.config}
-    return type(pipeline)(**{**pipeline.components, **options, part_of(pipeline): unet, **parts})
+    made = type(pipeline)(**{**pipeline.components, **options, part_of(pipeline): unet, **parts})
+    return with_sequence_length(made, sequence_length(pipeline))
+
+
+def with_sequence_length(pipeline: DiffusionPipeline, length: int | None) -> DiffusionPipeline:
+    """The same pipeline, which remembers what its call is to be given as max_sequence_length; None: nothing."""
+    pipeline.__dict__["sequence_length"] = length
+    return pipeline
+
+
+def sequence_length(pipeline: DiffusionPipeline) -> int | None:
+    """The max_sequence_length that a pipeline was loaded with; None for its own default."""
+    return pipeline.__dict__.get("sequence_length")
 
 
 def learnt_places(encoder: nn.Module) -> int | None:

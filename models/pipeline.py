@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -15,12 +16,12 @@ from torch import nn
 
 from slimstep.engine.files import whole_folder, write_json
 from slimstep.engine.quiet import one_line, preview, quiet
-from slimstep.models.card import EXPORT_REPORT, Origin, Reading, write_card
+from slimstep.models.card import EXPORT_REPORT, Origin, Reading, origin_of, write_card
 from slimstep.models.checkpoint import is_single_file
 from slimstep.models.family import family_at, family_of
 from slimstep.models.folder import check_pickles, check_variant, check_weights
 from slimstep.models.lora import check_loras, fuse_loras
-from slimstep.models.networks import network_of, part_of, with_unet, without_memory
+from slimstep.models.networks import network_of, part_of, with_sequence_length, with_unet, without_memory
 from slimstep.models.readers import readers
 from slimstep.models.schedulers import replacement, scheduler_class, swapped_scheduler
 from slimstep.models.single_file import check_single_file
@@ -54,6 +55,7 @@ def load_pipeline(
     scheduler: str | None = None,
     loras: Sequence[Any] = (),
     vae: str | None = None,
+    max_sequence_length: int | None = None,
 ) -> DiffusionPipeline:
     """A pipeline of a known family (models/family.py) whose `unet` is prunable, in eval mode on the CPU.
 
@@ -62,6 +64,7 @@ def load_pipeline(
     dtype: None is what the weights are stored in. variant: the weight files' infix ('fp16'). allow_pickle: read .bin,
     .ckpt and .pt files too. scheduler: another than the model's own (models/schedulers.py). loras: {path, scale}, fused
     in that order into UNet and text encoders. vae: another autoencoder (models/autoencoder.py).
+    max_sequence_length: what the pipeline's call is to be given; None: what an export was made with, else its default.
     Raises ValueError where one of them is none of these, or the pipeline has no such UNet.
     """
     check_pipeline(name_or_path, variant, allow_pickle, single_file_config, scheduler, loras)
@@ -73,7 +76,11 @@ def load_pipeline(
         module.eval()
         own_memory(module)
     pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    origin = origin_of(name_or_path)
+    length = max_sequence_length or (origin and origin.max_sequence_length)
+    if length and "max_sequence_length" not in inspect.signature(type(pipeline).__call__).parameters:
+        raise ValueError(f"model.max_sequence_length={length}: a {type(pipeline).__name__} has no such argument")
+    return with_sequence_length(pipeline, length)
 
 
 def upcast_vae(pipeline: DiffusionPipeline) -> None:

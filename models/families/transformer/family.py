@@ -23,10 +23,17 @@ from slimstep.models.families.transformer.network import PrunableTransformer
 from slimstep.models.families.transformer.stock import obstacles_of, stock_paths, to_stock
 from slimstep.models.flow import FlowSteps
 from slimstep.models.folder import absent_parts, check_index, check_tables, final_folder, stored_dtype
-from slimstep.models.networks import check_tokenizers, load_networks, network_of, text_encoders, with_unet
+from slimstep.models.networks import (
+    check_tokenizers,
+    load_networks,
+    network_of,
+    sequence_length,
+    text_encoders,
+    with_unet,
+)
 from slimstep.models.sizes import settle_sizes
 
-Encode = Callable[[DiffusionPipeline, Sequence[str], torch.device, bool], Conditioning]
+Encode = Callable[[DiffusionPipeline, Sequence[str], torch.device, bool, int], Conditioning]
 
 
 @dataclass(frozen=True)
@@ -34,9 +41,10 @@ class TransformerFamily:
     """A transformer of diffusers in pipelines of its own.
 
     PIPELINES: names of their classes. DENOISER: the class of how the network is called. encoded: the conditioning of
-    prompts by encoders on a device, or, where the last argument is true, what guidance steers away from, one row.
-    num_tokens: of a prompt. packing: the latents along a side that the pipeline makes one token of; 1 where the network
-    has patches of its own.
+    prompts by encoders on a device, or, where the next argument is true, what guidance steers away from, one row; the
+    last argument is the pipeline's max_sequence_length. max_tokens: its default, of each of PIPELINES or of all.
+    more_tokens: those of a prompt beside these. packing: the latents along a side that the pipeline makes one token of;
+    1 where the network has patches of its own.
     own_sigmas: whether the pipeline gives its scheduler its σ; is_flow: whether it is made for flow matching at all.
     refused: fields of config.json that make other networks of the class, of pipelines of their own.
     """
@@ -46,7 +54,8 @@ class TransformerFamily:
     PIPELINES: tuple[str, ...]
     DENOISER: type[TransformerDenoiser]
     encoded: Encode
-    num_tokens: Callable[[DiffusionPipeline], int]
+    max_tokens: int | Mapping[str, int]
+    more_tokens: Callable[[DiffusionPipeline], int] = lambda pipeline: 0
     packing: int = 1
     own_sigmas: bool = False
     is_flow: bool = True
@@ -115,13 +124,20 @@ class TransformerFamily:
     def encode(
         self, pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device | None = None
     ) -> Conditioning:
-        return self.encoded(pipeline, list(prompts), device or encoder_device(pipeline), False)
+        device = device or encoder_device(pipeline)
+        return self.encoded(pipeline, list(prompts), device, False, self.sequence_length(pipeline))
 
     def unconditional(self, pipeline: DiffusionPipeline, device: torch.device | None = None) -> Conditioning:
-        return self.encoded(pipeline, [""], device or encoder_device(pipeline), True)
+        device = device or encoder_device(pipeline)
+        return self.encoded(pipeline, [""], device, True, self.sequence_length(pipeline))
 
     def tokens(self, pipeline: DiffusionPipeline) -> int:
-        return self.num_tokens(pipeline)
+        return self.more_tokens(pipeline) + self.sequence_length(pipeline)
+
+    def sequence_length(self, pipeline: DiffusionPipeline) -> int:
+        """max_sequence_length of the pipeline's call: what it was loaded with, else the default of its class."""
+        default = self.max_tokens if isinstance(self.max_tokens, int) else self.max_tokens[type(pipeline).__name__]
+        return sequence_length(pipeline) or default
 
     def channels(self, network: nn.Module) -> int:
         return network.config.in_channels // self.packing**2

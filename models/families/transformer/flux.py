@@ -18,7 +18,6 @@ from slimstep.models.families.transformer.denoiser import TransformerDenoiser
 from slimstep.models.families.transformer.family import TransformerFamily
 from slimstep.models.families.transformer.networks.flux import PrunableFluxTransformer2DModel
 
-T5_TOKENS = 512  # the pipeline's default
 GUIDANCE = 3.5  # the pipeline's default, with which dev is trained further where nothing else is said
 
 
@@ -64,10 +63,10 @@ def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
 
 
 def encoded(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device, is_negative: bool
+    pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device, is_negative: bool, length: int
 ) -> Conditioning:
     """T5's states, and CLIP's pooled one. Nothing leads away from the empty prompt, which is a dropped caption."""
-    text_BLE, pooled_BP, _ = pipeline.encode_prompt(prompts, None, device=device)
+    text_BLE, pooled_BP, _ = pipeline.encode_prompt(prompts, None, device=device, max_sequence_length=length)
     return Conditioning({"text": text_BLE, "pooled": pooled_BP})
 
 
@@ -77,7 +76,7 @@ FAMILY = TransformerFamily(
     PIPELINES=("FluxPipeline",),
     DENOISER=FluxDenoiser,
     encoded=encoded,
-    num_tokens=lambda pipeline: T5_TOKENS,
+    max_tokens=512,
     packing=2,
     own_sigmas=True,
     GUIDES=False,

@@ -45,16 +45,13 @@ class PixArtDenoiser(TransformerDenoiser):
 
 
 def encoded(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device, is_negative: bool
+    pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device, is_negative: bool, length: int
 ) -> Conditioning:
     """T5's states [B, L, E], and which of them are the caption's [B, L], 1 or 0."""
-    states = pipeline.encode_prompt(prompts, is_negative, device=device, clean_caption=True)
+    options = {"device": device, "clean_caption": True, "max_sequence_length": length}
+    states = pipeline.encode_prompt(prompts, is_negative, **options)
     text_BLE, mask_BL = states[2:4] if is_negative else states[:2]
     return Conditioning({"text": text_BLE, "text_mask": mask_BL.to(text_BLE.dtype)})
-
-
-def num_tokens(pipeline: DiffusionPipeline) -> int:
-    return TOKENS[type(pipeline).__name__]
 
 
 FAMILY = TransformerFamily(
@@ -63,6 +60,6 @@ FAMILY = TransformerFamily(
     PIPELINES=tuple(TOKENS),
     DENOISER=PixArtDenoiser,
     encoded=encoded,
-    num_tokens=num_tokens,
+    max_tokens=TOKENS,
     is_flow=False,
 )

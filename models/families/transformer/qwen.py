@@ -19,7 +19,6 @@ from slimstep.models.families.transformer.family import TransformerFamily
 from slimstep.models.families.transformer.flux import packed, unpacked
 from slimstep.models.families.transformer.networks.qwen import PrunableQwenImageTransformer2DModel
 
-TOKENS = 512  # the most that the pipeline takes by default
 EMPTY = " "  # the negative prompt of the examples in diffusers: of an empty one there would be no guidance
 
 
@@ -49,13 +48,13 @@ class QwenImageDenoiser(TransformerDenoiser):
 
 
 def encoded(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device, is_negative: bool
+    pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device, is_negative: bool, length: int
 ) -> Conditioning:
     """Qwen's states [B, L, E] and which of them are the caption's [B, L], 1 or 0, filled up to the same L for all."""
     prompts = [EMPTY] if is_negative else prompts
-    text_BlE, mask_Bl = pipeline.encode_prompt(prompts, device=device, max_sequence_length=TOKENS)
+    text_BlE, mask_Bl = pipeline.encode_prompt(prompts, device=device, max_sequence_length=length)
     mask_Bl = text_BlE.new_ones(text_BlE.shape[:2]) if mask_Bl is None else mask_Bl.to(text_BlE.dtype)
-    empty = TOKENS - text_BlE.shape[1]
+    empty = length - text_BlE.shape[1]
     text_BLE, mask_BL = nn.functional.pad(text_BlE, (0, 0, 0, empty)), nn.functional.pad(mask_Bl, (0, empty))
     return Conditioning({"text": text_BLE, "text_mask": mask_BL})
 
@@ -66,7 +65,7 @@ FAMILY = TransformerFamily(
     PIPELINES=("QwenImagePipeline",),
     DENOISER=QwenImageDenoiser,
     encoded=encoded,
-    num_tokens=lambda pipeline: TOKENS,
+    max_tokens=512,
     packing=2,
     own_sigmas=True,
     refused=("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope", "zero_cond_t"),

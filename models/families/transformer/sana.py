@@ -19,8 +19,6 @@ from slimstep.models.families.transformer.denoiser import TransformerDenoiser
 from slimstep.models.families.transformer.family import TransformerFamily
 from slimstep.models.families.transformer.networks.sana import PrunableSanaTransformer2DModel
 
-TOKENS = 300  # the pipeline's default
-
 
 class SanaDenoiser(TransformerDenoiser):
     def arguments(
@@ -38,12 +36,12 @@ class SanaDenoiser(TransformerDenoiser):
 
 
 def encoded(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device, is_negative: bool
+    pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device, is_negative: bool, length: int
 ) -> Conditioning:
     """Gemma's states [B, L, E], and which of them are the caption's [B, L], 1 or 0. The instruction is the default of
     the pipeline's call; the empty prompt has none."""
     instruction = inspect.signature(type(pipeline).__call__).parameters["complex_human_instruction"].default
-    options = {"device": device, "max_sequence_length": TOKENS, "complex_human_instruction": instruction}
+    options = {"device": device, "max_sequence_length": length, "complex_human_instruction": instruction}
     states = pipeline.encode_prompt(prompts, is_negative, **options)
     text_BLE, mask_BL = states[2:] if is_negative else states[:2]
     return Conditioning({"text": text_BLE, "text_mask": mask_BL.to(text_BLE.dtype)})
@@ -55,6 +53,6 @@ FAMILY = TransformerFamily(
     PIPELINES=("SanaPipeline",),
     DENOISER=SanaDenoiser,
     encoded=encoded,
-    num_tokens=lambda pipeline: TOKENS,
+    max_tokens=300,
     refused=("guidance_embeds",),
 )

@@ -18,8 +18,6 @@ from slimstep.models.families.transformer.denoiser import TransformerDenoiser
 from slimstep.models.families.transformer.family import TransformerFamily
 from slimstep.models.families.transformer.networks.sd3 import PrunableSD3Transformer2DModel
 
-T5_TOKENS = 256  # the pipeline's default, also where there is no T5 and its states are zero
-
 
 class SD3Denoiser(TransformerDenoiser):
     def arguments(
@@ -35,17 +33,14 @@ class SD3Denoiser(TransformerDenoiser):
 
 
 def encoded(
-    pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device, is_negative: bool
+    pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device, is_negative: bool, length: int
 ) -> Conditioning:
     """Text states of both CLIPs and T5's behind one another [B, L, E], and the pooled ones [B, P]."""
-    options = {"device": device, "do_classifier_free_guidance": is_negative, "num_images_per_prompt": 1}
+    options = {"device": device, "do_classifier_free_guidance": is_negative, "num_images_per_prompt": 1,
+               "max_sequence_length": length}  # fmt: skip
     states = pipeline.encode_prompt(prompts, None, None, **options)
     text_BLE, pooled_BP = (states[1], states[3]) if is_negative else (states[0], states[2])
     return Conditioning({"text": text_BLE, "pooled": pooled_BP})
-
-
-def num_tokens(pipeline: DiffusionPipeline) -> int:
-    return pipeline.tokenizer_max_length + T5_TOKENS
 
 
 FAMILY = TransformerFamily(
@@ -54,5 +49,6 @@ FAMILY = TransformerFamily(
     PIPELINES=("StableDiffusion3Pipeline",),
     DENOISER=SD3Denoiser,
     encoded=encoded,
-    num_tokens=num_tokens,
+    max_tokens=256,  # also where there is no T5 and its states are zero
+    more_tokens=lambda pipeline: pipeline.tokenizer_max_length,
 )

@@ -8,6 +8,7 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, PixArt
 
 from slimstep.data.encoding import encode_images
 from slimstep.eval.sampling import Sampler
+from slimstep.models.card import Origin
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.families.transformer.flux import packed, unpacked
 from slimstep.models.families.transformer.networks.flux import PrunableFluxTransformer2DModel
@@ -15,9 +16,11 @@ from slimstep.models.families.transformer.networks.pixart import PrunablePixArtT
 from slimstep.models.families.transformer.networks.qwen import PrunableQwenImageTransformer2DModel
 from slimstep.models.families.transformer.networks.sana import PrunableSanaTransformer2DModel
 from slimstep.models.families.transformer.stock import to_stock
-from slimstep.models.family import denoiser_of
+from slimstep.models.family import denoiser_of, family_of
+from slimstep.models.networks import sequence_length
 from slimstep.models.pipeline import check_pipeline, export_pipeline, load_pipeline, with_unet
 from slimstep.models.sizes import settle_sizes
+from tests.tiny import small_pipeline
 from tests.transformers import (
     small_flux,
     small_flux_pipeline,
@@ -27,6 +30,7 @@ from tests.transformers import (
     small_qwen_image_pipeline,
     small_sana,
     small_sana_pipeline,
+    small_sd3_pipeline,
 )
 
 FOUR = [f"transformer_blocks.{i}" for i in range(4)]
@@ -236,3 +240,30 @@ def test_an_export_draws_the_same_image_in_plain_diffusers(family, tmp_path):
     options |= {"negative_prompt": " "} if family == "Qwen-Image" else {}
     ours, theirs = (p("a b", generator=torch.Generator().manual_seed(0), **options).images for p in (student, stock))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("make", [small_sd3_pipeline, small_pixart_pipeline, small_flux_pipeline])
+def test_prompts_are_cut_to_what_the_pipeline_is_called_with(make, tmp_path):
+    make().save_pretrained(tmp_path / "model")
+    whole, cut = load_pipeline(tmp_path / "model"), load_pipeline(tmp_path / "model", max_sequence_length=3)
+    family = family_of(cut)
+    assert family.tokens(whole) - family.tokens(cut) == family.sequence_length(whole) - 3
+    sampler = Sampler(cut, steps=3, guidance_scale=1.0)
+    assert sampler.encode(["a b c d"]).tensors["text"].shape[1] == family.tokens(cut)
+    assert sampler.protocol["max_sequence_length"] == 3 and "max_sequence_length" not in Sampler(whole, 3, 1.0).protocol
+    noise = torch.stack([sampler.noise(i) for i in range(3)])
+    options = {"use_resolution_binning": False} if make is small_pixart_pipeline else {}
+    options |= {"num_inference_steps": 3, "guidance_scale": 1.0, "max_sequence_length": 3}
+    latents = packed(noise) if make is small_flux_pipeline else noise
+    theirs, ours = drawn(cut, sampler, noise, latents, **options)
+    torch.testing.assert_close(packed(ours) if make is small_flux_pipeline else ours, theirs, rtol=1e-4, atol=1e-5)
+
+    export_pipeline(cut, tmp_path / "export", origin=Origin("teacher", 3, 1.0, 3))
+    assert "max_sequence_length=3).images" in (tmp_path / "export/README.md").read_text()
+    assert sequence_length(load_pipeline(tmp_path / "export")) == 3, "what it was made with"
+
+
+def test_a_unet_has_no_max_sequence_length(tmp_path):
+    small_pipeline().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="max_sequence_length=3: a StableDiffusionPipeline has no such argument"):
+        load_pipeline(tmp_path, max_sequence_length=3)
