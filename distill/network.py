@@ -17,7 +17,7 @@ from slimstep.eval.inputs import Teacher, check_inputs
 from slimstep.eval.training import check_objective
 from slimstep.models.denoiser import guidance_embed_dim
 from slimstep.models.families.prunable import Prunable
-from slimstep.models.family import family_of, schedule_for
+from slimstep.models.family import flow_of, schedule_for
 from slimstep.models.flow import FlowSteps, eulers, is_flow, prediction_type_of
 from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.networks import network_of
@@ -51,7 +51,7 @@ class Distillation:
     @property
     def flow(self) -> FlowSteps | None:
         """How the teacher's pipeline makes the steps of a flow."""
-        return family_of(self.teacher.pipeline).flow(self.teacher.unet) if self.is_flow else None
+        return flow_of(self.teacher.pipeline) if self.is_flow else None
 
     @property
     def predicts_v(self) -> bool:

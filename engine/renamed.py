@@ -45,7 +45,10 @@ MOVED = {
 }
 BARE = re.compile(r"(data|distill|engine|eval|models|prune)\.\w+(\.\w+)+")  # paths from before the one import root
 # What earlier versions did without saying it.
-ADDED = {"evaluation.preferences.hpsv2.quick_gelu": False, "search.metric": "clip"}
+ADDED = {
+    "evaluation.preferences.hpsv2.quick_gelu": False, "search.metric": "clip", "search.blocks": "whole",
+    "objective.skip_prob.transformer": 0.1, "objective.skip_prob.sublayer": 0.1,
+}  # fmt: skip
 
 
 def with_new_key(override: str) -> str:

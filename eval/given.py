@@ -13,7 +13,8 @@ from slimstep.engine.components import check
 from slimstep.engine.names import check_name, disk_name
 from slimstep.eval.config import Config
 from slimstep.eval.inputs import frozen
-from slimstep.models.family import family_at
+from slimstep.models.family import family_at, stored_flow
+from slimstep.models.flow import is_flow
 from slimstep.models.pipeline import check_pipeline, load_pipeline, stored_scheduler
 from slimstep.models.schedulers import check_sampling
 from slimstep.models.sizes import native_pixels, set_resolution
@@ -105,9 +106,10 @@ class GivenModels:
             check_pipeline(path, **{key: value for key, value in self.options(path).items() if key in CHECKED})
         for name, path in self.paths.items():
             scheduler = stored_scheduler(path, self.options(path).get("scheduler"))
+            flow = stored_flow(path) if scheduler and is_flow(scheduler) else None
             for steps in self.steps(name) if scheduler else ():
                 try:
-                    check_sampling(scheduler, steps)
+                    check_sampling(scheduler, steps, flow)
                 except ValueError as error:
                     raise ValueError(f"{path} cannot be sampled at {steps} steps: {error}") from error
 

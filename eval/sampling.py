@@ -25,7 +25,7 @@ from slimstep.eval.timing.precision import computing, products_on
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import decoded_images, has_statistics, scaling_of, statistics, unscaled
 from slimstep.models.denoiser import Denoiser, takes_guidance
-from slimstep.models.family import denoiser_of, family_of
+from slimstep.models.family import denoiser_of, family_of, flow_of
 from slimstep.models.flow import prediction_type_of, set_steps
 from slimstep.models.guidance import guided
 from slimstep.models.networks import network_of, sequence_length
@@ -61,7 +61,7 @@ class Sampler:
         if self.steps < 1:
             raise ValueError(f"steps is {self.steps}; sampling needs at least 1")
         self.family, self.codec = family_of(pipeline), family_of(pipeline).codec(pipeline)
-        self.network, self.flow = network_of(pipeline), self.family.flow(network_of(pipeline))
+        self.network, self.flow = network_of(pipeline), flow_of(pipeline)
         self.scheduler = self.scheduler or pipeline.scheduler
         check_sampling(self.scheduler, self.steps, self.flow)
         if scale > 1 and not (self.family.GUIDES or takes_guidance(self.network)):

@@ -95,8 +95,8 @@ class Family(Protocol):
         """What sides of latents must be multiples of."""
         ...
 
-    def flow(self, network: nn.Module) -> FlowSteps | None:
-        """How pipelines of flow matching make their steps; None for those of other families."""
+    def flow(self, config: Mapping[str, Any]) -> FlowSteps | None:
+        """How pipelines of flow matching make their steps, with a network of this configuration; None for others."""
         ...
 
     def codec(self, pipeline: DiffusionPipeline) -> ModelMixin | None:
@@ -131,6 +131,18 @@ def family_at(name_or_path: str | Path) -> Family:
                      f"{without_a_job(network)}")  # fmt: skip
 
 
+def flow_of(pipeline: DiffusionPipeline) -> FlowSteps | None:
+    """How a pipeline makes the steps of a flow."""
+    network: Any = network_of(pipeline)
+    return family_of(pipeline).flow(network.config)
+
+
+def stored_flow(name_or_path: str | Path) -> FlowSteps | None:
+    """How the pipelines of a folder or hub id make the steps of a flow, without any weights."""
+    family = family_at(name_or_path)
+    return family.flow(family.NETWORK.STOCK.load_config(str(name_or_path), subfolder=family.PART))
+
+
 def without_a_job(network: str | None) -> str:
     """What can be done with a transformer whose pipelines no job drives."""
     if network in OTHERS:
@@ -162,5 +174,5 @@ def schedule_for(
 ) -> NoiseSchedule:
     """The noise schedule of a pipeline, or of another scheduler in it; ValueError as `schedule_of` raises it."""
     scheduler = scheduler or pipeline.scheduler
-    flow = family_of(pipeline).flow(network_of(pipeline)) if is_flow(scheduler) else None
+    flow = flow_of(pipeline) if is_flow(scheduler) else None
     return schedule_of(scheduler, device, flow)

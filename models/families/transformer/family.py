@@ -145,10 +145,10 @@ class TransformerFamily:
     def shrinks(self, network: nn.Module) -> int:
         return self.packing if self.packing > 1 else network.config.patch_size
 
-    def flow(self, network: nn.Module) -> FlowSteps | None:
+    def flow(self, config: Mapping[str, Any]) -> FlowSteps | None:
         if not self.is_flow:
             return None
-        side = (network.config.get("sample_size") or 0) // self.shrinks(network)
+        side = (config.get("sample_size") or 0) // (self.packing if self.packing > 1 else config["patch_size"])
         return FlowSteps(tokens=side**2, own_sigmas=self.own_sigmas)
 
     def codec(self, pipeline: DiffusionPipeline) -> ModelMixin:

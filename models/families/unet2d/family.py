@@ -131,7 +131,7 @@ def shrinks(network: nn.Module) -> int:
     return 2 ** (len(network.config.block_out_channels) - 1)
 
 
-def flow(network: nn.Module) -> None:
+def flow(config: Mapping[str, Any]) -> None:
     return None
 
 
