@@ -32,6 +32,8 @@ from slimstep.eval.timing.inference import InferenceConfig, combinations
 from slimstep.eval.timing.speed import BenchmarkCase, TimedPipeline, matmul_peak_tflops, measure, reason
 from slimstep.models.cost import count_gflops
 from slimstep.models.denoiser import guidance_embed_dim
+from slimstep.models.family import family_of
+from slimstep.models.networks import network_of
 from slimstep.models.pipeline import with_unet
 
 log = logging.getLogger("slimstep")
@@ -66,7 +68,7 @@ class Benchmark:
     def assembled(self, case: BenchmarkCase) -> DiffusionPipeline:
         """A new pipeline, with parts of others where the case names them."""
         pipeline = self.models.load(case.model)
-        unet = self.models.load(case.unet).unet if case.unet else pipeline.unet
+        unet = network_of(self.models.load(case.unet) if case.unet else pipeline)
         vae = self.models.load(case.vae).vae if case.vae else pipeline.vae
         return with_unet(pipeline, unet, vae=vae)
 
@@ -123,11 +125,12 @@ class Benchmark:
 
     def unet_gflops(self, timed: TimedPipeline) -> float:
         """10⁹ operations of one step of the whole batch."""
-        unet = getattr(timed.pipeline.unet, "_orig_mod", timed.pipeline.unet)  # without torch.compile around it
+        network = network_of(timed.pipeline)
+        unet = getattr(network, "_orig_mod", network)  # without torch.compile around it
         guided = 1 if guidance_embed_dim(unet) else image_rows(1, timed.guidance_scale)
         key = str(dict(unet.config))
         if key not in self.row_gflops:
-            self.row_gflops[key] = count_gflops(unet, None, 1, timed.pipeline.tokenizer.model_max_length)
+            self.row_gflops[key] = count_gflops(unet, None, 1, family_of(timed.pipeline).tokens(timed.pipeline))
         return self.row_gflops[key] * timed.batch * guided
 
     def peak_tflops(self, inference: InferenceConfig) -> float:

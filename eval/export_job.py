@@ -12,6 +12,7 @@ from slimstep.engine.run import Run
 from slimstep.eval.config import Config
 from slimstep.models.autoencoder import latents_meaning
 from slimstep.models.card import origin_of
+from slimstep.models.networks import network_of
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 
 log = logging.getLogger("slimstep")
@@ -21,7 +22,7 @@ def export_student(config: Config, run: Run) -> int | Plan:
     """Writes export/, or says that it would; returns exit code 0."""
     model, vae = (folder_of(config, key) for key in ("model", "vae"))
     if config.plan:
-        return Plan(f"run     {run.path}\nexport  the UNet and scheduler of {model}, the VAE of {vae}")
+        return Plan(f"run     {run.path}\nexport  the network and scheduler of {model}, the VAE of {vae}")
     folder = run.sealed_folder("export", partial(write, model, vae))
     log.info(f"the student: {folder.resolve()}")
     return 0
@@ -50,4 +51,4 @@ def joined(pipeline: DiffusionPipeline, of_vae: DiffusionPipeline, name: str) ->
     encoder, weights = pipeline.vae.encoder.state_dict(), of_vae.vae.encoder.state_dict()
     if encoder.keys() != weights.keys() or not all(torch.equal(encoder[key], weights[key]) for key in encoder):
         raise ValueError(f"{name} has another encoder than the model's VAE: its latents are others")
-    return with_unet(pipeline, pipeline.unet, vae=of_vae.vae)
+    return with_unet(pipeline, network_of(pipeline), vae=of_vae.vae)

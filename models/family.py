@@ -10,7 +10,7 @@ from typing import Any, Protocol
 import torch
 from accelerate.utils import extract_model_from_parallel
 from diffusers import DiffusionPipeline, ModelMixin
-from torch import nn
+from torch import Tensor, nn
 
 from slimstep.engine.quiet import quiet
 from slimstep.models.checkpoint import is_single_file
@@ -85,6 +85,11 @@ class Family(Protocol):
 
     def tokens(self, pipeline: DiffusionPipeline) -> int:
         """Of a prompt, as the network gets them."""
+        ...
+
+    def call(self, pipeline: DiffusionPipeline, guidance_scale: float, noise: Tensor | None = None) -> dict[str, Any]:
+        """What the stock pipeline's call is given beside prompts and steps, so that it draws as we do; noise: unit
+        noise [B, C, H, W], None where it draws its own."""
         ...
 
     def channels(self, network: nn.Module) -> int:

@@ -17,7 +17,8 @@ from slimstep.eval.sampling import Sampler, eight_bits
 from slimstep.eval.timing.graphs import CannotCaptureError, CapturedCall
 from slimstep.eval.timing.inference import CannotRunError
 from slimstep.models.conditioning import Conditioning
-from slimstep.models.families.unet2d.text import encode_prompts, encode_unconditional
+from slimstep.models.family import family_of
+from slimstep.models.networks import network_of
 
 
 class CapturedSampler:
@@ -33,8 +34,9 @@ class CapturedSampler:
     @torch.inference_mode()
     def draw(self, prompts: Sequence[str], noise_BCHW: Tensor) -> list[Image.Image]:
         """The images of these prompts from this noise; always as many as at the first call."""
-        device = self.pipeline.unet.device
-        both = encode_prompts(self.pipeline, prompts, device), encode_unconditional(self.pipeline, device)
+        device = network_of(self.pipeline).device
+        family = family_of(self.pipeline)
+        both = family.encode(self.pipeline, prompts, device), family.unconditional(self.pipeline, device)
         if self.graph is None:
             self.capture(*both, noise_BCHW)
         for kept, new in zip((self.cond, self.uncond), both, strict=True):
@@ -45,7 +47,7 @@ class CapturedSampler:
         return [to_pil_image(image) for image in self.images_B3HW.cpu()]
 
     def capture(self, cond: Conditioning, uncond: Conditioning, noise_BCHW: Tensor) -> None:
-        unet = self.pipeline.unet
+        unet = network_of(self.pipeline)
         self.cond, self.uncond = cond.map(Tensor.clone), uncond.map(Tensor.clone)
         self.noise_BCHW = noise_BCHW.to(unet.device, unet.dtype)
 

@@ -24,6 +24,7 @@ from slimstep.engine.files import write_bytes
 from slimstep.eval.timing.child import child_result
 from slimstep.eval.timing.inference import CannotRunError, InferenceConfig
 from slimstep.eval.timing.speed import TimedPipeline
+from slimstep.models.networks import network_of
 from slimstep.models.pipeline import load_pipeline, with_unet
 from slimstep.models.sizes import set_resolution
 
@@ -112,8 +113,9 @@ def main() -> None:
         return loaded
 
     pipeline = load(request["model"])
-    parts = {name: getattr(load(request[name]), name) for name in ("unet", "vae") if request[name]}
-    pipeline = with_unet(pipeline, **{"unet": pipeline.unet, **parts})
+    network = network_of(load(request["unet"]) if request["unet"] else pipeline)
+    vae = load(request["vae"]).vae if request["vae"] else pipeline.vae
+    pipeline = with_unet(pipeline, network, vae=vae)
     if "load" in request:
         load_artifacts(Path(request["load"]))
     kwargs = {key: request[key] for key in ("prompts", "steps", "guidance_scale", "batch", "seed")}

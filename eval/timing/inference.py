@@ -13,7 +13,7 @@ from itertools import product
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import ControlNetModel, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from torch import nn
@@ -21,6 +21,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slimstep.eval.timing.precision import has_tf32, products
 from slimstep.models.family import family_of
+from slimstep.models.networks import network_of, part_of
 from slimstep.models.pipeline import quiet
 
 DTYPES = ("float32", "tf32", "float16", "bfloat16")
@@ -32,7 +33,10 @@ KERNELS = {
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
     "cudnn": SDPBackend.CUDNN_ATTENTION,
 }
-ATTENTION = ("sdpa", "vanilla", *KERNELS)
+# Kernels of other packages (flex: torch's own), and their names in diffusers' dispatcher, which the attention of some
+# transformers goes through.
+BACKENDS = {"flash_attn": "flash", "flex": "flex", "sageattention": "sage", "xformers": "xformers"}
+ATTENTION = ("sdpa", "vanilla", *KERNELS, *BACKENDS)
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # regional: the transformer layers alone, one graph for all; cudagraphs: eager kernels, launched as one graph.
 GRAPHS = ("reduce-overhead", "max-autotune", "cudagraphs")
@@ -49,9 +53,9 @@ class InferenceConfig:
     """One way to run a pipeline. The defaults are diffusers as it comes, but that float32 is strictly that: torch lets
     a GPU's convolutions round to TF32, and here they do so with dtype `tf32` only.
 
-    `attention` is that of UNet and ControlNets. `quantize` int8 and fp8 are dynamic, of the linear layers inside
-    transformer blocks (torchao). `capture` makes the whole loop one CUDA graph (eval/timing/capture.py). Raises
-    ValueError for values that are none.
+    `attention` is that of UNet or transformer and ControlNets. `quantize` int8 and fp8 are dynamic, of the linear
+    layers inside transformer blocks (torchao). `capture` makes the whole loop one CUDA graph (eval/timing/capture.py).
+    Raises ValueError for values that are none.
     """
 
     compile: str = "eager"
@@ -120,18 +124,23 @@ def prepare(pipeline: DiffusionPipeline, inference: InferenceConfig, device: tor
     nets, decoders = controlnets(pipeline), codecs(pipeline)
     if len(nets) > 1 and inference.compile in GRAPHS:
         raise CannotRunError("diffusers marks no steps for the CUDA graphs of several ControlNets")
-    for network in (pipeline.unet, *nets, *decoders):
+    denoiser = network_of(pipeline)
+    for network in (denoiser, *nets, *decoders):
         network.to(memory_format=FORMATS[inference.memory_format])
-    for network in (pipeline.unet, *nets):
+    for network in (denoiser, *nets):
         if inference.attention == "vanilla":
-            network.set_attn_processor(AttnProcessor())
+            use_vanilla(network)
         elif inference.attention in KERNELS:
             use_kernel(network, KERNELS[inference.attention])
+        elif inference.attention in BACKENDS:
+            use_backend(network, inference.attention)
     if inference.fused_qkv:
-        for network in (pipeline.unet, *decoders):
+        for network in (denoiser, *decoders):
+            if not hasattr(network, "fuse_qkv_projections"):
+                raise CannotRunError(f"diffusers fuses no QKV of a {type(network).__name__}")
             network.fuse_qkv_projections()
     if inference.quantize != "none":
-        quantize(pipeline.unet, inference.quantize)
+        quantize(denoiser, inference.quantize)
     compile_networks(pipeline, inference)
     return pipeline
 
@@ -147,6 +156,36 @@ def controlnets(pipeline: DiffusionPipeline) -> list[nn.Module]:
 def codecs(pipeline: DiffusionPipeline) -> list[nn.Module]:
     """The VAE; none in pixel space."""
     return [*filter(None, [family_of(pipeline).codec(pipeline)])]
+
+
+def use_vanilla(network: nn.Module) -> None:
+    """Attention written out. Joint and rotated attentions of transformers have no such processor in diffusers."""
+    if not isinstance(network, (UNet2DConditionModel, ControlNetModel, UNet2DModel)):
+        raise CannotRunError(f"diffusers has no vanilla attention for {kind_of(network)}")
+    network.set_attn_processor(AttnProcessor())
+
+
+def use_backend(network: nn.Module, package: str) -> None:
+    """Attention through another package's kernel: xFormers' of a UNet by its own switch, others by the dispatcher."""
+    processors = (getattr(module, "processor", None) for module in network.modules())
+    is_dispatched = any(hasattr(processor, "_attention_backend") for processor in processors)
+    if not is_dispatched and package != "xformers":
+        raise CannotRunError(f"diffusers sends no attention of {kind_of(network)} through its dispatcher")
+    if package != "flex" and not find_spec(package):
+        raise CannotRunError(f"{package} is not installed: pip install {package.replace('_', '-')}")
+    try:
+        with quiet():
+            if is_dispatched:
+                network.set_attention_backend(BACKENDS[package])
+            else:
+                network.enable_xformers_memory_efficient_attention()
+    except (ImportError, RuntimeError, ValueError) as error:  # another version is wanted, or another device
+        raise CannotRunError(str(error)) from error
+
+
+def kind_of(network: nn.Module) -> str:
+    """The name of diffusers' class."""
+    return getattr(network, "STOCK", type(network)).__name__
 
 
 def use_kernel(network: nn.Module, kernel: SDPBackend) -> None:
@@ -178,18 +217,19 @@ def quantize(unet: nn.Module, kind: str) -> None:
 
 
 def compile_networks(pipeline: DiffusionPipeline, inference: InferenceConfig) -> None:
-    """UNet, ControlNet and VAE decoder as whole graphs, or the UNet's transformer layers alone."""
+    """Denoiser, ControlNet and VAE decoder as whole graphs, or the denoiser's transformer layers alone."""
     if inference.compile == "eager":
         return
     torch.compiler.reset()  # more than eight graphs of one class would be refused
+    network = network_of(pipeline)
     if inference.compile == "regional":
-        pipeline.unet.compile_repeated_blocks(fullgraph=True)
+        network.compile_repeated_blocks(fullgraph=True)
         return
     if inference.compile == "cudagraphs":
         how: dict[str, Any] = {"backend": "cudagraphs"}
     else:
         how = {"mode": inference.compile, "fullgraph": True}
-    pipeline.unet = torch.compile(pipeline.unet, **how)
+    setattr(pipeline, part_of(pipeline), torch.compile(network, **how))
     for vae in codecs(pipeline):
         vae.decoder = torch.compile(vae.decoder, **how)
     compiled = [torch.compile(net, **how) for net in controlnets(pipeline)]

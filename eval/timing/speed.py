@@ -104,14 +104,13 @@ class TimedPipeline:
         with running(self.inference):
             if self.inference.capture:
                 return self.captured.draw(prompts, self.noise(indices))
-            noise = {"latents": self.noise(indices).to(self.inference.torch_dtype)}
-            kwargs = self.kwargs or {**noise, "generator": self.sampler.generators(indices)}
-            return self.pipeline(
-                prompt=prompts,
-                num_inference_steps=self.steps,
-                guidance_scale=self.guidance_scale,
-                **kwargs,
-            ).images
+            noise, call = self.noise(indices).to(self.inference.torch_dtype), self.sampler.family.call
+            if self.kwargs:
+                kwargs = {**call(self.pipeline, self.guidance_scale), **self.kwargs}
+            else:
+                drawn = {"generator": self.sampler.generators(indices)}
+                kwargs = call(self.pipeline, self.guidance_scale, noise) | drawn
+            return self.pipeline(prompt=prompts, num_inference_steps=self.steps, **kwargs).images
 
     def at(self, steps: int) -> "TimedPipeline":
         """The same pipeline, as it is prepared, with another number of steps."""

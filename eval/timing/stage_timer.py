@@ -12,6 +12,8 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from slimstep.models.networks import network_of, text_encoders
+
 PARTS = ("text encoder", "ControlNet", "UNet", "scheduler", "VAE", "host")
 
 
@@ -63,15 +65,14 @@ def timed_components(pipeline: DiffusionPipeline, device: torch.device) -> Itera
         handles.append(first.register_forward_pre_hook(enter))
         handles.append(last.register_forward_hook(leave))
 
-    for name in ("text_encoder", "text_encoder_2"):
-        if (encoder := getattr(pipeline, name, None)) is not None:
-            cut(encoder, encoder, "text encoder", "host")
+    for encoder in text_encoders(pipeline).values():
+        cut(encoder, encoder, "text encoder", "host")
     if (controlnet := getattr(pipeline, "controlnet", None)) is not None:
         cut(controlnet, controlnet, "ControlNet", "scheduler")
-    cut(pipeline.unet, pipeline.unet, "UNet", "scheduler")
+    cut(network_of(pipeline), network_of(pipeline), "UNet", "scheduler")
     vae = pipeline.vae
-    cut(vae.encoder, vae.quant_conv or vae.encoder, "VAE", "host")
-    cut(vae.post_quant_conv or vae.decoder, vae.decoder, "VAE", "host")
+    cut(vae.encoder, getattr(vae, "quant_conv", None) or vae.encoder, "VAE", "host")
+    cut(getattr(vae, "post_quant_conv", None) or vae.decoder, vae.decoder, "VAE", "host")
     try:
         yield timer
     finally:

@@ -15,6 +15,8 @@ from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from PIL import Image
 
 from slimstep.engine.seeding import generator, seed_of
+from slimstep.eval.timing.inference import CannotRunError
+from slimstep.models.networks import sequence_length, with_sequence_length
 from slimstep.models.pipeline import quiet
 from slimstep.models.sizes import native_pixels
 
@@ -27,11 +29,19 @@ def task_pipeline(pipeline: DiffusionPipeline, task: str, batch: int) -> tuple[D
     """The pipeline for a task around these networks, and what its call is given beside prompts.
 
     ControlNets have the shape of the UNet's encoder as it is when no block is removed, and random weights: they are
-    there for their time. Raises ValueError for an unknown task.
+    there for their time. Raises ValueError for an unknown task, and CannotRunError where the pipeline has no such one.
     """
     if task not in TASKS:
         raise ValueError(f"task {task!r} is unknown; choose from {TASKS}")
     size = native_pixels(pipeline)
+    try:
+        made, kwargs = made_for(pipeline, task, batch, size)
+    except ValueError as error:  # of diffusers, which has none of this class
+        raise CannotRunError(f"diffusers has no {task} of a {type(pipeline).__name__}") from error
+    return with_sequence_length(made, sequence_length(pipeline)), kwargs
+
+
+def made_for(pipeline: DiffusionPipeline, task: str, batch: int, size: int) -> tuple[DiffusionPipeline, dict[str, Any]]:
     pictures = [random_picture(size, index) for index in range(batch)]
     with quiet():
         if task == "txt2img":
@@ -50,7 +60,9 @@ def task_pipeline(pipeline: DiffusionPipeline, task: str, batch: int) -> tuple[D
 
 
 def random_controlnet(pipeline: DiffusionPipeline, seed: int) -> ControlNetModel:
-    """One that fits the pipeline's UNet, frozen."""
+    """One that fits the pipeline's UNet, frozen. Raises CannotRunError where it has none."""
+    if not hasattr(pipeline, "unet"):
+        raise CannotRunError(f"random ControlNets are made for UNets alone, and not for a {type(pipeline).__name__}")
     torch.manual_seed(seed_of("controlnet", seed))
     halvings = int(math.log2(pipeline.vae_scale_factor))  # from the control image down to the latents
     controlnet = ControlNetModel.from_unet(

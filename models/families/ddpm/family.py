@@ -7,7 +7,7 @@ from typing import Any
 import diffusers
 import torch
 from diffusers import DiffusionPipeline, UNet2DModel
-from torch import nn
+from torch import Tensor, nn
 
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.denoiser import NUM_TOKENS, Denoiser
@@ -88,6 +88,10 @@ def unconditional(pipeline: DiffusionPipeline, device: torch.device | None = Non
 
 def tokens(pipeline: DiffusionPipeline) -> int:
     return NUM_TOKENS
+
+
+def call(pipeline: DiffusionPipeline, guidance_scale: float, noise: Tensor | None = None) -> dict[str, Any]:
+    raise ValueError(f"a {type(pipeline).__name__} draws noise of its own, and takes neither prompts nor guidance")
 
 
 def channels(network: nn.Module) -> int:

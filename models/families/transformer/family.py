@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
-from torch import nn
+from torch import Tensor, nn
 
 from slimstep.models.autoencoder import load_vae
 from slimstep.models.conditioning import Conditioning
@@ -46,6 +46,8 @@ class TransformerFamily:
     more_tokens: those of a prompt beside these. packing: the latents along a side that the pipeline makes one token of;
     1 where the network has patches of its own.
     own_sigmas: whether the pipeline gives its scheduler its σ; is_flow: whether it is made for flow matching at all.
+    as_tokens: latents as the pipeline's call takes them. own_options: what the call is also given, at this guidance
+    scale.
     refused: fields of config.json that make other networks of the class, of pipelines of their own.
     """
 
@@ -60,6 +62,8 @@ class TransformerFamily:
     own_sigmas: bool = False
     is_flow: bool = True
     refused: tuple[str, ...] = ()
+    as_tokens: Callable[[Tensor], Tensor] = lambda latents: latents
+    own_options: Callable[[float], dict[str, Any]] = lambda guidance_scale: {}
     PART: str = "transformer"
     IS_CONDITIONAL: bool = True
     GUIDES: bool = True
@@ -138,6 +142,14 @@ class TransformerFamily:
         """max_sequence_length of the pipeline's call: what it was loaded with, else the default of its class."""
         default = self.max_tokens if isinstance(self.max_tokens, int) else self.max_tokens[type(pipeline).__name__]
         return sequence_length(pipeline) or default
+
+    def call(self, pipeline: DiffusionPipeline, guidance_scale: float, noise: Tensor | None = None) -> dict[str, Any]:
+        length = sequence_length(pipeline)
+        network: Any = network_of(pipeline)
+        side = network.config.sample_size * pipeline.vae_scale_factor
+        options = {"guidance_scale": guidance_scale, "height": side, "width": side, **self.own_options(guidance_scale)}
+        options |= {"max_sequence_length": length} if length else {}
+        return options | ({} if noise is None else {"latents": self.as_tokens(noise)})
 
     def channels(self, network: nn.Module) -> int:
         return network.config.in_channels // self.packing**2

@@ -78,6 +78,7 @@ FAMILY = TransformerFamily(
     encoded=encoded,
     max_tokens=512,
     packing=2,
+    as_tokens=packed,
     own_sigmas=True,
     GUIDES=False,
 )

@@ -61,5 +61,6 @@ FAMILY = TransformerFamily(
     DENOISER=PixArtDenoiser,
     encoded=encoded,
     max_tokens=TOKENS,
+    own_options=lambda scale: {"use_resolution_binning": False},
     is_flow=False,
 )

@@ -67,6 +67,8 @@ FAMILY = TransformerFamily(
     encoded=encoded,
     max_tokens=512,
     packing=2,
+    as_tokens=packed,
+    own_options=lambda scale: {"negative_prompt": EMPTY, "true_cfg_scale": scale},
     own_sigmas=True,
     refused=("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope", "zero_cond_t"),
 )

@@ -54,5 +54,6 @@ FAMILY = TransformerFamily(
     DENOISER=SanaDenoiser,
     encoded=encoded,
     max_tokens=300,
+    own_options=lambda scale: {"use_resolution_binning": False},
     refused=("guidance_embeds",),
 )

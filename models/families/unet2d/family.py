@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 from transformers import CLIPTextModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
@@ -121,6 +121,10 @@ def unconditional(pipeline: DiffusionPipeline, device: torch.device | None = Non
 
 def tokens(pipeline: DiffusionPipeline) -> int:
     return pipeline.tokenizer.model_max_length
+
+
+def call(pipeline: DiffusionPipeline, guidance_scale: float, noise: Tensor | None = None) -> dict[str, Any]:
+    return {"guidance_scale": guidance_scale} | ({} if noise is None else {"latents": noise})
 
 
 def channels(network: nn.Module) -> int:
