@@ -1,6 +1,7 @@
 """The valued network: every block at its place in the U, coloured by what it is worth, with what became of it.
 
-The blocks of a transformer stand in rows, in the order in which they run.
+The blocks of a transformer stand in rows, in the order in which they run; where their attentions and feed-forwards are
+blocks too, in columns, with these beside them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,9 @@ from slimstep.models.architecture import Architecture, holder_of, holds, level_o
 
 SIDES = ("down_blocks.", "mid_block.", "up_blocks.")
 PER_ROW = 8  # of a transformer's blocks
+PER_COLUMN = 10  # of those with sublayers
 BOX_W, BOX_H, GAP, INDENT, PITCH, MIDDLE = 1.0, 0.68, 0.07, 0.42, 1.0, 1.1
+LINE = BOX_H + GAP  # from a block with sublayers to the next
 VALUE_COLOURS = LinearSegmentedColormap.from_list(  # orange: free to remove; blue: worth its milliseconds
     "value", [(0, "#e8590c"), (0.25, "#ffc078"), (0.5, "#f4f5f7"), (0.62, "#bcdcf5"), (0.8, "#4a9fe0"), (1, "#0b4f94")]
 )
@@ -38,14 +41,14 @@ def unet_figure(
     """Every block's value at its place in the U; removed ones struck out (with the round), copied ones doubled."""
     corners, levels = places(tuple(blocks)), num_levels(blocks)
     width = max(x for x, _ in corners.values()) + BOX_W
-    lowest = levels or round(-min(y for _, y in corners.values()) / PITCH)
+    lowest = levels or -min(y for _, y in corners.values()) / PITCH
     figure, (axes,) = canvas(0.98 * width + 1.2, 0.98 * (lowest + 1) * PITCH + 0.9)
     axes.set_axis_off()
     norm = value_norm(list(blocks.values()))
     repeats = {path: repeats_of(path, architecture, unet_levels(levels)) for path in blocks}
     draw_wiring(axes, corners, levels, latent_size)
     for path, corner in corners.items():
-        layers = [(blocks[inner], repeats[inner]) for inner in blocks if holds(path, inner)]
+        layers = [(blocks[inner], repeats[inner]) for inner in blocks if holds(path, inner) and inner not in corners]
         draw_box(axes, corner, blocks[path], repeats[path], (removed_in or {}).get(path), norm)
         draw_layers(axes, corner, layers, norm)
     axes.set_xlim(-0.75, width + 0.1)
@@ -59,12 +62,13 @@ def unet_figure(
 def places(blocks: Sequence[str]) -> dict[str, tuple[float, float]]:
     """The lower left corner of each block's box: down on the left, the middle at the bottom, up on the right.
 
-    Blocks come in order of execution, which runs left to right within a level. A transformer's layers have no box.
+    Blocks come in order of execution, which runs left to right within a level. The layers of a UNet's transformers have
+    no box.
     """
     paths = [path for path in blocks if holder_of(path, blocks) is None]
     levels = num_levels(paths)
     if not any(path.startswith(SIDES) for path in paths):
-        return rows_of_lists(paths)
+        return rows_of_lists(paths) if len(paths) == len(blocks) else columns_of_lists(paths, blocks)
     rows: dict[tuple[str, int], list[str]] = {}
     for path in paths:
         rows.setdefault((path.split(".")[0], level_of(path, levels)), []).append(path)
@@ -93,6 +97,17 @@ def rows_of_lists(paths: Sequence[str]) -> dict[str, tuple[float, float]]:
         lists.setdefault(path.rpartition(".")[0], []).append(path)
     rows = [row[k : k + PER_ROW] for row in lists.values() for k in range(0, len(row), PER_ROW)]
     return {path: (k * (BOX_W + GAP), -y * PITCH) for y, row in enumerate(rows) for k, path in enumerate(row)}
+
+
+def columns_of_lists(paths: Sequence[str], blocks: Sequence[str]) -> dict[str, tuple[float, float]]:
+    """The corners of a transformer's blocks and their sublayers: a line for each block, its sublayers beside it, and
+    PER_COLUMN lines one below the other."""
+    lines = [[path, *(inner for inner in blocks if holds(path, inner))] for path in paths]
+    step = max(map(len, lines)) * (BOX_W + GAP) + INDENT
+    return {
+        path: (n // PER_COLUMN * step + k * (BOX_W + GAP), -(n % PER_COLUMN) * LINE)
+        for n, line in enumerate(lines) for k, path in enumerate(line)
+    }  # fmt: skip
 
 
 def value_norm(blocks: Sequence[Block]) -> FuncNorm:
@@ -173,9 +188,10 @@ def draw_box(axes: Axes, corner: tuple[float, float], block: Block, repeats: int
         outline(0, facecolor=(*fill[:3], 0.16), edgecolor=MUTED, linewidth=0.8, linestyle=(0, (3, 2)))
         axes.plot([x + 0.05, x + BOX_W - 0.05], [y + 0.05, y + BOX_H - 0.05], color=STUDENT, linewidth=1, alpha=0.6)
     kinds = {"resnets": "ResNet", "attentions": "attn", "single_transformer_blocks": "single"}
-    kind = kinds.get(block.path.split(".")[-2], "block")
+    holder, name = block.path.split(".")[-2:]
+    label = f"{kinds.get(holder, 'block')} {name}" if name.isdecimal() else name
     note = f"  ×{repeats}" if repeats > 1 else f"  r{gone_in}" if gone_in is not None and not alive else ""
-    text(0.07, BOX_H - 0.06, f"{kind} {block.path.rsplit('.', 1)[1]}{note}", 6, ha="left", va="top")
+    text(0.07, BOX_H - 0.06, f"{label}{note}", 6, ha="left", va="top")
     score = signed(block.delta_clip) if finite(block.delta_clip) else "not scored"
     text(BOX_W / 2, 0.335, score, 9 if finite(block.delta_clip) else 7, ha="center", va="center", weight="bold")
     error = f"±{block.se:.2f}" if finite(block.se) else ""

@@ -89,3 +89,18 @@ def test_a_themed_figure_takes_the_pages_colours_and_font():
 def test_numbers_read_well():
     assert [digits(x) for x in (0.05666, 7.9, 10.0, 803.3, 12345)] == ["0.0567", "7.90", "10.0", "803", "12345"]
     assert [signed(x) for x in (0.5, -0.25)] == ["+0.50", "−0.25"]
+
+
+def test_sublayers_stand_beside_their_block():
+    paths = [f"transformer_blocks.{i}{part}" for i in range(12) for part in ("", ".attn", ".ff")]
+    corners = places(paths)
+    assert set(corners) == set(paths)
+    for i in range(12):
+        block, attn, ff = (corners[f"transformer_blocks.{i}{part}"] for part in ("", ".attn", ".ff"))
+        assert block[1] == attn[1] == ff[1] and block[0] + BOX_W < attn[0] and attn[0] + BOX_W < ff[0]
+    boxes = sorted(corners.values())
+    for i, (x, y) in enumerate(boxes):
+        assert all(abs(x - u) >= BOX_W or abs(y - v) >= BOX_H for u, v in boxes[i + 1 :])
+    blocks = {path: Block(path, 1.0, 0.1, 0.5) for path in paths}
+    shown = words(unet_figure(blocks, as_architecture({"transformer_blocks.1.ff": 0}), {"transformer_blocks.1.ff": 0}))
+    assert shown.count("ff") == 11 and "ff  r0" in shown and "block 11" in shown
