@@ -1,10 +1,11 @@
 """Is the evolved student better than a random and a hand-picked one of equal latency? Same training, other prompts.
 
     python benchmarks/prune_baselines.py --root runs/baselines --fraction 0.75
+    python benchmarks/prune_baselines.py --of transformer --root runs/dit-baselines --fraction 0.7
 
-Every run is the pruning job with one round and BK-SDM's skip rule. All start from the same UNet of stochastic-depth
-training (the first run's, whose weights the others find in their place), are cut to the same measured latency, recover
-for the same number of steps, and are evaluated on the same prompts, which no block was ranked on. To --out go the table
+Every run is the pruning job with one round, of a UNet with BK-SDM's skip rule. All start from the same network of
+stochastic-depth training (the first run's, whose weights the others find in their place), are cut to the same measured
+latency, recover for the same number of steps, and are evaluated on the same prompts, which no block was ranked on. To --out go the table
 with paired differences, the picture of CLIP against latency, every run's evaluation, and the scores of all blocks.
 Started again, it continues.
 """
@@ -21,32 +22,33 @@ from slimstep.engine.console import open_console
 from slimstep.engine.files import whole_folder
 from slimstep.eval.pages.comparison import compare_runs
 
-RULES = {
-    "snapfusion": ["search=snapfusion"],
-    "bk_sdm": ["search=bk_sdm"],
-    "random-0": ["search=random", "search.method.seed=0"],
-    "random-1": ["search=random", "search.method.seed=1"],
-    "random-2": ["search=random", "search.method.seed=2"],
-}
+EVOLVED = {"snapfusion": ["search=snapfusion"]}
+RANDOM = {f"random-{n}": ["search=random", f"search.method.seed={n}"] for n in range(3)}
+BY_HAND = {"unet": ("bk_sdm",), "transformer": ("similarity", "middle", "every_second")}
+RULES = {of: {**EVOLVED, **{rule: [f"search={rule}"] for rule in rules}, **RANDOM} for of, rules in BY_HAND.items()}
+OWN = {"unet": ["search.skip_rule=drop_skip"], "transformer": []}
+OUT = {"unet": "benchmarks/prune-baselines", "transformer": "benchmarks/prune-baselines-transformer"}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("runs/baselines"), help="where the runs go")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/prune-baselines"), help="where the results go")
+    parser.add_argument("--of", choices=RULES, default="unet", help="the bundled model that is pruned")
+    parser.add_argument("--out", type=Path, help="where the results go (default: in benchmarks/)")
     parser.add_argument("--fraction", type=float, default=0.75, help="of the teacher's UNet latency")
     parser.add_argument("--processes", type=int, default=1, help="more than one starts torchrun")
     parser.add_argument("overrides", nargs="*", help="further overrides of the experiment, for all runs")
     options = parser.parse_args()
-    for rule, overrides in RULES.items():
+    rules, out = RULES[options.of], options.out or Path(OUT[options.of])
+    for rule, overrides in rules.items():
         share_trained_weights(options.root / "snapfusion", options.root / rule)
-        search = ["search.rounds=1", "search.skip_rule=drop_skip", f"search.target_fraction={options.fraction}"]
+        search = ["search.rounds=1", *OWN[options.of], f"search.target_fraction={options.fraction}"]
         own = [*search, f"root={options.root}", f"name={rule}", *overrides, *options.overrides]
-        run_job("prune_unet", own, options.processes, fine=(0, 3))
-    print(compare_runs([options.root / rule for rule in RULES], options.out))
-    for rule in RULES:
-        shutil.copyfile(options.root / rule / "evaluation.json", options.out / f"{rule}.json")
-    shutil.copyfile(options.root / "snapfusion/round-00/scores.json", options.out / "block-scores.json")
+        run_job(f"prune_{options.of}", own, options.processes, fine=(0, 3))
+    print(compare_runs([options.root / rule for rule in rules], out))
+    for rule in rules:
+        shutil.copyfile(options.root / rule / "evaluation.json", out / f"{rule}.json")
+    shutil.copyfile(options.root / "snapfusion/round-00/scores.json", out / "block-scores.json")
 
 
 def share_trained_weights(source: Path, run: Path) -> None:
