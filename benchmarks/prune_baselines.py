@@ -5,9 +5,9 @@
 
 Every run is the pruning job with one round, of a UNet with BK-SDM's skip rule. All start from the same network of
 stochastic-depth training (the first run's, whose weights the others find in their place), are cut to the same measured
-latency, recover for the same number of steps, and are evaluated on the same prompts, which no block was ranked on. To --out go the table
-with paired differences, the picture of CLIP against latency, every run's evaluation, and the scores of all blocks.
-Started again, it continues.
+latency, recover for the same number of steps, and are evaluated on the same prompts, which no block was ranked on. To
+--out go the table with paired differences, the picture of CLIP against latency, every run's evaluation, and the scores
+of all blocks. Started again, it continues.
 """
 
 import argparse

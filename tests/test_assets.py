@@ -6,12 +6,20 @@ from pathlib import Path
 import open_clip
 import pytest
 import torch
-from diffusers import DDIMScheduler, StableDiffusionPipeline
+from diffusers import (
+    DDIMScheduler,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
+    StableDiffusionPipeline,
+)
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch.nn import functional as F
 
 from scripts.shapes_evaluation import distinguished, heldout_scenes, sample, through_vae, top1_of_100
+from scripts.shapes_transformer_evaluation import draw
 from slimstep.data.prompts import PromptSet
 from slimstep.data.shapes import caption
 from slimstep.eval.metrics.clip import ClipScorer, psnr
@@ -43,10 +51,45 @@ def test_the_unet_has_the_blocks_of_stable_diffusion_1_5(pipeline):
     assert sum(isinstance(module, Transformer2DModel) for module in pipeline.unet.modules()) == 16
 
 
-def test_all_weights_are_safetensors_and_at_most_15_megabytes():
-    weights = [*ASSETS.rglob("*.safetensors")]
-    assert len(weights) == 4 and sum(path.stat().st_size for path in weights) <= 15e6
+@pytest.mark.parametrize(("folders", "most"), [(("shapes", "shapes-clip"), 15e6), (("shapes-dit",), 12e6)])
+def test_weights_are_safetensors_and_small(folders, most):
+    files = [path for folder in folders for path in (ASSETS / folder).rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= most
     assert not [*ASSETS.rglob("*.bin"), *ASSETS.rglob("*.pt")]
+
+
+@pytest.fixture(scope="module")
+def flow_pipeline() -> StableDiffusion3Pipeline:
+    pipeline = DiffusionPipeline.from_pretrained(ASSETS / "shapes-dit", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_the_transformer_is_stable_diffusion_3_by_plain_diffusers(flow_pipeline):
+    assert type(flow_pipeline) is StableDiffusion3Pipeline
+    assert type(flow_pipeline.transformer) is SD3Transformer2DModel
+    assert len(flow_pipeline.transformer.transformer_blocks) == 12
+    assert isinstance(flow_pipeline.scheduler, FlowMatchEulerDiscreteScheduler)
+    assert flow_pipeline("a red circle", num_inference_steps=2, max_sequence_length=1).images[0].size == (64, 64)
+
+
+def test_both_models_share_vae_and_captions(pipeline, flow_pipeline):
+    for name, weight in pipeline.vae.state_dict().items():
+        assert torch.equal(weight, flow_pipeline.vae.state_dict()[name])
+    ids = [p.tokenizer("a red circle left of a blue ring").input_ids for p in (pipeline, flow_pipeline)]
+    assert ids[0] == ids[1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("max_sequence_length", [1, 256])
+def test_the_transformers_samples_keep_95_percent_of_the_score_of_real_images(
+    flow_pipeline, scorer, real, max_sequence_length
+):
+    scenes, images = real[0][:64], real[1][:64]
+    prompts = [caption(scene) for scene in scenes]
+    text_ND = scorer.text(prompts)
+    ours = scorer.score(draw(flow_pipeline, prompts, 16, 2.5, 11, max_sequence_length), text_ND).mean()
+    assert ours >= 0.95 * scorer.score(through_vae(flow_pipeline, images), text_ND).mean()
 
 
 def test_the_scheduler_starts_from_pure_noise_and_ends_at_the_image(pipeline):
