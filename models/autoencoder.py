@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL
+from torch import nn
 
 from slimstep.engine.quiet import one_line
 from slimstep.models.checkpoint import check_file, is_single_file, read_weights
@@ -81,3 +82,20 @@ def vae_of_folder(source: str, dtype: torch.dtype, allow_pickle: bool) -> Autoen
     if (class_name := fields.get("_class_name")) not in KINDS:
         raise ValueError(f"its class is {class_name}, not one of {list(KINDS)}")
     return load_network(source, where, KINDS[class_name], dtype, use_safetensors=None if allow_pickle else True)
+
+
+def stock_vae(vae: nn.Module) -> nn.Module:
+    """Diffusers' own class where the decoder has the encoder's widths; any other VAE as it is."""
+    if not isinstance(vae, NarrowAutoencoderKL) or vae.is_pruned:
+        return vae
+    own = ("decoder_block_out_channels", "decoder_norm_groups", "auto_map")
+    stock = AutoencoderKL.from_config({k: v for k, v in vae.config.items() if k not in own})
+    stock.load_state_dict(vae.state_dict())
+    return stock.to(vae.device, vae.dtype).eval()
+
+
+def vae_obstacles(vae: nn.Module) -> tuple[str, ...]:
+    """Why an autoencoder is not one of diffusers' own class."""
+    if not isinstance(vae, NarrowAutoencoderKL):
+        return ()
+    return (f"vae.decoder: its widths {vae.decoder_widths} are not its encoder's",)

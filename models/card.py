@@ -55,12 +55,13 @@ def write_card(folder: Path, results: Sequence[str] = ()) -> None:
     options = report["load"].rpartition('"')[2].removesuffix(")")  # what it is loaded with beside the folder
     read_by = {program: Reading(**fields) for program, fields in report.get("readers", {}).items()}
     origin = Origin(**report["origin"])
-    write_text(folder / CARD, card_text(origin, report["is_stock"], options, configs, results, read_by))
+    removed = [block for block, paths in report.get("blocks", {}).items() if not paths]
+    write_text(folder / CARD, card_text(origin, report["is_stock"], options, configs, results, read_by, removed))
 
 
 def card_text(
     origin: Origin, is_stock: bool, options: str, configs: Mapping[str, Mapping[str, Any]], results: Sequence[str],
-    read_by: Mapping[str, Reading],
+    read_by: Mapping[str, Reading], removed: Sequence[str],
 ) -> str:  # fmt: skip
     is_hub = HUB_ID.fullmatch(origin.teacher) and not Path(origin.teacher).exists()
     teacher = origin.teacher if is_hub else Path(origin.teacher).stem
@@ -86,7 +87,7 @@ pipeline_tag: {task}
 ---
 # A student of {teacher}
 
-- {name}: {network_line(part, configs[part])}{decoder}
+- {name}: {network_line(part, configs[part], removed)}{decoder}
 - Sampling: {origin.steps} steps{guidance}
 
 ```python
@@ -111,9 +112,11 @@ def readers_line(read_by: Mapping[str, Reading]) -> str:
     return f" Other programs, by their source code: {'; '.join(said)}." if said else ""
 
 
-def network_line(part: str, config: Mapping[str, Any]) -> str:
+def network_line(part: str, config: Mapping[str, Any], removed: Sequence[str] = ()) -> str:
     """What was removed and copied; where that is diffusers' own class, its configuration says which layers are left."""
     architecture = as_architecture(config.get("depths") or {})
+    if removed and not architecture:
+        return f"of diffusers' own class, without {', '.join(f'`{block}`' for block in removed)} of the full model."
     removed = [f"`{block}`" for block, spec in architecture.items() if spec.repeats == 0]
     copied = [f"`{block}` (runs {spec.repeats} times)" for block, spec in architecture.items() if spec.repeats > 1]
     if not architecture:

@@ -1,7 +1,7 @@
 """The networks of a diffusers folder, each with all of its weights: what lacks some is an error, not a random start."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,12 +126,16 @@ def without_memory(network: nn.Module) -> list[str]:
     return [name for name, weight in network.state_dict().items() if weight.is_meta]
 
 
+REMEMBERED = ("sequence_length", "block_origins")  # by a pipeline, beside its components and options
+
+
 def with_unet(pipeline: DiffusionPipeline, unet: nn.Module, **parts) -> DiffusionPipeline:
     """A pipeline of the same class, components and options around another network, and other `parts` where given."""
     _, option_names = pipeline._get_signature_keys(type(pipeline))
     options = {name: pipeline.config[name] for name in option_names if name in pipeline.config}
     made = type(pipeline)(**{**pipeline.components, **options, part_of(pipeline): unet, **parts})
-    return with_sequence_length(made, sequence_length(pipeline))
+    made.__dict__.update({name: value for name, value in pipeline.__dict__.items() if name in REMEMBERED})
+    return made
 
 
 def with_sequence_length(pipeline: DiffusionPipeline, length: int | None) -> DiffusionPipeline:
@@ -143,6 +147,17 @@ def with_sequence_length(pipeline: DiffusionPipeline, length: int | None) -> Dif
 def sequence_length(pipeline: DiffusionPipeline) -> int | None:
     """The max_sequence_length that a pipeline was loaded with; None for its own default."""
     return pipeline.__dict__.get("sequence_length")
+
+
+def with_block_origins(pipeline: DiffusionPipeline, blocks: Mapping[str, Sequence[str]]) -> DiffusionPipeline:
+    """The same pipeline, which remembers where each block of the full model is in its network."""
+    pipeline.__dict__["block_origins"] = blocks
+    return pipeline
+
+
+def block_origins(pipeline: DiffusionPipeline) -> Mapping[str, Sequence[str]]:
+    """{block of the full model: its paths in the network as it was loaded}; empty where it is the full model."""
+    return pipeline.__dict__.get("block_origins", {})
 
 
 def learnt_places(encoder: nn.Module) -> int | None:

@@ -16,12 +16,21 @@ from torch import nn
 
 from slimstep.engine.files import whole_folder, write_json
 from slimstep.engine.quiet import one_line, preview, quiet
-from slimstep.models.card import EXPORT_REPORT, Origin, Reading, origin_of, write_card
+from slimstep.models.card import EXPORT_REPORT, Origin, Reading, origin_of, read_export_report, write_card
 from slimstep.models.checkpoint import is_single_file
+from slimstep.models.families.exported import chained
 from slimstep.models.family import family_at, family_of
 from slimstep.models.folder import check_pickles, check_variant, check_weights
 from slimstep.models.lora import check_loras, fuse_loras
-from slimstep.models.networks import network_of, part_of, with_sequence_length, with_unet, without_memory
+from slimstep.models.networks import (
+    block_origins,
+    network_of,
+    part_of,
+    with_block_origins,
+    with_sequence_length,
+    with_unet,
+    without_memory,
+)
 from slimstep.models.readers import readers
 from slimstep.models.schedulers import replacement, scheduler_class, swapped_scheduler
 from slimstep.models.single_file import check_single_file
@@ -80,7 +89,9 @@ def load_pipeline(
     length = max_sequence_length or (origin and origin.max_sequence_length)
     if length and "max_sequence_length" not in inspect.signature(type(pipeline).__call__).parameters:
         raise ValueError(f"model.max_sequence_length={length}: a {type(pipeline).__name__} has no such argument")
-    return with_sequence_length(pipeline, length)
+    is_whole = not getattr(network_of(pipeline), "architecture", None)  # a table is of the full model's own blocks
+    blocks = (read_export_report(Path(name_or_path)) or {}).get("blocks", {}) if is_whole else {}
+    return with_block_origins(with_sequence_length(pipeline, length), blocks)
 
 
 def upcast_vae(pipeline: DiffusionPipeline) -> None:
@@ -180,7 +191,8 @@ def export_pipeline(
     flag = "".join([*options, *([", trust_remote_code=True"] if obstacles else [])])
     load = f'DiffusionPipeline.from_pretrained("{folder}"{flag})'
     read_by = readers(network_of(stock), obstacles)
-    export = ExportReport(not obstacles, obstacles, load, origin, blocks, read_by)
+    went = chained(block_origins(pipeline), blocks)
+    export = ExportReport(not obstacles, obstacles, load, origin, went, read_by)
     made = in_one_dtype(stock)
     with whole_folder(folder) as aside, quiet():
         made.save_pretrained(aside, variant=variant)

@@ -27,3 +27,10 @@ def block_map(network: ModelMixin, paths: Mapping[str, str]) -> dict[str, list[s
     blocks = {block: [paths.get(path, path) for path in running.get(block, ())] for block in network.all_blocks}
     copied = {path for of in running.values() for path in of}
     return {old: [new] for old, new in paths.items() if old not in copied} | blocks
+
+
+def chained(first: Mapping[str, Sequence[str]], then: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Where each block of the full model is after two exports, the second of what the first wrote."""
+    if not first:
+        return {old: list(paths) for old, paths in then.items()}
+    return {old: [new for path in paths for new in then.get(path, [path])] for old, paths in first.items()}

@@ -13,7 +13,7 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from slimstep.models.autoencoder import load_vae
+from slimstep.models.autoencoder import load_vae, stock_vae, vae_obstacles
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import has_statistics
 from slimstep.models.denoiser import Denoiser
@@ -112,13 +112,16 @@ class TransformerFamily:
         return pipeline
 
     def exported(self, pipeline: DiffusionPipeline) -> Exported:
-        network = network_of(pipeline)
-        if obstacles := obstacles_of(network):
+        network, vae = network_of(pipeline), stock_vae(pipeline.vae)
+        obstacles = obstacles_of(network)
+        if obstacles:
             removed = (block for block in network.parents if not network.repeats(block))
             gone = {path: [] for block in removed for path in network.parts_of(block)}
-            return Exported(with_unet(pipeline, travelling(network)), obstacles, block_map(network, {}) | gone)
-        paths = stock_paths(network) if isinstance(network, PrunableTransformer) else {}
-        return Exported(with_unet(pipeline, to_stock(network)), (), block_map(network, paths))
+            made, blocks = travelling(network), block_map(network, {}) | gone
+        else:
+            paths = stock_paths(network) if isinstance(network, PrunableTransformer) else {}
+            made, blocks = to_stock(network), block_map(network, paths)
+        return Exported(with_unet(pipeline, made, vae=vae), (*obstacles, *vae_obstacles(vae)), blocks)
 
     # ---- conditioning, latents ----
 

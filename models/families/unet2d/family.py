@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
-from slimstep.models.autoencoder import load_vae
+from slimstep.models.autoencoder import load_vae, stock_vae, vae_obstacles
 from slimstep.models.checkpoint import is_single_file
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import has_statistics
@@ -24,7 +24,6 @@ from slimstep.models.folder import check_folder, lacking_checker, stored_dtype
 from slimstep.models.networks import check_tokenizers, load_networks, with_unet
 from slimstep.models.single_file import load_single_file
 from slimstep.models.sizes import settle_sizes
-from slimstep.models.vae import NarrowAutoencoderKL
 
 NAME = "Stable Diffusion: a pipeline with a UNet2DConditionModel and a VAE"
 PART = "unet"
@@ -79,8 +78,7 @@ def load_folder(
 def exported(pipeline: DiffusionPipeline) -> Exported:
     stock, vae = stock_config(pipeline.unet), stock_vae(pipeline.vae)
     unet, obstacles = pipeline.unet if stock.config is None else to_stock(pipeline.unet), stock.obstacles
-    if isinstance(vae, NarrowAutoencoderKL):
-        obstacles += (f"vae.decoder: its widths {vae.decoder_widths} are not its encoder's",)
+    obstacles += vae_obstacles(vae)
     keep_text_names(pipeline)
     return Exported(with_unet(pipeline, unet, vae=vae), obstacles, block_map(pipeline.unet, stock.paths))
 
@@ -92,16 +90,6 @@ def keep_text_names(pipeline: DiffusionPipeline) -> None:
     """
     if type(encoder := pipeline.text_encoder) is CLIPTextModel:
         encoder._weight_conversions = get_model_conversion_mapping(encoder, add_legacy=False)
-
-
-def stock_vae(vae: nn.Module) -> nn.Module:
-    """Diffusers' own class where the decoder has the encoder's widths; any other VAE as it is."""
-    if not isinstance(vae, NarrowAutoencoderKL) or vae.is_pruned:
-        return vae
-    own = ("decoder_block_out_channels", "decoder_norm_groups", "auto_map")
-    stock = AutoencoderKL.from_config({k: v for k, v in vae.config.items() if k not in own})
-    stock.load_state_dict(vae.state_dict())
-    return stock.to(vae.device, vae.dtype).eval()
 
 
 # ---- conditioning, latents ----

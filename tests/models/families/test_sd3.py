@@ -19,6 +19,7 @@ from slimstep.distill.recovery import Recovery, features_of
 from slimstep.distill.steps import StepDistillation
 from slimstep.distill.teaching import Draw, StepSchedule, teacher_target
 from slimstep.eval.sampling import Sampler
+from slimstep.models.card import Origin
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.cost import count_activation_bytes, count_gflops
 from slimstep.models.families.transformer.networks.sd3 import PrunableSD3Transformer2DModel
@@ -27,6 +28,7 @@ from slimstep.models.families.transformer.stock import stock_config, to_stock
 from slimstep.models.family import denoiser_of, family_of, schedule_for
 from slimstep.models.noise_schedule import add_noise, ddim_step, pred_of
 from slimstep.models.pipeline import check_pipeline, export_pipeline, load_pipeline, with_unet
+from slimstep.prune.decoder import choose_channels, pruned_vae
 from slimstep.prune.stochastic_depth import StochasticDepth
 from tests.transformers import POOLED, TEXT_WIDTH, small_sd3, small_sd3_pipeline
 
@@ -357,3 +359,31 @@ def test_one_student_step_lands_where_the_teachers_two_land(network):
             z = ddim_step(denoiser(network, z, t_B, cond), z, here, there, "flow")
     pred = pred_of(target.x0_BCHW, start.z_BCHW, levels[0], "flow")
     torch.testing.assert_close(ddim_step(pred, start.z_BCHW, levels[0], levels[-1], "flow"), z, rtol=1e-4, atol=1e-4)
+
+
+def test_a_narrow_decoder_travels_with_its_class(tmp_path):
+    pipeline = small_sd3_pipeline()
+    vae = pruned_vae(pipeline.vae, choose_channels(pipeline.vae, (4, 4), "first"), (4, 4))
+    report = export_pipeline(with_unet(pipeline, pipeline.transformer, vae=vae), tmp_path / "export")
+    assert not report.is_stock and report.load.endswith("trust_remote_code=True)")
+    options = {"text_encoder_3": None, "tokenizer_3": None, "trust_remote_code": True}
+    stock = DiffusionPipeline.from_pretrained(tmp_path / "export", **options)
+    assert type(stock.transformer) is SD3Transformer2DModel and type(stock.vae).__name__ == "NarrowAutoencoderKL"
+    latents = torch.randn(1, 4, 8, 8)
+    assert torch.equal(stock.vae.decode(latents).sample, vae.decode(latents).sample)
+    again = export_pipeline(load_pipeline(tmp_path / "export"), tmp_path / "again")
+    assert not again.is_stock
+
+
+def test_an_export_of_an_export_says_where_the_full_models_blocks_are(network, tmp_path):
+    def exported(pipeline, architecture: dict[str, int], name: str) -> dict:
+        pruned = pipeline.transformer.with_architecture(architecture, copy_init="same")
+        return export_pipeline(with_unet(pipeline, pruned), tmp_path / name, origin=Origin("teacher", 2, 1.0)).blocks
+
+    pipeline = with_unet(small_sd3_pipeline(), network)
+    first = exported(pipeline, {BLOCKS[1]: 0, BLOCKS[2]: 2}, "first")
+    assert first[BLOCKS[2]] == [BLOCKS[1], BLOCKS[2]] and first[BLOCKS[3]] == [BLOCKS[3]]
+    second = exported(load_pipeline(tmp_path / "first"), {BLOCKS[0]: 0, BLOCKS[2]: 0}, "second")
+    assert second == {BLOCKS[0]: [], BLOCKS[1]: [], BLOCKS[2]: [BLOCKS[0]], BLOCKS[3]: [BLOCKS[1]], LAST: [BLOCKS[2]]}
+    card = (tmp_path / "second/README.md").read_text()
+    assert f"of diffusers' own class, without `{BLOCKS[0]}`, `{BLOCKS[1]}` of the full model." in card
