@@ -35,7 +35,7 @@ from slimstep.eval.timing.precision import settled
 from slimstep.models.denoiser import NUM_TOKENS
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.family import family_of, schedule_for
-from slimstep.models.networks import DENOISERS
+from slimstep.models.networks import DENOISERS, network_of
 from slimstep.models.noise_schedule import NoiseSchedule
 from slimstep.models.pipeline import networks, upcast_vae
 from slimstep.models.sizes import native_pixels, set_resolution
@@ -108,12 +108,21 @@ def teacher_of(pipeline: DiffusionPipeline, config: Config, run: Run) -> Teacher
     if not isinstance(pipeline, DiffusionPipeline):
         raise ValueError(f"{config.model} is a UNet alone; it serves +experiment=latency_table only")
     schedule_for(pipeline)  # ValueError for one without betas that is not flow matching's
-    pipeline.to(run.accelerator.device)
+    if has_weights(pipeline):
+        pipeline.to(run.accelerator.device)
+    elif not config.plan:
+        raise ValueError(f"model.name_or_path={config.model.name_or_path} is a configuration alone, for plan=true")
     config = deepcopy(config)
     if config.data.resolution is None:
         config.data.resolution = native_pixels(pipeline)
     set_resolution(pipeline, config.data.resolution)
     return Teacher(frozen(pipeline), config, run)
+
+
+def has_weights(pipeline: DiffusionPipeline | Prunable) -> bool:
+    """Whether it is more than its configurations (models/described.py)."""
+    network = network_of(pipeline) if isinstance(pipeline, DiffusionPipeline) else pipeline
+    return network.device.type != "meta"
 
 
 def frozen(pipeline: DiffusionPipeline) -> DiffusionPipeline:

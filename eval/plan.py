@@ -7,15 +7,15 @@ from slimstep.engine.config import TrainConfig
 from slimstep.engine.identity import SCORER_CHECK
 from slimstep.engine.planning import Plan, duration
 from slimstep.engine.run import FINISHED, Run
-from slimstep.eval.inputs import Teacher
+from slimstep.eval.inputs import Teacher, has_weights
+from slimstep.eval.memory_plan import memory_lines
 from slimstep.eval.pages.tables import markdown_table
 from slimstep.eval.pages.text import count, size
 from slimstep.eval.throughput import hours
-from slimstep.models.cost import count_activation_bytes, count_gflops
+from slimstep.models.cost import count_gflops
 from slimstep.models.pipeline import networks
 
-# Weights, gradient, two moments of AdamW and the EMA; a checkpoint holds all but the gradient.
-TRAINED_COPIES, CHECKPOINT_COPIES, BYTES = 5, 4, 4
+CHECKPOINT_COPIES, BYTES = 4, 4  # a checkpoint holds weights, two moments of AdamW and the EMA
 
 
 @dataclass(frozen=True)
@@ -87,21 +87,15 @@ def state(run: Run, stage: Stage) -> str:
 
 def estimates(teacher: Teacher, stages: Sequence[Stage], trainings: Sequence[TrainConfig], time: str) -> list[str]:
     """The run's place, its UNet, and what is left to do in time, memory and disk."""
-    unet, tokens = teacher.unet, teacher.text_length
-    weights = BYTES * unet.num_parameters()
+    unet = teacher.unet
     lines = [
         f"run        {teacher.run.path}",
         f"teacher    {count(unet.num_parameters())} parameters, {len(unet.kept_blocks)} blocks, "
-        f"{count_gflops(unet, tokens=tokens):.2f} GFLOPs a forward",
+        f"{count_gflops(unet, tokens=teacher.text_length):.2f} GFLOPs a forward",
         time,
     ]
     if trainings:
-        batch = max(config.batch_size for config in trainings)
-        activations = count_activation_bytes(unet, batch, tokens)
-        lines.append(
-            f"memory     {size(TRAINED_COPIES * weights)} for the trained UNet, {size(weights)} for the teacher, about "
-            f"{size(activations)} of activations for batch {batch}, in float32, on every process"
-        )
+        lines += memory_lines(teacher, list(trainings))
     lines.append(f"disk       at most {size(sum(stage.disk_bytes for stage in stages))}, the cache not counted")
     return lines
 
@@ -117,6 +111,12 @@ def time_line(teacher: Teacher, stages: Sequence[Stage], trainings: Sequence[Tra
     }
     if not any(rows.values()):
         return "to do      nothing that takes long", 0.0
+    configured = teacher.config.rates
+    unknown = [kind for kind, number in rows.items() if number and not configured[kind]]
+    if unknown and not has_weights(teacher.pipeline):
+        work = ", ".join(f"{number:,} rows of {kind}" for kind, number in rows.items() if number)
+        how = " ".join(f"rates.{kind}=…" for kind in unknown)
+        return f"to do      {work}; how long they take is measured where the weights are, or is said by {how}", 0.0
     largest = max(trainings, key=lambda config: config.batch_size, default=teacher.config.train)
     time, rates = hours(teacher, rows, largest)
     work = ", ".join(f"{rows[kind]:,} rows of {kind} at {rate:.3g}/s" for kind, rate in rates.items())

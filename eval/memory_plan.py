@@ -1,0 +1,100 @@
+"""What training needs of a device's memory, and which settings bring a large network below the sizes of GPUs.
+
+Counted, not measured: allocators and libraries take some GB more.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from slimstep.engine.config import TrainConfig
+from slimstep.eval.inputs import Teacher
+from slimstep.eval.pages.tables import markdown_table
+from slimstep.eval.pages.text import size
+from slimstep.models.cost import count_activation_bytes
+from slimstep.models.pipeline import networks
+
+GPUS = (24, 40, 80)  # GB
+OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}  # of a weight (engine/optimizers.py)
+FLOAT32, HALF = 4, 2
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes on one device. Parameters, and activations of one sample in float32 (all, and with checkpointing), and
+    what the settings make of them; `shards`: GPUs of FSDP."""
+
+    parameters: int
+    activations: int
+    checkpointed: int
+    batch: int
+    optimizer: str
+    has_ema: bool
+    checkpointing: bool
+    is_half: bool
+    shards: int = 1
+
+    @property
+    def parts(self) -> dict[str, float]:
+        per_weight = {"weights, gradients": 2 * FLOAT32, "optimizer": OPTIMIZER_BYTES[self.optimizer],
+                      "EMA": FLOAT32 * self.has_ema}  # fmt: skip
+        kept = self.batch * (self.checkpointed if self.checkpointing else self.activations)
+        return {
+            **{name: self.parameters * per / self.shards for name, per in per_weight.items()},
+            "teacher": self.parameters * (HALF if self.is_half else FLOAT32),  # whole on every GPU
+            "activations": kept / (2 if self.is_half else 1),
+        }
+
+    @property
+    def total(self) -> float:
+        return sum(self.parts.values())
+
+
+def memory_lines(teacher: Teacher, trainings: list[TrainConfig]) -> list[str]:
+    """A line where the trainings fit into the smallest of GPUS, else a table of settings, too, and what fits where."""
+    need = max((configured(teacher, config) for config in trainings), key=lambda need: need.total)
+    rest = sum(p.numel() * FLOAT32 for network in networks(teacher.pipeline) for p in network.parameters())
+    rest -= need.parameters * FLOAT32
+    parts = ", ".join(f"{size(value)} {name}" for name, value in need.parts.items() if value)
+    line = f"memory     {size(need.total)} for training on every process: {parts} (batch {need.batch})"
+    if need.total < GPUS[0] * 1e9:
+        return [line]
+    steps = list(smaller(need))
+    rows = [[name, *(size(value) if value else "–" for value in step.parts.values()), size(step.total)]
+            for name, step in steps]  # fmt: skip
+    table = markdown_table(["settings, each with those above", *need.parts, "together"], rows)
+    fits = [next((name for name, step in steps if step.total <= gpu * 1e9), None) for gpu in GPUS]
+    said = [f"{gpu} GB with {name}" if name else f"{gpu} GB with none of these"
+            for gpu, name in zip(GPUS, fits, strict=True)]  # fmt: skip
+    apart = f"text encoders and VAE ({size(rest)} in float32) run before training and rest in the host's memory"
+    return [line, f"           {apart}", "", table.strip("\n"), "", f"fits into  {'; '.join(said)}"]
+
+
+def configured(teacher: Teacher, config: TrainConfig) -> MemoryNeed:
+    """What a training needs as it is configured."""
+    unet, tokens = teacher.unet, teacher.text_length
+    activations = count_activation_bytes(unet, 1, tokens)
+    # The inputs of all blocks, and all that one of them keeps while it is run again.
+    inputs = count_activation_bytes(unet, 1, tokens, checkpointing=True)
+    again = (activations - inputs) // max(1, len(unet.kept_blocks))
+    half = teacher.run.accelerator.mixed_precision in ("bf16", "fp16")
+    return MemoryNeed(
+        parameters=unet.num_parameters(), activations=activations, checkpointed=inputs + again, batch=config.batch_size,
+        optimizer=config.optimizer, has_ema=config.ema_decay > 0, checkpointing=config.gradient_checkpointing,
+        is_half=half,
+    )  # fmt: skip
+
+
+def smaller(need: MemoryNeed) -> Iterator[tuple[str, MemoryNeed]]:
+    """The settings that need less, one after the other, with what they are called on the command line."""
+    yield "as configured", need
+    changes = {
+        "train.gradient_checkpointing=true": {"checkpointing": True},
+        "mixed_precision=bf16": {"is_half": True},
+        "train.batch_size=1, the rest by train.accumulation": {"batch": 1},
+        "train.optimizer=adamw8bit": {"optimizer": "adamw8bit"},
+        "train.ema_decay=0": {"has_ema": False},
+        **{f"+hardware=fsdp on {gpus} GPUs": {"shards": gpus} for gpus in (2, 4, 8)},
+    }
+    for name, change in changes.items():
+        need = replace(need, **change)
+        yield name, need

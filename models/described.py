@@ -1,0 +1,102 @@
+"""Published transformers at full size from their configurations alone, on the meta device: for plans, which need no
+weights. The configurations are those of the files on their makers' hub pages.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers.models.modeling_utils import no_init_weights
+from transformers import CLIPTextConfig, T5Config, T5EncoderModel, T5TokenizerFast
+
+from slimstep.models.families.transformer.others import OF_FAMILIES
+from slimstep.models.known import clip_tokenizer
+from slimstep.models.reference import BIG_G, CLIP_L, VAE_CONFIGS
+from slimstep.models.sizes import settle_sizes
+
+T5_XXL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_layers": 24, "num_heads": 64, "vocab_size": 32128,
+          "feed_forward_proj": "gated-gelu"}  # fmt: skip
+CLIP, PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
+FLOW = "FlowMatchEulerDiscreteScheduler"
+
+
+@dataclass(frozen=True)
+class Described:
+    """A pipeline. network: the class of its transformer, and the fields that are not the class's defaults.
+
+    texts: for each text encoder its class and configuration. scheduler: its class and fields.
+    """
+
+    pipeline: str
+    network: tuple[str, Mapping[str, Any]]
+    vae: Mapping[str, Any]
+    texts: tuple[tuple[str, Mapping[str, Any]], ...]
+    scheduler: tuple[str, Mapping[str, Any]]
+
+
+DESCRIBED = {
+    "flux_dev": Described(
+        "FluxPipeline",
+        ("FluxTransformer2DModel", {"guidance_embeds": True}),
+        VAE_CONFIGS["flux"],
+        ((CLIP, CLIP_L), (T5, T5_XXL)),
+        (FLOW, {"shift": 3.0, "use_dynamic_shifting": True}),
+    ),
+    "sd35_large": Described(
+        "StableDiffusion3Pipeline",
+        (
+            "SD3Transformer2DModel",
+            {"sample_size": 128, "num_layers": 38, "num_attention_heads": 38, "attention_head_dim": 64,
+             "out_channels": 16, "caption_projection_dim": 2432, "pos_embed_max_size": 192, "qk_norm": "rms_norm"},
+        ),
+        {**VAE_CONFIGS["flux"], "scaling_factor": 1.5305, "shift_factor": 0.0609},
+        ((PROJECTED, CLIP_L), (PROJECTED, BIG_G), (T5, T5_XXL)),
+        (FLOW, {"shift": 3.0}),
+    ),
+    "pixart_sigma": Described(
+        "PixArtSigmaPipeline",
+        (
+            "PixArtTransformer2DModel",
+            {"sample_size": 128, "caption_channels": 4096, "interpolation_scale": 2,
+             "use_additional_conditions": False},
+        ),
+        VAE_CONFIGS["sdxl"],
+        ((T5, T5_XXL),),
+        ("DPMSolverMultistepScheduler", {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}),
+    ),
+}  # fmt: skip
+
+
+def described_pipeline(name_or_path: str) -> DiffusionPipeline:
+    """A pipeline of known configuration without weights, its transformer prunable. ValueError for an unknown name."""
+    if name_or_path not in DESCRIBED:
+        raise ValueError(f"no full-size transformer is described as {name_or_path!r}; choose from {list(DESCRIBED)}")
+    kind = DESCRIBED[name_or_path]
+    class_name, fields = kind.network
+    scheduler, own = kind.scheduler
+    with torch.device("meta"), no_init_weights():
+        parts = {"transformer": OF_FAMILIES[class_name](**fields), "vae": AutoencoderKL(**kind.vae)}
+        for n, (encoder, config) in enumerate(kind.texts, 1):
+            place = f"_{n}" if n > 1 else ""
+            parts |= {f"text_encoder{place}": text_encoder(encoder, config), f"tokenizer{place}": tokenizer(encoder)}
+    pipeline = getattr(diffusers, kind.pipeline)(**parts, scheduler=getattr(diffusers, scheduler)(**own))
+    pipeline.set_progress_bar_config(disable=True)
+    settle_sizes(pipeline)
+    return pipeline
+
+
+def text_encoder(class_name: str, config: Mapping[str, Any]) -> torch.nn.Module:
+    if class_name == T5:
+        return T5EncoderModel(T5Config(**config))
+    return getattr(transformers, class_name)(CLIPTextConfig(**config))
+
+
+def tokenizer(class_name: str) -> Any:
+    """T5's has no vocabulary: nothing is read with it."""
+    if class_name == T5:
+        return T5TokenizerFast(vocab=[("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)], extra_ids=0)
+    return clip_tokenizer()

@@ -1,0 +1,59 @@
+"""Plans of models at full size, from their configurations alone."""
+
+import pytest
+
+from slimstep.eval.memory_plan import GPUS, MemoryNeed, smaller
+from slimstep.models.cost import count_activation_bytes, count_parameters
+from slimstep.models.described import DESCRIBED, described_pipeline
+from slimstep.models.family import family_of
+from tests.jobs import run_job
+from tests.tiny import small_unet
+
+BILLIONS = {"flux_dev": 11.90, "sd35_large": 8.06, "pixart_sigma": 0.61}  # as their makers say: 12, 8.1, 0.6
+BLOCKS = {"flux_dev": 57, "sd35_large": 38, "pixart_sigma": 28}
+
+
+@pytest.mark.parametrize("name", DESCRIBED)
+def test_a_described_pipeline_has_the_size_of_the_published_one_and_no_weights(name):
+    pipeline = described_pipeline(name)
+    transformer = pipeline.transformer
+    assert count_parameters(transformer) / 1e9 == pytest.approx(BILLIONS[name], abs=0.005)
+    assert len(transformer.blocks) == BLOCKS[name] and transformer.config.sample_size == 128
+    assert all(parameter.is_meta for parameter in transformer.parameters())
+    assert family_of(pipeline).tokens(pipeline) == {"flux_dev": 512, "sd35_large": 333, "pixart_sigma": 300}[name]
+
+
+def test_an_unknown_name_lists_those_that_are_described():
+    with pytest.raises(ValueError, match="'flux' is described.*|described as 'flux'; choose from .*flux_dev"):
+        described_pipeline("flux")
+
+
+NEED = MemoryNeed(
+    parameters=10**10, activations=10**11, checkpointed=10**9, batch=8, optimizer="adamw", has_ema=True,
+    checkpointing=False, is_half=False,
+)  # fmt: skip
+
+
+def test_memory_is_what_each_weight_and_sample_takes():
+    assert NEED.parts == {"weights, gradients": 8e10, "optimizer": 8e10, "EMA": 4e10, "teacher": 4e10,
+                          "activations": 8e11}  # fmt: skip
+    steps = dict(smaller(NEED))
+    totals = [need.total for need in steps.values()]
+    assert totals == sorted(totals, reverse=True) and totals[0] == NEED.total
+    assert steps["train.optimizer=adamw8bit"].parts["optimizer"] == 2e10
+    last = [*steps.values()][-1]
+    assert last.shards == 8 and GPUS[0] * 1e9 < last.total < GPUS[1] * 1e9, "the teacher is on every GPU"
+
+
+def test_checkpointing_keeps_less_of_a_forward():
+    unet = small_unet()
+    assert count_activation_bytes(unet, 2, 7, checkpointing=True) < count_activation_bytes(unet, 2, 7)
+
+
+def test_a_plan_needs_no_weights_and_a_run_does():
+    done = run_job("+experiment=prune_transformer", "model=pixart_sigma_described", "plan=true")
+    assert done.returncode == 0 and "teacher    610.9 M parameters, 28 blocks" in done.stdout
+    assert "how long they take is measured where the weights are" in done.stdout
+    assert "fits into  24 GB with" in done.stdout and "train.gradient_checkpointing=true" in done.stdout
+    done = run_job("+experiment=prune_transformer", "model=pixart_sigma_described")
+    assert done.returncode == 1 and "pixart_sigma is a configuration alone, for plan=true" in done.stderr
