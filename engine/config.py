@@ -26,6 +26,7 @@ class TrainConfig:
 
     `batch_size` is per process and micro-step; `optimizer` is one of engine/optimizers.py, which says what each keeps;
     `learning_rates` are those of networks that the objective trains beside the student, where they differ from its own;
+    `lora_rank` above 0 trains a low-rank update of that rank alone, which is added to the weights at the end;
     `ema_decay` 0 keeps no EMA; `compile` is torch.compile; `channels_last` is the memory format of convolutions
     that GPUs, and some CPUs, are faster with.
     """
@@ -44,6 +45,7 @@ class TrainConfig:
     ema_decay: float = 0.999
     checkpoint_every: int = 500
     keep_checkpoints: int = 2
+    lora_rank: int = 0
     log_every: int = 10
     workers: int = 0
     gradient_checkpointing: bool = False
@@ -60,7 +62,7 @@ class TrainConfig:
         for name, value in {"learning_rate": self.learning_rate, "max_grad_norm": self.max_grad_norm, **rates}.items():
             if not 0 < value < math.inf:
                 raise ValueError(f"train: {name}={value} must be above 0")
-        check_minimum("train", self, 0, "weight_decay", "warmup_steps", "workers", "ema_decay")
+        check_minimum("train", self, 0, "weight_decay", "warmup_steps", "workers", "ema_decay", "lora_rank")
         if not all(0 <= share < 1 for share in (self.ema_decay, *self.betas)):
             raise ValueError(f"train: ema_decay={self.ema_decay} and betas={self.betas} must lie in [0, 1)")
 

@@ -25,6 +25,7 @@ from slimstep.engine.checkpoints import Checkpoints
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.ema import DeviceEMA
 from slimstep.engine.files import damaged, unwritable, write_tensors
+from slimstep.engine.low_rank import add_low_rank, merge_low_rank
 from slimstep.engine.objective import (
     STUDENT,
     Batch,
@@ -165,9 +166,14 @@ def train(
         model.to(memory_format=torch.channels_last)
     folder.mkdir(parents=True, exist_ok=True)
     sharded = is_sharded(run.accelerator)
+    if config.lora_rank:
+        add_low_rank(model, config.lora_rank, seed_of(run.seed, stage, "low rank"))
     student = copy_to_shard(model, run.accelerator) if sharded else model
     with NotedSignals() as signals:
         weights = _run_steps(student, as_objective(objective), dataset, config, run, stage, signals)
+        if config.lora_rank:
+            merge_low_rank(model)
+            weights = model.state_dict()
         if run.accelerator.is_main_process:
             write_tensors(folder / WEIGHTS, weights)
             shutil.rmtree(folder / "checkpoints", ignore_errors=True)

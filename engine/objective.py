@@ -13,6 +13,7 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from slimstep.engine.config import TrainConfig
+from slimstep.engine.low_rank import check_low_rank
 from slimstep.engine.optimizers import check_optimizer
 from slimstep.engine.sharding import check_sharding
 
@@ -110,6 +111,7 @@ def check_requirements(objective: Objective | PlainObjective, config: TrainConfi
     """ValueError where the objective cannot be trained as `config` and accelerate's launcher ask."""
     name, objective = type(objective).__name__, as_objective(objective)
     check_optimizer(config)
+    check_low_rank(config.lora_rank, accelerator)
     check_sharding(config, accelerator, objective.networks)
     if config.compile and objective.requires.feature_hooks:
         raise ValueError(f"{name} reads features with hooks: its train.compile must be false")

@@ -16,6 +16,7 @@ from slimstep.models.pipeline import networks
 GPUS = (24, 40, 80)  # GB
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}  # of a weight (engine/optimizers.py)
 FLOAT32, HALF = 4, 2
+LAST_OF_ONE = "train.batch_size=1, the rest by train.accumulation"
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,15 @@ class MemoryNeed:
     has_ema: bool
     checkpointing: bool
     is_half: bool
+    lora_rank: int = 0
     shards: int = 1
 
     @property
     def parts(self) -> dict[str, float]:
         per_weight = {"weights, gradients": 2 * FLOAT32, "optimizer": OPTIMIZER_BYTES[self.optimizer],
                       "EMA": FLOAT32 * self.has_ema}  # fmt: skip
+        if self.lora_rank:  # what the low-rank update itself needs is next to nothing
+            per_weight = {"weights, gradients": FLOAT32, "optimizer": 0, "EMA": 0}
         kept = self.batch * (self.checkpointed if self.checkpointing else self.activations)
         return {
             **{name: self.parameters * per / self.shards for name, per in per_weight.items()},
@@ -80,7 +84,7 @@ def configured(teacher: Teacher, config: TrainConfig) -> MemoryNeed:
     return MemoryNeed(
         parameters=unet.num_parameters(), activations=activations, checkpointed=inputs + again, batch=config.batch_size,
         optimizer=config.optimizer, has_ema=config.ema_decay > 0, checkpointing=config.gradient_checkpointing,
-        is_half=half,
+        is_half=half, lora_rank=config.lora_rank,
     )  # fmt: skip
 
 
@@ -90,11 +94,14 @@ def smaller(need: MemoryNeed) -> Iterator[tuple[str, MemoryNeed]]:
     changes = {
         "train.gradient_checkpointing=true": {"checkpointing": True},
         "mixed_precision=bf16": {"is_half": True},
-        "train.batch_size=1, the rest by train.accumulation": {"batch": 1},
+        LAST_OF_ONE: {"batch": 1},
         "train.optimizer=adamw8bit": {"optimizer": "adamw8bit"},
         "train.ema_decay=0": {"has_ema": False},
         **{f"+hardware=fsdp on {gpus} GPUs": {"shards": gpus} for gpus in (2, 4, 8)},
     }
+    without = need
     for name, change in changes.items():
-        need = replace(need, **change)
-        yield name, need
+        without = replace(without, **change)
+        yield name, without
+        if name == LAST_OF_ONE and not need.lora_rank:
+            yield "train.lora_rank=64 (not with +hardware=fsdp)", replace(without, lora_rank=64)

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -297,3 +298,35 @@ def test_the_learning_rate_warms_up_and_follows_a_cosine_to_zero():
     assert learning_rate_at(0, config) == pytest.approx(0.1)
     assert learning_rate_at(50, config) == pytest.approx(0.5)
     assert learning_rate_at(100, config) == pytest.approx(0.0)
+
+
+LOW_RANK = replace(CONFIG, lora_rank=2, steps=12)
+
+
+def test_a_low_rank_update_is_all_that_is_trained(tmp_path):
+    before = run_once(tmp_path / "none", replace(LOW_RANK, learning_rate=1e-30)).state_dict()
+    trained = run_once(tmp_path / "some", LOW_RANK).state_dict()
+    assert before.keys() == trained.keys()
+    for name, weight in trained.items():
+        difference = weight - before[name]
+        if difference.ndim == 2:
+            assert 1 <= torch.linalg.matrix_rank(difference, atol=1e-6) <= 2
+        else:
+            assert difference.abs().max() == 0, name
+
+
+def test_a_low_rank_training_survives_a_kill(tmp_path):
+    whole = run_once(tmp_path / "whole", LOW_RANK)
+    with pytest.raises(Killed):
+        run_once(tmp_path / "killed", LOW_RANK, killed_at(9))
+    resumed = run_once(tmp_path / "killed", LOW_RANK)
+    for one, other in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    assert all(parameter.requires_grad for parameter in resumed.parameters())
+
+
+def test_a_finished_low_rank_training_is_loaded(tmp_path):
+    first, second = run_once(tmp_path, LOW_RANK), run_once(tmp_path, LOW_RANK)
+    for one, other in zip(first.state_dict().values(), second.state_dict().values(), strict=True):
+        assert torch.equal(one, other)
+    assert [name for name, _ in first.named_modules()] == [name for name, _ in second.named_modules()]

@@ -38,6 +38,8 @@ def test_memory_is_what_each_weight_and_sample_takes():
     assert NEED.parts == {"weights, gradients": 8e10, "optimizer": 8e10, "EMA": 4e10, "teacher": 4e10,
                           "activations": 8e11}  # fmt: skip
     steps = dict(smaller(NEED))
+    low_rank = steps.pop("train.lora_rank=64 (not with +hardware=fsdp)")
+    assert low_rank.parts["weights, gradients"] == 4e10 and low_rank.parts["optimizer"] == low_rank.parts["EMA"] == 0
     totals = [need.total for need in steps.values()]
     assert totals == sorted(totals, reverse=True) and totals[0] == NEED.total
     assert steps["train.optimizer=adamw8bit"].parts["optimizer"] == 2e10

@@ -62,7 +62,8 @@ def test_a_transformer_is_pruned(place):
 
 def test_a_transformer_is_pruned_by_its_sublayers(place):
     own = ["recovery.train.steps=2", "recovery.train.batch_size=4", "search.rounds=1", "search.target_fraction=0.7",
-           "scoring.prompts=4", "scoring.steps=2", "latency.additive_samples=2", "search.blocks=sublayers"]  # fmt: skip
+           "scoring.prompts=4", "scoring.steps=2", "latency.additive_samples=2", "search.blocks=sublayers",
+           "recovery.train.lora_rank=2"]  # fmt: skip
     path, _ = run("prune_transformer", place, *own, "name=sublayers")
     path = path.with_name("sublayers")
     scores = json.loads((path / "round-00/scores.json").read_text())

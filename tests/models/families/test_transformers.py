@@ -5,8 +5,10 @@ import json
 import pytest
 import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
+from torch import nn
 
 from slimstep.data.encoding import encode_images
+from slimstep.engine.low_rank import add_low_rank, merge_low_rank
 from slimstep.eval.sampling import Sampler
 from slimstep.models.card import Origin
 from slimstep.models.conditioning import Conditioning
@@ -110,6 +112,24 @@ def test_a_mask_survives_gradient_checkpointing(network):
         own.enable_gradient_checkpointing()
     for plain, recomputed in zip(*grads, strict=True):
         torch.testing.assert_close(plain, recomputed)
+
+
+def test_a_low_rank_update_is_merged_into_the_same_network(network):
+    own = network.with_architecture({network.blocks[0]: 0})
+    names, before = [*own.state_dict()], run(own)
+    add_low_rank(own, 2, seed=0)
+    assert torch.equal(run(own), before), "it is zero at first"
+    trained = {name: parameter for name, parameter in own.named_parameters() if parameter.requires_grad}
+    assert trained and all("lora_" in name for name in trained)
+    torch.manual_seed(1)
+    for name, parameter in trained.items():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    updated = run(own)
+    merge_low_rank(own)
+    assert [*own.state_dict()] == names and (updated - before).abs().max() > 1e-3
+    torch.testing.assert_close(run(own), updated, rtol=1e-4, atol=1e-5)
+    assert torch.equal(run(to_stock(own)), run(own))
 
 
 def test_packing_is_undone():
