@@ -1,13 +1,16 @@
-"""A pipeline of a known size with random weights, and its pruned and narrow kin: for speed, where weights are not.
+"""A pipeline with random weights, and its pruned and narrow kin: for speed, and for trying jobs, where weights are not.
 
-    python scripts/random_pipeline.py sd15 runs/random/sd15      # also sd21, sdxl
+    python scripts/random_pipeline.py sd15 runs/random/sd15      # also sd21, sdxl: of their sizes, in half precision
+    python scripts/random_pipeline.py flux runs/random/flux      # a small one of a transformer's family, in float32
 
-Writes DIR/teacher; DIR/pruned, without the blocks that BK-SDM's base and small networks lack; DIR/narrow, whose VAE
-decoder has half its channels. Half precision, what is there stays.
+Writes DIR/teacher; DIR/pruned, without the blocks that BK-SDM's base and small networks lack, of a transformer without
+every second block but the first and the last; DIR/narrow, whose VAE decoder has half its channels, where its class is
+one that can be pruned. What is there stays.
 """
 
 import argparse
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -16,16 +19,68 @@ from slimstep.engine.console import open_console
 from slimstep.engine.launch import fail
 from slimstep.engine.quiet import one_line
 
+TRANSFORMERS = ("sd3", "sd35", "pixart_alpha", "pixart_sigma", "flux", "flux_guided", "sana", "qwen_image")
+
+
+def small_pipelines() -> dict[str, Callable]:
+    """{name: makes the pipeline}, of every family of transformers."""
+    from diffusers import PixArtAlphaPipeline
+
+    from scripts import random_transformers as small
+
+    sd35 = {"num_layers": 5, "dual_attention_layers": (0, 1), "qk_norm": "rms_norm"}
+    makers = (
+        small.small_sd3_pipeline,
+        lambda: small.small_sd3_pipeline(small.small_sd3(**sd35)),
+        lambda: small.small_pixart_pipeline(PixArtAlphaPipeline),
+        small.small_pixart_pipeline,
+        small.small_flux_pipeline,
+        lambda: small.small_flux_pipeline(guidance_embeds=True),
+        small.small_sana_pipeline,
+        small.small_qwen_image_pipeline,
+    )
+    return dict(zip(TRANSFORMERS, makers, strict=True))
+
+
+def make_small(name: str, folder: Path) -> dict[str, str]:
+    """{teacher, pruned, narrow: folder} of a small random transformer; no narrow one where its VAE cannot be pruned."""
+    from diffusers import AutoencoderKL
+
+    from slimstep.models.pipeline import export_pipeline, load_pipeline, quiet, with_unet
+    from slimstep.prune.decoder import choose_channels, pruned_vae, pruned_widths
+
+    if not (folder / "teacher/model_index.json").exists():
+        with quiet():
+            small_pipelines()[name]().save_pretrained(folder / "teacher")
+    pipeline = load_pipeline(folder / "teacher")
+    network = pipeline.transformer
+    with quiet():
+        pruned = network.with_architecture(dict.fromkeys(network.kept_blocks[1:-1:2], 0))
+    kin = {"pruned": with_unet(pipeline, pruned)}
+    if isinstance(pipeline.vae, AutoencoderKL):
+        widths = pruned_widths(pipeline.vae, 0.5)
+        narrow = pruned_vae(pipeline.vae, choose_channels(pipeline.vae, widths, "first"), widths)
+        kin["narrow"] = with_unet(pipeline, network, vae=narrow)
+    for member, made in kin.items():
+        if not (folder / member / "model_index.json").exists():
+            with quiet():
+                export_pipeline(made, folder / member)
+    return {member: str(folder / member) for member in ("teacher", *kin)}
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("size", help="sd15, sd21, sd21_base, sdxl, or shapes: the bundled model, which is not random")
+    names = f"{', '.join(TRANSFORMERS)}, or shapes: the bundled model, which is not random"
+    parser.add_argument("size", help=f"sd15, sd21, sd21_base, sdxl, {names}")
     parser.add_argument("folder", type=Path)
     options = parser.parse_args()
-    from slimstep.prune.family import make_family  # here, since --help needs none of it
-
     try:
-        family = make_family(options.size, options.folder)
+        if options.size in TRANSFORMERS:
+            family = make_small(options.size, options.folder)
+        else:
+            from slimstep.prune.family import make_family  # here, since --help needs none of it
+
+            family = make_family(options.size, options.folder)
     except (ValueError, OSError) as error:
         fail(one_line(error))
     for name, folder in family.items():

@@ -16,12 +16,13 @@ from diffusers import (
 )
 from safetensors.torch import save_file
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from scripts.tiny_tokenizer import MAX_TOKENS, tiny_tokenizer
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.families.unet2d.denoiser import UNet2DConditionDenoiser
 
-WIDTH, MAX_TOKENS = 16, 16
+WIDTH = 16
 DENOISER = UNet2DConditionDenoiser("v_prediction", (4, 8, 8))
 
 
@@ -33,14 +34,6 @@ def slow(*values) -> list:
 def no_caption(tokens: int = 5) -> Conditioning:
     """What guidance steers away from, in tests that encode nothing."""
     return Conditioning({"text": torch.zeros(1, tokens, WIDTH)})
-
-
-def tiny_tokenizer(pad_token: str = "<|endoftext|>") -> CLIPTokenizer:
-    """Reads letters; longer captions than 14 letters are cut."""
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), "!", "<|startoftext|>", "<|endoftext|>"]
-    vocab = {token: i for i, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocab, merges=[], model_max_length=MAX_TOKENS, pad_token=pad_token)
 
 
 def tiny_unet() -> UNet2DConditionModel:

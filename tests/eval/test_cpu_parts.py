@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import slimstep.eval.cpu_parts
+from scripts.random_transformers import small_sd3_pipeline
 from slimstep.eval.cpu_parts import remove, twin
 from slimstep.eval.sampling import Sampler
 from slimstep.models.families.transformer.networks.sd3 import PrunableSD3Transformer2DModel
@@ -11,7 +12,6 @@ from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.family import denoiser_of
 from slimstep.models.networks import network_of
 from tests.tiny import small_pipeline
-from tests.transformers import small_sd3_pipeline
 
 PROMPTS = [f"prompt {letter}" for letter in "abcdefghijkl"]
 

@@ -3,6 +3,13 @@
 import pytest
 import torch
 
+from scripts.random_transformers import (
+    small_flux_pipeline,
+    small_pixart_pipeline,
+    small_qwen_image_pipeline,
+    small_sana_pipeline,
+    small_sd3_pipeline,
+)
 from slimstep.eval.timing.inference import CannotRunError, InferenceConfig
 from slimstep.eval.timing.speed import TimedPipeline
 from slimstep.eval.timing.stage_timer import timed_components
@@ -10,13 +17,6 @@ from slimstep.eval.timing.tasks import task_pipeline
 from slimstep.models.networks import with_sequence_length
 from slimstep.models.sizes import settle_sizes
 from tests.tiny import small_pipeline
-from tests.transformers import (
-    small_flux_pipeline,
-    small_pixart_pipeline,
-    small_qwen_image_pipeline,
-    small_sana_pipeline,
-    small_sd3_pipeline,
-)
 
 CPU = torch.device("cpu")
 MAKE = {"SD3": small_sd3_pipeline, "PixArt": small_pixart_pipeline, "FLUX": small_flux_pipeline,

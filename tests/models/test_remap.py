@@ -8,6 +8,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from scripts.random_transformers import small_flux_pipeline, small_sd3_pipeline
 from scripts.remap import main
 from slimstep.models.card import read_export_report
 from slimstep.models.families.transformer.networks.flux import PrunableFluxTransformer2DModel
@@ -18,7 +19,6 @@ from slimstep.models.pipeline import export_pipeline, load_pipeline
 from slimstep.models.remap import remap
 from tests.loras import draw_lora
 from tests.tiny import small_pipeline
-from tests.transformers import small_flux_pipeline, small_sd3_pipeline
 
 # {name: a pipeline, its prunable class, an architecture, modules that the LoRA changes}
 MODELS = {

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from scripts.random_transformers import small_sd3_pipeline
 from slimstep.data.prompts import PromptSet
 from slimstep.eval.sampling import Sampler
 from slimstep.models.families.transformer.networks.sd3 import PrunableSD3Transformer2DModel
@@ -16,7 +17,6 @@ from slimstep.prune.similarity import block_similarities
 from tests.jobs import run_job
 from tests.prune.test_job import SMALL
 from tests.tiny import small_pipeline
-from tests.transformers import small_sd3_pipeline
 
 PROMPTS = PromptSet(("a", "b", "c"), "letters")
 KINDS = {"UNet": (small_pipeline, PrunableUNet2DConditionModel, "mid_block.attentions.0"),

@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from scripts.random_transformers import alive
 from slimstep.models.families.transformer.others import OF_FAMILIES, OTHERS, REFUSED, prunable, prunable_class
 from slimstep.models.families.transformer.stock import to_stock
 from slimstep.models.family import family_at
 from tests.other_transformers import KINDS
-from tests.transformers import alive
 
 DEPTH = 3
 FAST = ("AuraFlowTransformer2DModel", "MochiTransformer3DModel", "WanTransformer3DModel")  # all take half a minute

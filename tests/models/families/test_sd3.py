@@ -13,6 +13,7 @@ from diffusers import (
     StableDiffusion3Pipeline,
 )
 
+from scripts.random_transformers import POOLED, TEXT_WIDTH, small_sd3, small_sd3_pipeline
 from slimstep.data.cache import cache_pairs
 from slimstep.distill.prediction import Denoising
 from slimstep.distill.recovery import Recovery, features_of
@@ -30,7 +31,6 @@ from slimstep.models.noise_schedule import add_noise, ddim_step, pred_of
 from slimstep.models.pipeline import check_pipeline, export_pipeline, load_pipeline, with_unet
 from slimstep.prune.decoder import choose_channels, pruned_vae
 from slimstep.prune.stochastic_depth import StochasticDepth
-from tests.transformers import POOLED, TEXT_WIDTH, small_sd3, small_sd3_pipeline
 
 VERSIONS = {"3": {}, "3.5": {"dual_attention_layers": (0, 1, 3), "qk_norm": "rms_norm"}}
 BLOCKS = tuple(f"transformer_blocks.{i}" for i in range(5))

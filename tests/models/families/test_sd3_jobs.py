@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 from diffusers import DiffusionPipeline, SD3Transformer2DModel
 
+from scripts.random_transformers import small_sd3_pipeline
 from slimstep.models.pipeline import export_pipeline, load_pipeline
 from tests.jobs import run_job
 from tests.tiny import write_tiny_clip
-from tests.transformers import small_sd3_pipeline
 
 pytestmark = pytest.mark.slow  # some 40 s of one core
 NO_T5 = {"text_encoder_3": None, "tokenizer_3": None}

@@ -8,6 +8,18 @@ import torch
 from diffusers import AuraFlowTransformer2DModel, DiffusionPipeline
 from torch import nn
 
+from scripts.random_transformers import (
+    small_flux,
+    small_flux_pipeline,
+    small_pixart,
+    small_pixart_pipeline,
+    small_qwen_image,
+    small_qwen_image_pipeline,
+    small_sana,
+    small_sana_pipeline,
+    small_sd3,
+    small_sd3_pipeline,
+)
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.families.transformer.network import submodule
 from slimstep.models.families.transformer.networks.flux import PrunableFluxTransformer2DModel
@@ -20,18 +32,6 @@ from slimstep.models.families.transformer.stock import to_stock
 from slimstep.models.family import denoiser_of
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.other_transformers import KINDS
-from tests.transformers import (
-    small_flux,
-    small_flux_pipeline,
-    small_pixart,
-    small_pixart_pipeline,
-    small_qwen_image,
-    small_qwen_image_pipeline,
-    small_sana,
-    small_sana_pipeline,
-    small_sd3,
-    small_sd3_pipeline,
-)
 
 SD35 = {"dual_attention_layers": (0, 1, 3), "qk_norm": "rms_norm"}
 STOCK = {"SD3": small_sd3, "SD3.5": lambda: small_sd3(**SD35), "PixArt": small_pixart, "FLUX": small_flux,

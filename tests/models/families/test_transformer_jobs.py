@@ -7,14 +7,14 @@ from pathlib import Path
 import pytest
 from diffusers import DiffusionPipeline
 
-from tests.jobs import run_job
-from tests.tiny import write_tiny_clip
-from tests.transformers import (
+from scripts.random_transformers import (
     small_flux_pipeline,
     small_pixart_pipeline,
     small_qwen_image_pipeline,
     small_sana_pipeline,
 )
+from tests.jobs import run_job
+from tests.tiny import write_tiny_clip
 
 pytestmark = pytest.mark.slow  # some 30 s of one core for each of them
 PIPELINES = {"PixArt": small_pixart_pipeline, "FLUX": small_flux_pipeline, "Sana": small_sana_pipeline,

@@ -7,6 +7,17 @@ import torch
 from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
 from torch import nn
 
+from scripts.random_transformers import (
+    small_flux,
+    small_flux_pipeline,
+    small_pixart,
+    small_pixart_pipeline,
+    small_qwen_image,
+    small_qwen_image_pipeline,
+    small_sana,
+    small_sana_pipeline,
+    small_sd3_pipeline,
+)
 from slimstep.data.encoding import encode_images
 from slimstep.engine.low_rank import add_low_rank, merge_low_rank
 from slimstep.eval.sampling import Sampler
@@ -23,17 +34,6 @@ from slimstep.models.networks import sequence_length
 from slimstep.models.pipeline import check_pipeline, export_pipeline, load_pipeline, with_unet
 from slimstep.models.sizes import settle_sizes
 from tests.tiny import small_pipeline
-from tests.transformers import (
-    small_flux,
-    small_flux_pipeline,
-    small_pixart,
-    small_pixart_pipeline,
-    small_qwen_image,
-    small_qwen_image_pipeline,
-    small_sana,
-    small_sana_pipeline,
-    small_sd3_pipeline,
-)
 
 FOUR = [f"transformer_blocks.{i}" for i in range(4)]
 BLOCKS = {

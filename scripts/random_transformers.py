@@ -35,7 +35,7 @@ from transformers import (
     T5EncoderModel,
 )
 
-from tests.tiny import MAX_TOKENS, tiny_tokenizer
+from scripts.tiny_tokenizer import MAX_TOKENS, tiny_tokenizer
 
 TEXT_WIDTH, POOLED = 16, 8
 
