@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 from diffusers.models.attention_processor import AttnProcessor
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from torch import nn
@@ -173,6 +174,7 @@ def use_backend(network: nn.Module, package: str) -> None:
         raise CannotRunError(f"diffusers sends no attention of {kind_of(network)} through its dispatcher")
     if package != "flex" and not find_spec(package):
         raise CannotRunError(f"{package} is not installed: pip install {package.replace('_', '-')}")
+    whole_process, _ = _AttentionBackendRegistry.get_active_backend()
     try:
         with quiet():
             if is_dispatched:
@@ -181,6 +183,8 @@ def use_backend(network: nn.Module, package: str) -> None:
                 network.enable_xformers_memory_efficient_attention()
     except (ImportError, RuntimeError, ValueError) as error:  # another version is wanted, or another device
         raise CannotRunError(str(error)) from error
+    finally:  # diffusers sets it for all models of the process, too
+        _AttentionBackendRegistry.set_active_backend(whole_process)
 
 
 def kind_of(network: nn.Module) -> str:

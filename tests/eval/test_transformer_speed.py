@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry
 
 from scripts.random_transformers import (
     small_flux_pipeline,
@@ -70,6 +71,8 @@ def test_a_kernel_goes_through_diffusers_dispatcher():
     chosen = {str(module.processor._attention_backend) for module in one.pipeline.transformer.modules()
               if hasattr(module, "processor")}  # fmt: skip
     assert len(chosen) == 1 and "flex" in chosen.pop().lower()
+    now, _ = _AttentionBackendRegistry.get_active_backend()
+    assert "flex" not in str(now).lower(), "the next row has another kernel"
 
 
 def test_tasks_that_diffusers_has_for_a_transformer():
