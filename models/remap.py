@@ -52,10 +52,14 @@ def remap(lora: str | Path, export: str | Path, target: str | Path) -> Remapped:
     """Writes the LoRA for the export as the file `target`, in the kind of names that it has.
 
     The part of a removed block falls away; that of a copied one is there once for each copy. Raises ValueError for what
-    is no file of safetensors, for an export that does not say where its blocks went, and for names that cannot be read.
+    is no file of safetensors, for an export that does not say where its blocks went, for names that cannot be read, and
+    for ControlNets.
     """
     tensors, metadata = stored(lora)
     names = names_of(Path(export))
+    if outputs := [key for key in tensors if "controlnet_" in key]:
+        why = "diffusers spreads its outputs over the blocks by their number alone, and no file can say otherwise"
+        raise ValueError(f"{lora} is a ControlNet ({preview(outputs)}): {why}; train one for the pruned model")
     if other := [key for key in tensors if ORIGINAL_UNET.search(key)]:
         way = "load it by diffusers upon the full model, and save it again"
         raise ValueError(f"{lora} has the names of Stable Diffusion's original files ({preview(other)}): {way}")

@@ -188,6 +188,7 @@ def test_the_command_says_what_falls_away_and_replaces_nothing(flux, tmp_path, m
 @pytest.mark.parametrize(("key", "message"), [
     ("lora_unet_input_blocks_4_1_proj_in.lora_down.weight", "Stable Diffusion's original files .*upon the full model"),
     ("lora_te_text_model_layers_0.lora_down.weight", "names no block of the model"),
+    ("controlnet_blocks.0.weight", "is a ControlNet .*train one for the pruned model"),
 ])  # fmt: skip
 def test_names_that_cannot_be_read_are_an_error(flux, tmp_path, key, message):
     save_file({key: torch.ones(2, 3)}, tmp_path / "lora.safetensors")
