@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from diffusers import ControlNetModel, DiffusionPipeline, UNet2DConditionModel, UNet2DModel
-from diffusers.models.attention_dispatch import _AttentionBackendRegistry
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers.models.attention_dispatch import AttentionBackendName, attention_backend
+from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -37,6 +37,7 @@ KERNELS = {
 # Kernels of other packages (flex: torch's own), and their names in diffusers' dispatcher, which the attention of some
 # transformers goes through.
 BACKENDS = {"flash_attn": "flash", "flex": "flex", "sageattention": "sage", "xformers": "xformers"}
+SOFTMAX = (AttnProcessor, AttnProcessor2_0, JointAttnProcessor2_0)  # those for which xFormers has a like one
 ATTENTION = ("sdpa", "vanilla", *KERNELS, *BACKENDS)
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # regional: the transformer layers alone, one graph for all; cudagraphs: eager kernels, launched as one graph.
@@ -136,10 +137,10 @@ def prepare(pipeline: DiffusionPipeline, inference: InferenceConfig, device: tor
         elif inference.attention in BACKENDS:
             use_backend(network, inference.attention)
     if inference.fused_qkv:
-        for network in (denoiser, *decoders):
-            if not hasattr(network, "fuse_qkv_projections"):
-                raise CannotRunError(f"diffusers fuses no QKV of a {type(network).__name__}")
-            network.fuse_qkv_projections()
+        fuse_qkv(denoiser, inference.attention)
+        for network in decoders:
+            if hasattr(network, "fuse_qkv_projections"):
+                network.fuse_qkv_projections()
     if inference.quantize != "none":
         quantize(denoiser, inference.quantize)
     compile_networks(pipeline, inference)
@@ -167,24 +168,47 @@ def use_vanilla(network: nn.Module) -> None:
 
 
 def use_backend(network: nn.Module, package: str) -> None:
-    """Attention through another package's kernel: xFormers' of a UNet by its own switch, others by the dispatcher."""
-    processors = (getattr(module, "processor", None) for module in network.modules())
-    is_dispatched = any(hasattr(processor, "_attention_backend") for processor in processors)
-    if not is_dispatched and package != "xformers":
+    """Attention through another package's kernel: by diffusers' dispatcher, or by its switch for xFormers."""
+    if package != "xformers" and not is_dispatched(network):
         raise CannotRunError(f"diffusers sends no attention of {kind_of(network)} through its dispatcher")
     if package != "flex" and not find_spec(package):
         raise CannotRunError(f"{package} is not installed: pip install {package.replace('_', '-')}")
-    whole_process, _ = _AttentionBackendRegistry.get_active_backend()
     try:
         with quiet():
-            if is_dispatched:
-                network.set_attention_backend(BACKENDS[package])
+            if is_dispatched(network):
+                # diffusers makes it the kernel of all networks of the process; the context takes that back.
+                with attention_backend(AttentionBackendName.NATIVE):
+                    network.set_attention_backend(BACKENDS[package])
             else:
-                network.enable_xformers_memory_efficient_attention()
+                use_xformers(network)
     except (ImportError, RuntimeError, ValueError) as error:  # another version is wanted, or another device
         raise CannotRunError(str(error)) from error
-    finally:  # diffusers sets it for all models of the process, too
-        _AttentionBackendRegistry.set_active_backend(whole_process)
+
+
+def processors_of(network: nn.Module) -> list[Any]:
+    """What computes each attention."""
+    return [module.processor for module in network.modules() if getattr(module, "processor", None) is not None]
+
+
+def is_dispatched(network: nn.Module) -> bool:
+    return any(hasattr(processor, "_attention_backend") for processor in processors_of(network))
+
+
+def use_xformers(network: nn.Module) -> None:
+    """By diffusers' switch, which would put softmax attention in the place of any other, as Sana's linear one."""
+    if other := {type(p).__name__ for p in processors_of(network) if not isinstance(p, SOFTMAX)}:
+        raise CannotRunError(f"diffusers has xFormers' kernel for none of {kind_of(network)}'s {sorted(other)}")
+    network.enable_xformers_memory_efficient_attention()
+
+
+def fuse_qkv(network: nn.Module, attention: str) -> None:
+    """The products of query, key and value as one. Some classes have the method, and it does nothing for them."""
+    if attention == "xformers" and not is_dispatched(network):
+        raise CannotRunError("fused QKV comes with an attention of its own, and not with xFormers'")
+    if hasattr(network, "fuse_qkv_projections"):
+        network.fuse_qkv_projections()
+    if not any(getattr(module, "fused_projections", False) for module in network.modules()):
+        raise CannotRunError(f"diffusers fuses no QKV of {kind_of(network)}")
 
 
 def kind_of(network: nn.Module) -> str:

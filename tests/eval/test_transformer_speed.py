@@ -3,6 +3,7 @@
 import pytest
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry
+from torch.nn.attention import flex_attention
 
 from scripts.random_transformers import (
     small_flux_pipeline,
@@ -64,6 +65,37 @@ def test_a_kernel_that_is_not_there_says_why(monkeypatch, make, attention, why):
     monkeypatch.setattr("slimstep.eval.timing.inference.find_spec", lambda name: None)
     with pytest.raises(CannotRunError, match=why):
         timed(make(), InferenceConfig(attention=attention))
+
+
+def test_xformers_takes_the_place_of_no_linear_attention(monkeypatch):
+    monkeypatch.setattr("slimstep.eval.timing.inference.find_spec", lambda name: object())
+    with pytest.raises(CannotRunError, match="none of SanaTransformer2DModel's .'SanaAttnProcessor2_0', 'SanaLinear"):
+        timed(small_sana_pipeline(), InferenceConfig(attention="xformers"))
+
+
+@pytest.mark.parametrize("family", MAKE)
+def test_fused_projections_draw_the_same_or_say_that_there_are_none(family):
+    pipeline, inference = MAKE[family](), InferenceConfig(fused_qkv=True)
+    settle_sizes(pipeline)
+    if family in ("Sana", "Qwen-Image"):
+        with pytest.raises(CannotRunError, match="diffusers fuses no QKV of .*Transformer2DModel"):
+            timed(pipeline, inference)
+    else:
+        plain = timed(pipeline).images(2)
+        assert (plain.int() - timed(pipeline, inference).images(2).int()).abs().max() <= 1
+
+
+def test_a_kernel_of_one_network_is_that_of_no_other(monkeypatch):
+    """diffusers' set_attention_backend makes it the kernel of every network without one of its own."""
+    pipelines = small_flux_pipeline(), small_flux_pipeline()
+    for pipeline in pipelines:
+        settle_sizes(pipeline)
+    by_flex, plain = timed(pipelines[0], InferenceConfig(attention="flex")), timed(pipelines[1])
+    called, flex = [], flex_attention.flex_attention
+    monkeypatch.setattr(flex_attention, "flex_attention", lambda *a, **k: called.append(1) or flex(*a, **k))
+    images = plain.images(2)
+    assert not called
+    assert (images.int() - by_flex.images(2).int()).abs().max() <= 1 and called
 
 
 def test_a_kernel_goes_through_diffusers_dispatcher():
