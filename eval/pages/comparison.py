@@ -40,7 +40,7 @@ def compare_runs(folders: Sequence[str | Path], out: str | Path) -> str:
     rows = without_repeated_teachers([row for name, run in runs.items() for row in run_rows(name, run, first)])
     header, classes = ["run", *COLUMNS, f"against {first_name}"], [row["kind"] for row in rows]
     table = Table(header, [row["cells"] for row in rows], row_classes=classes)
-    figure = pareto_figure(points(rows))
+    figure = pareto_figure(points(rows), "UNet latency, % of the teacher's in the same run")
     save_png(figure, out / "clip-against-latency.png")
     write_text(out / "table.md", table.markdown)
     page = render(
@@ -84,9 +84,9 @@ def run_rows(name: str, run: RunRecord, first: RunRecord) -> list[dict[str, Any]
     """The lines of a run's teacher and student."""
     teacher, student = run.models[0], run.models[-1]
     return [
-        {"name": f"teacher of {name}", "kind": "teacher", "model": teacher,
+        {"name": f"teacher of {name}", "kind": "teacher", "model": teacher, "teacher_ms": teacher.ms,
          "cells": [*cells(f"teacher of {name}", teacher, teacher, None), difference(None)]},
-        {"name": name, "kind": "student", "model": student,
+        {"name": name, "kind": "student", "model": student, "teacher_ms": teacher.ms,
          "cells": [*cells(name, student, teacher, student.versus_reference), difference(versus_first(run, first))]},
     ]  # fmt: skip
 
@@ -138,11 +138,13 @@ def without_repeated_teachers(rows: Sequence[dict[str, Any]]) -> list[dict[str, 
 
 
 def points(rows: Sequence[Mapping[str, Any]]) -> list[Point]:
-    """The rows in the plane of latency and score; a colour for each run."""
+    """The rows in the plane of latency and score; a colour for each run. Latencies are in percent of the run's own
+    teacher's: runs are timed apart, and a machine is not as fast at all hours."""
     students = [row["name"] for row in rows if row["kind"] == "student"]
     made = []
     for row in rows:
         model = row["model"]
         colour = TEACHER if row["kind"] == "teacher" else SERIES[students.index(row["name"]) % len(SERIES)]
-        made.append(Point(row["name"], model.ms, model.clip["mean"], model.clip["se"], row["kind"], colour))
+        share = 100 * model.ms / row["teacher_ms"]
+        made.append(Point(row["name"], share, model.clip["mean"], model.clip["se"], row["kind"], colour))
     return made

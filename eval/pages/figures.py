@@ -137,8 +137,9 @@ def evolution_figure(points: Sequence[Point], target_ms: float | None, predicted
 
 
 @styled
-def pareto_figure(points: Sequence[Point]) -> Figure:
-    """CLIP score against latency with the front of models that none beats in both; up and left is better."""
+def pareto_figure(points: Sequence[Point], latency: str = "UNet latency, ms") -> Figure:
+    """CLIP score against latency, `ms` of a point in whatever unit `latency` says, with the front of models that none
+    beats in both; up and left is better."""
     figure, (axes,) = canvas(6.4, 4.6)
     front = pareto_front(points)
     axes.step([p.ms for p in front], [p.clip for p in front], where="post", color=LINE, linewidth=2.5, zorder=0)
@@ -147,7 +148,7 @@ def pareto_figure(points: Sequence[Point]) -> Figure:
         axes.errorbar(point.ms, point.clip, point.se, ecolor=point.colour, capsize=3, linewidth=1, alpha=0.7, zorder=2)
         size, alpha = (30, 0.55) if point.kind == "step" else (64, 1)
         axes.scatter(point.ms, point.clip, s=size, facecolor=face, edgecolor=point.colour, alpha=alpha, zorder=3)
-    axes.set_xlabel("UNet latency, ms")
+    axes.set_xlabel(latency)
     axes.set_ylabel("CLIP score ± se")
     axes.margins(0.14, 0.16)
     label_points(figure, axes, points)
