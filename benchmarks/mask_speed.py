@@ -1,6 +1,7 @@
 """Scoring blocks by masks, beside surgery and the stock pipeline, which is how it is done by hand.
 
     python benchmarks/mask_speed.py --model assets/shapes
+    python benchmarks/mask_speed.py --model assets/shapes-dit --max-sequence-length 1
 
 Both take the CLIP score that is lost without each block, on the same held-out captions from the same noise, with equal
 steps, guidance and batch size, in turn, A B B A, in one process with all threads. By hand, a stock pipeline is built
@@ -48,25 +49,21 @@ def by_masks(pipeline: DiffusionPipeline, scorer: ClipScorer, prompts: Sequence[
     return {block: score["delta_clip"] for block, score in table.record({})["sites"].items()}
 
 
-def by_surgery(
-    pipeline: DiffusionPipeline, scorer: ClipScorer, prompts: Sequence[str], batch: int, max_tokens: int | None
-) -> Losses:
-    """The same, by the stock pipeline's own call; `max_tokens` is its max_sequence_length, where it has one."""
-    network, text_ND = network_of(pipeline), scorer.text(prompts)
+def by_surgery(pipeline: DiffusionPipeline, scorer: ClipScorer, prompts: Sequence[str], batch: int) -> Losses:
+    """The same, by the stock pipeline's own call."""
+    network, text_ND, family = network_of(pipeline), scorer.text(prompts), family_of(pipeline)
     sampler = Sampler(pipeline, STEPS, GUIDANCE)
-    options = {} if max_tokens is None else {"max_sequence_length": max_tokens}
 
     def scores(architecture: dict[str, int]) -> Tensor:
         pruned = with_unet(pipeline, network.with_architecture(architecture))
-        stock = family_of(pipeline).exported(pruned).pipeline
+        stock = family.exported(pruned).pipeline
         stock.set_progress_bar_config(disable=True)
         found = []
         for indices in torch.arange(len(prompts)).split(batch):
             noise = torch.stack([sampler.noise(index) for index in indices.tolist()])
-            images = stock(
-                [prompts[index] for index in indices], latents=noise, num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE, output_type="pt", **options,
-            ).images  # fmt: skip
+            called = family.call(stock, GUIDANCE, noise)
+            texts = [prompts[index] for index in indices]
+            images = stock(texts, num_inference_steps=STEPS, output_type="pt", **called).images
             found.append(scorer.score((images * 255).round().to(torch.uint8), text_ND[indices]))
         return torch.cat(found)
 
@@ -84,18 +81,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "assets/shapes")
     parser.add_argument("--scorer", type=Path, default=ROOT / "assets/shapes-clip")
+    parser.add_argument("--max-sequence-length", type=int, help="of a transformer's pipeline (default: its own)")
     parser.add_argument("--rounds", type=int, default=2, help="of A B B A (default: %(default)s)")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--out", type=Path, help="default: benchmarks/mask-speed/MODEL.json")
     options = parser.parse_args()
-    pipeline, scorer = load_pipeline(options.model), ClipScorer(f"local-dir:{options.scorer}")
+    pipeline = load_pipeline(options.model, max_sequence_length=options.max_sequence_length)
+    scorer = ClipScorer(f"local-dir:{options.scorer}")
     prompts = list(shapes_prompts("heldout", options.prompts, 0).prompts)
-    text = getattr(pipeline, "tokenizer_max_length", None)
-    max_tokens = family_of(pipeline).tokens(pipeline) - text if text else None
     ways = {
         "masks": lambda: by_masks(pipeline, scorer, prompts, options.batch),
-        "surgery": lambda: by_surgery(pipeline, scorer, prompts, options.batch, max_tokens),
+        "surgery": lambda: by_surgery(pipeline, scorer, prompts, options.batch),
     }
     runs: dict[str, list[dict]] = {name: [] for name in ways}
     for _ in range(options.rounds):
@@ -109,7 +106,8 @@ def main() -> None:
         "model": options.model.name,
         "environment": environment(),
         "setting": {"prompts": options.prompts, "steps": STEPS, "guidance": GUIDANCE, "batch": options.batch,
-                    "threads": torch.get_num_threads(), "blocks": len(ours)},
+                    "max_sequence_length": options.max_sequence_length, "threads": torch.get_num_threads(),
+                    "blocks": len(ours)},
         "times_as_fast": {c: {"median": statistics.median(r), "range": [min(r), max(r)]} for c, r in ratios.items()},
         "largest_difference_of_scores": max(abs(by_hand[block] - ours[block]) for block in ours),
         "runs": {name: [{k: v for k, v in run.items() if k != "lost"} for run in made] for name, made in runs.items()},
