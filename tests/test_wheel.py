@@ -35,7 +35,7 @@ def test_a_wheel_holds_one_package_with_its_configs_and_assets(wheel):
     folders = ("assets", "configs", "data", "distill", "engine", "eval", "models", "prune")
     ours = {file for file in tracked.split("\0") if file.startswith(tuple(f"{folder}/" for folder in folders))}
     pages = {file for file in ours if file.endswith(".md")}
-    assert {f"slimstep/{file}" for file in ours - pages} <= set(names)
+    assert {f"slimstep/{file}" for file in ours - pages} <= set(names), "a folder is in no package of pyproject.toml"
 
 
 @pytest.mark.slow
