@@ -22,7 +22,7 @@ CHECKPOINT_COPIES, BYTES = 4, 4  # a checkpoint holds weights, two moments of Ad
 class Stage:
     """An artifact of a job and what making it costs.
 
-    `forwards` counts UNet rows without gradients, a guided image step being two, `trained` those with a backward;
+    `forwards` counts denoiser rows without gradients, a guided image step being two, `trained` those with a backward;
     `decoded` images of a decoder that learns.
     """
 
@@ -47,7 +47,7 @@ def training(stage: str, config: TrainConfig, teacher: Teacher, teacher_rows: in
 
 
 def export(artifact: str, teacher: Teacher) -> Stage:
-    """A diffusers folder: the UNet, and what it is exported with."""
+    """A diffusers folder: the denoiser, and what it is exported with."""
     parts = sum(p.numel() for network in networks(teacher.pipeline) for p in network.parameters())
     return Stage(artifact, "", 0, BYTES * parts)
 
@@ -59,7 +59,7 @@ def scorer_stage(run: Run) -> list[Stage]:
 
 
 def image_rows(steps: int, guidance_scale: float) -> int:
-    """UNet rows of one image."""
+    """Denoiser rows of one image."""
     return steps * (2 if guidance_scale > 1 else 1)
 
 
@@ -74,7 +74,7 @@ def stages_table(run: Run, stages: Sequence[Stage]) -> str:
     rows = [
         [s.artifact, state(run, s), s.work, rows_of(s.forwards), rows_of(s.trained), size(s.disk_bytes)] for s in stages
     ]
-    return markdown_table(["artifact", "state", "work", "UNet forwards", "with backward", "disk"], rows)
+    return markdown_table(["artifact", "state", "work", "denoiser forwards", "with backward", "disk"], rows)
 
 
 def rows_of(number: int) -> str:
@@ -86,7 +86,7 @@ def state(run: Run, stage: Stage) -> str:
 
 
 def estimates(teacher: Teacher, stages: Sequence[Stage], trainings: Sequence[TrainConfig], time: str) -> list[str]:
-    """The run's place, its UNet, and what is left to do in time, memory and disk."""
+    """The run's place, its denoiser, and what is left to do in time, memory and disk."""
     unet = teacher.unet
     lines = [
         f"run        {teacher.run.path}",

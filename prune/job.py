@@ -153,13 +153,13 @@ def check_metric(config: Config, metrics: Mapping[str, Metric]) -> None:
 
 
 def prunable_copy(teacher: Teacher) -> Prunable:
-    """A trainable copy of the teacher's UNet, in float32."""
+    """A trainable copy of the teacher's network, in float32."""
     unet = type(teacher.unet).from_unet(teacher.unet, skip_rule=skip_rule(teacher.config))
     return unet.float().requires_grad_()
 
 
 def evaluator_of(teacher: Teacher, unets: Mapping[str, Prunable], prompts: PromptSet, scorer: Any) -> Evaluator:
-    """Every UNet in the teacher's pipeline; `unets` grows while the job goes on."""
+    """Every network in the teacher's pipeline; `unets` grows while the job goes on."""
     config, sampler = teacher.config, teacher.sampler(teacher.config.eval)
     codec = family_of(teacher.pipeline).codec(teacher.pipeline)
     decoder = {"decoder": count_parameters(codec.decoder)} if codec else {}
@@ -178,7 +178,7 @@ def evaluator_of(teacher: Teacher, unets: Mapping[str, Prunable], prompts: Promp
 def results(teacher: Teacher, evaluation: Evaluation) -> Sequence[str]:
     """The student's scores and milliseconds, for its model card."""
     config, ms = teacher.config.latency, evaluation.facts["ms"]
-    times = f"UNet: {ms['student']:.2f} ms, the teacher's {ms['teacher']:.2f} ms, for a batch of {config.batch}"
+    times = f"Denoiser: {ms['student']:.2f} ms, the teacher's {ms['teacher']:.2f} ms, for a batch of {config.batch}"
     clock = f"by the table {config.table}" if config.table else f"measured on {evaluation.environment['device']}"
     return [result_line(evaluation.points[-1]), f"{times} ({clock})"]
 

@@ -1,6 +1,6 @@
 """The latency table: milliseconds each block costs inside the running network, and how far the entries add up.
 
-On a GPU an entry is the whole UNet minus the UNet without the block, each a CUDA graph (CUDA events, interleaved,
+On a GPU an entry is the whole denoiser minus that without the block, each a CUDA graph (CUDA events, interleaved,
 medians): launched kernel by kernel, two blocks of as many kernels cost alike. On a CPU such differences drown in noise:
 there an entry is the thread's CPU time spent inside the block of the running network, less what its skip rule costs.
 Blocks run alone are never timed: launch gaps, fusion and concatenations do not add up.
@@ -53,9 +53,9 @@ def read_table(path: str | Path) -> dict:
 
 
 def table_without(table: dict, unet: Prunable) -> dict:
-    """What a table of the whole UNet says of a pruned one: entries of the kept blocks, the rest taken off `full_ms`."""
+    """What a table of a whole denoiser says of a pruned one: entries of the kept blocks, the rest off `full_ms`."""
     if unknown := [block for block in unet.kept_blocks if block not in table["sites"]]:
-        raise ValueError(f"latency.table has no entry for {unknown}: it was made for another UNet")
+        raise ValueError(f"latency.table has no entry for {unknown}: it was made for another denoiser")
     entries = {block: unet.repeats(block) * table["sites"][block]["ms"] for block in unet.kept_blocks}
     full_ms = predicted_ms(table, unet)
     return {**table, "full_ms": full_ms, "sites": {block: {"ms": ms} for block, ms in entries.items()}}
@@ -171,7 +171,7 @@ def random_removals(unet: Prunable, full_ms: float, block_ms: Mapping[str, float
     """Random architectures with 2 … 3/4 of the blocks gone: what the table predicts and what is measured."""
     draw = generator("removals", config.seed)
     samples, blocks = [], list(unet.kept_blocks)
-    for _ in progress(range(config.additive_samples), desc="additive error", unit="UNet"):
+    for _ in progress(range(config.additive_samples), desc="additive error", unit="denoiser"):
         count = int(torch.randint(2, max(3, 3 * len(blocks) // 4), (), generator=draw))
         order = [blocks[i] for i in torch.randperm(len(blocks), generator=draw)]
         # A layer within a removed transformer goes with it, and is not counted twice.

@@ -97,7 +97,7 @@ PRUNING = {
     "torn weights": (["model=path", "model.name_or_path={torn}"], r"torn"),
     "config that is not JSON": (["model=path", "model.name_or_path={garbled}"], r"garbled"),
     "table that is not one": (["latency.table={three}"], r"is no latency table"),
-    "table of another UNet": (["latency.table={other}"], r"no entry for .*another UNet"),
+    "table of another UNet": (["latency.table={other}"], r"no entry for .*another denoiser"),
     "root is a file": (["root={three}"], r"three.txt"),
     "a job of another library": (["job=os.system"], r"job=os.system is no job"),
     "no way to search": (["search.method=null"], r"search.method=None describes nothing"),

@@ -17,7 +17,7 @@ from slimstep.eval.pages.tables import Table
 from slimstep.eval.pages.text import count, difference, digits, display_name, percent, score
 
 BEFORE_A_CHOICE = {"precision": "float32"}  # of protocols that do not say theirs
-COLUMNS = ["parameters", "GFLOPs", "UNet ms", "of teacher", "CLIP ± se", "against teacher"]
+COLUMNS = ["parameters", "GFLOPs", "denoiser ms", "of teacher", "CLIP ± se", "against teacher"]
 
 
 def run_table(folder: str | Path) -> str:
@@ -40,7 +40,7 @@ def compare_runs(folders: Sequence[str | Path], out: str | Path) -> str:
     rows = without_repeated_teachers([row for name, run in runs.items() for row in run_rows(name, run, first)])
     header, classes = ["run", *COLUMNS, f"against {first_name}"], [row["kind"] for row in rows]
     table = Table(header, [row["cells"] for row in rows], row_classes=classes)
-    figure = pareto_figure(points(rows), "UNet latency, % of the teacher's in the same run")
+    figure = pareto_figure(points(rows), "denoiser latency, % of the teacher's in the same run")
     save_png(figure, out / "clip-against-latency.png")
     write_text(out / "table.md", table.markdown)
     page = render(

@@ -47,8 +47,8 @@ def columns(points: Sequence[Point]) -> dict[str, Callable[[Point], str]]:
         "model": lambda p: p.model,
         "guidance": lambda p: f"{p.guidance:g}",
         "steps": lambda p: str(p.steps),
-        "UNet, decoder": sizes,
-        "UNet evaluations": lambda p: str(p.facts.get("evaluations", "–")),
+        "denoiser, decoder": sizes,
+        "denoiser evaluations": lambda p: str(p.facts.get("evaluations", "–")),
     }
     scores = dict.fromkeys(name for p in points for name in p.of_kind("per_image"))
     for name in sorted(scores, key=lambda name: name != "clip"):

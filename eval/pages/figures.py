@@ -129,7 +129,7 @@ def evolution_figure(points: Sequence[Point], target_ms: float | None, predicted
     if foretold or target_ms is not None:
         ms.legend(frameon=False, fontsize=8, loc="upper right", ncols=2)
     ms.set_ylim(0, 1.22 * max([p.ms for p in points] + [target_ms or 0]))
-    ms.set_ylabel("UNet latency, ms")
+    ms.set_ylabel("denoiser latency, ms")
     ms.set_xticks(list(x), [p.label for p in points])
     for axes in (clip, ms):
         axes.grid(axis="x", visible=False)
@@ -137,7 +137,7 @@ def evolution_figure(points: Sequence[Point], target_ms: float | None, predicted
 
 
 @styled
-def pareto_figure(points: Sequence[Point], latency: str = "UNet latency, ms") -> Figure:
+def pareto_figure(points: Sequence[Point], latency: str = "denoiser latency, ms") -> Figure:
     """CLIP score against latency, `ms` of a point in whatever unit `latency` says, with the front of models that none
     beats in both; up and left is better."""
     figure, (axes,) = canvas(6.4, 4.6)

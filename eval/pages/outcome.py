@@ -82,7 +82,7 @@ class Outcome:
     def artifacts(self) -> Table:
         """The teacher at each of its steps, then what every stage made."""
         most = f"{self.teachers[0].steps} steps"
-        header = ["model", "steps", "UNet", "decoder", "CLIP ± se", f"against {most}, paired [95 %]", "ms an image",
+        header = ["model", "steps", "denoiser", "decoder", "CLIP ± se", f"against {most}, paired [95 %]", "ms an image",
                   f"× {most} [95 %]"]  # fmt: skip
         return Table(header, list(map(self.artifact_row, self.points)), labels=2)
 
@@ -116,8 +116,8 @@ class Outcome:
         faster, versus = self.faster(student, teacher), self.versus(student, teacher)
         times = f"{faster['ratio']:.1f} times as fast" if faster else "not timed"
         return (
-            f"With {share} of the UNet's parameters and {student.steps} steps the student draws an image {times} as "
-            f"the teacher with {teacher.steps}; CLIP {difference(versus)}, paired over {versus['n']} prompts."
+            f"With {share} of the denoiser's parameters and {student.steps} steps the student draws an image {times} "
+            f"as the teacher with {teacher.steps}; CLIP {difference(versus)}, paired over {versus['n']} prompts."
         )
 
     def tiles(self) -> list[dict[str, str]]:

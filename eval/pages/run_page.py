@@ -66,7 +66,7 @@ def headline(run: RunRecord) -> str:
         outcome = f"is {abs(versus['mean']):.2f} {'above' if versus['low'] > 0 else 'below'} its teacher's"
     time, size = (percent(getattr(student, key) / getattr(teacher, key)) for key in ("ms", "parameters"))
     return (
-        f"The student takes {time} of the teacher's UNet time ({digits(student.ms)} of {digits(teacher.ms)} ms) "
+        f"The student takes {time} of the teacher's denoiser time ({digits(student.ms)} of {digits(teacher.ms)} ms) "
         f"and has {size} of its parameters. Its CLIP score {outcome}."
     )
 
@@ -81,7 +81,7 @@ def tiles(run: RunRecord) -> list[dict[str, str]]:
     copied = sum(spec.repeats > 1 for spec in run.architecture.values())
     interval = f"{signed(versus['low'])} to {signed(versus['high'])} (95 %)"
     shares = (
-        ("UNet time", attrgetter("ms"), digits, " ms"),
+        ("denoiser time", attrgetter("ms"), digits, " ms"),
         ("parameters", attrgetter("parameters"), count, ""),
         ("GFLOPs", attrgetter("gflops"), digits, ""),
     )

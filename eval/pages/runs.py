@@ -59,7 +59,7 @@ class Round:
 
 @dataclass(frozen=True)
 class Model(Point):
-    """An evaluated model of a pruning run, with the milliseconds of its UNet."""
+    """An evaluated model of a pruning run, with the milliseconds of its denoiser."""
 
     ms: float = 0.0
 

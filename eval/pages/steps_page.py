@@ -27,7 +27,7 @@ def write_steps_report(folder: str | Path, track: Callable[[], None] = lambda: N
     evaluation, points = read_evaluation(folder), timed_points(folder)
     figures = {
         "clip-against-steps": curves_figure(points, "steps", "sampling steps"),
-        "clip-against-time": curves_figure(points, "unet_ms", "UNet time of an image, ms"),
+        "clip-against-time": curves_figure(points, "unet_ms", "denoiser time of an image, ms"),
         "distance-against-steps": distance_figure(points),
         **{f"images-guidance-{g:g}": images_figure(folder, points, g) for g in guidances(points)},
     }
@@ -44,7 +44,7 @@ def write_steps_report(folder: str | Path, track: Callable[[], None] = lambda: N
 
 @dataclass(frozen=True)
 class TimedPoint(Point):
-    """A point with the milliseconds of all UNet evaluations of one image."""
+    """A point with the milliseconds of all denoiser evaluations of one image."""
 
     unet_ms: float = 0.0
 
@@ -56,7 +56,7 @@ def timed_points(folder: Path) -> list[TimedPoint]:
 
 
 def image_ms(point: Point, unet_ms: Mapping[str, Mapping[str, float]]) -> float:
-    """Milliseconds of all UNet evaluations of one image."""
+    """Milliseconds of all denoiser evaluations of one image."""
     rows = point.facts["evaluations"] // point.steps
     return point.steps * unet_ms[str(rows)][point.model.removesuffix("-dpm")]
 
@@ -79,7 +79,7 @@ def points_table(points: Sequence[TimedPoint]) -> Table:
     The latent error is also given in units of the teacher's own at as many steps, by DDIM (Euler's for a flow) and by
     DPM++ 2M.
     """
-    header = ["model", "guidance", "steps", "UNet evaluations", "UNet ms", "CLIP ± se", "against teacher",
+    header = ["model", "guidance", "steps", "denoiser evaluations", "denoiser ms", "CLIP ± se", "against teacher",
               "latent error", "over teacher's", "over DPM++'s", "PSNR, dB", "features"]  # fmt: skip
     by_key, rows = {key(p): p for p in points}, []
     for p in points:

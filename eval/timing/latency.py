@@ -1,4 +1,4 @@
-"""Timing whole UNets: interleaved medians, CUDA events on a GPU, the calling thread's CPU time elsewhere.
+"""Timing whole denoisers: interleaved medians, CUDA events on a GPU, the calling thread's CPU time elsewhere.
 
 On a GPU a network is a CUDA graph where it can be captured. Launched kernel by kernel, small ones end before the host
 has launched the next: what is timed is then their number.
@@ -28,7 +28,7 @@ log = logging.getLogger("slimstep")
 
 
 def compare_ms(unets: Mapping[str, Prunable], config: LatencyConfig, device: torch.device) -> dict[str, float]:
-    """Median milliseconds of whole UNets, interleaved call by call so that drift hits all alike."""
+    """Median milliseconds of whole denoisers, interleaved call by call so that drift hits all alike."""
     copies = {name: timed_copy(unet, config, device) for name, unet in unets.items()}
     config = settled_launch(next(iter(copies.values())), config, device)  # all alike
     calls = {name: forward_call(unet, config) for name, unet in copies.items()}
@@ -37,7 +37,7 @@ def compare_ms(unets: Mapping[str, Prunable], config: LatencyConfig, device: tor
 
 
 def timed_copy(unet: Prunable, config: LatencyConfig, device: torch.device):
-    """A copy of the UNet as it will run: on the device, in the dtype, without gradients."""
+    """A copy of the denoiser as it will run: on the device, in the dtype, without gradients."""
     dtype = getattr(torch, config.dtype)
     return unet.with_architecture({}).to(device=device, dtype=dtype).eval().requires_grad_(False)
 
@@ -62,7 +62,7 @@ def settled_launch(unet: Prunable, config: LatencyConfig, device: torch.device) 
 
 
 def forward_call(unet: Prunable, config: LatencyConfig) -> Callable[[], None]:
-    """A call of the UNet on random inputs of the configured shape.
+    """A call of the denoiser on random inputs of the configured shape.
 
     Raises CannotCaptureError where it is to be a CUDA graph and cannot.
     """

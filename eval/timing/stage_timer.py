@@ -1,4 +1,4 @@
-"""The component breakdown of one image's time: text encoder, UNet, ControlNet, scheduler and guidance, VAE, host.
+"""The component breakdown of one image's time: text encoder, denoiser, ControlNet, scheduler and guidance, VAE, host.
 
 A pipeline call is cut at the entries and exits of its networks, so the parts leave nothing out: they add up to the call
 that they were measured in. Whether that call is as fast as one without a timer is for the caller to compare.
