@@ -56,6 +56,7 @@ def test_weights_are_safetensors_and_small(folders, most):
     files = [path for folder in folders for path in (ASSETS / folder).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= most
     assert not [*ASSETS.rglob("*.bin"), *ASSETS.rglob("*.pt")]
+    assert not [path for path in files if path.suffix == ".json" and "_name_or_path" in path.read_text()]
 
 
 @pytest.fixture(scope="module")
