@@ -8,7 +8,6 @@ from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
-import diffusers
 import torch
 from torch import Tensor
 
@@ -17,7 +16,7 @@ from slimstep.data.prompts import PromptSet
 from slimstep.data.shards import CachedPairs
 from slimstep.distill.cached_targets import TargetInputs, with_targets
 from slimstep.distill.config import Config
-from slimstep.distill.network import Distillation, check, distillation_of, on_the_grid
+from slimstep.distill.network import Distillation, check, distillation_of
 from slimstep.distill.plan import distilling_stages, trainings
 from slimstep.distill.stages import DistillationStage
 from slimstep.engine.environment import environment
@@ -38,7 +37,7 @@ from slimstep.eval.inputs import (
 from slimstep.eval.metrics.metric import FeatureSimilarity, Psnr, SampleError
 from slimstep.eval.overlap import among, read_calibration_prompts
 from slimstep.eval.pages.evaluation_page import models_table, write_evaluation_report
-from slimstep.eval.pages.steps_page import curves_table, points_table, timed_points, write_steps_report
+from slimstep.eval.pages.steps_page import OTHER_SAMPLERS, curves_table, points_table, timed_points, write_steps_report
 from slimstep.eval.plan import planned, scorer_stage
 from slimstep.eval.record import Evaluation, Point
 from slimstep.eval.reporting import report, track_table
@@ -73,7 +72,7 @@ def distill_steps(config: Config, run: Run) -> int | Plan:
         unets["student"] = train(unets["student"], recovery.objective, recovery.train, "repair", teaching=teaching)
     for stage in job.stages:
         unets[stage.name] = distilled(job, stage, unets, pairs, train)
-        student = with_unet(job.teacher.pipeline, unets[stage.name], scheduler=job.student_scheduler)
+        student = with_unet(job.teacher.pipeline, unets[stage.name], scheduler=job.student_scheduler(stage.steps))
         export(student, f"{stage.name}/export", job.teacher, config.eval, stage.steps)
     evaluation = evaluated(job, unets, prompts, scorer, calibration)
     for point in evaluation.points:
@@ -175,14 +174,17 @@ def calibration_prompts(job: Distillation, prompts: PromptSet) -> list[str] | No
 def evaluated(
     job: Distillation, unets: UNets, prompts: PromptSet, scorer: Any, calibration: list[str] | None
 ) -> Evaluation:
-    """The teacher (DDIM, and DPM++ 2M, what a user would pick) and every student at many settings, from the same noise
-    per prompt; distances are to the latents of the teacher's first number of steps at the same guidance scale."""
+    """The teacher (DDIM, and DPM++ 2M, what a user would pick; of a flow Euler, and Euler with its σ stretched as for
+    students) and every student at many settings, from the same noise per prompt.
+
+    Distances are to the latents of the teacher's first number of steps at the same guidance scale.
+    """
     config, teacher, run = job.teacher.config, job.teacher, job.teacher.run
     models = sampled_models(job, unets)
     encoded = cache(lambda: teacher.sampler(config.eval).encode(prompts.prompts))  # the same at every setting
 
     def candidate(name: str, steps: int, guidance: float) -> Candidate:
-        unet, scheduler = models[name]
+        unet, scheduler = models[name], job.sampler(name, steps)
         sampler = Sampler(teacher.pipeline, steps, guidance, config.eval.seed, scheduler, teacher.precision)
 
         def draw(indices: list[int]) -> Tensor:
@@ -204,16 +206,11 @@ def evaluated(
     return evaluator.evaluate(points, {name: name for name in models}, protocol, seen)
 
 
-def sampled_models(job: Distillation, unets: UNets) -> dict[str, tuple[Prunable, Any]]:
-    """{name: a network and the scheduler that it is sampled with}, in the order in which they are evaluated."""
-    own = job.teacher.pipeline.scheduler
-    models = {"teacher": (job.teacher.unet, own)}
-    if not job.is_flow:
-        solver = on_the_grid(job.distillation, diffusers.DPMSolverMultistepScheduler, own)
-        models["teacher-dpm"] = job.teacher.unet, solver
-    if not job.predicts_v:
-        models["teacher-v"] = (unets["teacher"], job.scheduler)
-    return models | {name: (unets[name], job.student_scheduler) for name in job.evaluated if name not in models}
+def sampled_models(job: Distillation, unets: UNets) -> dict[str, Prunable]:
+    """{name: network}, in the order in which they are evaluated."""
+    converted = {"teacher-v": unets["teacher"]}
+    students = {stage.name: unets[stage.name] for stage in job.stages}
+    return {name: {**converted, **students}.get(name, job.teacher.unet) for name in job.evaluated}
 
 
 def settings(job: Distillation) -> list[tuple[str, int, float]]:
@@ -235,7 +232,7 @@ def measure_unets(job: Distillation, unets: UNets) -> None:
     teacher, run = job.teacher, job.teacher.run
 
     def make() -> dict:
-        timed = {name: unet for name, (unet, _) in sampled_models(job, unets).items() if name != "teacher-dpm"}
+        timed = {name: unet for name, unet in sampled_models(job, unets).items() if name not in OTHER_SAMPLERS}
         ms = {rows: compare_ms(timed, replace(teacher.latency, batch=rows), teacher.device) for rows in (1, 2)}
         return {"ms": ms, "protocol": asdict(teacher.latency), "environment": environment()}
 

@@ -18,7 +18,7 @@ from slimstep.eval.training import check_objective
 from slimstep.models.denoiser import guidance_embed_dim
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.family import flow_of, schedule_for
-from slimstep.models.flow import FlowSteps, eulers, is_flow, prediction_type_of
+from slimstep.models.flow import FlowSteps, eulers, is_flow, prediction_type_of, stretched
 from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.networks import network_of
 from slimstep.models.noise_schedule import NoiseSchedule, schedule_of
@@ -70,11 +70,10 @@ class Distillation:
     def schedule(self) -> NoiseSchedule:
         return schedule_for(self.teacher.pipeline, self.scheduler, self.teacher.device)
 
-    @property
-    def student_scheduler(self) -> Any:
-        """The diffusers scheduler that students are exported with."""
-        if self.is_flow:
-            return self.scheduler
+    def student_scheduler(self, steps: int) -> Any:
+        """The diffusers scheduler that a student of so many steps is exported with; each of them removes noise."""
+        if self.flow:
+            return stretched(self.scheduler, steps, self.flow)
         objective = self.teacher.config.objective
         options = requirements(get_class(objective["_target_"])).sampler_options
         kwargs = {option: objective[key] for option, key in options.items() if key in objective}
@@ -99,19 +98,40 @@ class Distillation:
         return OmegaConf.merge(self.teacher.config.objective, self.changes(stage.name).objective)
 
     def step_schedule(self, stage: DistillationStage) -> StepSchedule:
-        return StepSchedule(self.scheduler, stage.teacher_steps, self.student_scheduler, stage.steps)
+        return StepSchedule(self.scheduler, stage.teacher_steps, self.student_scheduler(stage.steps), stage.steps)
 
     @property
     def evaluated(self) -> tuple[str, ...]:
         """The models that are evaluated, in order: the teacher's samplers, the teacher converted to v, the students."""
-        teachers = ["teacher"] if self.is_flow else ["teacher", "teacher-dpm"]
-        teachers += [] if self.predicts_v else ["teacher-v"]
+        teachers = ["teacher"] + ([] if self.is_flow else ["teacher-dpm"]) + ([] if self.predicts_v else ["teacher-v"])
+        if self.flow and stretched(self.scheduler, 2, self.flow) is not self.scheduler:
+            teachers.append("teacher-stretched")
         return *teachers, *(stage.name for stage in self.stages if stage.name.startswith("steps-"))
 
     def evaluated_steps(self, name: str) -> list[int]:
-        """At which a model is evaluated, most first; the teacher at the reference's, too."""
+        """At which a model is evaluated, most first; the teacher at the reference's, too.
+
+        A scheduler with `shift_terminal` cannot make one step (models/flow.py).
+        """
         more = {self.distillation.steps[0]} if name == "teacher" else set()
-        return sorted({*self.teacher.config.curves.steps, *more}, reverse=True)
+        steps = sorted({*self.teacher.config.curves.steps, *more}, reverse=True)
+        if name == "teacher":
+            return steps
+        return [n for n in steps if n > 1 or not self.sampler(name, 2).config.get("shift_terminal")]
+
+    def sampler(self, name: str, steps: int) -> Any:
+        """The scheduler with which one of `evaluated` makes so many steps."""
+        own = self.teacher.pipeline.scheduler
+        match name:
+            case "teacher":
+                return own
+            case "teacher-dpm":
+                return on_the_grid(self.distillation, diffusers.DPMSolverMultistepScheduler, own)
+            case "teacher-v":
+                return self.scheduler
+            case "teacher-stretched":
+                return stretched(own, steps, self.flow)
+        return self.student_scheduler(next(stage.steps for stage in self.stages if stage.name == name))
 
 
 def distillation_of(teacher: Teacher) -> Distillation:
@@ -177,9 +197,10 @@ def check(job: Distillation) -> None:
     for stage in job.stages:
         options = {"schedule": job.schedule, "step_schedule": job.step_schedule(stage)}
         check_objective("objective", job.objective(stage), job.training(stage.name), teacher, **options)
-    for steps in config.curves.steps:
+    students = [name for name in job.evaluated if name.startswith("steps-")]
+    for name, steps in [(student, steps) for student in students for steps in job.evaluated_steps(student)]:
         try:
-            check_sampling(job.student_scheduler, steps, job.flow)
+            check_sampling(job.sampler(name, steps), steps, job.flow)
         except ValueError as error:
             raise ValueError(f"curves.steps={list(config.curves.steps)}: {one_line(error)}") from error
     if job.distillation.guidance_embed_dim:

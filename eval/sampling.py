@@ -83,6 +83,7 @@ class Sampler:
     def protocol(self) -> dict:
         """What an image depends on beside the networks and the prompt; goes into every record of a score."""
         scheduler, length = self.scheduler, sequence_length(self.pipeline)
+        terminal = scheduler.config.get("shift_terminal")
         return {
             "steps": self.steps,
             "guidance_scale": self.guidance_scale,
@@ -92,6 +93,7 @@ class Sampler:
             "prediction_type": prediction_type_of(scheduler),
             "latents": list(self.latent_shape),
             "precision": self.weights_precision,
+            **({"shift_terminal": terminal} if terminal else {}),
             **({"max_sequence_length": length} if length else {}),
         }
 

@@ -5,11 +5,13 @@ A shift s moves times towards noise: σ = s·u / (1 + (s − 1)·u) for u from 0
 a number of the scheduler, or follows from an image's tokens, as the pipeline that calls the scheduler works it out.
 """
 
+import copy
 import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
@@ -91,6 +93,25 @@ def shift_of(scheduler: Any, flow: FlowSteps) -> float:
         return scheduler.shift
     mu = resolution_shift(scheduler, flow.tokens)
     return math.exp(mu) if scheduler.config.get("time_shift_type", "exponential") == "exponential" else mu
+
+
+def stretched(scheduler: Any, steps: int, flow: FlowSteps) -> Any:
+    """A scheduler of which each of so many steps removes noise: the last starts at the shifted 1/steps, or above.
+
+    diffusers spends one step of any number on the last training time, or on the `shift_terminal` that a model has for
+    many steps. The right one stretches σ in whatever pipeline, by configuration alone; one step has none, since
+    diffusers would make 0 / 0 of it. The same scheduler where it is so already.
+    """
+    if steps == 1:
+        return from_config(scheduler, shift_terminal=None) if scheduler.config.get("shift_terminal") else scheduler
+    made = copy.deepcopy(scheduler)
+    set_steps(made, steps, flow)
+    last = shifted(torch.tensor(1 / steps), shift_of(scheduler, flow)).item()
+    return scheduler if made.sigmas[-2] > 0.99 * last else from_config(scheduler, shift_terminal=last)
+
+
+def from_config(scheduler: Any, **changes: Any) -> Any:
+    return type(scheduler).from_config(scheduler.config, **changes)
 
 
 def shifted(u: Tensor, shift: float) -> Tensor:

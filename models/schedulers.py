@@ -14,6 +14,7 @@ from contextlib import suppress
 from typing import Any
 
 import diffusers
+import numpy as np
 import torch
 
 from slimstep.engine.quiet import quiet
@@ -206,7 +207,9 @@ def check_sampling(scheduler, steps: int, flow: FlowSteps | None = None) -> None
     if flow and is_flow(scheduler):
         check_flow(scheduler)
         if timesteps_of(scheduler, steps, flow) is None:
-            raise ValueError(f"{name} cannot make {steps} steps")
+            field = "shift_terminal"
+            why = f" with {field}={scheduler.config.get(field):g}" if scheduler.config.get(field) else ""
+            raise ValueError(f"{name} cannot make {steps} steps{why}")
         return
     absent = [a for a in ("init_noise_sigma", "scale_model_input", "order", "step") if not hasattr(scheduler, a)]
     parameters = inspect.signature(kind.step).parameters.values() if not absent else ()
@@ -242,10 +245,11 @@ def check_blank(scheduler, timesteps: torch.Tensor) -> None:
 
 
 def timesteps_of(scheduler, steps: int, flow: FlowSteps | None = None) -> torch.Tensor | None:
-    """None where the scheduler cannot make so many steps."""
+    """None where the scheduler cannot make so many steps, or makes times that are not finite."""
     scheduler = copy.deepcopy(scheduler)
     try:
-        set_steps(scheduler, steps, flow)
+        with np.errstate(invalid="ignore"):  # one step with shift_terminal: 0 / 0
+            set_steps(scheduler, steps, flow)
     except (ValueError, IndexError, ZeroDivisionError, KeyError, RuntimeError):  # numpy's and diffusers' own words
         return None
-    return scheduler.timesteps
+    return scheduler.timesteps if scheduler.timesteps.isfinite().all() else None

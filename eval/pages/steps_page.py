@@ -17,8 +17,8 @@ from slimstep.eval.pages.tables import Table, console_table
 from slimstep.eval.pages.text import difference, flatten, overlap_sentence, ratio, score
 from slimstep.eval.record import Point, read_evaluation
 
-SAMPLERS = ("teacher", "teacher-dpm")
-NAMES = {"teacher-dpm": "teacher, DPM++ 2M", "teacher-v": "teacher, v"}
+OTHER_SAMPLERS = {"teacher-dpm": "over DPM++'s", "teacher-stretched": "over stretched's"}  # {model: its column}
+NAMES = {"teacher-dpm": "teacher, DPM++ 2M", "teacher-stretched": "teacher, stretched", "teacher-v": "teacher, v"}
 
 
 def write_steps_report(folder: str | Path, track: Callable[[], None] = lambda: None) -> Path:
@@ -58,7 +58,7 @@ def timed_points(folder: Path) -> list[TimedPoint]:
 def image_ms(point: Point, unet_ms: Mapping[str, Mapping[str, float]]) -> float:
     """Milliseconds of all denoiser evaluations of one image."""
     rows = point.facts["evaluations"] // point.steps
-    return point.steps * unet_ms[str(rows)][point.model.removesuffix("-dpm")]
+    return point.steps * unet_ms[str(rows)]["teacher" if point.model in OTHER_SAMPLERS else point.model]
 
 
 def curves_table(points: Sequence[Point]) -> str:
@@ -77,13 +77,15 @@ def points_table(points: Sequence[TimedPoint]) -> Table:
     """A line per point; differences are to the teacher at its most steps and the same guidance scale.
 
     The latent error is also given in units of the teacher's own at as many steps, by DDIM (Euler's for a flow) and by
-    DPM++ 2M.
+    the other samplers that it was evaluated with.
     """
+    samplers = [name for name in OTHER_SAMPLERS if name in models(points)]
+    ratios = ["over teacher's", *(OTHER_SAMPLERS[name] for name in samplers)]
     header = ["model", "guidance", "steps", "denoiser evaluations", "denoiser ms", "CLIP ± se", "against teacher",
-              "latent error", "over teacher's", "over DPM++'s", "PSNR, dB", "features"]  # fmt: skip
+              "latent error", *ratios, "PSNR, dB", "features"]  # fmt: skip
     by_key, rows = {key(p): p for p in points}, []
     for p in points:
-        over = [ratio(error_ratio(p, by_key.get((p.guidance, sampler, p.steps)))) for sampler in SAMPLERS]
+        over = [ratio(error_ratio(p, by_key.get((p.guidance, sampler, p.steps)))) for sampler in ("teacher", *samplers)]
         rows.append([
             display(p.model), f"{p.guidance:g}", str(p.steps), str(p.facts["evaluations"]), f"{p.unet_ms:.1f}",
             score(p.clip), difference(p.versus_reference),
@@ -147,7 +149,7 @@ def lines(points: Sequence[Point], guidance: float) -> dict[str, list[Point]]:
 
 def style_of(model: str, colour: str) -> dict[str, Any]:
     return {"color": colour, "label": display(model), "linewidth": 1.6, "marker": "o", "markersize": 4,
-            "linestyle": ":" if model == "teacher-dpm" else "-"}  # fmt: skip
+            "linestyle": ":" if model in OTHER_SAMPLERS else "-"}  # fmt: skip
 
 
 @styled

@@ -13,7 +13,9 @@ from slimstep.models.flow import (
     is_flow,
     prediction_type_of,
     resolution_shift,
+    shift_of,
     shifted,
+    stretched,
     unshifted,
 )
 from slimstep.models.noise_schedule import (
@@ -148,6 +150,33 @@ def test_a_teacher_steps_within_its_students_steps(kind, student, teacher):
     assert len(left_out) <= 1 and (left_out < 1000 * LEAST_SIGMA).all()
     ends_with_nothing = not flow.own_sigmas or "shift_terminal" in fields
     assert bool(len(left_out)) == ends_with_nothing
+
+
+@pytest.mark.parametrize("steps", [2, 4, 8])
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_step_of_a_student_removes_noise(kind, steps, tmp_path):
+    """Its last one starts where the last of so many equal steps would, in the scheduler that its folder has."""
+    fields, flow = KINDS[kind]
+    stock = scheduler(**fields)
+    schedule, students = schedule_of(stock, flow=flow), stretched(stock, steps, flow)
+    students.save_pretrained(tmp_path)
+    grid = schedule.grid(FlowMatchEulerDiscreteScheduler.from_pretrained(tmp_path), steps)
+    assert torch.equal(nested_steps(schedule, students, steps, stock, 4 * steps)[:, [0, -1]], grid)
+    last = shifted(torch.tensor(1 / steps), shift_of(stock, flow))
+    assert grid[-1, 0] / 1000 == pytest.approx(last.item(), rel=1e-4) and grid[0, 0] == 1000
+    wasted = schedule.grid(stock, steps)[-1, 0] < LEAST_SIGMA * 1000
+    assert (students is stock) == kind.startswith("FLUX") and wasted != kind.startswith("FLUX")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_one_step_is_never_stretched(kind):
+    """diffusers would make 0 / 0 of it."""
+    fields, flow = KINDS[kind]
+    stock = scheduler(**fields)
+    assert schedule_of(stock, flow=flow).grid(stretched(stock, 1, flow), 1).tolist() == [[1000, 0]]
+    if not kind.startswith("FLUX"):
+        with pytest.raises(ValueError, match="cannot make 1 steps with shift_terminal=0"):
+            check_sampling(stretched(stock, 2, flow), 1, flow)
 
 
 def test_without_a_shift_the_teachers_steps_are_equally_long():

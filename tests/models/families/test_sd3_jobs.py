@@ -87,13 +87,16 @@ def test_similarity_is_of_whole_blocks(place):
 
 
 def test_a_transformer_is_distilled_in_steps(place):
-    path, _ = run("distill_steps", place, "distillation.steps=[8,4,2]", "curves.steps=[2]", "curves.guidance=[3.0]")
+    path, _ = run("distill_steps", place, "distillation.steps=[8,4,2]", "curves.steps=[2,1]", "curves.guidance=[3.0]")
     points = json.loads((path / "evaluation.json").read_text())["points"]
-    assert [point["model"] for point in points] == ["teacher", "teacher", "steps-4", "steps-2"]
+    teacher = [("teacher", 8), ("teacher", 2), ("teacher", 1), ("teacher-stretched", 2)]
+    assert [(point["model"], point["steps"]) for point in points] == [*teacher, ("steps-4", 2), ("steps-2", 2)]
     assert (path / "report.html").is_file()
     image, pipeline = stock_image(path / "steps-2/export")
     assert image.size == (16, 16) and type(pipeline.scheduler).__name__ == "FlowMatchEulerDiscreteScheduler"
     assert pipeline.scheduler.config.shift == 3.0
+    pipeline.scheduler.set_timesteps(2)
+    assert pipeline.scheduler.sigmas.tolist() == pytest.approx([1, 0.75, 0])  # 3·½ / (1 + 2·½)
 
 
 def test_objectives_that_a_flow_has_no_sampler_for_are_refused(place):
