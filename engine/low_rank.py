@@ -24,11 +24,13 @@ def check_low_rank(rank: int, accelerator: Accelerator) -> None:
 def add_low_rank(network: nn.Module, rank: int, seed: int) -> None:
     """An update of this rank, zero at first, for every linear layer; all else is frozen.
 
+    A layer that a block mask closes by itself, as one of FLUX's, is frozen, too: its update would not be masked.
+
     ValueError for a network without linear layers.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
-    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    linear = [name for name, module in network.named_modules() if type(module) is nn.Linear]
     if not linear:
         raise ValueError(f"train.lora_rank={rank}: a {type(network).__name__} has no linear layers")
     with torch.random.fork_rng(devices=[]):

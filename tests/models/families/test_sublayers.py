@@ -9,42 +9,18 @@ from diffusers import AuraFlowTransformer2DModel, DiffusionPipeline
 from torch import nn
 
 from scripts.random_transformers import (
-    small_flux,
-    small_flux_pipeline,
-    small_pixart,
-    small_pixart_pipeline,
-    small_qwen_image,
-    small_qwen_image_pipeline,
-    small_sana,
-    small_sana_pipeline,
     small_sd3,
     small_sd3_pipeline,
 )
-from slimstep.models.conditioning import Conditioning
+from slimstep.engine.low_rank import add_low_rank, merge_low_rank
 from slimstep.models.families.transformer.network import submodule
-from slimstep.models.families.transformer.networks.flux import PrunableFluxTransformer2DModel
-from slimstep.models.families.transformer.networks.pixart import PrunablePixArtTransformer2DModel
-from slimstep.models.families.transformer.networks.qwen import PrunableQwenImageTransformer2DModel
-from slimstep.models.families.transformer.networks.sana import PrunableSanaTransformer2DModel
 from slimstep.models.families.transformer.networks.sd3 import PrunableSD3Transformer2DModel
 from slimstep.models.families.transformer.others import prunable
 from slimstep.models.families.transformer.stock import to_stock
-from slimstep.models.family import denoiser_of
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
+from tests.models.families.small import PIPELINES, PRUNABLE, STOCK, run
 from tests.other_transformers import KINDS
 
-SD35 = {"dual_attention_layers": (0, 1, 3), "qk_norm": "rms_norm"}
-STOCK = {"SD3": small_sd3, "SD3.5": lambda: small_sd3(**SD35), "PixArt": small_pixart, "FLUX": small_flux,
-         "Sana": small_sana, "Qwen-Image": small_qwen_image}  # fmt: skip
-PIPELINES = {
-    "SD3": small_sd3_pipeline, "SD3.5": lambda: small_sd3_pipeline(small_sd3(**SD35)), "PixArt": small_pixart_pipeline,
-    "FLUX": small_flux_pipeline, "Sana": small_sana_pipeline, "Qwen-Image": small_qwen_image_pipeline,
-}  # fmt: skip
-PRUNABLE = {
-    "SD3": PrunableSD3Transformer2DModel, "SD3.5": PrunableSD3Transformer2DModel,
-    "PixArt": PrunablePixArtTransformer2DModel, "FLUX": PrunableFluxTransformer2DModel,
-    "Sana": PrunableSanaTransformer2DModel, "Qwen-Image": PrunableQwenImageTransformer2DModel,
-}  # fmt: skip
 # The layers that a sublayer's output comes from alone: with these at zero it adds nothing.
 SOURCES = {
     "attn": ("attn.to_out.0", "attn.to_add_out", "attn2.to_out.0", "attn.to_v"), "attn1": ("attn1.to_out.0",),
@@ -68,15 +44,6 @@ def divided(family: str):
 @pytest.fixture(scope="module")
 def network(family):
     return divided(family)
-
-
-def run(network, **options) -> torch.Tensor:
-    denoiser = denoiser_of(network)
-    x_t, t_B, cond = denoiser.example(network, 3, tokens=7, generator=torch.Generator().manual_seed(0))
-    if "text_mask" in cond.tensors:
-        cond = Conditioning({**cond.tensors, "text_mask": (cond.tensors["text_mask"] > 0).float()})
-    with torch.no_grad():
-        return denoiser(network, x_t, t_B, cond, **options)
 
 
 def test_every_entry_has_its_sublayers_behind_it(network, family):
@@ -168,6 +135,21 @@ def test_an_export_carries_its_class_and_draws_the_same(family, tmp_path):
     for network in (ours, theirs, pruned):
         network.register_to_config(sample_size=8)
     assert torch.equal(run(ours), run(pruned)) and torch.equal(run(theirs), run(pruned))
+
+
+def test_a_low_rank_update_does_not_open_a_mask(network):
+    """A sublayer may be a linear layer itself, as FLUX's proj_mlp."""
+    own = network.with_architecture({})
+    add_low_rank(own, 2, seed=0)
+    torch.manual_seed(1)
+    for name, parameter in own.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    mask_BN = torch.ones(3, len(own.blocks), dtype=torch.bool)
+    mask_BN[:, [own.blocks.index(block) for block in own.parents]] = False
+    masked = run(own, block_mask_BN=mask_BN)
+    merge_low_rank(own)
+    torch.testing.assert_close(masked, run(own, block_mask_BN=mask_BN), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow

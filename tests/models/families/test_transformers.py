@@ -8,13 +8,9 @@ from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, PixArt
 from torch import nn
 
 from scripts.random_transformers import (
-    small_flux,
     small_flux_pipeline,
-    small_pixart,
     small_pixart_pipeline,
-    small_qwen_image,
     small_qwen_image_pipeline,
-    small_sana,
     small_sana_pipeline,
     small_sd3_pipeline,
 )
@@ -22,17 +18,13 @@ from slimstep.data.encoding import encode_images
 from slimstep.engine.low_rank import add_low_rank, merge_low_rank
 from slimstep.eval.sampling import Sampler
 from slimstep.models.card import Origin
-from slimstep.models.conditioning import Conditioning
 from slimstep.models.families.transformer.flux import packed, unpacked
-from slimstep.models.families.transformer.networks.flux import PrunableFluxTransformer2DModel
-from slimstep.models.families.transformer.networks.pixart import PrunablePixArtTransformer2DModel
-from slimstep.models.families.transformer.networks.qwen import PrunableQwenImageTransformer2DModel
-from slimstep.models.families.transformer.networks.sana import PrunableSanaTransformer2DModel
 from slimstep.models.families.transformer.stock import to_stock
 from slimstep.models.family import denoiser_of, family_of
 from slimstep.models.networks import sequence_length
 from slimstep.models.pipeline import check_pipeline, export_pipeline, load_pipeline, with_unet
 from slimstep.models.sizes import settle_sizes
+from tests.models.families.small import PIPELINES, PRUNABLE, STOCK, run
 from tests.tiny import small_pipeline
 
 FOUR = [f"transformer_blocks.{i}" for i in range(4)]
@@ -42,11 +34,6 @@ BLOCKS = {
     "Sana": FOUR,
     "Qwen-Image": FOUR,
 }
-STOCK = {"PixArt": small_pixart, "FLUX": small_flux, "Sana": small_sana, "Qwen-Image": small_qwen_image}
-PIPELINES = {"PixArt": small_pixart_pipeline, "FLUX": small_flux_pipeline, "Sana": small_sana_pipeline,
-             "Qwen-Image": small_qwen_image_pipeline}  # fmt: skip
-PRUNABLE = {"PixArt": PrunablePixArtTransformer2DModel, "FLUX": PrunableFluxTransformer2DModel,
-            "Sana": PrunableSanaTransformer2DModel, "Qwen-Image": PrunableQwenImageTransformer2DModel}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=BLOCKS)
@@ -59,15 +46,6 @@ def network(family):
     network = PRUNABLE[family].from_unet(STOCK[family]())
     network.register_to_config(sample_size=8)  # which pipelines of some do not say
     return network
-
-
-def run(network, **options) -> torch.Tensor:
-    denoiser = denoiser_of(network)
-    x_t, t_B, cond = denoiser.example(network, 3, tokens=7, generator=torch.Generator().manual_seed(0))
-    if "text_mask" in cond.tensors:
-        cond = Conditioning({**cond.tensors, "text_mask": (cond.tensors["text_mask"] > 0).float()})
-    with torch.no_grad():
-        return denoiser(network, x_t, t_B, cond, **options)
 
 
 def test_open_masks_are_the_stock_transformer(network, family):
