@@ -82,9 +82,9 @@ class GivenModels:
     def options(self, path: str) -> dict[str, Any]:
         """How a model is loaded: as `model` says, where it is that one; other models share but the way of reading.
 
-        So nothing is fused into a student that its teacher is fused with.
+        So nothing is fused into a student that its teacher is fused with; prompts have the length of each pipeline.
         """
-        others = () if path == self.model["name_or_path"] else ITS_OWN
+        others = () if path == self.model["name_or_path"] else (*ITS_OWN, "max_sequence_length")
         return {key: value for key, value in self.model.items() if key not in ("_target_", "name_or_path", *others)}
 
     def load(self, path: str) -> DiffusionPipeline:

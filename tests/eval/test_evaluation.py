@@ -19,12 +19,14 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torchvision.transforms.functional import pil_to_tensor
 
+from scripts.random_transformers import small_sd3_pipeline
 from slimstep.data.prompts import PromptSet
 from slimstep.engine.files import digest
 from slimstep.eval.given import GivenModel, GivenModels, given_models, name_models
 from slimstep.eval.metrics.compare import paired_difference
 from slimstep.eval.metrics.distribution import frechet_distance
 from slimstep.eval.metrics.inception import Inception
+from slimstep.models.networks import sequence_length
 from slimstep.models.original_layout import original_weights
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.jobs import run_job
@@ -287,6 +289,15 @@ def test_what_belongs_to_the_teacher_is_not_given_to_its_students(tiny_pipeline_
         assert pipeline.unet.dtype == torch.bfloat16
         differing = [key for key, value in pipeline.unet.state_dict().items() if not torch.equal(value, plain[key])]
         assert differing == ([attention] if name == "teacher" else [])
+
+
+def test_models_without_long_prompts_stand_beside_a_transformer(tiny_pipeline_folder, tmp_path):
+    """max_sequence_length is of the model that it is said of; a Stable Diffusion 1 has none."""
+    export_pipeline(small_sd3_pipeline(), tmp_path / "sd3")
+    paths = {"teacher": str(tmp_path / "sd3"), "other": str(tiny_pipeline_folder)}
+    models = given(paths, name_or_path=paths["teacher"], max_sequence_length=5)
+    models.check()
+    assert [sequence_length(models.load(path)) for path in paths.values()] == [5, None]
 
 
 def test_options_of_a_model_that_is_not_evaluated_are_an_error(tiny_pipeline_folder):
