@@ -1,4 +1,4 @@
-"""A pipeline of a known size with random weights, and its pruned and narrow kin."""
+"""A pipeline of a known size with random weights, and its pruned and narrow students."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A pipeline with random weights, and its pruned and narrow kin: for speed, and for trying jobs, where weights are not.
+"""A pipeline with random weights, and pruned and narrow students: for speed, and for trying jobs without weights.
 
     python scripts/random_pipeline.py sd15 runs/random/sd15      # also sd21, sdxl: of their sizes, in half precision
     python scripts/random_pipeline.py flux runs/random/flux      # a small one of a transformer's family, in float32
@@ -56,16 +56,16 @@ def make_small(name: str, folder: Path) -> dict[str, str]:
     network = pipeline.transformer
     with quiet():
         pruned = network.with_architecture(dict.fromkeys(network.kept_blocks[1:-1:2], 0))
-    kin = {"pruned": with_unet(pipeline, pruned)}
+    students = {"pruned": with_unet(pipeline, pruned)}
     if isinstance(pipeline.vae, AutoencoderKL):
         widths = pruned_widths(pipeline.vae, 0.5)
         narrow = pruned_vae(pipeline.vae, choose_channels(pipeline.vae, widths, "first"), widths)
-        kin["narrow"] = with_unet(pipeline, network, vae=narrow)
-    for member, made in kin.items():
+        students["narrow"] = with_unet(pipeline, network, vae=narrow)
+    for member, made in students.items():
         if not (folder / member / "model_index.json").exists():
             with quiet():
                 export_pipeline(made, folder / member)
-    return {member: str(folder / member) for member in ("teacher", *kin)}
+    return {member: str(folder / member) for member in ("teacher", *students)}
 
 
 def main() -> None:

@@ -96,7 +96,9 @@ class Recipe:
     def trained_vae(self) -> AutoencoderKL:
         """The VAE as far as it is trained, its scaling factor set so that latents have unit variance."""
         if "vae" in self.config.shipped:
-            return AutoencoderKL.from_pretrained(self.shipped, subfolder="vae", torch_dtype=torch.float32)
+            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(self.shipped, subfolder="vae"))
+            vae.load_state_dict(load_file(self.shipped / "vae" / "diffusion_pytorch_model.safetensors"))
+            return vae.eval()  # from_pretrained would keep this folder's name in config.json
         folder = self.root / "vae"
         model = VAEWithPosterior(build_vae(self.config.vae.model))
         load_newest(model, folder / "train")

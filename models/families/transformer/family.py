@@ -158,12 +158,16 @@ class TransformerFamily:
         return network.config.in_channels // self.packing**2
 
     def shrinks(self, network: nn.Module) -> int:
-        return self.packing if self.packing > 1 else network.config.patch_size
+        return self.patch(network.config)
+
+    def patch(self, config: Mapping[str, Any]) -> int:
+        """The latents along a side of what becomes one token."""
+        return self.packing if self.packing > 1 else config["patch_size"]
 
     def flow(self, config: Mapping[str, Any]) -> FlowSteps | None:
         if not self.is_flow:
             return None
-        side = (config.get("sample_size") or 0) // (self.packing if self.packing > 1 else config["patch_size"])
+        side = (config.get("sample_size") or 0) // self.patch(config)
         return FlowSteps(tokens=side**2, own_sigmas=self.own_sigmas)
 
     def codec(self, pipeline: DiffusionPipeline) -> ModelMixin:

@@ -1,4 +1,4 @@
-"""Stable Diffusion and its kin: any pipeline with a UNet2DConditionModel, a VAE and a text encoder, SDXL's too."""
+"""Stable Diffusion, and any other pipeline with a UNet2DConditionModel, a VAE and a text encoder, SDXL's too."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
