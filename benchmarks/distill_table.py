@@ -26,7 +26,7 @@ from slimstep.engine.files import whole_folder, write_json, write_text
 from slimstep.engine.loop import WEIGHTS
 from slimstep.eval.metrics.compare import paired_difference
 from slimstep.eval.pages.figures import save_png
-from slimstep.eval.pages.steps_page import SAMPLERS, curves_figure, display, distance_figure, error_ratio, number
+from slimstep.eval.pages.steps_page import curves_figure, display, distance_figure, error_ratio, number
 from slimstep.eval.pages.tables import markdown_table
 from slimstep.eval.pages.text import difference, ratio, score
 from slimstep.eval.record import Evaluation, Point, read_evaluation
@@ -42,6 +42,7 @@ CUT = (
     *(f"up_blocks.{level}.attentions.1" for level in (1, 2)),
 )
 GUIDANCE = 2.5
+SAMPLERS = ("teacher", "teacher-dpm")  # of the bundled UNet
 COMMON = [
     f"curves.guidance=[{GUIDANCE}]", "objective.guidance_range=[2,3]", "train.warmup_steps=20",
 ]  # fmt: skip

@@ -3,7 +3,7 @@
 What lies in a family's folder is listed in models/families/README.md.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from slimstep.models.families.exported import Exported
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.families.transformer import flux, pixart, qwen, sana, sd3
 from slimstep.models.families.transformer.others import OTHERS, REFUSED
+from slimstep.models.families.transformer.single_file import names_in
 from slimstep.models.families.unet2d import family as unet2d
 from slimstep.models.flow import FlowSteps, is_flow
 from slimstep.models.networks import DENOISERS, network_of
@@ -49,8 +50,16 @@ class Family(Protocol):
         """Whether a pipeline with this model_index.json, which names a network PART, is of the family."""
         ...
 
+    def is_in(self, names: Collection[str]) -> bool:
+        """Whether a single file whose weights have these names, without prefixes, holds such a network."""
+        ...
+
     def check(self, name_or_path: str | Path) -> None:
         """ValueError, before any weights are read, for a folder or hub id that `read` cannot load."""
+        ...
+
+    def check_single_file(self, file: str | Path, config: str | None, allow_pickle: bool) -> None:
+        """The same for a single file; config: what model.single_file_config is."""
         ...
 
     def read(
@@ -117,7 +126,8 @@ FAMILIES: tuple[Family, ...] = (
 def family_at(name_or_path: str | Path) -> Family:
     """The family of a folder, hub id or single file. Raises ValueError for a pipeline of none."""
     if is_single_file(name_or_path):
-        return unet2d
+        names = names_in(name_or_path)
+        return next((family for family in FAMILIES if family.is_in(names)), unet2d)
     try:
         with quiet():
             index = DiffusionPipeline.load_config(str(name_or_path))

@@ -47,7 +47,7 @@ def load_networks(
     Raises ValueError as `load_network` does.
     """
     kinds = {part: network_class(*index[part]) for part in parts_of(index) if part not in skipped}
-    kinds[next(part for part in DENOISERS if part in kinds)] = own
+    kinds |= {part: own for part in DENOISERS if part in kinds}
     networks = [part for part, kind in kinds.items() if kind or part == "vae"]  # which may be an export's own
     folder = final_folder(name_or_path)
     if folder and (lacking := [part for part in networks if not (folder / part / "config.json").is_file()]):

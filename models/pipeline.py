@@ -33,7 +33,6 @@ from slimstep.models.networks import (
 )
 from slimstep.models.readers import readers
 from slimstep.models.schedulers import replacement, scheduler_class, swapped_scheduler
-from slimstep.models.single_file import check_single_file
 
 DType = Literal["float32", "float16", "bfloat16"]
 
@@ -142,7 +141,7 @@ def check_pipeline(
     """ValueError, before any weights are read, for what load_pipeline cannot load."""
     with quiet():
         if is_single_file(name_or_path):
-            check_single_file(name_or_path, single_file_config, allow_pickle)
+            family_at(name_or_path).check_single_file(name_or_path, single_file_config, allow_pickle)
         else:
             family_at(name_or_path).check(name_or_path)
             check_variant(name_or_path, variant)

@@ -1,6 +1,6 @@
 """Unconditional DDPMs (Ho et al. 2020): a UNet2DModel in pixel space, no text, no VAE, no guidance."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,14 @@ def matches(index: Mapping[str, Any]) -> bool:
 
 
 # ---- loading and exporting ----
+
+
+def is_in(names: Collection[str]) -> bool:
+    return False  # there are none
+
+
+def check_single_file(file: str | Path, config: str | None, allow_pickle: bool) -> None:
+    raise ValueError(f"model {str(file)!r} is no single file of a DDPM: there are folders and hub ids of them alone")
 
 
 def check(name_or_path: str | Path) -> None:

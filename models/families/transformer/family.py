@@ -4,22 +4,25 @@ A family of `models/family.py` is a `TransformerFamily`, described in a small fi
 """
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
+from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from torch import Tensor, nn
 
 from slimstep.models.autoencoder import load_vae, stock_vae, vae_obstacles
+from slimstep.models.checkpoint import check_file, is_single_file
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import has_statistics
 from slimstep.models.denoiser import Denoiser
 from slimstep.models.families.exported import Exported, block_map
 from slimstep.models.families.transformer.denoiser import TransformerDenoiser
 from slimstep.models.families.transformer.network import PrunableTransformer
+from slimstep.models.families.transformer.single_file import holds, transformer_in
 from slimstep.models.families.transformer.stock import obstacles_of, stock_paths, to_stock
 from slimstep.models.flow import FlowSteps
 from slimstep.models.folder import absent_parts, check_index, check_tables, final_folder, stored_dtype
@@ -49,6 +52,7 @@ class TransformerFamily:
     as_tokens: latents as the pipeline's call takes them. own_options: what the call is also given, at this guidance
     scale.
     refused: fields of config.json that make other networks of the class, of pipelines of their own.
+    single_file: names of weights that are all in a single file of this transformer and of no other, for each layout.
     """
 
     NAME: str
@@ -62,6 +66,7 @@ class TransformerFamily:
     own_sigmas: bool = False
     is_flow: bool = True
     refused: tuple[str, ...] = ()
+    single_file: tuple[tuple[str, ...], ...] = ()
     as_tokens: Callable[[Tensor], Tensor] = lambda latents: latents
     own_options: Callable[[float], dict[str, Any]] = lambda guidance_scale: {}
     PART: str = "transformer"
@@ -73,6 +78,23 @@ class TransformerFamily:
         return index.get("_class_name") in self.PIPELINES and index[self.PART][1] in names
 
     # ---- loading and exporting ----
+
+    def is_in(self, names: Collection[str]) -> bool:
+        return holds(names, self.single_file)
+
+    def check_single_file(self, file: str | Path, config: str | None, allow_pickle: bool) -> None:
+        check_file(file, allow_pickle)
+        kind = self.NETWORK.STOCK.__name__
+        if kind not in SINGLE_FILE_LOADABLE_CLASSES:
+            raise ValueError(f"model {str(file)!r} is a single file of a {kind}, which diffusers does not read: "
+                             "give its diffusers folder")  # fmt: skip
+        if not config:
+            raise ValueError(f"model {str(file)!r} is a {kind}: model.single_file_config=FOLDER_OR_HUB_ID names the "
+                             "diffusers model whose other parts and configuration go with it")  # fmt: skip
+        self.check(config)
+        if not self.matches(index := DiffusionPipeline.load_config(config)):
+            raise ValueError(f"model {str(file)!r} is a {kind}, and model.single_file_config={config} a "
+                             f"{index['_class_name']} with another network")  # fmt: skip
 
     def check(self, name_or_path: str | Path) -> None:
         name = str(name_or_path)
@@ -95,10 +117,16 @@ class TransformerFamily:
         single_file_config: str | None,
         vae: str | None,
     ) -> DiffusionPipeline:
+        own, file = {}, name_or_path
+        if is_single_file(file):
+            assert single_file_config, "check_single_file has seen to it"
+            name_or_path = single_file_config
+            own[self.PART] = transformer_in(file, self.NETWORK, name_or_path, self.PART, dtype)
+            dtype = own[self.PART].dtype
         dtype = dtype or stored_dtype(name_or_path, variant, self.PART)
         options = {"variant": variant, "dtype": dtype, "use_safetensors": None if allow_pickle else True}
         index = DiffusionPipeline.load_config(name_or_path)
-        own = load_networks(name_or_path, index, self.NETWORK, ["vae"] if vae else [], **options)
+        own |= load_networks(name_or_path, index, self.NETWORK, [*own, *(["vae"] if vae else [])], **options)
         if vae:
             fields = AutoencoderKL.load_config(name_or_path, subfolder="vae")
             own["vae"] = load_vae(vae, fields, dtype, allow_pickle)

@@ -81,4 +81,8 @@ FAMILY = TransformerFamily(
     as_tokens=packed,
     own_sigmas=True,
     GUIDES=False,
+    single_file=(
+        ("double_blocks.0.img_attn.qkv.weight", "vector_in.in_layer.weight"),
+        ("single_transformer_blocks.0.proj_mlp.weight", "time_text_embed.text_embedder.linear_1.weight"),
+    ),
 )

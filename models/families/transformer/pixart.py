@@ -63,4 +63,8 @@ FAMILY = TransformerFamily(
     max_tokens=TOKENS,
     own_options=lambda scale: {"use_resolution_binning": False},
     is_flow=False,
+    single_file=(
+        ("y_embedder.y_proj.fc1.weight", "blocks.0.attn.qkv.bias"),
+        ("pos_embed.proj.weight", "caption_projection.linear_1.weight"),
+    ),
 )

@@ -71,4 +71,5 @@ FAMILY = TransformerFamily(
     own_options=lambda scale: {"negative_prompt": EMPTY, "true_cfg_scale": scale},
     own_sigmas=True,
     refused=("guidance_embeds", "use_additional_t_cond", "use_layer3d_rope", "zero_cond_t"),
+    single_file=(("txt_norm.weight", "transformer_blocks.0.img_mod.1.weight"),),
 )

@@ -56,4 +56,8 @@ FAMILY = TransformerFamily(
     max_tokens=300,
     own_options=lambda scale: {"use_resolution_binning": False},
     refused=("guidance_embeds",),
+    single_file=(
+        ("attention_y_norm.weight", "blocks.0.mlp.depth_conv.conv.weight"),
+        ("caption_norm.weight", "transformer_blocks.0.ff.conv_depth.weight"),
+    ),
 )

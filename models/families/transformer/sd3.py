@@ -51,4 +51,8 @@ FAMILY = TransformerFamily(
     encoded=encoded,
     max_tokens=256,  # also where there is no T5 and its states are zero
     more_tokens=lambda pipeline: pipeline.tokenizer_max_length,
+    single_file=(
+        ("joint_blocks.0.x_block.attn.qkv.weight",),
+        ("pos_embed.proj.weight", "time_text_embed.text_embedder.linear_1.weight"),
+    ),
 )

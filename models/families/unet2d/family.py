@@ -1,6 +1,6 @@
 """Stable Diffusion, and any other pipeline with a UNet2DConditionModel, a VAE and a text encoder, SDXL's too."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 
+from slimstep.models import single_file
 from slimstep.models.autoencoder import load_vae, stock_vae, vae_obstacles
 from slimstep.models.checkpoint import is_single_file
 from slimstep.models.conditioning import Conditioning
@@ -29,10 +30,15 @@ NAME = "Stable Diffusion: a pipeline with a UNet2DConditionModel and a VAE"
 PART = "unet"
 NETWORK = PrunableUNet2DConditionModel
 IS_CONDITIONAL = GUIDES = True
+check_single_file = single_file.check_single_file
 
 
 def matches(index: Mapping[str, Any]) -> bool:
     return index["unet"][1] in (NETWORK.__name__, NETWORK.STOCK.__name__)
+
+
+def is_in(names: Collection[str]) -> bool:
+    return "input_blocks.0.0.weight" in names
 
 
 # ---- loading and exporting ----
