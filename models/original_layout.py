@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from slimstep.engine.files import write_tensors
 from slimstep.models.checkpoint import PREDICTION, PREDICTIONS
+from slimstep.models.networks import network_of
 from slimstep.models.vae import NarrowAutoencoderKL
 
 UNET, VAE = "model.diffusion_model", "first_stage_model"
@@ -77,6 +78,11 @@ def write_original(pipeline: DiffusionPipeline, file: Path) -> None:
 
 def check_layout(pipeline: DiffusionPipeline) -> None:
     """ValueError, which names the reason and the way out, for a pipeline that the original layout cannot hold."""
+    network = network_of(pipeline)
+    if not isinstance(network, UNet2DConditionModel):
+        kind = type(network).__name__.removeprefix("Prunable")
+        only = "single files are written of Stable Diffusion's UNets alone: hand its diffusers folder over instead"
+        raise ValueError(f"this pipeline has a {kind}; {only}")
     unet, vae = pipeline.unet, pipeline.vae
     reasons = []
     if pruned := sorted(getattr(unet, "architecture", {})):

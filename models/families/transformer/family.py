@@ -89,11 +89,11 @@ class TransformerFamily:
             raise ValueError(f"model {str(file)!r} is a single file of a {kind}, which diffusers does not read: "
                              "give its diffusers folder")  # fmt: skip
         if not config:
-            raise ValueError(f"model {str(file)!r} is a {kind}: model.single_file_config=FOLDER_OR_HUB_ID names the "
-                             "diffusers model whose other parts and configuration go with it")  # fmt: skip
+            way = "model.single_file_config=FOLDER_OR_HUB_ID names the diffusers model"
+            raise ValueError(f"model {str(file)!r} holds a {kind}: {way} that its other parts are of")
         self.check(config)
         if not self.matches(index := DiffusionPipeline.load_config(config)):
-            raise ValueError(f"model {str(file)!r} is a {kind}, and model.single_file_config={config} a "
+            raise ValueError(f"model {str(file)!r} holds a {kind}, and model.single_file_config={config} is a "
                              f"{index['_class_name']} with another network")  # fmt: skip
 
     def check(self, name_or_path: str | Path) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from slimstep.models.convert import convert
 from slimstep.models.families.transformer.single_file import names_in
 from slimstep.models.family import FAMILIES, family_at
 from slimstep.models.pipeline import check_pipeline, load_pipeline
@@ -118,7 +119,7 @@ def test_a_file_asks_for_the_model_of_its_other_parts(saved, tmp_path, tiny_pipe
     family, folder, weights = saved
     file = tmp_path / "model.safetensors"
     save_file(weights, file)
-    with pytest.raises(ValueError, match="model.single_file_config=FOLDER_OR_HUB_ID names the diffusers model whose"):
+    with pytest.raises(ValueError, match="model.single_file_config=FOLDER_OR_HUB_ID names the diffusers model that"):
         check_pipeline(file)
     with pytest.raises(ValueError, match="lacks|names no transformer|which it lacks"):
         check_pipeline(file, single_file_config=str(tiny_pipeline_folder))
@@ -133,6 +134,16 @@ def test_diffusers_reads_no_single_files_of_pixart(tmp_path):
     save_file(pipeline.transformer.state_dict(), tmp_path / "model.safetensors")
     with pytest.raises(ValueError, match="PixArtTransformer2DModel, which diffusers does not read: give its diffusers"):
         check_pipeline(tmp_path / "model.safetensors", single_file_config=str(tmp_path))
+
+
+def test_a_file_becomes_a_folder_and_no_folder_a_file(tmp_path):
+    pipeline = PIPELINES["SD3"]()
+    pipeline.save_pretrained(tmp_path / "model")
+    save_file(pipeline.transformer.state_dict(), tmp_path / "model.safetensors")
+    convert(tmp_path / "model.safetensors", tmp_path / "made", config=str(tmp_path / "model"))
+    assert loaded_alike(tmp_path / "model.safetensors", tmp_path / "made")
+    with pytest.raises(ValueError, match="has a SD3Transformer2DModel; single files are written of Stable Diffusion's"):
+        convert(tmp_path / "made", tmp_path / "other.safetensors")
 
 
 @pytest.mark.slow
