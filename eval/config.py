@@ -41,13 +41,18 @@ class SamplingConfig:
 
 @dataclass
 class ScoringConfig(SamplingConfig):
-    """The sampling that ranks blocks. Protocol `snapfusion`: every removal, on the same fixed number of prompts."""
+    """The sampling that ranks blocks. Protocol `snapfusion`: every removal, on the same fixed number of prompts;
+    `screened`: the removals alone that one evaluation of each block finds cheapest, as many as save `screen_margin`
+    times what a round has to save."""
 
     protocol: str = "snapfusion"
+    screen_margin: float = 2.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("scoring", self, protocol=("snapfusion",))
+        check_choice("scoring", self, protocol=("snapfusion", "screened"))
+        if not self.screen_margin >= 1:
+            raise ValueError(f"scoring.screen_margin={self.screen_margin} must be at least 1, or no round saves enough")
 
 
 @dataclass

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from slimstep.data.encoding import finite, rows_at_once
 from slimstep.engine.seeding import generator
-from slimstep.eval.cpu_parts import can_be_parted, draw_in_parts
+from slimstep.eval.cpu_parts import Draw, can_be_parted, draw_in_parts
 from slimstep.eval.timing.precision import computing, products_on
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import decoded_images, has_statistics, scaling_of, statistics, unscaled
@@ -175,24 +175,23 @@ class Sampler:
         block_mask_BN: Tensor | None = None,
         generators: Sequence[torch.Generator] | None = None,
         uncond: Conditioning | None = None,
+        inputs: list[tuple[Tensor, Tensor]] | None = None,
     ) -> Tensor:
         """Denoised latents [B, C, H, W] from unit noise, on the UNet's device and in its dtype.
 
         `block_mask_BN`: bool, False where a row skips a block. `generators`, one per row, feed stochastic schedulers;
         by default they are seeded by the row. `uncond` takes the place of `unconditional`, from which guidance leads.
+        `inputs` is given x_t [B, C, H, W] and its timestep for every evaluation.
         """
         parameter = next(unet.parameters())
         place = parameter.device, parameter.dtype
-        denoiser, away, guidance_B = self.denoiser, None, None
+        denoiser, away = self.denoiser, None
         cond = cond.to(*place)
         if self.guides(unet):
             away = (self.unconditional if uncond is None else uncond).to(*place)
         if block_mask_BN is not None:
             block_mask_BN = block_mask_BN.to(parameter.device)
-        if takes_guidance(unet):
-            scale, device = float(self.guidance_scale), parameter.device
-            guidance_B = self.copied_once(("scale", device), lambda: torch.full((1,), scale, device=device))
-            guidance_B = guidance_B.expand(len(noise_BCHW))
+        guidance_B = self.guidance(unet, len(noise_BCHW))
         if generators is None:
             generators = self.generators(range(len(noise_BCHW)))
         scheduler = copy.deepcopy(self.scheduler)  # it counts steps, and some keep past predictions
@@ -204,15 +203,36 @@ class Sampler:
         z_BCHW = noise_BCHW.to(*place) * getattr(scheduler, "init_noise_sigma", 1)  # flow matching's has none
         for t, t_unet in zip(scheduler.timesteps, timesteps_S, strict=True):
             x_t = scheduler.scale_model_input(z_BCHW, t) if hasattr(scheduler, "scale_model_input") else z_BCHW
+            if inputs is not None:
+                inputs.append((x_t, t_unet))
             with computing(self.precision, parameter):
                 if away is not None:
-                    inputs = x_t, t_unet, cond, away, self.guidance_scale
-                    pred_BCHW, _ = guided(denoiser, unet, *inputs, block_mask_BN=block_mask_BN)
+                    led = x_t, t_unet, cond, away, self.guidance_scale
+                    pred_BCHW, _ = guided(denoiser, unet, *led, block_mask_BN=block_mask_BN)
                 else:
                     own = {"guidance_B": guidance_B, "block_mask_BN": block_mask_BN}
                     pred_BCHW = denoiser(unet, x_t, t_unet, cond, **own)
             z_BCHW = scheduler.step(pred_BCHW, t, z_BCHW, return_dict=False, **step_options)[0]
         return z_BCHW
+
+    def guidance(self, unet: nn.Module, rows: int) -> Tensor | None:
+        """The scale [B] that a network with guidance embedding takes; None for others."""
+        if not takes_guidance(unet):
+            return None
+        scale, device = float(self.guidance_scale), next(unet.parameters()).device
+        guidance_1 = self.copied_once(("scale", device), lambda: torch.full((1,), scale, device=device))
+        return guidance_1.expand(rows)
+
+    @torch.inference_mode()
+    def predict(
+        self, unet: nn.Module, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning, block_mask_BN: Tensor | None = None
+    ) -> Tensor:
+        """One prediction [B, C, H, W], without the empty prompt's, at an input of `denoise` (its `inputs`)."""
+        parameter = next(unet.parameters())
+        x_BCHW, cond = x_BCHW.to(parameter.device, parameter.dtype), cond.to(parameter.device, parameter.dtype)
+        own = {"guidance_B": self.guidance(unet, len(x_BCHW)), "block_mask_BN": block_mask_BN}
+        with computing(self.precision, parameter):
+            return self.denoiser(unet, x_BCHW, t_B.to(parameter.device), cond, **own)
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
         """uint8 images [B, 3, H, W], on the VAE's device where there is one, rounded as diffusers does for PIL.
@@ -247,9 +267,13 @@ class Sampler:
             options = {"block_mask_BN": block_mask_BN, "uncond": uncond}
             return self.decode(self.latents_at(network, cond.rows(rows), [indices[row] for row in rows], **options))
 
+        return self.in_parts(draw, unet, len(indices), block_mask_BN)
+
+    def in_parts(self, draw: Draw, unet: nn.Module, rows: int, block_mask_BN: Tensor | None = None) -> Tensor:
+        """`draw(network, row numbers, mask)` of all rows: at once, or as a CPU does it best (eval/cpu_parts.py)."""
         if can_be_parted(unet):
-            return draw_in_parts(draw, unet, len(indices), block_mask_BN, math.prod(self.latent_shape[1:]))
-        return draw(unet, list(range(len(indices))), block_mask_BN)
+            return draw_in_parts(draw, unet, rows, block_mask_BN, math.prod(self.latent_shape[1:]))
+        return draw(unet, list(range(rows)), block_mask_BN)
 
 
 def eight_bits(pixels_BCHW: Tensor) -> Tensor:

@@ -30,7 +30,8 @@ class BlockValue:
     """What a block gives and costs: the CLIP score its removal loses, and the milliseconds it saves.
 
     `picture_error` is that of prune/scores.py, nan where it was not measured; `floor` the least CLIP score that the
-    removal is taken to lose. A block that runs more than once is removed with all its copies.
+    removal is taken to lose; `screen_error` that of prune/screening.py, nan without a screen. A block that runs more
+    than once is removed with all its copies.
     """
 
     block: str
@@ -40,6 +41,7 @@ class BlockValue:
     repeats: int = 1
     picture_error: float = math.nan
     floor: float = -math.inf
+    screen_error: float = math.nan
 
     @property
     def copy_ms(self) -> float:
@@ -63,7 +65,9 @@ class BlockValue:
 
     @property
     def removal_order(self) -> tuple[float, float]:
-        """Sorts the worst bargains first."""
+        """Sorts the worst bargains first; blocks that were screened out go last, in the order of the screen."""
+        if math.isnan(self.delta_clip) and not math.isnan(self.screen_error):
+            return 2, self.screen_error / self.saved_ms if self.saved_ms > 0 else math.inf
         if self.price <= 0 and self.saved_ms > 0 and not self.is_contradicted:
             return 0, -self.saved_ms
         return 1, self.price / self.saved_ms if self.saved_ms > 0 else math.inf
@@ -71,7 +75,8 @@ class BlockValue:
     @property
     def reason(self) -> str:
         if math.isnan(self.delta_clip):
-            return f"not scored; {self.saved_ms:.2f} ms"
+            out = "" if math.isnan(self.screen_error) else f", screened out at an error of {self.screen_error:.1%}"
+            return f"not scored{out}; {self.saved_ms:.2f} ms"
         lost = f"CLIP lost {self.delta_clip:+.2f} ± {self.se:.2f}, saves {self.saved_ms:.2f} ms"
         if self.is_contradicted:
             destroyed = f"its picture's error is {self.picture_error:.0%} of an unrelated one's"

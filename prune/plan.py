@@ -21,7 +21,10 @@ def pruning_stages(teacher: Teacher, search: Any) -> Iterator[Stage]:
         rows = scoring.prompts * image_rows(scoring.steps, scoring.guidance_scale)
         if search.needs_scores:
             drawn = (1 + blocks) * scoring.prompts
-            yield Stage(f"{stage}/scores.json", f"{drawn} images ({blocks} removals)", (1 + blocks) * rows)
+            screened = scoring.protocol == "screened"
+            what = "at most, behind a screen of all blocks" if screened else f"{blocks} removals"
+            screen = (1 + blocks) * scoring.prompts if screened else 0
+            yield Stage(f"{stage}/scores.json", f"{drawn} images ({what})", (1 + blocks) * rows + screen)
         if needs_similarity(search):
             yield Stage(f"{stage}/similarities.json", f"latents of {scoring.prompts} images", rows)
         yield Stage(f"{stage}/decision.json", "")

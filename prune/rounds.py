@@ -20,6 +20,7 @@ from slimstep.prune.config import Config
 from slimstep.prune.evolve import Action, BlockValue, apply, record_json
 from slimstep.prune.latency import latency_table, predicted_ms, read_table, table_without
 from slimstep.prune.scores import score_blocks
+from slimstep.prune.screening import Screen, screen_blocks
 from slimstep.prune.search import Situation, needs_similarity
 from slimstep.prune.similarity import block_similarities
 
@@ -80,14 +81,29 @@ class Measures:
         found = block_similarities(unet, sampler, prompts, scoring.batch_size, teacher.run.accelerator, keep)
         return {"protocol": {"prompts_hash": prompts.hash, **sampler.protocol}, "blocks": found}
 
-    def scores(self, unet: Prunable, stage: str) -> dict:
-        """The block scores of `unet` with their protocol."""
+    def screen(self, unet: Prunable, stage: str) -> Screen:
+        """What one evaluation without each block tells (screening.py)."""
+        teacher, scoring = self.teacher, self.teacher.config.scoring
+        shared = scoring.batch_size, teacher.run.accelerator, teacher.run.path / PARTIAL / stage
+        return screen_blocks(unet, teacher.sampler(scoring), self.calibration, *shared)
+
+    def scores(self, unet: Prunable, stage: str, ms: Mapping[str, float], excess_ms: float) -> dict:
+        """The block scores of `unet` with their protocol; ms: what each block saves. excess_ms: what the round has to
+        save; where that is nothing blocks are copied, of which no screen tells."""
         teacher, scoring, prompts = self.teacher, self.teacher.config.scoring, self.calibration
+        screen: Screen | None = None
+        begun: dict[str, Any] = {}
+        if scoring.protocol == "screened" and 0 < excess_ms < math.inf:
+            screen = self.screen(unet, stage)
+            cheapest = screen.cheapest(ms, scoring.screen_margin * excess_ms)
+            begun = {"blocks": cheapest, "latents_PCHW": screen.latents_PCHW}
+            log.info(f"{stage} scores {len(cheapest)} of {len(ms)} blocks: a screen found them cheapest")
         sampler, keep = teacher.sampler(scoring), teacher.run.path / PARTIAL / stage
         accelerator, name = teacher.run.accelerator, teacher.config.search.metric
         metric = self.metrics[name]
-        table = score_blocks(unet, sampler, metric, prompts, scoring.batch_size, accelerator, keep=keep)
-        protocol = {"name": scoring.protocol, "prompts_hash": prompts.hash, "n": len(prompts.distinct)}
+        table = score_blocks(unet, sampler, metric, prompts, scoring.batch_size, accelerator, keep, **begun)
+        kind = "screened" if screen else "snapfusion"
+        protocol = {"name": kind, "prompts_hash": prompts.hash, "n": len(prompts.distinct)}
         protocol |= {} if name == "clip" else {"metric": name}
         record = table.record({**protocol, **metric.protocol, **sampler.protocol})
         heading = "CLIP" if name == "clip" else name
@@ -97,15 +113,19 @@ class Measures:
         )
         for doubt in score_cautions(record):
             log.warning(f"{stage}: {doubt}")
-        return record
+        return record | ({"screen": dict(screen.errors)} if screen else {})
 
 
 def decide(measures: Measures, unet: Prunable, previous: dict | None, r: int) -> dict:
     """What the round's latencies and scores say to do, in its decision.json."""
     run, stage = measures.teacher.run, f"round-{r:02d}"
     table = run.json(f"{stage}/latency.json", lambda: measures.latencies(unet))
-    needs_scores = measures.search.needs_scores
-    scores = run.json(f"{stage}/scores.json", lambda: measures.scores(unet, stage)) if needs_scores else None
+    scores = None
+    if measures.search.needs_scores:
+        situation = situation_of(measures, unet, table, None, {}, previous, r)
+        ms = {value.block: value.saved_ms for value in situation.values}
+        excess_ms = situation.latency_ms - situation.goal_ms
+        scores = run.json(f"{stage}/scores.json", lambda: measures.scores(unet, stage, ms, excess_ms))
     alike: dict = {}
     if needs_similarity(measures.search):
         alike = run.json(f"{stage}/similarities.json", lambda: measures.similarities(unet, stage))["blocks"]
@@ -115,6 +135,29 @@ def decide(measures: Measures, unet: Prunable, previous: dict | None, r: int) ->
             f"{run.path / stage}/decision.json is gone, and {', '.join(orphans)} follow from it: remove them too"
         )
     return run.json(f"{stage}/decision.json", lambda: decision(measures, unet, table, scores, alike, previous, r))
+
+
+def clock(previous: dict | None, table: dict) -> float:
+    """The teacher's milliseconds, which the first round measured for all."""
+    return previous["teacher_ms"] if previous else table["full_ms"]
+
+
+def situation_of(
+    measures: Measures,
+    unet: Prunable,
+    table: dict,
+    scores: dict | None,
+    similarities: dict,
+    previous: dict | None,
+    r: int,
+) -> Situation:
+    """What is known when a round is decided, or, without scores, before its blocks are scored."""
+    config, teacher_ms = measures.teacher.config.search, clock(previous, table)
+    latency_ms = previous["measured_ms"] if previous else table["full_ms"]
+    target_ms = config.target_ms or (config.target_fraction and config.target_fraction * teacher_ms) or math.inf
+    values = block_values(unet, table, scores, scale=latency_ms / table["full_ms"])
+    now = values, unet.architecture, latency_ms, target_ms
+    return Situation(*now, unet.copyable_blocks, r, config.rounds, similarities)
 
 
 def decision(
@@ -128,13 +171,8 @@ def decision(
 ) -> dict:
     """A round's actions as JSON. The last round goes on until the *measured* latency meets the target."""
     config = measures.teacher.config.search
-    teacher_ms = previous["teacher_ms"] if previous else table["full_ms"]
-    latency_ms = previous["measured_ms"] if previous else table["full_ms"]
-    target_ms = config.target_ms or (config.target_fraction and config.target_fraction * teacher_ms)
-    values = block_values(unet, table, scores, scale=latency_ms / table["full_ms"])
-    target = target_ms or math.inf
-    now = values, unet.architecture, latency_ms, target
-    situation = Situation(*now, unet.copyable_blocks, r, config.rounds, similarities)
+    situation = situation_of(measures, unet, table, scores, similarities, previous, r)
+    teacher_ms, values, latency_ms = clock(previous, table), situation.values, situation.latency_ms
     actions: list[Action] = []
     after, measured_ms = unet.architecture, latency_ms
     while more := measures.search(situation):
@@ -152,7 +190,7 @@ def decision(
         "values": [record_json(value) for value in values],
         "not_copyable": [block for block in unet.kept_blocks if block not in unet.copyable_blocks],
         "teacher_ms": teacher_ms,
-        "target_ms": target_ms,
+        "target_ms": situation.target_ms if math.isfinite(situation.target_ms) else None,
         "predicted_ms": record_json(actions[-1])["predicted_ms"] if actions else latency_ms,
         "measured_ms": measured_ms,
         "clock": "latency.table" if known_latencies(measures.teacher.config) else "measured",
@@ -162,6 +200,7 @@ def decision(
 def block_values(unet: Prunable, table: dict, scores: dict | None, scale: float) -> tuple[BlockValue, ...]:
     """Scores and milliseconds side by side; `scale` carries the table over to the teacher's clock."""
     unknown = {"delta_clip": math.nan, "se": math.nan}
+    scored, screen = (scores["sites"], scores.get("screen", {})) if scores else ({}, {})
     return tuple(
         BlockValue(
             block,
@@ -170,9 +209,10 @@ def block_values(unet: Prunable, table: dict, scores: dict | None, scale: float)
             entry["ms"] * scale,
             unet.repeats(block),
             math.nan if score.get("picture_error") is None else score["picture_error"],
+            screen_error=screen.get(block, math.nan),
         )
         for block, entry in table["sites"].items()
-        for score in [unknown if scores is None else scores["sites"][block]]
+        for score in [scored.get(block, unknown)]
     )
 
 

@@ -10,7 +10,6 @@ prompts are from each other. A scorer that is at chance loses nothing when a pic
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -84,24 +83,35 @@ def score_blocks(
     batch_size: int,
     accelerator: Accelerator | None = None,
     keep: Path | None = None,
+    blocks: Sequence[str] | None = None,
+    latents_PCHW: Tensor | None = None,
 ) -> ScoreTable:
-    """Every removal on every prompt by a metric of single images, or of their distance to the base's.
+    """The removal of every block, or of `blocks`, on every prompt by a metric of single images, or of their distance to
+    the base's.
 
-    (1 + blocks) · prompts images. `batch_size` counts images.
+    (1 + blocks) · prompts images. `batch_size` counts images. `latents_PCHW` are the base's, where they are known.
 
     Finished batches lie under `keep` until all are there.
     """
-    texts, blocks = prompts.prompts, tuple(unet.kept_blocks)
-    metric, draw = as_metric(metric), partial(sampler.images, unet, texts)
+    texts, blocks, kept = prompts.prompts, tuple(blocks or unet.kept_blocks), list(unet.kept_blocks)
+    columns_N = [kept.index(block) for block in blocks]
+    metric = as_metric(metric)
     metric.prepare(texts)
+
+    def draw(indices: list[int]) -> Tensor:
+        if latents_PCHW is None:
+            return sampler.images(unet, texts, indices)
+        ends_BCHW = latents_PCHW[indices]
+        return sampler.in_parts(lambda _, rows, __: sampler.decode(ends_BCHW[rows]), unet, len(indices))
+
     shared = batch_size, accelerator or Accelerator()
     base = map_batches(draw, len(texts), *shared, "images of the base", keep and keep / "base")
 
     def ablate(items: list[int]) -> Tensor:
         """Shape [items, 2]: CLIP score without the block, and PSNR to the base image."""
         columns, indices = zip(*(divmod(item, len(texts)) for item in items), strict=True)
-        mask_BN = torch.ones(len(items), len(blocks), dtype=torch.bool)
-        mask_BN[torch.arange(len(items)), list(columns)] = False
+        mask_BN = torch.ones(len(items), len(kept), dtype=torch.bool)
+        mask_BN[torch.arange(len(items)), [columns_N[column] for column in columns]] = False
         images = sampler.images(unet, texts, indices, block_mask_BN=mask_BN.to(unet.device)).cpu()
         rows = list(indices)
         return torch.stack([metric(images, [texts[i] for i in rows], base[rows]), psnr(images, base[rows])], dim=1)
