@@ -1,7 +1,7 @@
 """The valued network: every block at its place in the U, coloured by what it is worth, with what became of it.
 
-The blocks of a transformer stand in rows, in the order in which they run; where their attentions and feed-forwards are
-blocks too, in columns, with these beside them.
+The blocks of a transformer stand in columns, in the order in which they run, and their attentions and feed-forwards,
+where these are blocks too, beside them.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,10 +19,10 @@ from slimstep.eval.pages.text import digits, signed
 from slimstep.models.architecture import Architecture, holder_of, holds, level_of, num_levels, repeats_of, unet_levels
 
 SIDES = ("down_blocks.", "mid_block.", "up_blocks.")
-PER_ROW = 8  # of a transformer's blocks
-PER_COLUMN = 10  # of those with sublayers
+PER_COLUMN = 10  # of a transformer's blocks
 BOX_W, BOX_H, GAP, INDENT, PITCH, MIDDLE = 1.0, 0.68, 0.07, 0.42, 1.0, 1.1
-LINE = BOX_H + GAP  # from a block with sublayers to the next
+LEGEND_W = 6.2  # inches
+LINE = BOX_H + GAP  # from a transformer's block to the next
 VALUE_COLOURS = LinearSegmentedColormap.from_list(  # orange: free to remove; blue: worth its milliseconds
     "value", [(0, "#e8590c"), (0.25, "#ffc078"), (0.5, "#f4f5f7"), (0.62, "#bcdcf5"), (0.8, "#4a9fe0"), (1, "#0b4f94")]
 )
@@ -42,7 +42,7 @@ def unet_figure(
     corners, levels = places(tuple(blocks)), num_levels(blocks)
     width = max(x for x, _ in corners.values()) + BOX_W
     lowest = levels or -min(y for _, y in corners.values()) / PITCH
-    figure, (axes,) = canvas(0.98 * width + 1.2, 0.98 * (lowest + 1) * PITCH + 0.9)
+    figure, (axes,) = canvas(max(0.98 * width + 1.2, LEGEND_W), 0.98 * (lowest + 1) * PITCH + 0.9)
     axes.set_axis_off()
     norm = value_norm(list(blocks.values()))
     repeats = {path: repeats_of(path, architecture, unet_levels(levels)) for path in blocks}
@@ -68,7 +68,7 @@ def places(blocks: Sequence[str]) -> dict[str, tuple[float, float]]:
     paths = [path for path in blocks if holder_of(path, blocks) is None]
     levels = num_levels(paths)
     if not any(path.startswith(SIDES) for path in paths):
-        return rows_of_lists(paths) if len(paths) == len(blocks) else columns_of_lists(paths, blocks)
+        return columns_of_lists(paths, blocks)
     rows: dict[tuple[str, int], list[str]] = {}
     for path in paths:
         rows.setdefault((path.split(".")[0], level_of(path, levels)), []).append(path)
@@ -90,24 +90,25 @@ def places(blocks: Sequence[str]) -> dict[str, tuple[float, float]]:
     return corners
 
 
-def rows_of_lists(paths: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """The corners of a transformer's blocks: rows of PER_ROW, and a new one for each of its lists."""
-    lists: dict[str, list[str]] = {}
-    for path in paths:
-        lists.setdefault(path.rpartition(".")[0], []).append(path)
-    rows = [row[k : k + PER_ROW] for row in lists.values() for k in range(0, len(row), PER_ROW)]
-    return {path: (k * (BOX_W + GAP), -y * PITCH) for y, row in enumerate(rows) for k, path in enumerate(row)}
-
-
 def columns_of_lists(paths: Sequence[str], blocks: Sequence[str]) -> dict[str, tuple[float, float]]:
-    """The corners of a transformer's blocks and their sublayers: a line for each block, its sublayers beside it, and
-    PER_COLUMN lines one below the other."""
+    """The corners of a transformer's blocks: each list in columns of its own, equally long, of PER_COLUMN at most; the
+    sublayers of a block, where they are blocks, stand beside it."""
     lines = [[path, *(inner for inner in blocks if holds(path, inner))] for path in paths]
     step = max(map(len, lines)) * (BOX_W + GAP) + INDENT
+    lists: dict[str, list[list[str]]] = {}
+    for line in lines:
+        lists.setdefault(line[0].rpartition(".")[0], []).append(line)
+    columns = [column for lines in lists.values() for column in in_columns(lines)]
     return {
-        path: (n // PER_COLUMN * step + k * (BOX_W + GAP), -(n % PER_COLUMN) * LINE)
-        for n, line in enumerate(lines) for k, path in enumerate(line)
+        path: (n * step + k * (BOX_W + GAP), -y * LINE)
+        for n, column in enumerate(columns) for y, line in enumerate(column) for k, path in enumerate(line)
     }  # fmt: skip
+
+
+def in_columns(lines: Sequence[list[str]]) -> list[Sequence[list[str]]]:
+    number = -(-len(lines) // PER_COLUMN)
+    length = -(-len(lines) // number)
+    return [lines[k : k + length] for k in range(0, len(lines), length)]
 
 
 def value_norm(blocks: Sequence[Block]) -> FuncNorm:
@@ -222,7 +223,7 @@ def draw_scale(figure: Figure, axes: Axes, norm: FuncNorm) -> None:
     bar.ax.grid(False)
     bar.set_label(
         "colour: CLIP score lost per millisecond saved (orange: free to remove, blue: worth its time)\n"
-        "in a box: CLIP score lost without the block ± standard error · its milliseconds; "
+        "in a box: CLIP score lost without the block ± standard error · its milliseconds\n"
         "struck out: removed, r0 in round 0; doubled: copied",
         fontsize=8,
     )

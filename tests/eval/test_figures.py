@@ -52,12 +52,16 @@ def test_transformer_layers_are_cells_under_their_block():
     assert sum(type(patch).__name__ == "Rectangle" for patch in figure.axes[0].patches) == 2
 
 
-def test_a_transformers_blocks_stand_in_rows_a_new_one_for_each_list():
-    paths = [f"transformer_blocks.{i}" for i in range(10)] + [f"single_transformer_blocks.{i}" for i in range(3)]
+def test_a_transformers_blocks_stand_in_columns_a_new_one_for_each_list():
+    paths = [f"transformer_blocks.{i}" for i in range(19)] + [f"single_transformer_blocks.{i}" for i in range(3)]
     corners = places(paths)
-    assert [*corners] == paths and [round(-y) for _, y in corners.values()] == [0] * 8 + [1] * 2 + [2] * 3
+    columns: dict[float, list[float]] = {}
+    for x, y in corners.values():
+        columns.setdefault(x, []).append(y)
+    assert [*corners] == paths and [len(column) for column in columns.values()] == [10, 9, 3]
+    assert sorted(columns) == [*columns] and all(sorted(ys, reverse=True) == ys for ys in columns.values())
     blocks = {path: Block(path, 1.0, 0.1, 0.5) for path in paths}
-    shown = words(unet_figure(blocks, as_architecture({paths[0]: 0, paths[10]: 2}), {paths[0]: 0}))
+    shown = words(unet_figure(blocks, as_architecture({paths[0]: 0, paths[19]: 2}), {paths[0]: 0}))
     assert "block 0  r0" in shown and "single 0  ×2" in shown
 
 
