@@ -9,6 +9,7 @@ from torch import Tensor
 from slimstep.data.encoding import encode_captions, encode_images, encode_nothing, is_truncated
 from slimstep.data.pixels import BrokenImageError
 from slimstep.data.shards import shard_tensors, write_shard
+from slimstep.models.conditioning import Conditioning, used_tokens
 
 
 class ShardMaker:
@@ -22,7 +23,7 @@ class ShardMaker:
         self.encoded, self.broken = 0, []
 
     def write_empty(self, path: Path) -> None:
-        nothing = self._stored([encode_nothing(self.pipeline, self.device).tensors])
+        nothing = self._stored([kept(encode_nothing(self.pipeline, self.device))])
         write_shard(path, shard_tensors({}, nothing, [], [""]), {})
 
     def write(self, path: Path, batches: Iterable[list[dict | BrokenImageError]], bar, check, record: dict) -> None:
@@ -45,7 +46,7 @@ class ShardMaker:
         self.broken += broken
         self.encoded += len(indices)
         distinct = list(dict.fromkeys(captions))
-        texts = [encode_captions(self.pipeline, some, self.device).tensors for some in cut(distinct, self.batch_size)]
+        texts = [kept(encode_captions(self.pipeline, some, self.device)) for some in cut(distinct, self.batch_size)]
         long = {caption for caption in distinct if is_truncated(self.pipeline, caption)}
         counts = {"samples": len(indices), "truncated": sum(c in long for c in captions), "broken": broken}
         write_shard(path, shard_tensors(self._stored(latents), self._stored(texts), indices, captions), counts | record)
@@ -53,6 +54,11 @@ class ShardMaker:
     def _stored(self, encoded: list[Mapping[str, Tensor]]) -> dict[str, Tensor]:
         names = encoded[0] if encoded else ()
         return {name: torch.cat([part[name] for part in encoded]).cpu().to(self.dtype) for name in names}
+
+
+def kept(cond: Conditioning) -> dict[str, Tensor]:
+    """What a shard keeps of captions, on the CPU: of text states with a mask those that it has."""
+    return used_tokens(cond.to("cpu").tensors)
 
 
 def cut(sequence: Sequence, size: int) -> list[Sequence]:

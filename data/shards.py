@@ -1,13 +1,16 @@
 """A cache on disk: safetensors shards with checksums, read sample by sample.
 
-    shard-00000.safetensors    a row per sample (`sample.*`), a row per distinct caption (`caption.*`), whose is whose
+    shard-00000.safetensors    a row per sample (`sample.*`), a row per distinct caption (`caption.*`), whose is whose;
+                               of text states with a mask a row per token that it has (`token.*`), caption after caption
     shard-00000.json           its checksum and what was skipped, written after it: without it there is no shard
     empty.safetensors, .json   the conditioning without a caption, for caption dropout and guidance
     index.json                 every shard's record and what made them, written last
 
-A caption's tensors are named as in models/conditioning.py: text [L, E] and, of SDXL, pooled [P] and time_ids [6].
+A caption's tensors are named as in models/conditioning.py: text [L, E] and, of SDXL, pooled [P] and time_ids [6]. The
+text states of an item are as long as the pipeline makes them, and those that a mask leaves out are zero: so all batches
+have one shape, and no network sees a difference, for it attends to none of these tokens.
 
-Axes: C channels, h and w latent height and width, L tokens, E text width, P pooled width.
+Axes: C channels, h and w latent height and width, L tokens, T tokens of all captions, E text width, P pooled width.
 """
 
 import bisect
@@ -26,7 +29,7 @@ from torch.utils.data import Dataset
 
 from slimstep.data.config import STORAGE_DTYPES
 from slimstep.engine.files import digest, json_bytes, write_json, write_tensors
-from slimstep.models.conditioning import Conditioning
+from slimstep.models.conditioning import TEXT, TEXT_MASK, Conditioning, all_tokens
 
 OPEN_SHARDS = 128
 DTYPES = {name: getattr(torch, name) for name in STORAGE_DTYPES}
@@ -35,7 +38,8 @@ DTYPES = {name: getattr(torch, name) for name in STORAGE_DTYPES}
 class CachedPairs(Dataset):
     """The finished cache in `folder`; item i: {"latents": [C, h, w], "text": [L, E], "index": int}, float32 on the CPU.
 
-    Of SDXL it has "pooled" [P] and "time_ids" [6], too; `conditioning_of` makes a batch's conditioning of such items.
+    Of SDXL it has "pooled" [P] and "time_ids" [6], too, and where captions have a mask "text_mask" [L];
+    `conditioning_of` makes a batch's conditioning of such items.
     "index" is the pair's index in the data set that was cached (broken images leave gaps), of a stream a number of its
     part and position. A sample is read from its memory-mapped shard when asked for, so memory does not grow with the
     data set; workers open their own files.
@@ -67,8 +71,8 @@ class CachedPairs(Dataset):
     @property
     def unconditional(self) -> Conditioning:
         """One row: the conditioning without a caption, as guidance uses it."""
-        rows = _Shard(self.folder / "empty.safetensors").rows
-        return Conditioning({name: tensor[:].to(torch.float32, copy=True) for _, name, tensor in rows})
+        empty = _Shard(self.folder / "empty.safetensors").conditioning(0)
+        return Conditioning({name: tensor[None] for name, tensor in empty.items()})
 
     def __len__(self) -> int:
         return self._ends[-1]
@@ -98,12 +102,13 @@ class CachedPairs(Dataset):
 
 
 class _Shard:
-    """One open shard; every tensor `sample.NAME` or `caption.NAME` becomes the item's entry NAME."""
+    """One open shard; every tensor `sample.NAME`, `caption.NAME` or `token.NAME` becomes the item's entry NAME."""
 
     def __init__(self, path: Path) -> None:
         self._file = safe_open(path, "pt")
         names = self._file.keys()
-        self.rows = [(*name.split("."), self._file.get_slice(name)) for name in names if "." in name]
+        rows = [(*name.split("."), self._file.get_slice(name)) for name in names if "." in name]
+        self._per = {kind: {name: x for per, name, x in rows if per == kind} for kind in ("sample", "caption", "token")}
         self.index: list[int] = self._file.get_tensor("index").tolist()
         self.caption_of: list[int] = self._file.get_tensor("caption_of").tolist()
 
@@ -111,22 +116,34 @@ class _Shard:
     def captions(self) -> list[str]:
         return json.loads(self._file.get_tensor("captions").numpy().tobytes())
 
+    @cached_property
+    def token_ends(self) -> list[int]:
+        """Behind the tokens of each caption, whose first one follows the caption before; of a shard with a mask."""
+        return (self._file.get_tensor(f"caption.{TEXT_MASK}") > 0).sum(1).cumsum(0).tolist()
+
     def sample(self, row: int) -> dict[str, Tensor | int]:
-        at = {"sample": row, "caption": self.caption_of[row]}
-        item: dict[str, Tensor | int] = {"index": self.index[row]}
-        for per, name, tensor in self.rows:
-            item[name] = tensor[at[per]].to(torch.float32, copy=True)
-        return item
+        tensors = {name: tensor[row].to(torch.float32, copy=True) for name, tensor in self._per["sample"].items()}
+        return {"index": self.index[row], **tensors, **self.conditioning(self.caption_of[row])}
+
+    def conditioning(self, caption: int) -> dict[str, Tensor]:
+        """The tensors of a caption, float32."""
+        tensors = {name: tensor[caption].to(torch.float32, copy=True) for name, tensor in self._per["caption"].items()}
+        for name, tensor in self._per["token"].items():
+            start, end = self.token_ends[caption - 1] if caption else 0, self.token_ends[caption]
+            tensors[name] = all_tokens(tensor[start:end].to(torch.float32), tensors[TEXT_MASK])
+        return tensors
 
 
 def shard_tensors(
     samples: Mapping[str, Tensor], texts: Mapping[str, Tensor], indices: list[int], captions: list[str]
 ) -> dict[str, Tensor]:
-    """The tensors of a shard: `samples` has a row per index, `texts` one per distinct caption, by first appearance."""
+    """The tensors of a shard: `samples` has a row per index, `texts` one per distinct caption, by first appearance, but
+    of text states with a mask one per token that it has."""
+    per = {name: "token" if name == TEXT and TEXT_MASK in texts else "caption" for name in texts}
     distinct = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
     return {
         **{f"sample.{name}": tensor for name, tensor in samples.items()},
-        **{f"caption.{name}": tensor for name, tensor in texts.items()},
+        **{f"{per[name]}.{name}": tensor for name, tensor in texts.items()},
         "index": torch.tensor(indices),
         "caption_of": torch.tensor([distinct[caption] for caption in captions]),
         "captions": torch.frombuffer(bytearray(json.dumps(list(distinct)).encode()), dtype=torch.uint8),

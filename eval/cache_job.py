@@ -13,6 +13,7 @@ from slimstep.engine.run import Run
 from slimstep.eval.config import Config
 from slimstep.eval.inputs import Teacher, check_data, load_teacher, storage, training_data
 from slimstep.eval.pages.text import size
+from slimstep.models.conditioning import TEXT_MASK
 from slimstep.models.family import denoiser_of
 from slimstep.models.networks import network_of
 
@@ -40,7 +41,8 @@ def planned(teacher: Teacher) -> Plan:
     made_from = described_cache(pairs, teacher.pipeline, options.dtype, options.shard_size)
     folder = Path(options.folder) / cache_key(made_from)
     existing = [path for path in folder.glob("*-*.safetensors") if is_intact(path, verify=False)]
-    latents, text = sample_bytes(teacher)
+    latents, text, has_mask = sample_bytes(teacher)
+    masked = ", and of their text states those of the mask alone" if has_mask else ""
     if isinstance(pairs, Stream):
         samples, total = f"not known before they are read, in {len(pairs.parts)} parts", ""
     else:
@@ -49,18 +51,18 @@ def planned(teacher: Teacher) -> Plan:
         f"cache      {folder}",
         f"samples    {samples}",
         f"disk       {total}{size(1_000_000 * (latents + text))} a million: {size(latents)} an image, {size(text)} "
-        f"a caption in {options.dtype}; captions that a shard repeats are kept once",
+        f"a caption in {options.dtype}; captions that a shard repeats are kept once{masked}",
         f"there      {len(existing)} shards, {size(sum(path.stat().st_size for path in existing))}",
     ]))  # fmt: skip
 
 
-def sample_bytes(teacher: Teacher) -> tuple[int, int]:
-    """Bytes of the latents of an image, and of the conditioning of a caption."""
+def sample_bytes(teacher: Teacher) -> tuple[int, int, bool]:
+    """Bytes of the latents of an image, and of the conditioning of a caption of full length; whether it has a mask."""
     pipeline, one = teacher.pipeline, DTYPES[storage(teacher.config).dtype].itemsize
     with at_work(pipeline, teacher.device):
-        tensors = encode_nothing(pipeline, teacher.device).tensors.values()
+        tensors = encode_nothing(pipeline, teacher.device).tensors
     shape = denoiser_of(network_of(pipeline)).sample_shape
-    return one * math.prod(shape), one * sum(tensor.numel() for tensor in tensors)
+    return one * math.prod(shape), one * sum(x.numel() for x in tensors.values()), TEXT_MASK in tensors
 
 
 def made(cached: CachedPairs) -> str:

@@ -1,13 +1,14 @@
 """What a batch is conditioned on beside latents and timesteps: named tensors, one row for each sample.
 
     "text"        text states [B, L, E]
+    "text_mask"   which of them are the caption's [B, L], 1 or 0, where the network asks
     "pooled"      SDXL's pooled text state [B, P]
     "time_ids"    SDXL's original size, crop and target size [B, 6]
 
 An unconditional model has none of them. Under these names the latent cache keeps the tensors and the training loop's
 batches carry them; which argument of a network each becomes, its denoiser knows (models/denoiser.py).
 
-Axes: B batch, L tokens, E text width, P pooled width.
+Axes: B batch, L tokens, T tokens of all captions that their masks have, E text width, P pooled width.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+TEXT, TEXT_MASK = "text", "text_mask"
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,20 @@ class Conditioning:
 
     def _check(self, other: "Conditioning") -> None:
         assert self.tensors.keys() == other.tensors.keys(), f"{[*self.tensors]} beside {[*other.tensors]}"
+
+
+def used_tokens(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors with the text states [T, E] that the mask has, caption after caption; without a mask as they are."""
+    if TEXT_MASK not in tensors:
+        return dict(tensors)
+    return {**tensors, TEXT: tensors[TEXT][tensors[TEXT_MASK] > 0]}
+
+
+def all_tokens(used_TE: Tensor, mask_L: Tensor) -> Tensor:
+    """[L, E]: the text states of one caption, whose mask has T tokens, each in its place, and zeros in the others."""
+    text_LE = used_TE.new_zeros(len(mask_L), used_TE.shape[1])
+    text_LE[mask_L > 0] = used_TE
+    return text_LE
 
 
 def conditioning_of(batch: Mapping[str, Tensor], like: Conditioning) -> Conditioning:
