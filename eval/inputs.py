@@ -37,7 +37,7 @@ from slimstep.models.families.prunable import Prunable
 from slimstep.models.family import family_of, schedule_for
 from slimstep.models.networks import DENOISERS, network_of
 from slimstep.models.noise_schedule import NoiseSchedule
-from slimstep.models.pipeline import networks, upcast_vae
+from slimstep.models.pipeline import networks, to_device, upcast_vae
 from slimstep.models.sizes import native_pixels, set_resolution
 
 log = logging.getLogger("slimstep")
@@ -46,8 +46,9 @@ TRAINED_ON = "trained_on.json"
 
 @dataclass(frozen=True)
 class Teacher:
-    """A job's teacher: a pipeline, frozen on the device, whose UNet is prunable; or, for what needs no more than
-    that, a UNet alone. `config` is the job's, with the resolution that the data left open."""
+    """A job's teacher: a pipeline, frozen, on the device but for its text encoders (models/pipeline.py), whose UNet is
+    prunable; or, for what needs no more than that, a UNet alone. `config` is the job's, with the resolution that the
+    data left open."""
 
     pipeline: DiffusionPipeline | Prunable
     config: Config
@@ -109,7 +110,7 @@ def teacher_of(pipeline: DiffusionPipeline, config: Config, run: Run) -> Teacher
         raise ValueError(f"{config.model} is a UNet alone; it serves +experiment=latency_table only")
     schedule_for(pipeline)  # ValueError for one without betas that is not flow matching's
     if has_weights(pipeline):
-        pipeline.to(run.accelerator.device)
+        to_device(pipeline, run.accelerator.device)
     elif not config.plan:
         raise ValueError(f"model.name_or_path={config.model.name_or_path} is a configuration alone, for plan=true")
     config = deepcopy(config)

@@ -48,6 +48,7 @@ from slimstep.eval.timing.inference import InferenceConfig, compile_networks
 from slimstep.eval.timing.precision import settled
 from slimstep.models.cost import count_parameters
 from slimstep.models.networks import network_of
+from slimstep.models.pipeline import to_device
 
 log = logging.getLogger("slimstep")
 
@@ -67,7 +68,7 @@ def evaluate(config: Config, run: Run) -> int | Plan:
     has_images = is_conditional and (not config.data.prompt_file or config.evaluation.distribution)
     if config.plan:
         stages = [*(scorer_stage(run) if has_images else []), *evaluation_stages(models, config)]
-        reference = models.load(models.paths[models.reference[0]]).to(run.accelerator.device)
+        reference = to_device(models.load(models.paths[models.reference[0]]), run.accelerator.device)
         line, hours = time_line(Teacher(reference, config, run), stages, [])
         return Plan(f"{stages_table(run, stages)}\n{line}", hours)
     if is_conditional:
@@ -154,7 +155,7 @@ def evaluator_of(
 
     @lru_cache(1)  # one model is in memory at a time
     def pipeline_of(name: str) -> DiffusionPipeline:
-        pipeline = models.load(models.paths[name]).to(device)
+        pipeline = to_device(models.load(models.paths[name]), device)
         if evaluation.compile:
             first = sampler(pipeline, models.steps(name)[0], config.curves.guidance[0])
             compile_pipeline(name, pipeline, first, prompts, config, run)

@@ -45,7 +45,7 @@ def sampled_latents(
     agree(folder, world)
     folder.mkdir(parents=True, exist_ok=True)
     shards = list(shard_paths(folder, range(-(-count // batch_size))))
-    with alone(folder / f".lock-{rank}"):
+    with alone(folder / f".lock-{rank}"), sampler.encoding():
         missing = [k for k in range(rank, len(shards), world) if not is_intact(shards[k], verify=True)]
         for k in progress(missing, desc="sampling latents", unit="batch", disable=rank > 0 or not missing):
             indices = list(range(k * batch_size, (k + 1) * batch_size))

@@ -10,6 +10,7 @@ import copy
 import inspect
 import math
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -29,6 +30,7 @@ from slimstep.models.family import denoiser_of, family_of, flow_of
 from slimstep.models.flow import prediction_type_of, set_steps
 from slimstep.models.guidance import guided
 from slimstep.models.networks import network_of, sequence_length
+from slimstep.models.pipeline import encoders_on
 from slimstep.models.schedulers import check_sampling, used_spacing
 
 TEXTS_PER_BATCH = 64  # cut by index, so that a prompt's state does not depend on who asks for it
@@ -125,9 +127,14 @@ class Sampler:
         """The conditioning of `prompts` on the CPU, computed once per prompt set."""
         key = tuple(prompts)
         if key not in self._encoded:
-            batches = [self.encode_batch(key, k) for k in range(-(-len(key) // TEXTS_PER_BATCH))]
+            with self.encoding():
+                batches = [self.encode_batch(key, k) for k in range(-(-len(key) // TEXTS_PER_BATCH))]
             self._encoded[key] = Conditioning.cat(*batches)
         return self._encoded[key]
+
+    def encoding(self) -> AbstractContextManager[None]:
+        """While it is entered text encoders are where the pipeline's network is; what encodes enters it, too."""
+        return encoders_on(self.pipeline, next(self.network.parameters()).device)
 
     def encode_rows(self, prompts: Sequence[str], indices: Sequence[int]) -> Conditioning:
         """`encode(prompts).rows(indices)` without all others, in memory or at all."""
@@ -138,13 +145,15 @@ class Sampler:
     def encode_batch(self, prompts: Sequence[str], k: int) -> Conditioning:
         """The conditioning of the k-th TEXTS_PER_BATCH prompts, on the CPU."""
         batch = prompts[k * TEXTS_PER_BATCH : (k + 1) * TEXTS_PER_BATCH]
-        return self.family.encode(self.pipeline, batch).to("cpu")
+        with self.encoding():
+            return self.family.encode(self.pipeline, batch).to("cpu")
 
     @cached_property
     @torch.no_grad()
     def unconditional(self) -> Conditioning:
         """The conditioning of the empty prompt, one row, on the CPU."""
-        return self.family.unconditional(self.pipeline).to("cpu")
+        with self.encoding():
+            return self.family.unconditional(self.pipeline).to("cpu")
 
     def copied_once(self, key: tuple, make: Callable[[], Tensor]) -> Tensor:
         """What every call needs on the device: a captured loop could not copy it there."""

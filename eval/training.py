@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -14,10 +14,11 @@ from slimstep.data.shards import CachedPairs
 from slimstep.engine.components import check
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.loop import load_trained, train, trained
-from slimstep.engine.objective import Objective, check_requirements
+from slimstep.engine.objective import Objective, check_requirements, requirements
 from slimstep.eval.inputs import Teacher
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.family import denoiser_of
+from slimstep.models.pipeline import on_device
 
 
 def train_stage(
@@ -35,8 +36,8 @@ def train_stage(
     """The UNet, trained in place with the objective that is described; a finished stage makes no data and no objective.
 
     `teaching()` gives the network that the objective has as its teacher, by default the job's; of `offloadable` all
-    others lie on the CPU. `samples(objective)` gives what it learns from, by default the `pairs`. `kwargs` are
-    further arguments of the objective.
+    others lie on the CPU, and the teacher, too, where its targets are cached. `samples(objective)` gives what it learns
+    from, by default the `pairs`. `kwargs` are further arguments of the objective.
     """
     if trained(teacher.run, stage):
         return load_trained(unet, teacher.run, stage)
@@ -44,21 +45,20 @@ def train_stage(
     uncond = pairs().unconditional.to(teacher.device)
     objective = objective_of(description, teacher, taught_by, uncond, **kwargs)
     data = samples(objective) if samples else pairs()
-    with offloaded([network for network in offloadable if network is not taught_by], teacher.device):
+    is_needed = requirements(objective).cached_targets is None
+    with offloaded([network for network in offloadable if network is not taught_by or not is_needed]):
+        if not is_needed:
+            taught_by.to("cpu")  # for good, where it is a copy
         return train(unet, objective, data, config, teacher.run, stage)
 
 
 @contextmanager
-def offloaded(networks: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+def offloaded(networks: Iterable[nn.Module]) -> Iterator[None]:
     """Frozen networks on the CPU for a while: what trains needs the device more."""
-    networks = list(networks)
-    for network in networks:
-        network.to("cpu")
-    try:
-        yield
-    finally:
+    with ExitStack() as stack:
         for network in networks:
-            network.to(device)
+            stack.enter_context(on_device(network, "cpu"))
+        yield
 
 
 def compute_copy(network: nn.Module, teacher: Teacher) -> nn.Module:

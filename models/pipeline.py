@@ -4,7 +4,7 @@ import copy
 import functools
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -26,6 +26,7 @@ from slimstep.models.networks import (
     block_origins,
     network_of,
     part_of,
+    text_encoders,
     with_block_origins,
     with_sequence_length,
     with_unet,
@@ -228,6 +229,23 @@ def on_device(module: nn.Module, device: str | torch.device) -> Iterator[nn.Modu
         yield module.to(device)
     finally:
         module.to(before)
+
+
+def to_device(pipeline: DiffusionPipeline, device: str | torch.device) -> DiffusionPipeline:
+    """The pipeline with its networks on the device, but for text encoders: they are there while `encoders_on` runs."""
+    encoders = text_encoders(pipeline).values()
+    for network in networks(pipeline):
+        network.to("cpu" if network in encoders else device)
+    return pipeline
+
+
+@contextmanager
+def encoders_on(pipeline: DiffusionPipeline, device: str | torch.device) -> Iterator[None]:
+    """Text encoders on this device while the block runs; afterwards they are where they were."""
+    with ExitStack() as stack:
+        for encoder in text_encoders(pipeline).values():
+            stack.enter_context(on_device(encoder, device))
+        yield
 
 
 def make_readable(folder: Path) -> None:

@@ -61,7 +61,7 @@ from slimstep.eval.scorer_check import check_scorer
 from slimstep.eval.training import make_objective, offloaded
 from slimstep.models.cost import count_parameters
 from slimstep.models.decoding import ImageDecoder, has_statistics
-from slimstep.models.pipeline import with_unet
+from slimstep.models.pipeline import to_device, with_unet
 from slimstep.models.vae import NarrowAutoencoderKL
 from slimstep.prune.config import BY_ACTIVATIONS, Config, DecoderConfig
 from slimstep.prune.decoder import choose_channels, pruned_vae, pruned_widths
@@ -171,7 +171,7 @@ def latent_mix(job: DecoderPruning, r: int, data: Callable[[], Dataset]) -> Late
     teacher, size, folder = job.teacher, job.latents.batch_size, Path(job.teacher.config.data.cache.folder)
     (num_sampled, num_real), sampled = parts(job.latents, r), ()
     if num_sampled:
-        teacher.pipeline.to(teacher.device)
+        to_device(teacher.pipeline, teacher.device)
         sampler = teacher.sampler(job.latents)
         sampled = sampled_latents(sampler, teacher.unet, job.prompts, num_sampled, size, folder, job.run.accelerator)
     return LatentMix(sampled, num_sampled, data() if num_real else (), num_real)
@@ -184,7 +184,7 @@ def heldout(job: DecoderPruning, prompts: PromptSet) -> dict[str, Tensor]:
 
     def make() -> dict[str, Tensor]:
         real = heldout_images(job, len(prompts)) if run.accelerator.is_main_process else {}
-        teacher.pipeline.to(teacher.device)
+        to_device(teacher.pipeline, teacher.device)
         sampler = teacher.sampler(config)
 
         def draw(indices: list[int]) -> Tensor:
@@ -250,7 +250,7 @@ def distilled(
             continue
         objective, mix = objective_of(job), latent_mix(job, r, data)
         note_trained_on(run, prompts, job.prompts or ())
-        with offloaded(offloadable, job.teacher.device):  # the decoder that teaches is a copy
+        with offloaded(offloadable):  # the decoder that teaches is a copy
             train(student, objective, mix, config.train, run, stage)
     return vae.requires_grad_(False).eval()
 

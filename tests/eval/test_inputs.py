@@ -32,9 +32,9 @@ def test_a_frozen_teacher_is_cast_once_to_what_is_computed_in(precision, dtype):
 
 
 def test_idle_networks_lie_on_the_cpu_and_come_back(monkeypatch):
-    places, network = [], torch.nn.Linear(1, 1)
+    places, network = [], torch.nn.Linear(1, 1, device="meta")
     monkeypatch.setattr(network, "to", lambda place: places.append(str(place)))
-    with pytest.raises(KeyError), offloaded([network], torch.device("meta")):
+    with pytest.raises(KeyError), offloaded([network]):
         assert places == ["cpu"]
         raise KeyError
     assert places == ["cpu", "meta"]
