@@ -32,6 +32,7 @@ from slimstep.eval.inputs import (
     read_prompt_set,
     storage,
 )
+from slimstep.eval.memory_plan import drawing_lines
 from slimstep.eval.metrics.clip import ClipScorer
 from slimstep.eval.metrics.inception import Inception
 from slimstep.eval.metrics.metric import FeatureDistance, FeatureSimilarity, InceptionDistance, PixelDistance, Psnr
@@ -70,7 +71,7 @@ def evaluate(config: Config, run: Run) -> int | Plan:
         stages = [*(scorer_stage(run) if has_images else []), *evaluation_stages(models, config)]
         reference = to_device(models.load(models.paths[models.reference[0]]), run.accelerator.device)
         line, hours = time_line(Teacher(reference, config, run), stages, [])
-        return Plan(f"{stages_table(run, stages)}\n{line}", hours)
+        return Plan("\n".join([stages_table(run, stages), line, *drawing_lines(reference)]), hours)
     if is_conditional:
         check_scorer(config, run, scorer, has_images=has_images)
     points = [evaluator.point(*key) for key in settings(models, config)]

@@ -1,16 +1,23 @@
-"""What training needs of a device's memory, and which settings bring a large network below the sizes of GPUs.
+"""What training needs of a device's memory, and which settings bring a large network below the sizes of GPUs; what
+drawing images needs for weights.
 
 Counted, not measured: allocators and libraries take some GB more.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import nn
 
 from slimstep.engine.config import TrainConfig
 from slimstep.eval.inputs import Teacher
 from slimstep.eval.pages.tables import markdown_table
 from slimstep.eval.pages.text import size
 from slimstep.models.cost import count_activation_bytes
+from slimstep.models.family import family_of
+from slimstep.models.networks import network_of, text_encoders
 from slimstep.models.pipeline import networks
 
 GPUS = (24, 40, 80)  # GB
@@ -71,6 +78,23 @@ def memory_lines(teacher: Teacher, trainings: list[TrainConfig]) -> list[str]:
             for gpu, name in zip(GPUS, fits, strict=True)]  # fmt: skip
     apart = f"text encoders and VAE ({size(rest)} in float32) run before training and rest in the host's memory"
     return [line, f"           {apart}", "", table.strip("\n"), "", f"fits into  {'; '.join(said)}"]
+
+
+def drawing_lines(pipeline: DiffusionPipeline) -> list[str]:
+    """What the weights of a model take while it draws images, as they are loaded, and which are off the device then."""
+    network, codec = network_of(pipeline), family_of(pipeline).codec(pipeline)
+    parts = {"denoiser": weight_bytes([network]), "VAE": weight_bytes([codec] if codec else [])}
+    drawing, said = sum(parts.values()), ", ".join(f"{size(value)} {name}" for name, value in parts.items() if value)
+    half = ", half of it with model.dtype=bfloat16" if network.dtype == torch.float32 else ""
+    lines = [f"drawing    {size(drawing)} of weights on the device: {said}{half}"]
+    if encoders := weight_bytes(text_encoders(pipeline).values()):
+        encoding = f"{size(drawing + encoders)} while prompts are encoded, once and before"
+        lines.append(f"           {encoding}: {size(encoders)} of text encoders then rest in the host's memory")
+    return lines
+
+
+def weight_bytes(networks: Iterable[nn.Module]) -> int:
+    return sum(weight.nbytes for network in networks for weight in network.parameters())
 
 
 def configured(teacher: Teacher, config: TrainConfig) -> MemoryNeed:

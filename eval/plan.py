@@ -3,12 +3,14 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from diffusers import DiffusionPipeline
+
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.identity import SCORER_CHECK
 from slimstep.engine.planning import Plan, duration
 from slimstep.engine.run import FINISHED, Run
 from slimstep.eval.inputs import Teacher, has_weights
-from slimstep.eval.memory_plan import memory_lines
+from slimstep.eval.memory_plan import drawing_lines, memory_lines
 from slimstep.eval.pages.tables import markdown_table
 from slimstep.eval.pages.text import count, size
 from slimstep.eval.throughput import hours
@@ -96,6 +98,8 @@ def estimates(teacher: Teacher, stages: Sequence[Stage], trainings: Sequence[Tra
     ]
     if trainings:
         lines += memory_lines(teacher, list(trainings))
+    if isinstance(teacher.pipeline, DiffusionPipeline):
+        lines += drawing_lines(teacher.pipeline)
     lines.append(f"disk       at most {size(sum(stage.disk_bytes for stage in stages))}, the cache not counted")
     return lines
 

@@ -1,13 +1,14 @@
 """Plans of models at full size, from their configurations alone."""
 
 import pytest
+import torch
 
-from slimstep.eval.memory_plan import GPUS, MemoryNeed, smaller
+from slimstep.eval.memory_plan import GPUS, MemoryNeed, drawing_lines, smaller
 from slimstep.models.cost import count_activation_bytes, count_parameters
 from slimstep.models.described import DESCRIBED, described_pipeline
 from slimstep.models.family import family_of
 from tests.jobs import run_job
-from tests.tiny import small_unet
+from tests.tiny import small_pipeline, small_unet
 
 BILLIONS = {"flux_dev": 11.90, "sd35_large": 8.06, "pixart_sigma": 0.61}  # as their makers say: 12, 8.1, 0.6
 BLOCKS = {"flux_dev": 57, "sd35_large": 38, "pixart_sigma": 28}
@@ -52,10 +53,22 @@ def test_checkpointing_keeps_less_of_a_forward():
     assert count_activation_bytes(unet, 2, 7, checkpointing=True) < count_activation_bytes(unet, 2, 7)
 
 
+def test_drawing_takes_the_weights_and_text_encoders_only_while_they_encode():
+    lines = drawing_lines(described_pipeline("flux_dev"))
+    denoiser, vae, texts = 4 * 11.90, 0.335, 4 * (4.76 + 0.123)  # T5-XXL's encoder and CLIP-L, in 10⁹ parameters
+    assert lines[0].startswith(f"drawing    {denoiser + vae:.1f} GB of weights on the device: {denoiser:.1f} GB den")
+    assert f"{denoiser + vae + texts:.1f} GB while prompts are encoded" in lines[1]
+    assert f"{texts:.1f} GB of text encoders then rest in the host's memory" in lines[1]
+    half = drawing_lines(small_pipeline().to(dtype=torch.float16))
+    whole = drawing_lines(small_pipeline())
+    assert "half of it with model.dtype=bfloat16" in whole[0] and "half" not in half[0]
+
+
 def test_a_plan_needs_no_weights_and_a_run_does():
     done = run_job("+experiment=prune_transformer", "model=pixart_sigma_described", "plan=true")
     assert done.returncode == 0 and "teacher    610.9 M parameters, 28 blocks" in done.stdout
     assert "how long they take is measured where the weights are" in done.stdout
     assert "fits into  24 GB with" in done.stdout and "train.gradient_checkpointing=true" in done.stdout
+    assert "drawing    2.78 GB of weights" in done.stdout and "19 GB of text encoders then rest" in done.stdout
     done = run_job("+experiment=prune_transformer", "model=pixart_sigma_described")
     assert done.returncode == 1 and "pixart_sigma is a configuration alone, for plan=true" in done.stderr
