@@ -11,7 +11,7 @@ from slimstep.engine.components import component
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
 from slimstep.eval.config import Config
-from slimstep.eval.inputs import Teacher, check_data, load_teacher, storage, training_data
+from slimstep.eval.inputs import Teacher, check_data, check_weights, load_teacher, storage, training_data
 from slimstep.eval.pages.text import size
 from slimstep.models.conditioning import TEXT_MASK
 from slimstep.models.family import denoiser_of
@@ -24,6 +24,7 @@ def cache_latents(config: Config, run: Run) -> int | Plan:
     Any job of the same data and model finds it. Raises ValueError for data or a model that cannot be had.
     """
     teacher = load_teacher(config, run)
+    check_weights(teacher.pipeline, config)  # a plan's, too: a cache is named by them
     check_data(teacher)
     pixels = teacher.config.data.resolution
     check_size(teacher.pipeline, pixels, pixels)

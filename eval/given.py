@@ -13,6 +13,7 @@ from slimstep.engine.components import check
 from slimstep.engine.names import check_name, disk_name
 from slimstep.eval.config import Config
 from slimstep.eval.inputs import frozen
+from slimstep.models.described import is_described, no_weights
 from slimstep.models.family import family_at, stored_flow
 from slimstep.models.flow import is_flow
 from slimstep.models.pipeline import check_pipeline, load_pipeline, stored_scheduler
@@ -128,6 +129,8 @@ def given_models(config: Config, default_steps: list[int], purpose: str) -> Give
     if not isinstance(named, Mapping):
         named = name_models([str(path) for path in named])
     models = {str(name): GivenModel.of(str(name), value) for name, value in named.items() if value is not None}
+    if is_described(model) and model["name_or_path"] in (given.path for given in models.values()):
+        raise no_weights(model["name_or_path"])
     if not models:
         raise ValueError(f"models names nothing to {purpose}: models=[FOLDER,…] or models={{teacher: FOLDER, …}}")
     return GivenModels(models, tuple(default_steps), model, config.data.resolution)

@@ -33,6 +33,7 @@ from slimstep.eval.overlap import among
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.timing.precision import settled
 from slimstep.models.denoiser import NUM_TOKENS
+from slimstep.models.described import no_weights
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.family import family_of, schedule_for
 from slimstep.models.networks import DENOISERS, network_of
@@ -109,10 +110,10 @@ def teacher_of(pipeline: DiffusionPipeline, config: Config, run: Run) -> Teacher
     if not isinstance(pipeline, DiffusionPipeline):
         raise ValueError(f"{config.model} is a UNet alone; it serves +experiment=latency_table only")
     schedule_for(pipeline)  # ValueError for one without betas that is not flow matching's
+    if not config.plan:
+        check_weights(pipeline, config)
     if has_weights(pipeline):
         to_device(pipeline, run.accelerator.device)
-    elif not config.plan:
-        raise ValueError(f"model.name_or_path={config.model.name_or_path} is a configuration alone, for plan=true")
     config = deepcopy(config)
     if config.data.resolution is None:
         config.data.resolution = native_pixels(pipeline)
@@ -124,6 +125,12 @@ def has_weights(pipeline: DiffusionPipeline | Prunable) -> bool:
     """Whether it is more than its configurations (models/described.py)."""
     network = network_of(pipeline) if isinstance(pipeline, DiffusionPipeline) else pipeline
     return network.device.type != "meta"
+
+
+def check_weights(pipeline: DiffusionPipeline | Prunable, config: Config) -> None:
+    """ValueError for a model that is its configurations alone."""
+    if not has_weights(pipeline):
+        raise no_weights(config.model.name_or_path)
 
 
 def frozen(pipeline: DiffusionPipeline) -> DiffusionPipeline:

@@ -89,6 +89,19 @@ def described_pipeline(name_or_path: str) -> DiffusionPipeline:
     return pipeline
 
 
+def is_described(model: Mapping[str, Any]) -> bool:
+    """Whether a `model` of the configuration is one of these."""
+    return model["_target_"] == f"{described_pipeline.__module__}.{described_pipeline.__name__}"
+
+
+def no_weights(name: str) -> ValueError:
+    """The error of a job that needs the weights of one of these."""
+    return ValueError(
+        f"model.name_or_path={name} is a configuration alone, for plan=true of prune_transformer, prune_unet and "
+        "distill_steps; this needs a model with weights: model=path model.name_or_path=FOLDER"
+    )
+
+
 def text_encoder(class_name: str, config: Mapping[str, Any]) -> torch.nn.Module:
     if class_name == T5:
         return T5EncoderModel(T5Config(**config))

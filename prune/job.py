@@ -17,6 +17,7 @@ from slimstep.eval.exporting import export, result_line, write_results
 from slimstep.eval.inputs import (
     Teacher,
     check_inputs,
+    check_weights,
     load_metrics,
     load_prompts,
     load_scorer,
@@ -103,6 +104,7 @@ def make_latency_table(config: Config, run: Run) -> int | Plan:
     divide_blocks(teacher)
     if config.plan:
         return planned(teacher, [latency_stage(teacher)], [])
+    check_weights(teacher.pipeline, config)
     table = run.json("latency.json", lambda: Measures(teacher).latencies(teacher.unet))
     for block, entry in table["sites"].items():
         log.info(f"{block:<52} {entry['ms']:9.3f} ms  {entry['ms'] / table['full_ms']:6.1%}")

@@ -38,6 +38,7 @@ from slimstep.eval.inputs import (
     Teacher,
     check_data,
     check_inputs,
+    check_weights,
     heldout_pairs,
     load_metrics,
     load_prompts,
@@ -73,6 +74,7 @@ HELDOUT = "heldout.safetensors"
 def prune_vae(config: Config, run: Run) -> int | Plan:
     """Runs or continues the job, or says what it would do; returns exit code 0."""
     teacher = load_teacher(config, run)
+    check_weights(teacher.pipeline, config)  # a plan's, too: its rate is the decoder's
     teacher.pipeline.vae.float()  # it is pruned and distilled from in float32
     job = decoder_pruning(teacher)
     check(job)

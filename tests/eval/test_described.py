@@ -2,13 +2,16 @@
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 
+from slimstep.eval.given import given_models
 from slimstep.eval.memory_plan import GPUS, MemoryNeed, drawing_lines, smaller
 from slimstep.models.cost import count_activation_bytes, count_parameters
 from slimstep.models.described import DESCRIBED, described_pipeline
 from slimstep.models.family import family_of
 from tests.jobs import run_job
 from tests.tiny import small_pipeline, small_unet
+from tests.user_errors import error_line
 
 BILLIONS = {"flux_dev": 11.90, "sd35_large": 8.06, "pixart_sigma": 0.61}  # as their makers say: 12, 8.1, 0.6
 BLOCKS = {"flux_dev": 57, "sd35_large": 38, "pixart_sigma": 28}
@@ -64,11 +67,37 @@ def test_drawing_takes_the_weights_and_text_encoders_only_while_they_encode():
     assert "half of it with model.dtype=bfloat16" in whole[0] and "half" not in half[0]
 
 
-def test_a_plan_needs_no_weights_and_a_run_does():
+NEED_WEIGHTS = {
+    "evaluate": [], "benchmark": [], "pipelines": [], "cumulative": [], "latency_table": [], "prune_transformer": [],
+    "distill_steps": [], "prune_vae": ["plan=true"], "cache_latents": ["plan=true"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("experiment", NEED_WEIGHTS)
+def test_what_needs_weights_refuses_a_configuration_by_name(experiment, tmp_path):
+    options = [f"root={tmp_path}", *NEED_WEIGHTS[experiment]]
+    done = run_job(f"+experiment={experiment}", "model=pixart_sigma_described", *options)
+    error = error_line(done.returncode, done.stderr)
+    assert "model.name_or_path=pixart_sigma is a configuration alone" in error
+    assert "plan=true of prune_transformer" in error and "model=path model.name_or_path=FOLDER" in error
+    assert not [*tmp_path.rglob("*.json")], "nothing was made"
+
+
+def test_other_models_are_evaluated_beside_it():
+    """`model` is read of models alone that it names."""
+    config = OmegaConf.create({
+        "model": {"_target_": "slimstep.models.described.described_pipeline", "name_or_path": "flux_dev"},
+        "models": {"a": "somewhere"}, "data": {"resolution": 16},
+    })  # fmt: skip
+    assert given_models(config, [4], "evaluate").paths == {"a": "somewhere"}
+    config.models = None
+    with pytest.raises(ValueError, match="flux_dev is a configuration alone"):
+        given_models(config, [4], "evaluate")
+
+
+def test_a_plan_needs_no_weights():
     done = run_job("+experiment=prune_transformer", "model=pixart_sigma_described", "plan=true")
     assert done.returncode == 0 and "teacher    610.9 M parameters, 28 blocks" in done.stdout
     assert "how long they take is measured where the weights are" in done.stdout
     assert "fits into  24 GB with" in done.stdout and "train.gradient_checkpointing=true" in done.stdout
     assert "drawing    2.78 GB of weights" in done.stdout and "19 GB of text encoders then rest" in done.stdout
-    done = run_job("+experiment=prune_transformer", "model=pixart_sigma_described")
-    assert done.returncode == 1 and "pixart_sigma is a configuration alone, for plan=true" in done.stderr
