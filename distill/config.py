@@ -1,6 +1,7 @@
 """What distils: the step schedule and its stages."""
 
 import itertools
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +44,8 @@ class DistillationConfig:
     the student of the stage before; for the teacher's own network they are the same. `stages` says what is different in
     single stages, by name: StageChanges. `recover` begins with the objective and training of `recovery`. With a
     `guidance_embed_dim` above 0 students are guidance-distilled: they have a guidance embedding of that width.
-    `sampler` is the diffusers scheduler that students are exported with.
+    `sampler` is the diffusers scheduler that students are exported with. `shift` is that of a flow's students (Esser et
+    al. 2024, equation 23), where few steps want another than the teacher's many; null: the teacher's own.
     """
 
     student: str = ""
@@ -54,6 +56,7 @@ class DistillationConfig:
     timestep_spacing: str = "trailing"
     guidance_embed_dim: int = 0
     sampler: str = "DDIMScheduler"
+    shift: float | None = None
 
     def __post_init__(self) -> None:
         check_choice("distillation", self, mode=("direct", "progressive"), sampler=SAMPLERS)
@@ -68,6 +71,8 @@ class DistillationConfig:
             raise ValueError("distillation.recover=true trains a pruned student, and distillation.student names none")
         if (width := self.guidance_embed_dim) and (width < 4 or width % 2):
             raise ValueError(f"distillation.guidance_embed_dim={width} must be even and at least 4, or 0")
+        if self.shift is not None and not 0 < self.shift < math.inf:
+            raise ValueError(f"distillation.shift={self.shift} must be above 0, as 3.0")
 
 
 @dataclass

@@ -18,7 +18,7 @@ from slimstep.eval.training import check_objective
 from slimstep.models.denoiser import guidance_embed_dim
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.family import flow_of, schedule_for
-from slimstep.models.flow import FlowSteps, eulers, is_flow, prediction_type_of, stretched
+from slimstep.models.flow import FlowSteps, eulers, from_config, is_flow, prediction_type_of, stretched
 from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.networks import network_of
 from slimstep.models.noise_schedule import NoiseSchedule, schedule_of
@@ -70,10 +70,16 @@ class Distillation:
     def schedule(self) -> NoiseSchedule:
         return schedule_for(self.teacher.pipeline, self.scheduler, self.teacher.device)
 
+    @property
+    def shifted(self) -> Any:
+        """A flow's scheduler with `distillation.shift`, where that is given."""
+        shift = self.distillation.shift
+        return from_config(self.scheduler, shift=shift) if shift else self.scheduler
+
     def student_scheduler(self, steps: int) -> Any:
         """The diffusers scheduler that a student of so many steps is exported with; each of them removes noise."""
         if self.flow:
-            return stretched(self.scheduler, steps, self.flow)
+            return stretched(self.shifted, steps, self.flow)
         objective = self.teacher.config.objective
         options = requirements(get_class(objective["_target_"])).sampler_options
         kwargs = {option: objective[key] for option, key in options.items() if key in objective}
@@ -104,7 +110,7 @@ class Distillation:
     def evaluated(self) -> tuple[str, ...]:
         """The models that are evaluated, in order: the teacher's samplers, the teacher converted to v, the students."""
         teachers = ["teacher"] + ([] if self.is_flow else ["teacher-dpm"]) + ([] if self.predicts_v else ["teacher-v"])
-        if self.flow and stretched(self.scheduler, 2, self.flow) is not self.scheduler:
+        if self.flow and stretched(self.shifted, 2, self.flow) is not self.scheduler:
             teachers.append("teacher-stretched")
         return *teachers, *(stage.name for stage in self.stages if stage.name.startswith("steps-"))
 
@@ -130,7 +136,7 @@ class Distillation:
             case "teacher-v":
                 return self.scheduler
             case "teacher-stretched":
-                return stretched(own, steps, self.flow)
+                return stretched(self.shifted, steps, self.flow)
         return self.student_scheduler(next(stage.steps for stage in self.stages if stage.name == name))
 
 
@@ -233,7 +239,12 @@ def check_agreement(job: Distillation) -> None:
         way = f"needs distillation.guidance_embed_dim{', as 256' if requires.guidance_embedding else '=0'}"
         raise ValueError(f"objective {kind.__name__} {way}")
     if job.is_flow:
-        return  # its scheduler stays
+        if distillation.shift and job.scheduler.config.use_dynamic_shifting:
+            what = f"distillation.shift={distillation.shift:g}: the teacher's {type(job.scheduler).__name__}"
+            raise ValueError(f"{what} takes its shift from the resolution; set base_shift and max_shift there")
+        return
+    if distillation.shift:
+        raise ValueError(f"distillation.shift={distillation.shift:g} is for flow matching, and the teacher has betas")
     if (requires.sampler or distillation.sampler) != distillation.sampler or (
         distillation.sampler == "LCMScheduler" and requires.sampler is None
     ):

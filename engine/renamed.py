@@ -47,7 +47,7 @@ BARE = re.compile(r"(data|distill|engine|eval|models|prune)\.\w+(\.\w+)+")  # pa
 # What earlier versions did without saying it.
 ADDED = {
     "evaluation.preferences.hpsv2.quick_gelu": False, "search.metric": "clip", "search.blocks": "whole",
-    "scoring.screen_margin": 2.0,
+    "scoring.screen_margin": 2.0, "distillation.shift": None,
     "objective.skip_prob.transformer": 0.1, "objective.skip_prob.sublayer": 0.1,
     **{f"{stage}train.lora_rank": 0 for stage in ("", "recovery.", "v_prediction.")},
 }  # fmt: skip

@@ -111,6 +111,7 @@ def stretched(scheduler: Any, steps: int, flow: FlowSteps) -> Any:
 
 
 def from_config(scheduler: Any, **changes: Any) -> Any:
+    """A scheduler of the same class and configuration, but for these fields."""
     return type(scheduler).from_config(scheduler.config, **changes)
 
 

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from diffusers import DiffusionPipeline, SD3Transformer2DModel
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel
 
 from scripts.random_transformers import small_sd3_pipeline
 from slimstep.models.pipeline import export_pipeline, load_pipeline
@@ -97,6 +97,30 @@ def test_a_transformer_is_distilled_in_steps(place):
     assert pipeline.scheduler.config.shift == 3.0
     pipeline.scheduler.set_timesteps(2)
     assert pipeline.scheduler.sigmas.tolist() == pytest.approx([1, 0.75, 0])  # 3·½ / (1 + 2·½)
+
+
+def test_students_of_a_flow_may_have_a_shift_of_their_own(place):
+    own = ["distillation.steps=[8,4]", "curves.steps=[4]", "curves.guidance=[3.0]", "distillation.shift=1.5"]
+    path = run("distill_steps", place, *own, "name=own")[0].with_name("own")
+    config = json.loads((path / "steps-4/export/scheduler/scheduler_config.json").read_text())
+    assert config["shift"] == 1.5 and config["shift_terminal"] == pytest.approx(1 / 3)  # 1.5·¼ / (1 + 0.5·¼)
+    points = json.loads((path / "evaluation.json").read_text())["points"]
+    assert [point["protocol"].get("shift_terminal") for point in points] == [None, None, *[pytest.approx(1 / 3)] * 2]
+
+
+def test_a_shift_that_no_scheduler_would_have_is_refused(place, tmp_path, tiny_model):
+    refused = ["+experiment=distill_steps", f"root={tmp_path}", "distillation.shift=2"]
+    done = run_job(*refused, *tiny_model)
+    assert done.returncode == 1 and "distillation.shift=2 is for flow matching" in done.stderr
+    pipeline = small_sd3_pipeline()
+    by_resolution = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    pipeline.register_modules(scheduler=by_resolution)
+    pipeline.save_pretrained(tmp_path / "model")
+    scorer = ["scorer=openclip", f"scorer.model=local-dir:{place}/clip", "scorer.pretrained=null"]
+    done = run_job(*refused, "model=path", f"model.name_or_path={tmp_path}/model", *scorer)
+    assert done.returncode == 1 and "takes its shift from the resolution" in done.stderr
+    done = run_job(*refused, *tiny_model, "distillation.shift=0")
+    assert done.returncode == 1 and "distillation.shift=0.0 must be above 0, as 3.0" in done.stderr
 
 
 def test_objectives_that_a_flow_has_no_sampler_for_are_refused(place):
