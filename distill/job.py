@@ -101,7 +101,8 @@ def trained_copy(
     **options: Any,
 ) -> Prunable:
     """A copy of the network in float32, trained on the job's noise schedule; it lies on the CPU afterwards."""
-    copied = copy.deepcopy(unet).to(job.teacher.device, torch.float32).requires_grad_()
+    with on_device(unet, "cpu"):
+        copied = copy.deepcopy(unet).float().requires_grad_()
     options = {"schedule": job.schedule, **options}
     trained = train_stage(copied, stage, objective, config, job.teacher, pairs, offloadable, **options)
     return trained.requires_grad_(False).to("cpu")

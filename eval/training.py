@@ -36,20 +36,20 @@ def train_stage(
     """The UNet, trained in place with the objective that is described; a finished stage makes no data and no objective.
 
     `teaching()` gives the network that the objective has as its teacher, by default the job's; of `offloadable` all
-    others lie on the CPU, and the teacher, too, where its targets are cached. `samples(objective)` gives what it learns
-    from, by default the `pairs`. `kwargs` are further arguments of the objective.
+    others lie on the CPU, and the teacher, too, where its targets are cached. The UNet may lie on the CPU: it is on the
+    device from the training on. `samples(objective)` gives what it learns from, by default the `pairs`. `kwargs` are
+    further arguments of the objective.
     """
     if trained(teacher.run, stage):
-        return load_trained(unet, teacher.run, stage)
-    taught_by = teaching() if teaching else compute_copy(teacher.unet, teacher)
-    uncond = pairs().unconditional.to(teacher.device)
-    objective = objective_of(description, teacher, taught_by, uncond, **kwargs)
-    data = samples(objective) if samples else pairs()
-    is_needed = requirements(objective).cached_targets is None
-    with offloaded([network for network in offloadable if network is not taught_by or not is_needed]):
-        if not is_needed:
-            taught_by.to("cpu")  # for good, where it is a copy
-        return train(unet, objective, data, config, teacher.run, stage)
+        return load_trained(unet.to(teacher.device), teacher.run, stage)
+    with offloaded(offloadable):  # before copies are made: the device never has a network twice
+        taught_by = teaching() if teaching else compute_copy(teacher.unet, teacher)
+        uncond = pairs().unconditional.to(teacher.device)
+        objective = objective_of(description, teacher, taught_by, uncond, **kwargs)
+        data = samples(objective) if samples else pairs()
+        if requirements(objective).cached_targets:
+            taught_by.to("cpu")
+        return train(unet.to(teacher.device), objective, data, config, teacher.run, stage)
 
 
 @contextmanager
@@ -62,11 +62,16 @@ def offloaded(networks: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def compute_copy(network: nn.Module, teacher: Teacher) -> nn.Module:
-    """A frozen network as mixed precision runs it: on the device, cast once and not at every evaluation."""
+    """A frozen network as mixed precision runs it: on the device, cast once and not at every evaluation.
+
+    A copy, made on the CPU, unless the network is there in that dtype or is the job's own.
+    """
     here = torch.empty(0, device=teacher.device).device  # "cuda" is a place only once it has a number
-    if (network.device, network.dtype) == (here, teacher.compute_dtype):
-        return network
-    return copy.deepcopy(network).to(teacher.device, teacher.compute_dtype)
+    if network.dtype == teacher.compute_dtype and (network is teacher.unet or network.device == here):
+        return network.to(here)
+    with on_device(network, "cpu"):
+        copied = copy.deepcopy(network).to(teacher.compute_dtype)
+    return copied.to(teacher.device)
 
 
 def objective_of(

@@ -41,7 +41,7 @@ from slimstep.models.denoiser import guidance_embed_dim
 from slimstep.models.families.prunable import Prunable, fields_of
 from slimstep.models.families.transformer.network import PrunableTransformer
 from slimstep.models.family import family_of
-from slimstep.models.pipeline import with_unet
+from slimstep.models.pipeline import on_device, with_unet
 from slimstep.prune.config import Config
 from slimstep.prune.latency import table_without
 from slimstep.prune.plan import latency_stage, pruning_stages
@@ -155,8 +155,9 @@ def check_metric(config: Config, metrics: Mapping[str, Metric]) -> None:
 
 
 def prunable_copy(teacher: Teacher) -> Prunable:
-    """A trainable copy of the teacher's network, in float32."""
-    unet = type(teacher.unet).from_unet(teacher.unet, skip_rule=skip_rule(teacher.config))
+    """A trainable copy of the teacher's network, in float32, on the CPU."""
+    with on_device(teacher.unet, "cpu"):
+        unet = type(teacher.unet).from_unet(teacher.unet, skip_rule=skip_rule(teacher.config))
     return unet.float().requires_grad_()
 
 

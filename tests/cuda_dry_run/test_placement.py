@@ -69,7 +69,13 @@ def test_training_leaves_the_device_to_what_it_uses(gpu, tmp_path, monkeypatch, 
     scheduler = DDIMScheduler(beta_schedule="scaled_linear", prediction_type="v_prediction", clip_sample=False,
                               timestep_spacing="trailing", rescale_betas_zero_snr=True)  # fmt: skip
     pipeline.scheduler = scheduler
-    student = copy.deepcopy(pipeline.unet)
+    student, copied = copy.deepcopy(pipeline.unet).to("cpu"), []
+
+    def deepcopy(network):
+        copied.append({places(pipeline)["unet"], student.device.type})
+        return copy.deepcopy(network)
+
+    monkeypatch.setattr(training, "copy", SimpleNamespace(deepcopy=deepcopy))
 
     def train(unet, objective, *_):
         seen.update(places(pipeline), teacher=objective.teacher.device.type, student=unet.device.type)
@@ -84,6 +90,7 @@ def test_training_leaves_the_device_to_what_it_uses(gpu, tmp_path, monkeypatch, 
         [pipeline.unet, pipeline.vae, pipeline.text_encoder], step_schedule=StepSchedule(scheduler, 4, scheduler, 2),
     )  # fmt: skip
     AcceleratorState._reset_state(True)
+    assert copied == [{"cpu"}] * (precision == "bf16"), "while a network is copied the device has neither"
     assert seen.pop("same") == (precision == "no")
     where = "cpu" if cached_draws else "cuda"
     own = where if precision == "no" else "cpu"
