@@ -31,7 +31,7 @@ class BlockValue:
 
     `picture_error` is that of prune/scores.py, nan where it was not measured; `floor` the least CLIP score that the
     removal is taken to lose; `screen_error` that of prune/screening.py, nan without a screen. A block that runs more
-    than once is removed with all its copies.
+    than once is removed with all its copies. With another `search.metric` all values are of that one, `metric`.
     """
 
     block: str
@@ -42,6 +42,7 @@ class BlockValue:
     picture_error: float = math.nan
     floor: float = -math.inf
     screen_error: float = math.nan
+    metric: str = "CLIP"
 
     @property
     def copy_ms(self) -> float:
@@ -77,11 +78,11 @@ class BlockValue:
         if math.isnan(self.delta_clip):
             out = "" if math.isnan(self.screen_error) else f", screened out at an error of {self.screen_error:.1%}"
             return f"not scored{out}; {self.saved_ms:.2f} ms"
-        lost = f"CLIP lost {self.delta_clip:+.2f} ± {self.se:.2f}, saves {self.saved_ms:.2f} ms"
+        lost = f"{self.metric} lost {self.delta_clip:+.2f} ± {self.se:.2f}, saves {self.saved_ms:.2f} ms"
         if self.is_contradicted:
             destroyed = f"its picture's error is {self.picture_error:.0%} of an unrelated one's"
             return f"{lost}; {destroyed}: taken to lose {self.price:.2f}"
-        return f"free: {lost}" if self.delta_clip <= 0 else f"{self.clip_per_ms:.2f} CLIP lost per ms: {lost}"
+        return f"free: {lost}" if self.delta_clip <= 0 else f"{self.clip_per_ms:.2f} {self.metric} lost per ms: {lost}"
 
 
 @dataclass(frozen=True)
@@ -99,8 +100,8 @@ class Action:
 
 
 def record_json(record: BlockValue | Action) -> dict:
-    """Its fields by their names in files, null for what was not scored or timed."""
-    fields = {IN_FILES.get(name, name): x for name, x in asdict(record).items()}
+    """Its fields by their names in files, null for what was not scored or timed; the metric is in scores.json."""
+    fields = {IN_FILES.get(name, name): x for name, x in asdict(record).items() if name != "metric"}
     return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in fields.items()}
 
 

@@ -189,9 +189,10 @@ def results(teacher: Teacher, evaluation: Evaluation) -> Sequence[str]:
 def write_page(run: Run) -> None:
     """The page; block values as tables and the pictures of every model, for a tracker if there is one."""
     record = read_run(run.path)
+    lost = f"{record.ranked_by} lost"
     for r in record.rounds if run.tracker else ():
         rows = [[b.path, b.ms, b.delta_clip, b.se, b.clip_per_ms] for b in r.blocks.values()]
-        run.tracker.table(f"{r.name}/blocks", ["block", "ms", "CLIP lost", "se", "CLIP lost per ms"], rows)
+        run.tracker.table(f"{r.name}/blocks", ["block", "ms", lost, "se", f"{lost} per ms"], rows)
     for name, paths in record.images.items() if run.tracker else ():
         run.tracker.images(f"images/{name}", [Image.open(path) for path in paths], list(record.prompts))
     write_report(run.path)

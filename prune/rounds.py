@@ -13,6 +13,7 @@ from slimstep.eval.evaluator import PARTIAL
 from slimstep.eval.inputs import Teacher
 from slimstep.eval.metrics.metric import Metric
 from slimstep.eval.pages.cautions import score_cautions
+from slimstep.eval.pages.runs import ranked_by
 from slimstep.eval.timing.latency import compare_ms
 from slimstep.models.architecture import as_json
 from slimstep.models.families.prunable import Prunable
@@ -106,10 +107,9 @@ class Measures:
         protocol = {"name": kind, "prompts_hash": prompts.hash, "n": len(prompts.distinct)}
         protocol |= {} if name == "clip" else {"metric": name}
         record = table.record({**protocol, **metric.protocol, **sampler.protocol})
-        heading = "CLIP" if name == "clip" else name
         log.info(
-            f"{heading} {record['base']['clip']:.2f} ± {record['base']['se']:.2f}; two halves of the prompts rank the "
-            f"blocks alike with ρ = {record['rank_agreement_of_halves']:.2f}"
+            f"{ranked_by(record)} {record['base']['clip']:.2f} ± {record['base']['se']:.2f}; two halves of the prompts "
+            f"rank the blocks alike with ρ = {record['rank_agreement_of_halves']:.2f}"
         )
         for doubt in score_cautions(record):
             log.warning(f"{stage}: {doubt}")
@@ -210,6 +210,7 @@ def block_values(unet: Prunable, table: dict, scores: dict | None, scale: float)
             unet.repeats(block),
             math.nan if score.get("picture_error") is None else score["picture_error"],
             screen_error=screen.get(block, math.nan),
+            metric=ranked_by(scores),
         )
         for block, entry in table["sites"].items()
         for score in [scored.get(block, unknown)]

@@ -18,7 +18,7 @@ from typing import Any
 from scipy import stats
 
 from slimstep.engine.identity import SCORER_CHECK
-from slimstep.eval.pages.runs import read_json
+from slimstep.eval.pages.runs import ranked_by, read_json
 from slimstep.eval.record import read_evaluation
 
 Record = Mapping[str, Any]
@@ -67,7 +67,8 @@ def score_cautions(scores: Mapping[str, Any]) -> list[str]:
     within = [block for block in seen if abs(block["delta_clip"]) <= block["se"]]
     if len(within) > len(seen) / 2:
         blocks = f"of {len(within)} of the {len(seen)} blocks whose removal changes the images"
-        lines.append(f"CLIP lost is within its error {blocks}: what is removed is left to chance; {MORE}")
+        within_error = f"{ranked_by(scores)} lost is within its error {blocks}"
+        lines.append(f"{within_error}: what is removed is left to chance; {MORE}")
     return lines
 
 

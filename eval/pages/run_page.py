@@ -21,7 +21,7 @@ from slimstep.eval.pages.figures import (
     pareto_figure,
 )
 from slimstep.eval.pages.html import data_uri, write_page
-from slimstep.eval.pages.runs import Model, RunRecord, read_run
+from slimstep.eval.pages.runs import CLIP, Model, RunRecord, ranked_by, read_run
 from slimstep.eval.pages.text import count, digits, display_name, flatten, overlap_sentence, percent, signed, tile
 from slimstep.eval.pages.unet_figure import unet_figure
 from slimstep.models.architecture import kept
@@ -131,7 +131,8 @@ def draw_figures(run: RunRecord) -> dict[str, Figure]:
     figures = {}
     if blocks := run.latest_blocks:
         timed = first_latency(run)
-        figures["blocks"] = unet_figure(blocks, run.architecture, run.removed_in, timed and timed.get("latent_size"))
+        figures["blocks"] = unet_figure(blocks, run.architecture, run.removed_in, timed and timed.get("latent_size"),
+                                       run.ranked_by)  # fmt: skip
     if len(points := stages(run)) > 1:
         predicted = {r.name: r.decision["predicted_ms"] for r in run.rounds if r.decision} if run.evaluation else {}
         target = next((r.decision["target_ms"] for r in reversed(run.rounds) if r.decision), None)
@@ -158,7 +159,8 @@ def stages(run: RunRecord) -> list[Point]:
             kind, colour = KINDS.get(m.model, ("step", STEP))
             points.append(Point(display_name(m.model), m.ms, m.clip["mean"], m.clip["se"], kind, colour))
         return points
-    scored = [(f"before {display_name(r.name)}", r) for r in run.rounds if r.latency and r.scores]
+    by_clip = [r for r in run.rounds if r.latency and r.scores and ranked_by(r.scores) == CLIP]
+    scored = [(f"before {display_name(r.name)}", r) for r in by_clip]
     return [
         Point(label, r.latency["full_ms"], r.scores["base"]["clip"], r.scores["base"]["se"], "step", STEP)
         for label, r in scored

@@ -18,6 +18,8 @@ from slimstep.eval.record import Evaluation, Point, read_evaluation
 from slimstep.models.architecture import Architecture, Levels, as_architecture, is_removed, num_levels, unet_levels
 from slimstep.models.card import read_export_report
 
+CLIP = "CLIP"  # what pages call the scorer's metric
+
 
 @dataclass(frozen=True)
 class Block:
@@ -57,6 +59,11 @@ class Round:
         return as_architecture(self.decision["after"]) if self.decision else {}
 
 
+def ranked_by(scores: Mapping[str, Any] | None) -> str:
+    """What pages call the metric of a scores.json: CLIP, or the name that search.metric gave."""
+    return (scores or {}).get("protocol", {}).get("metric", CLIP)
+
+
 @dataclass(frozen=True)
 class Model(Point):
     """An evaluated model of a pruning run, with the milliseconds of its denoiser."""
@@ -91,6 +98,11 @@ class RunRecord:
             return ()
         times = self.evaluation.facts["ms"]
         return tuple(Model(**vars(point), ms=times[point.model]) for point in self.evaluation.points)
+
+    @property
+    def ranked_by(self) -> str:
+        """The metric of the block scores."""
+        return next((ranked_by(r.scores) for r in self.rounds if r.scores), CLIP)
 
     @property
     def architecture(self) -> Architecture:

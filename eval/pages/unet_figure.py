@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from slimstep.eval.pages.figures import INK, MUTED, STUDENT, canvas, styled
-from slimstep.eval.pages.runs import Block, finite
+from slimstep.eval.pages.runs import CLIP, Block, finite
 from slimstep.eval.pages.text import digits, signed
 from slimstep.models.architecture import Architecture, holder_of, holds, level_of, num_levels, repeats_of, unet_levels
 
@@ -37,8 +37,12 @@ def unet_figure(
     architecture: Architecture,
     removed_in: Mapping[str, int] | None = None,
     latent_size: int | None = None,
+    metric: str = CLIP,
 ) -> Figure:
-    """Every block's value at its place in the U; removed ones struck out (with the round), copied ones doubled."""
+    """Every block's value at its place in the U; removed ones struck out (with the round), copied ones doubled.
+
+    `metric`: what the values are of.
+    """
     corners, levels = places(tuple(blocks)), num_levels(blocks)
     width = max(x for x, _ in corners.values()) + BOX_W
     lowest = levels or -min(y for _, y in corners.values()) / PITCH
@@ -55,7 +59,7 @@ def unet_figure(
     axes.set_ylim(-(lowest + 0.2) * PITCH, BOX_H + 0.14)
     axes.set_aspect("equal")
     if any(finite(b.clip_per_ms) for b in blocks.values()):
-        draw_scale(figure, axes, norm)
+        draw_scale(figure, axes, norm, "CLIP score" if metric == CLIP else metric)
     return figure
 
 
@@ -212,8 +216,8 @@ def draw_layers(axes: Axes, corner: tuple[float, float], layers: Sequence[tuple[
             axes.plot([x, x + width], [y, y + 0.11], color=STUDENT, linewidth=0.8)
 
 
-def draw_scale(figure: Figure, axes: Axes, norm: FuncNorm) -> None:
-    """The colour bar, labelled with true values of CLIP lost per millisecond."""
+def draw_scale(figure: Figure, axes: Axes, norm: FuncNorm, metric: str) -> None:
+    """The colour bar, labelled with true values of what is lost per millisecond."""
     bar = figure.colorbar(ScalarMappable(norm, VALUE_COLOURS), ax=axes, orientation="horizontal", shrink=0.42,
                           aspect=42, pad=0.02)  # fmt: skip
     bar.outline.set_visible(False)
@@ -222,8 +226,8 @@ def draw_scale(figure: Figure, axes: Axes, norm: FuncNorm) -> None:
     bar.ax.tick_params(labelsize=7, length=0)
     bar.ax.grid(False)
     bar.set_label(
-        "colour: CLIP score lost per millisecond saved (orange: free to remove, blue: worth its time)\n"
-        "in a box: CLIP score lost without the block ± standard error · its milliseconds\n"
+        f"colour: {metric} lost per millisecond saved (orange: free to remove, blue: worth its time)\n"
+        f"in a box: {metric} lost without the block ± standard error · its milliseconds\n"
         "struck out: removed, r0 in round 0; doubled: copied",
         fontsize=8,
     )

@@ -91,3 +91,8 @@ def edit(path, change):
     value = json.loads(path.read_text())
     change(value)
     path.write_text(json.dumps(value))
+
+
+def test_a_doubt_names_the_metric_that_blocks_were_ranked_by():
+    (sentence,) = score_cautions({**scores(losses=(0.1, 0.1)), "protocol": {"metric": "psnr"}})
+    assert sentence.startswith("psnr lost is within its error")

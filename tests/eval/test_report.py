@@ -161,3 +161,14 @@ def test_parameters_are_counted_in_words():
 
 def test_protocols_are_flat_in_the_page():
     assert flatten({"resize": {"size": [64, 64]}, "scale": 100.0}) == {"resize.size": "64, 64", "scale": "100"}
+
+
+def test_block_values_of_another_metric_are_not_called_clip(tmp_path):
+    folder = write_run(tmp_path / "prune_unet", finished=False)
+    for path in folder.glob("round-*/scores.json"):
+        scores = json.loads(path.read_text())
+        path.write_text(json.dumps({**scores, "protocol": {**scores["protocol"], "metric": "psnr"}}))
+    page = write_report(folder).read_text()
+    assert "<th>psnr lost ± se</th>" in page and "psnr lost per millisecond" in page
+    assert "CLIP lost" not in page and "CLIP score lost" not in page
+    assert not (folder / "report/evolution.png").exists()  # a base of 50 dB is no CLIP score

@@ -218,3 +218,11 @@ def test_undoing_a_removal_gives_the_table_back():
     actions = choose_removals(VALUES, 10, 8.5)
     assert as_json(apply({}, actions)) == {"d": 0, "b": 0}
     assert as_json(apply(as_architecture({"c": 2}), choose_copies(VALUES, 4, 8, ("c",)))) == {"c": 3}
+
+
+def test_reasons_name_the_metric_that_blocks_were_ranked_by_and_files_keep_their_fields():
+    ours, clip = (BlockValue("a", 3.0, 0.1, 2.0, **more) for more in ({"metric": "psnr"}, {}))
+    (action,) = choose_removals([ours], latency_ms=10, target_ms=9)
+    assert action.why == "1.50 psnr lost per ms: psnr lost +3.00 ± 0.10, saves 2.00 ms"
+    assert replace(ours, delta_clip=-1.0).reason.startswith("free: psnr lost -1.00")
+    assert record_json(ours) == record_json(clip)
