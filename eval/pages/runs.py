@@ -112,8 +112,14 @@ class RunRecord:
 
     @property
     def latest_blocks(self) -> dict[str, Block]:
-        """Every block as it was last measured: a removed block keeps the value it was removed with."""
-        return {path: block for r in self.rounds for path, block in r.blocks.items()}
+        """Every block as it was last measured: a removed block keeps the value it was removed with, and one that a
+        later round's screen left out the score and the milliseconds of the round that scored it."""
+        latest: dict[str, Block] = {}
+        for r in self.rounds:
+            scored = {path: b for path, b in r.blocks.items() if b.delta_clip is not None or path not in latest}
+            unscored = {path: b for path, b in r.blocks.items() if path in latest and latest[path].delta_clip is None}
+            latest |= unscored | scored
+        return latest
 
     @property
     def removed_in(self) -> dict[str, int]:

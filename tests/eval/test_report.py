@@ -172,3 +172,14 @@ def test_block_values_of_another_metric_are_not_called_clip(tmp_path):
     assert "<th>psnr lost ± se</th>" in page and "psnr lost per millisecond" in page
     assert "CLIP lost" not in page and "CLIP score lost" not in page
     assert not (folder / "report/evolution.png").exists()  # a base of 50 dB is no CLIP score
+
+
+def test_a_block_that_a_later_screen_left_out_shows_the_score_it_had(tmp_path):
+    folder = write_run(tmp_path / "prune_unet", finished=False)
+    first, second = read_run(folder).rounds
+    path = next(iter(second.blocks))
+    edit(folder / "round-01/scores.json", lambda scores: scores["sites"].pop(path))
+    run = read_run(folder)
+    assert run.rounds[1].blocks[path].delta_clip is None and run.latest_blocks[path] == first.blocks[path]
+    edit(folder / "round-00/scores.json", lambda scores: scores["sites"].pop(path))
+    assert read_run(folder).latest_blocks[path] == run.rounds[1].blocks[path]
