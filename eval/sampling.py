@@ -67,7 +67,11 @@ class Sampler:
         self.scheduler = self.scheduler or pipeline.scheduler
         check_sampling(self.scheduler, self.steps, self.flow)
         if scale > 1 and not (self.family.GUIDES or takes_guidance(self.network)):
-            raise ValueError(f"guidance_scale={scale:g}: {type(pipeline).__name__} has no guidance; set 1")
+            keys = "eval.guidance_scale, scoring.guidance_scale, latents.guidance_scale, curves.guidance"
+            raise ValueError(
+                f"guidance_scale={scale:g}: {type(pipeline).__name__} has no guidance; set 1 in "
+                f"what the job has of {keys}"
+            )
         self._encoded: dict[tuple[str, ...], Conditioning] = {}
         self._copies: dict[tuple, Tensor] = {}
 
