@@ -115,10 +115,9 @@ class RunRecord:
         """Every block as it was last measured: a removed block keeps the value it was removed with, and one that a
         later round's screen left out the score and the milliseconds of the round that scored it."""
         latest: dict[str, Block] = {}
-        for r in self.rounds:
-            scored = {path: b for path, b in r.blocks.items() if b.delta_clip is not None or path not in latest}
-            unscored = {path: b for path, b in r.blocks.items() if path in latest and latest[path].delta_clip is None}
-            latest |= unscored | scored
+        for path, block in (item for r in self.rounds for item in r.blocks.items()):
+            if path not in latest or block.delta_clip is not None or latest[path].delta_clip is None:
+                latest[path] = block
         return latest
 
     @property
