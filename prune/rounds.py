@@ -2,8 +2,8 @@
 
 import logging
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -93,16 +93,16 @@ class Measures:
         save; where that is nothing blocks are copied, of which no screen tells."""
         teacher, scoring, prompts = self.teacher, self.teacher.config.scoring, self.calibration
         screen: Screen | None = None
-        begun: dict[str, Any] = {}
+        chosen: dict[str, Any] = {}
         if scoring.protocol == "screened" and 0 < excess_ms < math.inf:
             screen = self.screen(unet, stage)
             cheapest = screen.cheapest(ms, scoring.screen_margin * excess_ms)
-            begun = {"blocks": cheapest, "latents_PCHW": screen.latents_PCHW}
+            chosen = {"blocks": cheapest, "latents_PCHW": screen.latents_PCHW}
             log.info(f"{stage} scores {len(cheapest)} of {len(ms)} blocks: a screen found them cheapest")
         sampler, keep = teacher.sampler(scoring), teacher.run.path / PARTIAL / stage
         accelerator, name = teacher.run.accelerator, teacher.config.search.metric
         metric = self.metrics[name]
-        table = score_blocks(unet, sampler, metric, prompts, scoring.batch_size, accelerator, keep, **begun)
+        table = score_blocks(unet, sampler, metric, prompts, scoring.batch_size, accelerator, keep, **chosen)
         kind = "screened" if screen else "snapfusion"
         protocol = {"name": kind, "prompts_hash": prompts.hash, "n": len(prompts.distinct)}
         protocol |= {} if name == "clip" else {"metric": name}
@@ -120,66 +120,64 @@ def decide(measures: Measures, unet: Prunable, previous: dict | None, r: int) ->
     """What the round's latencies and scores say to do, in its decision.json."""
     run, stage = measures.teacher.run, f"round-{r:02d}"
     table = run.json(f"{stage}/latency.json", lambda: measures.latencies(unet))
-    scores = None
+    teacher_ms = previous["teacher_ms"] if previous else table["full_ms"]  # the first round's, for all
+    latency_ms = previous["measured_ms"] if previous else table["full_ms"]
+    situation = situation_of(measures, unet, table, latency_ms, teacher_ms, r)
     if measures.search.needs_scores:
-        situation = situation_of(measures, unet, table, None, {}, previous, r)
         ms = {value.block: value.saved_ms for value in situation.values}
-        excess_ms = situation.latency_ms - situation.goal_ms
+        excess_ms = latency_ms - situation.goal_ms
         scores = run.json(f"{stage}/scores.json", lambda: measures.scores(unet, stage, ms, excess_ms))
-    alike: dict = {}
+        situation = replace(situation, values=scored_values(situation.values, scores))
     if needs_similarity(measures.search):
         alike = run.json(f"{stage}/similarities.json", lambda: measures.similarities(unet, stage))["blocks"]
+        situation = replace(situation, similarities=alike)
     followed = [f"evaluation/{stage}", f"round-{r + 1:02d}/weights.safetensors", "recovery/weights.safetensors"]
     if not run.made(f"{stage}/decision.json") and (orphans := [name for name in followed if run.made(name)]):
         raise ValueError(
             f"{run.path / stage}/decision.json is gone, and {', '.join(orphans)} follow from it: remove them too"
         )
-    return run.json(f"{stage}/decision.json", lambda: decision(measures, unet, table, scores, alike, previous, r))
-
-
-def clock(previous: dict | None, table: dict) -> float:
-    """The teacher's milliseconds, which the first round measured for all."""
-    return previous["teacher_ms"] if previous else table["full_ms"]
+    return run.json(f"{stage}/decision.json", lambda: decision(measures, unet, situation, teacher_ms))
 
 
 def situation_of(
-    measures: Measures,
-    unet: Prunable,
-    table: dict,
-    scores: dict | None,
-    similarities: dict,
-    previous: dict | None,
-    r: int,
+    measures: Measures, unet: Prunable, table: dict, latency_ms: float, teacher_ms: float, r: int
 ) -> Situation:
-    """What is known when a round is decided, or, without scores, before its blocks are scored."""
-    config, teacher_ms = measures.teacher.config.search, clock(previous, table)
-    latency_ms = previous["measured_ms"] if previous else table["full_ms"]
-    target_ms = config.target_ms or (config.target_fraction and config.target_fraction * teacher_ms) or math.inf
-    values = block_values(unet, table, scores, scale=latency_ms / table["full_ms"])
-    now = values, unet.architecture, latency_ms, target_ms
-    return Situation(*now, unet.copyable_blocks, r, config.rounds, similarities)
-
-
-def decision(
-    measures: Measures,
-    unet: Prunable,
-    table: dict,
-    scores: dict | None,
-    similarities: dict,
-    previous: dict | None,
-    r: int,
-) -> dict:
-    """A round's actions as JSON. The last round goes on until the *measured* latency meets the target."""
+    """What is known of a round before its blocks are scored; `table` is carried over to the teacher's clock."""
     config = measures.teacher.config.search
-    situation = situation_of(measures, unet, table, scores, similarities, previous, r)
-    teacher_ms, values, latency_ms = clock(previous, table), situation.values, situation.latency_ms
+    target_ms = config.target_ms or (config.target_fraction and config.target_fraction * teacher_ms) or math.inf
+    scale, ms = latency_ms / table["full_ms"], {block: entry["ms"] for block, entry in table["sites"].items()}
+    values = tuple(BlockValue(b, math.nan, math.nan, ms[b] * scale, unet.repeats(b)) for b in ms)
+    now = values, unet.architecture, latency_ms, target_ms
+    return Situation(*now, unet.copyable_blocks, r, config.rounds)
+
+
+def scored_values(values: Sequence[BlockValue], scores: dict) -> tuple[BlockValue, ...]:
+    """The values with what scores.json says of their blocks; a screen may have left some unscored."""
+
+    screen = scores.get("screen", {})
+
+    def scored(value: BlockValue) -> BlockValue:
+        value = replace(value, screen_error=screen.get(value.block, math.nan), metric=ranked_by(scores))
+        if value.block in screen and value.block not in scores["sites"]:
+            return value
+        score = scores["sites"][value.block]
+        error = math.nan if score.get("picture_error") is None else score["picture_error"]
+        return replace(value, delta_clip=score["delta_clip"], se=score["se"], picture_error=error)
+
+    return tuple(map(scored, values))
+
+
+def decision(measures: Measures, unet: Prunable, situation: Situation, teacher_ms: float) -> dict:
+    """A round's actions as JSON. The last round goes on until the *measured* latency meets the target."""
+    values, latency_ms, target_ms = situation.values, situation.latency_ms, situation.target_ms
+    is_last = situation.round_index == situation.rounds - 1
     actions: list[Action] = []
     after, measured_ms = unet.architecture, latency_ms
     while more := measures.search(situation):
         actions += more
         after = apply(unet.architecture, actions)
         measured_ms = measures.ms(unet.with_architecture(after), teacher_ms)
-        if r < config.rounds - 1 or measured_ms <= situation.target_ms:
+        if not is_last or measured_ms <= target_ms:
             break
         situation = situation.after(more, measured_ms)
     return {
@@ -190,31 +188,11 @@ def decision(
         "values": [record_json(value) for value in values],
         "not_copyable": [block for block in unet.kept_blocks if block not in unet.copyable_blocks],
         "teacher_ms": teacher_ms,
-        "target_ms": situation.target_ms if math.isfinite(situation.target_ms) else None,
+        "target_ms": target_ms if math.isfinite(target_ms) else None,
         "predicted_ms": record_json(actions[-1])["predicted_ms"] if actions else latency_ms,
         "measured_ms": measured_ms,
         "clock": "latency.table" if known_latencies(measures.teacher.config) else "measured",
     }
-
-
-def block_values(unet: Prunable, table: dict, scores: dict | None, scale: float) -> tuple[BlockValue, ...]:
-    """Scores and milliseconds side by side; `scale` carries the table over to the teacher's clock."""
-    unknown = {"delta_clip": math.nan, "se": math.nan}
-    scored, screen = (scores["sites"], scores.get("screen", {})) if scores else ({}, {})
-    return tuple(
-        BlockValue(
-            block,
-            score["delta_clip"],
-            score["se"],
-            entry["ms"] * scale,
-            unet.repeats(block),
-            math.nan if score.get("picture_error") is None else score["picture_error"],
-            screen_error=screen.get(block, math.nan),
-            metric=ranked_by(scores),
-        )
-        for block, entry in table["sites"].items()
-        for score in [scored.get(block, unknown)]
-    )
 
 
 def tell(stage: str, decision: dict) -> None:

@@ -17,7 +17,7 @@ from slimstep.eval.pages.tables import Table, console_table
 from slimstep.eval.pages.text import difference, flatten, overlap_sentence, ratio, score
 from slimstep.eval.record import Point, read_evaluation
 
-OTHER_SAMPLERS = {"teacher-dpm": "over DPM++'s", "teacher-stretched": "over stretched's"}  # {model: its column}
+OTHER_SAMPLERS = {"teacher-dpm": "over DPM++'s", "teacher-stretched": "over stretched Euler's"}  # {model: its column}
 NAMES = {"teacher-dpm": "teacher, DPM++ 2M", "teacher-stretched": "teacher, stretched", "teacher-v": "teacher, v"}
 
 
