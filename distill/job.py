@@ -73,7 +73,8 @@ def distill_steps(config: Config, run: Run) -> int | Plan:
     for stage in job.stages:
         unets[stage.name] = distilled(job, stage, unets, pairs, train)
         student = with_unet(job.teacher.pipeline, unets[stage.name], scheduler=job.student_scheduler(stage.steps))
-        export(student, f"{stage.name}/export", job.teacher, config.eval, stage.steps)
+        guidance = job.sampled_guidance(stage.name, config.eval.guidance_scale)
+        export(student, f"{stage.name}/export", job.teacher, stage.steps, guidance)
     evaluation = evaluated(job, unets, prompts, scorer, calibration)
     for point in evaluation.points:
         if point.model == f"steps-{point.steps}" and point.guidance == config.eval.guidance_scale:
@@ -186,7 +187,8 @@ def evaluated(
 
     def candidate(name: str, steps: int, guidance: float) -> Candidate:
         unet, scheduler = models[name], job.sampler(name, steps)
-        sampler = Sampler(teacher.pipeline, steps, guidance, config.eval.seed, scheduler, teacher.precision)
+        scale = job.sampled_guidance(name, guidance)
+        sampler = Sampler(teacher.pipeline, steps, scale, config.eval.seed, scheduler, teacher.precision)
 
         def draw(indices: list[int]) -> Tensor:
             return sampler.latents_at(unet, encoded().rows(indices), indices).float()
@@ -217,7 +219,7 @@ def sampled_models(job: Distillation, unets: UNets) -> dict[str, Prunable]:
 def settings(job: Distillation) -> list[tuple[str, int, float]]:
     """Model, steps and guidance scale of every point; most steps first, the teacher at the reference's, too."""
     return [(name, steps, guidance) for guidance in job.teacher.config.curves.guidance for name in job.evaluated
-            for steps in job.evaluated_steps(name)]  # fmt: skip
+            if guidance in job.evaluated_guidance(name) for steps in job.evaluated_steps(name)]  # fmt: skip
 
 
 def forget_times_of_others(run: Run, finished: Evaluation | None, points: list[Point]) -> None:

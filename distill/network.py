@@ -12,10 +12,10 @@ from slimstep.distill.config import DistillationConfig, StageChanges
 from slimstep.distill.stages import DistillationStage, distillation_stages, with_changes
 from slimstep.distill.teaching import StepSchedule
 from slimstep.engine.config import TrainConfig
-from slimstep.engine.objective import requirements
+from slimstep.engine.objective import Requirements, requirements
 from slimstep.eval.inputs import Teacher, check_inputs
 from slimstep.eval.training import check_objective
-from slimstep.models.denoiser import guidance_embed_dim
+from slimstep.models.denoiser import guidance_embed_dim, takes_guidance
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.family import flow_of, schedule_for
 from slimstep.models.flow import FlowSteps, eulers, from_config, is_flow, prediction_type_of, stretched
@@ -76,12 +76,21 @@ class Distillation:
         shift = self.distillation.shift
         return from_config(self.scheduler, shift=shift) if shift else self.scheduler
 
+    @property
+    def requires(self) -> Requirements:
+        """What the objective asks of its students."""
+        return requirements(get_class(self.teacher.config.objective["_target_"]))
+
+    def sampled_guidance(self, name: str, guidance: float) -> float:
+        """The scale with which one of `evaluated` is sampled where the teacher is with `guidance`."""
+        guides_itself = self.requires.guides_itself and name.startswith("steps-")
+        return 1.0 if guides_itself and not takes_guidance(self.student) else guidance
+
     def student_scheduler(self, steps: int) -> Any:
         """The diffusers scheduler that a student of so many steps is exported with; each of them removes noise."""
         if self.flow:
             return stretched(self.shifted, steps, self.flow)
-        objective = self.teacher.config.objective
-        options = requirements(get_class(objective["_target_"])).sampler_options
+        objective, options = self.teacher.config.objective, self.requires.sampler_options
         kwargs = {option: objective[key] for option, key in options.items() if key in objective}
         kind = getattr(diffusers, self.distillation.sampler)
         return on_the_grid(self.distillation, kind, self.scheduler, **kwargs)
@@ -123,7 +132,19 @@ class Distillation:
         steps = sorted({*self.teacher.config.curves.steps, *more}, reverse=True)
         if name == "teacher":
             return steps
+        if self.requires.guides_itself and name.startswith("steps-"):  # it learnt so many, and is no solver of more
+            steps = [n for n in steps if n <= self.student_steps(name)]
         return [n for n in steps if n > 1 or not self.sampler(name, 2).config.get("shift_terminal")]
+
+    def evaluated_guidance(self, name: str) -> list[float]:
+        """The teacher's guidance scales at which a model is compared with it; a student that has one in its weights at
+        this one alone."""
+        if self.requires.guides_itself and name.startswith("steps-"):
+            return [self.teacher.config.objective["guidance_scale"]]
+        return list(self.teacher.config.curves.guidance)
+
+    def student_steps(self, name: str) -> int:
+        return next(stage.steps for stage in self.stages if stage.name == name)
 
     def sampler(self, name: str, steps: int) -> Any:
         """The scheduler with which one of `evaluated` makes so many steps."""
@@ -137,13 +158,15 @@ class Distillation:
                 return self.scheduler
             case "teacher-stretched":
                 return stretched(self.shifted, steps, self.flow)
-        return self.student_scheduler(next(stage.steps for stage in self.stages if stage.name == name))
+        return self.student_scheduler(self.student_steps(name))
 
 
 def distillation_of(teacher: Teacher) -> Distillation:
     """Raises ValueError for stages that cannot be, and for a student that does not fit the teacher's pipeline."""
     distillation: DistillationConfig = OmegaConf.to_object(teacher.config.distillation)
-    stages = distillation_stages(distillation.steps, distillation.mode, same_network=not distillation.student)
+    of_steps = not requirements(get_class(teacher.config.objective["_target_"])).guides_itself
+    mode = distillation.mode if of_steps else "scores"
+    stages = distillation_stages(distillation.steps, mode, same_network=not distillation.student)
     stages = with_changes(stages, distillation.stages or {})
     pipeline = teacher.pipeline
     if is_flow(pipeline.scheduler):
@@ -216,9 +239,12 @@ def check(job: Distillation) -> None:
 def check_agreement(job: Distillation) -> None:
     """ValueError where the objective does not train the students that `distillation` describes."""
     kind, distillation = get_class(job.teacher.config.objective["_target_"]), job.distillation
-    requires = requirements(kind)
+    requires, curves = job.requires, job.teacher.config.curves
     if not requires.distils_steps:
-        raise ValueError(f"objective {kind.__name__} distils no steps; choose objective=steps, guidance or lcm")
+        raise ValueError(f"objective {kind.__name__} distils no steps; choose objective=steps, guidance, lcm or dmd")
+    if requires.guides_itself and (scale := job.teacher.config.objective["guidance_scale"]) not in curves.guidance:
+        way = f"curves.guidance={list(curves.guidance)} needs it, for the teacher to compare with"
+        raise ValueError(f"objective.guidance_scale={scale:g} is what students have in their weights; {way}")
     if job.is_flow and requires.sampler:
         needed = f"needs {requires.sampler}, which no flow has"
         raise ValueError(f"objective {kind.__name__} {needed}; choose objective=steps")

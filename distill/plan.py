@@ -33,10 +33,12 @@ def evaluation(job: Distillation) -> Stage:
     config, points, rows = job.teacher.config, 0, 0
     for guidance in config.curves.guidance:
         for name in job.evaluated:
+            if guidance not in job.evaluated_guidance(name):
+                continue
             embedded = name.startswith("steps-") and job.distillation.guidance_embed_dim
-            steps = job.evaluated_steps(name)
+            scale, steps = job.sampled_guidance(name, guidance), job.evaluated_steps(name)
             points += len(steps)
-            rows += config.eval.prompts * sum(n if embedded else image_rows(n, guidance) for n in steps)
+            rows += config.eval.prompts * sum(n if embedded else image_rows(n, scale) for n in steps)
     return Stage(FILE, f"{points} points of {config.eval.prompts} images", rows)
 
 

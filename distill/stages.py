@@ -23,7 +23,7 @@ def distillation_stages(steps: Sequence[int], mode: str, same_network: bool) -> 
 
     Direct: a network of the teacher's architecture is distilled beside the student, one stage ahead, and teaches it; it
     stops one stage earlier, where it has nothing left to teach. With `same_network` the student has the teacher's
-    network, and both modes give the same stages.
+    network, and both modes give the same stages. Mode `scores`: the teacher with its many steps teaches all students.
     """
     stages: list[DistillationStage] = []
     teacher, student = "teacher", "student"
@@ -31,8 +31,11 @@ def distillation_stages(steps: Sequence[int], mode: str, same_network: bool) -> 
     for number, (above, below) in enumerate(itertools.pairwise(steps), start=2):
         if beside and number < len(steps):
             stages.append(DistillationStage(f"teacher-{below}", teacher, teacher, above, below))
-        stages.append(DistillationStage(f"steps-{below}", teacher, student, above, below))
+        teacher_steps = steps[0] if mode == "scores" else above
+        stages.append(DistillationStage(f"steps-{below}", teacher, student, teacher_steps, below))
         student = f"steps-{below}"
+        if mode == "scores":
+            continue
         teacher = f"teacher-{below}" if beside else student
     return tuple(stages)
 

@@ -218,7 +218,9 @@ def _run_steps(
 ) -> dict[str, Tensor]:
     """Trains `student` in place; its finished weights, whole, on rank 0 at least."""
     accelerator = run.accelerator
-    modules = {name: network.train() for name, network in {STUDENT: student, **objective.networks}.items()}
+    beside, names = objective.networks, objective.requires.networks
+    assert tuple(beside) == names, f"{type(objective).__name__} requires {names} and trains {tuple(beside)}"
+    modules = {name: network.train() for name, network in {STUDENT: student, **beside}.items()}
     networks = prepared(modules, config, accelerator)
     averaged = networks[STUDENT].parameters
     ema = DeviceEMA(averaged, decay=config.ema_decay) if config.ema_decay else None

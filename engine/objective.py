@@ -43,22 +43,26 @@ class Requirements:
 
     `distils_steps`: it makes students that need fewer steps. `sampler`: the diffusers scheduler that its students are
     exported with, None where any that follows the ODE will do; `sampler_options` are options of that scheduler, each
-    with the argument of the objective that sets it. `guidance_embedding`: its students have one. `feature_hooks`: it
-    reads features by hooks, which a compiled network does not call.
+    with the argument of the objective that sets it. `guidance_embedding`: its students have one. `guides_itself`: its
+    students have the guidance in their weights, and are sampled without. `feature_hooks`: it reads features by hooks,
+    which a compiled network does not call. `networks` are the names of those that are trained beside the student.
     """
 
     distils_steps: bool = False
     sampler: str | None = None
     sampler_options: Mapping[str, str] = field(default_factory=dict)
     guidance_embedding: bool = False
+    guides_itself: bool = False
     feature_hooks: bool = False
+    networks: tuple[str, ...] = ()
     cached_targets: CachedTargets | None = None
 
 
 class Objective(Protocol):
     """What the loop minimises, with the networks that are trained beside the student.
 
-    `networks` are trained in place, each by an optimiser of its own, and are not kept when the stage is finished.
+    `networks`, those that `requires` names, are trained in place, each by an optimiser of its own, and are not kept when
+    the stage is finished; they may be made when they are first asked for, which is when the training begins.
     `updates(step)` names the networks whose optimisers step in this step, in order; a name may stand there several
     times, and each time it sees new samples. It is a function of `step` alone, for a continued run asks again.
     `loss(networks, batch, generator, update)` is what the network `update` minimises; `networks` has the student, too.
@@ -112,10 +116,11 @@ def check_requirements(objective: Objective | PlainObjective, config: TrainConfi
     name, objective = type(objective).__name__, as_objective(objective)
     check_optimizer(config)
     check_low_rank(config.lora_rank, accelerator)
-    check_sharding(config, accelerator, objective.networks)
+    names = objective.requires.networks
+    check_sharding(config, accelerator, names)
     if config.compile and objective.requires.feature_hooks:
         raise ValueError(f"{name} reads features with hooks: its train.compile must be false")
-    assert STUDENT not in objective.networks, f"{name} trains a network of its own under the name {STUDENT!r}"
-    if unknown := sorted(set(config.learning_rates or {}) - set(objective.networks)):
-        trains = ", ".join(objective.networks) or "nothing"
+    assert STUDENT not in names, f"{name} trains a network of its own under the name {STUDENT!r}"
+    if unknown := sorted(set(config.learning_rates or {}) - set(names)):
+        trains = ", ".join(names) or "nothing"
         raise ValueError(f"train.learning_rates names {unknown}; {name} trains {trains} beside the student")

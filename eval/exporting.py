@@ -7,7 +7,6 @@ from pathlib import Path
 from diffusers import DiffusionPipeline
 
 from slimstep.engine.run import FINISHED, Run
-from slimstep.eval.config import SamplingConfig
 from slimstep.eval.inputs import Teacher
 from slimstep.eval.record import Point, Values
 from slimstep.models.card import Origin, origin_of, write_card
@@ -18,11 +17,16 @@ log = logging.getLogger("slimstep")
 
 
 def export(
-    student: DiffusionPipeline, name: str, teacher: Teacher, sampling: SamplingConfig, steps: int | None = None
+    student: DiffusionPipeline,
+    name: str,
+    teacher: Teacher,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
 ) -> None:
-    """The folder `name` of the run: the student as it was evaluated, but for its own `steps`."""
-    name_or_path, length = str(teacher.config.model.name_or_path), sequence_length(student)
-    origin = Origin(name_or_path, steps or sampling.steps, sampling.guidance_scale, length)
+    """The folder `name` of the run: the student as it was evaluated, but for its own `steps` and guidance."""
+    name_or_path, length, sampling = str(teacher.config.model.name_or_path), sequence_length(student), teacher.config.eval
+    guidance_scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
+    origin = Origin(name_or_path, steps or sampling.steps, guidance_scale, length)
 
     def write(folder: Path) -> None:
         log.info(f"exported: {export_pipeline(student, folder, origin=origin).load}")

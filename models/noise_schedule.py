@@ -37,6 +37,10 @@ class NoiseSchedule(Protocol):
         """[size] times to train at, on the generator's device."""
         ...
 
+    def time_at(self, share_B: Tensor) -> Tensor:
+        """[B] times so far along the way from the sample, 0, to noise, 1, as samplers go it."""
+        ...
+
     def grid(self, scheduler: SchedulerMixin, steps: int) -> Tensor:
         """[steps, 2]: the times at which each step of a diffusers scheduler starts and lands."""
         ...
@@ -68,6 +72,9 @@ class VariancePreserving:
 
     def sample_times(self, size: int, generator: torch.Generator) -> Tensor:
         return torch.randint(len(self), (size,), generator=generator, device=generator.device)
+
+    def time_at(self, share_B: Tensor) -> Tensor:
+        return (share_B * len(self)).long().clamp(max=len(self) - 1)
 
     def grid(self, scheduler: SchedulerMixin, steps: int) -> Tensor:
         """Whole timesteps of diffusers' DDIM, LCM or Euler sampler; −1 is the end.
@@ -108,7 +115,10 @@ class RectifiedFlow:
 
     def sample_times(self, size: int, generator: torch.Generator) -> Tensor:
         u_B = torch.sigmoid(self.std * torch.randn(size, generator=generator, device=generator.device))
-        return shifted(u_B, self.shift) * self.num_train_timesteps
+        return self.time_at(u_B)
+
+    def time_at(self, share_B: Tensor) -> Tensor:
+        return shifted(share_B, self.shift) * self.num_train_timesteps
 
     def grid(self, scheduler: SchedulerMixin, steps: int) -> Tensor:
         """Those of a flow's scheduler, which lands where the next step starts, and ends at 0."""

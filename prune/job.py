@@ -83,10 +83,10 @@ def prune_unet(config: Config, run: Run) -> int | Plan:
         unet = unets[stage] = unet.with_architecture(decision["after"], copy_init=config.search.copy_init)
         points.append(evaluator.point(stage, *setting))
         times |= {"teacher": decision["teacher_ms"], stage: decision["measured_ms"]}
-    export(with_unet(teacher.pipeline, unet), "evolved", teacher, config.eval)  # others can be recovered from it
+    export(with_unet(teacher.pipeline, unet), "evolved", teacher)  # others can be recovered from it
     unet = unets["student"] = train(unet, "recovery", config.recovery.objective, config.recovery.train)
     points.append(evaluator.point("student", *setting))
-    export(with_unet(teacher.pipeline, unet.requires_grad_(False)), "export", teacher, config.eval)
+    export(with_unet(teacher.pipeline, unet.requires_grad_(False)), "export", teacher)
     times["student"] = decision["measured_ms"]
     protocol = {**(scorer.protocol if scorer else {}), **teacher.sampler(config.eval).protocol}
     evaluation = evaluator.evaluate(points, dict(zip(unets, unets, strict=True)), protocol, seen_prompts(run), ms=times)

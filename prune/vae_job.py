@@ -90,7 +90,7 @@ def prune_vae(config: Config, run: Run) -> int | Plan:
     points = [evaluator.point(name, *setting) for name in vaes]
     student = vaes["student"] = distilled(job, pruned, prompts, data, offloadable(teacher.pipeline, scorer))
     points.append(evaluator.point("student", *setting))
-    export(with_unet(teacher.pipeline, teacher.unet, vae=student), "export", teacher, config.eval)
+    export(with_unet(teacher.pipeline, teacher.unet, vae=student), "export", teacher)
     times = measure(job, student)
     held = heldout(job, prompts)
     run.folder("images/real", partial(write_pictures, held["images"][: config.eval.pictures]))

@@ -19,7 +19,7 @@ class FakeScore:
     It steps twice before each step of the student, which pauses in every fourth step.
     """
 
-    requires = Requirements()
+    requires = Requirements(networks=("fake_score",))
 
     def __init__(self):
         self.networks = {"fake_score": network(seed=1)}

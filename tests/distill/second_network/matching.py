@@ -18,7 +18,7 @@ class Matching:
     """A sketch of distribution matching: `fake_score`, from the teacher's weights, learns to denoise as the student
     does, and the student goes where the teacher's prediction is from there."""
 
-    requires = Requirements(distils_steps=True)
+    requires = Requirements(distils_steps=True, networks=("fake_score",))
 
     def __init__(
         self,
