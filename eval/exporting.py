@@ -24,9 +24,10 @@ def export(
     guidance_scale: float | None = None,
 ) -> None:
     """The folder `name` of the run: the student as it was evaluated, but for its own `steps` and guidance."""
-    name_or_path, length, sampling = str(teacher.config.model.name_or_path), sequence_length(student), teacher.config.eval
-    guidance_scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
-    origin = Origin(name_or_path, steps or sampling.steps, guidance_scale, length)
+    sampling = teacher.config.eval
+    scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
+    length = sequence_length(student)
+    origin = Origin(str(teacher.config.model.name_or_path), steps or sampling.steps, scale, length)
 
     def write(folder: Path) -> None:
         log.info(f"exported: {export_pipeline(student, folder, origin=origin).load}")
