@@ -96,3 +96,15 @@ def renoised(
     t_B = schedule.time_at(low + (high - low) * torch.rand(len(generated.x0), **draw))
     noise, level = torch.randn(generated.x0.shape, **draw), schedule.alpha_sigma(t_B)
     return Noisy(add_noise(generated.x0, noise, level), noise, t_B, level, generated.cond)
+
+
+def spread(generated: Generated, batch: Batch) -> Tensor:
+    """The samples' standard deviation over the batch, in units of the training images'; it falls as samples become
+    alike."""
+    return generated.x0.detach().std(0).mean() / batch["latents"].std(0).mean()
+
+
+def check_time_range(time_range: tuple[float, float]) -> None:
+    low, high = time_range
+    if not 0 < low < high < 1:
+        raise ValueError(f"objective.time_range={list(time_range)} must be two shares, 0 < low < high < 1")

@@ -151,8 +151,10 @@ def distilled(
         keep = run.path / PARTIAL / f"{stage.name}-answers"
         return with_targets(draws, cached.compute, run, stage.name, batch_size, keep)
 
-    return train(unet, job.objective(stage), training, stage.name, teaching=teaching, samples=samples,
-                 step_schedule=job.step_schedule(stage))  # fmt: skip
+    more: dict[str, Any] = {"step_schedule": job.step_schedule(stage)}
+    if job.requires.initial_student:
+        more["initial_student"] = partial(compute_copy, unets["student"], teacher)
+    return train(unet, job.objective(stage), training, stage.name, teaching=teaching, samples=samples, **more)
 
 
 # ---- evaluation ----

@@ -224,7 +224,9 @@ def check(job: Distillation) -> None:
     for key in ("v_prediction", "recovery"):
         check_objective(f"{key}.objective", config[key].objective, config[key].train, teacher)
     for stage in job.stages:
-        options = {"schedule": job.schedule, "step_schedule": job.step_schedule(stage)}
+        options: dict[str, Any] = {"schedule": job.schedule, "step_schedule": job.step_schedule(stage)}
+        if job.requires.initial_student:
+            options["initial_student"] = lambda: job.student
         check_objective("objective", job.objective(stage), job.training(stage.name), teacher, **options)
     students = [name for name in job.evaluated if name.startswith("steps-")]
     for name, steps in [(student, steps) for student in students for steps in job.evaluated_steps(student)]:
@@ -241,7 +243,8 @@ def check_agreement(job: Distillation) -> None:
     kind, distillation = get_class(job.teacher.config.objective["_target_"]), job.distillation
     requires, curves = job.requires, job.teacher.config.curves
     if not requires.distils_steps:
-        raise ValueError(f"objective {kind.__name__} distils no steps; choose objective=steps, guidance, lcm or dmd")
+        others = "steps, guidance, lcm, dmd or adversarial"
+        raise ValueError(f"objective {kind.__name__} distils no steps; choose objective={others}")
     if requires.guides_itself and (scale := job.teacher.config.objective["guidance_scale"]) not in curves.guidance:
         way = f"curves.guidance={list(curves.guidance)} needs it, for the teacher to compare with"
         raise ValueError(f"objective.guidance_scale={scale:g} is what students have in their weights; {way}")

@@ -44,8 +44,9 @@ class Requirements:
     `distils_steps`: it makes students that need fewer steps. `sampler`: the diffusers scheduler that its students are
     exported with, None where any that follows the ODE will do; `sampler_options` are options of that scheduler, each
     with the argument of the objective that sets it. `guidance_embedding`: its students have one. `guides_itself`: its
-    students have the guidance in their weights, and are sampled without. `feature_hooks`: it reads features by hooks,
-    which a compiled network does not call. `networks` are the names of those that are trained beside the student.
+    students have the guidance in their weights, and are sampled without. `initial_student`: it is given what makes the
+    student as it is before the training, frozen. `feature_hooks`: it reads features by hooks, which a compiled network
+    does not call. `networks` are the names of those that are trained beside the student.
     """
 
     distils_steps: bool = False
@@ -53,6 +54,7 @@ class Requirements:
     sampler_options: Mapping[str, str] = field(default_factory=dict)
     guidance_embedding: bool = False
     guides_itself: bool = False
+    initial_student: bool = False
     feature_hooks: bool = False
     networks: tuple[str, ...] = ()
     cached_targets: CachedTargets | None = None
@@ -61,8 +63,8 @@ class Requirements:
 class Objective(Protocol):
     """What the loop minimises, with the networks that are trained beside the student.
 
-    `networks`, those that `requires` names, are trained in place, each by an optimiser of its own, and are not kept when
-    the stage is finished; they may be made when they are first asked for, which is when the training begins.
+    `networks`, those that `requires` names, are trained in place, each by an optimiser of its own, and are not kept
+    when the stage is finished; they may be made when they are first asked for, as the training begins.
     `updates(step)` names the networks whose optimisers step in this step, in order; a name may stand there several
     times, and each time it sees new samples. It is a function of `step` alone, for a continued run asks again.
     `loss(networks, batch, generator, update)` is what the network `update` minimises; `networks` has the student, too.

@@ -146,9 +146,9 @@ def test_a_pruned_student_of_an_epsilon_teacher_is_converted_to_v_recovered_and_
     assert_drawn_alike_elsewhere(path / "steps-1/export", 1, tmp_path)
 
 
-def assert_drawn_alike_elsewhere(export, steps, tmp_path):
+def assert_drawn_alike_elsewhere(export, steps, tmp_path, guidance=2.5):
     """A process that has diffusers and not this project draws our images, to the last bit of a pixel."""
-    sampler = Sampler(load_pipeline(export), steps, 2.5)
+    sampler = Sampler(load_pipeline(export), steps, guidance)
     ours = sampler.images(sampler.pipeline.unet, ["a", "b"], [0, 1])
     save_file({"noise": torch.stack([sampler.noise(i) for i in range(2)])}, tmp_path / "noise.safetensors")
     program = (
@@ -157,7 +157,7 @@ def assert_drawn_alike_elsewhere(export, steps, tmp_path):
         "from safetensors.torch import load_file\n"
         f"pipe = DiffusionPipeline.from_pretrained({str(export)!r}, trust_remote_code=True)\n"
         "pipe.set_progress_bar_config(disable=True)\n"
-        f"drawn = pipe(['a', 'b'], num_inference_steps={steps}, guidance_scale=2.5,\n"
+        f"drawn = pipe(['a', 'b'], num_inference_steps={steps}, guidance_scale={guidance},\n"
         "             latents=load_file('noise.safetensors')['noise']).images\n"
         "np.save('images.npy', np.stack([np.asarray(image) for image in drawn]))\n"
         "assert not {'models', 'distill', 'engine'} & set(sys.modules)\n"
@@ -184,6 +184,33 @@ def test_guidance_distilled_students_need_one_evaluation_a_step(tmp_path, tiny_m
     assert stock.unet.config.time_cond_proj_dim == 32
     assert isinstance(stock.scheduler, LCMScheduler) == (objective == "lcm")
     assert len(stock(prompt="a", num_inference_steps=2, guidance_scale=3.0).images) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("objective", ["dmd", "adversarial"])
+def test_students_of_the_teachers_distribution_are_sampled_without_guidance(tmp_path, tiny_model, objective):
+    """The teacher of every stage is the one of many steps, and students are compared with it as it is guided."""
+    job = [*tiny_model, f"root={tmp_path}", f"objective={objective}", "distillation.steps=[4,2,1]", "train.log_every=1"]
+    done = run(*job, "curves.guidance=[1.0,2.5]")
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "distill_steps"
+    assert done.stderr.count("its teacher teacher with 4 steps") == 2
+    points = [p for p in read_evaluation(path).points if p.model.startswith("steps-")]
+    assert [(p.model, p.steps, p.guidance) for p in points] == [
+        ("steps-2", 2, 2.5), ("steps-2", 1, 2.5), ("steps-1", 1, 2.5)
+    ]  # fmt: skip
+    for point in points:
+        assert point.protocol["guidance_scale"] == 1 and point.facts["evaluations"] == point.steps
+        assert point.versus_reference["n"] == 4
+    assert "guidance_scale=1)" in (path / "steps-2/export/README.md").read_text()
+    assert_drawn_alike_elsewhere(path / "steps-2/export", 2, tmp_path, guidance=1.0)
+    rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    second = {"dmd": "fake_score", "adversarial": "discriminator"}[objective]
+    assert all({f"{second}/loss", f"{second}/grad_norm", "loss", "grad_norm", "spread"} < set(row) for row in rows)
+    planned = run(*job, "curves.guidance=[1.0,2.5]", "plan=true")
+    assert planned.returncode == 0 and "| to do" not in planned.stdout
+    refused = run(*job, "curves.guidance=[7.5]", "name=other")
+    assert refused.returncode == 1 and "objective.guidance_scale=2.5 is what students have in" in refused.stderr
 
 
 def test_a_plan_names_the_stages_and_writes_nothing(finished, tmp_path, tiny_model):

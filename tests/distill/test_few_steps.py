@@ -1,0 +1,299 @@
+"""The laws of what is distilled into few steps at once: distribution matching and adversarial distillation."""
+
+import copy
+from dataclasses import replace
+from itertools import count
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.utils.data import StackDataset
+
+from slimstep.distill.adversarial import AdversarialDistillation
+from slimstep.distill.discriminator import AdversarialLoss, Discriminator
+from slimstep.distill.dmd import DistributionMatching
+from slimstep.distill.generation import Generated, Generation, renoised
+from slimstep.distill.teaching import StepSchedule
+from slimstep.engine.config import TrainConfig
+from slimstep.engine.loop import train
+from slimstep.engine.objective import STUDENT
+from slimstep.engine.run import Run
+from slimstep.models.conditioning import Conditioning
+from slimstep.models.denoiser import takes_guidance
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
+from slimstep.models.family import denoiser_of, schedule_for
+from slimstep.models.flow import eulers, set_steps, stretched
+from slimstep.models.noise_schedule import schedule_of
+from slimstep.models.sizes import set_resolution
+from tests.distill.test_teaching import scheduler
+from tests.models.conftest import small_stock_unet
+from tests.models.families.small import PIPELINES, PRUNABLE, STOCK
+from tests.tiny import slow
+
+
+class Killed(Exception):
+    pass
+
+
+class World:
+    """A small network with its schedule, and the grid of a student of so many steps."""
+
+    def __init__(self, kind: str, steps: int = 4):
+        if kind == "UNet":
+            self.teacher = PrunableUNet2DConditionModel.from_unet(small_stock_unet())
+            self.scheduler, self.schedule = scheduler(), schedule_of(scheduler())
+        else:
+            self.teacher, pipeline = PRUNABLE[kind].from_unet(STOCK[kind]()), PIPELINES[kind]()
+            pipeline.register_modules(transformer=self.teacher, scheduler=eulers(pipeline.scheduler))
+            set_resolution(pipeline, 16)
+            self.schedule = schedule_for(pipeline)
+            self.scheduler = stretched(pipeline.scheduler, steps, self.schedule.steps)
+        self.teacher.requires_grad_(False).eval()
+        self.denoiser = denoiser_of(self.teacher, self.schedule.prediction_type)
+        latents, _, cond = self.denoiser.example(self.teacher, 6, tokens=7, generator=torch.Generator().manual_seed(0))
+        self.batch = {"latents": latents, **cond.tensors, "progress": 0.0}
+        self.uncond = cond.rows([0]).map(torch.zeros_like)
+        if "text_mask" in cond.tensors:
+            whole = torch.ones_like(cond.tensors["text_mask"][:1])
+            self.uncond = Conditioning({**self.uncond.tensors, "text_mask": whole})
+        self.steps = StepSchedule(self.scheduler, 8, self.scheduler, steps)
+        self.student = copy.deepcopy(self.teacher).requires_grad_()
+
+    def objective(self, kind, **options):
+        if kind is DistributionMatching:
+            options = {"initial_student": lambda: self.teacher, **options}
+        return kind(self.denoiser, self.schedule, self.uncond, self.teacher, self.steps, **options)
+
+    @property
+    def generation(self):
+        return Generation.of(self.denoiser, self.schedule, self.steps, "cpu", 1.0)
+
+    def generated(self):
+        return Generated(self.batch["latents"], Conditioning({k: self.batch[k] for k in self.uncond.tensors}))
+
+
+@pytest.fixture(scope="module", params=["UNet", "SD3", *slow("FLUX", "Sana", "Qwen-Image")])
+def world(request):
+    return World(request.param)
+
+
+@pytest.fixture(scope="module")
+def unet():
+    return World("UNet")
+
+
+def draw(seed=0):
+    return torch.Generator().manual_seed(seed)
+
+
+def test_samples_are_those_of_the_scheduler_that_the_student_is_exported_with(world):
+    seed = next(s for s in count() if torch.randint(4, (), generator=draw(s)) == 3)  # one that goes to the last step
+    with torch.no_grad():
+        ours = world.generation(world.teacher, world.batch, world.uncond, draw(seed))
+    generator = draw(seed)
+    torch.randint(4, (), generator=generator)
+    z = torch.randn(world.batch["latents"].shape, generator=generator)
+    stock = copy.deepcopy(world.scheduler)
+    set_steps(stock, 4, getattr(world.schedule, "steps", None))
+    for t in stock.timesteps:
+        with torch.no_grad():
+            pred = world.generation.predict(world.teacher, z, t.expand(len(z)), ours.cond)
+        z = stock.step(pred, t, z, return_dict=False)[0]
+    torch.testing.assert_close(ours.x0, z, rtol=1e-4, atol=1e-4)
+
+
+def test_all_steps_of_the_student_are_trained_equally_often(unet):
+    times = [unet.schedule.grid(unet.scheduler, 4)[:, 0].tolist().index(t) for t in stops(unet, 200)]
+    assert set(times) == {0, 1, 2, 3} and min(times.count(k) for k in range(4)) > 30
+
+
+def stops(world, draws):
+    """The time of the last evaluation of each of so many samples."""
+    seen = []
+
+    class Watching:
+        prediction_type = "v_prediction"
+
+        def __call__(self, network, z, t_B, cond, guidance_B=None):
+            seen.append(int(t_B[0]))
+            return z
+
+    generation, ends = replace(world.generation, denoiser=Watching()), []
+    for seed in range(draws):
+        generation(world.teacher, world.batch, world.uncond, draw(seed))
+        ends.append(seen[-1])
+    return ends
+
+
+def test_a_student_whose_images_the_teacher_finds_as_likely_as_the_fake_score_goes_nowhere(world):
+    objective = world.objective(DistributionMatching, guidance_scale=1.0)
+    networks = {STUDENT: world.student, **objective.networks}
+    loss, metrics = objective.loss(networks, world.batch, draw(), STUDENT)
+    assert loss.item() < 1e-9 and metrics["direction"].item() < 1e-4
+    guided = world.objective(DistributionMatching, guidance_scale=3.0)
+    _, metrics = guided.loss({STUDENT: world.student, **guided.networks}, world.batch, draw(), STUDENT)
+    assert (metrics["direction"].item() > 1e-4) != takes_guidance(world.teacher)  # which guides the fake score alike
+
+
+class Gaussian:
+    """Denoisers of normal distributions, x̂ = E[x | z], whose "network" is (mean, standard deviation)."""
+
+    prediction_type = "sample"
+
+    def __init__(self, schedule):
+        self.schedule = schedule
+
+    def __call__(self, network, z, t_B, cond, guidance_B=None):
+        (mean, std), (alpha_B, sigma_B) = network, self.schedule.alpha_sigma(t_B)
+        alpha, sigma = (x_B.view(-1, 1) for x_B in (alpha_B, sigma_B))
+        return mean + alpha * std**2 * (z - alpha * mean) / (alpha**2 * std**2 + sigma**2)
+
+
+def test_matching_ends_at_the_teachers_distribution_from_a_student_elsewhere(unet, monkeypatch):
+    """Where both scores are exact, the student's mean and standard deviation become the teacher's."""
+    monkeypatch.setattr("slimstep.distill.generation.takes_guidance", lambda network: False)
+    schedule = replace(unet.schedule, prediction_type="sample")
+    objective = unet.objective(DistributionMatching, guidance_scale=1.0)
+    teacher = torch.tensor(2.0), torch.tensor(0.5)
+    objective.schedule, objective.teacher = schedule, teacher
+    objective.generation = replace(objective.generation, denoiser=Gaussian(schedule), schedule=schedule)
+    mean, std = torch.zeros((), requires_grad=True), torch.ones((), requires_grad=True)
+    optimizer = torch.optim.Adam([mean, std], 0.03)
+    for step in range(400):
+        x0 = mean + std * torch.randn(512, 1, generator=draw(step))
+        generated = Generated(x0, Conditioning())
+        noisy = renoised(generated, schedule, objective.time_range, draw(step + 10_000))
+        loss, _ = objective.matching((mean.detach(), std.detach()), generated, noisy)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert mean.item() == pytest.approx(2.0, abs=0.1) and std.abs().item() == pytest.approx(0.5, abs=0.1)
+
+
+def test_the_fake_score_learns_of_the_students_samples_alone_and_gives_the_student_no_gradient(unet):
+    objective = unet.objective(DistributionMatching)
+    networks = {STUDENT: unet.student, **objective.networks}
+    other = {**unet.batch, "latents": unet.batch["latents"] * 100}
+    (loss, _), (again, _) = (objective.loss(networks, batch, draw(), "fake_score") for batch in (unet.batch, other))
+    assert torch.equal(loss, again)
+    loss.backward()
+    assert all(p.grad is None for p in unet.student.parameters())
+    assert all(p.grad is not None for n, p in networks["fake_score"].named_parameters())
+
+
+def test_a_low_rank_fake_score_is_the_teachers_memory_and_its_answers(unet):
+    objective = unet.objective(DistributionMatching, fake_lora_rank=2)
+    fake, owned = objective.networks["fake_score"], {p.data_ptr() for p in unet.teacher.parameters()}
+    new = [p for p in fake.parameters() if p.data_ptr() not in owned]
+    assert new and all(p.requires_grad for p in new)
+    assert not any(p.requires_grad for p in fake.parameters() if p.data_ptr() in owned)
+    assert sum(p.numel() for p in new) < 0.5 * sum(p.numel() for p in unet.teacher.parameters())
+    noisy = renoised(unet.generated(), unet.schedule, (0.02, 0.98), draw())
+    with torch.no_grad():
+        both = [objective.generation.x0(network, noisy) for network in (unet.teacher, fake)]
+    assert torch.equal(*both)
+    assert not any(hasattr(module, "lora_A") for module in unet.teacher.modules())
+
+
+def test_a_mixed_teacher_lies_between_the_two(unet):
+    other = copy.deepcopy(unet.teacher)
+    for parameter in other.parameters():
+        parameter.mul_(1.1)
+    noisy = renoised(unet.generated(), unet.schedule, (0.02, 0.98), draw())
+    with torch.no_grad():
+        first, mixed, second = (
+            unet.objective(DistributionMatching, teacher_mix=mix, initial_student=lambda: other).real(noisy)
+            for mix in (0.0, 0.25, 1.0)
+        )
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(mixed, 0.75 * first + 0.25 * second)
+
+
+def test_a_discriminator_without_an_opinion_loses_two_and_one_that_is_sure_nothing(unet):
+    objective = unet.objective(AdversarialDistillation, r1_weight=0.0)
+    loss = objective.adversarial
+
+    class Fixed(nn.Module):
+        def forward(self, features):
+            sign = torch.cat([torch.ones(6), -torch.ones(6)])[:, None] if self.sure else torch.zeros(12, 1)
+            return [2 * sign for _ in features]
+
+    discriminator = Fixed()
+    for discriminator.sure, expected in ((False, 2.0), (True, 0.0)):
+        value, metrics = loss.of_discriminator(discriminator, unet.generated(), unet.batch, draw())
+        assert value.item() == expected
+    assert metrics["real"] == metrics["generated"] == 1
+
+
+def test_r1_is_the_slope_on_real_features(unet):
+    """Of a linear head the slope is its weight, wherever it is looked at."""
+    loss = AdversarialLoss(unet.generation, unet.teacher, (0.02, 0.98), r1_weight=1.0)
+
+    class Linear(nn.Module):
+        def forward(self, features):
+            return [3 * f_BCP.sum(1) for f_BCP in features]
+
+    _, metrics = loss.of_discriminator(Linear(), unet.generated(), unet.batch, draw())
+    with torch.no_grad():
+        features = loss.features(renoised(unet.generated(), unet.schedule, (0.02, 0.98), draw()))
+    assert metrics["r1"].item() == pytest.approx(9 * sum(f[0].numel() for f in features) / len(features))
+
+
+def test_the_discriminators_opinion_reaches_the_student_through_a_teacher_that_stays(world):
+    objective = world.objective(AdversarialDistillation, distillation_weight=0.0)
+    networks = {STUDENT: world.student, **objective.networks}
+    assert isinstance(networks["discriminator"], Discriminator) and len(networks["discriminator"].heads) == 3
+    before = copy.deepcopy(world.teacher.state_dict())
+    loss, _ = objective.loss(networks, world.batch, draw(), STUDENT)
+    gradients = torch.autograd.grad(loss, list(world.student.parameters()), allow_unused=True)
+    assert sum(g.abs().sum().item() for g in gradients if g is not None) > 0
+    assert all(torch.equal(before[name], value) for name, value in world.teacher.state_dict().items())
+    assert all(p.grad is None for p in world.teacher.parameters())
+
+
+@pytest.mark.parametrize("range_", [(0.0, 0.5), (0.6, 0.5), (0.5, 1.0)])
+def test_times_where_nothing_can_be_compared_are_refused(unet, range_):
+    for kind in (DistributionMatching, AdversarialDistillation):
+        with pytest.raises(ValueError, match="objective.time_range=.* two shares, 0 < low < high < 1"):
+            unet.objective(kind, time_range=range_)
+
+
+CONFIG = TrainConfig(steps=3, batch_size=2, checkpoint_every=1, log_every=1, learning_rate=1e-3, warmup_steps=1)
+
+
+def trained_by(path, world, objective, config=CONFIG):
+    AcceleratorState._reset_state(True)
+    accelerator, student = Accelerator(cpu=True), copy.deepcopy(world.student)
+    samples = StackDataset(**{key: value for key, value in world.batch.items() if key != "progress"})
+    try:
+        return train(student, objective, samples, config, Run(path, accelerator, seed=3), "stage").state_dict()
+    finally:
+        accelerator.free_memory()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "options", [{"adversarial_weight": 0.1}, {}, {"fake_lora_rank": 2}], ids=["discriminator", "plain", "low rank"]
+)
+def test_a_killed_distribution_matching_ends_with_the_bits_of_a_quiet_one(tmp_path, unet, options):
+    def objective(dies_at=0):
+        made, calls = unet.objective(DistributionMatching, fake_updates=2, **options), count(1)
+        loss = made.loss
+
+        def mortal(*args):
+            if next(calls) == dies_at:
+                raise Killed
+            return loss(*args)
+
+        made.loss = mortal
+        return made
+
+    quiet = trained_by(tmp_path / "quiet", unet, objective())
+    for call in (3, 7):  # in the first step, and after a checkpoint
+        with pytest.raises(Killed):
+            trained_by(tmp_path / "killed", unet, objective(call))
+    continued = trained_by(tmp_path / "killed", unet, objective())
+    assert all(torch.equal(quiet[name], continued[name]) for name in quiet)
+    assert (tmp_path / "quiet/metrics.jsonl").read_text() == (tmp_path / "killed/metrics.jsonl").read_text()
