@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from slimstep.distill.discriminator import DISCRIMINATOR, AdversarialLoss
-from slimstep.distill.generation import Generation, check_time_range, renoised, spread
+from slimstep.distill.generation import SPREAD, Generation, check_time_range, renoised, spread
 from slimstep.distill.teaching import StepSchedule, squared_error
 from slimstep.engine.checks import check_minimum, check_not_negative
 from slimstep.engine.objective import STUDENT, Batch, Metrics, Requirements
@@ -38,7 +38,7 @@ class AdversarialDistillation:
     time_range: tuple[float, float] = (0.02, 0.98)
 
     requires = Requirements(
-        distils_steps=True, guides_itself=True, feature_hooks=True, networks=(DISCRIMINATOR,)
+        distils_steps=True, guides_itself=True, feature_hooks=True, networks=(DISCRIMINATOR,), limits=SPREAD
     )
 
     def __post_init__(self) -> None:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from slimstep.distill.discriminator import DISCRIMINATOR, AdversarialLoss
-from slimstep.distill.generation import Generated, Generation, Noisy, check_time_range, renoised, spread
+from slimstep.distill.generation import SPREAD, Generated, Generation, Noisy, check_time_range, renoised, spread
 from slimstep.distill.teaching import StepSchedule, squared_error
 from slimstep.engine.checks import check_fraction, check_minimum, check_not_negative
 from slimstep.engine.low_rank import add_low_rank
@@ -55,7 +55,9 @@ class DistributionMatching:
     r1_weight: float = 1e-5
     time_range: tuple[float, float] = (0.02, 0.98)
 
-    requires = Requirements(distils_steps=True, guides_itself=True, initial_student=True, networks=(FAKE_SCORE,))
+    requires = Requirements(
+        distils_steps=True, guides_itself=True, initial_student=True, networks=(FAKE_SCORE,), limits=SPREAD
+    )
 
     def __post_init__(self) -> None:
         check_minimum("objective", self, 1, "fake_updates", "guidance_scale")

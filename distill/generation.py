@@ -15,6 +15,8 @@ from slimstep.models.denoiser import Denoiser, takes_guidance
 from slimstep.models.guidance import guided
 from slimstep.models.noise_schedule import Level, NoiseSchedule, add_noise, ddim_step, x0_of
 
+SPREAD = {"spread": (0.1, 50.0)}  # of samples, in units of the training images': beyond that they are no images
+
 
 @dataclass(frozen=True)
 class Generated:

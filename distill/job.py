@@ -34,7 +34,9 @@ from slimstep.eval.inputs import (
     seen_prompts,
     training_pairs,
 )
+from slimstep.eval.metrics.clip import ClipScorer
 from slimstep.eval.metrics.metric import FeatureSimilarity, Psnr, SampleError
+from slimstep.eval.monitoring import ImageMonitor
 from slimstep.eval.overlap import among, read_calibration_prompts
 from slimstep.eval.pages.evaluation_page import models_table, write_evaluation_report
 from slimstep.eval.pages.steps_page import OTHER_SAMPLERS, curves_table, points_table, timed_points, write_steps_report
@@ -57,7 +59,7 @@ def distill_steps(config: Config, run: Run) -> int | Plan:
     """Runs or continues the job, or says what it would do; returns exit code 0."""
     job = distillation_of(load_teacher(config, run))
     check(job)
-    (_, prompts), scorer = load_prompts(job.teacher), load_scorer(config, run.accelerator.device)
+    (calibrating, prompts), scorer = load_prompts(job.teacher), load_scorer(config, run.accelerator.device)
     calibration = calibration_prompts(job, prompts)
     if config.plan:
         checked = scorer_stage(run) if job.teacher.is_conditional else []
@@ -66,12 +68,13 @@ def distill_steps(config: Config, run: Run) -> int | Plan:
         check_scorer(job.teacher.config, run, scorer)
     pairs = training_pairs(job.teacher, prompts)
     train = partial(trained_copy, job, pairs, [*offloadable(job.teacher.pipeline, scorer)])
+    monitor = partial(stage_monitor, job, calibrating, scorer)
     unets = converted_to_v(job, train)
     if job.distillation.recover:
         recovery, teaching = config.recovery, partial(compute_copy, unets["teacher"], job.teacher)
         unets["student"] = train(unets["student"], recovery.objective, recovery.train, "repair", teaching=teaching)
     for stage in job.stages:
-        unets[stage.name] = distilled(job, stage, unets, pairs, train)
+        unets[stage.name] = distilled(job, stage, unets, pairs, train, monitor(stage))
         student = with_unet(job.teacher.pipeline, unets[stage.name], scheduler=job.student_scheduler(stage.steps))
         guidance = job.sampled_guidance(stage.name, config.eval.guidance_scale)
         export(student, f"{stage.name}/export", job.teacher, stage.steps, guidance)
@@ -128,6 +131,7 @@ def distilled(
     unets: UNets,
     pairs: Callable[[], CachedPairs],
     train: Callable[..., Prunable],
+    monitor: ImageMonitor,
 ) -> Prunable:
     """The network that one stage trains; where it exists it is loaded."""
     unet, training, teacher = unets[stage.start], job.training(stage.name), job.teacher
@@ -151,10 +155,20 @@ def distilled(
         keep = run.path / PARTIAL / f"{stage.name}-answers"
         return with_targets(draws, cached.compute, run, stage.name, batch_size, keep)
 
-    more: dict[str, Any] = {"step_schedule": job.step_schedule(stage)}
+    more: dict[str, Any] = {"step_schedule": job.step_schedule(stage), "monitor": monitor}
     if job.requires.initial_student:
         more["initial_student"] = partial(compute_copy, unets["student"], teacher)
     return train(unet, job.objective(stage), training, stage.name, teaching=teaching, samples=samples, **more)
+
+
+def stage_monitor(
+    job: Distillation, prompts: PromptSet, scorer: ClipScorer | None, stage: DistillationStage
+) -> ImageMonitor:
+    """What looks at the student of a stage, sampled as its export is, where `train.evaluate_every` asks for it."""
+    config, teacher = job.teacher.config.eval, job.teacher
+    scale, scheduler = job.sampled_guidance(stage.name, config.guidance_scale), job.student_scheduler(stage.steps)
+    sampler = Sampler(teacher.pipeline, stage.steps, scale, config.seed, scheduler, teacher.precision)
+    return ImageMonitor(sampler, prompts, scorer, teacher.run, stage.name, config.batch_size, config.pictures)
 
 
 # ---- evaluation ----

@@ -227,7 +227,10 @@ def check(job: Distillation) -> None:
         options: dict[str, Any] = {"schedule": job.schedule, "step_schedule": job.step_schedule(stage)}
         if job.requires.initial_student:
             options["initial_student"] = lambda: job.student
-        check_objective("objective", job.objective(stage), job.training(stage.name), teacher, **options)
+        training = job.training(stage.name)
+        check_objective("objective", job.objective(stage), training, teacher, is_monitored=True, **options)
+        if training.keep_best and not config.scorer:
+            raise ValueError(f"train.keep_best=true of {stage.name} needs a scorer; it has scorer=none")
     students = [name for name in job.evaluated if name.startswith("steps-")]
     for name, steps in [(student, steps) for student in students for steps in job.evaluated_steps(student)]:
         try:

@@ -28,7 +28,9 @@ class TrainConfig:
     `learning_rates` are those of networks that the objective trains beside the student, where they differ from its own;
     `lora_rank` above 0 trains a low-rank update of that rank alone, which is added to the weights at the end;
     `ema_decay` 0 keeps no EMA; `compile` is torch.compile; `channels_last` is the memory format of convolutions
-    that GPUs, and some CPUs, are faster with.
+    that GPUs, and some CPUs, are faster with. Every `evaluate_every` steps, and at the end, the student with its EMA
+    weights draws images of the calibration prompts, which are scored and kept (0: never); with `keep_best` the stage's
+    finished weights are those of the best of these scores.
     """
 
     steps: int = 1000
@@ -47,6 +49,8 @@ class TrainConfig:
     keep_checkpoints: int = 2
     lora_rank: int = 0
     log_every: int = 10
+    evaluate_every: int = 0
+    keep_best: bool = False
     workers: int = 0
     gradient_checkpointing: bool = False
     compile: bool = False
@@ -62,7 +66,10 @@ class TrainConfig:
         for name, value in {"learning_rate": self.learning_rate, "max_grad_norm": self.max_grad_norm, **rates}.items():
             if not 0 < value < math.inf:
                 raise ValueError(f"train: {name}={value} must be above 0")
-        check_minimum("train", self, 0, "weight_decay", "warmup_steps", "workers", "ema_decay", "lora_rank")
+        names = ("weight_decay", "warmup_steps", "workers", "ema_decay", "lora_rank", "evaluate_every")
+        check_minimum("train", self, 0, *names)
+        if self.keep_best and not self.evaluate_every:
+            raise ValueError("train.keep_best=true needs train.evaluate_every, the steps between two evaluations")
         if not all(0 <= share < 1 for share in (self.ema_decay, *self.betas)):
             raise ValueError(f"train: ema_decay={self.ema_decay} and betas={self.betas} must lie in [0, 1)")
 

@@ -10,8 +10,9 @@ import contextlib
 import math
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
@@ -26,6 +27,7 @@ from slimstep.engine.config import TrainConfig
 from slimstep.engine.ema import DeviceEMA
 from slimstep.engine.files import damaged, unwritable, write_tensors
 from slimstep.engine.low_rank import add_low_rank, merge_low_rank
+from slimstep.engine.monitor import Monitor, Watch
 from slimstep.engine.objective import (
     STUDENT,
     Batch,
@@ -143,14 +145,21 @@ def learning_rate_at(step: int, config: TrainConfig, network: str = STUDENT) -> 
 
 
 def train(
-    model: nn.Module, objective: Objective | PlainObjective, dataset: Samples, config: TrainConfig, run: Run, stage: str
+    model: nn.Module,
+    objective: Objective | PlainObjective,
+    dataset: Samples,
+    config: TrainConfig,
+    run: Run,
+    stage: str,
+    monitor: Monitor | None = None,
 ) -> nn.Module:
     """Trains `model` in place under `runs/<name>/<stage>/` and returns it in eval mode, with its EMA weights.
 
     Networks that the objective trains beside it are trained in place, too, and only checkpoints keep them.
 
     Continues from the newest whole checkpoint; where the finished weights exist they are loaded and nothing is trained.
-    Raises FloatingPointError when the loss is not finite, ValueError when the checkpoint was made by another number of
+    `monitor` is what `train.evaluate_every` has look at the student. Raises FloatingPointError when the loss is not
+    finite, or a metric is beyond the objective's limits, ValueError when the checkpoint was made by another number of
     processes or with other networks, the data set is empty, or the objective cannot be trained in this way.
     """
     config = cast(TrainConfig, OmegaConf.to_object(config)) if OmegaConf.is_config(config) else config
@@ -159,7 +168,7 @@ def train(
         return load_trained(model, run, stage)
     if len(dataset) == 0:
         raise ValueError(f"the data set of stage {stage!r} is empty; look at data=...")
-    check_requirements(objective, config, run.accelerator)
+    check_requirements(objective, config, run.accelerator, is_monitored=monitor is not None)
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()  # type: ignore[operator]  # diffusers' networks have it
     if config.channels_last:
@@ -170,7 +179,7 @@ def train(
         add_low_rank(model, config.lora_rank, seed_of(run.seed, stage, "low rank"))
     student = copy_to_shard(model, run.accelerator) if sharded else model
     with NotedSignals() as signals:
-        weights = _run_steps(student, as_objective(objective), dataset, config, run, stage, signals)
+        weights = _run_steps(student, as_objective(objective), dataset, config, run, stage, signals, monitor)
         if config.lora_rank:
             merge_low_rank(model)
             weights = model.state_dict()
@@ -215,6 +224,7 @@ def _run_steps(
     run: Run,
     stage: str,
     signals: NotedSignals,
+    monitor: Monitor | None,
 ) -> dict[str, Tensor]:
     """Trains `student` in place; its finished weights, whole, on rank 0 at least."""
     accelerator = run.accelerator
@@ -229,6 +239,7 @@ def _run_steps(
     checkpoints = Checkpoints(folder, config.keep_checkpoints, accelerator, ema, tuple(networks))
     first_step = checkpoints.load_newest(run.agreed)
     run.rewind(stage, first_step)
+    watch = Watch(monitor, run, stage, config) if monitor and config.evaluate_every else None
     seed = seed_of(run.seed, stage)
     batches = _batches(dataset, objective, config, seed, first_step, accelerator)
     samples, since = 0, time.perf_counter()  # since they were last logged
@@ -264,11 +275,13 @@ def _run_steps(
         bar.update()
         done = step + 1
         saving = done % config.checkpoint_every == 0 and done < config.steps
-        if saving or done % config.log_every == 0 or done == config.steps:
+        reporting = saving or done % config.log_every == 0 or done == config.steps
+        if reporting:
             came = signals.on_any_rank(accelerator) if done < config.steps else []
             values, bad = means.take(accelerator)
             if bad is not None:
                 _stop_at(logged + bad, dataset, objective, config, run, stage)
+            check_limits(objective, values, run.path / stage, done)
             logged = done
             now = time.perf_counter()
             rates = {"samples_per_second": samples / (now - since)}
@@ -277,6 +290,9 @@ def _run_steps(
             run.log(stage, done, {**values, **lr}, rates, tracked=not came)
             losses = {name: f"{value:.4f}" for name, value in values.items() if name.endswith("loss")}
             bar.set_postfix(losses, refresh=False)
+        if watch and (done % config.evaluate_every == 0 or done == config.steps):
+            watch.look(networks[STUDENT], ema, done)  # before the checkpoint: after it nothing of this step is logged
+        if reporting:
             if saving or came:
                 checkpoints.save(done)
             if came:
@@ -284,6 +300,8 @@ def _run_steps(
     bar.close()
     if ema:
         ema.copy_to(averaged)
+    if watch and config.keep_best:
+        watch.restore_best(networks[STUDENT])
     for network in networks.values():
         network.wants_gradients(True)
     bare = {name: network.bare(accelerator) for name, network in networks.items()}
@@ -309,6 +327,17 @@ def _batches(
     )
     for batch in loader:
         yield {k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+
+
+def check_limits(objective: Objective, values: Mapping[str, float], folder: Path, step: int) -> None:
+    """FloatingPointError where a metric is beyond what the objective calls a training that goes on."""
+    for name, (low, high) in objective.requires.limits.items():
+        if name in values and not low <= values[name] <= high:
+            raise FloatingPointError(
+                f"stage {folder.name!r} diverged by step {step}: {name}={values[name]:.3g} is not within {low:g} and "
+                f"{high:g}; lower train.learning_rate under another name=. The last good checkpoint is in "
+                f"{folder / 'checkpoints'}"
+            )
 
 
 def _stop_at(step: int, dataset: Samples, objective: Objective, config: TrainConfig, run: Run, stage: str) -> None:

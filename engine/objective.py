@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.low_rank import check_low_rank
 from slimstep.engine.optimizers import check_optimizer
-from slimstep.engine.sharding import check_sharding
+from slimstep.engine.sharding import check_sharding, is_deepspeed, is_sharded
 
 Batch = dict[str, Any]
 Metrics = dict[str, Tensor]
@@ -46,7 +46,8 @@ class Requirements:
     with the argument of the objective that sets it. `guidance_embedding`: its students have one. `guides_itself`: its
     students have the guidance in their weights, and are sampled without. `initial_student`: it is given what makes the
     student as it is before the training, frozen. `feature_hooks`: it reads features by hooks, which a compiled network
-    does not call. `networks` are the names of those that are trained beside the student.
+    does not call. `networks` are the names of those that are trained beside the student. `limits` are those between
+    which the mean of a metric since it was last logged must lie, or the training has diverged, and stops.
     """
 
     distils_steps: bool = False
@@ -57,6 +58,7 @@ class Requirements:
     initial_student: bool = False
     feature_hooks: bool = False
     networks: tuple[str, ...] = ()
+    limits: Mapping[str, tuple[float, float]] = field(default_factory=dict)
     cached_targets: CachedTargets | None = None
 
 
@@ -113,8 +115,15 @@ def as_objective(objective: Objective | PlainObjective) -> Objective:
     return StudentObjective(objective)
 
 
-def check_requirements(objective: Objective | PlainObjective, config: TrainConfig, accelerator: Accelerator) -> None:
+def check_requirements(
+    objective: Objective | PlainObjective, config: TrainConfig, accelerator: Accelerator, is_monitored: bool = False
+) -> None:
     """ValueError where the objective cannot be trained as `config` and accelerate's launcher ask."""
+    watching = f"train.evaluate_every={config.evaluate_every}"
+    if config.evaluate_every and not is_monitored:
+        raise ValueError(f"{watching} is for the stages of a distillation, and this is none; set 0")
+    if config.evaluate_every and (is_sharded(accelerator) or is_deepspeed(accelerator)):
+        raise ValueError(f"{watching} does not go with FSDP or DeepSpeed; use DDP")
     name, objective = type(objective).__name__, as_objective(objective)
     check_optimizer(config)
     check_low_rank(config.lora_rank, accelerator)

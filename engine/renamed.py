@@ -49,7 +49,8 @@ ADDED = {
     "evaluation.preferences.hpsv2.quick_gelu": False, "search.metric": "clip", "search.blocks": "whole",
     "scoring.screen_margin": 2.0, "distillation.shift": None,
     "objective.skip_prob.transformer": 0.1, "objective.skip_prob.sublayer": 0.1,
-    **{f"{stage}train.lora_rank": 0 for stage in ("", "recovery.", "v_prediction.")},
+    **{f"{stage}train.{key}": value for stage in ("", "recovery.", "v_prediction.")
+       for key, value in (("lora_rank", 0), ("evaluate_every", 0), ("keep_best", False))},
 }  # fmt: skip
 
 

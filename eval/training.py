@@ -14,6 +14,7 @@ from slimstep.data.shards import CachedPairs
 from slimstep.engine.components import check
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.loop import load_trained, train, trained
+from slimstep.engine.monitor import Monitor
 from slimstep.engine.objective import Objective, check_requirements, requirements
 from slimstep.eval.inputs import Teacher
 from slimstep.models.conditioning import Conditioning
@@ -31,14 +32,15 @@ def train_stage(
     offloadable: Iterable[nn.Module],
     teaching: Callable[[], nn.Module] | None = None,
     samples: Callable[[Objective], Dataset] | None = None,
+    monitor: Monitor | None = None,
     **kwargs: Any,
 ) -> nn.Module:
     """The UNet, trained in place with the objective that is described; a finished stage makes no data and no objective.
 
     `teaching()` gives the network that the objective has as its teacher, by default the job's; of `offloadable` all
     others lie on the CPU, and the teacher, too, where its targets are cached. The UNet may lie on the CPU: it is on the
-    device from the training on. `samples(objective)` gives what it learns from, by default the `pairs`. `kwargs` are
-    further arguments of the objective.
+    device from the training on. `samples(objective)` gives what it learns from, by default the `pairs`; `monitor` looks
+    at it meanwhile. `kwargs` are further arguments of the objective.
     """
     if trained(teacher.run, stage):
         return load_trained(unet.to(teacher.device), teacher.run, stage)
@@ -49,7 +51,7 @@ def train_stage(
         data = samples(objective) if samples else pairs()
         if requirements(objective).cached_targets:
             taught_by.to("cpu")
-        return train(unet.to(teacher.device), objective, data, config, teacher.run, stage)
+        return train(unet.to(teacher.device), objective, data, config, teacher.run, stage, monitor)
 
 
 @contextmanager
@@ -92,9 +94,14 @@ def make_objective(description: Mapping[str, Any], **kwargs: Any) -> Objective:
 
 
 def check_objective(
-    key: str, description: Mapping[str, Any], training: TrainConfig, teacher: Teacher, **kwargs: Any
+    key: str,
+    description: Mapping[str, Any],
+    training: TrainConfig,
+    teacher: Teacher,
+    is_monitored: bool = False,
+    **kwargs: Any,
 ) -> None:
     """ValueError for the objective under `key` if it cannot be, or be trained in this way; no data are touched."""
     check(description, key)
     objective = objective_of(description, teacher, teacher.unet, Conditioning(), **kwargs)
-    check_requirements(objective, training, teacher.run.accelerator)
+    check_requirements(objective, training, teacher.run.accelerator, is_monitored)

@@ -18,6 +18,7 @@ from slimstep.eval.pages.text import difference, flatten, overlap_sentence, rati
 from slimstep.eval.record import Point, read_evaluation
 
 OTHER_SAMPLERS = {"teacher-dpm": "over DPM++'s", "teacher-stretched": "over stretched Euler's"}  # {model: its column}
+MOST_ROWS = 8
 NAMES = {"teacher-dpm": "teacher, DPM++ 2M", "teacher-stretched": "teacher, stretched", "teacher-v": "teacher, v"}
 
 
@@ -30,6 +31,7 @@ def write_steps_report(folder: str | Path, track: Callable[[], None] = lambda: N
         "clip-against-time": curves_figure(points, "unet_ms", "denoiser time of an image, ms"),
         "distance-against-steps": distance_figure(points),
         **{f"images-guidance-{g:g}": images_figure(folder, points, g) for g in guidances(points)},
+        **{f"training-{stage}": figure for stage in models(points) if (figure := training_figure(folder / stage))},
     }
     return write_page(
         folder,
@@ -186,6 +188,16 @@ def finish(charts: Mapping[float, Axes], points: Sequence[Point], x: str) -> Non
         axes.xaxis.set_major_formatter(FormatStrFormatter("%g"))
         axes.xaxis.set_minor_formatter(NullFormatter())
     charts[max(charts)].legend(frameon=False, fontsize=8)
+
+
+def training_figure(stage: Path) -> Figure | None:
+    """What a stage's student drew while it was trained, from first to last (train.evaluate_every): at most MOST_ROWS
+    times, each a row."""
+    times = sorted((stage / "previews").glob("step-*"))
+    shown = times if len(times) <= MOST_ROWS else [times[round(k * (len(times) - 1) / (MOST_ROWS - 1))]
+                                                   for k in range(MOST_ROWS)]  # fmt: skip
+    rows = [(f"{int(time.name.removeprefix('step-'))} steps", sorted(time.glob("*.png"))) for time in shown]
+    return grid_figure(rows, [""] * len(rows[0][1])) if rows else None
 
 
 def images_figure(folder: Path, points: Sequence[Point], guidance: float) -> Figure:

@@ -191,6 +191,7 @@ def test_guidance_distilled_students_need_one_evaluation_a_step(tmp_path, tiny_m
 def test_students_of_the_teachers_distribution_are_sampled_without_guidance(tmp_path, tiny_model, objective):
     """The teacher of every stage is the one of many steps, and students are compared with it as it is guided."""
     job = [*tiny_model, f"root={tmp_path}", f"objective={objective}", "distillation.steps=[4,2,1]", "train.log_every=1"]
+    job += ["train.evaluate_every=2", "train.keep_best=true", "scoring.prompts=4"]
     done = run(*job, "curves.guidance=[1.0,2.5]")
     assert done.returncode == 0, done.stderr
     path = tmp_path / "distill_steps"
@@ -205,6 +206,13 @@ def test_students_of_the_teachers_distribution_are_sampled_without_guidance(tmp_
     assert "guidance_scale=1)" in (path / "steps-2/export/README.md").read_text()
     assert_drawn_alike_elsewhere(path / "steps-2/export", 2, tmp_path, guidance=1.0)
     rows = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    seen = {(row["stage"], row["step"]): row["calibration/clip"] for row in rows if "calibration/clip" in row}
+    assert sorted(seen) == [(stage, step) for stage in ("steps-1", "steps-2") for step in (2, 3)]
+    best = json.loads((path / "steps-2/best.json").read_text())
+    assert best["value"] == max(seen["steps-2", 2], seen["steps-2", 3])
+    assert sorted(folder.name for folder in (path / "steps-2/previews").iterdir()) == ["step-00000002", "step-00000003"]
+    assert "steps-2 while it was trained" in (path / "report.html").read_text()
+    rows = [row for row in rows if "calibration/clip" not in row]
     second = {"dmd": "fake_score", "adversarial": "discriminator"}[objective]
     assert all({f"{second}/loss", f"{second}/grad_norm", "loss", "grad_norm", "spread"} < set(row) for row in rows)
     planned = run(*job, "curves.guidance=[1.0,2.5]", "plan=true")

@@ -1,6 +1,8 @@
 """Objectives that train networks beside the student: each has its optimiser, and a kill changes none of them."""
 
+import copy
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -110,6 +112,65 @@ def test_updates_take_new_samples_and_two_processes_take_what_one_takes():
     assert one == [batch for pair in zip(*two, strict=True) for batch in pair]
     assert len(one) == 2 * (3 + 3 + 3 + 1 + 3 + 3) and one[0] != one[2]
     assert one[-6:] == list(StepBatches(37, TrainConfig(steps=6, batch_size=4, accumulation=2), 1, 5, 0, 1, updates))
+
+
+class Falling:
+    """Finds a student better the smaller its first weight is, and in the second half of the training no longer."""
+
+    best_by = "score"
+
+    def __call__(self, student, step):
+        self.seen = {**getattr(self, "seen", {}), step: copy.deepcopy(student.state_dict())}
+        return {"score": -float(step) if step > 4 else float(step)}
+
+
+def run_watched(path, monitor, config, objective=None):
+    AcceleratorState._reset_state(True)
+    accelerator = Accelerator(cpu=True)
+    try:
+        run = Run(path, accelerator, seed=3)
+        return train(network(seed=0), objective or FakeScore(), Points(), config, run, "stage", monitor)
+    finally:
+        accelerator.free_memory()
+
+
+def test_the_best_weights_are_kept_and_looking_changes_nothing(tmp_path):
+    watching = TrainConfig(**{**vars(CONFIG), "evaluate_every": 2})
+    plain, _ = run_two(tmp_path / "plain")
+    monitor = Falling()
+    watched = run_watched(tmp_path / "watched", monitor, watching)
+    assert same(plain, watched) and sorted(monitor.seen) == [*range(2, CONFIG.steps + 1, 2)]
+    best = run_watched(tmp_path / "best", Falling(), TrainConfig(**{**vars(watching), "keep_best": True}))
+    assert all(torch.equal(value, monitor.seen[4][name]) for name, value in best.state_dict().items())
+    rows = [json.loads(line) for line in (tmp_path / "best/metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "calibration/score" in row] == sorted(monitor.seen)
+    assert json.loads((tmp_path / "best/stage/best.json").read_text()) == {"step": 4, "value": 4.0, "metric": "score"}
+
+
+def test_a_killed_training_keeps_the_best_weights_of_a_quiet_one(tmp_path):
+    config = TrainConfig(**{**vars(CONFIG), "evaluate_every": 2, "keep_best": True})
+    quiet = run_watched(tmp_path / "quiet", Falling(), config)
+    for call in (4, 20, 14):
+        with pytest.raises(Killed):
+            run_watched(tmp_path / "killed", Falling(), config, Mortal(call))
+    continued = run_watched(tmp_path / "killed", Falling(), config)
+    assert same(quiet, continued)
+    assert (tmp_path / "quiet/metrics.jsonl").read_text() == (tmp_path / "killed/metrics.jsonl").read_text()
+
+
+def test_what_nothing_looks_at_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="train.evaluate_every=2 is for the stages of a distillation"):
+        run_watched(tmp_path, None, TrainConfig(**{**vars(CONFIG), "evaluate_every": 2}))
+    with pytest.raises(ValueError, match="train.keep_best=true needs train.evaluate_every"):
+        TrainConfig(keep_best=True)
+
+
+def test_a_metric_beyond_its_limits_stops_the_training_and_names_the_last_good_checkpoint(tmp_path):
+    class Limited(FakeScore):
+        requires = replace(FakeScore.requires, limits={"noise": (1.0, 2.0)})
+
+    with pytest.raises(FloatingPointError, match="'stage' diverged by step .*noise=.* is not within 1 and 2"):
+        run_two(tmp_path, objective=Limited())
 
 
 def test_in_half_precision_both_networks_come_out_bare(tmp_path):
