@@ -246,7 +246,7 @@ def check_agreement(job: Distillation) -> None:
     kind, distillation = get_class(job.teacher.config.objective["_target_"]), job.distillation
     requires, curves = job.requires, job.teacher.config.curves
     if not requires.distils_steps:
-        others = "steps, guidance, lcm, dmd or adversarial"
+        others = "steps, guidance, lcm, dmd, adversarial or scm"
         raise ValueError(f"objective {kind.__name__} distils no steps; choose objective={others}")
     if requires.guides_itself and (scale := job.teacher.config.objective["guidance_scale"]) not in curves.guidance:
         way = f"curves.guidance={list(curves.guidance)} needs it, for the teacher to compare with"
