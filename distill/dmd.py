@@ -7,6 +7,7 @@ Axes: B batch; samples are [B, …].
 """
 
 import copy
+from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -33,8 +34,10 @@ class DistributionMatching:
     """∇KL = E[(x̂_fake − x̂_real) / mean|x̂ − x̂_real|] (DMD, equations 7 and 8), x̂_real being the teacher's, guided by
     `guidance_scale`: the student is sampled without guidance.
 
-    `fake_updates` are those of the fake score in each step, before the student's one; it begins as the teacher. With
-    `fake_lora_rank` it is the teacher's weights and a low-rank update, so that no third network is in memory.
+    `fake_updates` are those of the fake score in each step, before the student's one; it begins as the teacher. All of
+    a step see the same samples, each with new noise: the student does not change between them. With `fresh_samples`
+    each has its own, as DMD2's. With `fake_lora_rank` the fake score is the teacher's weights and a low-rank update, so
+    that no third network is in memory.
     `teacher_mix` is FastLightGen's β (arXiv 2603.01685): that share of x̂_real is the student's as it was before the
     distillation, with its many steps; 0 is the teacher alone. `adversarial_weight` above 0 adds DMD2's loss of a
     discriminator, on the teacher's features. Samples are compared at uniform shares of the way to noise within
@@ -49,6 +52,7 @@ class DistributionMatching:
     initial_student: Callable[[], nn.Module]
     guidance_scale: float = 2.5
     fake_updates: int = 5
+    fresh_samples: bool = False
     fake_lora_rank: int = 0
     teacher_mix: float = 0.0
     adversarial_weight: float = 0.0
@@ -70,6 +74,7 @@ class DistributionMatching:
         self.adversarial = AdversarialLoss(self.generation, self.teacher, self.time_range, self.r1_weight)
         if self.adversarial_weight:
             self.requires = replace(self.requires, feature_hooks=True, networks=(FAKE_SCORE, DISCRIMINATOR))
+        self.kept: deque[Generated] = deque()  # a step's samples for the fake score, one of each micro-batch
 
     @cached_property
     def networks(self) -> Mapping[str, nn.Module]:
@@ -94,13 +99,16 @@ class DistributionMatching:
     def loss(
         self, networks: Mapping[str, nn.Module], batch: Batch, generator: torch.Generator, update: str
     ) -> tuple[Tensor, Metrics]:
+        if update == FAKE_SCORE:
+            generated = self.samples(networks[STUDENT], batch, generator)
+            noisy = renoised(generated, self.schedule, self.time_range, generator)
+            return self.denoising(networks[FAKE_SCORE], generated, noisy), {}
+        self.kept.clear()
         with torch.set_grad_enabled(update == STUDENT):
             generated = self.generation(networks[STUDENT], batch, self.uncond, generator)
         if update == DISCRIMINATOR:
             return self.adversarial.of_discriminator(networks[DISCRIMINATOR], generated, batch, generator)
         noisy = renoised(generated, self.schedule, self.time_range, generator)
-        if update == FAKE_SCORE:
-            return self.denoising(networks[FAKE_SCORE], generated, noisy), {}
         matching, size = self.matching(networks[FAKE_SCORE], generated, noisy)
         metrics = {"direction": size, "spread": spread(generated, batch)}
         if not self.adversarial_weight:
@@ -108,6 +116,17 @@ class DistributionMatching:
         adversarial = self.adversarial.of_student(networks[DISCRIMINATOR], noisy)
         metrics |= {"matching": matching, "adversarial": adversarial}
         return matching + self.adversarial_weight * adversarial, metrics
+
+    @torch.no_grad()
+    def samples(self, student: nn.Module, batch: Batch, generator: torch.Generator) -> Generated:
+        """What the fake score learns of in this update: new samples in its first one of a step."""
+        if self.fresh_samples:
+            return self.generation(student, batch, self.uncond, generator)
+        if batch["nth"] == 0:
+            self.kept.append(self.generation(student, batch, self.uncond, generator))
+            return self.kept[-1]
+        self.kept.rotate(-1)
+        return self.kept[-1]
 
     def denoising(self, fake_score: nn.Module, generated: Generated, noisy: Noisy) -> Tensor:
         """The denoising loss of the student's samples."""

@@ -257,7 +257,7 @@ def _run_steps(
                 place = (nth * config.accumulation + micro) * accelerator.num_processes + accelerator.process_index
                 torch.manual_seed(seed_of(seed, step, place, "global"))  # dropout inside networks draws from here
                 draw = generator(seed, step, place, device=accelerator.device)
-                batch = {**next(batches), "progress": step / config.steps}
+                batch = {**next(batches), "progress": step / config.steps, "nth": nth}
                 syncing = micro == config.accumulation - 1
                 with contextlib.nullcontext() if syncing else accelerator.no_sync(trained.learning):
                     with accelerator.autocast():

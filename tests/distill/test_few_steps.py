@@ -1,6 +1,7 @@
 """The laws of what is distilled into few steps at once: distribution matching and adversarial distillation."""
 
 import copy
+import itertools
 from dataclasses import replace
 from itertools import count
 
@@ -54,7 +55,7 @@ class World:
         self.teacher.requires_grad_(False).eval()
         self.denoiser = denoiser_of(self.teacher, self.schedule.prediction_type)
         latents, _, cond = self.denoiser.example(self.teacher, 6, tokens=7, generator=torch.Generator().manual_seed(0))
-        self.batch = {"latents": latents, **cond.tensors, "progress": 0.0}
+        self.batch = {"latents": latents, **cond.tensors, "progress": 0.0, "nth": 0}
         self.uncond = cond.rows([0]).map(torch.zeros_like)
         if "text_mask" in cond.tensors:
             whole = torch.ones_like(cond.tensors["text_mask"][:1])
@@ -184,6 +185,28 @@ def test_the_fake_score_learns_of_the_students_samples_alone_and_gives_the_stude
     assert all(p.grad is not None for n, p in networks["fake_score"].named_parameters())
 
 
+def test_the_fake_scores_updates_of_a_step_see_the_same_samples_and_a_new_step_new_ones(unet):
+    """With two micro-batches to an update, too: each comes back in its turn."""
+    for fresh, alike in ((False, True), (True, False)):
+        objective, seen = unet.objective(DistributionMatching, fresh_samples=fresh), []
+        networks = {STUDENT: unet.student, **objective.networks}
+
+        def denoising(fake_score, generated, noisy):
+            seen.append((generated.x0, noisy.z))
+            return noisy.z.mean()
+
+        objective.denoising = denoising
+        for step in range(2):
+            for nth, micro in itertools.product(range(3), range(2)):
+                place = 100 * step + 10 * nth + micro
+                objective.loss(networks, {**unet.batch, "nth": nth}, draw(place), "fake_score")
+            objective.loss(networks, {**unet.batch, "nth": 3}, draw(step), STUDENT)
+        first = [x0 for x0, _ in seen[:6]]
+        assert torch.equal(first[0], first[2]) is torch.equal(first[1], first[5]) is alike
+        assert not torch.equal(first[0], first[1]) and not torch.equal(seen[0][1], seen[2][1])
+        assert not torch.equal(seen[6][0], first[0])
+
+
 def test_a_low_rank_fake_score_is_the_teachers_memory_and_its_answers(unet):
     objective = unet.objective(DistributionMatching, fake_lora_rank=2)
     fake, owned = objective.networks["fake_score"], {p.data_ptr() for p in unet.teacher.parameters()}
@@ -267,7 +290,7 @@ CONFIG = TrainConfig(steps=3, batch_size=2, checkpoint_every=1, log_every=1, lea
 def trained_by(path, world, objective, config=CONFIG):
     AcceleratorState._reset_state(True)
     accelerator, student = Accelerator(cpu=True), copy.deepcopy(world.student)
-    samples = StackDataset(**{key: value for key, value in world.batch.items() if key != "progress"})
+    samples = StackDataset(**{key: value for key, value in world.batch.items() if torch.is_tensor(value)})
     try:
         return train(student, objective, samples, config, Run(path, accelerator, seed=3), "stage").state_dict()
     finally:
