@@ -185,26 +185,25 @@ def test_the_fake_score_learns_of_the_students_samples_alone_and_gives_the_stude
     assert all(p.grad is not None for n, p in networks["fake_score"].named_parameters())
 
 
-def test_the_fake_scores_updates_of_a_step_see_the_same_samples_and_a_new_step_new_ones(unet):
+@pytest.mark.parametrize("fresh", [False, True])
+def test_the_fake_scores_updates_of_a_step_see_the_same_samples_and_a_new_step_new_ones(unet, fresh):
     """With two micro-batches to an update, too: each comes back in its turn."""
-    for fresh, alike in ((False, True), (True, False)):
-        objective, seen = unet.objective(DistributionMatching, fresh_samples=fresh), []
-        networks = {STUDENT: unet.student, **objective.networks}
+    objective, seen = unet.objective(DistributionMatching, fresh_samples=fresh), []
+    networks = {STUDENT: unet.student, **objective.networks}
 
-        def denoising(fake_score, generated, noisy):
-            seen.append((generated.x0, noisy.z))
-            return noisy.z.mean()
+    def denoising(fake_score, generated, noisy):
+        seen.append((generated.x0, noisy.z))
+        return noisy.z.mean()
 
-        objective.denoising = denoising
-        for step in range(2):
-            for nth, micro in itertools.product(range(3), range(2)):
-                place = 100 * step + 10 * nth + micro
-                objective.loss(networks, {**unet.batch, "nth": nth}, draw(place), "fake_score")
-            objective.loss(networks, {**unet.batch, "nth": 3}, draw(step), STUDENT)
-        first = [x0 for x0, _ in seen[:6]]
-        assert torch.equal(first[0], first[2]) is torch.equal(first[1], first[5]) is alike
-        assert not torch.equal(first[0], first[1]) and not torch.equal(seen[0][1], seen[2][1])
-        assert not torch.equal(seen[6][0], first[0])
+    objective.denoising = denoising
+    for step in range(2):
+        for nth, micro in itertools.product(range(3), range(2)):
+            generator = draw(100 * step + 10 * nth + micro)
+            objective.loss(networks, {**unet.batch, "nth": nth}, generator, "fake_score")
+        objective.loss(networks, {**unet.batch, "nth": 3}, draw(step), STUDENT)
+    x0, z = zip(*seen, strict=True)
+    assert torch.equal(x0[0], x0[2]) == torch.equal(x0[1], x0[5]) == (not fresh)
+    assert not torch.equal(x0[0], x0[1]) and not torch.equal(z[0], z[2]) and not torch.equal(x0[6], x0[0])
 
 
 def test_a_low_rank_fake_score_is_the_teachers_memory_and_its_answers(unet):
