@@ -11,7 +11,7 @@ from slimstep.distill.discriminator import DISCRIMINATOR, AdversarialLoss
 from slimstep.distill.generation import SPREAD, Generation, check_time_range, renoised, spread
 from slimstep.distill.teaching import StepSchedule, squared_error
 from slimstep.engine.checks import check_minimum, check_not_negative
-from slimstep.engine.objective import STUDENT, Batch, Metrics, Requirements
+from slimstep.engine.objective import STUDENT, Batch, Cost, Metrics, Requirements
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.denoiser import Denoiser
 from slimstep.models.noise_schedule import NoiseSchedule
@@ -49,6 +49,12 @@ class AdversarialDistillation:
         steps, device = self.step_schedule, next(self.teacher.parameters()).device
         self.generation = Generation.of(self.denoiser, self.schedule, steps, device, self.guidance_scale)
         self.adversarial = AdversarialLoss(self.generation, self.teacher, self.time_range, self.r1_weight)
+
+    @property
+    def cost(self) -> Cost:
+        before, updates = self.generation.rows_before, self.discriminator_updates
+        rows = (updates + 1) * before + 3 * updates + bool(self.distillation_weight)
+        return Cost(rows, 2)  # the student's, and the teacher's through which its gradient goes
 
     @cached_property
     def networks(self) -> Mapping[str, nn.Module]:

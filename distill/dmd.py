@@ -20,7 +20,7 @@ from slimstep.distill.generation import SPREAD, Generated, Generation, Noisy, ch
 from slimstep.distill.teaching import StepSchedule, squared_error
 from slimstep.engine.checks import check_fraction, check_minimum, check_not_negative
 from slimstep.engine.low_rank import add_low_rank
-from slimstep.engine.objective import STUDENT, Batch, Metrics, Requirements
+from slimstep.engine.objective import STUDENT, Batch, Cost, Metrics, Requirements
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.denoiser import Denoiser
 from slimstep.models.noise_schedule import NoiseSchedule, each, target_of
@@ -75,6 +75,14 @@ class DistributionMatching:
         if self.adversarial_weight:
             self.requires = replace(self.requires, feature_hooks=True, networks=(FAKE_SCORE, DISCRIMINATOR))
         self.kept: deque[Generated] = deque()  # a step's samples for the fake score, one of each micro-batch
+
+    @property
+    def cost(self) -> Cost:
+        before, updates, judged = self.generation.rows_before, self.fake_updates, bool(self.adversarial_weight)
+        drawn = (updates if self.fresh_samples else 1) + judged  # without a gradient; the student's own has one
+        rows = (drawn + 1) * before + drawn + 2 + bool(self.teacher_mix) + 2 * judged
+        weights = 0 if self.fake_lora_rank else sum(p.numel() for p in self.teacher.parameters())
+        return Cost(rows, updates + 1 + judged, weights)
 
     @cached_property
     def networks(self) -> Mapping[str, nn.Module]:

@@ -64,6 +64,11 @@ class Generation:
         t_B = self.bounds_N2[stop, 0].expand(rows)
         return Generated(x0_of(self.predict(student, z, t_B, cond), z, self.schedule.alpha_sigma(t_B), kind), cond)
 
+    @property
+    def rows_before(self) -> float:
+        """Evaluations without a gradient before a sample's last one, in the mean over the stops."""
+        return (len(self.bounds_N2) - 1) / 2
+
     def predict(self, network: nn.Module, z: Tensor, t_B: Tensor, cond: Conditioning) -> Tensor:
         w_B = torch.full_like(t_B, self.guidance_scale, dtype=torch.float32) if takes_guidance(network) else None
         return self.denoiser(network, z, t_B, cond, guidance_B=w_B)

@@ -17,7 +17,7 @@ from slimstep.data.shards import CachedPairs
 from slimstep.distill.cached_targets import TargetInputs, with_targets
 from slimstep.distill.config import Config
 from slimstep.distill.network import Distillation, check, distillation_of
-from slimstep.distill.plan import distilling_stages, trainings
+from slimstep.distill.plan import distilling_stages, trained_beside, trainings
 from slimstep.distill.stages import DistillationStage
 from slimstep.engine.environment import environment
 from slimstep.engine.objective import Objective, requirements
@@ -63,7 +63,7 @@ def distill_steps(config: Config, run: Run) -> int | Plan:
     calibration = calibration_prompts(job, prompts)
     if config.plan:
         checked = scorer_stage(run) if job.teacher.is_conditional else []
-        return planned(job.teacher, [*checked, *distilling_stages(job)], trainings(job))
+        return planned(job.teacher, [*checked, *distilling_stages(job)], trainings(job), trained_beside(job))
     if job.teacher.is_conditional:
         check_scorer(job.teacher.config, run, scorer)
     pairs = training_pairs(job.teacher, prompts)

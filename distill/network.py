@@ -12,7 +12,7 @@ from slimstep.distill.config import DistillationConfig, StageChanges
 from slimstep.distill.stages import DistillationStage, distillation_stages, with_changes
 from slimstep.distill.teaching import StepSchedule
 from slimstep.engine.config import TrainConfig
-from slimstep.engine.objective import Requirements, requirements
+from slimstep.engine.objective import Objective, Requirements, requirements
 from slimstep.eval.inputs import Teacher, check_inputs
 from slimstep.eval.training import check_objective
 from slimstep.models.denoiser import guidance_embed_dim, takes_guidance
@@ -111,6 +111,14 @@ class Distillation:
     def objective(self, stage: DistillationStage) -> DictConfig:
         """`objective` with what `distillation.stages` says of this stage."""
         return OmegaConf.merge(self.teacher.config.objective, self.changes(stage.name).objective)
+
+    def checked_objective(self, stage: DistillationStage) -> Objective:
+        """The objective of a stage, of no data. ValueError where it cannot be, or be trained in this way."""
+        options: dict[str, Any] = {"schedule": self.schedule, "step_schedule": self.step_schedule(stage)}
+        if self.requires.initial_student:
+            options["initial_student"] = lambda: self.student
+        kwargs = {"is_monitored": True, **options}
+        return check_objective("objective", self.objective(stage), self.training(stage.name), self.teacher, **kwargs)
 
     def step_schedule(self, stage: DistillationStage) -> StepSchedule:
         return StepSchedule(self.scheduler, stage.teacher_steps, self.student_scheduler(stage.steps), stage.steps)
@@ -224,11 +232,8 @@ def check(job: Distillation) -> None:
     for key in ("v_prediction", "recovery"):
         check_objective(f"{key}.objective", config[key].objective, config[key].train, teacher)
     for stage in job.stages:
-        options: dict[str, Any] = {"schedule": job.schedule, "step_schedule": job.step_schedule(stage)}
-        if job.requires.initial_student:
-            options["initial_student"] = lambda: job.student
         training = job.training(stage.name)
-        check_objective("objective", job.objective(stage), training, teacher, is_monitored=True, **options)
+        job.checked_objective(stage)
         if training.keep_best and not config.scorer:
             raise ValueError(f"train.keep_best=true of {stage.name} needs a scorer; it has scorer=none")
     students = [name for name in job.evaluated if name.startswith("steps-")]

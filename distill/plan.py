@@ -3,7 +3,9 @@
 from collections.abc import Iterator
 
 from slimstep.distill.network import Distillation
+from slimstep.distill.stages import DistillationStage
 from slimstep.engine.config import TrainConfig
+from slimstep.engine.objective import Cost
 from slimstep.eval.plan import Stage, export, image_rows, training
 from slimstep.eval.record import FILE
 
@@ -18,14 +20,29 @@ def distilling_stages(job: Distillation) -> Iterator[Stage]:
     if job.distillation.recover:
         yield training("repair", config.recovery.train, teacher, work="student, by the teacher")
     for stage in job.stages:
-        one_step = job.distillation.sampler == "LCMScheduler"
-        teacher_rows = 1 if one_step else stage.teacher_steps // stage.steps
+        of_one = cost(job, stage)
         work = f"{stage.start}, by {stage.teacher} with {stage.teacher_steps} steps"
-        yield training(stage.name, job.training(stage.name), teacher, teacher_rows, work)
+        yield training(
+            stage.name, job.training(stage.name), teacher, of_one.rows, work, of_one.trained_rows, of_one.beside
+        )
         yield export(f"{stage.name}/export", teacher)
     yield evaluation(job)
     yield Stage("unet_ms.json", "evaluations of one row and of two")
     yield Stage("report.html", "")
+
+
+def cost(job: Distillation, stage: DistillationStage) -> Cost:
+    """What the objective says of itself; of others, teacher steps: one of a consistency objective, or several."""
+    objective = job.checked_objective(stage)
+    if hasattr(objective, "cost"):
+        return objective.cost
+    one_step = job.distillation.sampler == "LCMScheduler"
+    return Cost(1 if one_step else stage.teacher_steps // stage.steps)
+
+
+def trained_beside(job: Distillation) -> int:
+    """The most weights that any stage trains beside its student."""
+    return max((cost(job, stage).beside for stage in job.stages), default=0)
 
 
 def evaluation(job: Distillation) -> Stage:

@@ -16,7 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from slimstep.distill.generation import Generation, Noisy
 from slimstep.distill.teaching import StepSchedule, squared_error
 from slimstep.engine.checks import check_choice, check_fraction, check_minimum, check_not_negative
-from slimstep.engine.objective import Batch, Metrics, Requirements
+from slimstep.engine.objective import Batch, Cost, Metrics, Requirements
 from slimstep.models.conditioning import Conditioning, conditioning_of
 from slimstep.models.denoiser import Denoiser
 from slimstep.models.noise_schedule import Level, NoiseSchedule, add_noise, each
@@ -61,6 +61,10 @@ class ContinuousConsistency:
             raise ValueError(f"objective.time_range={list(self.time_range)} must be two shares, {way}")
         steps, device = self.step_schedule, next(self.teacher.parameters()).device
         self.generation = Generation.of(self.denoiser, self.schedule, steps, device, self.guidance_scale)
+
+    @property
+    def cost(self) -> Cost:
+        return Cost(2)  # the teacher's, and the student's own a little closer to the sample
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         x0, cond = batch["latents"], conditioning_of(batch, like=self.uncond)

@@ -84,6 +84,16 @@ class Objective(Protocol):
     ) -> tuple[Tensor, Metrics]: ...
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What a sample of a training step costs: rows of the denoiser without a gradient, and with one; rows that are
+    guided, and so run twice, count once. `beside`: how many weights are trained beside the student's."""
+
+    rows: float
+    trained_rows: float = 1.0
+    beside: int = 0
+
+
 PlainObjective = Callable[[nn.Module, Batch, torch.Generator], tuple[Tensor, Metrics]]
 
 

@@ -6,6 +6,7 @@ Counted, not measured: allocators and libraries take some GB more.
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -29,7 +30,8 @@ LAST_OF_ONE = "train.batch_size=1, the rest by train.accumulation"
 @dataclass(frozen=True)
 class MemoryNeed:
     """Bytes on one device. Parameters, and activations of one sample in float32 (all, and with checkpointing), and
-    what the settings make of them; `shards`: GPUs of FSDP."""
+    what the settings make of them; `beside`: parameters of networks that are trained beside the student; `shards`: GPUs
+    of FSDP."""
 
     parameters: int
     activations: int
@@ -40,6 +42,7 @@ class MemoryNeed:
     checkpointing: bool
     is_half: bool
     lora_rank: int = 0
+    beside: int = 0
     shards: int = 1
 
     @property
@@ -51,18 +54,24 @@ class MemoryNeed:
         kept = self.batch * (self.checkpointed if self.checkpointing else self.activations)
         return {
             **{name: self.parameters * per / self.shards for name, per in per_weight.items()},
+            **({"beside the student": self.beside * self.of_a_trained_weight} if self.beside else {}),
             "teacher": self.parameters * (HALF if self.is_half else FLOAT32),  # whole on every GPU
             "activations": kept / (2 if self.is_half else 1),
         }
+
+    @property
+    def of_a_trained_weight(self) -> int:
+        """Bytes of a weight with its gradient and optimizer states; only the student has an EMA."""
+        return 2 * FLOAT32 + OPTIMIZER_BYTES[self.optimizer]
 
     @property
     def total(self) -> float:
         return sum(self.parts.values())
 
 
-def memory_lines(teacher: Teacher, trainings: list[TrainConfig]) -> list[str]:
+def memory_lines(teacher: Teacher, trainings: list[TrainConfig], beside: int = 0) -> list[str]:
     """A line where the trainings fit into the smallest of GPUS, else a table of settings, too, and what fits where."""
-    need = max((configured(teacher, config) for config in trainings), key=lambda need: need.total)
+    need = max((configured(teacher, config, beside) for config in trainings), key=lambda need: need.total)
     rest = sum(p.numel() * FLOAT32 for network in networks(teacher.pipeline) for p in network.parameters())
     rest -= need.parameters * FLOAT32
     parts = ", ".join(f"{size(value)} {name}" for name, value in need.parts.items() if value)
@@ -70,7 +79,7 @@ def memory_lines(teacher: Teacher, trainings: list[TrainConfig]) -> list[str]:
     if need.total < GPUS[0] * 1e9:
         return [line]
     steps = list(smaller(need))
-    rows = [[name, *(size(value) if value else "–" for value in step.parts.values()), size(step.total)]
+    rows = [[name, *(size(value) if (value := step.parts.get(part)) else "–" for part in need.parts), size(step.total)]
             for name, step in steps]  # fmt: skip
     table = markdown_table(["settings, each with those above", *need.parts, "together"], rows)
     fits = [next((name for name, step in steps if step.total <= gpu * 1e9), None) for gpu in GPUS]
@@ -97,7 +106,7 @@ def weight_bytes(networks: Iterable[nn.Module]) -> int:
     return sum(weight.nbytes for network in networks for weight in network.parameters())
 
 
-def configured(teacher: Teacher, config: TrainConfig) -> MemoryNeed:
+def configured(teacher: Teacher, config: TrainConfig, beside: int = 0) -> MemoryNeed:
     """What a training needs as it is configured."""
     unet, tokens = teacher.unet, teacher.text_length
     activations = count_activation_bytes(unet, 1, tokens)
@@ -108,20 +117,21 @@ def configured(teacher: Teacher, config: TrainConfig) -> MemoryNeed:
     return MemoryNeed(
         parameters=unet.num_parameters(), activations=activations, checkpointed=inputs + again, batch=config.batch_size,
         optimizer=config.optimizer, has_ema=config.ema_decay > 0, checkpointing=config.gradient_checkpointing,
-        is_half=half, lora_rank=config.lora_rank,
+        is_half=half, lora_rank=config.lora_rank, beside=beside,
     )  # fmt: skip
 
 
 def smaller(need: MemoryNeed) -> Iterator[tuple[str, MemoryNeed]]:
     """The settings that need less, one after the other, with what they are called on the command line."""
     yield "as configured", need
-    changes = {
+    fsdp = {f"+hardware=fsdp on {gpus} GPUs": {"shards": gpus} for gpus in (2, 4, 8)}
+    changes: dict[str, dict[str, Any]] = {
         "train.gradient_checkpointing=true": {"checkpointing": True},
         "mixed_precision=bf16": {"is_half": True},
         LAST_OF_ONE: {"batch": 1},
         "train.optimizer=adamw8bit": {"optimizer": "adamw8bit"},
         "train.ema_decay=0": {"has_ema": False},
-        **{f"+hardware=fsdp on {gpus} GPUs": {"shards": gpus} for gpus in (2, 4, 8)},
+        **({"objective.fake_lora_rank=64": {"beside": 0}} if need.beside else fsdp),
     }
     without = need
     for name, change in changes.items():

@@ -36,16 +36,27 @@ class Stage:
     decoded: int = 0
 
 
-def training(stage: str, config: TrainConfig, teacher: Teacher, teacher_rows: int = 1, work: str = "") -> Stage:
-    """A stage of the loop whose objective runs `teacher_rows` rows per sample; no student is larger than the teacher.
+def training(
+    stage: str,
+    config: TrainConfig,
+    teacher: Teacher,
+    teacher_rows: float = 1,
+    work: str = "",
+    trained_rows: float = 1,
+    beside: int = 0,
+) -> Stage:
+    """A stage of the loop whose objective runs `teacher_rows` rows per sample of a step without a gradient and
+    `trained_rows` with one; no student is larger than the teacher. `beside`: weights that are trained beside it.
 
     Rows that are guided, and so run twice, are not counted.
     """
     samples = config.steps * config.batch_size * config.accumulation * teacher.run.accelerator.num_processes
     size = BYTES * teacher.unet.num_parameters()
-    kept = CHECKPOINT_COPIES * size * min(config.keep_checkpoints, (config.steps - 1) // config.checkpoint_every)
+    checkpoints = min(config.keep_checkpoints, (config.steps - 1) // config.checkpoint_every)
+    kept = CHECKPOINT_COPIES * (size + BYTES * beside) * checkpoints
     summary = ", ".join(filter(None, [f"{config.steps} steps, {samples} samples", work]))
-    return Stage(f"{stage}/weights.safetensors", summary, samples * teacher_rows, size + kept, trained=samples)
+    rows, trained = round(samples * teacher_rows), round(samples * trained_rows)
+    return Stage(f"{stage}/weights.safetensors", summary, rows, size + kept, trained=trained)
 
 
 def export(artifact: str, teacher: Teacher) -> Stage:
@@ -65,11 +76,11 @@ def image_rows(steps: int, guidance_scale: float) -> int:
     return steps * (2 if guidance_scale > 1 else 1)
 
 
-def planned(teacher: Teacher, stages: Sequence[Stage], trainings: Sequence[TrainConfig]) -> Plan:
-    """The stages as a table, then the teacher and the estimates."""
+def planned(teacher: Teacher, stages: Sequence[Stage], trainings: Sequence[TrainConfig], beside: int = 0) -> Plan:
+    """The stages as a table, then the teacher and the estimates. `beside`: weights trained beside the student."""
     time, hours = time_line(teacher, stages, trainings)
     table = stages_table(teacher.run, stages)
-    return Plan("\n".join([table, *estimates(teacher, stages, trainings, time)]), hours)
+    return Plan("\n".join([table, *estimates(teacher, stages, trainings, time, beside)]), hours)
 
 
 def stages_table(run: Run, stages: Sequence[Stage]) -> str:
@@ -87,7 +98,9 @@ def state(run: Run, stage: Stage) -> str:
     return "done" if (run.path / stage.artifact).exists() else "to do"
 
 
-def estimates(teacher: Teacher, stages: Sequence[Stage], trainings: Sequence[TrainConfig], time: str) -> list[str]:
+def estimates(
+    teacher: Teacher, stages: Sequence[Stage], trainings: Sequence[TrainConfig], time: str, beside: int
+) -> list[str]:
     """The run's place, its denoiser, and what is left to do in time, memory and disk."""
     unet = teacher.unet
     lines = [
@@ -97,7 +110,7 @@ def estimates(teacher: Teacher, stages: Sequence[Stage], trainings: Sequence[Tra
         time,
     ]
     if trainings:
-        lines += memory_lines(teacher, list(trainings))
+        lines += memory_lines(teacher, list(trainings), beside)
     if isinstance(teacher.pipeline, DiffusionPipeline):
         lines += drawing_lines(teacher.pipeline)
     lines.append(f"disk       at most {size(sum(stage.disk_bytes for stage in stages))}, the cache not counted")

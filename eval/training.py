@@ -100,8 +100,9 @@ def check_objective(
     teacher: Teacher,
     is_monitored: bool = False,
     **kwargs: Any,
-) -> None:
-    """ValueError for the objective under `key` if it cannot be, or be trained in this way; no data are touched."""
+) -> Objective:
+    """The objective under `key`, of no data. ValueError if it cannot be, or be trained in this way."""
     check(description, key)
     objective = objective_of(description, teacher, teacher.unet, Conditioning(), **kwargs)
     check_requirements(objective, training, teacher.run.accelerator, is_monitored)
+    return objective

@@ -20,7 +20,7 @@ from slimstep.distill.scm import ContinuousConsistency, along, cos_sin, size
 from slimstep.distill.teaching import StepSchedule
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.loop import train
-from slimstep.engine.objective import STUDENT
+from slimstep.engine.objective import STUDENT, as_objective
 from slimstep.engine.run import Run
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.denoiser import takes_guidance
@@ -381,3 +381,48 @@ def test_a_consistent_student_is_trained_where_its_steps_start(unet, tangent):
     loss.backward()
     assert loss.isfinite() and all(p.grad is None or p.grad.isfinite().all() for p in unet.student.parameters())
     unet.student.zero_grad(set_to_none=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options"),
+    [
+        (DistributionMatching, {}),
+        (DistributionMatching, {"fresh_samples": True, "fake_updates": 2}),
+        (DistributionMatching, {"adversarial_weight": 0.1, "teacher_mix": 0.5}),
+        (AdversarialDistillation, {}),
+        (AdversarialDistillation, {"distillation_weight": 0.0, "discriminator_updates": 2}),
+        (ContinuousConsistency, {}),
+    ],
+)
+def test_the_cost_that_is_planned_is_the_rows_that_are_run(unet, kind, options):
+    """In the mean over the stops of a student of one step, which has one; guided rows count once."""
+    world = World("UNet", steps=1)
+    objective, rows = world.objective(kind, guidance_scale=1.0, **options), {True: 0, False: 0}
+
+    class Counting:
+        prediction_type, sample_shape = "v_prediction", (4, 8, 8)
+        example = world.denoiser.example
+
+        def __call__(self, network, x, *args, **kwargs):
+            rows[torch.is_grad_enabled()] += len(x)
+            return world.denoiser(network, x, *args, **kwargs)
+
+    objective.generation = replace(objective.generation, denoiser=Counting())
+    if hasattr(objective, "adversarial"):
+        objective.adversarial = replace(objective.adversarial, generation=objective.generation)
+    objective = as_objective(objective)
+    networks = {STUDENT: world.student, **objective.networks}
+    rows.update({True: 0, False: 0})
+    for nth, update in enumerate(objective.updates(0)):
+        for name, network in networks.items():
+            network.requires_grad_(name == update)
+        objective.loss(networks, {**world.batch, "nth": nth}, draw(nth), update)
+    cost = getattr(objective, "cost", None) or objective.call.cost
+    assert rows == {True: 6 * cost.trained_rows, False: 6 * cost.rows}
+
+
+def test_a_network_beside_the_student_is_in_the_plan(unet):
+    weights = sum(p.numel() for p in unet.teacher.parameters())
+    assert unet.objective(DistributionMatching).cost.beside == weights
+    assert unet.objective(DistributionMatching, fake_lora_rank=4).cost.beside == 0
+    assert unet.objective(AdversarialDistillation).cost.beside == 0
