@@ -19,7 +19,7 @@ from slimstep.distill.discriminator import DISCRIMINATOR, AdversarialLoss
 from slimstep.distill.generation import SPREAD, Generated, Generation, Noisy, check_time_range, renoised, spread
 from slimstep.distill.teaching import StepSchedule, squared_error
 from slimstep.engine.checks import check_fraction, check_minimum, check_not_negative
-from slimstep.engine.low_rank import add_low_rank
+from slimstep.engine.low_rank import add_low_rank, check_peft
 from slimstep.engine.objective import STUDENT, Batch, Cost, Metrics, Requirements
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.denoiser import Denoiser
@@ -68,6 +68,7 @@ class DistributionMatching:
         check_fraction("objective", teacher_mix=self.teacher_mix)
         weights = {"adversarial_weight": self.adversarial_weight, "r1_weight": self.r1_weight}
         check_not_negative("objective", fake_lora_rank=self.fake_lora_rank, **weights)
+        check_peft("objective.fake_lora_rank", self.fake_lora_rank)
         check_time_range(self.time_range)
         steps, device = self.step_schedule, next(self.teacher.parameters()).device
         self.generation = Generation.of(self.denoiser, self.schedule, steps, device, self.guidance_scale)

@@ -24,7 +24,7 @@ from slimstep.engine.objective import Objective, requirements
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
 from slimstep.eval.evaluator import PARTIAL, Candidate, Evaluator
-from slimstep.eval.exporting import export, result_line, write_results
+from slimstep.eval.exporting import export, export_low_rank, result_line, write_results
 from slimstep.eval.inputs import (
     load_metrics,
     load_prompts,
@@ -78,6 +78,8 @@ def distill_steps(config: Config, run: Run) -> int | Plan:
         student = with_unet(job.teacher.pipeline, unets[stage.name], scheduler=job.student_scheduler(stage.steps))
         guidance = job.sampled_guidance(stage.name, config.eval.guidance_scale)
         export(student, f"{stage.name}/export", job.teacher, stage.steps, guidance)
+        if job.is_low_rank_of_teacher(stage):
+            export_low_rank(student, stage.name, run)
     evaluation = evaluated(job, unets, prompts, scorer, calibration)
     for point in evaluation.points:
         if point.model == f"steps-{point.steps}" and point.guidance == config.eval.guidance_scale:

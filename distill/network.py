@@ -120,6 +120,11 @@ class Distillation:
         kwargs = {"is_monitored": True, **options}
         return check_objective("objective", self.objective(stage), self.training(stage.name), self.teacher, **kwargs)
 
+    def is_low_rank_of_teacher(self, stage: DistillationStage) -> bool:
+        """Whether a student is the user's own teacher and a low-rank update, which then can be had alone."""
+        is_teachers = self.student is self.teacher.unet and self.predicts_v and stage.start in ("student", "teacher")
+        return is_teachers and self.training(stage.name).lora_rank > 0 and not self.distillation.guidance_embed_dim
+
     def step_schedule(self, stage: DistillationStage) -> StepSchedule:
         return StepSchedule(self.scheduler, stage.teacher_steps, self.student_scheduler(stage.steps), stage.steps)
 

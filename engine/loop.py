@@ -26,7 +26,7 @@ from slimstep.engine.checkpoints import Checkpoints
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.ema import DeviceEMA
 from slimstep.engine.files import damaged, unwritable, write_tensors
-from slimstep.engine.low_rank import add_low_rank, merge_low_rank
+from slimstep.engine.low_rank import add_low_rank, low_rank_weights, merge_low_rank
 from slimstep.engine.monitor import Monitor, Watch
 from slimstep.engine.objective import (
     STUDENT,
@@ -46,6 +46,7 @@ from slimstep.engine.sharding import as_number, copy_to_shard, is_sharded, whole
 from slimstep.engine.trained import prepared
 
 WEIGHTS = "weights.safetensors"
+LOW_RANK = "low_rank.safetensors"  # the update that train.lora_rank trained, which is in the weights, too
 
 
 class Samples(Protocol):
@@ -181,6 +182,8 @@ def train(
     with NotedSignals() as signals:
         weights = _run_steps(student, as_objective(objective), dataset, config, run, stage, signals, monitor)
         if config.lora_rank:
+            if run.accelerator.is_main_process:
+                write_tensors(folder / LOW_RANK, low_rank_weights(model))
             merge_low_rank(model)
             weights = model.state_dict()
         if run.accelerator.is_main_process:

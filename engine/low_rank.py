@@ -8,15 +8,20 @@ from importlib.util import find_spec
 
 import torch
 from accelerate import Accelerator
-from torch import nn
+from torch import Tensor, nn
 
 from slimstep.engine.sharding import is_deepspeed, is_sharded
 
 
+def check_peft(key: str, rank: int) -> None:
+    """ValueError for a rank above 0 where PEFT is not installed."""
+    if rank and find_spec("peft") is None:
+        raise ValueError(f"{key}={rank} needs PEFT: pip install -e '.[lora]'")
+
+
 def check_low_rank(rank: int, accelerator: Accelerator) -> None:
     """ValueError where PEFT is not installed, and where weights are in shards."""
-    if rank and find_spec("peft") is None:
-        raise ValueError(f"train.lora_rank={rank} needs PEFT: pip install -e '.[lora]'")
+    check_peft("train.lora_rank", rank)
     if rank and (is_sharded(accelerator) or is_deepspeed(accelerator)):
         raise ValueError(f"train.lora_rank={rank} trains so little that nothing is cut into shards; set +hardware=gpu1")
 
@@ -36,6 +41,13 @@ def add_low_rank(network: nn.Module, rank: int, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the same on every process
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), network)
+
+
+def low_rank_weights(network: nn.Module) -> dict[str, Tensor]:
+    """The update alone, as diffusers reads it: {"LAYER.lora_A.weight": [rank, in], "LAYER.lora_B.weight": [out, rank]}."""
+    from peft import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(network)
 
 
 def merge_low_rank(network: nn.Module) -> None:

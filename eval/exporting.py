@@ -5,12 +5,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
+from slimstep.engine.loop import LOW_RANK
 from slimstep.engine.run import FINISHED, Run
 from slimstep.eval.inputs import Teacher
 from slimstep.eval.record import Point, Values
 from slimstep.models.card import Origin, origin_of, write_card
-from slimstep.models.networks import sequence_length
+from slimstep.models.networks import part_of, sequence_length
 from slimstep.models.pipeline import export_pipeline
 
 log = logging.getLogger("slimstep")
@@ -33,6 +35,19 @@ def export(
         log.info(f"exported: {export_pipeline(student, folder, origin=origin).load}")
 
     teacher.run.sealed_folder(name, write)
+
+
+def export_low_rank(student: DiffusionPipeline, stage: str, run: Run) -> None:
+    """STAGE/lora: what makes the teacher's own pipeline the student: the update that was trained, as a LoRA, and the
+    scheduler."""
+
+    def write(folder: Path) -> None:
+        layers = load_file(run.path / stage / LOW_RANK)
+        student.save_lora_weights(folder, **{f"{part_of(student)}_lora_layers": layers})
+        student.scheduler.save_pretrained(folder / "scheduler")
+        log.info(f"the student as a LoRA of its teacher: {folder}")
+
+    run.sealed_folder(f"{stage}/lora", write)
 
 
 def write_results(run: Run, name: str, results: Sequence[str]) -> None:

@@ -221,6 +221,24 @@ def test_students_of_the_teachers_distribution_are_sampled_without_guidance(tmp_
     assert refused.returncode == 1 and "objective.guidance_scale=2.5 is what students have in" in refused.stderr
 
 
+@pytest.mark.slow
+def test_a_low_rank_student_is_a_lora_of_its_teacher(tmp_path, tiny_model, tiny_pipeline_folder):
+    """The teacher in stock diffusers, with the LoRA and its scheduler, draws what the student's export does."""
+    job = [*tiny_model, f"root={tmp_path}", "objective=dmd", "distillation.steps=[4,1]", "train.lora_rank=2"]
+    done = run(*job, "train.learning_rate=1e-2", "train.warmup_steps=0", "objective.fake_lora_rank=2")
+    assert done.returncode == 0, done.stderr
+    path = tmp_path / "distill_steps/steps-1"
+    stock = StableDiffusionPipeline.from_pretrained(tiny_pipeline_folder, safety_checker=None)
+    exported = StableDiffusionPipeline.from_pretrained(path / "export", safety_checker=None)
+    options = {"num_inference_steps": 1, "guidance_scale": 1.0, "latents": torch.randn(1, 4, 8, 8)}
+    stock.scheduler = DDIMScheduler.from_pretrained(path / "lora/scheduler")
+    before, theirs = (pipeline("a", output_type="latent", **options).images for pipeline in (stock, exported))
+    stock.load_lora_weights(path / "lora")
+    with_lora = stock("a", output_type="latent", **options).images
+    assert not torch.allclose(before, theirs, atol=1e-3)
+    torch.testing.assert_close(with_lora, theirs, rtol=1e-3, atol=1e-4)
+
+
 def test_a_plan_names_the_stages_and_writes_nothing(finished, tmp_path, tiny_model):
     path, _ = finished
     new, done = (run(*tiny_model, *STEPS, "plan=true", f"root={root}") for root in (tmp_path, path.parent))
