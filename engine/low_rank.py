@@ -44,7 +44,7 @@ def add_low_rank(network: nn.Module, rank: int, seed: int) -> None:
 
 
 def low_rank_weights(network: nn.Module) -> dict[str, Tensor]:
-    """The update alone, as diffusers reads it: {"LAYER.lora_A.weight": [rank, in], "LAYER.lora_B.weight": [out, rank]}."""
+    """The update alone, as diffusers reads it: {"LAYER.lora_A.weight": [rank, in], "LAYER.lora_B.weight": …}."""
     from peft import get_peft_model_state_dict
 
     return get_peft_model_state_dict(network)
