@@ -208,11 +208,12 @@ def evaluated(
         scale = job.sampled_guidance(name, guidance)
         sampler = Sampler(teacher.pipeline, steps, scale, config.eval.seed, scheduler, teacher.precision)
 
-        def draw(indices: list[int]) -> Tensor:
+        def draw(sampler: Sampler, indices: list[int]) -> Tensor:
             return sampler.latents_at(unet, encoded().rows(indices), indices).float()
 
         facts = {"evaluations": sampler.evaluations(unet)}
-        return Candidate(draw, sampler.protocol, facts, sampler.decode,
+        return Candidate(partial(draw, sampler), sampler.protocol, facts, sampler.decode,
+                         reseeded=lambda seed: partial(draw, sampler.reseeded(seed)),
                          loaded=partial(on_device, unet, teacher.device))  # fmt: skip
 
     features = {"features": FeatureSimilarity(scorer)} if scorer else {}

@@ -6,7 +6,7 @@ from slimstep.distill.network import Distillation
 from slimstep.distill.stages import DistillationStage
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.objective import Cost
-from slimstep.eval.plan import Stage, export, image_rows, training
+from slimstep.eval.plan import Stage, export, image_count, image_rows, training
 from slimstep.eval.record import FILE
 
 
@@ -55,8 +55,8 @@ def evaluation(job: Distillation) -> Stage:
             embedded = name.startswith("steps-") and job.distillation.guidance_embed_dim
             scale, steps = job.sampled_guidance(name, guidance), job.evaluated_steps(name)
             points += len(steps)
-            rows += config.eval.prompts * sum(n if embedded else image_rows(n, scale) for n in steps)
-    return Stage(FILE, f"{points} points of {config.eval.prompts} images", rows)
+            rows += image_count(config) * sum(n if embedded else image_rows(n, scale) for n in steps)
+    return Stage(FILE, f"{points} points of {image_count(config)} images", rows)
 
 
 def trainings(job: Distillation) -> list[TrainConfig]:

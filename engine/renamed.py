@@ -47,6 +47,7 @@ BARE = re.compile(r"(data|distill|engine|eval|models|prune)\.\w+(\.\w+)+")  # pa
 # What earlier versions did without saying it.
 ADDED = {
     "evaluation.preferences.hpsv2.quick_gelu": False, "search.metric": "clip", "search.blocks": "whole",
+    "evaluation.diversity_prompts": 0, "evaluation.diversity_seeds": 8,
     "scoring.screen_margin": 2.0, "distillation.shift": None,
     "objective.skip_prob.transformer": 0.1, "objective.skip_prob.sublayer": 0.1,
     **{f"{stage}train.{key}": value for stage in ("", "recovery.", "v_prediction.")

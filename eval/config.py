@@ -98,10 +98,14 @@ class EvaluationConfig:
     `preferences` is what `metrics` was in earlier versions. With `compile`, UNet and VAE decoder are
     compiled graphs, kept in `artifacts` for the next evaluation and the other processes. `calibration_prompts` is the
     prompts.json of the run that pruned a network: the prompts by which its blocks were chosen are left out.
+    Diversity is measured on the first `diversity_prompts` distinct prompts (0: not at all), each drawn with
+    `diversity_seeds` seeds.
     """
 
     distribution: bool = True
     real_images: int = 512
+    diversity_prompts: int = 0
+    diversity_seeds: int = 8
     inception: str | None = None
     preferences: Any = None
     compile: bool = False
@@ -109,7 +113,10 @@ class EvaluationConfig:
     calibration_prompts: str | None = None
 
     def __post_init__(self) -> None:
-        check_minimum("evaluation", self, 2, "real_images")
+        check_minimum("evaluation", self, 2, "real_images", "diversity_seeds")
+        check_minimum("evaluation", self, 0, "diversity_prompts")
+        if self.diversity_prompts == 1:
+            raise ValueError("evaluation.diversity_prompts=1 gives no standard error; take 2 or more, or 0 for none")
         if self.inception is not None and not self.distribution:
             raise ValueError(f"evaluation.inception={self.inception} needs evaluation.distribution=true")
 

@@ -25,24 +25,28 @@ from slimstep.engine.run import Run
 from slimstep.eval.config import Config
 from slimstep.eval.inputs import real_images
 from slimstep.eval.metrics.clip import ClipScorer
-from slimstep.eval.metrics.compare import mean_and_error, paired_difference
+from slimstep.eval.metrics.compare import mean_and_error, relative_to
+from slimstep.eval.metrics.diversity import first_of_texts, further_seeds, mean_pairwise_distance, runs_of, stacked
 from slimstep.eval.metrics.metric import DistributionMetric, Kind, Metric, of_kind
 from slimstep.eval.record import FILE, Evaluation, Key, Point, Values, read_evaluation
 from slimstep.eval.scorer_check import compare_teacher
 
 PARTIAL = "partial"  # where unfinished work lies, batch by batch
+Draw = Callable[[list[int]], Tensor]
 
 
 @dataclass(frozen=True)
 class Candidate:
     """A model at one setting. `draw(indices)` gives its samples of these prompts, `images(samples)` uint8 images
-    [B, 3, H, W] of them; of all candidates of an evaluation `images` does the same to equal samples. `more()` gives
-    metrics of the job's own. While all samples are drawn `loaded()` is entered, once."""
+    [B, 3, H, W] of them; of all candidates of an evaluation `images` does the same to equal samples. `reseeded(seed)`
+    is `draw` with another seed, None where samples have no noise of their own. `more()` gives metrics of the job's own.
+    While all samples are drawn `loaded()` is entered, once."""
 
-    draw: Callable[[list[int]], Tensor]
+    draw: Draw
     protocol: Values
     facts: Values
     images: Callable[[Tensor], Tensor] = lambda images: images
+    reseeded: Callable[[int], Draw] | None = None
     more: Callable[[], Mapping[str, Values | None]] = dict
     loaded: Callable[[], AbstractContextManager[Any]] = nullcontext
 
@@ -83,12 +87,15 @@ class Evaluator:
         model, steps, guidance = key
         candidate, is_reference = self.candidate(*key), key[:2] == self.reference
         reference = self.reference_samples(guidance, candidate if is_reference else None)
+        further = self.further_features(key, candidate)
         samples = reference if is_reference else self.draw(key, candidate)
         beside = None if is_reference or reference.shape != samples.shape else reference
         if pictures := self.config.eval.pictures:
             folder = f"images/{model}/steps-{steps}-guidance-{guidance}"
             self.run.folder(folder, lambda path: write_pictures(candidate.images(samples[:pictures]), path))
         metrics = self.measure(f"{model}, {steps} steps, guidance {guidance:g}", candidate, samples, beside)
+        if further is not None:
+            metrics["diversity"] = self.diversity(candidate, samples, further)
         metrics |= candidate.more()
         shuffled = {"against_shuffled": self.against_shuffled(candidate, samples)} if is_reference else {}
         return Point(model, steps, guidance, metrics, candidate.protocol, {**candidate.facts, **shuffled})
@@ -100,8 +107,9 @@ class Evaluator:
         with candidate.loaded():
             return self.mapped(candidate.draw, f"images of {what}", self.run.path / PARTIAL / keep)
 
-    def mapped(self, fn: Callable[[list[int]], Tensor], what: str, keep: Path | None = None) -> Tensor:
-        return map_batches(fn, len(self.prompts), self.config.eval.batch_size, self.run.accelerator, what, keep)
+    def mapped(self, fn: Draw, what: str, keep: Path | None = None, count: int | None = None) -> Tensor:
+        size = len(self.prompts) if count is None else count
+        return map_batches(fn, size, self.config.eval.batch_size, self.run.accelerator, what, keep)
 
     def reference_samples(self, guidance: float, candidate: Candidate | None = None) -> Tensor:
         """What the reference draws, kept in a file."""
@@ -153,6 +161,42 @@ class Evaluator:
         values = self.prompts.by_text(values_P).tolist()
         mean = mean_and_error(values)
         return {"kind": metric.kind, "mean": mean.mean, "se": mean.se, "per_prompt": values}
+
+    def further_features(self, key: Key, candidate: Candidate) -> Tensor | None:
+        """[J, D] of the first prompts' images of further seeds, seed by seed, kept in a file; None where diversity is
+        not measured."""
+        config, scorer, reseeded = self.config.evaluation, self.scorer, candidate.reseeded
+        if not config.diversity_prompts or reseeded is None:
+            return None
+        assert scorer, "load_scorer refuses diversity without a scorer"
+        indices = first_of_texts(self.prompts, config.diversity_prompts)
+        seeds = further_seeds(self.config.eval.seed, config.diversity_seeds)
+
+        def features(items: list[int]) -> Tensor:
+            drawn = [reseeded(seeds[k])([indices[j] for j in own]) for k, own in runs_of(items, len(indices))]
+            return torch.cat([scorer.image(candidate.images(samples)).float().cpu() for samples in drawn])
+
+        def make() -> dict[str, Tensor]:
+            keep = self.run.path / PARTIAL / "-".join(map(str, (*key, "diversity")))
+            count = len(indices) * len(seeds)
+            with candidate.loaded():
+                return {"features": self.mapped(features, f"further images of {key[0]}", keep, count)}
+
+        return self.run.tensors(f"{place(*key).removesuffix('.json')}-diversity.safetensors", make)["features"]
+
+    def diversity(self, candidate: Candidate, samples: Tensor, further_JD: Tensor) -> Values:
+        """The mean distance of a prompt's images, the sample's and those of further seeds, for the first prompts."""
+        assert (scorer := self.scorer), "there are features"
+        indices = first_of_texts(self.prompts, self.config.evaluation.diversity_prompts)
+
+        def features(items: list[int]) -> Tensor:
+            return scorer.image(candidate.images(samples[[indices[j] for j in items]])).float()
+
+        first_PD = self.mapped(features, "measuring diversity", count=len(indices))
+        values = mean_pairwise_distance(features_PKD := stacked(first_PD, further_JD)).tolist()
+        mean = mean_and_error(values)
+        return {"kind": "per_prompt", "mean": mean.mean, "se": mean.se, "n": mean.n, "seeds": features_PKD.shape[1],
+                "per_prompt": values}  # fmt: skip
 
     def real_features(self, name: str, metric: DistributionMetric) -> Tensor:
         """[R, D] of real images, kept in a file."""
@@ -214,15 +258,10 @@ def place(model: str, steps: int, guidance: float) -> str:
 
 
 def compared(point: Point, reference: Point) -> Point:
-    """The point with the paired differences of its per-image scores; the reference itself has none."""
+    """The point with the paired differences of its scores of images and prompts; the reference itself has none."""
 
     def with_difference(name: str, own: Values | None) -> Values | None:
-        if not own or own["kind"] != "per_image":
-            return own
-        difference, other = None, reference.metrics.get(name)
-        if other and point.key != reference.key:
-            difference = asdict(paired_difference(own["per_prompt"], other["per_prompt"]))
-        return {**own, "versus_reference": difference}
+        return own and relative_to(None if point.key == reference.key else reference.metrics.get(name), own)
 
     return replace(point, metrics={name: with_difference(name, own) for name, own in point.metrics.items()})
 

@@ -187,7 +187,9 @@ def seen_prompts(run: Run) -> dict[str, int]:
 
 
 def load_scorer(config: Config, device: torch.device) -> ClipScorer | None:
-    """None where the configuration has none, as unconditional models need none."""
+    """None where the configuration has none, as unconditional models need none; ValueError where diversity does."""
+    if (count := config.evaluation.diversity_prompts) and not config.scorer:
+        raise ValueError(f"evaluation.diversity_prompts={count} compares features of a scorer, and scorer=none")
     return component(config, "scorer", device=device) if config.scorer else None
 
 

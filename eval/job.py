@@ -39,7 +39,7 @@ from slimstep.eval.metrics.metric import FeatureDistance, FeatureSimilarity, Inc
 from slimstep.eval.overlap import among, known_captions, read_calibration_prompts
 from slimstep.eval.pages.evaluation_page import models_table, summary, write_evaluation_report
 from slimstep.eval.pages.text import overlap_sentence
-from slimstep.eval.plan import Stage, image_rows, scorer_stage, stages_table, time_line
+from slimstep.eval.plan import Stage, image_count, image_rows, scorer_stage, stages_table, time_line
 from slimstep.eval.record import Evaluation
 from slimstep.eval.reporting import report, track_table
 from slimstep.eval.sampling import Sampler
@@ -92,8 +92,8 @@ def settings(models: GivenModels, config: Config) -> list[tuple[str, int, float]
 def evaluation_stages(models: GivenModels, config: Config) -> Iterator[Stage]:
     """One artifact per model and setting."""
     for name, steps, guidance in settings(models, config):
-        prompts = config.eval.prompts
-        yield Stage(place(name, steps, guidance), f"{prompts} images", prompts * image_rows(steps, guidance))
+        images = image_count(config)
+        yield Stage(place(name, steps, guidance), f"{images} images", images * image_rows(steps, guidance))
     yield Stage("report.html", "")
 
 
@@ -169,7 +169,8 @@ def evaluator_of(
         parts = {"UNet": network, **({"decoder": drawn.codec.decoder} if drawn.codec else {})}
         facts = {"parameters": {name: count_parameters(part) for name, part in parts.items()},
                  "evaluations": drawn.evaluations(network)}  # fmt: skip
-        return Candidate(partial(drawn.images, network, prompts.prompts), drawn.protocol, facts)
+        reseeded = lambda seed: partial(drawn.reseeded(seed).images, network, prompts.prompts)  # noqa: E731
+        return Candidate(reseeded(drawn.seed), drawn.protocol, facts, reseeded=reseeded)
 
     return Evaluator(config, run, candidate, prompts, metrics, scorer, models.reference)
 

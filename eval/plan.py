@@ -9,6 +9,7 @@ from slimstep.engine.config import TrainConfig
 from slimstep.engine.identity import SCORER_CHECK
 from slimstep.engine.planning import Plan, duration
 from slimstep.engine.run import FINISHED, Run
+from slimstep.eval.config import Config
 from slimstep.eval.inputs import Teacher, has_weights
 from slimstep.eval.memory_plan import drawing_lines, memory_lines
 from slimstep.eval.pages.tables import markdown_table
@@ -69,6 +70,12 @@ def scorer_stage(run: Run) -> list[Stage]:
     """The check of the scorer, which costs seconds; a finished run is not checked again."""
     work = "up to 256 of the data's images, with their own captions and with shuffled ones"
     return [] if run.made(FINISHED) else [Stage(SCORER_CHECK, work)]
+
+
+def image_count(config: Config) -> int:
+    """Images of an evaluated point: one of every prompt, and for diversity more of the first."""
+    evaluation = config.evaluation
+    return config.eval.prompts + evaluation.diversity_prompts * (evaluation.diversity_seeds - 1)
 
 
 def image_rows(steps: int, guidance_scale: float) -> int:

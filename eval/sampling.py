@@ -75,6 +75,12 @@ class Sampler:
         self._encoded: dict[tuple[str, ...], Conditioning] = {}
         self._copies: dict[tuple, Tensor] = {}
 
+    def reseeded(self, seed: int) -> "Sampler":
+        """The same with other noise; what is encoded serves both."""
+        other = copy.copy(self)
+        other.seed = seed
+        return other
+
     def guides(self, unet: nn.Module) -> bool:
         """Whether each step runs the UNet with the empty prompt, too."""
         return self.guidance_scale > 1 and self.family.GUIDES and not takes_guidance(unet)

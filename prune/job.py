@@ -172,7 +172,8 @@ def evaluator_of(teacher: Teacher, unets: Mapping[str, Prunable], prompts: Promp
         facts = {"parameters": {"UNet": unet.num_parameters(), **decoder},
                  "gflops": count_gflops(unet, tokens=teacher.text_length),
                  "evaluations": sampler.evaluations(unet)}  # fmt: skip
-        return Candidate(partial(sampler.images, unet, prompts.prompts), sampler.protocol, facts)
+        reseeded = lambda seed: partial(sampler.reseeded(seed).images, unet, prompts.prompts)  # noqa: E731
+        return Candidate(reseeded(sampler.seed), sampler.protocol, facts, reseeded=reseeded)
 
     metrics = {**load_metrics(config, scorer, teacher.device, teacher.is_conditional), "psnr": Psnr()}
     return Evaluator(config, teacher.run, candidate, prompts, metrics, scorer, ("teacher", config.eval.steps))

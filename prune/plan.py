@@ -5,7 +5,7 @@ from typing import Any
 
 from slimstep.eval.evaluator import place
 from slimstep.eval.inputs import Teacher
-from slimstep.eval.plan import Stage, export, image_rows, training
+from slimstep.eval.plan import Stage, export, image_count, image_rows, training
 from slimstep.prune.search import needs_similarity
 
 
@@ -37,9 +37,9 @@ def pruning_stages(teacher: Teacher, search: Any) -> Iterator[Stage]:
 
 
 def evaluation(name: str, teacher: Teacher) -> Stage:
-    config = teacher.config.eval
-    rows = config.prompts * image_rows(config.steps, config.guidance_scale)
-    return Stage(place(name, config.steps, config.guidance_scale), f"{config.prompts} images", rows)
+    config, images = teacher.config.eval, image_count(teacher.config)
+    rows = images * image_rows(config.steps, config.guidance_scale)
+    return Stage(place(name, config.steps, config.guidance_scale), f"{images} images", rows)
 
 
 def latency_stage(teacher: Teacher) -> Stage:

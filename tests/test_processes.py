@@ -19,6 +19,7 @@ from tests.eval.test_evaluation import ANY_DATA as EVALUATING
 from tests.jobs import run_job
 from tests.prune.test_job import SMALL
 
+DIVERSITY = ["evaluation.diversity_prompts=3", "evaluation.diversity_seeds=3"]
 PRUNING = ["+experiment=prune_unet", *SMALL]
 
 ACCELERATE = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_machines=1", "--main_process_port=0"]
@@ -58,7 +59,7 @@ def test_three_processes_score_as_one_does(tmp_path, tiny_model):
 
 @pytest.mark.slow
 def test_three_processes_evaluate_a_distillation_as_one_does(tmp_path, tiny_model):
-    job = [*DISTILLING, "distillation.steps=[4,2]", "eval.batch_size=2", *tiny_model]
+    job = [*DISTILLING, "distillation.steps=[4,2]", "eval.batch_size=2", *DIVERSITY, *tiny_model]
     one = launch(1, tmp_path / "one", *job)
     shutil.copytree(one / "steps-2", tmp_path / "3/distill_steps/steps-2")  # the same student to judge
     (tmp_path / "3/distill_steps/steps-2/export.sealed.json").unlink()
@@ -72,7 +73,7 @@ def test_three_processes_evaluate_a_distillation_as_one_does(tmp_path, tiny_mode
 
 @pytest.mark.slow
 def test_two_processes_evaluate_as_one_does(tmp_path, tiny_model):
-    job = [*EVALUATING, "eval.prompts=5", "eval.batch_size=2", *tiny_model]
+    job = [*EVALUATING, "eval.prompts=5", "eval.batch_size=2", *DIVERSITY, *tiny_model]
     one, two = (launch(processes, tmp_path / str(processes), *job) for processes in (1, 2))
     artifacts = sorted(
         path.relative_to(one) for kind in ("evaluation/*/*.json", "images/**/*.png") for path in one.glob(kind)

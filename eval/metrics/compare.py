@@ -4,8 +4,9 @@ Prompts differ far more than models do, so the means of two models say little an
 pairing divides the variance by 1 / (1 - r), r the correlation of the two models' scores.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from scipy import stats
@@ -75,6 +76,21 @@ def paired_ratio(errors: Sequence[float], reference: Sequence[float]) -> PairedR
     low, high = interval([mean[0] / mean[1] for mean in means])
     whole = errors_2N.mean(1)
     return PairedRatio(float(whole[0] / whole[1]), low, high, len(errors))
+
+
+def relative_to(reference: Mapping[str, Any] | None, measured: Mapping[str, Any]) -> dict[str, Any]:
+    """What a metric measured of a point, with its paired difference to the reference's; of kind per_prompt also the
+    ratio to it. Both are None without a reference, with one of other prompts or seeds, and a ratio to 0."""
+    kind = measured["kind"]
+    if kind not in ("per_image", "per_prompt"):
+        return dict(measured)
+    if reference and kind == "per_prompt" and any(reference[key] != measured[key] for key in ("n", "seeds")):
+        reference = None
+    both = reference and (measured["per_prompt"], reference["per_prompt"])
+    relative = {"versus_reference": asdict(paired_difference(*both)) if both else None}
+    if kind == "per_prompt":
+        relative["ratio_to_reference"] = asdict(paired_ratio(*both)) if both and any(both[1]) else None
+    return {**measured, **relative}
 
 
 def paired(scores: Sequence[float], reference: Sequence[float]) -> np.ndarray:

@@ -13,7 +13,7 @@ from slimstep.engine.files import write_text
 from slimstep.eval.pages.figures import MUTED, SERIES, canvas, grid_figure, styled
 from slimstep.eval.pages.html import write_page
 from slimstep.eval.pages.tables import Table, csv_table
-from slimstep.eval.pages.text import count, difference, flatten, overlap_sentence, score
+from slimstep.eval.pages.text import count, difference, flatten, overlap_sentence, ratio, score
 from slimstep.eval.record import Evaluation, Point, read_evaluation
 
 
@@ -58,6 +58,17 @@ def columns(points: Sequence[Point]) -> dict[str, Callable[[Point], str]]:
     if "clip" not in scores:
         paired = dict.fromkeys(name for p in points for name in p.of_kind("paired"))
         shown |= {f"{name} to the reference": partial(near, metric=name, form=".3g") for name in paired}
+    return shown | spread_columns(points)
+
+
+def spread_columns(points: Sequence[Point]) -> dict[str, Callable[[Point], str]]:
+    """What is said of all images together, as far as it was measured: diversity, and the distance to real images."""
+    shown: dict[str, Callable[[Point], str]] = {}
+    if any(p.of_kind("per_prompt") for p in points):
+        shown["diversity ± se"] = lambda p: score(p.metrics.get("diversity"), places=3)
+        shown["diversity over the reference's"] = lambda p: ratio(
+            (p.metrics.get("diversity") or {}).get("ratio_to_reference")
+        )
     measured = {key for p in points for values in p.of_kind("distribution").values() for key in values}
     if "fd" in measured:
         shown["FD ×100"] = lambda p: distance(p, "fd", 100)

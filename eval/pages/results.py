@@ -5,12 +5,12 @@ Two evaluations can be compared where prompts, scorer and seed are the same: the
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from slimstep.engine.files import damaged
-from slimstep.eval.metrics.compare import PairedDifference, paired_difference
+from slimstep.eval.metrics.compare import PairedDifference, paired_difference, relative_to
 from slimstep.eval.pages.runs import read_speed
 from slimstep.eval.pages.text import flatten
 from slimstep.eval.record import Evaluation, Point, read_evaluation
@@ -133,8 +133,7 @@ def against(base: Point | None, row: Row, other_run: Evaluation, first: Evaluati
             same = base and other_run.reference == first.reference and same_model(first, other_run, base.model)
             return measured if same else None
         other = base and (name == "clip" or mine.get(name) == theirs.get(name)) and base.metrics.get(name)
-        versus = asdict(paired_difference(measured["per_prompt"], other["per_prompt"])) if other else None
-        return {**measured, "versus_reference": versus}
+        return relative_to(other, measured)
 
     return replace(row, metrics={name: shown(name, measured) for name, measured in row.metrics.items()})
 

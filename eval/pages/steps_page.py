@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 from slimstep.eval.metrics.compare import paired_ratio
+from slimstep.eval.pages.evaluation_page import spread_columns
 from slimstep.eval.pages.figures import MUTED, SERIES, grid_figure, styled
 from slimstep.eval.pages.html import write_page
 from slimstep.eval.pages.runs import read_json
@@ -85,15 +86,16 @@ def points_table(points: Sequence[TimedPoint]) -> Table:
     ratios = ["over teacher's", *(OTHER_SAMPLERS[name] for name in samplers)]
     header = ["model", "guidance", "steps", "denoiser evaluations", "denoiser ms", "CLIP ± se", "against teacher",
               "latent error", *ratios, "PSNR, dB", "features"]  # fmt: skip
-    by_key, rows = {key(p): p for p in points}, []
+    by_key, rows, more = {key(p): p for p in points}, [], spread_columns(points)
     for p in points:
         over = [ratio(error_ratio(p, by_key.get((p.guidance, sampler, p.steps)))) for sampler in ("teacher", *samplers)]
         rows.append([
             display(p.model), f"{p.guidance:g}", str(p.steps), str(p.facts["evaluations"]), f"{p.unet_ms:.1f}",
             score(p.clip), difference(p.versus_reference),
             number(p, "latent_error", ".4f"), *over, number(p, "psnr", ".1f"), number(p, "features", ".3f"),
+            *(show(p) for show in more.values()),
         ])  # fmt: skip
-    return Table(header, rows)
+    return Table([*header, *more], rows)
 
 
 def number(point: Point, metric: str, form: str) -> str:

@@ -28,6 +28,8 @@ SMALL = [
 ]  # fmt: skip
 STEPS = ["distillation.steps=[4,2,1]", "distillation.stages={steps-1: {train: {steps: 2}}}"]
 
+DIVERSITY = ["evaluation.diversity_prompts=2", "evaluation.diversity_seeds=2"]
+
 
 def run(*overrides):
     return run_job("name=distill_steps", *SMALL, *overrides)
@@ -47,7 +49,7 @@ def pruned(tmp_path_factory):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory, tiny_model):
     root = tmp_path_factory.mktemp("runs")
-    done = run(*tiny_model, f"root={root}", *STEPS, "tracker=tensorboard")
+    done = run(*tiny_model, f"root={root}", *STEPS, *DIVERSITY, "tracker=tensorboard")
     assert done.returncode == 0, done.stderr
     return root / "distill_steps", done
 
@@ -99,6 +101,16 @@ def test_the_evaluation_holds_every_point_paired_with_the_teacher(finished):
     }  # fmt: skip
 
 
+def test_every_point_has_a_diversity_in_units_of_the_teachers(finished):
+    path, _ = finished
+    points = [p for p in read_evaluation(path).points if p.steps > 1]
+    (teacher,) = (p.metrics["diversity"] for p in points if p.model == "teacher" and p.steps == 4)
+    assert teacher["n"] == teacher["seeds"] == 2 and teacher["ratio_to_reference"] is None
+    for own in (p.metrics["diversity"] for p in points):
+        assert own is teacher or own["ratio_to_reference"]["ratio"] == pytest.approx(own["mean"] / teacher["mean"])
+    assert "diversity over the reference&#39;s" in (path / "report.html").read_text()
+
+
 def test_a_stage_has_its_own_training(finished):
     path, _ = finished
     lines = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -108,7 +120,7 @@ def test_a_stage_has_its_own_training(finished):
 def test_a_finished_distillation_makes_nothing_anew(finished, tiny_model):
     path, first = finished
     before = {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()}
-    again = run(*tiny_model, f"root={path.parent}", *STEPS, "tracker=tensorboard")
+    again = run(*tiny_model, f"root={path.parent}", *STEPS, *DIVERSITY, "tracker=tensorboard")
     assert again.returncode == 0 and again.stdout == first.stdout, again.stderr
     assert {file: file.stat().st_mtime_ns for file in path.rglob("*") if file.is_file()} == before
 
@@ -241,7 +253,7 @@ def test_a_low_rank_student_is_a_lora_of_its_teacher(tmp_path, tiny_model, tiny_
 
 def test_a_plan_names_the_stages_and_writes_nothing(finished, tmp_path, tiny_model):
     path, _ = finished
-    new, done = (run(*tiny_model, *STEPS, "plan=true", f"root={root}") for root in (tmp_path, path.parent))
+    new, done = (run(*tiny_model, *STEPS, *DIVERSITY, "plan=true", f"root={root}") for root in (tmp_path, path.parent))
     assert new.returncode == done.returncode == 0, new.stderr + done.stderr
     assert list(tmp_path.iterdir()) == []
     assert "| to do" in new.stdout and "| done" not in new.stdout and "| to do" not in done.stdout
