@@ -207,7 +207,7 @@ def answer(points: Sequence[Point], a: str, b: str) -> list[list[str]]:
 def rounded(point: Point, points: Sequence[Point]) -> dict:
     """A point with its values per prompt to what matters, for a file that is kept, and its latent error in units of the
     teacher's."""
-    metrics = {name: own and {**own, "per_prompt": [round(value, 6) for value in own["per_prompt"] or ()]}
+    metrics = {name: own and {**own, "per_prompt": [round(value, 6) for value in own.get("per_prompt") or ()]}
                for name, own in point.metrics.items()}  # fmt: skip
     return {**asdict(point), "metrics": metrics, "latent_error_over": over_samplers(point, points)}
 

@@ -31,6 +31,7 @@ from slimstep.eval.inputs import (
     load_scorer,
     load_teacher,
     offloadable,
+    real_distance,
     seen_prompts,
     training_pairs,
 )
@@ -219,6 +220,7 @@ def evaluated(
     features = {"features": FeatureSimilarity(scorer)} if scorer else {}
     near = {"psnr": Psnr(), **features, "latent_error": SampleError()}
     metrics = {**load_metrics(config, scorer, teacher.device, teacher.is_conditional), **near}
+    metrics |= real_distance(config, scorer)
     reference = "teacher", job.distillation.steps[0]
     evaluator = Evaluator(config, run, candidate, prompts, metrics, scorer, reference)
     points = [evaluator.point(*key) for key in settings(job)]

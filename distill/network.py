@@ -13,7 +13,7 @@ from slimstep.distill.stages import DistillationStage, distillation_stages, with
 from slimstep.distill.teaching import StepSchedule
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.objective import Objective, Requirements, requirements
-from slimstep.eval.inputs import Teacher, check_inputs
+from slimstep.eval.inputs import Teacher, check_inputs, check_real_images
 from slimstep.eval.training import check_objective
 from slimstep.models.denoiser import guidance_embed_dim, takes_guidance
 from slimstep.models.families.prunable import Prunable
@@ -234,6 +234,7 @@ def check(job: Distillation) -> None:
     config, teacher = job.teacher.config, job.teacher
     check_agreement(job)
     check_inputs(teacher)
+    check_real_images(config)
     for key in ("v_prediction", "recovery"):
         check_objective(f"{key}.objective", config[key].objective, config[key].train, teacher)
     for stage in job.stages:

@@ -216,6 +216,20 @@ def load_metrics(
     return {"image_error": ImageError(), "fd": FeatureDistance(scorer) if scorer else PixelDistance(), **made}
 
 
+def real_distance(config: Config, scorer: ClipScorer | None) -> dict[str, Metric]:
+    """The distance to real images as a metric, where the configuration wants it. ValueError where there are none."""
+    if not config.evaluation.distribution:
+        return {}
+    check_real_images(config)
+    return {"fd": FeatureDistance(scorer) if scorer else PixelDistance()}
+
+
+def check_real_images(config: Config) -> None:
+    """ValueError where a distance to them is wanted, and there are none."""
+    if config.evaluation.distribution and len(heldout_pairs(config, enough=2)) < 2:
+        raise ValueError("fewer than 2 held-out images are too few for FID: evaluation.distribution=false")
+
+
 # ---- data ----
 
 

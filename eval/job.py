@@ -25,17 +25,17 @@ from slimstep.eval.evaluator import Candidate, Evaluator, place
 from slimstep.eval.given import GivenModels, given_models, resolution_of
 from slimstep.eval.inputs import (
     Teacher,
-    heldout_pairs,
     load_metrics,
     load_scorer,
     numbered_images,
     read_prompt_set,
+    real_distance,
     storage,
 )
 from slimstep.eval.memory_plan import drawing_lines
 from slimstep.eval.metrics.clip import ClipScorer
 from slimstep.eval.metrics.inception import Inception
-from slimstep.eval.metrics.metric import FeatureDistance, FeatureSimilarity, InceptionDistance, PixelDistance, Psnr
+from slimstep.eval.metrics.metric import FeatureSimilarity, InceptionDistance, Psnr
 from slimstep.eval.overlap import among, known_captions, read_calibration_prompts
 from slimstep.eval.pages.evaluation_page import models_table, summary, write_evaluation_report
 from slimstep.eval.pages.text import overlap_sentence
@@ -144,10 +144,7 @@ def evaluator_of(
     precision = settled(config.sampling.precision, device)
     features = {"features": FeatureSimilarity(scorer)} if scorer else {}
     metrics = {**load_metrics(config, scorer, device, models.is_conditional), "psnr": Psnr(), **features}
-    if evaluation.distribution:
-        metrics["fd"] = FeatureDistance(scorer) if scorer else PixelDistance()
-        if len(heldout_pairs(config, evaluation.real_images)) < 2:
-            raise ValueError("fewer than 2 held-out images are too few for FID: evaluation.distribution=false")
+    metrics |= real_distance(config, scorer)
     if evaluation.inception:
         metrics["fid"] = InceptionDistance(Inception(evaluation.inception, device))
 

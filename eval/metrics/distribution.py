@@ -1,16 +1,19 @@
-"""How far two sets of features are apart as distributions: Fréchet and kernel distance.
+"""How far two sets of features are apart as distributions: Fréchet and kernel distance; density and coverage.
 
 FID and KID are these of Inception features; of another network's they are other numbers.
 
 Axes: N and M images, D features, S images of a subset.
 """
 
+from dataclasses import dataclass
+
 import numpy as np
+import torch
 from torch import Tensor
 
 from slimstep.eval.metrics.compare import Mean, mean_and_error
 
-SUBSETS = 100
+SUBSETS, NEIGHBOURS = 100, 5
 
 
 def frechet_distance(a_ND: Tensor, b_MD: Tensor) -> float:
@@ -60,3 +63,33 @@ def mmd(x_SD: Tensor, y_SD: Tensor) -> Tensor:
         return (k.sum() - k.diagonal().sum()) / (size * (size - 1))
 
     return without_diagonal(kernel(x_SD, x_SD)) + without_diagonal(kernel(y_SD, y_SD)) - 2 * kernel(x_SD, y_SD).mean()
+
+
+@dataclass(frozen=True)
+class Coverage:
+    """`coverage`: the share of real images with a made one in their neighbourhood; `expected`, what it would be on
+    average of as many made images of the real ones' own distribution. `density`: in how many neighbourhoods a made
+    image lies, in units of `k`; about 1 for the real distribution, more for images at its middle, and unbounded."""
+
+    coverage: float
+    expected: float
+    density: float
+    k: int
+
+
+def coverage(made_ND: Tensor, real_MD: Tensor, k: int = NEIGHBOURS) -> Coverage:
+    """Density and coverage (Naeem et al. 2020, arXiv 2002.09797), in float64: the neighbourhood of a real image
+    reaches as far as its k-th nearest real one; to the farthest, where there are fewer."""
+    made, real = made_ND.double(), real_MD.double()
+    k = min(k, len(real) - 1)
+    reach_M = torch.cdist(real, real).kthvalue(k + 1, dim=1).values  # the nearest is itself
+    is_near_MN = torch.cdist(real, made) <= reach_M[:, None]
+    density = is_near_MN.sum().item() / (k * len(made))
+    return Coverage(is_near_MN.any(1).double().mean().item(), expected_coverage(len(made), len(real), k), density, k)
+
+
+def expected_coverage(n: int, m: int, k: int) -> float:
+    """Of n made and m real images of one distribution: none of the k nearest among all others is made with the
+    probability Π (m − i) / (n + m − i), i = 1 … k (Naeem et al., too)."""
+    i = np.arange(1, k + 1)
+    return float(1 - np.prod((m - i) / (n + m - i)))

@@ -16,7 +16,7 @@ from torch.nn.functional import adaptive_avg_pool2d
 from torchmetrics.functional.image import structural_similarity_index_measure
 
 from slimstep.eval.metrics.clip import ClipScorer, psnr
-from slimstep.eval.metrics.distribution import frechet_distance, kernel_distance
+from slimstep.eval.metrics.distribution import coverage, frechet_distance, kernel_distance
 from slimstep.eval.metrics.inception import Inception
 
 Kind = Literal["per_image", "paired", "distribution"]
@@ -148,20 +148,27 @@ class ImageError(PairedMetric):
         return 100 * ((images.float() - reference.float()) / 255).square().flatten(1).mean(1).cpu()
 
 
+def covered(made_PD: Tensor, real_RD: Tensor) -> dict[str, Any]:
+    """Coverage and density as a distribution metric's numbers."""
+    found = coverage(made_PD, real_RD)
+    return {"coverage": found.coverage, "coverage_expected": found.expected, "density": found.density, "k": found.k}
+
+
 class PixelDistance(DistributionMetric):
-    """Fréchet (fd) and kernel distance (kd) of images shrunk to 8×8 pixels: colours and layout, where no network of
-    features is there."""
+    """Fréchet (fd) and kernel distance (kd), coverage and density of images shrunk to 8×8 pixels: colours and layout,
+    where no network of features is there."""
 
     def features(self, images_B3HW: Tensor) -> Tensor:
         return adaptive_avg_pool2d(images_B3HW.float() / 255, 8).flatten(1)
 
     def distances(self, made_PD: Tensor, real_RD: Tensor) -> dict[str, Any]:
         kd = kernel_distance(made_PD, real_RD, divisor=made_PD.shape[1])
-        return {"fd": frechet_distance(made_PD, real_RD), "kd": kd.mean, "kd_se": kd.se, "features": "8×8 pixels"}
+        return {"fd": frechet_distance(made_PD, real_RD), "kd": kd.mean, "kd_se": kd.se, "features": "8×8 pixels",
+                **covered(made_PD, real_RD)}  # fmt: skip
 
 
 class FeatureDistance(DistributionMetric):
-    """Fréchet (fd) and kernel distance (kd) of the scorer's unit features to those of real images."""
+    """Fréchet (fd) and kernel distance (kd), coverage and density of the scorer's unit features beside real images'."""
 
     def __init__(self, scorer: ClipScorer):
         self.scorer = scorer
@@ -172,11 +179,12 @@ class FeatureDistance(DistributionMetric):
     def distances(self, made_PD: Tensor, real_RD: Tensor) -> dict[str, Any]:
         kd = kernel_distance(made_PD, real_RD)
         return {"fd": frechet_distance(made_PD, real_RD), "kd": kd.mean, "kd_se": kd.se,
-                "features": f"{self.scorer.protocol['model']}, unit features"}  # fmt: skip
+                "features": f"{self.scorer.protocol['model']}, unit features",
+                **covered(made_PD, real_RD)}  # fmt: skip
 
 
 class InceptionDistance(DistributionMetric):
-    """FID and KID: the same of InceptionV3's features."""
+    """FID and KID, coverage and density: the same of InceptionV3's features."""
 
     def __init__(self, inception: Inception):
         self.inception = inception
@@ -186,7 +194,8 @@ class InceptionDistance(DistributionMetric):
 
     def distances(self, made_PD: Tensor, real_RD: Tensor) -> dict[str, Any]:
         kid = kernel_distance(made_PD, real_RD, divisor=made_PD.shape[1])
-        return {"fid": frechet_distance(made_PD, real_RD), "kid": kid.mean, "kid_se": kid.se}
+        return {"fid": frechet_distance(made_PD, real_RD), "kid": kid.mean, "kid_se": kid.se,
+                **covered(made_PD, real_RD)}  # fmt: skip
 
 
 def as_metric(made: Metric | Callable[[Tensor, list[str]], Tensor]) -> Metric:

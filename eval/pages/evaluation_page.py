@@ -73,6 +73,9 @@ def spread_columns(points: Sequence[Point]) -> dict[str, Callable[[Point], str]]
     if "fd" in measured:
         shown["FD ×100"] = lambda p: distance(p, "fd", 100)
         shown["KD ×1000 ± sd"] = lambda p: distance(p, "kd", 1000)
+    if "coverage" in measured:
+        shown["coverage"] = coverage
+        shown["density"] = lambda p: distance(p, "density", 1)
     if "fid" in measured:
         shown["FID"] = lambda p: distance(p, "fid", 1)
         shown["KID ×1000 ± sd"] = lambda p: distance(p, "kid", 1000)
@@ -107,6 +110,12 @@ def distance(point: Point, name: str, times: int) -> str:
         return "–"
     spread = f" ± {times * measured[f'{name}_se']:.2f}" if f"{name}_se" in measured else ""
     return f"{times * measured[name]:.2f}{spread}"
+
+
+def coverage(point: Point) -> str:
+    """Of real images, and what as many new real images would cover; a dash where it was not measured."""
+    measured = next((own for own in point.of_kind("distribution").values() if "coverage" in own), None)
+    return f"{measured['coverage']:.2f} of {measured['coverage_expected']:.2f}" if measured else "–"
 
 
 def summary(evaluation: Evaluation) -> dict[str, Any]:

@@ -24,7 +24,7 @@ SMALL = [
     "+experiment=distill_steps", "data.resolution=16", "data.pairs.size=16", "train.steps=3", "train.batch_size=4",
     "recovery.train.steps=2", "recovery.train.batch_size=4",
     "v_prediction.train.steps=2", "v_prediction.train.batch_size=4",
-    "eval.prompts=4", "eval.pictures=2", "curves.steps=[1,2]", "curves.guidance=[2.5]",
+    "eval.prompts=4", "eval.pictures=2", "evaluation.real_images=8", "curves.steps=[1,2]", "curves.guidance=[2.5]",
 ]  # fmt: skip
 STEPS = ["distillation.steps=[4,2,1]", "distillation.stages={steps-1: {train: {steps: 2}}}"]
 

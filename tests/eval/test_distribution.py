@@ -3,6 +3,7 @@
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from scipy.linalg import sqrtm
@@ -10,7 +11,7 @@ from torch import nn
 from torchmetrics.image.fid import FrechetInceptionDistance
 from torchmetrics.image.kid import KernelInceptionDistance
 
-from slimstep.eval.metrics.distribution import frechet_distance, kernel_distance
+from slimstep.eval.metrics.distribution import coverage, frechet_distance, kernel_distance
 from slimstep.eval.metrics.inception import Inception
 
 
@@ -46,6 +47,37 @@ def test_the_frechet_distance_is_that_of_the_covariances(n, m, width):
     expected = mean @ mean + a.T.cov().trace() + b.T.cov().trace() - 2 * torch.linalg.svdvals(roots[0] @ roots[1]).sum()
     assert frechet_distance(a, b) == pytest.approx(expected.item(), abs=1e-4)
     assert frechet_distance(a, b) == pytest.approx(frechet_distance(b, a))
+
+
+def test_coverage_of_the_real_set_by_itself_is_1_and_of_a_collapsed_or_distant_set_near_0():
+    real = normal(400, 8)
+    itself = coverage(real, real)
+    assert itself.coverage == 1 and itself.density == pytest.approx(1 + 1 / itself.k)  # k neighbours, and the image
+    collapsed, distant = coverage(real[:1].expand(400, 8), real), coverage(real + 100, real)
+    assert collapsed.coverage < 0.1 and (distant.coverage, distant.density) == (0, 0)
+    middle = coverage(0.3 * real, real)  # at the middle of the real ones: likely images, and few of their kinds
+    assert middle.density > 2 and middle.coverage < 0.8 * middle.expected
+
+
+@pytest.mark.parametrize(("n", "m", "k"), [(300, 300, 5), (60, 300, 5), (20, 60, 3), (3, 4, 5), (2, 2, 5)])
+def test_two_sets_of_one_distribution_have_density_1_and_the_expected_coverage(n, m, k):
+    trials = [coverage(normal(n, 3, 2 * s), normal(m, 3, 2 * s + 1), k) for s in range(40)]
+    density, covered = (np.array([getattr(t, name) for t in trials]) for name in ("density", "coverage"))
+    assert {t.k for t in trials} == {min(k, m - 1)} and len({t.expected for t in trials}) == 1
+    error = 4 * covered.std(ddof=1) / len(trials) ** 0.5
+    assert covered.mean() == pytest.approx(trials[0].expected, abs=error)
+    assert density.mean() == pytest.approx(1, abs=4 * density.std(ddof=1) / len(trials) ** 0.5)
+
+
+def test_coverage_is_what_the_definition_says():
+    made, real, k = normal(7, 2), normal(9, 2, 1), 2
+    inside = []
+    for i, x in enumerate(real):
+        others = sorted((x - y).norm().item() for j, y in enumerate(real) if j != i)
+        inside.append([(x - y).norm().item() <= others[k - 1] for y in made])
+    found = coverage(made, real, k)
+    assert found.coverage == pytest.approx(np.mean([any(row) for row in inside]))
+    assert found.density == pytest.approx(np.sum(inside) / (k * len(made)))
 
 
 def test_few_images_of_many_features_are_quick_and_real():
