@@ -232,7 +232,7 @@ def evaluated(
 
 def sampled_models(job: Distillation, unets: UNets) -> dict[str, Prunable]:
     """{name: network}, in the order in which they are evaluated."""
-    converted = {"teacher-v": unets["teacher"]}
+    converted = {"teacher-v": unets["teacher"], "student": unets["student"]}
     students = {stage.name: unets[stage.name] for stage in job.stages}
     return {name: {**converted, **students}.get(name, job.teacher.unet) for name in job.evaluated}
 

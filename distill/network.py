@@ -130,17 +130,22 @@ class Distillation:
 
     @property
     def evaluated(self) -> tuple[str, ...]:
-        """The models that are evaluated, in order: the teacher's samplers, the teacher converted to v, the students."""
+        """The models that are evaluated, in order: the teacher's samplers, the teacher converted to v, a student of
+        another network before its distillation, the students of few steps."""
         teachers = ["teacher"] + ([] if self.is_flow else ["teacher-dpm"]) + ([] if self.predicts_v else ["teacher-v"])
         if self.flow and stretched(self.shifted, 2, self.flow) is not self.scheduler:
             teachers.append("teacher-stretched")
-        return *teachers, *(stage.name for stage in self.stages if stage.name.startswith("steps-"))
+        undistilled = ["student"] if self.distillation.student else []
+        return *teachers, *undistilled, *(stage.name for stage in self.stages if stage.name.startswith("steps-"))
 
     def evaluated_steps(self, name: str) -> list[int]:
-        """At which a model is evaluated, most first; the teacher at the reference's, too.
+        """At which a model is evaluated, most first; the teacher at the reference's, too, and an undistilled student at
+        these alone.
 
         A scheduler with `shift_terminal` cannot make one step (models/flow.py).
         """
+        if name == "student":
+            return [self.distillation.steps[0]]
         more = {self.distillation.steps[0]} if name == "teacher" else set()
         steps = sorted({*self.teacher.config.curves.steps, *more}, reverse=True)
         if name == "teacher":
@@ -167,7 +172,7 @@ class Distillation:
                 return own
             case "teacher-dpm":
                 return on_the_grid(self.distillation, diffusers.DPMSolverMultistepScheduler, own)
-            case "teacher-v":
+            case "teacher-v" | "student":
                 return self.scheduler
             case "teacher-stretched":
                 return stretched(self.shifted, steps, self.flow)

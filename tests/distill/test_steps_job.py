@@ -12,6 +12,7 @@ import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
 from safetensors.torch import save_file
 
+from slimstep.eval.pages.few_step import write_few_step
 from slimstep.eval.pages.steps_page import error_ratio
 from slimstep.eval.record import read_evaluation
 from slimstep.eval.sampling import Sampler
@@ -151,6 +152,9 @@ def test_a_pruned_student_of_an_epsilon_teacher_is_converted_to_v_recovered_and_
     points = json.loads((path / "evaluation.json").read_text())["points"]
     assert {p["protocol"]["prediction_type"] for p in points if p["model"] == "teacher"} == {"epsilon"}
     assert {p["protocol"]["prediction_type"] for p in points if p["model"] == "teacher-v"} == {"v_prediction"}
+    assert [(p["steps"], p["protocol"]["prediction_type"]) for p in points if p["model"] == "student"] == [
+        (4, "v_prediction")
+    ]
     assert list(stages) == ["velocity-teacher", "velocity-student", "repair", "teacher-2", "steps-2", "steps-1"]
     student = load_pipeline(path / "steps-1/export")
     assert student.unet.config.depths == {"mid_block.attentions.0": 0}
@@ -182,6 +186,24 @@ def assert_drawn_alike_elsewhere(export, steps, tmp_path, guidance=2.5):
     assert done.returncode == 0, done.stderr
     theirs = torch.from_numpy(np.load(tmp_path / "images.npy")).permute(0, 3, 1, 2)
     assert (theirs.int() - ours.int()).abs().max() <= 1
+
+
+@pytest.mark.slow
+def test_distillations_of_a_network_and_a_pruned_one_make_the_table_of_size_and_steps(tmp_path, pruned, tiny_model):
+    model = [*tiny_model, f"model.name_or_path={pruned / 'teacher'}", "distillation.steps=[4,2]", *DIVERSITY]
+    networks = {"full": [], "pruned": [f"distillation.student={pruned / 'student'}"]}
+    for name, own in networks.items():
+        done = run(*model, f"root={tmp_path / name}", *own)
+        assert done.returncode == 0, done.stderr
+    write_few_step([(name, tmp_path / name / "distill_steps") for name in networks], tmp_path / "out")
+    rows = json.loads((tmp_path / "out/table.json").read_text())["rows"]
+    assert [(row["network"], row["model"], row["steps"]) for row in rows] == [
+        ("full", "teacher", 4), ("full", "steps-2", 2), ("pruned", "student", 4), ("pruned", "steps-2", 2)
+    ]  # fmt: skip
+    for row in rows[1:]:
+        metrics = row["metrics"]
+        assert metrics["clip"]["versus_reference"] and metrics["diversity"]["ratio_to_reference"]["ratio"] > 0
+        assert metrics["fd"]["coverage"] <= 1 and metrics["latent_error"]["mean"] > 0 and row["unet_ms"] > 0
 
 
 @pytest.mark.slow
