@@ -20,7 +20,8 @@ class Point:
     """A model at one setting.
 
     `metrics`: {name: {"kind", …}}; of kind per_image and paired "mean", "se" and "per_prompt" (a value for every
-    distinct prompt), and "versus_reference", the paired difference to the reference; of kind distribution its numbers.
+    distinct prompt), and "versus_reference", the paired difference to the reference; of kind per_prompt, measured by
+    "seeds" images of each of the first "n" prompts, "ratio_to_reference" too; of kind distribution its numbers.
     A paired metric has the reference's images of the same noise beside it, and is None for images of another size.
     `facts`: what else is known, as "parameters" and "evaluations" (of the network, for one image).
     """
