@@ -34,7 +34,7 @@ def no_ranking(monkeypatch):
 
 def test_latents_are_cached_and_images_evaluated(run, tmp_path):
     assert run("cache_latents")[0] == 0
-    code, waits = run("evaluate", *EVAL, *CURVES)
+    code, waits = run("evaluate", *EVAL, *CURVES, "evaluation.diversity_prompts=2", "evaluation.diversity_seeds=2")
     assert code == 0 and list((tmp_path / "runs").glob("evaluate*/evaluation.json"))
     assert any("eval/metrics/clip.py" in wait for wait in waits)
 
