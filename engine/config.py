@@ -38,7 +38,7 @@ class TrainConfig:
     accumulation: int = 1
     optimizer: str = "adamw"
     learning_rate: float = 1e-4
-    learning_rates: dict[str, float] | None = None
+    learning_rates: Any = None  # {network: rate}; a typed table that begins as None takes none from the command line
     betas: list[float] = field(default_factory=lambda: [0.9, 0.99])
     weight_decay: float = 0.01
     warmup_steps: int = 50
@@ -62,7 +62,7 @@ class TrainConfig:
         check_minimum("train", self, 1, *names)
         if len(self.betas) != 2:
             raise ValueError(f"train: betas={self.betas} must be two numbers")
-        rates = {f"learning_rates.{name}": rate for name, rate in (self.learning_rates or {}).items()}
+        rates = {f"learning_rates.{name}": rate for name, rate in as_rates(self.learning_rates).items()}
         for name, value in {"learning_rate": self.learning_rate, "max_grad_norm": self.max_grad_norm, **rates}.items():
             if not 0 < value < math.inf:
                 raise ValueError(f"train: {name}={value} must be above 0")
@@ -72,6 +72,14 @@ class TrainConfig:
             raise ValueError("train.keep_best=true needs train.evaluate_every, the steps between two evaluations")
         if not all(0 <= share < 1 for share in (self.ema_decay, *self.betas)):
             raise ValueError(f"train: ema_decay={self.ema_decay} and betas={self.betas} must lie in [0, 1)")
+
+
+def as_rates(value: Any) -> dict[str, float]:
+    """{network: rate}. ValueError for what is no such table."""
+    table = value or {}
+    if not isinstance(table, dict) or not all(isinstance(rate, (int, float)) for rate in table.values()):
+        raise ValueError(f"train.learning_rates={value} must be a table of numbers, as {{fake_score: 2e-5}}")
+    return table
 
 
 @dataclass

@@ -43,6 +43,8 @@ OmegaConf.register_new_resolver("here", lambda path: str(ROOT / path), replace=T
 OmegaConf.register_new_resolver("made", lambda artifact, *, _root_: str(run_path(_root_) / artifact), replace=True)
 OmegaConf.register_new_resolver("last", lambda values: values[-1], replace=True)
 
+COMPOSE_ERRORS = (*USER_ERRORS, AssertionError, AttributeError)  # the last two where an override goes into a null key
+
 
 def main() -> None:
     """Runs the experiment the command line names. Exit codes: 0, 1 for a mistake, 75 after SIGTERM, or the job's."""
@@ -150,7 +152,7 @@ def check_overrides(arguments: list[str]) -> DictConfig | None:
     with hydra.initialize_config_dir(str(CONFIGS), version_base="1.3"):
         try:
             config = hydra.compose("train", overrides, return_hydra_config=True)
-        except USER_ERRORS as error:
+        except COMPOSE_ERRORS as error:
             fail(explain(error, overrides) if int(os.environ.get("RANK", 0)) == 0 else "")
     of_hydra = any(override.lstrip("+~").startswith("hydra") for override in overrides)
     return config if arguments == overrides and not of_hydra else None
@@ -178,13 +180,15 @@ def explain(error: Exception, overrides: list[str]) -> str:
         try:
             hydra.compose("train", ordered[:middle])
             fitting = middle
-        except USER_ERRORS as culprit:
+        except COMPOSE_ERRORS as culprit:
             error, failing = culprit, middle
     if failing > len(ordered):
         return one_line(error)
     before, override = hydra.compose("train", ordered[:fitting]), ordered[fitting]
     parent, _, leaf = override.partition("=")[0].lstrip("+~").rpartition(".")
     section = OmegaConf.select(before, parent) if parent else before
+    if parent and section is None:
+        return f"{override}: {parent} is null; give it whole, as '{parent}={{{leaf}: …}}'"
     changes = override[:1] not in ("+", "~") and "/" not in leaf
     if changes and OmegaConf.is_dict(section) and leaf not in list(section):  # `in` passes over missing values
         if leaf == "experiment":

@@ -45,6 +45,8 @@ PRUNING = {
     "unknown group choice": (["search=best"], r"Could not find 'search/best'.*snapfusion"),
     "unknown model": (["model=sd3"], r"Could not find 'model/sd3'.*sd15"),
     "misspelt key": (["train.stps=3"], r"train has no key 'stps'; did you mean steps\?"),
+    "a key of null": (["train.learning_rates.fake_score=1"], r"train.learning_rates is null; give it whole, as"),
+    "rates of nothing": (["train.learning_rates={a: b}"], r"must be a table of numbers, as \{fake_score: 2e-5\}"),
     "misspelt group": (["serch=manual"], r"has no key 'serch'; did you mean search\?"),
     "new key": (["+train.momentum=1"], r"no key train.momentum"),
     "unbalanced braces": (["train={steps:3"], r"train=\{steps:3"),
