@@ -20,7 +20,9 @@ from slimstep.models.noise_schedule import NoiseSchedule
 
 @dataclass(eq=False)
 class Recovery:
-    """Denoising loss + `output_weight` · output distillation + `feature_weight` · feature distillation.
+    """`denoising_weight` · denoising loss + `output_weight` · output distillation + `feature_weight` · feature
+    distillation. Without the first the data give inputs alone, and the teacher all targets: what a teacher of few
+    steps gives at its timesteps is an image, and what the data give there is a mean of many.
 
     Features are the outputs of every down, mid and up level. Each level's squared error is divided by the teacher's
     mean square there (LAPTOP-Diff, section 3.3), so that no level drowns the others; BK-SDM uses the plain sum.
@@ -33,13 +35,14 @@ class Recovery:
     output_weight: float = 1.0
     feature_weight: float = 0.5
     caption_dropout: float = 0.1
+    denoising_weight: float = 1.0
 
     requires = Requirements(feature_hooks=True)
 
     def __post_init__(self) -> None:
         check_fraction("recovery.objective", caption_dropout=self.caption_dropout)
-        weights = {"output_weight": self.output_weight, "feature_weight": self.feature_weight}
-        check_not_negative("recovery.objective", **weights)
+        names = ("denoising_weight", "output_weight", "feature_weight")
+        check_not_negative("recovery.objective", **{name: getattr(self, name) for name in names})
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         noisy = draw_noisy(batch, self.schedule, self.uncond, self.caption_dropout, generator)
@@ -54,7 +57,7 @@ class Recovery:
             "output": nn.functional.mse_loss(pred_BCHW, target_BCHW),
             "features": torch.stack([relative_error(of_student[name], of_teacher[name]) for name in shared]).mean(),
         }
-        weights = {"denoising": 1.0, "output": self.output_weight, "features": self.feature_weight}
+        weights = {"denoising": self.denoising_weight, "output": self.output_weight, "features": self.feature_weight}
         return cast(Tensor, sum(weights[name] * value for name, value in metrics.items())), metrics
 
 

@@ -156,16 +156,17 @@ class BenchmarkConfig:
 
 @dataclass
 class CurvesConfig:
-    """Numbers of steps and guidance scales at which the teacher and every student are evaluated."""
+    """Numbers of steps and guidance scales at which the teacher and every student are evaluated; 0 and 1 are both
+    without guidance."""
 
     steps: list[int] = field(default_factory=lambda: [1, 2, 4, 8, 16, 32])
     guidance: list[float] = field(default_factory=lambda: [1.0, 2.5, 7.5])
 
     def __post_init__(self) -> None:
-        for name in ("steps", "guidance"):
+        for name, least in {"steps": 1, "guidance": 0}.items():
             values = getattr(self, name)
-            if not values or not all(1 <= value < math.inf for value in values):
-                raise ValueError(f"curves.{name}={values} must be a list of numbers from 1 up")
+            if not values or not all(least <= value < math.inf for value in values):
+                raise ValueError(f"curves.{name}={values} must be a list of numbers from {least} up")
 
 
 @dataclass

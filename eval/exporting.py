@@ -12,7 +12,7 @@ from slimstep.engine.run import FINISHED, Run
 from slimstep.eval.inputs import Teacher
 from slimstep.eval.record import Point, Values
 from slimstep.models.card import Origin, origin_of, write_card
-from slimstep.models.networks import part_of, sequence_length
+from slimstep.models.networks import part_of, sequence_length, trained_steps_of
 from slimstep.models.pipeline import export_pipeline
 
 log = logging.getLogger("slimstep")
@@ -28,8 +28,8 @@ def export(
     """The folder `name` of the run: the student as it was evaluated, but for its own `steps` and guidance."""
     sampling = teacher.config.eval
     scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
-    length = sequence_length(student)
-    origin = Origin(str(teacher.config.model.name_or_path), steps or sampling.steps, scale, length)
+    length, trained = sequence_length(student), trained_steps_of(student) and (steps or trained_steps_of(student))
+    origin = Origin(str(teacher.config.model.name_or_path), steps or sampling.steps, scale, length, trained)
 
     def write(folder: Path) -> None:
         log.info(f"exported: {export_pipeline(student, folder, origin=origin).load}")

@@ -36,7 +36,7 @@ from slimstep.models.denoiser import NUM_TOKENS
 from slimstep.models.described import no_weights
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.family import family_of, schedule_for
-from slimstep.models.networks import DENOISERS, network_of
+from slimstep.models.networks import DENOISERS, network_of, trained_steps_of
 from slimstep.models.noise_schedule import NoiseSchedule
 from slimstep.models.pipeline import networks, to_device, upcast_vae
 from slimstep.models.sizes import native_pixels, set_resolution
@@ -97,7 +97,9 @@ class Teacher:
     def sampler(self, settings: SamplingConfig, pipeline: DiffusionPipeline | None = None) -> Sampler:
         """What draws images as a section of the configuration says."""
         values = settings.steps, settings.guidance_scale, settings.seed
-        return Sampler(pipeline or self.pipeline, *values, precision=self.precision)
+        sampler = Sampler(pipeline or self.pipeline, *values, precision=self.precision)
+        check_trained(self, sampler)
+        return sampler
 
 
 def load_teacher(config: Config, run: Run) -> Teacher:
@@ -119,6 +121,19 @@ def teacher_of(pipeline: DiffusionPipeline, config: Config, run: Run) -> Teacher
         config.data.resolution = native_pixels(pipeline)
     set_resolution(pipeline, config.data.resolution)
     return Teacher(frozen(pipeline), config, run)
+
+
+def check_trained(teacher: Teacher, sampler: Sampler) -> None:
+    """ValueError where a teacher that was distilled to a few steps is to be sampled at timesteps it never learnt."""
+    if not (steps := trained_steps_of(teacher.pipeline)):
+        return
+    trained_N, starts_S = schedule_for(teacher.pipeline).trained_N, sampler.starts
+    if (starts_S[:, None] - trained_N).abs().amin(dim=1).max() >= 0.5:  # of so many timesteps; a flow's are no integers
+        raise ValueError(
+            f"{sampler.steps} steps are not among the timesteps that {teacher.config.model.name_or_path} was distilled "
+            f"to, model.trained_steps={steps}: set eval.steps, scoring.steps and latents.steps to {steps} and their "
+            "guidance_scale to 0 or 1, as +experiment=prune_few_step does"
+        )
 
 
 def has_weights(pipeline: DiffusionPipeline | Prunable) -> bool:

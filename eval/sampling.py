@@ -41,9 +41,9 @@ class Sampler:
     """Draws images with the scheduler, text encoder and VAE of `pipeline`, as far as it has them, and any UNet that
     fits between them.
 
-    `guidance_scale` 1 runs the UNet once per image and step; above 1 each step is one UNet batch of 2B. A UNet with
-    guidance embedding takes the scale instead, and runs once. `scheduler` takes the place of the pipeline's own.
-    Stochastic schedulers draw from one generator per image, so they are as reproducible as the others (η is 0).
+    `guidance_scale` from 0 to 1 runs the UNet once per image and step; above 1 each step is one UNet batch of 2B. A
+    UNet with guidance embedding takes the scale instead, and runs once. `scheduler` takes the place of the pipeline's
+    own. Stochastic schedulers draw from one generator per image, so they are as reproducible as the others (η is 0).
     `precision` is that of networks whose weights are float32: float32 strictly, tf32, or the UNet in bfloat16 by
     autocast and the decoder in TF32 where the device has it.
 
@@ -87,9 +87,14 @@ class Sampler:
 
     def evaluations(self, unet: nn.Module) -> int:
         """How often the UNet is asked for one image; some schedulers ask more than once a step."""
+        return len(self.starts) * (2 if self.guides(unet) else 1)
+
+    @property
+    def starts(self) -> Tensor:
+        """[evaluations of one row]: the timesteps at which the UNet is asked."""
         scheduler = copy.deepcopy(self.scheduler)
         set_steps(scheduler, self.steps, self.flow)
-        return len(scheduler.timesteps) * (2 if self.guides(unet) else 1)
+        return scheduler.timesteps.cpu()
 
     @property
     def protocol(self) -> dict:

@@ -24,6 +24,7 @@ class Origin:
     steps: int
     guidance_scale: float
     max_sequence_length: int | None = None  # None: the default of its pipeline, if that has one
+    trained_steps: int | None = None  # those that its network was distilled to, None where it learnt all timesteps
 
 
 @dataclass(frozen=True)

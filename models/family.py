@@ -24,8 +24,8 @@ from slimstep.models.families.transformer.others import OTHERS, REFUSED
 from slimstep.models.families.transformer.single_file import names_in
 from slimstep.models.families.unet2d import family as unet2d
 from slimstep.models.flow import FlowSteps, is_flow
-from slimstep.models.networks import DENOISERS, network_of
-from slimstep.models.noise_schedule import NoiseSchedule, schedule_of
+from slimstep.models.networks import DENOISERS, network_of, trained_steps_of
+from slimstep.models.noise_schedule import RectifiedFlow, VariancePreserving, schedule_of, trained_at_steps
 
 
 class Family(Protocol):
@@ -186,8 +186,13 @@ def denoiser_of(network: nn.Module, prediction_type: str = "epsilon") -> Denoise
 
 def schedule_for(
     pipeline: DiffusionPipeline, scheduler: Any = None, device: str | torch.device = "cpu"
-) -> NoiseSchedule:
-    """The noise schedule of a pipeline, or of another scheduler in it; ValueError as `schedule_of` raises it."""
+) -> VariancePreserving | RectifiedFlow:
+    """The noise schedule of a pipeline, or of another scheduler in it; ValueError as `schedule_of` raises it.
+
+    Where the pipeline was distilled to a few steps, it is trained at the timesteps of these alone.
+    """
     scheduler = scheduler or pipeline.scheduler
     flow = flow_of(pipeline) if is_flow(scheduler) else None
-    return schedule_of(scheduler, device, flow)
+    schedule = schedule_of(scheduler, device, flow)
+    steps = trained_steps_of(pipeline)
+    return trained_at_steps(schedule, pipeline.scheduler, steps) if steps else schedule

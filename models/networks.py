@@ -126,7 +126,7 @@ def without_memory(network: nn.Module) -> list[str]:
     return [name for name, weight in network.state_dict().items() if weight.is_meta]
 
 
-REMEMBERED = ("sequence_length", "block_origins")  # by a pipeline, beside its components and options
+REMEMBERED = ("sequence_length", "block_origins", "trained_steps")  # by a pipeline, beside its components and options
 
 
 def with_unet(pipeline: DiffusionPipeline, unet: nn.Module, **parts) -> DiffusionPipeline:
@@ -147,6 +147,17 @@ def with_sequence_length(pipeline: DiffusionPipeline, length: int | None) -> Dif
 def sequence_length(pipeline: DiffusionPipeline) -> int | None:
     """The max_sequence_length that a pipeline was loaded with; None for its own default."""
     return pipeline.__dict__.get("sequence_length")
+
+
+def with_trained_steps(pipeline: DiffusionPipeline, steps: int | None) -> DiffusionPipeline:
+    """The same pipeline, which remembers the number of steps that it was distilled to; None: it was not."""
+    pipeline.__dict__["trained_steps"] = steps
+    return pipeline
+
+
+def trained_steps_of(pipeline: DiffusionPipeline) -> int | None:
+    """The number of steps at whose timesteps alone the network was trained; None for one that learnt all of them."""
+    return pipeline.__dict__.get("trained_steps")
 
 
 def with_block_origins(pipeline: DiffusionPipeline, blocks: Mapping[str, Sequence[str]]) -> DiffusionPipeline:

@@ -8,7 +8,7 @@ Axes: B batch, T training timesteps, N steps of a sampler, K bounds of a step. z
 """
 
 import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -50,13 +50,15 @@ class NoiseSchedule(Protocol):
 class VariancePreserving:
     """α_t and σ_t (α² + σ² = 1) in tables of a network's training timesteps, and what it predicts.
 
-    Timestep −1 is where a sampler's last step lands: `final_alpha`, 1 for clean samples.
+    Timestep −1 is where a sampler's last step lands: `final_alpha`, 1 for clean samples. `trained_N` are the only
+    timesteps that are trained at, where the network was distilled to a few.
     """
 
     alpha_T: Tensor
     sigma_T: Tensor
     prediction_type: str
     final_alpha: float = 1.0
+    trained_N: Tensor | None = None
 
     def __post_init__(self) -> None:
         if self.prediction_type not in PREDICTION_TYPES:
@@ -71,6 +73,8 @@ class VariancePreserving:
         return alpha_B, sigma_B
 
     def sample_times(self, size: int, generator: torch.Generator) -> Tensor:
+        if self.trained_N is not None:
+            return one_of(self.trained_N, size, generator)
         return torch.randint(len(self), (size,), generator=generator, device=generator.device)
 
     def time_at(self, share_B: Tensor) -> Tensor:
@@ -100,7 +104,8 @@ class RectifiedFlow:
 
     T is `num_train_timesteps`: a time is the timestep that a pipeline gives its network. Training times are
     logit-normal, with mean 0 and standard deviation `std`, and shifted as the scheduler's (Esser et al. 2024, section
-    3.1). `steps`: how the pipeline makes its steps.
+    3.1); or, where the network was distilled to a few times, one of these, `trained_N`. `steps`: how the pipeline makes
+    its steps.
     """
 
     prediction_type: str = "flow"
@@ -108,12 +113,15 @@ class RectifiedFlow:
     shift: float = 1.0
     std: float = 1.0
     steps: FlowSteps = FlowSteps()
+    trained_N: Tensor | None = None
 
     def alpha_sigma(self, t_B: Tensor) -> Level:
         sigma_B = t_B / self.num_train_timesteps
         return 1 - sigma_B, sigma_B
 
     def sample_times(self, size: int, generator: torch.Generator) -> Tensor:
+        if self.trained_N is not None:
+            return one_of(self.trained_N, size, generator)
         u_B = torch.sigmoid(self.std * torch.randn(size, generator=generator, device=generator.device))
         return self.time_at(u_B)
 
@@ -158,6 +166,19 @@ def schedule_of(
     final_alpha = float(getattr(scheduler, "final_alpha_cumprod", 1.0)) ** 0.5
     alpha_T, sigma_T = alpha_bar_T.sqrt().float(), (1 - alpha_bar_T).sqrt().float()
     return VariancePreserving(alpha_T, sigma_T, scheduler.config.get("prediction_type"), final_alpha)
+
+
+def trained_at_steps(
+    schedule: "VariancePreserving | RectifiedFlow", scheduler: SchedulerMixin, steps: int
+) -> "VariancePreserving | RectifiedFlow":
+    """The schedule of a network that learnt nothing but the timesteps at which `scheduler` starts so many steps."""
+    return replace(schedule, trained_N=schedule.grid(scheduler, steps)[:, 0])
+
+
+def one_of(times_N: Tensor, size: int, generator: torch.Generator) -> Tensor:
+    """[size] of these times, each as likely as the others, on the generator's device."""
+    index = torch.randint(len(times_N), (size,), generator=generator, device=generator.device)
+    return times_N.to(generator.device)[index]
 
 
 # ---- what holds on every schedule

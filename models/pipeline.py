@@ -19,7 +19,7 @@ from slimstep.engine.quiet import one_line, preview, quiet
 from slimstep.models.card import EXPORT_REPORT, Origin, Reading, origin_of, read_export_report, write_card
 from slimstep.models.checkpoint import is_single_file
 from slimstep.models.families.exported import chained
-from slimstep.models.family import family_at, family_of
+from slimstep.models.family import family_at, family_of, flow_of, schedule_for
 from slimstep.models.folder import check_pickles, check_variant, check_weights
 from slimstep.models.lora import check_loras, fuse_loras
 from slimstep.models.networks import (
@@ -27,13 +27,21 @@ from slimstep.models.networks import (
     network_of,
     part_of,
     text_encoders,
+    trained_steps_of,
     with_block_origins,
     with_sequence_length,
+    with_trained_steps,
     with_unet,
     without_memory,
 )
 from slimstep.models.readers import readers
-from slimstep.models.schedulers import replacement, scheduler_class, swapped_scheduler
+from slimstep.models.schedulers import (
+    changed_scheduler,
+    check_sampling,
+    respaced,
+    scheduler_class,
+    swapped_scheduler,
+)
 
 DType = Literal["float32", "float16", "bfloat16"]
 
@@ -65,6 +73,8 @@ def load_pipeline(
     loras: Sequence[Any] = (),
     vae: str | None = None,
     max_sequence_length: int | None = None,
+    timestep_spacing: str | None = None,
+    trained_steps: int | None = None,
 ) -> DiffusionPipeline:
     """A pipeline of a known family (models/family.py) whose `unet` is prunable, in eval mode on the CPU.
 
@@ -74,13 +84,17 @@ def load_pipeline(
     .ckpt and .pt files too. scheduler: another than the model's own (models/schedulers.py). loras: {path, scale}, fused
     in that order into UNet and text encoders. vae: another autoencoder (models/autoencoder.py).
     max_sequence_length: what the pipeline's call is to be given; None: what an export was made with, else its default.
+    timestep_spacing: another than the scheduler's (`trailing`). trained_steps: the steps that a few-step model was
+    distilled to, at whose timesteps alone it is trained on; None: those that an export's teacher was, else none.
     Raises ValueError where one of them is none of these, or the pipeline has no such UNet.
     """
-    check_pipeline(name_or_path, variant, allow_pickle, single_file_config, scheduler, loras)
+    check_pipeline(name_or_path, variant, allow_pickle, single_file_config, scheduler, loras, timestep_spacing)
     pipeline = read_pipeline(name_or_path, dtype, variant, allow_pickle, single_file_config, vae)
     fuse_loras(pipeline, loras)
     if scheduler:
         pipeline.register_modules(scheduler=swapped_scheduler(pipeline.scheduler, scheduler))
+    if timestep_spacing:
+        pipeline.register_modules(scheduler=respaced(pipeline.scheduler, timestep_spacing))
     for module in networks(pipeline):
         module.eval()
         own_memory(module)
@@ -91,7 +105,22 @@ def load_pipeline(
         raise ValueError(f"model.max_sequence_length={length}: a {type(pipeline).__name__} has no such argument")
     is_whole = not getattr(network_of(pipeline), "architecture", None)  # a table is of the full model's own blocks
     blocks = (read_export_report(Path(name_or_path)) or {}).get("blocks", {}) if is_whole else {}
+    with_trained_steps(pipeline, trained_steps or (origin and origin.trained_steps))
+    check_trained_steps(pipeline)
     return with_block_origins(with_sequence_length(pipeline, length), blocks)
+
+
+def check_trained_steps(pipeline: DiffusionPipeline) -> None:
+    """ValueError for a number of steps that the pipeline's scheduler cannot make, or of which none can be trained."""
+    if not (steps := trained_steps_of(pipeline)):
+        return
+    if not 1 <= steps <= (timesteps := pipeline.scheduler.config.num_train_timesteps):
+        raise ValueError(f"model.trained_steps={steps} must be between 1 and the scheduler's {timesteps} timesteps")
+    try:
+        check_sampling(pipeline.scheduler, steps, flow_of(pipeline))
+        schedule_for(pipeline)
+    except ValueError as error:
+        raise ValueError(f"model.trained_steps={steps}: {one_line(error)}") from error
 
 
 def upcast_vae(pipeline: DiffusionPipeline) -> None:
@@ -138,6 +167,7 @@ def check_pipeline(
     single_file_config: str | None = None,
     scheduler: str | None = None,
     loras: Sequence[Any] = (),
+    timestep_spacing: str | None = None,
 ) -> None:
     """ValueError, before any weights are read, for what load_pipeline cannot load."""
     with quiet():
@@ -150,11 +180,14 @@ def check_pipeline(
             check_weights(name_or_path, variant)
     if scheduler:
         scheduler_class(scheduler)
-        stored_scheduler(name_or_path, scheduler)
+    if scheduler or timestep_spacing:
+        stored_scheduler(name_or_path, scheduler, timestep_spacing)
     check_loras(loras)
 
 
-def stored_scheduler(name_or_path: str | Path, scheduler: str | None = None):
+def stored_scheduler(
+    name_or_path: str | Path, scheduler: str | None = None, timestep_spacing: str | None = None
+) -> Any:
     """The scheduler of a folder or hub id, or another in its place, without any weights; None for a single file.
 
     Raises ValueError where it cannot be read, or the other cannot take its place.
@@ -167,7 +200,7 @@ def stored_scheduler(name_or_path: str | Path, scheduler: str | None = None):
             stored = kind.from_pretrained(name_or_path, subfolder="scheduler")
     except (OSError, ValueError, AttributeError, KeyError, IndexError, TypeError) as error:  # damaged in some way
         raise ValueError(f"model {str(name_or_path)!r} has no scheduler that can be read: {one_line(error)}") from error
-    return replacement(stored, scheduler) if scheduler else stored
+    return changed_scheduler(stored, scheduler, timestep_spacing)
 
 
 def export_pipeline(

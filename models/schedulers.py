@@ -33,6 +33,7 @@ OPTIONS = {"dpmsolver++": {"algorithm_type": "dpmsolver++"}}
 # Where the model's own scheduler says nothing of them: latents are not clipped, and PNDM has no Runge-Kutta steps.
 UNSAID = {"clip_sample": False, "skip_prk_steps": True}
 ONE_SPACING = {"DPMSolverSinglestepScheduler": "linspace", "LCMScheduler": "trailing", "TCDScheduler": "trailing"}
+SPACINGS = ("leading", "linspace", "trailing")
 SOLVERS_OWN = ("algorithm_type", "solver_type", "solver_order", "lower_order_final")  # they mean other things elsewhere
 LEFT_OUT = ("clip_sample", "thresholding", "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas",
             "use_lu_lambdas")  # fmt: skip
@@ -51,6 +52,24 @@ def scheduler_class(name: str) -> type:
     if class_name not in SHORT.values():
         raise ValueError(f"model.scheduler={name!r} is unknown; choose from {', '.join(SHORT)} or a class of diffusers")
     return getattr(diffusers, class_name)
+
+
+def changed_scheduler(scheduler, name: str | None, spacing: str | None):
+    """The scheduler that `model.scheduler` and `model.timestep_spacing` ask for, without a word; the same for None."""
+    swapped = replacement(scheduler, name) if name else scheduler
+    return respaced(swapped, spacing) if spacing else swapped
+
+
+def respaced(scheduler, spacing: str):
+    """The scheduler with another `timestep_spacing`: few-step models that share a file with a model of many steps are
+    sampled with `trailing`. Raises ValueError for an unknown one, and for a class that has one spacing or none."""
+    kind = type(scheduler)
+    if spacing not in SPACINGS:
+        raise ValueError(f"model.timestep_spacing={spacing} is unknown; choose from {', '.join(SPACINGS)}")
+    if "timestep_spacing" not in fields_of(kind) or ONE_SPACING.get(kind.__name__, spacing) != spacing:
+        always = ONE_SPACING.get(kind.__name__, "in a way of its own")
+        raise ValueError(f"model.timestep_spacing={spacing}: {kind.__name__} spaces its timesteps {always}, always")
+    return built(kind, {**stated(scheduler), "timestep_spacing": spacing})
 
 
 def swapped_scheduler(scheduler, name: str):
