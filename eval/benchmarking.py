@@ -49,6 +49,10 @@ class Benchmark:
         if run.accelerator.num_processes > 1 and not config.plan:
             raise ValueError("times are those of one process: start the benchmark without accelerate launch's others")
         self.models = given_models(config, [config.eval.steps], "time")
+        for name, model in self.models.models.items():
+            if own := [*model.options, *(["guidance"] if model.guidance is not None else [])]:
+                way = "time it by itself, with model.… and eval.guidance_scale, or an export of it"
+                raise ValueError(f"models.{name} has {', '.join(own)}, which +experiment=evaluate alone reads: {way}")
         self.models.check()
         if not self.models.is_conditional:
             raise ValueError(f"{self.models.paths} take no prompts, and what is timed here begins with their encoding; "

@@ -1,7 +1,8 @@
 """Finished pipelines as `models` of the configuration names them: their names, numbers of steps, and how they load."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,28 +22,36 @@ from slimstep.models.schedulers import check_sampling
 from slimstep.models.sizes import native_pixels, set_resolution
 
 LONGEST_NAME = 200  # bytes of a model's: steps and guidance scale follow it in names of files
-ITS_OWN = ("variant", "scheduler", "loras", "vae")  # keys of `model` that are of this one model
-CHECKED = ("variant", "allow_pickle", "single_file_config", "scheduler", "loras")
+ITS_OWN = ("variant", "scheduler", "timestep_spacing", "loras", "vae")  # keys of `model` that are of this one model
+CHECKED = ("variant", "allow_pickle", "single_file_config", "scheduler", "timestep_spacing", "loras")
 
 
 @dataclass(frozen=True)
 class GivenModel:
-    """A model as `models` names it: a path alone, or {path: …, steps: […]}, its own numbers of sampling steps."""
+    """A model as `models` names it: a path alone, or {path: …} with its own numbers of sampling `steps`, its own
+    `guidance`, a scale, and `options`, how it alone is loaded, as a LoRA of few steps with its scheduler."""
 
     path: str
     steps: tuple[int, ...] = ()
+    guidance: float | None = None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(cls, name: str, value: Any) -> "GivenModel":
         check_name(name, "models", LONGEST_NAME)
         if not isinstance(value, Mapping):
             return cls(str(value))
-        steps = value.get("steps", [])
-        if set(value) - {"path", "steps"} or not value.get("path") or not isinstance(steps, list):
-            raise ValueError(f"models.{name}={value} must be a path, or {{path: FOLDER, steps: [32, 8]}}")
+        steps, guidance = value.get("steps", []), value.get("guidance")
+        options = {key: option for key, option in value.items() if key in ITS_OWN}
+        if set(value) - {"path", "steps", "guidance", *ITS_OWN} or not value.get("path") or not isinstance(steps, list):
+            more = f"; it may also have {', '.join(ITS_OWN)}, as model has them"
+            way = f"must be a path, or {{path: FOLDER, steps: [4], guidance: 0}}{more}"
+            raise ValueError(f"models.{name}={value} {way}")
         if not all(isinstance(n, int) and n >= 1 for n in steps):
             raise ValueError(f"models.{name}.steps={steps} must be numbers from 1 up")
-        return cls(str(value["path"]), tuple(steps))
+        if guidance is not None and not (isinstance(guidance, (int, float)) and 0 <= guidance < math.inf):
+            raise ValueError(f"models.{name}.guidance={guidance} must be a number from 0 up")
+        return cls(str(value["path"]), tuple(steps), guidance if guidance is None else float(guidance), options)
 
 
 @dataclass(frozen=True)
@@ -80,17 +89,35 @@ class GivenModels:
         """The numbers of sampling steps of a model, most first."""
         return sorted(set(self.models[name].steps or self.default_steps), reverse=True)
 
+    def guidance(self, name: str, compared_at: float) -> float:
+        """The scale that a model is sampled with, where the reference is with `compared_at`."""
+        own = self.models[name].guidance
+        return compared_at if own is None else own
+
+    def compared_at(self, name: str, scales: Sequence[float]) -> list[float]:
+        """The guidance scales of the reference at which a model is compared with it: the first alone, where it has a
+        scale of its own."""
+        return list(scales) if self.models[name].guidance is None else [scales[0]]
+
     def options(self, path: str) -> dict[str, Any]:
         """How a model is loaded: as `model` says, where it is that one; other models share but the way of reading.
 
         So nothing is fused into a student that its teacher is fused with; prompts have the length of each pipeline.
         """
-        others = () if path == self.model["name_or_path"] else (*ITS_OWN, "max_sequence_length")
+        others = () if path == self.model["name_or_path"] else (*ITS_OWN, "max_sequence_length", "trained_steps")
         return {key: value for key, value in self.model.items() if key not in ("_target_", "name_or_path", *others)}
 
-    def load(self, path: str) -> DiffusionPipeline:
+    def options_of(self, name: str) -> dict[str, Any]:
+        """How the model of this name is loaded: as its path is, but for options of its own."""
+        return {**self.options(self.models[name].path), **self.models[name].options}
+
+    def load_named(self, name: str) -> DiffusionPipeline:
+        """The pipeline of this name, with its own options."""
+        return self.load(self.models[name].path, **self.models[name].options)
+
+    def load(self, path: str, **own: Any) -> DiffusionPipeline:
         """A pipeline as it was exported, its own scheduler included, at the resolution that is asked for."""
-        pipeline = load_pipeline(path, **self.options(path))
+        pipeline = load_pipeline(path, **{**self.options(path), **own})
         if self.pixels:
             check_size(pipeline, self.pixels, self.pixels)
             set_resolution(pipeline, self.pixels)
@@ -103,10 +130,10 @@ class GivenModels:
         if astray and (named := self.model["name_or_path"]) not in self.paths.values():
             said = f"model.{astray[0]}={self.model[astray[0]]} is of model.name_or_path={named}"
             raise ValueError(f"{said}, which is not among models={self.paths}: name it there")
-        for path in set(self.paths.values()):
-            check_pipeline(path, **{key: value for key, value in self.options(path).items() if key in CHECKED})
         for name, path in self.paths.items():
-            scheduler = stored_scheduler(path, self.options(path).get("scheduler"))
+            options = self.options_of(name)
+            check_pipeline(path, **{key: value for key, value in options.items() if key in CHECKED})
+            scheduler = stored_scheduler(path, options.get("scheduler"), options.get("timestep_spacing"))
             flow = stored_flow(path) if scheduler and is_flow(scheduler) else None
             for steps in self.steps(name) if scheduler else ():
                 try:
@@ -133,12 +160,16 @@ def given_models(config: Config, default_steps: list[int], purpose: str) -> Give
         raise no_weights(model["name_or_path"])
     if not models:
         raise ValueError(f"models names nothing to {purpose}: models=[FOLDER,…] or models={{teacher: FOLDER, …}}")
+    reference, first = next(iter(models.items()))
+    if first.guidance is not None:
+        way = f"set curves.guidance=[{first.guidance:g}], at which models without a scale of their own are sampled, too"
+        raise ValueError(f"models.{reference}.guidance={first.guidance:g} is of the first model, the reference: {way}")
     return GivenModels(models, tuple(default_steps), model, config.data.resolution)
 
 
 def resolution_of(models: GivenModels) -> int:
     """The pixels that are asked for, or the first model's own."""
-    return models.pixels or native_pixels(models.load(models.paths[models.reference[0]]))
+    return models.pixels or native_pixels(models.load_named(models.reference[0]))
 
 
 def name_models(paths: list[str]) -> dict[str, str]:

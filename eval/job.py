@@ -4,7 +4,7 @@ import copy
 import hashlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -69,7 +69,7 @@ def evaluate(config: Config, run: Run) -> int | Plan:
     has_images = is_conditional and (not config.data.prompt_file or config.evaluation.distribution)
     if config.plan:
         stages = [*(scorer_stage(run) if has_images else []), *evaluation_stages(models, config)]
-        reference = to_device(models.load(models.paths[models.reference[0]]), run.accelerator.device)
+        reference = to_device(models.load_named(models.reference[0]), run.accelerator.device)
         line, hours = time_line(Teacher(reference, config, run), stages, [])
         return Plan("\n".join([stages_table(run, stages), line, *drawing_lines(reference)]), hours)
     if is_conditional:
@@ -84,16 +84,16 @@ def evaluate(config: Config, run: Run) -> int | Plan:
 
 
 def settings(models: GivenModels, config: Config) -> list[tuple[str, int, float]]:
-    """Model, sampling steps and guidance scale of every point."""
-    return [(name, steps, guidance) for name in models.models for guidance in config.curves.guidance
-            for steps in models.steps(name)]  # fmt: skip
+    """Model, sampling steps and guidance scale of every point; the scale is that of the reference beside it."""
+    scales = {name: models.compared_at(name, config.curves.guidance) for name in models.models}
+    return [(name, steps, guidance) for name in scales for guidance in scales[name] for steps in models.steps(name)]
 
 
 def evaluation_stages(models: GivenModels, config: Config) -> Iterator[Stage]:
     """One artifact per model and setting."""
     for name, steps, guidance in settings(models, config):
-        images = image_count(config)
-        yield Stage(place(name, steps, guidance), f"{images} images", images * image_rows(steps, guidance))
+        images, rows = image_count(config), image_rows(steps, models.guidance(name, guidance))
+        yield Stage(place(name, steps, guidance), f"{images} images", images * rows)
     yield Stage("report.html", "")
 
 
@@ -153,15 +153,17 @@ def evaluator_of(
 
     @lru_cache(1)  # one model is in memory at a time
     def pipeline_of(name: str) -> DiffusionPipeline:
-        pipeline = to_device(models.load(models.paths[name]), device)
+        pipeline = to_device(models.load_named(name), device)
         if evaluation.compile:
-            first = sampler(pipeline, models.steps(name)[0], config.curves.guidance[0])
-            compile_pipeline(name, pipeline, first, prompts, config, run)
+            compared_at = models.compared_at(name, config.curves.guidance)
+            scales = [models.guidance(name, scale) for scale in compared_at]
+            first = sampler(pipeline, models.steps(name)[0], scales[0])
+            compile_pipeline(name, pipeline, first, scales, prompts, config, run)
         return pipeline
 
     def candidate(name: str, steps: int, guidance: float) -> Candidate:
         pipeline = pipeline_of(name)
-        drawn = sampler(pipeline, steps, guidance)
+        drawn = sampler(pipeline, steps, models.guidance(name, guidance))
         network = network_of(pipeline)
         parts = {"UNet": network, **({"decoder": drawn.codec.decoder} if drawn.codec else {})}
         facts = {"parameters": {name: count_parameters(part) for name, part in parts.items()},
@@ -173,12 +175,13 @@ def evaluator_of(
 
 
 def compile_pipeline(
-    name: str, pipeline: DiffusionPipeline, sampler: Sampler, prompts: PromptSet, config: Config, run: Run
-) -> None:
+    name: str, pipeline: DiffusionPipeline, sampler: Sampler, scales: Sequence[float], prompts: PromptSet,
+    config: Config, run: Run,
+) -> None:  # fmt: skip
     """Compiles UNet and VAE decoder by drawing a batch, with the graphs that an earlier process has left."""
     parts = [network_of(pipeline), *filter(None, [sampler.codec])]
     size, networks = min(config.eval.batch_size, len(prompts)), [described(part) for part in parts]
-    guided = [guidance > 1 for guidance in config.curves.guidance]
+    guided = [scale > 1 for scale in scales]
     key = [*networks, size, guided, torch.__version__, run.accelerator.device.type]
     key += [] if sampler.precision == "float32" else [sampler.precision]
     file = Path(config.evaluation.artifacts) / f"{hashlib.sha256(str(key).encode()).hexdigest()[:16]}.bin"

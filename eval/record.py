@@ -23,6 +23,7 @@ class Point:
     distinct prompt), and "versus_reference", the paired difference to the reference; of kind per_prompt, measured by
     "seeds" images of each of the first "n" prompts, "ratio_to_reference" too; of kind distribution its numbers.
     A paired metric has the reference's images of the same noise beside it, and is None for images of another size.
+    `guidance` is the scale of the reference that it is compared with; a model of few steps may have its own.
     `facts`: what else is known, as "parameters" and "evaluations" (of the network, for one image).
     """
 
@@ -36,6 +37,11 @@ class Point:
     @property
     def key(self) -> Key:
         return self.model, self.steps, self.guidance
+
+    @property
+    def sampled_guidance(self) -> float:
+        """The scale that it was sampled with; `guidance` is that of the reference beside it."""
+        return self.protocol.get("guidance_scale", self.guidance)
 
     @property
     def clip(self) -> Values:

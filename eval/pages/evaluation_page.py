@@ -45,7 +45,7 @@ def columns(points: Sequence[Point]) -> dict[str, Callable[[Point], str]]:
     """{heading: what it shows of a point}; columns of what was measured nowhere are left out."""
     shown = {
         "model": lambda p: p.model,
-        "guidance": lambda p: f"{p.guidance:g}",
+        "guidance": guidance_text,
         "steps": lambda p: str(p.steps),
         "denoiser, decoder": sizes,
         "denoiser evaluations": lambda p: str(p.facts.get("evaluations", "–")),
@@ -80,6 +80,12 @@ def spread_columns(points: Sequence[Point]) -> dict[str, Callable[[Point], str]]
         shown["FID"] = lambda p: distance(p, "fid", 1)
         shown["KID ×1000 ± sd"] = lambda p: distance(p, "kid", 1000)
     return shown
+
+
+def guidance_text(point: Point) -> str:
+    """The scale that images were drawn with, and the reference's, where that is another."""
+    beside = "" if point.sampled_guidance == point.guidance else f" (reference {point.guidance:g})"
+    return f"{point.sampled_guidance:g}{beside}"
 
 
 def sizes(point: Point) -> str:

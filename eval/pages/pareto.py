@@ -55,7 +55,7 @@ def join(points: Sequence[Row], benchmarks: Mapping[str, Results]) -> dict[Condi
             timed_setting = protocol["guidance_scale"], row["steps"]
             where, timing = results["models"][row["model"]], Timing(row["ms"]["median"] / row["batch"], run)
             for point in points:
-                if setting(point) == timed_setting and same_path(point.where, where):
+                if (point.sampled_guidance, point.steps) == timed_setting and same_path(point.where, where):
                     timings.setdefault(condition, {}).setdefault(key(point), timing)
     return timings
 

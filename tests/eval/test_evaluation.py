@@ -84,6 +84,42 @@ def test_a_model_may_have_its_own_numbers_of_steps(leave, tmp_path, tiny_model, 
     assert results["reference"] == {"model": "a", "steps": 3}
 
 
+def test_a_model_of_few_steps_stands_beside_a_guided_one_with_its_own_scheduler_steps_and_guidance(
+    leave, tmp_path, tiny_model, tiny_pipeline_folder
+):
+    few = f"{{path: {tiny_pipeline_folder}, scheduler: lcm, steps: [2, 1], guidance: 0}}"
+    models = f"models={{teacher: {{path: {tiny_pipeline_folder}, steps: [3]}}, few: {few}}}"
+    code, stderr = leave(*tiny_model, *SMALL, models, "curves.guidance=[3,5]", "evaluation.distribution=false")
+    assert code == 0, stderr
+    path = tmp_path / "runs/evaluate"
+    points = json.loads((path / "evaluation.json").read_text())["points"]
+    read = [(p["model"], p["guidance"], p["steps"], p["facts"]["evaluations"]) for p in points]
+    assert read == [("teacher", 3, 3, 6), ("teacher", 5, 3, 6), ("few", 3, 2, 2), ("few", 3, 1, 1)]
+    sampled = [(p["protocol"]["scheduler"], p["protocol"]["guidance_scale"]) for p in points]
+    assert sampled == [("DDIMScheduler", 3), ("DDIMScheduler", 5), *[("LCMScheduler", 0)] * 2]
+    base, _, *others = [p["metrics"]["clip"] for p in points]
+    for other in others:
+        difference = np.subtract(other["per_prompt"], base["per_prompt"]).mean()
+        assert other["versus_reference"]["mean"] == pytest.approx(difference)
+    table = (path / "table.md").read_text()
+    assert "| few" in table and "0 (reference 3)" in table
+
+
+def test_a_row_is_loaded_with_its_own_options_and_others_without(tiny_pipeline_folder):
+    few = {"path": str(tiny_pipeline_folder), "scheduler": "euler_a", "timestep_spacing": "trailing", "guidance": 0}
+    models = given({"teacher": str(tiny_pipeline_folder), "few": few})
+    models.check()
+    schedulers = {name: models.load_named(name).scheduler for name in models.models}
+    assert [type(s).__name__ for s in schedulers.values()] == ["DDIMScheduler", "EulerAncestralDiscreteScheduler"]
+    assert schedulers["few"].config.timestep_spacing == "trailing"
+    with pytest.raises(ValueError, match=r"models.few.guidance=0 is of the first model.*curves.guidance=\[0\]"):
+        given({"few": few})
+    with pytest.raises(ValueError, match="models.few.guidance=-1 must be a number from 0 up"):
+        given({"few": {**few, "guidance": -1}})
+    with pytest.raises(ValueError, match="LCMScheduler spaces its timesteps trailing, always"):
+        given({"few": {"path": str(tiny_pipeline_folder), "scheduler": "lcm", "timestep_spacing": "leading"}}).check()
+
+
 def test_every_model_is_evaluated_at_the_resolution_that_is_asked_for(leave, tmp_path, tiny_model, models):
     evaluated = ["evaluation.distribution=false", "curves.guidance=[3]", "curves.steps=[2]"]
     code, stderr = leave(*tiny_model, *SMALL, models, *evaluated, "data.resolution=32")
