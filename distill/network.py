@@ -7,6 +7,7 @@ import diffusers
 from hydra.utils import get_class
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 
 from slimstep.distill.config import DistillationConfig, StageChanges
 from slimstep.distill.stages import DistillationStage, distillation_stages, with_changes
@@ -21,7 +22,7 @@ from slimstep.models.family import flow_of, schedule_for
 from slimstep.models.flow import FlowSteps, eulers, from_config, is_flow, prediction_type_of, stretched
 from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.networks import network_of
-from slimstep.models.noise_schedule import NoiseSchedule, schedule_of
+from slimstep.models.noise_schedule import NoiseSchedule, are_among, schedule_of
 from slimstep.models.pipeline import load_pipeline, one_line
 from slimstep.models.schedulers import check_noise_schedule, check_sampling, on_same_schedule, stated
 from slimstep.models.sizes import native_pixels, set_resolution
@@ -187,11 +188,37 @@ def distillation_of(teacher: Teacher) -> Distillation:
     stages = distillation_stages(distillation.steps, mode, same_network=not distillation.student)
     stages = with_changes(stages, distillation.stages or {})
     pipeline = teacher.pipeline
+    trained_N = schedule_for(pipeline).trained_N  # by its own scheduler
     if is_flow(pipeline.scheduler):
         pipeline.register_modules(scheduler=eulers(pipeline.scheduler))
     else:
         pipeline.scheduler = on_the_grid(distillation, diffusers.DDIMScheduler, pipeline.scheduler)
-    return Distillation(teacher, distillation, stages, student_of(teacher, distillation))
+    job = Distillation(teacher, distillation, stages, student_of(teacher, distillation))
+    if trained_N is not None:
+        check_few_step_teacher(job, trained_N)
+    return job
+
+
+def check_few_step_teacher(job: Distillation, trained_N: Tensor) -> None:
+    """ValueError where a teacher that was distilled to a few steps is asked for what it never learnt.
+
+    `trained_N` are its timesteps. It can make fewer steps of its own ones, by DDIM or, of a flow, by Euler's method.
+    """
+    steps, grid = job.distillation.steps, job.schedule.grid(job.scheduler, job.distillation.steps[0])[:, 0]
+    kind, why = get_class(job.teacher.config.objective["_target_"]).__name__, None
+    if job.requires.guides_itself or job.requires.sampler == "LCMScheduler":
+        why = f"objective {kind} asks a teacher at all timesteps"
+    elif not job.predicts_v:
+        why = "it predicts ε: the conversion to v-prediction would train it on means of the data"
+    elif not are_among(grid, trained_N):
+        starts, learnt = ([round(float(t)) for t in times] for times in (grid, trained_N))
+        why = f"distillation.steps={list(steps)} asks it at {starts}, where it learnt {learnt}"
+    if why:
+        few = f"{job.teacher.config.model.name_or_path} was distilled to {len(trained_N)} steps (model.trained_steps)"
+        raise ValueError(
+            f"{few}, and {why}; prune it as it is by +experiment=prune_few_step, or distil the model of many steps "
+            "that it was made of, with a pruned one as distillation.student"
+        )
 
 
 def on_the_grid(distillation: DistillationConfig, kind: type, scheduler: Any, **changes: Any) -> Any:

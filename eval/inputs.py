@@ -37,7 +37,7 @@ from slimstep.models.described import no_weights
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.family import family_of, schedule_for
 from slimstep.models.networks import DENOISERS, network_of, trained_steps_of
-from slimstep.models.noise_schedule import NoiseSchedule
+from slimstep.models.noise_schedule import NoiseSchedule, are_among
 from slimstep.models.pipeline import networks, to_device, upcast_vae
 from slimstep.models.sizes import native_pixels, set_resolution
 
@@ -127,8 +127,7 @@ def check_trained(teacher: Teacher, sampler: Sampler) -> None:
     """ValueError where a teacher that was distilled to a few steps is to be sampled at timesteps it never learnt."""
     if not (steps := trained_steps_of(teacher.pipeline)):
         return
-    trained_N, starts_S = schedule_for(teacher.pipeline).trained_N, sampler.starts
-    if (starts_S[:, None] - trained_N).abs().amin(dim=1).max() >= 0.5:  # of so many timesteps; a flow's are no integers
+    if not are_among(sampler.starts, schedule_for(teacher.pipeline).trained_N):
         raise ValueError(
             f"{sampler.steps} steps are not among the timesteps that {teacher.config.model.name_or_path} was distilled "
             f"to, model.trained_steps={steps}: set eval.steps, scoring.steps and latents.steps to {steps} and their "

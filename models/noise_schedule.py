@@ -175,6 +175,11 @@ def trained_at_steps(
     return replace(schedule, trained_N=schedule.grid(scheduler, steps)[:, 0])
 
 
+def are_among(times_S: Tensor, trained_N: Tensor) -> bool:
+    """Whether each of these times is one of those that a network was trained at; a flow's are no whole numbers."""
+    return bool((times_S[:, None] - trained_N).abs().amin(dim=1).max() < 0.5)
+
+
 def one_of(times_N: Tensor, size: int, generator: torch.Generator) -> Tensor:
     """[size] of these times, each as likely as the others, on the generator's device."""
     index = torch.randint(len(times_N), (size,), generator=generator, device=generator.device)

@@ -125,7 +125,8 @@ def check(teacher: Teacher, search: Any) -> None:
     """ValueError, before anything is made, for a search, data or objectives that will not do."""
     config, unet = teacher.config, teacher.unet
     if guidance_embed_dim(unet):
-        raise ValueError(f"{config.model.name_or_path} is guidance-distilled: prune it before that")
+        raise ValueError(f"{config.model.name_or_path} is guidance-distilled: prune it before that; of an LCM "
+                         "fuse the LoRA into the model that it was made of, as model.loras")  # fmt: skip
     known = (*unet.blocks, *unet.levels)
     if unknown := sorted(set(search.named_blocks) - set(known)):
         raise ValueError(f"search.method names unknown blocks {unknown}; this network has {known}")

@@ -16,6 +16,8 @@ from diffusers import (
 )
 from omegaconf import OmegaConf
 
+from slimstep.distill.config import DistillationConfig
+from slimstep.distill.network import distillation_of
 from slimstep.distill.recovery import Recovery
 from slimstep.eval.config import SamplingConfig
 from slimstep.eval.inputs import Teacher
@@ -139,10 +141,13 @@ def test_recovery_asks_teacher_and_student_at_these_timesteps_alone_and_learns_n
 # ---- jobs
 
 
+def run_on_cpu() -> SimpleNamespace:
+    return SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")))
+
+
 def sampler_of(pipeline, steps: int) -> Sampler:
     config = OmegaConf.create({"model": {"name_or_path": "maker/turbo"}, "sampling": {"precision": "float32"}})
-    run = SimpleNamespace(accelerator=SimpleNamespace(device=torch.device("cpu")))
-    return Teacher(pipeline, config, run).sampler(SamplingConfig(steps=steps, guidance_scale=0.0))
+    return Teacher(pipeline, config, run_on_cpu()).sampler(SamplingConfig(steps=steps, guidance_scale=0.0))
 
 
 def test_a_job_does_not_sample_at_timesteps_that_its_teacher_never_learnt():
@@ -181,6 +186,36 @@ def test_a_lora_of_few_steps_gives_its_model_another_scheduler_and_spacing(tmp_p
     ):
         with pytest.raises(ValueError, match=message):
             load_pipeline(tmp_path, scheduler=scheduler, timestep_spacing=spacing)
+
+
+OBJECTIVES = {"steps": "steps.StepDistillation", "dmd": "dmd.DistributionMatching"}
+
+
+@pytest.mark.parametrize(
+    ("name", "prediction_type", "objective", "steps", "message"),
+    [
+        ("turbo", "epsilon", "steps", [4, 2], "it predicts ε: the conversion to v-prediction would train it on means"),
+        ("hyper", "v_prediction", "dmd", [4, 1], "objective DistributionMatching asks a teacher at all timesteps"),
+        ("hyper", "v_prediction", "steps", [8, 4], r"asks it at \[999, 874, .* learnt \[999, 749, 499, 249\]"),
+        ("lcm", "v_prediction", "steps", [4, 2], r"asks it at \[999, 749, .* where it learnt \[999, 759, 499, 259\]"),
+        ("hyper", "v_prediction", "steps", [4, 2, 1], None),
+    ],
+)  # fmt: skip
+def test_a_teacher_of_few_steps_is_distilled_to_fewer_of_its_own_or_refused_by_name(
+    name, prediction_type, objective, steps, message
+):
+    pipeline = few_step(name, small_pipeline(prediction_type), 4)
+    pipeline.unet = PrunableUNet2DConditionModel.from_unet(pipeline.unet)
+    config = OmegaConf.structured(DistillationConfig(steps=steps))
+    model = {"name_or_path": "maker/turbo"}
+    described = {"model": model, "objective": {"_target_": f"slimstep.distill.{OBJECTIVES[objective]}"}}
+    teacher = Teacher(pipeline, OmegaConf.create({**described, "distillation": config}), run_on_cpu())
+    if message is None:
+        schedule = distillation_of(teacher).schedule
+        assert schedule.trained_N.tolist() == [999, 749, 499, 249]
+        return
+    with pytest.raises(ValueError, match=rf"maker/turbo was distilled to 4 steps .*, and .*{message}.*; prune it as"):
+        distillation_of(teacher)
 
 
 @pytest.mark.slow
