@@ -82,7 +82,7 @@ def objective_of(
     """An objective of networks that are called as the job's teacher, on its noise schedule where no other is given."""
     kwargs = {"schedule": job.schedule, "uncond": uncond, "teacher": teacher, **kwargs}
     denoiser = denoiser_of(job.unet, kwargs["schedule"].prediction_type)
-    return make_objective(description, denoiser=denoiser, **kwargs)
+    return make_objective(description, **{"denoiser": denoiser, **kwargs})
 
 
 def make_objective(description: Mapping[str, Any], **kwargs: Any) -> Objective:

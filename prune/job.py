@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -40,7 +41,7 @@ from slimstep.models.cost import count_gflops, count_parameters
 from slimstep.models.denoiser import guidance_embed_dim
 from slimstep.models.families.prunable import Prunable, fields_of
 from slimstep.models.families.transformer.network import PrunableTransformer
-from slimstep.models.family import family_of
+from slimstep.models.family import denoiser_of, family_of
 from slimstep.models.pipeline import on_device, with_unet
 from slimstep.prune.config import Config
 from slimstep.prune.latency import table_without
@@ -70,7 +71,8 @@ def prune_unet(config: Config, run: Run) -> int | Plan:
     ranking = list(calibration.distinct) if ranks_by_prompts(search) else []
     run.json("prompts.json", lambda: {"calibration_prompts": ranking, "eval_prompts": list(prompts.distinct)})
     pairs, offloaded = training_pairs(teacher, prompts), offloadable(teacher.pipeline, scorer)
-    train = partial(train_stage, teacher=teacher, pairs=pairs, offloadable=offloaded)
+    own = {"pairs": pairs, "offloadable": offloaded, **at_its_guidance(teacher)}
+    train = partial(train_stage, teacher=teacher, **own)
     setting = config.eval.steps, config.eval.guidance_scale
     points, times = [evaluator.point("teacher", *setting)], {}
     measures = Measures(teacher, search, calibration, evaluator.metrics)
@@ -124,9 +126,11 @@ def divide_blocks(teacher: Teacher) -> None:
 def check(teacher: Teacher, search: Any) -> None:
     """ValueError, before anything is made, for a search, data or objectives that will not do."""
     config, unet = teacher.config, teacher.unet
-    if guidance_embed_dim(unet):
-        raise ValueError(f"{config.model.name_or_path} is guidance-distilled: prune it before that; of an LCM "
-                         "fuse the LoRA into the model that it was made of, as model.loras")  # fmt: skip
+    scales = {config.eval.guidance_scale, *([config.scoring.guidance_scale] if ranks_by_prompts(search) else [])}
+    if guidance_embed_dim(unet) and len(scales) > 1:
+        name, (scale, other) = config.model.name_or_path, (config.eval.guidance_scale, config.scoring.guidance_scale)
+        takes = f"{name} takes its guidance scale as an input, and is pruned for one: eval.guidance_scale={scale:g}"
+        raise ValueError(f"{takes}, which scoring.guidance_scale={other:g} must be, too")
     known = (*unet.blocks, *unet.levels)
     if unknown := sorted(set(search.named_blocks) - set(known)):
         raise ValueError(f"search.method names unknown blocks {unknown}; this network has {known}")
@@ -141,10 +145,19 @@ def check(teacher: Teacher, search: Any) -> None:
         if architecture := getattr(search, "architecture", {}):
             type(unet).from_config(fields_of(bare), depths=architecture)
     for key, stage in {"objective": config, "recovery.objective": config.recovery}.items():
-        check_objective(key, stage.objective, stage.train, teacher)
+        check_objective(key, stage.objective, stage.train, teacher, **at_its_guidance(teacher))
     check_inputs(teacher)
     if ranks_by_prompts(search):
         teacher.sampler(config.scoring)
+
+
+def at_its_guidance(teacher: Teacher) -> dict[str, Any]:
+    """Further arguments of objectives: how a network that takes its guidance scale as an input (LCM) is called, at the
+    scale that it is evaluated with; of others none."""
+    if not guidance_embed_dim(teacher.unet):
+        return {}
+    denoiser = denoiser_of(teacher.unet, teacher.schedule.prediction_type)
+    return {"denoiser": replace(denoiser, guidance=teacher.config.eval.guidance_scale)}  # type: ignore[type-var]
 
 
 def check_metric(config: Config, metrics: Mapping[str, Metric]) -> None:

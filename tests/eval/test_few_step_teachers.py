@@ -22,13 +22,16 @@ from slimstep.distill.recovery import Recovery
 from slimstep.eval.config import SamplingConfig
 from slimstep.eval.inputs import Teacher
 from slimstep.eval.sampling import Sampler
+from slimstep.eval.training import objective_of
 from slimstep.models.card import Origin
+from slimstep.models.denoiser import guidance_embedding
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.family import denoiser_of, family_of, schedule_for
 from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.networks import trained_steps_of, with_trained_steps, with_unet
 from slimstep.models.noise_schedule import RectifiedFlow, trained_at_steps
 from slimstep.models.pipeline import export_pipeline, load_pipeline
+from slimstep.prune.job import at_its_guidance
 from tests.jobs import run_job
 from tests.tiny import WIDTH, slow, small_pipeline, tiny_sdxl_pipeline
 
@@ -218,11 +221,35 @@ def test_a_teacher_of_few_steps_is_distilled_to_fewer_of_its_own_or_refused_by_n
         distillation_of(teacher)
 
 
+def test_an_lcm_that_takes_its_guidance_is_pruned_at_the_scale_that_it_is_evaluated_with():
+    pipeline, given = few_step("lcm", steps=4), []
+    network = with_guidance_embedding(PrunableUNet2DConditionModel.from_unet(pipeline.unet), 32).requires_grad_(False)
+    network.register_forward_pre_hook(lambda m, inputs, kwargs: given.append(kwargs["timestep_cond"]), with_kwargs=True)
+    pipeline = with_unet(pipeline, network)
+    teacher = Teacher(pipeline, OmegaConf.create({"eval": {"guidance_scale": 8.0}}), run_on_cpu())
+    draw, uncond = torch.Generator().manual_seed(0), family_of(network).unconditional(pipeline)
+    batch = {"latents": torch.randn(2, 4, 8, 8, generator=draw), "text": uncond.tensors["text"].expand(2, -1, -1)}
+    description = {"_target_": "slimstep.distill.recovery.Recovery"}
+    objective = objective_of(description, teacher, network, uncond, **at_its_guidance(teacher))
+    objective(network, {**batch, "progress": 1.0}, draw)
+    assert len(given) == 2, "teacher and student"
+    for embedding in given:
+        torch.testing.assert_close(embedding, guidance_embedding(torch.tensor([8.0, 8.0]), 32))
+    assert at_its_guidance(Teacher(few_step("lcm"), teacher.config, run_on_cpu())) == {}
+
+
 @pytest.mark.slow
-def test_a_pruned_turbo_draws_in_stock_diffusers_what_it_draws_here(tmp_path, tiny_clip_folder):
-    few_step("turbo", tiny_sdxl_pipeline()).save_pretrained(tmp_path / "turbo")
+@pytest.mark.parametrize(("name", "guidance_scale"), [("turbo", 0.0), ("lcm", 8.0)])
+def test_a_pruned_one_draws_in_stock_diffusers_what_it_draws_here(tmp_path, tiny_clip_folder, name, guidance_scale):
+    pipeline = few_step(name, tiny_sdxl_pipeline())
+    if guidance_scale:
+        torch.manual_seed(1)
+        pipeline.unet = with_guidance_embedding(pipeline.unet, 32)
+        torch.nn.init.normal_(pipeline.unet.time_embedding.cond_proj.weight)
+    pipeline.save_pretrained(tmp_path / "teacher")
     done = run_job(
-        "+experiment=prune_few_step", f"model.name_or_path={tmp_path}/turbo", f"root={tmp_path}", "name=pruned",
+        "+experiment=prune_few_step", f"model.name_or_path={tmp_path}/teacher", f"root={tmp_path}", "name=pruned",
+        f"eval.guidance_scale={guidance_scale}", f"scoring.guidance_scale={guidance_scale}",
         f"scorer.model=local-dir:{tiny_clip_folder}", "scorer.force=true", "data.pairs.size=16", "eval.prompts=4",
         "eval.pictures=2", "eval.batch_size=4", "train.steps=2", "train.batch_size=2", "recovery.train.steps=2",
         "recovery.train.batch_size=2", "search.rounds=1", "search.target_fraction=0.9", "scoring.prompts=4",
@@ -232,6 +259,6 @@ def test_a_pruned_turbo_draws_in_stock_diffusers_what_it_draws_here(tmp_path, ti
     stock = StableDiffusionXLPipeline.from_pretrained(tmp_path / "pruned/export", trust_remote_code=True)
     stock.set_progress_bar_config(disable=True)
     ours = load_pipeline(tmp_path / "pruned/export")
-    assert isinstance(stock.scheduler, EulerAncestralDiscreteScheduler) and trained_steps_of(ours) == 4
-    sampler = Sampler(ours, steps=4, guidance_scale=0.0)
+    assert isinstance(stock.scheduler, OWN[name][0]) and trained_steps_of(ours) == 4
+    sampler = Sampler(ours, steps=4, guidance_scale=guidance_scale)
     assert torch.equal(sampler.images(ours.unet, PROMPTS, range(3)), drawn_by_stock(stock, sampler))

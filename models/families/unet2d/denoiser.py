@@ -14,10 +14,14 @@ from slimstep.models.families.unet2d.text import pooled_width
 
 @dataclass(frozen=True)
 class UNet2DConditionDenoiser:
-    """diffusers' UNet2DConditionModel and its prunable subclass, SDXL's included."""
+    """diffusers' UNet2DConditionModel and its prunable subclass, SDXL's included.
+
+    guidance: the scale that a network with guidance embedding takes where a call names none.
+    """
 
     prediction_type: str
     sample_shape: tuple[int, int, int]
+    guidance: float | None = None
 
     def __call__(
         self,
@@ -33,6 +37,8 @@ class UNet2DConditionDenoiser:
         tensors = cond.to(dtype=dtype).tensors
         if "pooled" in tensors:
             options["added_cond_kwargs"] = {"text_embeds": tensors["pooled"], "time_ids": tensors["time_ids"]}
+        if guidance_B is None and self.guidance is not None:
+            guidance_B = torch.full((len(x_t),), self.guidance, device=x_t.device)
         if guidance_B is not None:
             options["timestep_cond"] = guidance_embedding(guidance_B, guidance_embed_dim(network)).to(dtype)
         if block_mask_BN is not None:
