@@ -273,6 +273,13 @@ def test_an_empty_list_of_models_is_reported(leave, tiny_model, experiment, mode
     assert "models names nothing to " in line
 
 
+def test_what_is_timed_has_no_guidance_or_scheduler_of_its_own(leave, tiny_model, tiny_pipeline_folder):
+    few = f"{{path: {tiny_pipeline_folder}, scheduler: lcm, guidance: 0}}"
+    models = f"models={{teacher: {tiny_pipeline_folder}, few: {few}}}"
+    line = error_line(*leave("+experiment=benchmark", *tiny_model, models))
+    assert "models.few has scheduler, guidance, which +experiment=evaluate alone reads: time it by itself" in line
+
+
 def test_overrides_without_an_experiment_run_nothing_and_say_so(leave):
     assert "seed=5 names no experiment; add +experiment=NAME" in error_line(*leave("seed=5"))
 

@@ -133,8 +133,8 @@ def summary(evaluation: Evaluation) -> dict[str, Any]:
         left_out = ("per_prompt", "against_shuffled", "kind")
         return {key: without_prompts(inner) for key, inner in value.items() if key not in left_out}
 
-    points = [{"model": p.model, "guidance": p.guidance, "steps": p.steps, **p.facts, **p.metrics}
-              for p in evaluation.points]  # fmt: skip
+    points = [{"model": p.model, "guidance": p.guidance, "sampled_guidance": p.sampled_guidance, "steps": p.steps,
+               **p.facts, **p.metrics} for p in evaluation.points]  # fmt: skip
     return {"reference": evaluation.reference, "n": evaluation.n, "points": list(map(without_prompts, points))}
 
 

@@ -101,6 +101,8 @@ def test_a_model_of_few_steps_stands_beside_a_guided_one_with_its_own_scheduler_
     for other in others:
         difference = np.subtract(other["per_prompt"], base["per_prompt"]).mean()
         assert other["versus_reference"]["mean"] == pytest.approx(difference)
+    rows = list(csv.DictReader((path / "results.csv").read_text().splitlines()))
+    assert [row["sampled_guidance"] for row in rows] == ["3.0", "5.0", "0.0", "0.0"]
     table = (path / "table.md").read_text()
     assert "| few" in table and "0 (reference 3)" in table
 
