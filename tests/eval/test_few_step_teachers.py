@@ -178,10 +178,18 @@ def test_a_student_remembers_the_steps_that_its_teacher_was_distilled_to(tmp_pat
 
 
 def test_a_lora_of_few_steps_gives_its_model_another_scheduler_and_spacing(tmp_path):
-    """As SDXL-Lightning's on SDXL, whose own file says Euler with leading steps."""
+    """As Lightning's and Hyper-SD's pages say it, on SDXL, whose own file says Euler with leading steps."""
     tiny_sdxl_pipeline().save_pretrained(tmp_path)
-    loaded = load_pipeline(tmp_path, scheduler="euler", timestep_spacing="trailing", trained_steps=4)
-    assert schedule_for(loaded).trained_N.tolist() == [999, 749, 499, 249]
+    own = load_pipeline(tmp_path).scheduler
+    for scheduler, kind in (("euler", EulerDiscreteScheduler), ("ddim", DDIMScheduler)):
+        loaded = load_pipeline(tmp_path, scheduler=scheduler, timestep_spacing="trailing", trained_steps=4)
+        assert schedule_for(loaded).trained_N.tolist() == [999, 749, 499, 249]
+        stock = kind.from_config(own.config, timestep_spacing="trailing")
+        assert type(loaded.scheduler) is kind and loaded.scheduler.config.timestep_spacing == "trailing"
+        for made in (stock, loaded.scheduler):
+            made.set_timesteps(4)
+        assert torch.equal(stock.timesteps, loaded.scheduler.timesteps)
+        assert torch.equal(stock.alphas_cumprod, loaded.scheduler.alphas_cumprod)
     assert load_pipeline(tmp_path).scheduler.config.timestep_spacing == "leading"
     for scheduler, spacing, message in (
         ("lcm", "leading", "model.timestep_spacing=leading: LCMScheduler spaces its timesteps trailing, always"),
