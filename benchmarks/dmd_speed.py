@@ -4,10 +4,10 @@
     python benchmarks/dmd_speed.py --sd15 --batch 4      # SD-1.5's networks with random weights, on a GPU
 
 Both train the same student and fake score, five updates of the latter to one of the former, with the same optimisers
-and EMA. The published style encodes images and captions in every iteration, draws new samples for every update of the fake
-score, and runs the teacher's two branches and the fake score as three passes. Interleaved A B C … C B A, process CPU
-time on a CPU, wall time on a GPU; a speed is the ratio within a round. Peak memory is that of a process of its own that
-takes two steps, less what it held before it made the networks (resident on a CPU, allocated on a GPU).
+and EMA. The published style encodes images and captions in every iteration, draws new samples for every update of the
+fake score, and runs the teacher's two branches and the fake score as three passes. Interleaved A B C … C B A, process
+CPU time on a CPU, wall time on a GPU; a speed is the ratio within a round. Peak memory is that of a process of its own
+that takes two steps, less what it held before it made the networks (resident on a CPU, allocated on a GPU).
 """
 
 import argparse
