@@ -6,6 +6,7 @@ Axes: B batch, N steps of the student.
 from dataclasses import dataclass
 
 import torch
+from diffusers import LCMScheduler
 from torch import Tensor, nn
 
 from slimstep.distill.teaching import StepSchedule
@@ -31,21 +32,25 @@ class Generation:
     """Backward simulation (Yin et al. 2024b, section 4.5): a student is trained where its own sampler takes it.
 
     A batch goes down the student's grid from noise, without gradient, to one of its steps, all of which come equally
-    often; the sample is what the student sees there. `guidance_scale` is passed on to networks that take it as an
-    input; others are not guided.
+    often; the sample is what the student sees there. Where it `renoises` each step adds new noise to what was seen, as
+    LCMScheduler and DMD2 do; else noise is carried along, as by DDIM and by Euler's method. `guidance_scale` is passed
+    on to networks that take it as an input; others are not guided.
     """
 
     denoiser: Denoiser
     schedule: NoiseSchedule
     bounds_N2: Tensor
     guidance_scale: float
+    renoises: bool = False
 
     @classmethod
     def of(
         cls, denoiser: Denoiser, schedule: NoiseSchedule, steps: StepSchedule, device: torch.device, scale: float
     ) -> "Generation":
         """On the grid of the scheduler that the student is exported with."""
-        return cls(denoiser, schedule, schedule.grid(steps.student_scheduler, steps.steps).to(device), scale)
+        scheduler = steps.student_scheduler
+        grid, renoises = schedule.grid(scheduler, steps.steps), isinstance(scheduler, LCMScheduler)
+        return cls(denoiser, schedule, grid.to(device), scale, renoises)
 
     def __call__(
         self, student: nn.Module, batch: Batch, uncond: Conditioning, generator: torch.Generator
@@ -59,8 +64,11 @@ class Generation:
         for start, end in self.bounds_N2[:stop]:
             with torch.no_grad():
                 pred = self.predict(student, z, start.expand(rows), cond)
-                levels = [self.schedule.alpha_sigma(t.expand(rows)) for t in (start, end)]
-                z = ddim_step(pred, z, *levels, kind)
+                here, there = (self.schedule.alpha_sigma(t.expand(rows)) for t in (start, end))
+                if self.renoises:
+                    z = add_noise(x0_of(pred, z, here, kind), torch.randn(z.shape, **draw), there)
+                else:
+                    z = ddim_step(pred, z, here, there, kind)
         t_B = self.bounds_N2[stop, 0].expand(rows)
         return Generated(x0_of(self.predict(student, z, t_B, cond), z, self.schedule.alpha_sigma(t_B), kind), cond)
 

@@ -94,7 +94,14 @@ class Distillation:
         objective, options = self.teacher.config.objective, self.requires.sampler_options
         kwargs = {option: objective[key] for option, key in options.items() if key in objective}
         kind = getattr(diffusers, self.distillation.sampler)
+        if self.renoises:  # by itself it would start steps of a grid of 50, between those that are trained
+            kwargs["original_inference_steps"] = steps
         return on_the_grid(self.distillation, kind, self.scheduler, **kwargs)
+
+    @property
+    def renoises(self) -> bool:
+        """Whether students of few steps add new noise between them, as LCM's scheduler does."""
+        return self.requires.guides_itself and self.distillation.sampler == "LCMScheduler"
 
     def changes(self, name: str) -> StageChanges:
         """What is different in one stage."""
@@ -317,10 +324,13 @@ def check_agreement(job: Distillation) -> None:
         if distillation.shift and job.scheduler.config.use_dynamic_shifting:
             what = f"distillation.shift={distillation.shift:g}: the teacher's {type(job.scheduler).__name__}"
             raise ValueError(f"{what} takes its shift from the resolution; set base_shift and max_shift there")
+        if distillation.sampler != DistillationConfig.sampler:
+            what = f"distillation.sampler={distillation.sampler} is for models with betas"
+            raise ValueError(f"{what}; students of a flow leave with the teacher's {type(job.scheduler).__name__}")
         return
     if distillation.shift:
         raise ValueError(f"distillation.shift={distillation.shift:g} is for flow matching, and the teacher has betas")
     if (requires.sampler or distillation.sampler) != distillation.sampler or (
-        distillation.sampler == "LCMScheduler" and requires.sampler is None
+        distillation.sampler == "LCMScheduler" and requires.sampler is None and not requires.guides_itself
     ):
         raise ValueError(f"objective {kind.__name__} trains no student for distillation.sampler={distillation.sampler}")

@@ -9,6 +9,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from diffusers import LCMScheduler
 from torch import nn
 from torch.utils.data import StackDataset
 
@@ -104,6 +105,26 @@ def test_samples_are_those_of_the_scheduler_that_the_student_is_exported_with(wo
             pred = world.generation.predict(world.teacher, z, t.expand(len(z)), ours.cond)
         z = stock.step(pred, t, z, return_dict=False)[0]
     torch.testing.assert_close(ours.x0, z, rtol=1e-4, atol=1e-4)
+
+
+def test_a_student_of_lcms_scheduler_is_trained_where_that_takes_it(unet):
+    """Its grid is that of the student's steps, and the noise between them is new: two steps with the same draws."""
+    kind = LCMScheduler.from_config(unet.scheduler.config, original_inference_steps=2)
+    steps = StepSchedule(unet.scheduler, 8, kind, 2)
+    generation = Generation.of(unet.denoiser, unet.schedule, steps, "cpu", 1.0)
+    seed = next(s for s in count() if torch.randint(2, (), generator=draw(s)) == 1)
+    with torch.no_grad():
+        ours = generation(unet.teacher, unet.batch, unet.uncond, draw(seed))
+    generator = draw(seed)
+    torch.randint(2, (), generator=generator)
+    z = torch.randn(unet.batch["latents"].shape, generator=generator)
+    kind.set_timesteps(2)
+    assert kind.timesteps.tolist() == [999, 499] == generation.bounds_N2[:, 0].tolist()
+    for t in kind.timesteps:
+        with torch.no_grad():
+            pred = generation.predict(unet.teacher, z, t.expand(len(z)), ours.cond)
+        z = kind.step(pred, t, z, generator=generator, return_dict=False)[0]
+    torch.testing.assert_close(ours.x0, z, rtol=1e-4, atol=1e-4)  # LCM's boundary condition is 1e-8 from x̂ here
 
 
 def test_all_steps_of_the_student_are_trained_equally_often(unet):
