@@ -166,8 +166,13 @@ class Distillation:
         """The teacher's guidance scales at which a model is compared with it; a student that has one in its weights at
         this one alone."""
         if self.requires.guides_itself and name.startswith("steps-"):
-            return [self.teacher.config.objective["guidance_scale"]]
+            return [self.own_guidance(next(stage for stage in self.stages if stage.name == name))]
         return list(self.teacher.config.curves.guidance)
+
+    def own_guidance(self, stage: DistillationStage) -> float:
+        """What a stage's student has in its weights."""
+        objective = self.objective(stage)
+        return objective.get("guidance_scale", get_class(objective["_target_"]).guidance_scale)
 
     def student_steps(self, name: str) -> int:
         return next(stage.steps for stage in self.stages if stage.name == name)
@@ -294,13 +299,15 @@ def check(job: Distillation) -> None:
 def check_agreement(job: Distillation) -> None:
     """ValueError where the objective does not train the students that `distillation` describes."""
     kind, distillation = get_class(job.teacher.config.objective["_target_"]), job.distillation
-    requires, curves = job.requires, job.teacher.config.curves
+    requires = job.requires
     if not requires.distils_steps:
         others = "steps, guidance, lcm, dmd, adversarial or scm"
         raise ValueError(f"objective {kind.__name__} distils no steps; choose objective={others}")
-    if requires.guides_itself and (scale := job.teacher.config.objective["guidance_scale"]) not in curves.guidance:
-        way = f"curves.guidance={list(curves.guidance)} needs it, for the teacher to compare with"
-        raise ValueError(f"objective.guidance_scale={scale:g} is what students have in their weights; {way}")
+    for stage in job.stages if requires.guides_itself else ():
+        scale, compared_at = job.own_guidance(stage), list(job.teacher.config.curves.guidance)
+        if scale not in compared_at:
+            way = f"curves.guidance={compared_at} needs it, for the teacher to compare with"
+            raise ValueError(f"objective.guidance_scale={scale:g} is what students have in their weights; {way}")
     if job.is_flow and requires.sampler:
         needed = f"needs {requires.sampler}, which no flow has"
         raise ValueError(f"objective {kind.__name__} {needed}; choose objective=steps")

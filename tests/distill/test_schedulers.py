@@ -84,7 +84,7 @@ def test_a_guidance_embedding_is_refused_where_nothing_would_train_it():
         "steps.StepDistillation", "guidance.GuidanceDistillation"))  # fmt: skip
 
     def job(objective, distillation):
-        config = OmegaConf.create({"objective": objective, "model": {"name_or_path": "lcm"}, "curves": {}})
+        config = OmegaConf.create({"objective": objective, "model": {"name_or_path": "lcm"}})
         teacher = Teacher(SimpleNamespace(unet=embedded, scheduler=scheduler), config, None)
         return Distillation(teacher, distillation, (), embedded)
 
