@@ -45,10 +45,10 @@ class Requirements:
     exported with, None where any that follows the ODE will do; `sampler_options` are options of that scheduler, each
     with the argument of the objective that sets it. `guidance_embedding`: its students have one. `guides_itself`: its
     students have the guidance, its argument `guidance_scale`, in their weights, and are sampled without.
-    `initial_student`: it is given what makes the student as it is before the training, frozen. `feature_hooks`: it reads
-    features by hooks, which a compiled network does not call. `networks` are the names of those that are trained beside
-    the student. `limits` are those between which the mean of a metric since it was last logged must lie, or the
-    training has diverged, and stops.
+    `initial_student`: it is given what makes the student as it is before the training, frozen. `feature_hooks`: it
+    reads features by hooks, which a compiled network does not call. `networks` are the names of those that are
+    trained beside the student. `limits` are those between which the mean of a metric since it was last logged must
+    lie, or the training has diverged, and stops.
     """
 
     distils_steps: bool = False
