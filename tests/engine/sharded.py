@@ -14,12 +14,15 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
+from diffusers import DDIMScheduler
 from omegaconf import OmegaConf
 from torch import nn
 from torch.utils.data import StackDataset, default_collate
 
 from slimstep.distill.decoder import DecoderDistillation
+from slimstep.distill.dmd import DistributionMatching
 from slimstep.distill.recovery import Recovery
+from slimstep.distill.teaching import StepSchedule
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.loop import train
 from slimstep.engine.objective import STUDENT, Objective, PlainObjective, as_objective
@@ -85,7 +88,7 @@ def shard(accelerator: Accelerator, precision: str) -> None:
 
 def subject(name: str) -> tuple[nn.Module, Objective | PlainObjective, StackDataset]:
     """A network and what it learns: sdxl by stochastic depth, sd15 by recovery, a decoder, whose first layer is frozen,
-    or two networks."""
+    two networks, or a student and its fake score by distribution matching."""
     if name == "two":
         points = torch.randn((16, 3), generator=torch.Generator().manual_seed(0))
         return two_networks.network(seed=0), two_networks.FakeScore(), StackDataset(x=points)
@@ -104,6 +107,10 @@ def subject(name: str) -> tuple[nn.Module, Objective | PlainObjective, StackData
     options = denoiser, schedule, uncond, pipeline.unet.requires_grad_(False)
     if name == "recovery":
         return unet, Recovery(*options), samples
+    if name == "dmd":
+        scheduler = DDIMScheduler.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
+        way, adversarial = StepSchedule(scheduler, 4, scheduler, 2), {"fake_updates": 2, "adversarial_weight": 0.1}
+        return unet, DistributionMatching(*options, way, lambda: pipeline.unet, **adversarial), samples
     return unet, StochasticDepth(*options, skip_prob={"resnet": 0.2, "attention": 0.2}), samples
 
 

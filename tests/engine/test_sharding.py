@@ -25,7 +25,8 @@ SHARDED = {
     "decoder": (["steps=3"], ["accumulation=2"]),
     "recovery": (["steps=3", "accumulation=2"], ["accumulation=4"]),
 }
-KILLED = [("decoder", "fsdp"), ("two", "ddp")]
+SEVERAL = ("two", "dmd")  # networks in one training
+KILLED = [("decoder", "fsdp"), ("two", "ddp"), ("dmd", "ddp")]
 
 
 def launch(way, precision, *trainings):
@@ -48,9 +49,9 @@ def trained(tmp_path_factory):
     one = [(root / "plain" / name, name, *options, *doubled) for name, (options, doubled) in SHARDED.items()]
     sharded = [(root / "sharded" / name, name, *options) for name, (options, _) in SHARDED.items()]
     for way, trainings in {
-        "plain": [*one, (root / "plain/two", "two", "accumulation=2")],
+        "plain": [*one, *((root / "plain" / name, name, "accumulation=2") for name in SEVERAL)],
         "fsdp": [*sharded, (root / "fsdp/decoder", "decoder")],
-        "ddp": [(root / "ddp/two", "two")],
+        "ddp": [(root / "ddp" / name, name) for name in SEVERAL],
     }.items():
         done = launch(way, "no", *trainings)
         assert done.returncode == 0, done.stderr
@@ -65,8 +66,9 @@ def test_shards_train_to_the_weights_of_one_process(trained, network):
 
 
 @pytest.mark.slow
-def test_two_networks_train_in_two_processes_to_the_weights_of_one(trained):
-    ours, theirs = (weights(trained / way / "two") for way in ("ddp", "plain"))
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several_networks_train_in_two_processes_to_the_weights_of_one(trained, name):
+    ours, theirs = (weights(trained / way / name) for way in ("ddp", "plain"))
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
