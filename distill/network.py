@@ -129,7 +129,10 @@ class Distillation:
         return check_objective("objective", self.objective(stage), self.training(stage.name), self.teacher, **kwargs)
 
     def is_low_rank_of_teacher(self, stage: DistillationStage) -> bool:
-        """Whether a student is the user's own teacher and a low-rank update, which then can be had alone."""
+        """Whether a student is the user's own teacher and a low-rank update, which then can be had alone, where the
+        pipeline reads LoRAs."""
+        if not hasattr(self.teacher.pipeline, "save_lora_weights"):
+            return False
         is_teachers = self.student is self.teacher.unet and self.predicts_v and stage.start in ("student", "teacher")
         return is_teachers and self.training(stage.name).lora_rank > 0 and not self.distillation.guidance_embed_dim
 
