@@ -317,6 +317,18 @@ def trained_by(path, world, objective, config=CONFIG):
         accelerator.free_memory()
 
 
+def test_the_fake_score_saves_memory_as_the_student_does(tmp_path, unet):
+    """Gradient checkpointing and the memory format are for both, and change no result."""
+    config = replace(CONFIG, steps=1, gradient_checkpointing=True)
+    objectives = [unet.objective(DistributionMatching, fake_updates=1, adversarial_weight=0.1) for _ in range(2)]
+    saving = trained_by(tmp_path / "saving", unet, objectives[0], config)
+    plain = trained_by(tmp_path / "plain", unet, objectives[1], replace(CONFIG, steps=1))
+    fake = [objective.networks["fake_score"] for objective in objectives]
+    assert [network.is_gradient_checkpointing for network in fake] == [True, False]
+    for name, value in saving.items():
+        torch.testing.assert_close(value, plain[name], rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"adversarial_weight": 0.1}, {}, {"fake_lora_rank": 2}], ids=["discriminator", "plain", "low rank"]
