@@ -13,7 +13,6 @@ that takes two steps, less what it held before it made the networks (resident on
 import argparse
 import copy
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -158,10 +157,14 @@ def peak_memory(name: str, steps: int, options: argparse.Namespace) -> int:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def held(device: torch.device) -> int:
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def resident(field: str) -> int:
+    """Bytes of this process: VmRSS now, or VmHWM, the most since `forget_peak`; getrusage's includes the parent's."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith(field))
+
+
+def forget_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def main() -> None:
@@ -178,10 +181,12 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(1)
     if options.child:
-        before = held(device)
+        before = resident("VmRSS")
         step = loop(options.child, Networks(options.sd15, options.batch, device), *options.steps)
+        forget_peak()
         step(), step()
-        print(json.dumps(held(device) - before))
+        on_gpu = device.type == "cuda"
+        print(json.dumps(torch.cuda.max_memory_allocated() if on_gpu else resident("VmHWM") - before))
         return
     names, rows, record = [PUBLISHED, *OURS, *([COMPILED] if options.compile else [])], [], {}
     for steps in options.steps:
