@@ -233,11 +233,11 @@ def _run_steps(
     accelerator = run.accelerator
     beside, names = objective.networks, objective.requires.networks
     assert tuple(beside) == names, f"{type(objective).__name__} requires {names} and trains {tuple(beside)}"
-    for network in beside.values():  # as the student; they go when the stage is finished
-        if config.gradient_checkpointing and hasattr(network, "enable_gradient_checkpointing"):
-            network.enable_gradient_checkpointing()
+    for other in beside.values():  # as the student; they go when the stage is finished
+        if config.gradient_checkpointing and hasattr(other, "enable_gradient_checkpointing"):
+            other.enable_gradient_checkpointing()  # type: ignore[operator]
         if config.channels_last:
-            network.to(memory_format=torch.channels_last)
+            other.to(memory_format=torch.channels_last)
     modules = {name: network.train() for name, network in {STUDENT: student, **beside}.items()}
     networks = prepared(modules, config, accelerator)
     averaged = networks[STUDENT].parameters
