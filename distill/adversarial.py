@@ -46,8 +46,8 @@ class AdversarialDistillation:
         weights = {"distillation_weight": self.distillation_weight, "r1_weight": self.r1_weight}
         check_not_negative("objective", **weights)
         check_time_range(self.time_range)
-        steps, device = self.step_schedule, next(self.teacher.parameters()).device
-        self.generation = Generation.of(self.denoiser, self.schedule, steps, device, self.guidance_scale)
+        shared = self.denoiser, self.schedule, self.step_schedule, self.teacher
+        self.generation = Generation.of(*shared, self.guidance_scale)
         self.adversarial = AdversarialLoss(self.generation, self.teacher, self.time_range, self.r1_weight)
 
     @property

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from slimstep.distill.teaching import StepSchedule, draw_guidance, draw_steps, validate_range
-from slimstep.engine.objective import Batch, Metrics, Requirements
+from slimstep.engine.objective import Batch, Cost, Metrics, Requirements
 from slimstep.models.conditioning import Conditioning, conditioning_of
 from slimstep.models.denoiser import Denoiser, guidance_embed_dim
 from slimstep.models.guidance import guided
@@ -52,6 +52,8 @@ class ConsistencyDistillation:
             raise ValueError(f"objective.grid_steps={steps} must divide {len(schedule)}, on a trailing grid")
         self.bounds_NK = grid.to(next(self.teacher.parameters()).device)
         validate_range(self.guidance_range)
+
+    cost = Cost(rows=1)
 
     def consistency(self, unet: nn.Module, z_BCHW: Tensor, t_B: Tensor, cond: Conditioning, w_B: Tensor) -> Tensor:
         """f(z, t): clean latents; z itself at t = 0."""

@@ -67,7 +67,7 @@ class AdversarialLoss:
     def of_discriminator(
         self, discriminator: nn.Module, generated: Generated, batch: Batch, generator: torch.Generator
     ) -> tuple[Tensor, Metrics]:
-        """Real samples above 1, generated ones below −1; metrics `real` and `generated` are the shares told apart."""
+        """Real samples above 1, generated ones below −1; the metrics are the shares it recognises."""
         noisy = renoised(generated, self.generation.schedule, self.time_range, generator)
         rows = len(noisy.z)
         real = add_noise(batch["latents"], noisy.noise, noisy.level)

@@ -70,8 +70,8 @@ class DistributionMatching:
         check_not_negative("objective", fake_lora_rank=self.fake_lora_rank, **weights)
         check_peft("objective.fake_lora_rank", self.fake_lora_rank)
         check_time_range(self.time_range)
-        steps, device = self.step_schedule, next(self.teacher.parameters()).device
-        self.generation = Generation.of(self.denoiser, self.schedule, steps, device, self.guidance_scale)
+        shared = self.denoiser, self.schedule, self.step_schedule, self.teacher
+        self.generation = Generation.of(*shared, self.guidance_scale)
         self.adversarial = AdversarialLoss(self.generation, self.teacher, self.time_range, self.r1_weight)
         if self.adversarial_weight:
             self.requires = replace(self.requires, feature_hooks=True, networks=(FAKE_SCORE, DISCRIMINATOR))
@@ -79,11 +79,11 @@ class DistributionMatching:
 
     @property
     def cost(self) -> Cost:
-        before, updates, judged = self.generation.rows_before, self.fake_updates, bool(self.adversarial_weight)
-        drawn = (updates if self.fresh_samples else 1) + judged  # without a gradient; the student's own has one
-        rows = (drawn + 1) * before + drawn + 2 + bool(self.teacher_mix) + 2 * judged
+        before, updates, discriminators = self.generation.rows_before, self.fake_updates, bool(self.adversarial_weight)
+        drawn = (updates if self.fresh_samples else 1) + discriminators  # without a gradient; the student's own has one
+        rows = (drawn + 1) * before + drawn + 2 + bool(self.teacher_mix) + 2 * discriminators
         weights = 0 if self.fake_lora_rank else sum(p.numel() for p in self.teacher.parameters())
-        return Cost(rows, updates + 1 + judged, weights)
+        return Cost(rows, updates + 1 + discriminators, weights)
 
     @cached_property
     def networks(self) -> Mapping[str, nn.Module]:

@@ -45,10 +45,10 @@ class Generation:
 
     @classmethod
     def of(
-        cls, denoiser: Denoiser, schedule: NoiseSchedule, steps: StepSchedule, device: torch.device, scale: float
+        cls, denoiser: Denoiser, schedule: NoiseSchedule, steps: StepSchedule, teacher: nn.Module, scale: float
     ) -> "Generation":
-        """On the grid of the scheduler that the student is exported with."""
-        scheduler = steps.student_scheduler
+        """On the grid of the scheduler that the student is exported with, on the teacher's device."""
+        scheduler, device = steps.student_scheduler, next(teacher.parameters()).device
         grid, renoises = schedule.grid(scheduler, steps.steps), isinstance(scheduler, LCMScheduler)
         return cls(denoiser, schedule, grid.to(device), scale, renoises)
 

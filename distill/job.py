@@ -77,13 +77,13 @@ def distill_steps(config: Config, run: Run) -> int | Plan:
     for stage in job.stages:
         unets[stage.name] = distilled(job, stage, unets, pairs, train, monitor(stage))
         student = with_unet(job.teacher.pipeline, unets[stage.name], scheduler=job.student_scheduler(stage.steps))
-        guidance = job.sampled_guidance(stage.name, config.eval.guidance_scale)
+        guidance = job.sampled_guidance(stage.name, job.compared_guidance(stage.name))
         export(student, f"{stage.name}/export", job.teacher, stage.steps, guidance)
         if job.is_low_rank_of_teacher(stage):
             export_low_rank(student, stage.name, run)
     evaluation = evaluated(job, unets, prompts, scorer, calibration)
     for point in evaluation.points:
-        if point.model == f"steps-{point.steps}" and point.guidance == config.eval.guidance_scale:
+        if point.model == f"steps-{point.steps}" and point.guidance == job.compared_guidance(point.model):
             line = f"{result_line(point)} (the teacher at {job.distillation.steps[0]} steps)"
             write_results(run, f"{point.model}/export", [line])
     measure_unets(job, unets)
@@ -169,7 +169,8 @@ def stage_monitor(
 ) -> ImageMonitor:
     """What looks at the student of a stage, sampled as its export is, where `train.evaluate_every` asks for it."""
     config, teacher = job.teacher.config.eval, job.teacher
-    scale, scheduler = job.sampled_guidance(stage.name, config.guidance_scale), job.student_scheduler(stage.steps)
+    scale = job.sampled_guidance(stage.name, job.compared_guidance(stage.name))
+    scheduler = job.student_scheduler(stage.steps)
     sampler = Sampler(teacher.pipeline, stage.steps, scale, config.seed, scheduler, teacher.precision)
     return ImageMonitor(sampler, prompts, scorer, teacher.run, stage.name, config.batch_size, config.pictures)
 

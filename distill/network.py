@@ -82,10 +82,21 @@ class Distillation:
         """What the objective asks of its students."""
         return requirements(get_class(self.teacher.config.objective["_target_"]))
 
+    def stage(self, name: str) -> DistillationStage:
+        return next(stage for stage in self.stages if stage.name == name)
+
+    def guides_itself(self, name: str) -> bool:
+        """Whether one of `evaluated` is a student that has the guidance in its weights."""
+        return self.requires.guides_itself and name.startswith("steps-")
+
     def sampled_guidance(self, name: str, guidance: float) -> float:
         """The scale with which one of `evaluated` is sampled where the teacher is with `guidance`."""
-        guides_itself = self.requires.guides_itself and name.startswith("steps-")
-        return 1.0 if guides_itself and not takes_guidance(self.student) else guidance
+        return 1.0 if self.guides_itself(name) and not takes_guidance(self.student) else guidance
+
+    def compared_guidance(self, name: str) -> float:
+        """The teacher's scale that a stage's student is exported for: its own, or the evaluation's."""
+        own = self.guides_itself(name)
+        return self.own_guidance(self.stage(name)) if own else self.teacher.config.eval.guidance_scale
 
     def student_scheduler(self, steps: int) -> Any:
         """The diffusers scheduler that a student of so many steps is exported with; each of them removes noise."""
@@ -161,24 +172,21 @@ class Distillation:
         steps = sorted({*self.teacher.config.curves.steps, *more}, reverse=True)
         if name == "teacher":
             return steps
-        if self.requires.guides_itself and name.startswith("steps-"):  # it learnt so many, and is no solver of more
-            steps = [n for n in steps if n <= self.student_steps(name)]
+        if self.guides_itself(name):  # it learnt so many, and is no solver of more
+            steps = [n for n in steps if n <= self.stage(name).steps]
         return [n for n in steps if n > 1 or not self.sampler(name, 2).config.get("shift_terminal")]
 
     def evaluated_guidance(self, name: str) -> list[float]:
         """The teacher's guidance scales at which a model is compared with it; a student that has one in its weights at
         this one alone."""
-        if self.requires.guides_itself and name.startswith("steps-"):
-            return [self.own_guidance(next(stage for stage in self.stages if stage.name == name))]
+        if self.guides_itself(name):
+            return [self.own_guidance(self.stage(name))]
         return list(self.teacher.config.curves.guidance)
 
     def own_guidance(self, stage: DistillationStage) -> float:
         """What a stage's student has in its weights."""
         objective = self.objective(stage)
         return objective.get("guidance_scale", get_class(objective["_target_"]).guidance_scale)
-
-    def student_steps(self, name: str) -> int:
-        return next(stage.steps for stage in self.stages if stage.name == name)
 
     def sampler(self, name: str, steps: int) -> Any:
         """The scheduler with which one of `evaluated` makes so many steps."""
@@ -192,15 +200,14 @@ class Distillation:
                 return self.scheduler
             case "teacher-stretched":
                 return stretched(self.shifted, steps, self.flow)
-        return self.student_scheduler(self.student_steps(name))
+        return self.student_scheduler(self.stage(name).steps)
 
 
 def distillation_of(teacher: Teacher) -> Distillation:
     """Raises ValueError for stages that cannot be, and for a student that does not fit the teacher's pipeline."""
     distillation: DistillationConfig = OmegaConf.to_object(teacher.config.distillation)
-    of_steps = not requirements(get_class(teacher.config.objective["_target_"])).guides_itself
-    mode = distillation.mode if of_steps else "scores"
-    stages = distillation_stages(distillation.steps, mode, same_network=not distillation.student)
+    one_teacher = requirements(get_class(teacher.config.objective["_target_"])).guides_itself
+    stages = distillation_stages(distillation.steps, distillation.mode, not distillation.student, one_teacher)
     stages = with_changes(stages, distillation.stages or {})
     pipeline = teacher.pipeline
     trained_N = schedule_for(pipeline).trained_N  # by its own scheduler

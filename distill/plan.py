@@ -16,15 +16,12 @@ def distilling_stages(job: Distillation) -> Iterator[Stage]:
     if not job.predicts_v:
         for name in ("teacher", "student") if job.distillation.student else ("teacher",):
             train = config.v_prediction.train
-            yield training(f"velocity-{name}", train, teacher, teacher_rows=0, work=f"{name}, by the data")
+            yield training(f"velocity-{name}", train, teacher, f"{name}, by the data", Cost(rows=0))
     if job.distillation.recover:
-        yield training("repair", config.recovery.train, teacher, work="student, by the teacher")
+        yield training("repair", config.recovery.train, teacher, "student, by the teacher")
     for stage in job.stages:
-        of_one = cost(job, stage)
         work = f"{stage.start}, by {stage.teacher} with {stage.teacher_steps} steps"
-        yield training(
-            stage.name, job.training(stage.name), teacher, of_one.rows, work, of_one.trained_rows, of_one.beside
-        )
+        yield training(stage.name, job.training(stage.name), teacher, work, cost(job, stage))
         yield export(f"{stage.name}/export", teacher)
     yield evaluation(job)
     yield Stage("unet_ms.json", "evaluations of one row and of two")
@@ -32,12 +29,8 @@ def distilling_stages(job: Distillation) -> Iterator[Stage]:
 
 
 def cost(job: Distillation, stage: DistillationStage) -> Cost:
-    """What the objective says of itself; of others, teacher steps: one of a consistency objective, or several."""
-    objective = job.checked_objective(stage)
-    if hasattr(objective, "cost"):
-        return objective.cost
-    one_step = job.distillation.sampler == "LCMScheduler"
-    return Cost(1 if one_step else stage.teacher_steps // stage.steps)
+    """What the objective says of itself; one that says nothing follows the teacher's steps within one of its own."""
+    return getattr(job.checked_objective(stage), "cost", Cost(stage.teacher_steps // stage.steps))
 
 
 def trained_beside(job: Distillation) -> int:

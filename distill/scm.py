@@ -59,8 +59,8 @@ class ContinuousConsistency:
         if not 0 < self.step < low < high <= 1:
             way = f"0 < step={self.step} < low < high <= 1"
             raise ValueError(f"objective.time_range={list(self.time_range)} must be two shares, {way}")
-        steps, device = self.step_schedule, next(self.teacher.parameters()).device
-        self.generation = Generation.of(self.denoiser, self.schedule, steps, device, self.guidance_scale)
+        shared = self.denoiser, self.schedule, self.step_schedule, self.teacher
+        self.generation = Generation.of(*shared, self.guidance_scale)
 
     @property
     def cost(self) -> Cost:

@@ -18,25 +18,25 @@ class DistillationStage:
     steps: int
 
 
-def distillation_stages(steps: Sequence[int], mode: str, same_network: bool) -> tuple[DistillationStage, ...]:
+def distillation_stages(
+    steps: Sequence[int], mode: str, same_network: bool, one_teacher: bool = False
+) -> tuple[DistillationStage, ...]:
     """The stages in the order in which they are trained.
 
     Direct: a network of the teacher's architecture is distilled beside the student, one stage ahead, and teaches it; it
     stops one stage earlier, where it has nothing left to teach. With `same_network` the student has the teacher's
-    network, and both modes give the same stages. Mode `scores`: the teacher with its many steps teaches all students.
+    network, and both modes give the same stages. With `one_teacher` the teacher with its many steps teaches all.
     """
     stages: list[DistillationStage] = []
     teacher, student = "teacher", "student"
-    beside = mode == "direct" and not same_network
+    beside = mode == "direct" and not same_network and not one_teacher
     for number, (above, below) in enumerate(itertools.pairwise(steps), start=2):
         if beside and number < len(steps):
             stages.append(DistillationStage(f"teacher-{below}", teacher, teacher, above, below))
-        teacher_steps = steps[0] if mode == "scores" else above
-        stages.append(DistillationStage(f"steps-{below}", teacher, student, teacher_steps, below))
+        stages.append(DistillationStage(f"steps-{below}", teacher, student, steps[0] if one_teacher else above, below))
         student = f"steps-{below}"
-        if mode == "scores":
-            continue
-        teacher = f"teacher-{below}" if beside else student
+        if not one_teacher:
+            teacher = f"teacher-{below}" if beside else student
     return tuple(stages)
 
 

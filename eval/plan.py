@@ -7,6 +7,7 @@ from diffusers import DiffusionPipeline
 
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.identity import SCORER_CHECK
+from slimstep.engine.objective import Cost
 from slimstep.engine.planning import Plan, duration
 from slimstep.engine.run import FINISHED, Run
 from slimstep.eval.config import Config
@@ -18,6 +19,7 @@ from slimstep.eval.throughput import hours
 from slimstep.models.cost import count_gflops
 from slimstep.models.pipeline import networks
 
+TEACHER_ONCE = Cost(rows=1)
 CHECKPOINT_COPIES, BYTES = 4, 4  # a checkpoint holds weights, two moments of AdamW and the EMA
 
 
@@ -41,22 +43,16 @@ def training(
     stage: str,
     config: TrainConfig,
     teacher: Teacher,
-    teacher_rows: float = 1,
     work: str = "",
-    trained_rows: float = 1,
-    beside: int = 0,
+    cost: Cost = TEACHER_ONCE,
 ) -> Stage:
-    """A stage of the loop whose objective runs `teacher_rows` rows per sample of a step without a gradient and
-    `trained_rows` with one; no student is larger than the teacher. `beside`: weights that are trained beside it.
-
-    Rows that are guided, and so run twice, are not counted.
-    """
+    """A stage of the loop, whose objective has this cost; no student is larger than the teacher."""
     samples = config.steps * config.batch_size * config.accumulation * teacher.run.accelerator.num_processes
     size = BYTES * teacher.unet.num_parameters()
     checkpoints = min(config.keep_checkpoints, (config.steps - 1) // config.checkpoint_every)
-    kept = CHECKPOINT_COPIES * (size + BYTES * beside) * checkpoints
+    kept = CHECKPOINT_COPIES * (size + BYTES * cost.beside) * checkpoints
     summary = ", ".join(filter(None, [f"{config.steps} steps, {samples} samples", work]))
-    rows, trained = round(samples * teacher_rows), round(samples * trained_rows)
+    rows, trained = round(samples * cost.rows), round(samples * cost.trained_rows)
     return Stage(f"{stage}/weights.safetensors", summary, rows, size + kept, trained=trained)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from slimstep.engine.objective import Cost
 from slimstep.eval.evaluator import place
 from slimstep.eval.inputs import Teacher
 from slimstep.eval.plan import Stage, export, image_count, image_rows, training
@@ -15,7 +16,7 @@ def pruning_stages(teacher: Teacher, search: Any) -> Iterator[Stage]:
     yield evaluation("teacher", teacher)
     for r in range(config.search.rounds):
         stage = f"round-{r:02d}"
-        yield training(stage, config.train, teacher, teacher_rows=int(config.objective.get("teacher_weight", 0) > 0))
+        yield training(stage, config.train, teacher, cost=Cost(int(config.objective.get("teacher_weight", 0) > 0)))
         yield Stage(f"{stage}/latency.json", config.latency.table or f"{blocks} blocks")
         scoring = config.scoring
         rows = scoring.prompts * image_rows(scoring.steps, scoring.guidance_scale)

@@ -11,6 +11,7 @@ from omegaconf import OmegaConf
 
 from slimstep.distill.config import DistillationConfig
 from slimstep.distill.network import Distillation, check_agreement, on_the_grid, student_of
+from slimstep.distill.stages import distillation_stages
 from slimstep.eval.inputs import Teacher
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.guidance import with_guidance_embedding
@@ -95,3 +96,19 @@ def test_a_guidance_embedding_is_refused_where_nothing_would_train_it():
     scheduler.register_to_config(prediction_type="epsilon")
     with pytest.raises(ValueError, match=refused.format("the conversion to v-prediction and distillation.recover")):
         check_agreement(job(guidance, DistillationConfig(student="cut", guidance_embed_dim=32, recover=True)))
+
+
+def test_a_student_with_guidance_of_its_own_is_exported_and_compared_at_that():
+    """And not at the scale of the evaluation; one that guides itself is called without any."""
+    unet, scheduler = tiny_unet(), DDIMScheduler(**BETAS, prediction_type="v_prediction")
+
+    def job(name):
+        objective = {"_target_": f"slimstep.distill.{name}", "guidance_scale": 4.0}
+        config = OmegaConf.create({"objective": objective, "eval": {"guidance_scale": 2.5}})
+        teacher = Teacher(SimpleNamespace(unet=unet, scheduler=scheduler), config, None)
+        return Distillation(teacher, DistillationConfig(), distillation_stages([4, 1], "direct", True), unet)
+
+    dmd, steps = job("dmd.DistributionMatching"), job("steps.StepDistillation")
+    assert [one.compared_guidance("steps-1") for one in (dmd, steps)] == [4.0, 2.5]
+    assert [one.sampled_guidance("steps-1", one.compared_guidance("steps-1")) for one in (dmd, steps)] == [1.0, 2.5]
+    assert [one.sampled_guidance("teacher", 2.5) for one in (dmd, steps)] == [2.5, 2.5]

@@ -80,8 +80,8 @@ class Killed(Exception):
 
 
 class Drawing:
-    """A model whose image of prompt i is a function of (seed, i), narrowed around a mean by `spread`; what it draws is
-    counted, and after `limit` batches it is killed."""
+    """A model whose image of prompt i is a function of (seed, i), as far from a mean as `spread` says; what it draws
+    is counted, and after `limit` batches it is killed."""
 
     def __init__(self, spread=1.0, limit=None):
         self.spread, self.limit, self.batches = spread, limit, []
