@@ -43,12 +43,18 @@ GUIDANCE = (2.0, 14.0)
 
 
 class Networks:
-    """A frozen teacher, a student that begins as its copy, what encodes, and one batch of data."""
+    """A frozen teacher, a student that begins as its copy, what encodes, and one batch of data.
 
-    def __init__(self, sd15: bool, batch: int, device: torch.device):
+    With `widen` above 1 the denoiser has so many times the bundled one's channels, and random weights.
+    """
+
+    def __init__(self, sd15: bool, batch: int, device: torch.device, widen: int = 1):
         self.device, self.batch = device, batch
         pipeline = random_pipeline("sd15") if sd15 else load_pipeline(ROOT / "assets/shapes")
         self.vae, self.text_encoder, self.teacher = pipeline.vae, pipeline.text_encoder, pipeline.unet
+        if widen > 1:
+            channels = [widen * width for width in self.teacher.config.block_out_channels]
+            self.teacher = type(self.teacher).from_config(self.teacher.config, block_out_channels=channels)
         pairs = ShapesPairs("train", batch, resolution=native_pixels(pipeline))
         self.images = pairs.images(range(batch)).float() / 127.5 - 1
         token = {"padding": "max_length", "truncation": True, "return_tensors": "pt"}

@@ -2,6 +2,7 @@
 
     python benchmarks/dmd_speed.py                       # the bundled UNet, one step and four
     python benchmarks/dmd_speed.py --sd15 --batch 4      # SD-1.5's networks with random weights, on a GPU
+    python benchmarks/dmd_speed.py --widen 4 --batch 4   # four times the bundled UNet's channels, random weights
 
 Both train the same student and fake score, five updates of the latter to one of the former, with the same optimisers
 and EMA. The published style encodes images and captions in every iteration, draws new samples for every update of the
@@ -17,6 +18,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -153,7 +155,8 @@ def loop(name: str, networks: Networks, steps: int) -> Callable[[], None]:
 def peak_memory(name: str, steps: int, options: argparse.Namespace) -> int:
     """Bytes, in a process of its own."""
     child = [sys.executable, __file__, "--child", name, "--steps", str(steps), "--batch", str(options.batch)]
-    done = subprocess.run(child + ["--sd15"] * options.sd15, capture_output=True, text=True, check=True)
+    child += [f"--widen={options.widen}", *["--sd15"] * options.sd15]
+    done = subprocess.run(child, capture_output=True, text=True, check=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -170,6 +173,7 @@ def forget_peak() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sd15", action="store_true", help="SD-1.5's networks with random weights, 512 pixels")
+    parser.add_argument("--widen", type=int, default=1, help="so many times the bundled UNet's channels")
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, nargs="+", default=[1, 4], help="of the student")
@@ -180,9 +184,10 @@ def main() -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
     torch.set_num_threads(1)
+    networks = partial(Networks, options.sd15, options.batch, device, options.widen)
     if options.child:
         before = resident("VmRSS")
-        step = loop(options.child, Networks(options.sd15, options.batch, device), *options.steps)
+        step = loop(options.child, networks(), *options.steps)
         forget_peak()
         step(), step()
         on_gpu = device.type == "cuda"
@@ -190,7 +195,7 @@ def main() -> None:
         return
     names, rows, record = [PUBLISHED, *OURS, *([COMPILED] if options.compile else [])], [], {}
     for steps in options.steps:
-        loops = {name: loop(name, Networks(options.sd15, options.batch, device), steps) for name in names}
+        loops = {name: loop(name, networks(), steps) for name in names}
         times: dict[str, list[float]] = {name: [] for name in names}
         for k in range(options.rounds + 1):
             for name in names if k % 2 else reversed(names):
@@ -208,8 +213,9 @@ def main() -> None:
             }  # fmt: skip
             shown = "–" if memory is None else f"{memory:.2f}×"
             rows.append([name, str(steps), f"{middle:.2f}×", f"[{low:.2f}, {high:.2f}]", shown])
-    model = "sd15" if options.sd15 else "shapes"
-    facts = {"model": model, "batch": options.batch, "rounds": options.rounds, "environment": environment()}
+    model = "sd15" if options.sd15 else "shapes" if options.widen == 1 else f"shapes-{options.widen}-times-as-wide"
+    weights = sum(parameter.numel() for parameter in networks().teacher.parameters())
+    facts = {"model": model, "weights": weights, "batch": options.batch, "rounds": options.rounds, "environment": environment()}
     write_json(options.out / f"{model}-{device.type}.json", {**facts, "loops": record})
     print(markdown_table(["loop", "steps", "samples/s over the published style's", "quartiles", "peak memory"], rows))
 

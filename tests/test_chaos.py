@@ -17,6 +17,13 @@ DISTILLING = [
     "data.pairs.size=64", "train.steps=16", "train.batch_size=4", "train.checkpoint_every=5", "train.accumulation=2",
     "train.workers=1", "eval.prompts=4", "eval.pictures=2", "objective.guided_share=0", "objective.cached_draws=2",
 ]  # fmt: skip
+MATCHING = [
+    "+experiment=distill_steps", "objective=dmd", "objective.adversarial_weight=1e-3", "objective.fake_updates=2",
+    "distillation.steps=[4,2,1]", "curves.steps=[1,2]", "curves.guidance=[2.5]", "data.pairs.size=64", "train.steps=16",
+    "train.batch_size=4", "train.checkpoint_every=5", "train.accumulation=2", "train.workers=1", "train.keep_best=true",
+    "train.evaluate_every=4", "scoring.prompts=4", "eval.prompts=4", "eval.pictures=2", "evaluation.diversity_prompts=2",
+    "evaluation.diversity_seeds=2",
+]  # fmt: skip
 DECODER = [
     "+experiment=prune_vae", "data.pairs.size=64", "train.steps=16", "train.batch_size=4", "train.checkpoint_every=5",
     "train.accumulation=2", "latents.count=16", "latents.prompts=8", "latents.batch_size=4", "latents.rounds=2",
@@ -27,8 +34,8 @@ DECODER = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("small", "processes", "kills"),
-    [(SMALL, 2, 4), (DISTILLING, 1, 4), (DECODER, 1, 4), (METHOD, 1, 3)],
-    ids=["pruning on two ranks", "distilling", "decoder", "whole method"],
+    [(SMALL, 2, 4), (DISTILLING, 1, 4), (MATCHING, 1, 4), (DECODER, 1, 4), (METHOD, 1, 3)],
+    ids=["pruning on two ranks", "distilling", "distribution matching", "decoder", "whole method"],
 )
 def test_killed_runs_leave_what_a_quiet_run_leaves(tmp_path, tiny_model, small, processes, kills):
     job = [sys.executable, str(ROOT / "scripts/chaos.py"), f"--folder={tmp_path}", f"--kills={kills}", "--seed=1",
