@@ -215,8 +215,9 @@ def main() -> None:
             rows.append([name, str(steps), f"{middle:.2f}×", f"[{low:.2f}, {high:.2f}]", shown])
     model = "sd15" if options.sd15 else "shapes" if options.widen == 1 else f"shapes-{options.widen}-times-as-wide"
     weights = sum(parameter.numel() for parameter in networks().teacher.parameters())
-    facts = {"model": model, "weights": weights, "batch": options.batch, "rounds": options.rounds, "environment": environment()}
-    write_json(options.out / f"{model}-{device.type}.json", {**facts, "loops": record})
+    facts = {"model": model, "weights": weights, "batch": options.batch, "rounds": options.rounds}
+    facts |= {"environment": environment(), "loops": record}
+    write_json(options.out / f"{model}-{device.type}.json", facts)
     print(markdown_table(["loop", "steps", "samples/s over the published style's", "quartiles", "peak memory"], rows))
 
 

@@ -110,14 +110,14 @@ class DistributionMatching:
     ) -> tuple[Tensor, Metrics]:
         if update == FAKE_SCORE:
             generated = self.samples(networks[STUDENT], batch, generator)
-            noisy = renoised(generated, self.schedule, self.time_range, generator)
+            noisy = self.renoised(generated, generator)
             return self.denoising(networks[FAKE_SCORE], generated, noisy), {}
         self.kept.clear()
         with torch.set_grad_enabled(update == STUDENT):
             generated = self.generation(networks[STUDENT], batch, self.uncond, generator)
         if update == DISCRIMINATOR:
             return self.adversarial.of_discriminator(networks[DISCRIMINATOR], generated, batch, generator)
-        noisy = renoised(generated, self.schedule, self.time_range, generator)
+        noisy = self.renoised(generated, generator)
         matching, size = self.matching(networks[FAKE_SCORE], generated, noisy)
         metrics = {"direction": size, "spread": spread(generated, batch)}
         if not self.adversarial_weight:
@@ -136,6 +136,10 @@ class DistributionMatching:
             return self.kept[-1]
         self.kept.rotate(-1)
         return self.kept[-1]
+
+    def renoised(self, generated: Generated, generator: torch.Generator) -> Noisy:
+        """The samples as they are compared."""
+        return renoised(generated, self.schedule, self.time_range, generator)
 
     def denoising(self, fake_score: nn.Module, generated: Generated, noisy: Noisy) -> Tensor:
         """The denoising loss of the student's samples."""

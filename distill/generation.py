@@ -21,10 +21,12 @@ SPREAD = {"spread": (0.1, 50.0)}  # of samples, in units of the training images'
 
 @dataclass(frozen=True)
 class Generated:
-    """Samples [B, …] that a student makes of noise, and what they are conditioned on."""
+    """Samples [B, …] that a student sees at z, in a step between two times, and what they are conditioned on."""
 
     x0: Tensor
     cond: Conditioning
+    z: Tensor
+    bounds_2: Tensor
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ class Generation:
                 else:
                     z = ddim_step(pred, z, here, there, kind)
         t_B = self.bounds_N2[stop, 0].expand(rows)
-        return Generated(x0_of(self.predict(student, z, t_B, cond), z, self.schedule.alpha_sigma(t_B), kind), cond)
+        x0 = x0_of(self.predict(student, z, t_B, cond), z, self.schedule.alpha_sigma(t_B), kind)
+        return Generated(x0, cond, z, self.bounds_N2[stop])
 
     @property
     def rows_before(self) -> float:

@@ -311,7 +311,7 @@ def check_agreement(job: Distillation) -> None:
     kind, distillation = get_class(job.teacher.config.objective["_target_"]), job.distillation
     requires = job.requires
     if not requires.distils_steps:
-        others = "steps, guidance, lcm, dmd, adversarial or scm"
+        others = "steps, guidance, lcm, dmd, tdm, adversarial or scm"
         raise ValueError(f"objective {kind.__name__} distils no steps; choose objective={others}")
     for stage in job.stages if requires.guides_itself else ():
         scale, compared_at = job.own_guidance(stage), list(job.teacher.config.curves.guidance)

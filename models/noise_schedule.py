@@ -41,6 +41,10 @@ class NoiseSchedule(Protocol):
         """[B] times so far along the way from the sample, 0, to noise, 1, as samplers go it."""
         ...
 
+    def share_at(self, t_B: Tensor) -> Tensor:
+        """The inverse of `time_at`, shaped as `t_B`."""
+        ...
+
     def grid(self, scheduler: SchedulerMixin, steps: int) -> Tensor:
         """[steps, 2]: the times at which each step of a diffusers scheduler starts and lands."""
         ...
@@ -79,6 +83,9 @@ class VariancePreserving:
 
     def time_at(self, share_B: Tensor) -> Tensor:
         return (share_B * len(self)).long().clamp(max=len(self) - 1)
+
+    def share_at(self, t_B: Tensor) -> Tensor:
+        return t_B.clamp(min=0) / len(self)
 
     def grid(self, scheduler: SchedulerMixin, steps: int) -> Tensor:
         """Whole timesteps of diffusers' DDIM, LCM or Euler sampler; −1 is the end.
@@ -127,6 +134,9 @@ class RectifiedFlow:
 
     def time_at(self, share_B: Tensor) -> Tensor:
         return shifted(share_B, self.shift) * self.num_train_timesteps
+
+    def share_at(self, t_B: Tensor) -> Tensor:
+        return unshifted(t_B / self.num_train_timesteps, self.shift)
 
     def grid(self, scheduler: SchedulerMixin, steps: int) -> Tensor:
         """Those of a flow's scheduler, which lands where the next step starts, and ends at 0."""

@@ -21,8 +21,8 @@ MATCHING = [
     "+experiment=distill_steps", "objective=dmd", "objective.adversarial_weight=1e-3", "objective.fake_updates=2",
     "distillation.steps=[4,2,1]", "curves.steps=[1,2]", "curves.guidance=[2.5]", "data.pairs.size=64", "train.steps=16",
     "train.batch_size=4", "train.checkpoint_every=5", "train.accumulation=2", "train.workers=1", "train.keep_best=true",
-    "train.evaluate_every=4", "scoring.prompts=4", "eval.prompts=4", "eval.pictures=2", "evaluation.diversity_prompts=2",
-    "evaluation.diversity_seeds=2",
+    "train.evaluate_every=4", "scoring.prompts=4", "eval.prompts=4", "eval.pictures=2",
+    "evaluation.diversity_prompts=2", "evaluation.diversity_seeds=2",
 ]  # fmt: skip
 DECODER = [
     "+experiment=prune_vae", "data.pairs.size=64", "train.steps=16", "train.batch_size=4", "train.checkpoint_every=5",

@@ -43,7 +43,7 @@ class World:
         self.student = copy.deepcopy(self.teacher).requires_grad_()
 
     def objective(self, kind, **options):
-        if kind is DistributionMatching:
+        if issubclass(kind, DistributionMatching):
             options = {"initial_student": lambda: self.teacher, **options}
         return kind(self.denoiser, self.schedule, self.uncond, self.teacher, self.steps, **options)
 
@@ -52,7 +52,8 @@ class World:
         return Generation.of(self.denoiser, self.schedule, self.steps, self.teacher, 1.0)
 
     def generated(self):
-        return Generated(self.batch["latents"], Conditioning({k: self.batch[k] for k in self.uncond.tensors}))
+        cond = Conditioning({k: self.batch[k] for k in self.uncond.tensors})
+        return Generated(self.batch["latents"], cond, self.batch["latents"], self.generation.bounds_N2[-1])
 
 
 def draw(seed=0):

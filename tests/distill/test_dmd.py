@@ -45,7 +45,7 @@ def test_matching_ends_at_the_teachers_distribution_from_a_student_elsewhere(une
     optimizer = torch.optim.Adam([mean, std], 0.03)
     for step in range(400):
         x0 = mean + std * torch.randn(512, 1, generator=draw(step))
-        generated = Generated(x0, Conditioning())
+        generated = Generated(x0, Conditioning(), x0, objective.generation.bounds_N2[-1])
         noisy = renoised(generated, schedule, objective.time_range, draw(step + 10_000))
         loss, _ = objective.matching((mean.detach(), std.detach()), generated, noisy)
         optimizer.zero_grad()

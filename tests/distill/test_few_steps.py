@@ -12,6 +12,7 @@ from slimstep.distill.adversarial import AdversarialDistillation
 from slimstep.distill.dmd import DistributionMatching
 from slimstep.distill.generation import Generation
 from slimstep.distill.scm import ContinuousConsistency
+from slimstep.distill.tdm import TrajectoryMatching
 from slimstep.distill.teaching import StepSchedule
 from slimstep.engine.objective import STUDENT, as_objective
 from slimstep.models.flow import set_steps
@@ -90,6 +91,7 @@ def test_times_where_nothing_can_be_compared_are_refused(unet, range_):
         (DistributionMatching, {}),
         (DistributionMatching, {"fresh_samples": True, "fake_updates": 2}),
         (DistributionMatching, {"adversarial_weight": 0.1, "teacher_mix": 0.5}),
+        (TrajectoryMatching, {}),
         (AdversarialDistillation, {}),
         (AdversarialDistillation, {"distillation_weight": 0.0, "discriminator_updates": 2}),
         (ContinuousConsistency, {}),

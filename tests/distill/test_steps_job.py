@@ -221,7 +221,7 @@ def test_guidance_distilled_students_need_one_evaluation_a_step(tmp_path, tiny_m
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("objective", ["dmd", "adversarial", "scm"])
+@pytest.mark.parametrize("objective", ["dmd", "tdm", "adversarial", "scm"])
 def test_students_of_the_teachers_distribution_are_sampled_without_guidance(tmp_path, tiny_model, objective):
     """The teacher of every stage is the one of many steps, and students are compared with it as it is guided."""
     job = [*tiny_model, f"root={tmp_path}", f"objective={objective}", "distillation.steps=[4,2,1]", "train.log_every=1"]
@@ -253,7 +253,7 @@ def test_students_of_the_teachers_distribution_are_sampled_without_guidance(tmp_
     assert sorted(folder.name for folder in (path / "steps-2/previews").iterdir()) == ["step-00000002", "step-00000003"]
     assert "steps-2 while it was trained" in (path / "report.html").read_text()
     rows = [row for row in rows if "calibration/clip" not in row]
-    if second := {"dmd": "fake_score", "adversarial": "discriminator"}.get(objective):
+    if second := {"dmd": "fake_score", "tdm": "fake_score", "adversarial": "discriminator"}.get(objective):
         assert all({f"{second}/loss", f"{second}/grad_norm", "loss", "grad_norm", "spread"} < set(row) for row in rows)
     planned = run(*job, "curves.guidance=[1.0,2.5]", "plan=true")
     assert planned.returncode == 0 and "| to do" not in planned.stdout
