@@ -117,14 +117,18 @@ def write_cut(folder: Path) -> None:
 
 def share(root: Path, name: str, done: Sequence[str]) -> None:
     """Puts into a run what an earlier one has made in the same way."""
-    names = {"evaluation": "teacher*", "reference": "*", "images": "teacher*"}
     for source in done[:1]:
-        for folder, pattern in names.items():
-            for path in sorted((root / slug(source) / folder).glob(pattern)):
-                copy(path, root / slug(name) / folder / path.name)
+        share_teacher(root / slug(source), root / slug(name))
     source, stages = SHARED.get(name, (None, {}))
     for there, here in stages.items():
         copy(root / slug(source) / there / WEIGHTS, root / slug(name) / here / WEIGHTS)
+
+
+def share_teacher(source: Path, there: Path) -> None:
+    """Puts the evaluation of the teacher that one run has made into another run's folder."""
+    for folder, pattern in {"evaluation": "teacher*", "reference": "*", "images": "teacher*"}.items():
+        for path in sorted((source / folder).glob(pattern)):
+            copy(path, there / folder / path.name)
 
 
 def copy(source: Path, there: Path) -> None:

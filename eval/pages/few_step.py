@@ -234,15 +234,18 @@ def write_few_step(folders: Sequence[tuple[str, str | Path]], out: str | Path, g
 
 
 def row_json(row: Row) -> dict[str, Any]:
-    """A row with its values per prompt to what matters, for a file that is kept."""
+    point = rounded_point(row.point)
+    return {"network": row.label, "run": row.run.path.name, "of_teachers_ms": row.share, **point}
+
+
+def rounded_point(point: Point) -> dict[str, Any]:
+    """A point with its values per prompt to what matters, for a file that is kept."""
 
     def rounded(own: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
         has_prompts = own and own.get("per_prompt")
         return {**own, "per_prompt": [round(value, 6) for value in own["per_prompt"]]} if own and has_prompts else own
 
-    metrics = {name: rounded(own) for name, own in row.point.metrics.items()}
-    point = {**asdict(row.point), "metrics": metrics}
-    return {"network": row.label, "run": row.run.path.name, "of_teachers_ms": row.share, **point}
+    return {**asdict(point), "metrics": {name: rounded(own) for name, own in point.metrics.items()}}
 
 
 def facts(run: Run, guidance: float) -> dict[str, dict[str, Any]]:
