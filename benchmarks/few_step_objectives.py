@@ -35,7 +35,7 @@ from slimstep.eval.record import Point, read_evaluation
 
 LOOKS = 4  # at the student while it trains: the time between the first and the last is that of its steps
 RANGE = "objective.guidance_range=[2,3]"
-DMD = ["objective=dmd", "objective.fake_updates=2"]
+DMD = ["objective=dmd"]
 
 
 @dataclass(frozen=True)

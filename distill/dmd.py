@@ -51,7 +51,7 @@ class DistributionMatching:
     step_schedule: StepSchedule
     initial_student: Callable[[], nn.Module]
     guidance_scale: float = 2.5
-    fake_updates: int = 5
+    fake_updates: int = 2
     fresh_samples: bool = False
     fake_lora_rank: int = 0
     teacher_mix: float = 0.0

@@ -18,8 +18,8 @@ DISTILLING = [
     "train.workers=1", "eval.prompts=4", "eval.pictures=2", "objective.guided_share=0", "objective.cached_draws=2",
 ]  # fmt: skip
 MATCHING = [
-    "+experiment=distill_steps", "objective=dmd", "objective.adversarial_weight=1e-3", "objective.fake_updates=2",
-    "distillation.steps=[4,2,1]", "curves.steps=[1,2]", "curves.guidance=[2.5]", "data.pairs.size=64", "train.steps=16",
+    "+experiment=distill_steps", "objective=dmd", "objective.adversarial_weight=1e-3", "distillation.steps=[4,2,1]",
+    "curves.steps=[1,2]", "curves.guidance=[2.5]", "data.pairs.size=64", "train.steps=16",
     "train.batch_size=4", "train.checkpoint_every=5", "train.accumulation=2", "train.workers=1", "train.keep_best=true",
     "train.evaluate_every=4", "scoring.prompts=4", "eval.prompts=4", "eval.pictures=2",
     "evaluation.diversity_prompts=2", "evaluation.diversity_seeds=2",
