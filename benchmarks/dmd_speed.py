@@ -19,6 +19,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -34,6 +35,7 @@ from slimstep.engine.console import open_console
 from slimstep.engine.environment import environment
 from slimstep.engine.files import write_json
 from slimstep.engine.objective import STUDENT
+from slimstep.engine.seeding import generator
 from slimstep.eval.pages.tables import markdown_table
 from slimstep.models.family import denoiser_of
 from slimstep.models.noise_schedule import add_noise, ddim_step, target_of, x0_of
@@ -74,14 +76,16 @@ def our_loop(networks: Networks, steps: int, is_compiled: bool, **options: int) 
         for network in (networks.teacher, *called.values()):
             network.compile(dynamic=False)
     ema = EMAModel(student.parameters(), decay=0.999, foreach=True)
-    cached, draw = networks.encoded(), torch.Generator(networks.device).manual_seed(0)
+    cached, steps_done = networks.encoded(), count()
 
     def step() -> None:
+        done = next(steps_done)
         for nth, update in enumerate(objective.updates(0)):
             for name, one in trained.items():
                 for parameter in one.parameters:
                     parameter.requires_grad_(name == update)
             with trained[update].autocast():
+                draw = generator(done, nth, device=networks.device)
                 loss, _ = objective.loss(called, {**cached, "nth": nth}, draw, update)
             trained[update].minimise(loss)
         ema.step(student.parameters())

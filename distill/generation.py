@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from slimstep.distill.teaching import StepSchedule
 from slimstep.engine.objective import Batch
+from slimstep.engine.seeding import generator as seeded
 from slimstep.models.conditioning import Conditioning, conditioning_of
 from slimstep.models.denoiser import Denoiser, takes_guidance
 from slimstep.models.guidance import guided
@@ -21,12 +22,12 @@ SPREAD = {"spread": (0.1, 50.0)}  # of samples, in units of the training images'
 
 @dataclass(frozen=True)
 class Generated:
-    """Samples [B, …] that a student sees at z, in a step between two times, and what they are conditioned on."""
+    """Samples [B, …] that a student sees at z, in one of its steps, and what they are conditioned on."""
 
     x0: Tensor
     cond: Conditioning
     z: Tensor
-    bounds_2: Tensor
+    step: int
 
 
 @dataclass(frozen=True)
@@ -57,11 +58,14 @@ class Generation:
     def __call__(
         self, student: nn.Module, batch: Batch, uncond: Conditioning, generator: torch.Generator
     ) -> Generated:
-        """A sample for every caption of the batch; its gradient is that of the student's last evaluation."""
+        """A sample for every caption of the batch; its gradient is that of the student's last evaluation.
+
+        The step at which it stops is drawn on the host, of the generator's seed, so that no GPU is waited for.
+        """
         cond, kind = conditioning_of(batch, like=uncond), self.schedule.prediction_type
         device = batch["latents"].device
         draw = {"generator": generator, "device": device}
-        stop = int(torch.randint(len(self.bounds_N2), (), **draw))
+        stop = int(torch.randint(len(self.bounds_N2), (), generator=seeded(generator.initial_seed(), "stop")))
         z, rows = torch.randn(batch["latents"].shape, **draw), len(batch["latents"])
         for start, end in self.bounds_N2[:stop]:
             with torch.no_grad():
@@ -73,7 +77,7 @@ class Generation:
                     z = ddim_step(pred, z, here, there, kind)
         t_B = self.bounds_N2[stop, 0].expand(rows)
         x0 = x0_of(self.predict(student, z, t_B, cond), z, self.schedule.alpha_sigma(t_B), kind)
-        return Generated(x0, cond, z, self.bounds_N2[stop])
+        return Generated(x0, cond, z, stop)
 
     @property
     def rows_before(self) -> float:

@@ -31,11 +31,12 @@ class TrajectoryMatching(DistributionMatching):
         if self.adversarial_weight:
             what = f"objective.adversarial_weight={self.adversarial_weight:g}: a step of TDM lands on no image"
             raise ValueError(f"{what}; set 0, or take objective=dmd")
+        self.shares_N2 = self.schedule.share_at(self.generation.bounds_N2).tolist()
 
     def renoised(self, generated: Generated, generator: torch.Generator) -> Noisy:
         """Where the samples' last step lands, with new noise up to a uniform time within that step."""
         draw = {"generator": generator, "device": generated.x0.device}
-        (start, end), (lowest, highest) = map(float, self.schedule.share_at(generated.bounds_2)), self.time_range
+        (start, end), (lowest, highest) = self.shares_N2[generated.step], self.time_range
         low = max(end, lowest)
         high = max(low, min(start, highest))
         t_B = self.schedule.time_at(low + (high - low) * torch.rand(len(generated.x0), **draw))
@@ -46,15 +47,16 @@ class TrajectoryMatching(DistributionMatching):
 
     def landing(self, generated: Generated) -> Level:
         """The level at which the samples' last step lands; where new noise is added to what it sees, the sample's."""
-        end = -1 if self.generation.renoises else generated.bounds_2[1]
-        return self.schedule.alpha_sigma(torch.as_tensor(end, device=generated.x0.device).expand(len(generated.x0)))
+        end = self.generation.bounds_N2[-1 if self.generation.renoises else generated.step, 1]
+        return self.schedule.alpha_sigma(end.expand(len(generated.x0)))
 
     def landed(self, generated: Generated) -> Tensor:
         """Where the samples' last step lands, without a gradient."""
         if self.generation.renoises:
             return generated.x0.detach()
-        start, x0 = self.schedule.alpha_sigma(generated.bounds_2[0].expand(len(generated.x0))), generated.x0.detach()
-        return add_noise(x0, pred_of(x0, generated.z, start, "epsilon"), self.landing(generated))
+        x0, start = generated.x0.detach(), self.generation.bounds_N2[generated.step, 0]
+        level = self.schedule.alpha_sigma(start.expand(len(x0)))
+        return add_noise(x0, pred_of(x0, generated.z, level, "epsilon"), self.landing(generated))
 
     def denoising(self, fake_score: nn.Module, generated: Generated, noisy: Noisy) -> Tensor:
         """The loss whose minimum is the score of the samples that landed: of the noise of its time σ it says σ/s ε, s ε

@@ -27,7 +27,7 @@ def check_low_rank(rank: int, accelerator: Accelerator) -> None:
 
 
 def add_low_rank(network: nn.Module, rank: int, seed: int) -> None:
-    """An update of this rank, zero at first, for every linear layer; all else is frozen.
+    """An update of this rank in float32, zero at first, for every linear layer; all else is frozen.
 
     A layer that a block mask closes by itself, as one of FLUX's, is frozen, too: its update would not be masked.
 
@@ -41,6 +41,9 @@ def add_low_rank(network: nn.Module, rank: int, seed: int) -> None:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)  # the same on every process
         inject_adapter_in_model(LoraConfig(r=rank, lora_alpha=rank, target_modules=linear), network)
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()  # of a network in half precision, too
 
 
 def low_rank_weights(network: nn.Module) -> dict[str, Tensor]:

@@ -71,8 +71,9 @@ class Objective(Protocol):
     `updates(step)` names the networks whose optimisers step in this step, in order; a name may stand there several
     times, and each time it sees new samples. It is a function of `step` alone, for a continued run asks again.
     `loss(networks, batch, generator, update)` is what the network `update` minimises; `networks` has the student, too.
-    Only the network `update` gets gradients. Beside its samples a batch has "progress", the share of the training that
-    is done, and "nth", the place of the update in its step. What an objective keeps must be of the same step.
+    Only the network `update` gets gradients. Each call has a generator with a seed of its own. Beside its samples a
+    batch has "progress", the share of the training that is done, and "nth", the place of the update in its step. What
+    an objective keeps must be of the same step.
     """
 
     networks: Mapping[str, nn.Module]

@@ -1,12 +1,14 @@
 """Small networks of every family with the grid of a student of few steps, for tests of what is distilled at once."""
 
 import copy
+from itertools import count
 
 import torch
 
 from slimstep.distill.dmd import DistributionMatching
 from slimstep.distill.generation import Generated, Generation
 from slimstep.distill.teaching import StepSchedule
+from slimstep.engine.seeding import generator as seeded
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.family import denoiser_of, schedule_for
@@ -53,11 +55,17 @@ class World:
 
     def generated(self):
         cond = Conditioning({k: self.batch[k] for k in self.uncond.tensors})
-        return Generated(self.batch["latents"], cond, self.batch["latents"], self.generation.bounds_N2[-1])
+        return Generated(self.batch["latents"], cond, self.batch["latents"], 3)
 
 
 def draw(seed=0):
     return torch.Generator().manual_seed(seed)
+
+
+def seed_that_stops(generation, step):
+    """A seed with which samples stop at this step of the student."""
+    steps = len(generation.bounds_N2)
+    return next(s for s in count() if torch.randint(steps, (), generator=seeded(s, "stop")) == step)
 
 
 class Gaussian:

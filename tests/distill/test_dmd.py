@@ -45,7 +45,7 @@ def test_matching_ends_at_the_teachers_distribution_from_a_student_elsewhere(une
     optimizer = torch.optim.Adam([mean, std], 0.03)
     for step in range(400):
         x0 = mean + std * torch.randn(512, 1, generator=draw(step))
-        generated = Generated(x0, Conditioning(), x0, objective.generation.bounds_N2[-1])
+        generated = Generated(x0, Conditioning(), x0, 3)
         noisy = renoised(generated, schedule, objective.time_range, draw(step + 10_000))
         loss, _ = objective.matching((mean.detach(), std.detach()), generated, noisy)
         optimizer.zero_grad()
@@ -98,6 +98,15 @@ def test_a_low_rank_fake_score_is_the_teachers_memory_and_its_answers(unet):
         both = [objective.generation.x0(network, noisy) for network in (unet.teacher, fake)]
     assert torch.equal(*both)
     assert not any(hasattr(module, "lora_A") for module in unet.teacher.modules())
+
+
+def test_a_low_rank_fake_score_of_a_half_precision_teacher_is_trained_in_float32(unet):
+    """An optimizer's small steps would be lost in half precision, and fp16's scaler refuses it."""
+    half = copy.copy(unet)
+    half.teacher = copy.deepcopy(unet.teacher).to(torch.bfloat16)
+    fake = half.objective(DistributionMatching, fake_lora_rank=2).networks["fake_score"]
+    assert {p.dtype for p in fake.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in fake.parameters() if not p.requires_grad} == {torch.bfloat16}
 
 
 def test_a_mixed_teacher_lies_between_the_two(unet):

@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import replace
-from itertools import count
 
 import pytest
 import torch
@@ -16,16 +15,14 @@ from slimstep.distill.tdm import TrajectoryMatching
 from slimstep.distill.teaching import StepSchedule
 from slimstep.engine.objective import STUDENT, as_objective
 from slimstep.models.flow import set_steps
-from tests.distill.few_steps import World, draw
+from tests.distill.few_steps import World, draw, seed_that_stops
 
 
 def test_samples_are_those_of_the_scheduler_that_the_student_is_exported_with(world):
-    seed = next(s for s in count() if torch.randint(4, (), generator=draw(s)) == 3)  # one that goes to the last step
+    seed = seed_that_stops(world.generation, 3)
     with torch.no_grad():
         ours = world.generation(world.teacher, world.batch, world.uncond, draw(seed))
-    generator = draw(seed)
-    torch.randint(4, (), generator=generator)
-    z = torch.randn(world.batch["latents"].shape, generator=generator)
+    z = torch.randn(world.batch["latents"].shape, generator=draw(seed))
     stock = copy.deepcopy(world.scheduler)
     set_steps(stock, 4, getattr(world.schedule, "steps", None))
     for t in stock.timesteps:
@@ -40,11 +37,10 @@ def test_a_student_of_lcms_scheduler_is_trained_where_that_takes_it(unet):
     kind = LCMScheduler.from_config(unet.scheduler.config, original_inference_steps=2)
     steps = StepSchedule(unet.scheduler, 8, kind, 2)
     generation = Generation.of(unet.denoiser, unet.schedule, steps, unet.teacher, 1.0)
-    seed = next(s for s in count() if torch.randint(2, (), generator=draw(s)) == 1)
+    seed = seed_that_stops(generation, 1)
     with torch.no_grad():
         ours = generation(unet.teacher, unet.batch, unet.uncond, draw(seed))
     generator = draw(seed)
-    torch.randint(2, (), generator=generator)
     z = torch.randn(unet.batch["latents"].shape, generator=generator)
     kind.set_timesteps(2)
     assert kind.timesteps.tolist() == [999, 499] == generation.bounds_N2[:, 0].tolist()

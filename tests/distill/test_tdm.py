@@ -2,7 +2,6 @@
 
 import copy
 from dataclasses import replace
-from itertools import count
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from slimstep.engine.objective import STUDENT
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.flow import set_steps
 from slimstep.models.noise_schedule import add_noise
-from tests.distill.few_steps import Gaussian, World, draw
+from tests.distill.few_steps import Gaussian, World, draw, seed_that_stops
 
 
 def test_of_a_student_of_one_step_it_is_distribution_matching():
@@ -33,12 +32,10 @@ def test_of_a_student_of_one_step_it_is_distribution_matching():
 @pytest.mark.parametrize("stop", [0, 2])
 def test_a_step_is_compared_where_the_exported_scheduler_lands(world, stop):
     objective = world.objective(TrajectoryMatching)
-    seed = next(s for s in count() if torch.randint(4, (), generator=draw(s)) == stop)
+    seed = seed_that_stops(objective.generation, stop)
     with torch.no_grad():
         generated = objective.generation(world.teacher, world.batch, world.uncond, draw(seed))
-    generator, stock = draw(seed), copy.deepcopy(world.scheduler)
-    torch.randint(4, (), generator=generator)
-    z = torch.randn(world.batch["latents"].shape, generator=generator)
+    z, stock = torch.randn(world.batch["latents"].shape, generator=draw(seed)), copy.deepcopy(world.scheduler)
     set_steps(stock, 4, getattr(world.schedule, "steps", None))
     for t in stock.timesteps[: stop + 1]:
         with torch.no_grad():
@@ -50,7 +47,7 @@ def test_a_step_is_compared_where_the_exported_scheduler_lands(world, stop):
 @pytest.mark.parametrize("stop", [0, 2, 3])
 def test_the_times_are_those_of_the_step(world, stop):
     objective, (start, end) = world.objective(TrajectoryMatching), world.generation.bounds_N2[stop]
-    generated = replace(world.generated(), bounds_2=torch.stack([start, end]))
+    generated = replace(world.generated(), step=stop)
     shares = [objective.schedule.share_at(objective.renoised(generated, draw(s)).t_B) for s in range(50)]
     low, high = (float(objective.schedule.share_at(t)) for t in (end, start))
     seen, width = torch.cat(shares), high - low
@@ -64,14 +61,14 @@ def test_the_fake_score_rests_at_the_distribution_of_which_the_landings_are(unet
     monkeypatch.setattr("slimstep.distill.generation.takes_guidance", lambda network: False)
     objective = unet.objective(TrajectoryMatching)
     objective.generation = replace(objective.generation, denoiser=VelocityGaussian(unet.schedule))
-    bounds_2 = objective.generation.bounds_N2[stop]
+    start = objective.generation.bounds_N2[stop, 0]
 
     def slopes(mean, std, seed):
         numbers = [torch.tensor(value, requires_grad=True) for value in (mean, std)]
         x0, noise = (torch.randn(20_000, 1, generator=draw(10 * seed + k)) for k in range(2))
         x0 = 2 + 0.5 * x0
-        z = add_noise(x0, noise, unet.schedule.alpha_sigma(bounds_2[0].expand(len(x0))))
-        generated = Generated(x0, Conditioning(), z, bounds_2)
+        z = add_noise(x0, noise, unet.schedule.alpha_sigma(start.expand(len(x0))))
+        generated = Generated(x0, Conditioning(), z, stop)
         noisy = objective.renoised(generated, draw(10 * seed + 2))
         return torch.stack(torch.autograd.grad(objective.denoising(numbers, generated, noisy), numbers))
 
