@@ -38,8 +38,9 @@ class AdversarialDistillation:
     time_range: tuple[float, float] = (0.02, 0.98)
 
     requires = Requirements(
-        distils_steps=True, guides_itself=True, feature_hooks=True, networks=(DISCRIMINATOR,), limits=SPREAD
-    )
+        distils_steps=True, guides_itself=True, own_times_only=True, feature_hooks=True, networks=(DISCRIMINATOR,),
+        limits=SPREAD,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_minimum("objective", self, 1, "discriminator_updates", "guidance_scale")

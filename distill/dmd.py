@@ -60,8 +60,9 @@ class DistributionMatching:
     time_range: tuple[float, float] = (0.02, 0.98)
 
     requires = Requirements(
-        distils_steps=True, guides_itself=True, initial_student=True, networks=(FAKE_SCORE,), limits=SPREAD
-    )
+        distils_steps=True, guides_itself=True, own_times_only=True, initial_student=True, networks=(FAKE_SCORE,),
+        limits=SPREAD,
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         check_minimum("objective", self, 1, "fake_updates", "guidance_scale")

@@ -50,6 +50,7 @@ from slimstep.eval.timing.latency import compare_ms
 from slimstep.eval.training import compute_copy, train_stage
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.guidance import with_guidance_embedding
+from slimstep.models.networks import with_trained_steps
 from slimstep.models.pipeline import on_device, with_unet
 
 log = logging.getLogger("slimstep")
@@ -77,6 +78,8 @@ def distill_steps(config: Config, run: Run) -> int | Plan:
     for stage in job.stages:
         unets[stage.name] = distilled(job, stage, unets, pairs, train, monitor(stage))
         student = with_unet(job.teacher.pipeline, unets[stage.name], scheduler=job.student_scheduler(stage.steps))
+        if job.requires.own_times_only:
+            student = with_trained_steps(student, stage.steps)
         guidance = job.sampled_guidance(stage.name, job.compared_guidance(stage.name))
         export(student, f"{stage.name}/export", job.teacher, stage.steps, guidance)
         if job.is_low_rank_of_teacher(stage):

@@ -45,6 +45,7 @@ class Requirements:
     exported with, None where any that follows the ODE will do; `sampler_options` are options of that scheduler, each
     with the argument of the objective that sets it. `guidance_embedding`: its students have one. `guides_itself`: its
     students have the guidance, its argument `guidance_scale`, in their weights, and are sampled without.
+    `own_times_only`: its students are trained at the timesteps of their own steps, and at no others.
     `initial_student`: it is given what makes the student as it is before the training, frozen. `feature_hooks`: it
     reads features by hooks, which a compiled network does not call. `networks` are the names of those that are
     trained beside the student. `limits` are those between which the mean of a metric since it was last logged must
@@ -56,6 +57,7 @@ class Requirements:
     sampler_options: Mapping[str, str] = field(default_factory=dict)
     guidance_embedding: bool = False
     guides_itself: bool = False
+    own_times_only: bool = False
     initial_student: bool = False
     feature_hooks: bool = False
     networks: tuple[str, ...] = ()

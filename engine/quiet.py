@@ -1,15 +1,19 @@
 """How diffusers and transformers are kept from talking, and what they raise is shortened to a line."""
 
+import re
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from logging import CRITICAL
 
+FOLLOWS_NULL = re.compile(r"interpolation '\$\{(?P<source>.+?)\}': .*'None'.*?full_key: (?P<key>\S+)", re.DOTALL)
 LINE, HEAD, SHOWN, NAME = 600, 420, 3, 100  # characters; characters; names; characters
 
 
 def one_line(error: BaseException) -> str:
     """What an error says, in a bounded line. The whole text is in the exception."""
+    if nothing := FOLLOWS_NULL.search(str(error)):
+        return f"{nothing['key']} takes its value from {nothing['source']}, which is null; set {nothing['source']}"
     return bounded(str(error))
 
 

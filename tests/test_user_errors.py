@@ -262,6 +262,11 @@ def test_a_mistake_gets_one_line_and_a_non_zero_exit(leave, places, tiny_model, 
     assert not list((tmp_path / "runs").rglob("weights.safetensors"))
 
 
+def test_a_value_that_follows_a_key_of_null_names_that_key(leave, tiny_model):
+    line = error_line(*leave("+experiment=prune_few_step", *tiny_model))
+    assert "scoring.steps takes its value from model.trained_steps, which is null; set model.trained_steps" in line
+
+
 def test_an_experiment_without_its_plus_is_shown_the_plus(leave):
     assert "an experiment is added, +experiment=prune_unet" in error_line(*leave("experiment=prune_unet"))
 

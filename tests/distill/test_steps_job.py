@@ -16,6 +16,7 @@ from slimstep.eval.pages.few_step import write_few_step
 from slimstep.eval.pages.steps_page import error_ratio
 from slimstep.eval.record import read_evaluation
 from slimstep.eval.sampling import Sampler
+from slimstep.models.card import origin_of
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 from tests.jobs import run_job
 from tests.tiny import tiny_pipeline
@@ -239,6 +240,8 @@ def test_students_of_the_teachers_distribution_are_sampled_without_guidance(tmp_
         assert point.protocol["guidance_scale"] == 1 and point.facts["evaluations"] == point.steps
         assert point.versus_reference["n"] == 4
     assert "guidance_scale=1)" in (path / "steps-2/export/README.md").read_text()
+    origin = origin_of(path / "steps-2/export")
+    assert (origin.steps, origin.trained_steps) == (2, None if objective == "scm" else 2)
     if objective == "scm":  # LCM's scheduler draws noise, which a stock pipeline has from a generator of its own
         stock = LCMScheduler.from_pretrained(path / "steps-2/export/scheduler")
         stock.set_timesteps(2)
