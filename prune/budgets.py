@@ -1,0 +1,103 @@
+"""Other budgets of a finished pruning run: its block scores and latencies say what would be removed for each."""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from slimstep.engine.files import load_json
+from slimstep.engine.quiet import preview
+from slimstep.eval.metrics.compare import Mean, mean_and_error
+from slimstep.eval.pages.tables import Table
+from slimstep.eval.pages.text import score
+from slimstep.models.architecture import Architecture
+from slimstep.prune.evolve import IN_FILES, Action, BlockValue, apply, choose_removals
+from slimstep.prune.program import program_removals
+
+SEARCHES: Mapping[str, Callable[..., list[Action]]] = {"snapfusion": choose_removals, "program": program_removals}
+
+
+@dataclass(frozen=True)
+class Measured:
+    """The first round of a finished run: what the teacher's blocks give, prompt by prompt, and cost."""
+
+    values: tuple[BlockValue, ...]
+    lost: Mapping[str, np.ndarray]
+    teacher_ms: float
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What a search would remove for a share of the teacher's latency.
+
+    `lost` is the sum of the blocks' losses over the prompts, an estimate: as if no removal changed what another costs,
+    and before any recovery. None where nothing is removed.
+    """
+
+    fraction: float
+    search: str
+    actions: Sequence[Action]
+    share: float
+    lost: Mean | None
+
+    @property
+    def is_reached(self) -> bool:
+        return self.share <= self.fraction
+
+    @property
+    def architecture(self) -> Architecture:
+        return apply({}, self.actions)
+
+
+def read_first_round(run: str | Path) -> Measured:
+    """ValueError where the run has scored no blocks."""
+    folder = Path(run) / "round-00"
+    files = {name: folder / f"{name}.json" for name in ("decision", "scores", "latency")}
+    if missing := [str(file) for file in files.values() if not file.is_file()]:
+        raise ValueError(f"{', '.join(missing)} is not there: name a run of prune_unet that has scored its blocks")
+    decision, scores, latency = (load_json(file) for file in files.values())
+    lost = {block: np.asarray(score["per_prompt"]) for block, score in scores["sites"].items()}
+    return Measured(tuple(map(value_of, decision["values"])), lost, latency["full_ms"])
+
+
+def value_of(record: Mapping[str, Any]) -> BlockValue:
+    """A block's value as decision.json has it; null was nan, or no floor."""
+    named = {field.name: record.get(IN_FILES.get(field.name, field.name)) for field in fields(BlockValue)}
+    given = {name: value for name, value in named.items() if value is not None}
+    return BlockValue(**{"delta_clip": math.nan, "se": math.nan, **given})
+
+
+def choices(measured: Measured, fractions: Sequence[float]) -> list[Choice]:
+    """By each search, for every share of the latency. ValueError for a share that is none."""
+    if bad := [fraction for fraction in fractions if not 0 < fraction < 1]:
+        raise ValueError(f"--fractions {', '.join(f'{f:g}' for f in bad)}: each must lie between 0 and 1")
+    return [choice(measured, fraction, name) for fraction in fractions for name in SEARCHES]
+
+
+def choice(measured: Measured, fraction: float, search: str) -> Choice:
+    now = measured.teacher_ms
+    actions = SEARCHES[search](measured.values, now, fraction * now)
+    share = actions[-1].predicted_ms / now if actions else 1.0
+    known = [measured.lost[action.block] for action in actions if action.block in measured.lost]
+    return Choice(fraction, search, actions, share, mean_and_error(np.sum(known, axis=0)) if known else None)
+
+
+def budgets_table(found: Sequence[Choice]) -> Table:
+    return Table.of({
+        "budget": lambda choice: f"{choice.fraction:.0%}",
+        "search": lambda choice: choice.search,
+        "predicted": lambda choice: f"{choice.share:.1%}{'' if choice.is_reached else ' (not reached)'}",
+        "blocks removed": lambda choice: str(len(choice.actions)),
+        "sum of what they lose ± se": lambda choice: score(choice.lost and vars(choice.lost)),
+        "only by this search": lambda choice: preview(sorted(own(choice, found))) or "–",
+    }, found, labels=2)  # fmt: skip
+
+
+def own(choice: Choice, found: Sequence[Choice]) -> set[str]:
+    """The blocks that no other search removes for this budget."""
+    others = [other for other in found if other.fraction == choice.fraction and other is not choice]
+    taken = {action.block for other in others for action in other.actions}
+    return {action.block for action in choice.actions} - taken
