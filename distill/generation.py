@@ -4,6 +4,7 @@ Axes: B batch, N steps of the student.
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import LCMScheduler
@@ -64,7 +65,7 @@ class Generation:
         """
         cond, kind = conditioning_of(batch, like=uncond), self.schedule.prediction_type
         device = batch["latents"].device
-        draw = {"generator": generator, "device": device}
+        draw: dict[str, Any] = {"generator": generator, "device": device}
         stop = int(torch.randint(len(self.bounds_N2), (), generator=seeded(generator.initial_seed(), "stop")))
         z, rows = torch.randn(batch["latents"].shape, **draw), len(batch["latents"])
         for start, end in self.bounds_N2[:stop]:
@@ -114,7 +115,7 @@ def renoised(
 ) -> Noisy:
     """The samples with new noise, at uniform shares of the way to noise within `time_range`."""
     low, high = time_range
-    draw = {"generator": generator, "device": generated.x0.device}
+    draw: dict[str, Any] = {"generator": generator, "device": generated.x0.device}
     t_B = schedule.time_at(low + (high - low) * torch.rand(len(generated.x0), **draw))
     noise, level = torch.randn(generated.x0.shape, **draw), schedule.alpha_sigma(t_B)
     return Noisy(add_noise(generated.x0, noise, level), noise, t_B, level, generated.cond)

@@ -7,6 +7,7 @@ Axes: B batch; samples are [B, …].
 """
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
@@ -68,7 +69,7 @@ class ContinuousConsistency:
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         x0, cond = batch["latents"], conditioning_of(batch, like=self.uncond)
-        draw = {"generator": generator, "device": x0.device}
+        draw: dict[str, Any] = {"generator": generator, "device": x0.device}
         t_B, before_B = self.times(len(x0), generator)
         noise, level = torch.randn(x0.shape, **draw), self.schedule.alpha_sigma(t_B)
         noisy = Noisy(add_noise(x0, noise, level), noise, t_B, level, cond)
@@ -81,7 +82,8 @@ class ContinuousConsistency:
 
     def times(self, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """[B] times of the samples, and times a little closer to the sample."""
-        draw, (low, high) = {"generator": generator, "device": generator.device}, self.time_range
+        draw: dict[str, Any] = {"generator": generator, "device": generator.device}
+        low, high = self.time_range
         t_B = self.schedule.time_at(low + (high - low) * torch.rand(rows, **draw))
         starts_N = self.generation.bounds_N2[:, 0].to(t_B)
         start_B = starts_N[torch.randint(len(starts_N), (rows,), **draw)]
@@ -124,7 +126,7 @@ class ContinuousConsistency:
             return self.velocity(unet, replace(noisy, z=each(size_B, x) * x, t_B=t_B, level=level))
 
         with sdpa_kernel(SDPBackend.MATH):  # the only one with forward-mode derivatives
-            _, slope = torch.func.jvp(velocity, (along(noisy), start_B), (path, torch.ones_like(start_B)))
+            slope = torch.func.jvp(velocity, (along(noisy), start_B), (path, torch.ones_like(start_B)))[1]
         return slope
 
 

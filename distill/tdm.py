@@ -4,6 +4,7 @@ Axes: B batch; samples are [B, …].
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +36,7 @@ class TrajectoryMatching(DistributionMatching):
 
     def renoised(self, generated: Generated, generator: torch.Generator) -> Noisy:
         """Where the samples' last step lands, with new noise up to a uniform time within that step."""
-        draw = {"generator": generator, "device": generated.x0.device}
+        draw: dict[str, Any] = {"generator": generator, "device": generated.x0.device}
         (start, end), (lowest, highest) = self.shares_N2[generated.step], self.time_range
         low = max(end, lowest)
         high = max(low, min(start, highest))
