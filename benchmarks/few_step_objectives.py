@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.distill_table import STEPS, share_teacher, slug
+from benchmarks.distill_table import STEPS, share_teacher
 from benchmarks.launching import run_job
 from slimstep.engine.console import open_console
 from slimstep.engine.files import write_json, write_text
@@ -118,7 +118,11 @@ def main() -> None:
 
 
 def folder(name: str, options: argparse.Namespace) -> Path:
-    return options.root / f"{slug(name)}{'-seconds' if options.seconds else ''}"
+    return options.root / f"{named(name)}{'-seconds' if options.seconds else ''}"
+
+
+def named(way: str) -> str:
+    return way.lower().replace(",", "").replace(" ", "-")
 
 
 def training_steps(name: str, way: Way, options: argparse.Namespace) -> int:
@@ -126,7 +130,7 @@ def training_steps(name: str, way: Way, options: argparse.Namespace) -> int:
     stages = len(way.stages) + 1
     if not options.seconds:
         return round(options.evaluations / (way.cost(options.steps) * options.batch * stages))
-    equal = options.root / slug(name)
+    equal = options.root / named(name)
     if not read_evaluation(equal):
         sys.exit(f"{equal} is not finished: run without --seconds first")
     return round(options.seconds / (seconds_a_step(equal) * stages))
