@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from slimstep.distill.dmd import DistributionMatching
 from slimstep.distill.generation import Generated, Noisy
 from slimstep.distill.teaching import squared_error
-from slimstep.models.noise_schedule import Level, add_noise, each, pred_of, target_of
+from slimstep.models.noise_schedule import Level, add_noise, each, pred_of, snr, target_of
 
 LEAST_SHARE = 1e-3  # of the noise at a time, that is new
 
@@ -61,14 +61,19 @@ class TrajectoryMatching(DistributionMatching):
 
     def denoising(self, fake_score: nn.Module, generated: Generated, noisy: Noisy) -> Tensor:
         """The loss whose minimum is the score of the samples that landed: of the noise of its time σ it says σ/s ε, s ε
-        being what was added; weighted by (s/σ)², for that has no bound where nothing was."""
+        being what was added.
+
+        The less was added, and the noisier the landing, the more the target varies about that, without bound: each
+        sample is weighted by the inverse of this variance, which makes all steps weigh as the last one does.
+        """
         pred = self.generation.predict(fake_score, noisy.z, noisy.t_B, noisy.cond)
-        _, new_B = noise_between(self.landing(generated), noisy.level)
-        alpha_B, sigma_B = noisy.level
+        landing = self.landing(generated)
+        (alpha_B, sigma_B), (_, new_B) = noisy.level, noise_between(landing, noisy.level)
         noise = each(sigma_B / new_B, noisy.noise) * noisy.noise
         x0 = (noisy.z - each(sigma_B, noise) * noise) / each(alpha_B, noise)
         target = target_of(x0, noise, noisy.level, self.schedule.prediction_type)
-        return ((new_B / sigma_B) ** 2 * squared_error(pred, target)).mean()
+        weight_B = (new_B / sigma_B) ** 2 / (1 + 1 / snr(landing)) ** 2
+        return (weight_B * squared_error(pred, target)).mean()
 
 
 def noise_between(here: Level, there: Level) -> tuple[Tensor, Tensor]:

@@ -80,6 +80,21 @@ def test_the_fake_score_rests_at_the_distribution_of_which_the_landings_are(unet
     assert in_errors(2.0, 0.5).max() < 4 < in_errors(2.3, 0.7).max()
 
 
+def test_the_fake_score_hears_of_all_steps_alike(unet, monkeypatch):
+    """The first ones land in much noise, of which their targets are full: unweighted they would drown the others."""
+    monkeypatch.setattr("slimstep.distill.generation.takes_guidance", lambda network: False)
+    objective = unet.objective(TrajectoryMatching)
+    objective.generation = replace(objective.generation, denoiser=VelocityGaussian(unet.schedule))
+    losses = []
+    for stop, (start, _) in enumerate(objective.generation.bounds_N2):
+        x0, noise = (torch.randn(20_000, 1, generator=draw(k)) for k in range(2))
+        z = add_noise(x0, noise, unet.schedule.alpha_sigma(start.expand(len(x0))))
+        generated = Generated(x0, Conditioning(), z, stop)
+        exact = torch.tensor(0.0), torch.tensor(1.0)
+        losses.append(objective.denoising(exact, generated, objective.renoised(generated, draw(2))).item())
+    assert max(losses) < 3 * losses[-1] and max(losses) < 1.5
+
+
 class VelocityGaussian(Gaussian):
     """The same, which predicts v."""
 
