@@ -2,7 +2,7 @@
 
     python benchmarks/few_step_objectives.py --root runs/objectives                  # at equal evaluations
     python benchmarks/few_step_objectives.py --root runs/objectives --seconds 400    # and then at equal seconds
-    python benchmarks/few_step_objectives.py --root runs/teachers --student runs/prune_unet/export --seeds 3
+    python benchmarks/few_step_objectives.py --root runs/teachers --student runs/prune_unet/export --out teachers
 
 Every row is the distilling job on the bundled UNet, down to --steps sampling steps, evaluated on the same held-out
 prompts from one noise. All spend as many evaluations of the denoiser on training: a guided row counts twice, a row with
@@ -96,7 +96,7 @@ def teachers(student: str, seeds: int) -> dict[str, Way]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, default=Path("runs/objectives"), help="where the runs go")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/few-step/objectives"), help="where the results go")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/few-step-objectives"), help="where the results go")
     parser.add_argument("--steps", type=int, default=1, help="sampling steps of the students")
     parser.add_argument("--evaluations", type=int, default=80_000, help="of the denoiser, for every training")
     parser.add_argument("--seconds", type=float, help="of every training; its runs at equal evaluations must be there")

@@ -1,6 +1,6 @@
 """Size and steps together: a network and a pruned one, each at the teacher's steps and at few, in one table.
 
-    python benchmarks/few_step_table.py --full runs/dmd --pruned runs/dmd-pruned --out benchmarks/few-step/table
+    python benchmarks/few_step_table.py --full runs/dmd --pruned runs/dmd-pruned --out benchmarks/few-step
 
 The runs are finished distillations (`+experiment=distill_steps`) of one teacher, on the same prompts, with the same
 scorer and seed; other ones are refused. Those of --pruned have a `distillation.student`. Several runs of a network may

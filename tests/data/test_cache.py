@@ -37,8 +37,8 @@ def test_text_states_are_those_of_the_pipelines_encode_prompt(pipeline, noise_pa
     captions = [cached.caption(i) for i in range(len(cached))]
     pipeline.text_encoder.eval()
     text, negative = pipeline.encode_prompt(captions, "cpu", 1, do_classifier_free_guidance=True)
-    torch.testing.assert_close(torch.stack([cached[i]["text"] for i in range(10)]), text.detach(), atol=1e-6, rtol=0)
-    torch.testing.assert_close(cached.unconditional.tensors["text"][0], negative[0].detach(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(torch.stack([cached[i]["text"] for i in range(10)]), text.detach(), atol=1e-5, rtol=0)
+    torch.testing.assert_close(cached.unconditional.tensors["text"][0], negative[0].detach(), atol=1e-5, rtol=0)
 
 
 def test_items_keep_their_order_index_and_caption(pipeline, noise_pairs, tmp_path):
@@ -195,7 +195,7 @@ def test_a_long_caption_is_cut_as_the_pipeline_cuts_it_and_counted_once(pipeline
     assert said == ["3 of 10 captions exceed the text encoder's length and are cut"]
     ids = pipeline.tokenizer(noise_pairs.captions[2]).input_ids
     expected = pipeline.text_encoder(torch.tensor([ids[:15] + ids[-1:]]))[0][0].detach()
-    torch.testing.assert_close(cached[2]["text"], expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(cached[2]["text"], expected, atol=1e-5, rtol=0)
 
 
 def test_broken_images_are_skipped_and_counted(pipeline, noise_pairs, tmp_path, caplog):

@@ -255,10 +255,10 @@ def test_an_export_draws_the_same_image_in_plain_diffusers(pipeline, tmp_path, a
     assert type(stock.transformer) is SD3Transformer2DModel
     assert not [*(tmp_path / "export").rglob("*.py")]
     assert "depths" not in json.loads((tmp_path / "export/transformer/config.json").read_text())
-    torch.testing.assert_close(run(stock.transformer), run(student.transformer), rtol=0, atol=1e-6)
+    torch.testing.assert_close(run(stock.transformer), run(student.transformer), rtol=0, atol=1e-5)
     shape = {"num_inference_steps": 3, "height": 16, "width": 16, "output_type": "pt"}
     ours, theirs = (p("a b", generator=torch.Generator().manual_seed(0), **shape).images for p in (student, stock))
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
     again = load_pipeline(tmp_path / "export")
     assert torch.equal(run(again.transformer), run(stock.transformer))
 
