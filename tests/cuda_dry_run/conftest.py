@@ -4,6 +4,7 @@ import sys
 from collections import Counter
 
 import pytest
+from accelerate.state import AcceleratorState
 
 from slimstep.engine.launch import main
 from tests.cuda_dry_run.device import cuda_dry_run
@@ -11,9 +12,12 @@ from tests.cuda_dry_run.device import cuda_dry_run
 
 @pytest.fixture
 def gpu():
-    """The mode of a device that is not there while the test runs."""
+    """The mode of a device that is not there while the test runs; accelerate, which remembers the first device of a
+    process, forgets those of other tests, and this one."""
+    AcceleratorState._reset_state(True)
     with cuda_dry_run() as mode:
         yield mode
+    AcceleratorState._reset_state(True)
 
 
 @pytest.fixture
