@@ -14,7 +14,7 @@ Started again, it continues.
 
 import argparse
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -28,7 +28,7 @@ from slimstep.engine.files import write_json, write_text
 from slimstep.eval.metrics.compare import paired_difference
 from slimstep.eval.monitoring import PREVIEWS
 from slimstep.eval.pages.evaluation_page import spread_columns
-from slimstep.eval.pages.few_step import rounded_point
+from slimstep.eval.pages.few_step import of_point, rounded_point
 from slimstep.eval.pages.tables import Table
 from slimstep.eval.pages.text import difference, score
 from slimstep.eval.record import Point, read_evaluation
@@ -46,6 +46,10 @@ class Way:
     evaluations: float
     stages: Sequence[int] = ()  # between the teacher's steps and the student's
     drawn: int = 0  # how often samples are drawn in a step, which costs more with more sampling steps
+
+    def grid(self, steps: int) -> list[int]:
+        """Sampling steps of the teacher, and of the student of every stage."""
+        return [32, *(n for n in self.stages if n > steps), steps]
 
     def cost(self, steps: int) -> float:
         """Evaluations of a sample, for a student of so many steps."""
@@ -127,7 +131,7 @@ def named(way: str) -> str:
 
 def training_steps(name: str, way: Way, options: argparse.Namespace) -> int:
     """Of each stage, for as many evaluations, or so many seconds."""
-    stages = len(way.stages) + 1
+    stages = len(way.grid(options.steps)) - 1
     if not options.seconds:
         return round(options.evaluations / (way.cost(options.steps) * options.batch * stages))
     equal = options.root / named(name)
@@ -151,7 +155,7 @@ def train(name: str, way: Way, steps: int, options: argparse.Namespace, first: s
     path = folder(name, options)
     if first:
         share_teacher(folder(first, options), path)
-    grid = ",".join(map(str, (32, *(n for n in way.stages if n > options.steps), options.steps)))
+    grid = ",".join(map(str, way.grid(options.steps)))
     run_job("distill_steps", [
         f"root={options.root}", f"name={path.name}", *way.overrides, f"distillation.steps=[{grid}]",
         f"curves.steps=[{options.steps}]", "curves.guidance=[2.5]", f"train.steps={steps}",
@@ -162,7 +166,7 @@ def train(name: str, way: Way, steps: int, options: argparse.Namespace, first: s
 
 
 def trained(name: str, way: Way, steps: int, options: argparse.Namespace) -> Row:
-    path, total = folder(name, options), steps * (len(way.stages) + 1)
+    path, total = folder(name, options), steps * (len(way.grid(options.steps)) - 1)
     evaluation = read_evaluation(path)
     assert evaluation, f"{path} has no evaluation"
     point = next(p for p in evaluation.points if p.model == f"steps-{options.steps}" and p.steps == options.steps)
@@ -193,10 +197,6 @@ def write_results(rows: Sequence[Row], options: argparse.Namespace) -> None:
 
 def against(row: Row, other: Row) -> Mapping[str, float]:
     return asdict(paired_difference(row.point.clip["per_prompt"], other.point.clip["per_prompt"]))
-
-
-def of_point(show: Callable[[Point], str], row: Row) -> str:
-    return show(row.point)
 
 
 if __name__ == "__main__":

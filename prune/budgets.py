@@ -13,7 +13,7 @@ from slimstep.engine.quiet import preview
 from slimstep.eval.metrics.compare import Mean, mean_and_error
 from slimstep.eval.pages.tables import Table
 from slimstep.eval.pages.text import score
-from slimstep.models.architecture import Architecture
+from slimstep.models.architecture import Architecture, as_architecture, as_json
 from slimstep.prune.evolve import IN_FILES, Action, BlockValue, apply, choose_removals
 from slimstep.prune.program import program_removals
 
@@ -27,6 +27,12 @@ class Measured:
     values: tuple[BlockValue, ...]
     lost: Mapping[str, np.ndarray]
     teacher_ms: float
+    before: Architecture
+    skip_rule: str | dict[str, str] | None
+
+    def after(self, choice: "Choice") -> dict[str, Any]:
+        """The network of a choice as `search=manual` reads it: with the skip rule that its blocks were scored with."""
+        return {"after": as_json(apply(self.before, choice.actions)), "bypass": self.skip_rule}
 
 
 @dataclass(frozen=True)
@@ -47,10 +53,6 @@ class Choice:
     def is_reached(self) -> bool:
         return self.share <= self.fraction
 
-    @property
-    def architecture(self) -> Architecture:
-        return apply({}, self.actions)
-
 
 def read_first_round(run: str | Path) -> Measured:
     """ValueError where the run has scored no blocks."""
@@ -60,7 +62,8 @@ def read_first_round(run: str | Path) -> Measured:
         raise ValueError(f"{', '.join(missing)} is not there: name a run of prune_unet that has scored its blocks")
     decision, scores, latency = (load_json(file) for file in files.values())
     lost = {block: np.asarray(score["per_prompt"]) for block, score in scores["sites"].items()}
-    return Measured(tuple(map(value_of, decision["values"])), lost, latency["full_ms"])
+    values, before = tuple(map(value_of, decision["values"])), as_architecture(decision["before"])
+    return Measured(values, lost, latency["full_ms"], before, decision.get("bypass"))
 
 
 def value_of(record: Mapping[str, Any]) -> BlockValue:

@@ -22,9 +22,9 @@ TIE = 1e-6  # CLIP of a removal: of sets that lose the same, the one with fewer 
 class AdditiveProgram:
     """The set of removals with the smallest sum of CLIP lost whose milliseconds meet the round's target.
 
-    A removal that loses nothing, or less, counts as losing nothing, as in `evolve`; so do its prices of what destroys
-    the picture. It removes only: below the target it does nothing. Blocks that were screened out go when all others
-    do not suffice.
+    A removal that loses less than nothing counts as losing nothing; what destroys the picture has its price of
+    evolve.py. It removes only: below the target it does nothing. Blocks that were screened out go where all others do
+    not suffice.
     """
 
     needs_scores, named_blocks = True, ()

@@ -23,16 +23,16 @@ def main() -> int:
     parser.add_argument("--write", type=Path, metavar="FILE", help="where the last network of the program goes")
     options = parser.parse_args()
     from slimstep.engine.files import write_json  # here, since --help needs none of it
-    from slimstep.models.architecture import as_json
     from slimstep.prune.budgets import budgets_table, choices, read_first_round
 
     try:
-        found = choices(read_first_round(options.run), options.fractions)
+        measured = read_first_round(options.run)
+        found = choices(measured, options.fractions)
     except (OSError, ValueError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 1
     print(budgets_table(found).console)
     if options.write:
-        write_json(options.write, as_json(found[-1].architecture))
+        write_json(options.write, measured.after(found[-1]))
         print(options.write.resolve())
     return 0

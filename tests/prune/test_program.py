@@ -87,7 +87,8 @@ def finished(tmp_path):
     given = {"small": (0.8, 1.0), "large": (9.0, 10.0), "free": (-0.5, 2.0)}
     sites = {name: {"per_prompt": (loss + draw.normal(size=8)).tolist()} for name, (loss, _) in given.items()}
     values = [record_json(value(name, *numbers)) for name, numbers in given.items()]
-    files = {"decision": {"values": values}, "scores": {"sites": sites}, "latency": {"full_ms": 20.0}}
+    decision = {"values": values, "before": {}, "bypass": "drop_skip"}
+    files = {"decision": decision, "scores": {"sites": sites}, "latency": {"full_ms": 20.0}}
     for name, record in files.items():
         (folder / f"{name}.json").write_text(json.dumps(record))
     return folder.parent
@@ -115,7 +116,8 @@ def command(monkeypatch, capsys, *words):
 def test_the_network_of_a_budget_is_a_file_that_the_next_run_takes(finished, tmp_path, monkeypatch, capsys):
     code, out, _ = command(monkeypatch, capsys, finished, "--fractions", 0.9, 0.5, "--write", tmp_path / "kept.json")
     assert code == 0 and "snapfusion" in out and "program" in out and out.splitlines()[-1].endswith("kept.json")
-    assert Manual(architecture=str(tmp_path / "kept.json")).architecture == {"large": BlockSpec(0)}
+    kept = Manual(architecture=str(tmp_path / "kept.json"))
+    assert kept.architecture == {"large": BlockSpec(0)} and kept.skip_rule == "drop_skip"
 
 
 def test_a_run_without_scores_and_a_share_that_is_none_are_named(finished, monkeypatch, capsys):
