@@ -207,6 +207,27 @@ class ExportConfig:
 
 
 @dataclass
+class PackageConfig:
+    """Packages of an export: a folder for each of `formats`, onnx and aoti. `steps` are numbers of sampling steps, the
+    first by default, and `guidance_scale` the scale; empty and null are the export's own. `batch`: most images at once.
+    """
+
+    formats: list[str] = field(default_factory=lambda: ["onnx", "aoti"])
+    steps: list[int] = field(default_factory=list)
+    guidance_scale: float | None = None
+    batch: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.formats or not set(self.formats) <= {"onnx", "aoti"}:
+            raise ValueError(f"package.formats={list(self.formats)} must be some of onnx, aoti")
+        if not all(steps >= 1 for steps in self.steps):
+            raise ValueError(f"package.steps={list(self.steps)} must be numbers from 1 up")
+        if self.guidance_scale is not None and self.guidance_scale < 0:
+            raise ValueError(f"package.guidance_scale={self.guidance_scale} must be at least 0")
+        check_minimum("package", self, 1, "batch")
+
+
+@dataclass
 class PageConfig:
     """Finished runs that a page is about: an evaluation, and the benchmark of the same models, the teacher first and
     the student last. `stages` are the runs beside its own that made them."""
@@ -246,5 +267,6 @@ class Config(slimstep.data.config.Config):
     latents: LatentsConfig = field(default_factory=LatentsConfig)
     curves: CurvesConfig = field(default_factory=CurvesConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    package: PackageConfig = field(default_factory=PackageConfig)
     page: PageConfig = field(default_factory=PageConfig)
     rates: RatesConfig = field(default_factory=RatesConfig)

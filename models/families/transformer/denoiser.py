@@ -47,7 +47,7 @@ class TransformerDenoiser:
         block_mask_BN: Tensor | None = None,
     ) -> Tensor:
         dtype = next(network.parameters()).dtype
-        t_B = t_B.expand(len(x_t)) if t_B.ndim == 0 else t_B
+        t_B = t_B.expand(x_t.shape[0]) if t_B.ndim == 0 else t_B
         mask = {} if block_mask_BN is None else {"block_mask": block_mask_BN}
         inputs = self.arguments(network, x_t.to(dtype), t_B, cond.to(dtype=dtype).tensors, guidance_B)
         return self.prediction(network(**inputs, return_dict=False, **mask)[0], x_t).to(x_t.dtype)

@@ -1,0 +1,144 @@
+"""The package job: an export as folders that need neither diffusers nor us, each tried in a new process."""
+
+import json
+import logging
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from slimstep.engine.files import load_json, whole_folder, write_text
+from slimstep.engine.planning import Plan
+from slimstep.engine.run import Run
+from slimstep.eval.config import Config
+from slimstep.eval.inputs import Teacher, check_trained, load_teacher, numbered_images, read_prompt_set
+from slimstep.eval.packaging.formats import FACTS, RUNNER, missing_libraries, write_package
+from slimstep.eval.packaging.package import package_of
+from slimstep.eval.pages.tables import Table
+from slimstep.eval.sampling import Sampler
+from slimstep.models.card import origin_of
+from slimstep.models.networks import network_of
+
+log = logging.getLogger("slimstep")
+MOST_DIFFERENCE = {torch.float32: 1e-2}  # of an image's pixels, from -1 to 1; rounding to 8 bits is 0.004
+MOST_OF_HALVES = 0.5
+
+
+def package_student(config: Config, run: Run) -> int | Plan:
+    """Writes a folder for every format, or says that it would; returns exit code 0."""
+    settings = config.package
+    for format in settings.formats:
+        if missing := missing_libraries(format):
+            raise ValueError(f"package.formats={format} needs {', '.join(missing)}: pip install 'slimstep[onnx]'")
+    teacher = load_teacher(config, run)
+    samplers = [sampler_of(teacher, steps) for steps in steps_of(config)]
+    if config.plan:
+        made = {format: "made" if run.made(format) else "to do" for format in settings.formats}
+        return Plan(f"run   {run.path}\n" + "\n".join(f"{name}  {state}" for name, state in made.items()))
+    rows = [packaged(teacher, samplers, format) for format in settings.formats]
+    print(table(rows).console)
+    return 0
+
+
+package_student.is_tracked = False
+package_student.one_process = True
+
+
+def steps_of(config: Config) -> list[int]:
+    """Numbers of sampling steps: those asked for, the export's own, or those of the evaluation."""
+    origin = origin_of(config.model.name_or_path)
+    return list(config.package.steps) or [origin.steps if origin else config.eval.steps]
+
+
+def sampler_of(teacher: Teacher, steps: int) -> Sampler:
+    """What draws with so many steps; ValueError where the model was not trained at them."""
+    config, scale = teacher.config, teacher.config.package.guidance_scale
+    if scale is None:
+        origin = origin_of(config.model.name_or_path)
+        scale = origin.guidance_scale if origin else config.eval.guidance_scale
+    sampler = Sampler(teacher.pipeline, steps, scale, config.eval.seed, precision=teacher.precision)
+    check_trained(teacher, sampler)
+    return sampler
+
+
+def packaged(teacher: Teacher, samplers: Sequence[Sampler], format: str) -> dict[str, Any]:
+    """A row of the table: the package of this format is written, and tried, where it is not there yet."""
+    run, batch = teacher.run, teacher.config.package.batch
+    # onnxruntime runs on any processor; compiled code on what it was made on.
+    device = torch.device("cpu") if format == "onnx" else teacher.device
+    steps = [sampler.steps for sampler in samplers]
+
+    def write(folder: Path) -> None:
+        start = time.perf_counter()
+        teacher.pipeline.to(device)
+        with whole_folder(folder) as aside:
+            write_package(package_of(samplers[0], steps, batch), format, aside)
+            write_text(aside / "README.md", readme(teacher, format, steps[0]))
+        log.info(f"{format}: written in {time.perf_counter() - start:.0f} s: {folder}")
+
+    folder = run.sealed_folder(format, write)
+    return run.json(f"{format}.json", lambda: {"format": format, **tried(teacher, samplers[0], folder)})
+
+
+def readme(teacher: Teacher, format: str, steps: int) -> str:
+    needs = "numpy, Pillow, tokenizers and " + {"onnx": "onnxruntime", "aoti": f"torch {torch.__version__}"}[format]
+    return f"""# {Path(str(teacher.config.model.name_or_path)).name}, packaged
+
+```
+python {RUNNER} "a prompt" --out image.png      # {steps} sampling steps; --help has the rest
+```
+Needs {needs}; neither diffusers nor slimstep.
+"""
+
+
+def tried(teacher: Teacher, sampler: Sampler, folder: Path) -> dict[str, Any]:
+    """What the package's own program draws, in a new process, beside what the pipeline draws; and the seconds of that.
+    ValueError where these are two images."""
+    images = teacher.run.path / "images"
+    images.mkdir(parents=True, exist_ok=True)
+    prompts = (read_prompt_set(teacher.config) if teacher.is_conditional else numbered_images(2)).prompts[:1]
+    coefficients = load_json(folder / FACTS)["samplers"][str(sampler.steps)]
+    pixels, noise = (images / f"{folder.name}-{what}.npy" for what in ("pixels", "noise"))
+    np.save(noise, np.stack([unit_noises(sampler, i, len(coefficients["latents"]["noises"])) for i in range(3)]))
+    command = [sys.executable, "-I", str(folder / RUNNER), prompts[0], "--noise", str(noise), "--pixels", str(pixels),
+               "--out", str(images / f"{folder.name}.png")]  # fmt: skip
+    start = time.perf_counter()
+    done = subprocess.run(command, capture_output=True, text=True)
+    wall = time.perf_counter() - start
+    if done.returncode:
+        raise ValueError(f"{folder}: {RUNNER} ended with {done.stderr.strip().splitlines()[-1:]}")
+    said, found = json.loads(done.stdout.splitlines()[-1]), np.load(pixels)
+    cond = sampler.encode(prompts).rows([0])
+    network = network_of(teacher.pipeline)
+    drawn = [sampler.pixels(sampler.latents_at(network, cond, [i])).float().cpu() for i in range(len(found))]
+    difference = float(np.abs(torch.cat(drawn).numpy() - found).max())
+    limit = MOST_DIFFERENCE.get(network.dtype, MOST_OF_HALVES)
+    if not difference <= limit:
+        raise ValueError(f"{folder} draws {prompts[0]!r} as another image than the pipeline: {difference:.2g} apart")
+    for file in (pixels, noise):
+        file.unlink()
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    return {"bytes": size, "difference": difference, "process_s": wall, **said}
+
+
+def unit_noises(sampler: Sampler, index: int, count: int) -> np.ndarray:
+    """[count, C, H, W]: the noise that an image begins with, and those that a stochastic scheduler adds to it."""
+    (generator,), shape = sampler.generators([index]), (1, *sampler.latent_shape)
+    added = [torch.randn(shape, generator=generator) for _ in range(count - 1)]
+    return torch.cat([sampler.noise(index)[None], *added]).numpy()
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    return Table.of({
+        "package": lambda row: row["format"],
+        "size": lambda row: f"{row['bytes'] / 1e6:.0f} MB",
+        "pixels differ by": lambda row: f"{row['difference']:.1g}",
+        "loaded in": lambda row: f"{row['load_s']:.2f} s",
+        "first image": lambda row: f"{row['draw_s'][0]:.2f} s",
+        "another": lambda row: f"{min(row['draw_s']):.2f} s",
+    }, rows)  # fmt: skip

@@ -1,0 +1,101 @@
+"""How a pipeline's tokenizers are called, found by watching one caption go through it.
+
+A package carries each tokenizer.json and, in numbers, what the pipeline adds: the length that captions are filled up
+to, the words it writes around them, and whether the text encoder is told which ids are the caption's.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor
+from transformers import BatchEncoding
+
+from slimstep.models.family import family_of
+
+WATCHED = "caption"
+
+
+@dataclass(frozen=True)
+class Captions:
+    """What becomes of a caption before a text encoder: `before` + caption + `after`, as `length` ids of the tokenizer
+    that the pipeline calls `part`. `masked`: whether the encoder takes the mask of these ids, too."""
+
+    part: str
+    length: int
+    before: str
+    after: str
+    masked: bool
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """What the text encoder's graph calls its ids, and their mask."""
+        kind = self.part.removeprefix("tokenizer")
+        return (f"input_ids{kind}", *([f"attention_mask{kind}"] if self.masked else []))
+
+
+class StandIn:
+    """Takes a tokenizer's place: it notes how it is called, and answers with `given` ids and mask, if there are any."""
+
+    def __init__(self, part: str, tokenizer: Any):
+        self.part, self.tokenizer = part, tokenizer
+        self.given: tuple[Tensor, ...] = ()
+        self.texts: list[str] = []
+        self.length, self.masked = 0, False
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, text: Any, **options: Any) -> Any:
+        if options.get("padding") == "longest":  # a look at what was cut, which nothing comes of
+            return Answer(self, {"input_ids": torch.zeros(1, 1, dtype=torch.int64)})
+        if options.get("padding") != "max_length":
+            raise ValueError(f"the {self.part} is asked for as many ids as a caption has, and a graph takes one number")
+        encoded: Mapping[str, Tensor] = self.tokenizer(text, **{**options, "return_tensors": "pt"})
+        self.texts, self.length = [text] if isinstance(text, str) else list(text), encoded["input_ids"].shape[1]
+        return Answer(self, dict(zip(("input_ids", "attention_mask"), self.given, strict=False)) or dict(encoded))
+
+
+class Answer(BatchEncoding):
+    """A tokenizer's answer that notes whether its mask is read."""
+
+    def __init__(self, stand_in: StandIn, tensors: Mapping[str, Tensor]):
+        super().__init__(dict(tensors))
+        object.__setattr__(self, "stand_in", stand_in)
+
+    def __getitem__(self, item: Any) -> Any:
+        if item == "attention_mask":
+            self.stand_in.masked = True
+        return super().__getitem__(item)
+
+    def __getattr__(self, item: str) -> Any:
+        return self[item] if item in ("input_ids", "attention_mask") else super().__getattr__(item)
+
+
+@contextmanager
+def stand_ins(pipeline: DiffusionPipeline) -> Iterator[list[StandIn]]:
+    """The pipeline with a stand-in for each of its tokenizers while the block runs."""
+    own = {name: part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part}
+    placed = [StandIn(name, tokenizer) for name, tokenizer in own.items()]
+    try:
+        vars(pipeline).update({one.part: one for one in placed})  # a pipeline's own setter takes no such thing
+        yield placed
+    finally:
+        vars(pipeline).update(own)
+
+
+def captions_of(pipeline: DiffusionPipeline) -> tuple[Captions, ...]:
+    """How each tokenizer is called, of those that are. ValueError where more than words are added to a caption."""
+    with stand_ins(pipeline) as placed, torch.no_grad():
+        family_of(pipeline).encode(pipeline, [WATCHED])
+        return tuple(watched(stand_in) for stand_in in placed if stand_in.length)
+
+
+def watched(stand_in: StandIn) -> Captions:
+    before, found, after = stand_in.texts[0].partition(WATCHED)
+    if not found:
+        raise ValueError(f"the {stand_in.part} was given {stand_in.texts[0]!r} for the caption {WATCHED!r}")
+    return Captions(stand_in.part, stand_in.length, before, after, stand_in.masked)

@@ -1,0 +1,140 @@
+"""Packages: folders that draw a pipeline's images without diffusers and without us (run_package.py).
+
+    package.json            what run_package.py has to know: samplers, tokenizers, scaling, the machine it was made for
+    run_package.py          draws an image from a prompt
+    tokenizer*/             as diffusers' folders have them
+    unconditional.npz       what guidance steers away from, where it does
+    model.pt2               AOTInductor: encode, denoise and decode, compiled, with their weights
+    text_encoder/, unet/ or transformer/, vae_decoder/      ONNX: a model.onnx each, in optimum's folder layout
+"""
+
+import importlib.util
+import platform
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.export import ExportedProgram
+from torch.fx import GraphModule
+
+from slimstep.engine.files import load_json, write_json, write_text
+from slimstep.engine.quiet import quiet
+from slimstep.eval.packaging import run_package
+from slimstep.eval.packaging.package import Package
+from slimstep.models.networks import part_of
+
+FORMATS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "aoti": ()}  # and the libraries that each needs
+RUNNER, FACTS = "run_package.py", "package.json"
+LARGEST_FILE = 1_800_000_000  # bytes of weights: an ONNX file of more than 2 GB keeps them beside it
+MOST_DIFFERENCE = {torch.float32: 1e-3}  # of a graph's outputs from its network's, in units of the largest
+MOST_OF_HALVES = 0.05
+
+
+def missing_libraries(format: str) -> list[str]:
+    return [name for name in FORMATS[format] if importlib.util.find_spec(name) is None]
+
+
+def write_package(package: Package, format: str, folder: Path) -> None:
+    """Fills an empty folder. ValueError where a network is no single graph, or its graph gives something else."""
+    programs = {name: graph.exported() for name, graph in package.graphs.items()}
+    with quiet(), torch.no_grad():
+        added = {"onnx": write_onnx, "aoti": write_aoti}[format](package, programs, folder)
+    for captions in package.captions:
+        getattr(package.pipeline, captions.part).save_pretrained(folder / captions.part)
+    if package.facts["guides"]:
+        names, uncond = package.facts["conditioning"], package.sampler.unconditional.tensors.values()
+        row = {name: tensor.float().numpy() for name, tensor in zip(names, uncond, strict=True)}
+        np.savez(folder / "unconditional.npz", allow_pickle=False, **row)
+    shutil.copy(run_package.__file__, folder / RUNNER)
+    write_json(folder / FACTS, {"format": format, **package.facts, **added})
+    check_graphs(package, folder)
+
+
+def check_graphs(package: Package, folder: Path) -> None:
+    """ValueError where a graph, run as run_package.py runs it, is not its network."""
+    facts = load_json(folder / FACTS)
+    call = run_package.Package(folder, facts).call
+    limit = MOST_DIFFERENCE.get(next(package.sampler.network.parameters()).dtype, MOST_OF_HALVES)
+    for name, graph in package.graphs.items():
+        with torch.no_grad():
+            answer = graph.module(*graph.inputs.values())
+        expected = [tensor.cpu().numpy() for tensor in (answer if isinstance(answer, tuple) else (answer,))]
+        found = call(name, {key: tensor.cpu().numpy() for key, tensor in graph.inputs.items()})
+        for one, other in zip(expected, found, strict=True):
+            worst = float(np.abs(one - other).max() / (np.abs(one).max() or 1))
+            if not worst <= limit:
+                which = f"{facts['format']}'s {name}"
+                raise ValueError(f"{which} is not the network: it differs by {worst:.2g} of its size")
+
+
+# ---- AOTInductor ----
+
+
+def write_aoti(package: Package, programs: Mapping[str, ExportedProgram], folder: Path) -> dict[str, Any]:
+    """model.pt2, and what it asks of the machine it is run on."""
+    from torch._inductor import aot_compile
+    from torch._inductor.package import package_aoti
+
+    options = {"aot_inductor.package": True}
+    compiled: dict[str, Any] = {
+        name: aot_compile(program.module(), program.example_inputs[0], options=options)
+        for name, program in programs.items()
+    }
+    package_aoti(str(folder / "model.pt2"), compiled)
+    return {
+        "graphs": dict.fromkeys(programs, "model.pt2"), "device": package.sampler.network.device.type,
+        "torch": torch.__version__.partition("+")[0], "machine": platform.machine(),
+        "processor": run_package.processor_features(),
+    }  # fmt: skip
+
+
+# ---- ONNX ----
+
+
+def write_onnx(package: Package, programs: Mapping[str, ExportedProgram], folder: Path) -> dict[str, Any]:
+    """A folder for each network, and the configurations that optimum reads beside them."""
+    pipeline, part = package.pipeline, part_of(package.pipeline)
+    folders = {"encode": "text_encoder", "denoise": part, "decode": "vae_decoder"}
+    for name, program in programs.items():
+        graph, file = package.graphs[name], folder / folders[name] / "model.onnx"
+        file.parent.mkdir(parents=True)
+        as_onnx_means_it(program)
+        # Without onnxscript's optimiser, which makes nan of Sana's autoencoder; onnxruntime has one of its own.
+        written: Any = torch.onnx.export(
+            program, input_names=[*graph.inputs], output_names=[*graph.outputs], dynamo=True, verbose=False,
+            optimize=False,
+        )  # fmt: skip
+        weights = sum(tensor.nbytes for tensor in program.state_dict.values())
+        written.save(str(file), external_data=weights > LARGEST_FILE)
+    pipeline.save_config(folder)
+    pipeline.scheduler.save_pretrained(folder / "scheduler")
+    for name, place in {part: part, "text_encoder": "text_encoder", "vae": "vae_decoder"}.items():
+        if (network := getattr(pipeline, name, None)) is not None:
+            config = network.config if name == "text_encoder" else network
+            write_text(folder / place / "config.json", config.to_json_string())
+    return {"graphs": {name: f"{folders[name]}/model.onnx" for name in programs}}
+
+
+def as_onnx_means_it(program: ExportedProgram) -> None:
+    """Rewrites what torch.onnx takes over as it stands and must not.
+
+    torch's squeeze of a dimension that is not 1 does nothing, and ONNX' is an error. Attention's output is laid out
+    in memory as one kernel does it, which the reshape behind it builds on, and the kernel that takes a mask does it
+    otherwise: its output is copied into its plain layout.
+    """
+    aten = torch.ops.aten
+    for module in program.graph_module.modules():
+        for node in [*module.graph.nodes] if isinstance(module, GraphModule) else []:
+            if node.target is aten.squeeze.dim and node.args[0].meta["val"].shape[node.args[1]] != 1:
+                node.replace_all_uses_with(node.args[0])
+                module.graph.erase_node(node)
+            elif node.target is aten.scaled_dot_product_attention.default:
+                with module.graph.inserting_after(node):
+                    plain = module.graph.call_function(
+                        aten.clone.default, (node,), {"memory_format": torch.contiguous_format}
+                    )
+                plain.meta = {**node.meta, "val": node.meta["val"].contiguous()}
+                node.replace_all_uses_with(plain, delete_user_cb=lambda user, plain=plain: user is not plain)

@@ -1,0 +1,109 @@
+"""The networks of a pipeline as functions of tensors: encode (ids to text states), denoise, decode (latents to pixels).
+
+Axes: R rows of the network (two for a guided image), B images, C channels, H and W height and width, L tokens.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from torch import Tensor, nn
+
+from slimstep.engine.quiet import one_line
+from slimstep.eval.packaging.captions import Captions, stand_ins
+from slimstep.models.conditioning import Conditioning
+from slimstep.models.decoding import decoded_images
+from slimstep.models.denoiser import Denoiser, takes_guidance
+from slimstep.models.family import denoiser_of, family_of
+from slimstep.models.flow import prediction_type_of
+from slimstep.models.networks import network_of, text_encoders
+
+# What diffusers and optimum call the inputs of a UNet; others keep the names of conditioning.py.
+INPUT_NAMES = {"text": "encoder_hidden_states", "pooled": "text_embeds"}
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A module that is called with tensors alone, `forward(*inputs)`. inputs: examples by name. outputs: their names.
+    rows: any number up to this may be given at once, 0 where it is fixed; `timestep` is one for all rows."""
+
+    module: nn.Module
+    inputs: Mapping[str, Tensor]
+    outputs: Sequence[str]
+    rows: int = 0
+
+    @torch.no_grad()
+    def exported(self) -> torch.export.ExportedProgram:
+        """ValueError where the network cannot be written as one graph."""
+        rows = torch.export.Dim("rows", min=1, max=self.rows) if self.rows else None
+        free = [{0: rows} if rows and name != "timestep" else None for name in self.inputs]
+        inputs = tuple(self.inputs.values())
+        try:
+            return torch.export.export(self.module, inputs, dynamic_shapes=(tuple(free),), strict=False)
+        except Exception as error:  # torch's have no common kind
+            raise ValueError(f"{type(self.module).__name__.lower()} is no single graph: {one_line(error)}") from error
+
+
+class Encode(nn.Module):
+    """One caption's ids, and masks, for each tokenizer → its conditioning, in float32."""
+
+    def __init__(self, pipeline: DiffusionPipeline, captions: Sequence[Captions]):
+        super().__init__()
+        self.encoders, self.pipeline, self.captions = nn.ModuleDict(text_encoders(pipeline)), pipeline, captions
+
+    def forward(self, *ids: Tensor) -> tuple[Tensor, ...]:
+        left = list(ids)
+        with stand_ins(self.pipeline) as placed:
+            for captions in self.captions:
+                stand_in = next(one for one in placed if one.part == captions.part)
+                stand_in.given = tuple(left.pop(0) for _ in captions.inputs)
+            cond = family_of(self.pipeline).encode(self.pipeline, [""])
+        return tuple(tensor.float() for tensor in cond.tensors.values())
+
+
+class Denoise(nn.Module):
+    """x_t [R, C, H, W], one timestep [1], the conditioning's tensors and, of networks that take it, the guidance scale
+    [R] → the prediction [R, C, H, W]."""
+
+    def __init__(self, network: nn.Module, denoiser: Denoiser, names: Sequence[str]):
+        super().__init__()
+        self.network, self.denoiser, self.names, self.is_told = network, denoiser, names, takes_guidance(network)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        x_t, t_1, *given = inputs
+        cond = Conditioning(dict(zip(self.names, given, strict=False)))
+        guidance_B = given[-1] if self.is_told else None
+        return self.denoiser(self.network, x_t, t_1.expand(x_t.shape[0]), cond, guidance_B=guidance_B)
+
+
+class Decode(nn.Module):
+    """What is not scaled any more [B, C, H, W] → images [B, 3, H, W] from −1 to 1."""
+
+    def __init__(self, vae: ModelMixin):
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return decoded_images(self.vae, inputs[0].to(next(self.vae.parameters()).dtype)).float()
+
+
+def graphs_of(
+    pipeline: DiffusionPipeline, captions: Sequence[Captions], cond: Conditioning, guides: bool, batch: int
+) -> dict[str, Graph]:
+    """{encode, denoise, decode}, as far as the pipeline has them. cond: of one caption. batch: most images at once."""
+    network, codec = network_of(pipeline), family_of(pipeline).codec(pipeline)
+    denoiser = denoiser_of(network, prediction_type_of(pipeline.scheduler))
+    rows, names = batch * (2 if guides else 1), tuple(cond.tensors)
+    told = {"guidance": torch.full((rows,), 2.0)} if takes_guidance(network) else {}
+    x_t, many = torch.randn(rows, *denoiser.sample_shape), Conditioning(cond.tensors).expand(rows)
+    given = {INPUT_NAMES.get(name, name): tensor.float().contiguous() for name, tensor in many.tensors.items()}
+    inputs = {"sample": x_t, "timestep": torch.tensor([500.0]), **given, **told}
+    graphs = {"denoise": Graph(Denoise(network, denoiser, names), inputs, ["out_sample"], rows if batch > 1 else 0)}
+    if codec is not None:
+        latents = {"latent_sample": x_t[:batch].clone()}
+        graphs["decode"] = Graph(Decode(codec), latents, ["sample"], batch if batch > 1 else 0)
+    if captions:
+        ids = {name: torch.ones(1, one.length, dtype=torch.int64) for one in captions for name in one.inputs}
+        graphs["encode"] = Graph(Encode(pipeline, captions), ids, ["last_hidden_state", *names[1:]])
+    return graphs

@@ -1,0 +1,212 @@
+"""Draws an image from a prompt with a package of slimstep's, without slimstep and without diffusers.
+
+    python run_package.py "a red circle" --out image.png
+    python run_package.py "a red circle" --package FOLDER --seed 3 --count 4
+
+Needs numpy, Pillow and tokenizers, and for a package of ONNX files onnxruntime, for one of AOTInductor's the torch that
+it was made with. By default the package is the folder that this file lies in.
+"""
+
+import argparse
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+Call = Callable[[str, Mapping[str, np.ndarray]], list[np.ndarray]]  # a graph's name and its inputs → its outputs
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("prompt", nargs="?", default="", help="what to draw; nothing for a model without prompts")
+    parser.add_argument("--package", type=Path, default=Path(__file__).resolve().parent, help="its folder")
+    parser.add_argument("--out", type=Path, default=Path("image.png"), help="several images get a number each")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--count", type=int, default=1, help="images")
+    parser.add_argument("--steps", type=int, help="sampling steps, one of those that the package was made for")
+    parser.add_argument("--guidance", type=float, help="guidance scale; by default the model's own")
+    parser.add_argument("--noise", type=Path, help="unit noise [images, noises, C, H, W] as .npy, in place of a seed's")
+    parser.add_argument("--pixels", type=Path, help="also write the pixels [images, 3, H, W] from -1 to 1 as .npy")
+    options = parser.parse_args()
+    facts = read_facts(options.package)
+    start = time.perf_counter()
+    package = Package(options.package, facts)
+    loaded = time.perf_counter()
+    pixels, seconds = package.draw(options)
+    if options.pixels:
+        np.save(options.pixels, pixels)
+    for number, image in enumerate(pixels):
+        save(image, options.out if len(pixels) == 1 else numbered(options.out, number))
+    print(json.dumps({"images": len(pixels), "load_s": round(loaded - start, 3), "draw_s": seconds}))
+
+
+def read_facts(folder: Path) -> dict:
+    file = folder / "package.json"
+    if not file.is_file():
+        sys.exit(f"{file} is not there: name the folder of a package with --package")
+    return json.loads(file.read_text())
+
+
+class Package:
+    """The graphs of a package, called by name with arrays."""
+
+    def __init__(self, folder: Path, facts: dict):
+        self.folder, self.facts = folder, facts
+        self.call = {"onnx": onnx_graphs, "aoti": aoti_graphs}[facts["format"]](folder, facts)
+
+    def draw(self, options: argparse.Namespace) -> tuple[np.ndarray, list[float]]:
+        """Pixels [images, 3, H, W], and the seconds of every batch."""
+        facts = self.facts
+        steps = str(options.steps or facts["steps"])
+        if steps not in facts["samplers"]:
+            sys.exit(f"--steps {steps}: the package was made for {', '.join(facts['samplers'])}")
+        coefficients = facts["samplers"][steps]
+        noise = unit_noise(options, coefficients, facts["latents"])
+        scale = facts["guidance_scale"] if options.guidance is None else options.guidance
+        if scale > 1 and not (facts["guides"] or facts["takes_guidance"]):
+            sys.exit(f"--guidance {scale:g}: the package was made without guidance")
+        drawn, seconds = [], []
+        for first in range(0, len(noise), facts["batch"]):
+            start = time.perf_counter()
+            drawn.append(self.batch(options.prompt, noise[first : first + facts["batch"]], coefficients, scale))
+            seconds.append(round(time.perf_counter() - start, 4))
+        return np.concatenate(drawn), seconds
+
+    def batch(self, prompt: str, noise: np.ndarray, coefficients: dict, scale: float) -> np.ndarray:
+        """Pixels of one prompt, from noise [B, noises, C, H, W]."""
+        facts, count = self.facts, len(noise)
+        cond = self.encode(prompt) if facts["tokenizers"] else {}
+        away = np.load(self.folder / "unconditional.npz") if facts["guides"] else {}
+        conds = {name: np.concatenate([repeated(row, count), *([repeated(away[name], count)] if away else [])])
+                 for name, row in cond.items()}  # fmt: skip
+        if facts["takes_guidance"]:
+            conds["guidance"] = np.full(count, scale, np.float32)
+        noises = [noise[:, n].astype(np.float64) for n in range(noise.shape[1])]
+        predictions: list[np.ndarray] = []
+        for weights, timestep in zip(coefficients["inputs"], coefficients["timesteps"], strict=True):
+            x = weighted(weights, noises, predictions)
+            rows, t = np.concatenate([x, x]) if facts["guides"] else x, np.array([timestep], np.float32)
+            (prediction,) = self.call("denoise", {"sample": rows, "timestep": t, **conds})
+            if facts["guides"]:
+                plain, empty = prediction[:count], prediction[count:]
+                prediction = empty + np.float32(scale) * (plain - empty) if scale > 1 else plain
+            predictions.append(prediction.astype(np.float64))
+        latents = weighted(coefficients["latents"], noises, predictions)
+        if "decode" not in facts["graphs"]:
+            return latents
+        scaled = latents * column(facts["decode"]["scale"]) + column(facts["decode"]["shift"])
+        return self.call("decode", {"latent_sample": scaled.astype(np.float32)})[0]
+
+    def encode(self, prompt: str) -> dict[str, np.ndarray]:
+        from tokenizers import Tokenizer
+
+        inputs = {}
+        for said in self.facts["tokenizers"]:
+            tokenizer = Tokenizer.from_file(str(self.folder / said["file"]))
+            tokenizer.enable_truncation(said["length"])
+            tokenizer.enable_padding(length=said["length"], **said["padding"])
+            encoded = tokenizer.encode(said["before"] + prompt + said["after"])
+            for name, values in zip(said["inputs"], (encoded.ids, encoded.attention_mask), strict=False):
+                inputs[name] = np.array([values], np.int64)
+        return dict(zip(self.facts["conditioning"], self.call("encode", inputs), strict=True))
+
+
+def unit_noise(options: argparse.Namespace, coefficients: dict, latents: list[int]) -> np.ndarray:
+    """[images, noises, C, H, W]"""
+    shape = (len(coefficients["latents"]["noises"]), *latents)
+    if not options.noise:
+        return np.random.default_rng(options.seed).standard_normal((options.count, *shape), np.float32)
+    if not options.noise.is_file():
+        sys.exit(f"--noise {options.noise} is not there")
+    noise = np.load(options.noise)
+    if noise.shape[1:] != shape:
+        sys.exit(f"--noise {options.noise} has the shape {noise.shape}; it must be (images, {str(shape)[1:]}")
+    return noise
+
+
+def weighted(weights: dict, noises: list, predictions: list) -> np.ndarray:
+    """A sum of the sampler's, in float32."""
+    arrays = (*noises[: len(weights["noises"])], *predictions)
+    terms = zip((*weights["noises"], *weights["predictions"]), arrays, strict=True)
+    return sum(weight * array for weight, array in terms).astype(np.float32)
+
+
+def repeated(row: np.ndarray, count: int) -> np.ndarray:
+    return np.repeat(row, count, axis=0)
+
+
+def column(values: list[float]) -> np.ndarray:
+    return np.array(values, np.float32).reshape(1, -1, 1, 1)
+
+
+def onnx_graphs(folder: Path, facts: dict) -> Call:
+    try:
+        import onnxruntime
+    except ImportError:
+        sys.exit("this package needs onnxruntime: pip install onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; of the rest it has a line for every constant
+    options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", 0))  # 0: as many as there are cores
+    files = {name: str(folder / file) for name, file in facts["graphs"].items()}
+    sessions = {name: onnxruntime.InferenceSession(file, options) for name, file in files.items()}
+    return lambda name, inputs: sessions[name].run(None, inputs)
+
+
+def aoti_graphs(folder: Path, facts: dict) -> Call:
+    try:
+        import torch
+    except ImportError:
+        sys.exit(f"this package needs torch {facts['torch']}: pip install torch=={facts['torch']}")
+    if obstacle := other_machine(facts, torch.__version__.partition("+")[0]):
+        sys.exit(f"{folder}: {obstacle}")
+    from torch._inductor.package import load_package
+
+    graphs = {name: load_package(str(folder / file), name) for name, file in facts["graphs"].items()}
+
+    def call(name: str, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        with torch.inference_mode():
+            given = [torch.from_numpy(np.ascontiguousarray(array)).to(facts["device"]) for array in inputs.values()]
+            answer = graphs[name](*given)
+        return [tensor.cpu().numpy() for tensor in (answer if isinstance(answer, (tuple, list)) else [answer])]
+
+    return call
+
+
+def other_machine(facts: dict, torch_version: str) -> str:
+    """Why compiled code does not run here; nothing where it does."""
+    if torch_version != facts["torch"]:
+        return f"made with torch {facts['torch']}, and this is torch {torch_version}"
+    if platform.machine() != facts["machine"]:
+        return f"made for {facts['machine']} processors, and this is {platform.machine()}"
+    if missing := sorted(set(facts["processor"]) - set(processor_features())):
+        return f"made for a processor with {', '.join(missing)}, which this one lacks"
+    return ""
+
+
+def processor_features() -> list[str]:
+    """The instruction sets that compiled code may use, by Linux' names."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.is_file() else []
+    flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
+    used = ("avx", "amx", "fma", "f16c", "sse", "bmi", "sve", "asimd")
+    return sorted(flag for flag in flags if flag.startswith(used))
+
+
+def save(pixels: np.ndarray, file: Path) -> None:
+    from PIL import Image
+
+    eight_bits = (np.clip(pixels * 0.5 + 0.5, 0, 1) * 255).round().astype(np.uint8).transpose(1, 2, 0)
+    Image.fromarray(eight_bits[..., 0] if eight_bits.shape[2] == 1 else eight_bits).save(file)
+
+
+def numbered(file: Path, number: int) -> Path:
+    return file.with_stem(f"{file.stem}-{number}")
+
+
+if __name__ == "__main__":
+    main()

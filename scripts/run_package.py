@@ -1,0 +1,1 @@
+../eval/packaging/run_package.py

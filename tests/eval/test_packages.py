@@ -1,0 +1,221 @@
+"""Packages draw what their pipeline draws, without diffusers, and say no to machines that they were not made for."""
+
+import copy
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from torch import nn
+
+from scripts import random_transformers
+from slimstep.eval.package_job import unit_noises
+from slimstep.eval.packaging import run_package
+from slimstep.eval.packaging.captions import captions_of
+from slimstep.eval.packaging.coefficients import sampler_coefficients
+from slimstep.eval.packaging.formats import check_graphs, write_package
+from slimstep.eval.packaging.package import package_of
+from slimstep.eval.sampling import Sampler
+from slimstep.models.guidance import with_guidance_embedding
+from slimstep.models.networks import with_unet
+from slimstep.models.pipeline import export_pipeline, load_pipeline
+from slimstep.models.schedulers import SHORT
+from tests.jobs import run_job
+from tests.tiny import slow, tiny_sdxl_pipeline
+
+PROMPT = "a red circle"
+# A new process in which none of these can be imported.
+ALONE = """
+import runpy, sys
+sys.modules.update(dict.fromkeys({without!r}))
+sys.argv = {argv!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def drawn_alone(folder: Path, noise: np.ndarray, *options: str, without: tuple[str, ...] = ()) -> np.ndarray:
+    """The pixels of a package's own program in a process without diffusers, transformers and slimstep."""
+    np.save(folder / "noise.npy", noise)
+    argv = [str(folder / "run_package.py"), PROMPT, "--noise", str(folder / "noise.npy"), "--pixels",
+            str(folder / "pixels.npy"), "--out", str(folder / "image.png"), *options]  # fmt: skip
+    code = ALONE.format(without=("diffusers", "transformers", "slimstep", *without), argv=argv)
+    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["images"] == len(noise)
+    return np.load(folder / "pixels.npy")
+
+
+def drawn_here(sampler: Sampler, count: int) -> np.ndarray:
+    cond, network = sampler.encode([PROMPT]).rows([0]), sampler.network
+    return torch.cat([sampler.pixels(sampler.latents_at(network, cond, [i])) for i in range(count)]).numpy()
+
+
+def noises(sampler: Sampler, count: int, facts: dict) -> np.ndarray:
+    drawn = len(facts["samplers"][str(sampler.steps)]["latents"]["noises"])
+    return np.stack([unit_noises(sampler, i, drawn) for i in range(count)])
+
+
+def packaged(pipeline, folder: Path, steps: int, guidance: float, format: str = "onnx", batch: int = 1) -> Sampler:
+    """Writes a package of what was saved and loaded; its sampler."""
+    pipeline.save_pretrained(folder / "model")
+    sampler = Sampler(load_pipeline(folder / "model"), steps, guidance, seed=1)
+    (folder / "package").mkdir()
+    write_package(package_of(sampler, [steps], batch), format, folder / "package")
+    return sampler
+
+
+# ---- samplers ----
+
+
+def cases() -> list:
+    fast = ("ddim", "euler", "lcm", "dpmsolver++")
+    return [name for name in SHORT if name in fast] + slow(*(name for name in SHORT if name not in fast))
+
+
+@pytest.mark.parametrize("name", cases())
+def test_weighted_sums_are_what_a_scheduler_does(name, tiny_pipeline_folder):
+    pipeline = load_pipeline(tiny_pipeline_folder, scheduler=name)
+    for steps in (1, 2, 5):
+        sampler = Sampler(pipeline, steps, 1.0, seed=3)
+        coefficients = sampler_coefficients(sampler.scheduler, steps)
+        cond = sampler.encode([PROMPT])
+        noise = [*torch.from_numpy(unit_noises(sampler, 0, len(coefficients.latents.noises)))[:, None]]
+        predictions: list[torch.Tensor] = []
+        for t, weights in zip(coefficients.timesteps, coefficients.inputs, strict=True):
+            x = weights.of(noise[: len(weights.noises)], predictions)
+            predictions.append(sampler.predict(sampler.network, x, torch.tensor([t]), cond))
+        expected = sampler.latents_at(sampler.network, cond, [0])
+        torch.testing.assert_close(coefficients.latents.of(noise, predictions), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_a_scheduler_that_clips_has_no_coefficients():
+    with pytest.raises(ValueError, match="DDIMScheduler are no weighted sums of its inputs, by clip_sample"):
+        sampler_coefficients(DDIMScheduler(clip_sample=True), 4)
+
+
+def test_captions_are_watched_and_the_tokenizers_are_put_back(tiny_pipeline_folder):
+    pipeline = load_pipeline(tiny_pipeline_folder)
+    tokenizer = pipeline.tokenizer
+    (captions,) = captions_of(pipeline)
+    assert (captions.part, captions.length) == ("tokenizer", tokenizer.model_max_length)
+    assert (captions.before, captions.after, captions.masked) == ("", "", False)
+    assert pipeline.tokenizer is tokenizer
+
+
+# ---- packages ----
+
+
+def test_a_job_packages_an_export(tiny_pipeline_folder, tmp_path):
+    pytest.importorskip("onnxscript")
+    words = [f"model.name_or_path={tiny_pipeline_folder}", f"root={tmp_path}", "name=made", "eval.steps=2"]
+    done = run_job("+experiment=package", *words, "package.formats=[onnx]", "package.batch=2")
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "made/onnx"
+    facts = json.loads((folder / "package.json").read_text())
+    assert facts["format"] == "onnx" and facts["guides"] and list(facts["samplers"]) == ["2"]
+    sampler = Sampler(load_pipeline(tiny_pipeline_folder), 2, facts["guidance_scale"], seed=1)
+    found = drawn_alone(folder, noises(sampler, 3, facts), without=("torch",))
+    np.testing.assert_allclose(found, drawn_here(sampler, 3), atol=1e-4)
+    assert (tmp_path / "made/images/onnx-0.png").is_file() and "pixels differ by" in done.stdout
+
+
+def test_a_graph_that_is_not_its_network_is_found(tiny_pipeline_folder, tmp_path):
+    pytest.importorskip("onnxscript")
+    sampler = Sampler(load_pipeline(tiny_pipeline_folder), 1, 1.0)
+    package = package_of(sampler, [1], 1)
+    write_package(package, "onnx", tmp_path)
+    nn.init.ones_(package.graphs["denoise"].module.network.conv_out.bias)
+    with pytest.raises(ValueError, match="onnx's denoise is not the network: it differs by"):
+        check_graphs(package, tmp_path)
+
+
+@pytest.mark.slow
+def test_a_compiled_package_draws_the_same(tiny_pipeline_folder, tmp_path):
+    sampler = packaged(load_pipeline(tiny_pipeline_folder), tmp_path, 2, 2.5, "aoti", batch=2)
+    facts = json.loads((tmp_path / "package/package.json").read_text())
+    found = drawn_alone(tmp_path / "package", noises(sampler, 3, facts), without=("onnxruntime",))
+    np.testing.assert_allclose(found, drawn_here(sampler, 3), atol=1e-4)
+
+
+def test_a_compiled_package_refuses_other_machines():
+    here = {"torch": "2.14.1", "machine": run_package.platform.machine(), "processor": run_package.processor_features()}
+    assert not run_package.other_machine(here, "2.14.1")
+    assert run_package.other_machine(here, "2.11.0") == "made with torch 2.14.1, and this is torch 2.11.0"
+    assert "made for vax processors" in run_package.other_machine(here | {"machine": "vax"}, "2.14.1")
+    assert "a processor with avx9" in run_package.other_machine(here | {"processor": ["avx9"]}, "2.14.1")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "guidance"), [("sd3", 2.5), ("flux", 1.0), ("pixart", 2.5), ("sana", 2.5), ("qwen_image", 1.0)]
+)
+def test_transformers_are_packaged_or_refused_by_name(name, guidance, tmp_path):
+    pytest.importorskip("onnxscript")
+    pipeline = getattr(random_transformers, f"small_{name}_pipeline")()
+    if name == "qwen_image":
+        with pytest.raises(ValueError, match="tokenizer is asked for as many ids as a caption has"):
+            packaged(pipeline, tmp_path, 3, guidance)
+        return
+    check_onnx(pipeline, tmp_path, 3, guidance)
+
+
+def check_onnx(pipeline, folder: Path, steps: int, guidance: float) -> None:
+    sampler = packaged(pipeline, folder, steps, guidance)
+    facts = json.loads((folder / "package/package.json").read_text())
+    found = drawn_alone(folder / "package", noises(sampler, 2, facts), without=("torch",))
+    np.testing.assert_allclose(found, drawn_here(sampler, 2), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_sdxl_is_packaged(tmp_path):
+    pytest.importorskip("onnxscript")
+    check_onnx(tiny_sdxl_pipeline(), tmp_path, 2, 2.5)
+
+
+@pytest.mark.slow
+def test_a_model_of_pixels_is_packaged(tmp_path):
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=2, layers_per_block=1,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+    )  # fmt: skip
+    scheduler = DDPMScheduler(clip_sample=False)
+    sampler = packaged(DDPMPipeline(unet=unet, scheduler=scheduler), tmp_path, 3, 1.0)
+    facts = json.loads((tmp_path / "package/package.json").read_text())
+    found = drawn_alone(tmp_path / "package", noises(sampler, 2, facts))
+    cond = sampler.encode(["image 0"]).rows([0])
+    expected = torch.cat([sampler.latents_at(sampler.network, cond, [i]) for i in (0, 1)])
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["told", "pruned"])
+def test_students_are_packaged(kind, tiny_pipeline_folder, tmp_path):
+    """A student that takes its guidance scale, and one with removed and copied blocks."""
+    pytest.importorskip("onnxscript")
+    pipeline = load_pipeline(tiny_pipeline_folder)
+    unet = pipeline.unet
+    if kind == "told":
+        student = copy.deepcopy(with_guidance_embedding(unet, 8))
+        nn.init.normal_(student.time_embedding.cond_proj.weight)
+    else:
+        removed = next(block for block in unet.kept_blocks if "attentions" in block)
+        student = unet.with_architecture({unet.copyable_blocks[0]: 2, removed: 0})
+    folder = tmp_path / "export"
+    export_pipeline(with_unet(pipeline, student), folder)
+    sampler = Sampler(load_pipeline(folder), 2, 2.5, seed=1)
+    package = tmp_path / "package"
+    package.mkdir()
+    write_package(package_of(sampler, [2], 1), "onnx", package)
+    facts = json.loads((package / "package.json").read_text())
+    assert facts["takes_guidance"] == (kind == "told") != facts["guides"]
+    found = drawn_alone(package, noises(sampler, 2, facts))
+    np.testing.assert_allclose(found, drawn_here(sampler, 2), atol=1e-4)
+    if kind == "told":
+        other = drawn_alone(package, noises(sampler, 2, facts), "--guidance", "6")
+        assert np.abs(other - found).max() > 1e-3
