@@ -1,5 +1,6 @@
 """What all stages of a step distillation share: the teacher on the time grid, the student, schedulers, the stages."""
 
+import logging
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,13 +21,14 @@ from slimstep.models.denoiser import guidance_embed_dim, takes_guidance
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.family import flow_of, schedule_for
 from slimstep.models.flow import FlowSteps, eulers, from_config, is_flow, prediction_type_of, stretched
-from slimstep.models.guidance import with_guidance_embedding
-from slimstep.models.networks import network_of
+from slimstep.models.guidance import with_fixed_guidance, with_guidance_embedding
+from slimstep.models.networks import network_of, trained_steps_of
 from slimstep.models.noise_schedule import NoiseSchedule, are_among, schedule_of
 from slimstep.models.pipeline import load_pipeline, one_line
 from slimstep.models.schedulers import check_noise_schedule, check_sampling, on_same_schedule, stated
 from slimstep.models.sizes import native_pixels, set_resolution
 
+log = logging.getLogger("slimstep")
 SOLVERS_OWN = (
     "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "algorithm_type", "final_sigmas_type",
 )  # fmt: skip
@@ -37,12 +39,14 @@ SAME_IN_BOTH = ("in_channels", "out_channels", "cross_attention_dim", "joint_att
 @dataclass(frozen=True)
 class Distillation:
     """The teacher samples by DDIM whose last step ends in clean latents, or, where it learnt a flow, by Euler's steps
-    with its own shift; `student` is the network that learns, as it is in its folder."""
+    with its own shift; `student` is the network that learns, as it is in its folder. `is_few_step`: whether it was
+    distilled before, to few steps or to take its guidance."""
 
     teacher: Teacher
     distillation: DistillationConfig
     stages: tuple[DistillationStage, ...]
     student: Prunable
+    is_few_step: bool = False
 
     @property
     def is_flow(self) -> bool:
@@ -157,7 +161,7 @@ class Distillation:
         teachers = ["teacher"] + ([] if self.is_flow else ["teacher-dpm"]) + ([] if self.predicts_v else ["teacher-v"])
         if self.flow and stretched(self.shifted, 2, self.flow) is not self.scheduler:
             teachers.append("teacher-stretched")
-        undistilled = ["student"] if self.distillation.student else []
+        undistilled = ["student"] if self.distillation.student and not self.is_few_step else []
         return *teachers, *undistilled, *(stage.name for stage in self.stages if stage.name.startswith("steps-"))
 
     def evaluated_steps(self, name: str) -> list[int]:
@@ -206,8 +210,8 @@ class Distillation:
 def distillation_of(teacher: Teacher) -> Distillation:
     """Raises ValueError for stages that cannot be, and for a student that does not fit the teacher's pipeline."""
     distillation: DistillationConfig = OmegaConf.to_object(teacher.config.distillation)
-    one_teacher = requirements(get_class(teacher.config.objective["_target_"])).guides_itself
-    stages = distillation_stages(distillation.steps, distillation.mode, not distillation.student, one_teacher)
+    guides_itself = requirements(get_class(teacher.config.objective["_target_"])).guides_itself
+    stages = distillation_stages(distillation.steps, distillation.mode, not distillation.student, guides_itself)
     stages = with_changes(stages, distillation.stages or {})
     pipeline = teacher.pipeline
     trained_N = schedule_for(pipeline).trained_N  # by its own scheduler
@@ -215,7 +219,12 @@ def distillation_of(teacher: Teacher) -> Distillation:
         pipeline.register_modules(scheduler=eulers(pipeline.scheduler))
     else:
         pipeline.scheduler = on_the_grid(distillation, diffusers.DDIMScheduler, pipeline.scheduler)
-    job = Distillation(teacher, distillation, stages, student_of(teacher, distillation))
+    student, is_few_step = student_of(teacher, distillation)
+    if guides_itself and guidance_embed_dim(student):
+        scale = Distillation(teacher, distillation, stages, student).own_guidance(stages[0])
+        log.info(f"distillation.student={distillation.student} takes its guidance scale: it starts at {scale:g}")
+        student = with_fixed_guidance(student, scale).requires_grad_(False)
+    job = Distillation(teacher, distillation, stages, student, is_few_step)
     if trained_N is not None:
         check_few_step_teacher(job, trained_N)
     return job
@@ -254,11 +263,12 @@ def on_the_grid(distillation: DistillationConfig, kind: type, scheduler: Any, **
     return on_same_schedule(kind, scheduler, {**kept, "clip_sample": False, "thresholding": False, **grid, **changes})
 
 
-def student_of(teacher: Teacher, distillation: DistillationConfig) -> Prunable:
-    """The network that learns, as it was loaded. ValueError where it does not fit the teacher's pipeline."""
+def student_of(teacher: Teacher, distillation: DistillationConfig) -> tuple[Prunable, bool]:
+    """The network that learns, as it was loaded, and whether it was distilled before. ValueError where it does not fit
+    the teacher's pipeline."""
     folder = distillation.student
     if not folder:
-        return teacher.unet
+        return teacher.unet, False
     model = OmegaConf.to_container(teacher.config.model, resolve=True)
     options = {key: value for key, value in model.items() if key not in ("_target_", "name_or_path")}
     student = load_pipeline(folder, **options if folder == model["name_or_path"] else {})
@@ -280,7 +290,8 @@ def student_of(teacher: Teacher, distillation: DistillationConfig) -> Prunable:
             f"distillation.student={folder} does not fit the teacher: it differs in {', '.join(differing)} {both or ''}"
         )
     set_resolution(student, native_pixels(teacher.pipeline))
-    return network.requires_grad_(False).eval()
+    was_distilled = bool(trained_steps_of(student) or guidance_embed_dim(network))
+    return network.requires_grad_(False).eval(), was_distilled
 
 
 def check(job: Distillation) -> None:
@@ -296,6 +307,9 @@ def check(job: Distillation) -> None:
         job.checked_objective(stage)
         if training.keep_best and not config.scorer:
             raise ValueError(f"train.keep_best=true of {stage.name} needs a scorer; it has scorer=none")
+        if job.is_few_step and (stage.teacher == "student" or job.objective(stage).get("teacher_mix")):
+            where = f"distillation.student={job.distillation.student}"
+            raise ValueError(f"{stage.name} asks {where} at all timesteps, and it learnt few of them")
     students = [name for name in job.evaluated if name.startswith("steps-")]
     for name, steps in [(student, steps) for student in students for steps in job.evaluated_steps(student)]:
         try:

@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 
 from slimstep.models.conditioning import Conditioning
-from slimstep.models.denoiser import Denoiser, guidance_embed_dim
+from slimstep.models.denoiser import Denoiser, guidance_embed_dim, guidance_embedding
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 
 
@@ -65,3 +65,19 @@ def with_guidance_embedding(unet: PrunableUNet2DConditionModel, width: int) -> P
     assert not unexpected and set(missing) <= {"time_embedding.cond_proj.weight"}, (missing, unexpected)
     nn.init.zeros_(new.time_embedding.cond_proj.weight)
     return new.to(next(unet.parameters()).device).train(unet.training)
+
+
+def with_fixed_guidance(unet: PrunableUNet2DConditionModel, w: float) -> PrunableUNet2DConditionModel:
+    """A copy that takes no guidance scale and predicts what `unet` does at the scale `w`.
+
+    What the embedding adds before the first layer of the time embedding goes into that layer's bias.
+    """
+    new = PrunableUNet2DConditionModel.from_config(dict(unet.config), time_cond_proj_dim=None)
+    weights = unet.state_dict()
+    projection, first = weights.pop("time_embedding.cond_proj.weight").double(), "time_embedding.linear_1"
+    scale_1 = torch.tensor([w], device=projection.device)
+    added = projection @ guidance_embedding(scale_1, projection.shape[1])[0].double()
+    bias = weights[f"{first}.bias"]
+    weights[f"{first}.bias"] = (bias + weights[f"{first}.weight"].double() @ added).to(bias.dtype)
+    new.load_state_dict(weights)
+    return new.to(projection.device, bias.dtype).train(unet.training)

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import LCMScheduler
+from torch import nn
 
 from slimstep.distill.adversarial import AdversarialDistillation
 from slimstep.distill.dmd import DistributionMatching
@@ -14,8 +15,13 @@ from slimstep.distill.scm import ContinuousConsistency
 from slimstep.distill.tdm import TrajectoryMatching
 from slimstep.distill.teaching import StepSchedule
 from slimstep.engine.objective import STUDENT, as_objective
+from slimstep.models.conditioning import Conditioning
+from slimstep.models.denoiser import takes_guidance
+from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.flow import set_steps
+from slimstep.models.guidance import with_fixed_guidance, with_guidance_embedding
 from tests.distill.few_steps import World, draw, seed_that_stops
+from tests.tiny import DENOISER, WIDTH, small_unet
 
 
 def test_samples_are_those_of_the_scheduler_that_the_student_is_exported_with(world):
@@ -49,6 +55,20 @@ def test_a_student_of_lcms_scheduler_is_trained_where_that_takes_it(unet):
             pred = generation.predict(unet.teacher, z, t.expand(len(z)), ours.cond)
         z = kind.step(pred, t, z, generator=generator, return_dict=False)[0]
     torch.testing.assert_close(ours.x0, z, rtol=1e-4, atol=1e-4)  # LCM's boundary condition is 1e-8 from x̂ here
+
+
+@pytest.mark.parametrize("w", [1.0, 2.5, 7.0])
+def test_a_fixed_guidance_scale_is_the_scale_given_as_an_input(w):
+    torch.manual_seed(0)
+    told = with_guidance_embedding(PrunableUNet2DConditionModel.from_unet(small_unet()), 32)
+    nn.init.normal_(told.time_embedding.cond_proj.weight)
+    x, t = torch.randn(2, 4, 8, 8), torch.tensor([700.0, 20.0])
+    cond = Conditioning({"text": torch.randn(2, 5, WIDTH)})
+    with torch.no_grad():
+        expected = DENOISER(told, x, t, cond, guidance_B=torch.full((2,), w))
+        fixed = with_fixed_guidance(told, w)
+        assert not takes_guidance(fixed) and takes_guidance(told)
+        torch.testing.assert_close(DENOISER(fixed, x, t, cond), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_all_steps_of_the_student_are_trained_equally_often(unet):

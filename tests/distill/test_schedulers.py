@@ -51,7 +51,7 @@ def test_a_student_with_zero_terminal_snr_fits_its_own_teacher(kind, tmp_path):
     pipeline.save_pretrained(tmp_path)
     teacher, config = teacher_of(tmp_path)
     assert teacher.pipeline.scheduler.alphas_cumprod[-1] == 0
-    assert student_of(teacher, config).config.sample_size == teacher.unet.config.sample_size
+    assert student_of(teacher, config)[0].config.sample_size == teacher.unet.config.sample_size
 
 
 def test_a_student_is_asked_for_the_teachers_size_also_where_its_weights_are_of_old_diffusers(tmp_path):
@@ -62,12 +62,12 @@ def test_a_student_is_asked_for_the_teachers_size_also_where_its_weights_are_of_
     config.write_text(re.sub(r'("_diffusers_version": )"[^"]*"', r'\1"0.6.0"', config.read_text()))
     teacher, config = teacher_of(tmp_path)
     teacher.unet.register_to_config(sample_size=4)
-    assert with_unet(teacher.pipeline, student_of(teacher, config)).unet.config.sample_size == 4
+    assert with_unet(teacher.pipeline, student_of(teacher, config)[0]).unet.config.sample_size == 4
 
 
 def test_the_teacher_as_its_own_student_is_read_in_the_same_way(tmp_path):
     tiny_pipeline().save_pretrained(tmp_path, variant="fp16")
-    assert student_of(*teacher_of(tmp_path, variant="fp16")) is not None
+    assert student_of(*teacher_of(tmp_path, variant="fp16"))[0] is not None
 
 
 def test_what_only_another_solver_reads_is_not_handed_on():

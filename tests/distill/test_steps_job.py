@@ -222,6 +222,26 @@ def test_guidance_distilled_students_need_one_evaluation_a_step(tmp_path, tiny_m
 
 
 @pytest.mark.slow
+def test_a_guidance_distilled_student_goes_on_by_distribution_matching(tmp_path, tiny_model):
+    """Its scale becomes the objective's own. What was distilled is not evaluated at many steps, nor asked there."""
+    told = [f"root={tmp_path}", "name=told", "objective=guidance", "distillation.guidance_embed_dim=32"]
+    assert run(*tiny_model, *told, "distillation.steps=[4,2]").returncode == 0
+    student = f"distillation.student={tmp_path}/told/steps-2/export"
+    job = [*tiny_model, f"root={tmp_path}", "objective=dmd", "distillation.steps=[4,2]", student]
+    done = run(*job, "name=matched")
+    assert done.returncode == 0, done.stderr
+    assert "takes its guidance scale: it starts at 2.5" in done.stderr
+    points = json.loads((tmp_path / "matched/evaluation.json").read_text())["points"]
+    assert "student" not in {point["model"] for point in points}
+    assert all(p["facts"]["evaluations"] == p["steps"] for p in points if p["model"] == "steps-2")
+    stock = StableDiffusionPipeline.from_pretrained(tmp_path / "matched/steps-2/export")
+    assert stock.unet.config.time_cond_proj_dim is None
+    for asked in ("objective.teacher_mix=0.5", "distillation.stages={steps-2: {teacher: student}}"):
+        refused = run(*job, "name=refused", asked)
+        assert refused.returncode == 1 and "at all timesteps, and it learnt few of them" in refused.stderr
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("objective", ["dmd", "tdm", "adversarial", "scm"])
 def test_students_of_the_teachers_distribution_are_sampled_without_guidance(tmp_path, tiny_model, objective):
     """The teacher of every stage is the one of many steps, and students are compared with it as it is guided."""
