@@ -65,7 +65,7 @@ def called(row: str, options: argparse.Namespace) -> tuple[Callable[[], Any], Ca
     import torch
     from diffusers import DiffusionPipeline
 
-    pipeline = DiffusionPipeline.from_pretrained(options.model, trust_remote_code=True)
+    pipeline = DiffusionPipeline.from_pretrained(options.model, torch_dtype=torch.float32, trust_remote_code=True)
     pipeline.set_progress_bar_config(disable=True)
     if row != EAGER:
         pipeline.unet.compile(dynamic=False)

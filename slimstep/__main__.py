@@ -1,4 +1,4 @@
-"""`slimstep +experiment=NAME …` is train.py; `slimstep budgets`, `compare`, `convert` and `report` are not.
+"""`slimstep +experiment=NAME …` is train.py; `slimstep budgets`, `compare`, `convert`, `push` and `report` are not.
 
 With several processes: `accelerate launch -m slimstep +experiment=NAME …`.
 """
@@ -8,7 +8,7 @@ import signal
 import sys
 from importlib import import_module
 
-COMMANDS = ("budgets", "compare", "convert", "report")
+COMMANDS = ("budgets", "compare", "convert", "push", "report")
 
 
 def main() -> None:
