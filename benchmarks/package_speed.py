@@ -56,10 +56,10 @@ def main() -> None:
 
 def called(row: str, options: argparse.Namespace) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """One evaluation of the denoiser at the package's own inputs, and one whole image; what they need is loaded."""
-    facts = run_package.read_facts(options.packages / ("aoti" if row == "aoti" else "onnx"))
-    inputs = example(facts, options.packages / "onnx")
+    manifest = run_package.read_manifest(options.packages / ("aoti" if row == "aoti" else "onnx"))
+    inputs = example(manifest, options.packages / "onnx")
     if row in ("onnx", "aoti"):
-        package = run_package.Package(options.packages / row, facts)
+        package = run_package.Package(options.packages / row, manifest)
         request = argparse.Namespace(prompt=PROMPT, seed=0, count=1, steps=None, guidance=None, noise=None)
         return lambda: package.call("denoise", inputs), lambda: package.draw(request)
     import torch
@@ -76,17 +76,17 @@ def called(row: str, options: argparse.Namespace) -> tuple[Callable[[], Any], Ca
         with torch.no_grad():
             return pipeline.unet(sample, timestep.expand(len(sample)), **given, return_dict=False)[0]
 
-    call = {"num_inference_steps": facts["steps"], "guidance_scale": facts["guidance_scale"]}
+    call = {"num_inference_steps": manifest["steps"], "guidance_scale": manifest["guidance_scale"]}
     return evaluation, lambda: pipeline(PROMPT, **call)
 
 
-def example(facts: dict, folder: Path) -> dict[str, np.ndarray]:
+def example(manifest: dict, folder: Path) -> dict[str, np.ndarray]:
     """What the denoiser is given for one image."""
-    rows = 2 if facts["guides"] else 1
+    rows = 2 if manifest["guides"] else 1
     draw = np.random.default_rng(0)
-    away = np.load(folder / "unconditional.npz") if facts["guides"] else {}
-    text = {name: np.repeat(away[name], rows, axis=0) for name in facts["conditioning"]}
-    noise = draw.standard_normal((rows, *facts["latents"]), np.float32)
+    uncond = np.load(folder / "unconditional.npz") if manifest["guides"] else {}
+    text = {name: np.repeat(uncond[name], rows, axis=0) for name in manifest["conditioning"]}
+    noise = draw.standard_normal((rows, *manifest["latents"]), np.float32)
     return {"sample": noise, "timestep": np.array([500.0], np.float32), **text}
 
 
@@ -175,8 +175,8 @@ def measure(options: argparse.Namespace) -> None:
         "peak memory": lambda row: f"{middle(row, 'peak_bytes') / 1e6:.0f} MB",
     }, options.only)  # fmt: skip
     write_text(options.out / "table.md", table.markdown)
-    facts = {"model": options.model.name, "rounds": options.rounds, "environment": environment()}
-    write_json(options.out / "table.json", {**facts, "cold": found, "cpu_s": times})
+    manifest = {"model": options.model.name, "rounds": options.rounds, "environment": environment()}
+    write_json(options.out / "table.json", {**manifest, "cold": found, "cpu_s": times})
     print(table.console)
 
 

@@ -17,7 +17,7 @@ from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
 from slimstep.eval.config import Config
 from slimstep.eval.inputs import Teacher, check_trained, load_teacher, numbered_images, read_prompt_set
-from slimstep.eval.packaging.formats import FACTS, RUNNER, missing_libraries, write_package
+from slimstep.eval.packaging.formats import MANIFEST, RUNNER, missing_libraries, write_package
 from slimstep.eval.packaging.package import package_of
 from slimstep.eval.pages.tables import Table
 from slimstep.eval.sampling import Sampler
@@ -82,7 +82,7 @@ def packaged(teacher: Teacher, samplers: Sequence[Sampler], format: str) -> dict
         log.info(f"{format}: written in {time.perf_counter() - start:.0f} s: {folder}")
 
     folder = run.sealed_folder(format, write)
-    return run.json(f"{format}.json", lambda: {"format": format, **tried(teacher, samplers[0], folder)})
+    return run.json(f"{format}.json", lambda: {"format": format, **verified(teacher, samplers[0], folder)})
 
 
 def readme(teacher: Teacher, format: str, steps: int) -> str:
@@ -96,13 +96,13 @@ Needs {needs}; neither diffusers nor slimstep.
 """
 
 
-def tried(teacher: Teacher, sampler: Sampler, folder: Path) -> dict[str, Any]:
+def verified(teacher: Teacher, sampler: Sampler, folder: Path) -> dict[str, Any]:
     """What the package's own program draws, in a new process, beside what the pipeline draws; and the seconds of that.
     ValueError where these are two images."""
     images = teacher.run.path / "images"
     images.mkdir(parents=True, exist_ok=True)
     prompts = (read_prompt_set(teacher.config) if teacher.is_conditional else numbered_images(2)).prompts[:1]
-    coefficients = load_json(folder / FACTS)["samplers"][str(sampler.steps)]
+    coefficients = load_json(folder / MANIFEST)["samplers"][str(sampler.steps)]
     pixels, noise = (images / f"{folder.name}-{what}.npy" for what in ("pixels", "noise"))
     np.save(noise, np.stack([unit_noises(sampler, i, len(coefficients["latents"]["noises"])) for i in range(3)]))
     command = [sys.executable, "-I", str(folder / RUNNER), prompts[0], "--noise", str(noise), "--pixels", str(pixels),

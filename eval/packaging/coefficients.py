@@ -23,7 +23,7 @@ ROUNDING = 1e-6  # of the largest latents on the way: Euler's at zero terminal S
 
 
 @dataclass(frozen=True)
-class Sum:
+class WeightedSum:
     """The weights of the first noises and of the first predictions; all others have none."""
 
     noises: tuple[float, ...]
@@ -39,8 +39,8 @@ class Coefficients:
     """`inputs[k]` is what the network sees in its evaluation k, at `timesteps[k]`; `latents` is what it ends in."""
 
     timesteps: tuple[float, ...]
-    inputs: tuple[Sum, ...]
-    latents: Sum
+    inputs: tuple[WeightedSum, ...]
+    latents: WeightedSum
 
 
 def sampler_coefficients(scheduler: Any, steps: int, flow: FlowSteps | None = None) -> Coefficients:
@@ -53,9 +53,9 @@ def sampler_coefficients(scheduler: Any, steps: int, flow: FlowSteps | None = No
     noises, inputs, walked = 1, [], copy.deepcopy(scheduler)
     z_D = basis_DD[0] * getattr(scheduler, "init_noise_sigma", 1)
 
-    def weights(row_D: Tensor, predictions: int) -> Sum:
+    def weights(row_D: Tensor, predictions: int) -> WeightedSum:
         first = count + 1
-        return Sum(tuple(row_D[:noises].tolist()), tuple(row_D[first : first + predictions].tolist()))
+        return WeightedSum(tuple(row_D[:noises].tolist()), tuple(row_D[first : first + predictions].tolist()))
 
     for k, t in enumerate(scheduler.timesteps):
         inputs.append(weights(network_input(walked, z_D, t), k))

@@ -27,7 +27,7 @@ from slimstep.eval.packaging.package import Package
 from slimstep.models.networks import part_of
 
 FORMATS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "aoti": ()}  # and the libraries that each needs
-RUNNER, FACTS = "run_package.py", "package.json"
+RUNNER, MANIFEST = "run_package.py", "package.json"
 LARGEST_FILE = 1_800_000_000  # bytes of weights: an ONNX file of more than 2 GB keeps them beside it
 MOST_DIFFERENCE = {torch.float32: 1e-3}  # of a graph's outputs from its network's, in units of the largest
 MOST_OF_HALVES = 0.05
@@ -42,21 +42,21 @@ def write_package(package: Package, format: str, folder: Path) -> None:
     programs = {name: graph.exported() for name, graph in package.graphs.items()}
     with quiet(), torch.no_grad():
         added = {"onnx": write_onnx, "aoti": write_aoti}[format](package, programs, folder)
-    for captions in package.captions:
-        getattr(package.pipeline, captions.part).save_pretrained(folder / captions.part)
-    if package.facts["guides"]:
-        names, uncond = package.facts["conditioning"], package.sampler.unconditional.tensors.values()
+    for tokenization in package.tokenizations:
+        getattr(package.pipeline, tokenization.part).save_pretrained(folder / tokenization.part)
+    if package.manifest["guides"]:
+        names, uncond = package.manifest["conditioning"], package.sampler.unconditional.tensors.values()
         row = {name: tensor.float().numpy() for name, tensor in zip(names, uncond, strict=True)}
         np.savez(folder / "unconditional.npz", allow_pickle=False, **row)
     shutil.copy(run_package.__file__, folder / RUNNER)
-    write_json(folder / FACTS, {"format": format, **package.facts, **added})
+    write_json(folder / MANIFEST, {"format": format, **package.manifest, **added})
     check_graphs(package, folder)
 
 
 def check_graphs(package: Package, folder: Path) -> None:
     """ValueError where a graph, run as run_package.py runs it, is not its network."""
-    facts = load_json(folder / FACTS)
-    call = run_package.Package(folder, facts).call
+    manifest = load_json(folder / MANIFEST)
+    call = run_package.Package(folder, manifest).call
     limit = MOST_DIFFERENCE.get(next(package.sampler.network.parameters()).dtype, MOST_OF_HALVES)
     for name, graph in package.graphs.items():
         with torch.no_grad():
@@ -66,7 +66,7 @@ def check_graphs(package: Package, folder: Path) -> None:
         for one, other in zip(expected, found, strict=True):
             worst = float(np.abs(one - other).max() / (np.abs(one).max() or 1))
             if not worst <= limit:
-                which = f"{facts['format']}'s {name}"
+                which = f"{manifest['format']}'s {name}"
                 raise ValueError(f"{which} is not the network: it differs by {worst:.2g} of its size")
 
 

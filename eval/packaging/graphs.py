@@ -11,7 +11,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from slimstep.engine.quiet import one_line
-from slimstep.eval.packaging.captions import Captions, stand_ins
+from slimstep.eval.packaging.tokenization import Tokenization, tokenizer_stubs
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import decoded_images
 from slimstep.models.denoiser import Denoiser, takes_guidance
@@ -48,16 +48,17 @@ class Graph:
 class Encode(nn.Module):
     """One caption's ids, and masks, for each tokenizer → its conditioning, in float32."""
 
-    def __init__(self, pipeline: DiffusionPipeline, captions: Sequence[Captions]):
+    def __init__(self, pipeline: DiffusionPipeline, tokenizations: Sequence[Tokenization]):
         super().__init__()
-        self.encoders, self.pipeline, self.captions = nn.ModuleDict(text_encoders(pipeline)), pipeline, captions
+        self.encoders = nn.ModuleDict(text_encoders(pipeline))
+        self.pipeline, self.tokenizations = pipeline, tokenizations
 
     def forward(self, *ids: Tensor) -> tuple[Tensor, ...]:
         left = list(ids)
-        with stand_ins(self.pipeline) as placed:
-            for captions in self.captions:
-                stand_in = next(one for one in placed if one.part == captions.part)
-                stand_in.given = tuple(left.pop(0) for _ in captions.inputs)
+        with tokenizer_stubs(self.pipeline) as placed:
+            for tokenization in self.tokenizations:
+                stub = next(one for one in placed if one.part == tokenization.part)
+                stub.given = tuple(left.pop(0) for _ in tokenization.inputs)
             cond = family_of(self.pipeline).encode(self.pipeline, [""])
         return tuple(tensor.float() for tensor in cond.tensors.values())
 
@@ -68,12 +69,12 @@ class Denoise(nn.Module):
 
     def __init__(self, network: nn.Module, denoiser: Denoiser, names: Sequence[str]):
         super().__init__()
-        self.network, self.denoiser, self.names, self.is_told = network, denoiser, names, takes_guidance(network)
+        self.network, self.denoiser, self.names, self.takes_guidance = network, denoiser, names, takes_guidance(network)
 
     def forward(self, *inputs: Tensor) -> Tensor:
         x_t, t_1, *given = inputs
         cond = Conditioning(dict(zip(self.names, given, strict=False)))
-        guidance_B = given[-1] if self.is_told else None
+        guidance_B = given[-1] if self.takes_guidance else None
         return self.denoiser(self.network, x_t, t_1.expand(x_t.shape[0]), cond, guidance_B=guidance_B)
 
 
@@ -89,21 +90,27 @@ class Decode(nn.Module):
 
 
 def graphs_of(
-    pipeline: DiffusionPipeline, captions: Sequence[Captions], cond: Conditioning, guides: bool, batch: int
+    pipeline: DiffusionPipeline, tokenizations: Sequence[Tokenization], cond: Conditioning, guides: bool, batch: int
 ) -> dict[str, Graph]:
     """{encode, denoise, decode}, as far as the pipeline has them. cond: of one caption. batch: most images at once."""
     network, codec = network_of(pipeline), family_of(pipeline).codec(pipeline)
     denoiser = denoiser_of(network, prediction_type_of(pipeline.scheduler))
     rows, names = batch * (2 if guides else 1), tuple(cond.tensors)
-    told = {"guidance": torch.full((rows,), 2.0)} if takes_guidance(network) else {}
-    x_t, many = torch.randn(rows, *denoiser.sample_shape), Conditioning(cond.tensors).expand(rows)
-    given = {INPUT_NAMES.get(name, name): tensor.float().contiguous() for name, tensor in many.tensors.items()}
-    inputs = {"sample": x_t, "timestep": torch.tensor([500.0]), **given, **told}
-    graphs = {"denoise": Graph(Denoise(network, denoiser, names), inputs, ["out_sample"], rows if batch > 1 else 0)}
+    x_t, cond_R = torch.randn(rows, *denoiser.sample_shape), cond.expand(rows)
+    inputs = {"sample": x_t, "timestep": torch.tensor([500.0])}
+    inputs |= {INPUT_NAMES.get(name, name): tensor.float() for name, tensor in cond_R.tensors.items()}
+    if takes_guidance(network):
+        inputs["guidance"] = torch.full((rows,), 2.0)
+    device = next(network.parameters()).device
+
+    def graph(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], rows: int = 0) -> Graph:
+        return Graph(module, {name: x.contiguous().to(device) for name, x in inputs.items()}, outputs, rows)
+
+    graphs = {"denoise": graph(Denoise(network, denoiser, names), inputs, ["out_sample"], rows if batch > 1 else 0)}
     if codec is not None:
         latents = {"latent_sample": x_t[:batch].clone()}
-        graphs["decode"] = Graph(Decode(codec), latents, ["sample"], batch if batch > 1 else 0)
-    if captions:
-        ids = {name: torch.ones(1, one.length, dtype=torch.int64) for one in captions for name in one.inputs}
-        graphs["encode"] = Graph(Encode(pipeline, captions), ids, ["last_hidden_state", *names[1:]])
+        graphs["decode"] = graph(Decode(codec), latents, ["sample"], batch if batch > 1 else 0)
+    if tokenizations:
+        ids = {name: torch.ones(1, kind.length, dtype=torch.int64) for kind in tokenizations for name in kind.inputs}
+        graphs["encode"] = graph(Encode(pipeline, tokenizations), ids, ["last_hidden_state", *names[1:]])
     return graphs

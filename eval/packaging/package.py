@@ -9,9 +9,9 @@ from diffusers import DiffusionPipeline
 from tokenizers import Tokenizer
 
 from slimstep import __version__
-from slimstep.eval.packaging.captions import Captions, captions_of
 from slimstep.eval.packaging.coefficients import sampler_coefficients
 from slimstep.eval.packaging.graphs import Graph, graphs_of
+from slimstep.eval.packaging.tokenization import Tokenization, tokenizations_of
 from slimstep.eval.sampling import Sampler
 from slimstep.models.decoding import has_statistics, scaling_of, statistics
 from slimstep.models.denoiser import takes_guidance
@@ -19,12 +19,12 @@ from slimstep.models.denoiser import takes_guidance
 
 @dataclass(frozen=True)
 class Package:
-    """What a package is made of. facts: package.json, but for what a format adds."""
+    """What a package is made of. manifest: package.json, but for what a format adds."""
 
     sampler: Sampler
-    captions: tuple[Captions, ...]
+    tokenizations: tuple[Tokenization, ...]
     graphs: Mapping[str, Graph]
-    facts: Mapping[str, Any]
+    manifest: Mapping[str, Any]
 
     @property
     def pipeline(self) -> DiffusionPipeline:
@@ -39,19 +39,19 @@ def package_of(sampler: Sampler, steps: Sequence[int], batch: int) -> Package:
     if guides and not is_plain_guidance(sampler):
         kind = type(pipeline).__name__
         raise ValueError(f"a {kind} rescales what is guided, which no package does: package.guidance_scale=1")
-    captions = captions_of(pipeline) if sampler.family.IS_CONDITIONAL else ()
-    for one in captions:
-        check_tokenizer(pipeline, one)
+    tokenizations = tokenizations_of(pipeline) if sampler.family.IS_CONDITIONAL else ()
+    for tokenization in tokenizations:
+        check_tokenizer(pipeline, tokenization)
     cond = sampler.encode_batch(["a caption"], 0)
-    graphs = graphs_of(pipeline, captions, cond, guides, batch)
+    graphs = graphs_of(pipeline, tokenizations, cond, guides, batch)
     samplers = {str(n): asdict(sampler_coefficients(sampler.scheduler, n, sampler.flow)) for n in steps}
-    facts = {
+    manifest = {
         "slimstep": __version__, "steps": steps[0], "guidance_scale": sampler.guidance_scale, "guides": guides,
         "takes_guidance": takes_guidance(network), "batch": batch, "latents": list(sampler.latent_shape),
         "conditioning": conditioning_names(graphs, cond), "decode": unscaling(sampler),
-        "tokenizers": [tokenizer_facts(pipeline, one) for one in captions], "samplers": samplers,
+        "tokenizers": [tokenizer_entry(pipeline, tokenization) for tokenization in tokenizations], "samplers": samplers,
     }  # fmt: skip
-    return Package(sampler, captions, graphs, facts)
+    return Package(sampler, tokenizations, graphs, manifest)
 
 
 def is_plain_guidance(sampler: Sampler) -> bool:
@@ -78,23 +78,23 @@ def unscaling(sampler: Sampler) -> dict[str, list[float]]:
 # ---- tokenizers ----
 
 
-def tokenizer_facts(pipeline: DiffusionPipeline, captions: Captions) -> dict[str, Any]:
-    tokenizer = getattr(pipeline, captions.part)
+def tokenizer_entry(pipeline: DiffusionPipeline, tokenization: Tokenization) -> dict[str, Any]:
+    tokenizer = getattr(pipeline, tokenization.part)
     padding = {"pad_id": tokenizer.pad_token_id, "pad_token": tokenizer.pad_token, "direction": tokenizer.padding_side}
-    said = {"length": captions.length, "before": captions.before, "after": captions.after}
-    return {"file": f"{captions.part}/tokenizer.json", "inputs": captions.inputs, "padding": padding, **said}
+    said = {"length": tokenization.length, "before": tokenization.before, "after": tokenization.after}
+    return {"file": f"{tokenization.part}/tokenizer.json", "inputs": tokenization.inputs, "padding": padding, **said}
 
 
-def check_tokenizer(pipeline: DiffusionPipeline, captions: Captions) -> None:
+def check_tokenizer(pipeline: DiffusionPipeline, tokenization: Tokenization) -> None:
     """ValueError where the tokenizer alone would make other ids of a text than the pipeline's object does."""
-    whole = getattr(pipeline, captions.part)
+    whole = getattr(pipeline, tokenization.part)
     if not hasattr(whole, "backend_tokenizer"):
-        raise ValueError(f"the {captions.part} is a {type(whole).__name__}, which has no tokenizer.json")
+        raise ValueError(f"the {tokenization.part} is a {type(whole).__name__}, which has no tokenizer.json")
     alone = Tokenizer.from_str(whole.backend_tokenizer.to_str())
-    facts = tokenizer_facts(pipeline, captions)
-    alone.enable_truncation(captions.length)
-    alone.enable_padding(length=captions.length, **facts["padding"])
+    manifest = tokenizer_entry(pipeline, tokenization)
+    alone.enable_truncation(tokenization.length)
+    alone.enable_padding(length=tokenization.length, **manifest["padding"])
     for text in ("", "a red circle", "a red circle beside a blue square " * 80):
-        options = {"padding": "max_length", "max_length": captions.length, "truncation": True}
+        options = {"padding": "max_length", "max_length": tokenization.length, "truncation": True}
         if alone.encode(text).ids != list(whole(text, **options).input_ids):
-            raise ValueError(f"{captions.part}.json alone makes other ids of {text[:40]!r} than transformers does")
+            raise ValueError(f"{tokenization.part}.json alone makes other ids of {text[:40]!r} than transformers does")

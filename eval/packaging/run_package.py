@@ -33,9 +33,9 @@ def main() -> None:
     parser.add_argument("--noise", type=Path, help="unit noise [images, noises, C, H, W] as .npy, in place of a seed's")
     parser.add_argument("--pixels", type=Path, help="also write the pixels [images, 3, H, W] from -1 to 1 as .npy")
     options = parser.parse_args()
-    facts = read_facts(options.package)
+    manifest = read_manifest(options.package)
     start = time.perf_counter()
-    package = Package(options.package, facts)
+    package = Package(options.package, manifest)
     loaded = time.perf_counter()
     pixels, seconds = package.draw(options)
     if options.pixels:
@@ -45,7 +45,7 @@ def main() -> None:
     print(json.dumps({"images": len(pixels), "load_s": round(loaded - start, 3), "draw_s": seconds}))
 
 
-def read_facts(folder: Path) -> dict:
+def read_manifest(folder: Path) -> dict:
     file = folder / "package.json"
     if not file.is_file():
         sys.exit(f"{file} is not there: name the folder of a package with --package")
@@ -55,65 +55,65 @@ def read_facts(folder: Path) -> dict:
 class Package:
     """The graphs of a package, called by name with arrays."""
 
-    def __init__(self, folder: Path, facts: dict):
-        self.folder, self.facts = folder, facts
-        self.call = {"onnx": onnx_graphs, "aoti": aoti_graphs}[facts["format"]](folder, facts)
+    def __init__(self, folder: Path, manifest: dict):
+        self.folder, self.manifest = folder, manifest
+        self.call = {"onnx": onnx_graphs, "aoti": aoti_graphs}[manifest["format"]](folder, manifest)
 
     def draw(self, options: argparse.Namespace) -> tuple[np.ndarray, list[float]]:
         """Pixels [images, 3, H, W], and the seconds of every batch."""
-        facts = self.facts
-        steps = str(options.steps or facts["steps"])
-        if steps not in facts["samplers"]:
-            sys.exit(f"--steps {steps}: the package was made for {', '.join(facts['samplers'])}")
-        coefficients = facts["samplers"][steps]
-        noise = unit_noise(options, coefficients, facts["latents"])
-        scale = facts["guidance_scale"] if options.guidance is None else options.guidance
-        if scale > 1 and not (facts["guides"] or facts["takes_guidance"]):
+        manifest = self.manifest
+        steps = str(options.steps or manifest["steps"])
+        if steps not in manifest["samplers"]:
+            sys.exit(f"--steps {steps}: the package was made for {', '.join(manifest['samplers'])}")
+        coefficients = manifest["samplers"][steps]
+        noise = unit_noise(options, coefficients, manifest["latents"])
+        scale = manifest["guidance_scale"] if options.guidance is None else options.guidance
+        if scale > 1 and not (manifest["guides"] or manifest["takes_guidance"]):
             sys.exit(f"--guidance {scale:g}: the package was made without guidance")
         drawn, seconds = [], []
-        for first in range(0, len(noise), facts["batch"]):
+        for first in range(0, len(noise), manifest["batch"]):
             start = time.perf_counter()
-            drawn.append(self.batch(options.prompt, noise[first : first + facts["batch"]], coefficients, scale))
+            drawn.append(self.batch(options.prompt, noise[first : first + manifest["batch"]], coefficients, scale))
             seconds.append(round(time.perf_counter() - start, 4))
         return np.concatenate(drawn), seconds
 
     def batch(self, prompt: str, noise: np.ndarray, coefficients: dict, scale: float) -> np.ndarray:
         """Pixels of one prompt, from noise [B, noises, C, H, W]."""
-        facts, count = self.facts, len(noise)
-        cond = self.encode(prompt) if facts["tokenizers"] else {}
-        away = np.load(self.folder / "unconditional.npz") if facts["guides"] else {}
-        conds = {name: np.concatenate([repeated(row, count), *([repeated(away[name], count)] if away else [])])
+        manifest, count = self.manifest, len(noise)
+        cond = self.encode(prompt) if manifest["tokenizers"] else {}
+        uncond = np.load(self.folder / "unconditional.npz") if manifest["guides"] else {}
+        conds = {name: np.concatenate([repeated(row, count), *([repeated(uncond[name], count)] if uncond else [])])
                  for name, row in cond.items()}  # fmt: skip
-        if facts["takes_guidance"]:
+        if manifest["takes_guidance"]:
             conds["guidance"] = np.full(count, scale, np.float32)
         noises = [noise[:, n].astype(np.float64) for n in range(noise.shape[1])]
         predictions: list[np.ndarray] = []
         for weights, timestep in zip(coefficients["inputs"], coefficients["timesteps"], strict=True):
             x = weighted(weights, noises, predictions)
-            rows, t = np.concatenate([x, x]) if facts["guides"] else x, np.array([timestep], np.float32)
+            rows, t = np.concatenate([x, x]) if manifest["guides"] else x, np.array([timestep], np.float32)
             (prediction,) = self.call("denoise", {"sample": rows, "timestep": t, **conds})
-            if facts["guides"]:
+            if manifest["guides"]:
                 plain, empty = prediction[:count], prediction[count:]
                 prediction = empty + np.float32(scale) * (plain - empty) if scale > 1 else plain
             predictions.append(prediction.astype(np.float64))
         latents = weighted(coefficients["latents"], noises, predictions)
-        if "decode" not in facts["graphs"]:
+        if "decode" not in manifest["graphs"]:
             return latents
-        scaled = latents * column(facts["decode"]["scale"]) + column(facts["decode"]["shift"])
+        scaled = latents * column(manifest["decode"]["scale"]) + column(manifest["decode"]["shift"])
         return self.call("decode", {"latent_sample": scaled.astype(np.float32)})[0]
 
     def encode(self, prompt: str) -> dict[str, np.ndarray]:
         from tokenizers import Tokenizer
 
         inputs = {}
-        for said in self.facts["tokenizers"]:
+        for said in self.manifest["tokenizers"]:
             tokenizer = Tokenizer.from_file(str(self.folder / said["file"]))
             tokenizer.enable_truncation(said["length"])
             tokenizer.enable_padding(length=said["length"], **said["padding"])
             encoded = tokenizer.encode(said["before"] + prompt + said["after"])
             for name, values in zip(said["inputs"], (encoded.ids, encoded.attention_mask), strict=False):
                 inputs[name] = np.array([values], np.int64)
-        return dict(zip(self.facts["conditioning"], self.call("encode", inputs), strict=True))
+        return dict(zip(self.manifest["conditioning"], self.call("encode", inputs), strict=True))
 
 
 def unit_noise(options: argparse.Namespace, coefficients: dict, latents: list[int]) -> np.ndarray:
@@ -144,7 +144,7 @@ def column(values: list[float]) -> np.ndarray:
     return np.array(values, np.float32).reshape(1, -1, 1, 1)
 
 
-def onnx_graphs(folder: Path, facts: dict) -> Call:
+def onnx_graphs(folder: Path, manifest: dict) -> Call:
     try:
         import onnxruntime
     except ImportError:
@@ -152,38 +152,38 @@ def onnx_graphs(folder: Path, facts: dict) -> Call:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; of the rest it has a line for every constant
     options.intra_op_num_threads = int(os.environ.get("OMP_NUM_THREADS", 0))  # 0: as many as there are cores
-    files = {name: str(folder / file) for name, file in facts["graphs"].items()}
+    files = {name: str(folder / file) for name, file in manifest["graphs"].items()}
     sessions = {name: onnxruntime.InferenceSession(file, options) for name, file in files.items()}
     return lambda name, inputs: sessions[name].run(None, inputs)
 
 
-def aoti_graphs(folder: Path, facts: dict) -> Call:
+def aoti_graphs(folder: Path, manifest: dict) -> Call:
     try:
         import torch
     except ImportError:
-        sys.exit(f"this package needs torch {facts['torch']}: pip install torch=={facts['torch']}")
-    if obstacle := other_machine(facts, torch.__version__.partition("+")[0]):
+        sys.exit(f"this package needs torch {manifest['torch']}: pip install torch=={manifest['torch']}")
+    if obstacle := other_machine(manifest, torch.__version__.partition("+")[0]):
         sys.exit(f"{folder}: {obstacle}")
     from torch._inductor.package import load_package
 
-    graphs = {name: load_package(str(folder / file), name) for name, file in facts["graphs"].items()}
+    graphs = {name: load_package(str(folder / file), name) for name, file in manifest["graphs"].items()}
 
     def call(name: str, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
         with torch.inference_mode():
-            given = [torch.from_numpy(np.ascontiguousarray(array)).to(facts["device"]) for array in inputs.values()]
+            given = [torch.from_numpy(np.ascontiguousarray(array)).to(manifest["device"]) for array in inputs.values()]
             answer = graphs[name](*given)
         return [tensor.cpu().numpy() for tensor in (answer if isinstance(answer, (tuple, list)) else [answer])]
 
     return call
 
 
-def other_machine(facts: dict, torch_version: str) -> str:
+def other_machine(manifest: dict, torch_version: str) -> str:
     """Why compiled code does not run here; nothing where it does."""
-    if torch_version != facts["torch"]:
-        return f"made with torch {facts['torch']}, and this is torch {torch_version}"
-    if platform.machine() != facts["machine"]:
-        return f"made for {facts['machine']} processors, and this is {platform.machine()}"
-    if missing := sorted(set(facts["processor"]) - set(processor_features())):
+    if torch_version != manifest["torch"]:
+        return f"made with torch {manifest['torch']}, and this is torch {torch_version}"
+    if platform.machine() != manifest["machine"]:
+        return f"made for {manifest['machine']} processors, and this is {platform.machine()}"
+    if missing := sorted(set(manifest["processor"]) - set(processor_features())):
         return f"made for a processor with {', '.join(missing)}, which this one lacks"
     return ""
 

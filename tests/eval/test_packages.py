@@ -15,10 +15,10 @@ from torch import nn
 from scripts import random_transformers
 from slimstep.eval.package_job import unit_noises
 from slimstep.eval.packaging import run_package
-from slimstep.eval.packaging.captions import captions_of
 from slimstep.eval.packaging.coefficients import sampler_coefficients
 from slimstep.eval.packaging.formats import check_graphs, write_package
 from slimstep.eval.packaging.package import package_of
+from slimstep.eval.packaging.tokenization import tokenizations_of
 from slimstep.eval.sampling import Sampler
 from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.networks import with_unet
@@ -54,8 +54,8 @@ def drawn_here(sampler: Sampler, count: int) -> np.ndarray:
     return torch.cat([sampler.pixels(sampler.latents_at(network, cond, [i])) for i in range(count)]).numpy()
 
 
-def noises(sampler: Sampler, count: int, facts: dict) -> np.ndarray:
-    drawn = len(facts["samplers"][str(sampler.steps)]["latents"]["noises"])
+def noises(sampler: Sampler, count: int, manifest: dict) -> np.ndarray:
+    drawn = len(manifest["samplers"][str(sampler.steps)]["latents"]["noises"])
     return np.stack([unit_noises(sampler, i, drawn) for i in range(count)])
 
 
@@ -100,9 +100,9 @@ def test_a_scheduler_that_clips_has_no_coefficients():
 def test_captions_are_watched_and_the_tokenizers_are_put_back(tiny_pipeline_folder):
     pipeline = load_pipeline(tiny_pipeline_folder)
     tokenizer = pipeline.tokenizer
-    (captions,) = captions_of(pipeline)
-    assert (captions.part, captions.length) == ("tokenizer", tokenizer.model_max_length)
-    assert (captions.before, captions.after, captions.masked) == ("", "", False)
+    (tokenization,) = tokenizations_of(pipeline)
+    assert (tokenization.part, tokenization.length) == ("tokenizer", tokenizer.model_max_length)
+    assert (tokenization.before, tokenization.after, tokenization.masked) == ("", "", False)
     assert pipeline.tokenizer is tokenizer
 
 
@@ -115,10 +115,10 @@ def test_a_job_packages_an_export(tiny_pipeline_folder, tmp_path):
     done = run_job("+experiment=package", *words, "package.formats=[onnx]", "package.batch=2")
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "made/onnx"
-    facts = json.loads((folder / "package.json").read_text())
-    assert facts["format"] == "onnx" and facts["guides"] and list(facts["samplers"]) == ["2"]
-    sampler = Sampler(load_pipeline(tiny_pipeline_folder), 2, facts["guidance_scale"], seed=1)
-    found = drawn_alone(folder, noises(sampler, 3, facts), without=("torch",))
+    manifest = json.loads((folder / "package.json").read_text())
+    assert manifest["format"] == "onnx" and manifest["guides"] and list(manifest["samplers"]) == ["2"]
+    sampler = Sampler(load_pipeline(tiny_pipeline_folder), 2, manifest["guidance_scale"], seed=1)
+    found = drawn_alone(folder, noises(sampler, 3, manifest), without=("torch",))
     np.testing.assert_allclose(found, drawn_here(sampler, 3), atol=1e-4)
     assert (tmp_path / "made/images/onnx-0.png").is_file() and "pixels differ by" in done.stdout
 
@@ -136,8 +136,8 @@ def test_a_graph_that_is_not_its_network_is_found(tiny_pipeline_folder, tmp_path
 @pytest.mark.slow
 def test_a_compiled_package_draws_the_same(tiny_pipeline_folder, tmp_path):
     sampler = packaged(load_pipeline(tiny_pipeline_folder), tmp_path, 2, 2.5, "aoti", batch=2)
-    facts = json.loads((tmp_path / "package/package.json").read_text())
-    found = drawn_alone(tmp_path / "package", noises(sampler, 3, facts), without=("onnxruntime",))
+    manifest = json.loads((tmp_path / "package/package.json").read_text())
+    found = drawn_alone(tmp_path / "package", noises(sampler, 3, manifest), without=("onnxruntime",))
     np.testing.assert_allclose(found, drawn_here(sampler, 3), atol=1e-4)
 
 
@@ -165,8 +165,8 @@ def test_transformers_are_packaged_or_refused_by_name(name, guidance, tmp_path):
 
 def check_onnx(pipeline, folder: Path, steps: int, guidance: float) -> None:
     sampler = packaged(pipeline, folder, steps, guidance)
-    facts = json.loads((folder / "package/package.json").read_text())
-    found = drawn_alone(folder / "package", noises(sampler, 2, facts), without=("torch",))
+    manifest = json.loads((folder / "package/package.json").read_text())
+    found = drawn_alone(folder / "package", noises(sampler, 2, manifest), without=("torch",))
     np.testing.assert_allclose(found, drawn_here(sampler, 2), atol=1e-4)
 
 
@@ -186,21 +186,21 @@ def test_a_model_of_pixels_is_packaged(tmp_path):
     )  # fmt: skip
     scheduler = DDPMScheduler(clip_sample=False)
     sampler = packaged(DDPMPipeline(unet=unet, scheduler=scheduler), tmp_path, 3, 1.0)
-    facts = json.loads((tmp_path / "package/package.json").read_text())
-    found = drawn_alone(tmp_path / "package", noises(sampler, 2, facts))
+    manifest = json.loads((tmp_path / "package/package.json").read_text())
+    found = drawn_alone(tmp_path / "package", noises(sampler, 2, manifest))
     cond = sampler.encode(["image 0"]).rows([0])
     expected = torch.cat([sampler.latents_at(sampler.network, cond, [i]) for i in (0, 1)])
     np.testing.assert_allclose(found, expected.numpy(), atol=1e-4)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["told", "pruned"])
+@pytest.mark.parametrize("kind", ["guidance_embedding", "pruned"])
 def test_students_are_packaged(kind, tiny_pipeline_folder, tmp_path):
     """A student that takes its guidance scale, and one with removed and copied blocks."""
     pytest.importorskip("onnxscript")
     pipeline = load_pipeline(tiny_pipeline_folder)
     unet = pipeline.unet
-    if kind == "told":
+    if kind == "guidance_embedding":
         student = copy.deepcopy(with_guidance_embedding(unet, 8))
         nn.init.normal_(student.time_embedding.cond_proj.weight)
     else:
@@ -212,10 +212,10 @@ def test_students_are_packaged(kind, tiny_pipeline_folder, tmp_path):
     package = tmp_path / "package"
     package.mkdir()
     write_package(package_of(sampler, [2], 1), "onnx", package)
-    facts = json.loads((package / "package.json").read_text())
-    assert facts["takes_guidance"] == (kind == "told") != facts["guides"]
-    found = drawn_alone(package, noises(sampler, 2, facts))
+    manifest = json.loads((package / "package.json").read_text())
+    assert manifest["takes_guidance"] == (kind == "guidance_embedding") != manifest["guides"]
+    found = drawn_alone(package, noises(sampler, 2, manifest))
     np.testing.assert_allclose(found, drawn_here(sampler, 2), atol=1e-4)
-    if kind == "told":
-        other = drawn_alone(package, noises(sampler, 2, facts), "--guidance", "6")
+    if kind == "guidance_embedding":
+        other = drawn_alone(package, noises(sampler, 2, manifest), "--guidance", "6")
         assert np.abs(other - found).max() > 1e-3

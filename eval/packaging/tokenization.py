@@ -1,7 +1,7 @@
 """How a pipeline's tokenizers are called, found by watching one caption go through it.
 
 A package carries each tokenizer.json and, in numbers, what the pipeline adds: the length that captions are filled up
-to, the words it writes around them, and whether the text encoder is told which ids are the caption's.
+to, the words it writes around them, and whether the text encoder gets the mask of the ids that are the caption's.
 """
 
 from collections.abc import Iterator, Mapping
@@ -16,11 +16,11 @@ from transformers import BatchEncoding
 
 from slimstep.models.family import family_of
 
-WATCHED = "caption"
+PROBE = "caption"
 
 
 @dataclass(frozen=True)
-class Captions:
+class Tokenization:
     """What becomes of a caption before a text encoder: `before` + caption + `after`, as `length` ids of the tokenizer
     that the pipeline calls `part`. `masked`: whether the encoder takes the mask of these ids, too."""
 
@@ -37,7 +37,7 @@ class Captions:
         return (f"input_ids{kind}", *([f"attention_mask{kind}"] if self.masked else []))
 
 
-class StandIn:
+class TokenizerStub:
     """Takes a tokenizer's place: it notes how it is called, and answers with `given` ids and mask, if there are any."""
 
     def __init__(self, part: str, tokenizer: Any):
@@ -51,24 +51,24 @@ class StandIn:
 
     def __call__(self, text: Any, **options: Any) -> Any:
         if options.get("padding") == "longest":  # a look at what was cut, which nothing comes of
-            return Answer(self, {"input_ids": torch.zeros(1, 1, dtype=torch.int64)})
+            return StubEncoding(self, {"input_ids": torch.zeros(1, 1, dtype=torch.int64)})
         if options.get("padding") != "max_length":
             raise ValueError(f"the {self.part} is asked for as many ids as a caption has, and a graph takes one number")
         encoded: Mapping[str, Tensor] = self.tokenizer(text, **{**options, "return_tensors": "pt"})
         self.texts, self.length = [text] if isinstance(text, str) else list(text), encoded["input_ids"].shape[1]
-        return Answer(self, dict(zip(("input_ids", "attention_mask"), self.given, strict=False)) or dict(encoded))
+        return StubEncoding(self, dict(zip(("input_ids", "attention_mask"), self.given, strict=False)) or dict(encoded))
 
 
-class Answer(BatchEncoding):
-    """A tokenizer's answer that notes whether its mask is read."""
+class StubEncoding(BatchEncoding):
+    """A tokenizer's output that notes whether its mask is read."""
 
-    def __init__(self, stand_in: StandIn, tensors: Mapping[str, Tensor]):
+    def __init__(self, stub: TokenizerStub, tensors: Mapping[str, Tensor]):
         super().__init__(dict(tensors))
-        object.__setattr__(self, "stand_in", stand_in)
+        object.__setattr__(self, "stub", stub)
 
     def __getitem__(self, item: Any) -> Any:
         if item == "attention_mask":
-            self.stand_in.masked = True
+            self.stub.masked = True
         return super().__getitem__(item)
 
     def __getattr__(self, item: str) -> Any:
@@ -76,10 +76,10 @@ class Answer(BatchEncoding):
 
 
 @contextmanager
-def stand_ins(pipeline: DiffusionPipeline) -> Iterator[list[StandIn]]:
-    """The pipeline with a stand-in for each of its tokenizers while the block runs."""
+def tokenizer_stubs(pipeline: DiffusionPipeline) -> Iterator[list[TokenizerStub]]:
+    """The pipeline with a stub for each of its tokenizers while the block runs."""
     own = {name: part for name, part in pipeline.components.items() if name.startswith("tokenizer") and part}
-    placed = [StandIn(name, tokenizer) for name, tokenizer in own.items()]
+    placed = [TokenizerStub(name, tokenizer) for name, tokenizer in own.items()]
     try:
         vars(pipeline).update({one.part: one for one in placed})  # a pipeline's own setter takes no such thing
         yield placed
@@ -87,15 +87,15 @@ def stand_ins(pipeline: DiffusionPipeline) -> Iterator[list[StandIn]]:
         vars(pipeline).update(own)
 
 
-def captions_of(pipeline: DiffusionPipeline) -> tuple[Captions, ...]:
+def tokenizations_of(pipeline: DiffusionPipeline) -> tuple[Tokenization, ...]:
     """How each tokenizer is called, of those that are. ValueError where more than words are added to a caption."""
-    with stand_ins(pipeline) as placed, torch.no_grad():
-        family_of(pipeline).encode(pipeline, [WATCHED])
-        return tuple(watched(stand_in) for stand_in in placed if stand_in.length)
+    with tokenizer_stubs(pipeline) as placed, torch.no_grad():
+        family_of(pipeline).encode(pipeline, [PROBE])
+        return tuple(tokenization_of(stub) for stub in placed if stub.length)
 
 
-def watched(stand_in: StandIn) -> Captions:
-    before, found, after = stand_in.texts[0].partition(WATCHED)
+def tokenization_of(stub: TokenizerStub) -> Tokenization:
+    before, found, after = stub.texts[0].partition(PROBE)
     if not found:
-        raise ValueError(f"the {stand_in.part} was given {stand_in.texts[0]!r} for the caption {WATCHED!r}")
-    return Captions(stand_in.part, stand_in.length, before, after, stand_in.masked)
+        raise ValueError(f"the {stub.part} was given {stub.texts[0]!r} for the caption {PROBE!r}")
+    return Tokenization(stub.part, stub.length, before, after, stub.masked)
