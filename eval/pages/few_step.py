@@ -111,29 +111,33 @@ def students(run: Run) -> list[TimedPoint]:
 
 
 def rows_of(runs: Sequence[Run], guidance: float) -> list[Row]:
-    """By label: the network before its distillation at the teacher's steps, then its students, most steps first.
+    """By label: the network before its distillation at the teacher's steps, then its students, most steps first. The
+    first label's network is the teacher's; another one's has no row of many steps where no run has evaluated it there,
+    as those do not that went on from a student of few steps.
 
     ValueError where two runs of one label have a student of the same number of steps, or began with other networks.
     """
     rows: list[Row] = []
     for label in dict.fromkeys(run.label for run in runs):
         mine = [run for run in runs if run.label == label]
-        starts = [start_of(run, guidance) for run in mine]
-        if any(farthest(start, starts[0]) > SAME for start in starts[1:]):
+        is_teachers = label == runs[0].label
+        starts = [(run, start) for run in mine if (start := start_of(run, guidance, is_teachers))]
+        if any(farthest(start, starts[0][1]) > SAME for _, start in starts[1:]):
             raise ValueError(f"{', '.join(str(run.path) for run in mine)} began with different networks: {label}")
         found = [(run, point) for run in mine for point in students(run) if point.guidance == guidance]
         if twice := sorted({p.steps for _, p in found if sum(q.steps == p.steps for _, q in found) > 1}):
             raise ValueError(f"{label}: more than one run has a student of {twice} steps; name one run for each")
         found.sort(key=lambda own: -own[1].steps)
-        rows += [row(label, run, point, guidance) for run, point in [(mine[0], starts[0]), *found]]
+        rows += [row(label, run, point, guidance) for run, point in [*starts[:1], *found]]
     return rows
 
 
-def start_of(run: Run, guidance: float) -> TimedPoint:
-    """The network before its distillation: the pruned student where there is one, else the teacher."""
+def start_of(run: Run, guidance: float, is_teachers: bool) -> TimedPoint | None:
+    """The network before its distillation, at the teacher's steps."""
     reference = run.reference(guidance)
-    student = (p for p in run.points if p.model == "student" and p.key[1:] == reference.key[1:])
-    return next(student, reference)
+    if is_teachers:
+        return reference
+    return next((p for p in run.points if p.model == "student" and p.key[1:] == reference.key[1:]), None)
 
 
 def row(label: str, run: Run, point: TimedPoint, guidance: float) -> Row:
@@ -173,12 +177,13 @@ def pruning_effects(rows: Sequence[Row]) -> Iterator[dict[str, Any]]:
     for label in others:
         for steps in sorted({s for name, s in place if name == label and (first, s) in place}, reverse=True):
             effect = place[label, steps] - place[first, steps]
-            undistilled = place[label, most] - place[first, most]
+            is_known = steps != most and (label, most) in place
+            undistilled = place[label, most] - place[first, most] if is_known else None
             yield {
                 "network": label,
                 "steps": steps,
                 "clip": asdict(paired_difference(place[label, steps], place[first, steps])),
-                "beyond": asdict(paired_difference(effect, undistilled)) if steps != most else None,
+                "beyond": None if undistilled is None else asdict(paired_difference(effect, undistilled)),
             }
 
 

@@ -124,6 +124,18 @@ def test_what_pruning_costs_is_paired_and_so_is_what_it_costs_beyond_at_few_step
             )  # made to cost 1 at any number of steps
 
 
+def test_a_network_that_went_on_from_few_steps_has_no_row_of_many(runs, tmp_path):
+    """Neither the teacher's in its place, nor what the losses of size and of steps add up to."""
+    went_on = write_distillation(tmp_path / "on", [4], True, seed=100, paired=True)
+    record = json.loads((went_on / "evaluation.json").read_text())
+    record["points"] = [point for point in record["points"] if point["model"] != "student"]
+    (went_on / "evaluation.json").write_text(json.dumps(record))
+    write_few_step([runs[0], ("pruned", went_on)], tmp_path / "out")
+    table = json.loads((tmp_path / "out/table.json").read_text())
+    assert [row["steps"] for row in table["rows"] if row["network"] == "pruned"] == [4]
+    assert [(effect["steps"], effect["beyond"]) for effect in table["effects"]] == [(4, None)]
+
+
 def test_a_network_may_have_a_run_for_every_number_of_steps(tmp_path):
     split = [("full", write_distillation(tmp_path / f"full-{n}", [n])) for n in (1, 4)]
     assert [(r.point.model, r.point.steps) for r in rows_of(read_runs(split), 2.5)] == [
