@@ -62,7 +62,11 @@ def sampler_of(teacher: Teacher, steps: int) -> Sampler:
         origin = origin_of(config.model.name_or_path)
         scale = origin.guidance_scale if origin else config.eval.guidance_scale
     sampler = Sampler(teacher.pipeline, steps, scale, config.eval.seed, precision=teacher.precision)
-    check_trained(teacher, sampler)
+    try:
+        check_trained(teacher, sampler)
+    except ValueError as error:
+        reason = str(error).partition(":")[0]  # behind it is what other jobs would set
+        raise ValueError(f"package.steps={steps}: {reason}; leave it out") from error
     return sampler
 
 

@@ -20,6 +20,7 @@ from slimstep.eval.packaging.formats import check_graphs, write_package
 from slimstep.eval.packaging.package import package_of
 from slimstep.eval.packaging.tokenization import tokenizations_of
 from slimstep.eval.sampling import Sampler
+from slimstep.models.card import Origin
 from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.networks import with_unet
 from slimstep.models.pipeline import export_pipeline, load_pipeline
@@ -121,6 +122,15 @@ def test_a_job_packages_an_export(tiny_pipeline_folder, tmp_path):
     found = drawn_alone(folder, noises(sampler, 3, manifest), without=("torch",))
     np.testing.assert_allclose(found, drawn_here(sampler, 3), atol=1e-4)
     assert (tmp_path / "made/images/onnx-0.png").is_file() and "pixels differ by" in done.stdout
+
+
+def test_steps_that_a_student_never_learnt_are_refused(tiny_pipeline_folder, tmp_path):
+    origin = Origin("a", 1, 1.0, trained_steps=1)
+    export_pipeline(load_pipeline(tiny_pipeline_folder), tmp_path / "export", origin=origin)
+    words = [f"model.name_or_path={tmp_path / 'export'}", f"root={tmp_path}", "package.steps=[4]", "plan=true"]
+    done = run_job("+experiment=package", *words)
+    assert done.returncode == 1 and "package.steps=4: 4 steps are not among the timesteps" in done.stderr
+    assert "leave it out" in done.stderr and "eval.steps" not in done.stderr
 
 
 def test_a_graph_that_is_not_its_network_is_found(tiny_pipeline_folder, tmp_path):
