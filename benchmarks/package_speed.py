@@ -114,6 +114,8 @@ def load_libraries(row: str) -> None:
         import tokenizers  # noqa: F401
 
         return
+    if row == "aoti":
+        run_package.compile_no_probe()
     import torch._inductor.package  # noqa: F401
 
     if row != "aoti":

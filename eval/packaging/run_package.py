@@ -164,6 +164,7 @@ def aoti_graphs(folder: Path, manifest: dict) -> Call:
         sys.exit(f"this package needs torch {manifest['torch']}: pip install torch=={manifest['torch']}")
     if obstacle := other_machine(manifest, torch.__version__.partition("+")[0]):
         sys.exit(f"{folder}: {obstacle}")
+    compile_no_probe()
     from torch._inductor.package import load_package
 
     graphs = {name: load_package(str(folder / file), name) for name, file in manifest["graphs"].items()}
@@ -175,6 +176,12 @@ def aoti_graphs(folder: Path, manifest: dict) -> Call:
         return [tensor.cpu().numpy() for tensor in (answer if isinstance(answer, (tuple, list)) else [answer])]
 
     return call
+
+
+def compile_no_probe() -> None:
+    """Has inductor, imported after this, believe in the instruction sets that `other_machine` has looked for. By itself
+    it compiles a program that uses them when it loads a package, for seconds, and again for every empty cache."""
+    os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 
 def other_machine(manifest: dict, torch_version: str) -> str:
