@@ -1,6 +1,7 @@
 """An export as a model hub shows it: the model card grown full from the run that made it, and a grid of samples."""
 
 import json
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,21 +12,25 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from slimstep.engine.artifacts import CARD
-from slimstep.engine.files import load_json, whole_folder, write_text
+from slimstep.engine.files import load_json, whole_folder, write_json, write_text
 from slimstep.eval.pages.evaluation_page import spread_columns
 from slimstep.eval.pages.tables import Table
 from slimstep.eval.pages.text import difference, score
 from slimstep.eval.record import Evaluation, Point, read_evaluation
-from slimstep.models.card import Origin, origin_of
+from slimstep.models.card import EXPORT_REPORT, HUB_ID, Origin, origin_of
 
 SAMPLES, SAMPLED, MARGIN = "samples.png", 4, 4  # the grid, its columns, pixels between pictures
 PICKLES = (".bin", ".ckpt", ".pt", ".pth", ".pkl", ".pickle", ".h5", ".msgpack")
+LOADED_FROM = re.compile(r'from_pretrained\("[^"]*"')
 PLACE = "THIS_FOLDER"  # what a card that lies in a run calls the folder it is loaded from
 
 
 def ready_folder(export: Path, folder: Path, repo: str, licence: str | None = None) -> None:
-    """Writes a copy of `export`, a folder in a run, that is ready for the hub as `repo`. ValueError for a folder that
-    is no export of ours, lies in no run, or holds weights that are no safetensors."""
+    """Writes a copy of `export`, a folder in a run, that is ready for the hub as `repo`, into a new or empty folder.
+    ValueError where there is something else, and for an export that is none of ours, lies in no run, or holds weights
+    that are no safetensors."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ValueError(f"{folder} holds something already; name a new folder")
     if (origin := origin_of(export)) is None:
         raise ValueError(f"{export} is no export of slimstep's: it has no export_report.json that names its teacher")
     if unsafe := sorted(str(file.relative_to(export)) for file in export.rglob("*") if file.suffix in PICKLES):
@@ -35,10 +40,19 @@ def ready_folder(export: Path, folder: Path, repo: str, licence: str | None = No
     student = evaluation and own_point(evaluation, export, run, origin)
     with whole_folder(folder) as aside:
         shutil.copytree(export, aside, dirs_exist_ok=True)
+        write_json(aside / EXPORT_REPORT, public_report(load_json(export / EXPORT_REPORT), repo))
         prompts: Sequence[str] = ()
         if evaluation and student:
             prompts = write_samples(aside / SAMPLES, run, [teacher_of(evaluation), student], evaluation.shown)
         write_text(aside / CARD, card(export, run, repo, licence, evaluation, student, prompts))
+
+
+def public_report(report: dict[str, Any], repo: str) -> dict[str, Any]:
+    """export_report.json without the paths of the machine: of the teacher its name, and for the export `repo`."""
+    teacher = report["origin"]["teacher"]
+    name = teacher if HUB_ID.fullmatch(teacher) and not Path(teacher).exists() else Path(teacher).stem
+    load = LOADED_FROM.sub(f'from_pretrained("{repo}"', report["load"])
+    return {**report, "load": load, "origin": {**report["origin"], "teacher": name}}
 
 
 def run_of(export: Path) -> Path:

@@ -34,7 +34,7 @@ def package_student(config: Config, run: Run) -> int | Plan:
     settings = config.package
     for format in settings.formats:
         if missing := missing_libraries(format):
-            raise ValueError(f"package.formats={format} needs {', '.join(missing)}: pip install 'slimstep[onnx]'")
+            raise ValueError(f"package.formats={format} needs {', '.join(missing)}: pip install -e '.[onnx]'")
     teacher = load_teacher(config, run)
     samplers = [sampler_of(teacher, steps) for steps in steps_of(config)]
     if config.plan:

@@ -1,5 +1,6 @@
 """slimstep push: a folder for the hub whose card says what its run says, and one line for what it cannot do."""
 
+import json
 import shutil
 import sys
 from dataclasses import replace
@@ -41,7 +42,9 @@ def push(monkeypatch, capsys, *arguments):
     return code, printed.out + printed.err
 
 
-def test_a_ready_folder_is_the_export_with_a_card_of_its_run(export, tmp_path, monkeypatch, capsys):
+def test_a_ready_folder_is_the_export_with_a_card_of_its_run(
+    export, tiny_pipeline_folder, tmp_path, monkeypatch, capsys
+):
     folder = tmp_path / "ready"
     code, _ = push(monkeypatch, capsys, export, "--repo", "me/small", "--license", "mit", "--folder", folder)
     assert code == 0
@@ -54,7 +57,12 @@ def test_a_ready_folder_is_the_export_with_a_card_of_its_run(export, tmp_path, m
     assert result.metric_value == round(student.clip["mean"], 2)
     for said in ('from_pretrained("me/small")', "| this model |", "## Training", "learning rate", "mit, as"):
         assert said in text, said
-    assert str(tmp_path) not in text and "THIS_FOLDER" not in text
+    assert "THIS_FOLDER" not in text
+    texts = [file for file in folder.rglob("*") if file.suffix in (".json", ".md", ".py", ".txt")]
+    paths = str(tmp_path), str(tiny_pipeline_folder)
+    assert len(texts) > 5 and not [file for file in texts if any(path in file.read_text() for path in paths)]
+    report = json.loads((folder / "export_report.json").read_text())
+    assert report["load"].startswith('DiffusionPipeline.from_pretrained("me/small"')
     assert Image.open(folder / "samples.png").size[1] > Image.open(next(export.parents[1].rglob("000.png"))).size[1]
 
 
@@ -85,6 +93,10 @@ def test_what_is_no_export_or_no_safetensors_is_refused(export, tiny_pipeline_fo
     alone = shutil.copytree(export, tmp_path / "alone")
     code, printed = push(monkeypatch, capsys, alone, *to)
     assert code == 1 and "lies in no run" in printed
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/notes.txt").write_text("keep")
+    code, printed = push(monkeypatch, capsys, export, "--repo", "me/small", "--folder", tmp_path / "mine")
+    assert code == 1 and "holds something already" in printed and (tmp_path / "mine/notes.txt").is_file()
     (export / "unet/weights.bin").write_bytes(b"")
     code, printed = push(monkeypatch, capsys, export, *to)
     assert code == 1 and "unet/weights.bin; hubs are given safetensors alone" in printed

@@ -60,14 +60,14 @@ def test_a_student_of_lcms_scheduler_is_trained_where_that_takes_it(unet):
 @pytest.mark.parametrize("w", [1.0, 2.5, 7.0])
 def test_a_fixed_guidance_scale_is_the_scale_given_as_an_input(w):
     torch.manual_seed(0)
-    told = with_guidance_embedding(PrunableUNet2DConditionModel.from_unet(small_unet()), 32)
-    nn.init.normal_(told.time_embedding.cond_proj.weight)
+    embedded = with_guidance_embedding(PrunableUNet2DConditionModel.from_unet(small_unet()), 32)
+    nn.init.normal_(embedded.time_embedding.cond_proj.weight)
     x, t = torch.randn(2, 4, 8, 8), torch.tensor([700.0, 20.0])
     cond = Conditioning({"text": torch.randn(2, 5, WIDTH)})
     with torch.no_grad():
-        expected = DENOISER(told, x, t, cond, guidance_B=torch.full((2,), w))
-        fixed = with_fixed_guidance(told, w)
-        assert not takes_guidance(fixed) and takes_guidance(told)
+        expected = DENOISER(embedded, x, t, cond, guidance_B=torch.full((2,), w))
+        fixed = with_fixed_guidance(embedded, w)
+        assert not takes_guidance(fixed) and takes_guidance(embedded)
         torch.testing.assert_close(DENOISER(fixed, x, t, cond), expected, rtol=1e-4, atol=1e-5)
 
 

@@ -224,9 +224,9 @@ def test_guidance_distilled_students_need_one_evaluation_a_step(tmp_path, tiny_m
 @pytest.mark.slow
 def test_a_guidance_distilled_student_goes_on_by_distribution_matching(tmp_path, tiny_model):
     """Its scale becomes the objective's own. What was distilled is not evaluated at many steps, nor asked there."""
-    told = [f"root={tmp_path}", "name=told", "objective=guidance", "distillation.guidance_embed_dim=32"]
-    assert run(*tiny_model, *told, "distillation.steps=[4,2]").returncode == 0
-    student = f"distillation.student={tmp_path}/told/steps-2/export"
+    guidance = [f"root={tmp_path}", "name=guidance", "objective=guidance", "distillation.guidance_embed_dim=32"]
+    assert run(*tiny_model, *guidance, "distillation.steps=[4,2]").returncode == 0
+    student = f"distillation.student={tmp_path}/guidance/steps-2/export"
     job = [*tiny_model, f"root={tmp_path}", "objective=dmd", "distillation.steps=[4,2]", student]
     done = run(*job, "name=matched")
     assert done.returncode == 0, done.stderr
