@@ -41,6 +41,8 @@ def ready_folder(export: Path, folder: Path, repo: str, licence: str | None = No
     with whole_folder(folder) as aside:
         shutil.copytree(export, aside, dirs_exist_ok=True)
         write_json(aside / EXPORT_REPORT, public_report(load_json(export / EXPORT_REPORT), repo))
+        for file in aside.rglob("*config.json"):  # diffusers notes where a network was loaded from
+            write_json(file, {key: value for key, value in load_json(file).items() if key != "_name_or_path"})
         prompts: Sequence[str] = ()
         if evaluation and student:
             prompts = write_samples(aside / SAMPLES, run, [teacher_of(evaluation), student], evaluation.shown)
