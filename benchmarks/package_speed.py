@@ -1,4 +1,4 @@
-"""How soon is the first image there, and how fast are the next: eager, compiled in the process, and packages?
+"""How soon is a guided UNet's first image there, and how fast are the next: eager, compiled, and from packages?
 
     python train.py +experiment=package model.name_or_path=assets/shapes name=package package.steps=[8]
     python benchmarks/package_speed.py --model assets/shapes --packages runs/package

@@ -180,7 +180,7 @@ def aoti_graphs(folder: Path, manifest: dict) -> Call:
 
 def compile_no_probe() -> None:
     """Has inductor, imported after this, believe in the instruction sets that `other_machine` has looked for. By itself
-    it compiles a program that uses them when it loads a package, for seconds, and again for every empty cache."""
+    it compiles programs that use them when it loads a package with an empty cache, for seconds."""
     os.environ.setdefault("TORCHINDUCTOR_VEC_ISA_OK", "1")
 
 
