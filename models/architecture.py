@@ -14,13 +14,13 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 
 MOST_REPEATS = 256  # of a block: thousands of copies would be built for hours before anything is said of them
-SUPPORTED = ("repeats",)  # fields of a BlockSpec that networks are built with
+SUPPORTED = ("repeats", "widths")  # fields of a BlockSpec that networks are built with
 
 
 @dataclass(frozen=True)
 class BlockSpec:
-    """What becomes of one block: how often it runs, the shares of its widths that stay, the dtype it computes in, and
-    the share of tokens that it merges."""
+    """What becomes of one block: how often it runs, {part: share of its width that stays} (families/widths.py; 0 leaves
+    the part out alone), the dtype it computes in, and the share of tokens that it merges."""
 
     repeats: int = 1
     widths: Mapping[str, float] = field(default_factory=dict)
@@ -52,14 +52,14 @@ def as_spec(block: str, entry: int | Mapping | BlockSpec) -> BlockSpec:
     spec = entry if isinstance(entry, BlockSpec) else BlockSpec(entry)
     check_repeats(block, spec.repeats)
     fits = {
-        "widths": isinstance(spec.widths, Mapping) and all(is_share(w) and w > 0 for w in spec.widths.values()),
+        "widths": isinstance(spec.widths, Mapping) and all(map(is_share, spec.widths.values())),
         "dtype": spec.dtype is None or isinstance(spec.dtype, str),
         "merge": is_share(spec.merge) and spec.merge < 1,
     }
     for name, fit in fits.items():
         value = getattr(spec, name)
         if not fit:
-            ways = "widths are shares above 0, at most 1, dtype is a name, merge a share below 1"
+            ways = "widths are {part: share from 0 to 1}, dtype is a name, merge a share below 1"
             raise ValueError(f"the architecture gives {block} {name}={value!r}; {ways}")
         if name not in SUPPORTED and value != getattr(WHOLE, name):
             raise ValueError(f"the architecture gives {block} {name}={value!r}; only {SUPPORTED} is supported so far")
@@ -168,9 +168,22 @@ def repeat(architecture: Architecture, block: str) -> Architecture:
     return {**architecture, block: replace(spec, repeats=spec.repeats + 1)}
 
 
+def narrowed(architecture: Architecture, block: str, part: str, share: float) -> Architecture:
+    """The table with a part of the block at a share of its width."""
+    spec = architecture.get(block, WHOLE)
+    return {**architecture, block: replace(spec, widths={**spec.widths, part: share})}
+
+
 def without_defaults(architecture: Architecture) -> Architecture:
-    """The table without entries of blocks that stay as they are."""
-    return {block: spec for block, spec in architecture.items() if spec != WHOLE}
+    """The table without entries of blocks, and parts of them, that stay as they are."""
+    specs = {block: without_whole_parts(spec) for block, spec in architecture.items()}
+    return {block: spec for block, spec in specs.items() if spec != WHOLE}
+
+
+def without_whole_parts(spec: BlockSpec) -> BlockSpec:
+    """The entry without parts that keep their width; of a removed block nothing but that it is."""
+    kept = {part: share for part, share in spec.widths.items() if share != 1} if spec.repeats else {}
+    return replace(spec, widths=kept)
 
 
 def canonical(

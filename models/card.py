@@ -114,16 +114,24 @@ def readers_line(read_by: Mapping[str, Reading]) -> str:
 
 
 def network_line(part: str, config: Mapping[str, Any], removed: Sequence[str] = ()) -> str:
-    """What was removed and copied; where that is diffusers' own class, its configuration says which layers are left."""
+    """What was removed, narrowed and copied; where that is diffusers' own class, its configuration says which layers
+    are left."""
     architecture = as_architecture(config.get("depths") or {})
     if removed and not architecture:
         return f"of diffusers' own class, without {', '.join(f'`{block}`' for block in removed)} of the full model."
     removed = [f"`{block}`" for block, spec in architecture.items() if spec.repeats == 0]
     copied = [f"`{block}` (runs {spec.repeats} times)" for block, spec in architecture.items() if spec.repeats > 1]
+    narrowed = [f"`{block}` ({widths_text(spec.widths)})" for block, spec in architecture.items() if spec.widths]
     if not architecture:
         return f"of diffusers' own class; `{part}/config.json` says its layers."
     without = f"without {', '.join(removed)}" if removed else ""
-    return "; ".join(filter(None, (without, f"copied: {', '.join(copied)}" if copied else ""))) + "."
+    others = (f"{how}: {', '.join(of)}" for how, of in (("narrowed", narrowed), ("copied", copied)) if of)
+    return "; ".join(filter(None, (without, *others))) + "."
+
+
+def widths_text(widths: Mapping[str, float]) -> str:
+    """The parts of a block that are narrower than the teacher's."""
+    return ", ".join(f"{part} at {share:.0%}" if share else f"without {part}" for part, share in widths.items())
 
 
 def decoder_line(config: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""Other budgets of a finished pruning run: its block scores and latencies say what would be removed for each."""
+"""Other budgets of a finished pruning run: its block scores and latencies say what would be changed for each."""
 
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -37,10 +37,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class Choice:
-    """What a search would remove for a share of the teacher's latency.
+    """What a search would remove and narrow for a share of the teacher's latency.
 
-    `lost` is the sum of the blocks' losses over the prompts, an estimate: as if no removal changed what another costs,
-    and before any recovery. None where nothing is removed.
+    `lost` is the sum of the losses over the prompts, an estimate: as if no change altered what another costs, and
+    before any recovery. None where nothing is changed.
     """
 
     fraction: float
@@ -61,7 +61,8 @@ def read_first_round(run: str | Path) -> Measured:
     if missing := [str(file) for file in files.values() if not file.is_file()]:
         raise ValueError(f"{', '.join(missing)} is not there: name a run of prune_unet that has scored its blocks")
     decision, scores, latency = (load_json(file) for file in files.values())
-    lost = {block: np.asarray(score["per_prompt"]) for block, score in scores["sites"].items()}
+    scored = {**scores["sites"], **scores.get("narrower", {})}
+    lost = {label: np.asarray(score["per_prompt"]) for label, score in scored.items()}
     values, before = tuple(map(value_of, decision["values"])), as_architecture(decision["before"])
     return Measured(values, lost, latency["full_ms"], before, decision.get("bypass"))
 
@@ -84,7 +85,8 @@ def choice(measured: Measured, fraction: float, search: str) -> Choice:
     now = measured.teacher_ms
     actions = SEARCHES[search](measured.values, now, fraction * now)
     share = actions[-1].predicted_ms / now if actions else 1.0
-    known = [measured.lost[action.block] for action in actions if action.block in measured.lost]
+    labels = [action.change.label for action in actions]
+    known = [measured.lost[label] for label in labels if label in measured.lost]
     return Choice(fraction, search, actions, share, mean_and_error(np.sum(known, axis=0)) if known else None)
 
 
@@ -93,14 +95,14 @@ def budgets_table(found: Sequence[Choice]) -> Table:
         "budget": lambda choice: f"{choice.fraction:.0%}",
         "search": lambda choice: choice.search,
         "predicted": lambda choice: f"{choice.share:.1%}{'' if choice.is_reached else ' (not reached)'}",
-        "blocks removed": lambda choice: str(len(choice.actions)),
+        "blocks changed": lambda choice: str(len({action.block for action in choice.actions})),
         "sum of what they lose ± se": lambda choice: score(choice.lost and vars(choice.lost)),
         "only by this search": lambda choice: preview(sorted(own(choice, found))) or "–",
     }, found, labels=2)  # fmt: skip
 
 
 def own(choice: Choice, found: Sequence[Choice]) -> set[str]:
-    """The blocks that no other search removes for this budget."""
+    """The changes that no other search makes for this budget."""
     others = [other for other in found if other.fraction == choice.fraction and other is not choice]
-    taken = {action.block for other in others for action in other.actions}
-    return {action.block for action in choice.actions} - taken
+    taken = {action.change.label for other in others for action in other.actions}
+    return {action.change.label for action in choice.actions} - taken

@@ -11,6 +11,7 @@ from slimstep.engine.checks import check_choice, check_minimum
 from slimstep.engine.config import StageConfig
 
 MOST_ROUNDS = 200
+ACTIONS = ("remove", "narrow", "copy")
 NORM_GROUPS = ("whole", "per_group")
 BY_ACTIVATIONS = ("taylor", "activation_energy")
 IMPORTANCE = ("magnitude", *BY_ACTIVATIONS, "random", "first")
@@ -19,11 +20,15 @@ IMPORTANCE = ("magnitude", *BY_ACTIVATIONS, "random", "first")
 @dataclass
 class SearchConfig:
     """How an architecture is chosen. `blocks`: whole ones, or the attentions and feed-forwards of transformer blocks,
-    too. `target_ms` wins over `target_fraction`, a share of the teacher's UNet latency;
-    blocks are ranked by `metric`, CLIP score or a per-image one of `metrics`."""
+    too. `actions` are what may happen to a block: remove, narrow (its parts to shares of their `widths`) and copy;
+    blocks that a pattern of `keep` names stay as they are. `target_ms` wins over `target_fraction`, a share of the
+    teacher's UNet latency; blocks are ranked by `metric`, CLIP score or a per-image one of `metrics`."""
 
     method: Any = None
     blocks: str = "whole"
+    actions: list[str] = field(default_factory=lambda: ["remove", "copy"])
+    widths: list[float] = field(default_factory=lambda: [0.75, 0.5, 0.25])
+    keep: list[str] = field(default_factory=list)
     target_fraction: float | None = 0.75
     target_ms: float | None = None
     rounds: int = 2
@@ -38,6 +43,12 @@ class SearchConfig:
         if not isinstance(self.skip_rule, (str, dict)) and not OmegaConf.is_dict(self.skip_rule):
             raise ValueError(f"search.skip_rule={self.skip_rule} must be shortcut, drop_skip or {{block: rule}}")
         check_choice("search", self, copy_init=("zero", "same"), blocks=("whole", "sublayers"))
+        unknown = sorted(set(self.actions) - set(ACTIONS))
+        if unknown or not {"remove", "narrow"} & set(self.actions):
+            wrong = f", and not {unknown}" if unknown else ""
+            raise ValueError(f"search.actions={list(self.actions)} must name remove or narrow, of {ACTIONS}{wrong}")
+        if not all(0 < share < 1 for share in self.widths) or "narrow" in self.actions and not self.widths:
+            raise ValueError(f"search.widths={list(self.widths)} must be shares between 0 and 1")
         for name in ("target_fraction", "target_ms"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"search.{name}={value} must be above 0")

@@ -12,14 +12,18 @@ Rules where the paper is silent:
 - scores.json of older runs does not say how far images of different prompts are apart: there CLIP score decides alone.
 - Milliseconds saved ≤ 0 (removal saves no time): the block is never removed for latency, nor copied to use room.
 - Ties: the earlier block in order of execution.
-- A block that holds, or lies within, one already chosen in this round waits for the next round's measurements.
+- A block that holds, or lies within, one already chosen in this round waits for the next round's measurements; and so
+  do other widths of a part that is narrowed in it, and the removal of its block.
+
+Narrowing a part of a block (changes.py) is an action as its removal is, and is ranked with them.
 """
 
 import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
-from slimstep.models.architecture import Architecture, nested, remove, repeat, without_defaults
+from slimstep.models.architecture import Architecture, repeat, without_defaults
+from slimstep.prune.changes import Change
 
 DESTROYED, CLEAR = 0.05, 2.0  # of an unrelated picture's squared error; standard errors of CLIP lost
 IN_FILES = {"block": "site", "repeats": "depth"}  # as decision.json has called them from the first version on
@@ -27,7 +31,8 @@ IN_FILES = {"block": "site", "repeats": "depth"}  # as decision.json has called 
 
 @dataclass(frozen=True)
 class BlockValue:
-    """What a block gives and costs: the CLIP score its removal loses, and the milliseconds it saves.
+    """What a block gives and costs: the CLIP score its removal loses, and the milliseconds it saves; or, with a `part`,
+    those of narrowing this part to a `share` of its width.
 
     `picture_error` is that of prune/scores.py, nan where it was not measured; `floor` the least CLIP score that the
     removal is taken to lose; `screen_error` that of prune/screening.py, nan without a screen. A block that runs more
@@ -43,6 +48,12 @@ class BlockValue:
     floor: float = -math.inf
     screen_error: float = math.nan
     metric: str = "CLIP"
+    part: str | None = None
+    share: float = 0.0
+
+    @property
+    def change(self) -> Change:
+        return Change(self.block, self.part, self.share)
 
     @property
     def copy_ms(self) -> float:
@@ -87,7 +98,8 @@ class BlockValue:
 
 @dataclass(frozen=True)
 class Action:
-    """One change of the architecture and the latency predicted after it; nan where a block was not scored or timed."""
+    """One change of the architecture, remove, narrow or copy, and the latency predicted after it; nan where it was not
+    scored or timed."""
 
     action: str
     block: str
@@ -97,11 +109,20 @@ class Action:
     value: float
     why: str
     predicted_ms: float
+    part: str | None = None
+    share: float = 0.0
+
+    @property
+    def change(self) -> Change:
+        """What a removal or a narrowing does."""
+        return Change(self.block, self.part, self.share)
 
 
 def record_json(record: BlockValue | Action) -> dict:
-    """Its fields by their names in files, null for what was not scored or timed; the metric is in scores.json."""
-    fields = {IN_FILES.get(name, name): x for name, x in asdict(record).items() if name != "metric"}
+    """Its fields by their names in files, null for what was not scored or timed; the metric is in scores.json, and a
+    whole block has no part."""
+    left_out = {"metric"} if record.part else {"metric", "part", "share"}
+    fields = {IN_FILES.get(name, name): x for name, x in asdict(record).items() if name not in left_out}
     return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in fields.items()}
 
 
@@ -127,14 +148,15 @@ def priced(values: Iterable[BlockValue]) -> list[BlockValue]:
 def take_in_order(
     values: Iterable[BlockValue], latency_ms: float, target_ms: float, at_most: int | None = None
 ) -> list[Action]:
-    """Removes blocks in the order given, those that save time, until the predicted latency meets the target."""
+    """Removes or narrows blocks in the order given, those that save time, until the predicted latency meets the
+    target."""
     chosen: list[Action] = []
     for value in values:
         if latency_ms <= target_ms or len(chosen) == at_most:
             break
-        if value.saved_ms <= 0 or any(nested(value.block, action.block) for action in chosen):
+        if value.saved_ms <= 0 or any(value.change.excludes(action.change) for action in chosen):
             continue
-        chosen.append(removal(value, latency_ms))
+        chosen.append(saving(value, latency_ms))
         latency_ms = chosen[-1].predicted_ms
     return chosen
 
@@ -153,15 +175,16 @@ def choose_copies(
         fits = value.saved_ms > 0 and latency_ms + value.copy_ms <= target_ms
         if len(chosen) == at_most or value.delta_clip <= 0:
             break
-        if fits and value.block in copyable and not any(nested(value.block, action.block) for action in chosen):
+        can_be_copied = value.part is None and value.block in copyable
+        if fits and can_be_copied and not any(value.change.excludes(action.change) for action in chosen):
             chosen.append(copy(value, latency_ms))
             latency_ms = chosen[-1].predicted_ms
     return chosen
 
 
-def removal(value: BlockValue, latency_ms: float) -> Action:
-    """Removing the block from a network of `latency_ms`."""
-    return _action("remove", value, value.saved_ms, latency_ms)
+def saving(value: BlockValue, latency_ms: float) -> Action:
+    """Removing the block from a network of `latency_ms`, or narrowing its part."""
+    return _action("narrow" if value.part else "remove", value, value.saved_ms, latency_ms)
 
 
 def copy(value: BlockValue, latency_ms: float) -> Action:
@@ -171,7 +194,7 @@ def copy(value: BlockValue, latency_ms: float) -> Action:
 
 def _action(name: str, value: BlockValue, saved_ms: float, latency_ms: float) -> Action:
     numbers = value.delta_clip, value.se, saved_ms, value.clip_per_ms
-    return Action(name, value.block, *numbers, value.reason, latency_ms - saved_ms)
+    return Action(name, value.block, *numbers, value.reason, latency_ms - saved_ms, value.part, value.share)
 
 
 def round_target_ms(latency_ms: float, target_ms: float, round_index: int, rounds: int) -> float:
@@ -182,6 +205,6 @@ def round_target_ms(latency_ms: float, target_ms: float, round_index: int, round
 def apply(architecture: Architecture, actions: Iterable[Action]) -> Architecture:
     """The architecture after the actions; entries of whole blocks are left out."""
     for action in actions:
-        change = remove if action.action == "remove" else repeat
-        architecture = change(architecture, action.block)
+        copied = action.action == "copy"
+        architecture = repeat(architecture, action.block) if copied else action.change.applied_to(architecture)
     return without_defaults(architecture)

@@ -1,5 +1,6 @@
 """The pruning job: Algorithm 1 of SnapFusion, from a teacher pipeline to a slim diffusers folder and its report."""
 
+import fnmatch
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -43,8 +44,9 @@ from slimstep.models.families.prunable import Prunable, fields_of
 from slimstep.models.families.transformer.network import PrunableTransformer
 from slimstep.models.family import denoiser_of, family_of
 from slimstep.models.pipeline import on_device, with_unet
+from slimstep.prune.changes import narrower_labels
 from slimstep.prune.config import Config
-from slimstep.prune.latency import table_without
+from slimstep.prune.latency import predicted_ms, table_without
 from slimstep.prune.plan import latency_stage, pruning_stages
 from slimstep.prune.rounds import Measures, decide, known_latencies, skip_rule, tell
 from slimstep.prune.search import needs_similarity, ranks_by_prompts
@@ -138,12 +140,20 @@ def check(teacher: Teacher, search: Any) -> None:
         raise ValueError(f"search.method.architecture was decided with search.skip_rule={decided}; set it here")
     if config.search.blocks == "sublayers" and needs_similarity(search):
         raise ValueError("search=similarity compares the input and output of whole blocks: set search.blocks=whole")
+    if unused := [pattern for pattern in config.search.keep if not fnmatch.filter(unet.blocks, pattern)]:
+        raise ValueError(f"search.keep={unused} names no block; this network has {unet.blocks}")
+    narrows = "narrow" in config.search.actions
+    if narrows and not search.needs_scores:
+        raise ValueError(f"search.actions={list(config.search.actions)}: {type(search).__name__} scores nothing, and "
+                         "removes whole blocks alone; choose search=snapfusion or program")  # fmt: skip
     if table := known_latencies(config):
-        table_without(table, unet)
+        table_without(table, unet, narrower_labels(unet, config.search.widths) if narrows else [])
     with torch.device("meta"):
         bare = type(unet).from_config(fields_of(unet), bypass=skip_rule(config))
         if architecture := getattr(search, "architecture", {}):
-            type(unet).from_config(fields_of(bare), depths=architecture)
+            decided = type(unet).from_config(fields_of(bare), depths=architecture)
+            if table:
+                predicted_ms(table, decided)
     for key, stage in {"objective": config, "recovery.objective": config.recovery}.items():
         check_objective(key, stage.objective, stage.train, teacher, **at_its_guidance(teacher))
     check_inputs(teacher)

@@ -1,31 +1,32 @@
 """The stages of the pruning job and of a latency table, with what each costs."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from slimstep.engine.objective import Cost
 from slimstep.eval.evaluator import place
 from slimstep.eval.inputs import Teacher
 from slimstep.eval.plan import Stage, export, image_count, image_rows, training
+from slimstep.prune.changes import Change, narrower_labels, without_kept
 from slimstep.prune.search import needs_similarity
 
 
 def pruning_stages(teacher: Teacher, search: Any) -> Iterator[Stage]:
     """All stages in the order in which they run; upper bounds, for a student is never larger than the teacher."""
-    config, blocks = teacher.config, len(teacher.unet.kept_blocks)
+    config, changes = teacher.config, changes_of(teacher)
     yield evaluation("teacher", teacher)
     for r in range(config.search.rounds):
         stage = f"round-{r:02d}"
         yield training(stage, config.train, teacher, cost=Cost(int(config.objective.get("teacher_weight", 0) > 0)))
-        yield Stage(f"{stage}/latency.json", config.latency.table or f"{blocks} blocks")
+        yield Stage(f"{stage}/latency.json", config.latency.table or timed(teacher))
         scoring = config.scoring
         rows = scoring.prompts * image_rows(scoring.steps, scoring.guidance_scale)
         if search.needs_scores:
-            drawn = (1 + blocks) * scoring.prompts
+            drawn = (1 + len(changes)) * scoring.prompts
             screened = scoring.protocol == "screened"
-            what = "at most, behind a screen of all blocks" if screened else f"{blocks} removals"
-            screen = (1 + blocks) * scoring.prompts if screened else 0
-            yield Stage(f"{stage}/scores.json", f"{drawn} images ({what})", (1 + blocks) * rows + screen)
+            what = "at most, behind a screen of all changes" if screened else counted(changes)
+            screen = drawn if screened else 0
+            yield Stage(f"{stage}/scores.json", f"{drawn} images ({what})", (1 + len(changes)) * rows + screen)
         if needs_similarity(search):
             yield Stage(f"{stage}/similarities.json", f"latents of {scoring.prompts} images", rows)
         yield Stage(f"{stage}/decision.json", "")
@@ -37,6 +38,30 @@ def pruning_stages(teacher: Teacher, search: Any) -> Iterator[Stage]:
     yield Stage("report.html", "")
 
 
+def changes_of(teacher: Teacher) -> list[str]:
+    """The labels of all that the search may do to the teacher's blocks beside copying them."""
+    search, unet = teacher.config.search, teacher.unet
+    labels = list(unet.kept_blocks) if "remove" in search.actions else []
+    return without_kept(labels + narrower_of(teacher), search.keep)
+
+
+def narrower_of(teacher: Teacher) -> list[str]:
+    search = teacher.config.search
+    return narrower_labels(teacher.unet, search.widths) if "narrow" in search.actions else []
+
+
+def timed(teacher: Teacher) -> str:
+    """What the latency table has an entry of."""
+    blocks, narrower = len(teacher.unet.kept_blocks), len(narrower_of(teacher))
+    return f"{blocks} blocks, {narrower} narrower parts" if narrower else f"{blocks} blocks"
+
+
+def counted(labels: Sequence[str]) -> str:
+    narrower = sum(Change.of(label).part is not None for label in labels)
+    removals = [f"{len(labels) - narrower} removals"] if len(labels) > narrower else []
+    return ", ".join([*removals, *([f"{narrower} narrower parts"] if narrower else [])])
+
+
 def evaluation(name: str, teacher: Teacher) -> Stage:
     config, images = teacher.config.eval, image_count(teacher.config)
     rows = images * image_rows(config.steps, config.guidance_scale)
@@ -46,6 +71,6 @@ def evaluation(name: str, teacher: Teacher) -> Stage:
 def latency_stage(teacher: Teacher) -> Stage:
     """At most: a GPU or compile=true times every block by a pair of UNets, a CPU all blocks at once."""
     config, blocks = teacher.latency, len(teacher.unet.kept_blocks)
-    pairs = blocks + config.additive_samples
-    work = f"{blocks} blocks, {config.additive_samples} random removals, batch {config.batch}"
+    pairs = blocks + len(narrower_of(teacher)) + config.additive_samples
+    work = f"{timed(teacher)}, {config.additive_samples} random removals, batch {config.batch}"
     return Stage("latency.json", work, 2 * pairs * (config.warmup + config.iterations) * config.batch)

@@ -1,4 +1,4 @@
-"""The removals that lose the least for the milliseconds they save, exactly, where losses and times add up.
+"""The changes that lose the least for the milliseconds they save, exactly, where losses and times add up.
 
 Taking blocks by CLIP lost per millisecond is a rule of thumb: its last block may save far more than was missing, where
 another set would have met the target at less loss. Which set is the best is a 0-1 program, which HiGHS solves in
@@ -7,23 +7,24 @@ milliseconds (scipy.optimize.milp).
 
 import math
 from collections.abc import Iterable, Sequence
-from itertools import combinations
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.sparse import csr_array
 
-from slimstep.models.architecture import nested
+from slimstep.models.architecture import holds
+from slimstep.prune.changes import Change
 from slimstep.prune.evolve import Action, BlockValue, priced, take_in_order
 from slimstep.prune.search import Situation
 
-TIE = 1e-6  # CLIP of a removal: of sets that lose the same, the one with fewer blocks
+TIE = 1e-3  # CLIP of a change, below what can be measured: of sets that lose the same, the one with fewer changes
 
 
 class AdditiveProgram:
-    """The set of removals with the smallest sum of CLIP lost whose milliseconds meet the round's target.
+    """The set of removals and narrowings with the smallest sum of CLIP lost whose milliseconds meet the round's target.
 
-    A removal that loses less than nothing counts as losing nothing; what destroys the picture has its price of
-    evolve.py. It removes only: below the target it does nothing. Blocks that were screened out go where all others do
+    A change that loses less than nothing counts as losing nothing; what destroys the picture has its price of
+    evolve.py. It copies nothing: below the target it does nothing. What was screened out is taken where all else does
     not suffice.
     """
 
@@ -52,13 +53,22 @@ def cheapest_cover(values: Sequence[BlockValue], excess_ms: float) -> list[Block
         return None
     price = np.array([max(value.price, 0.0) + TIE for value in values])
     saved_ms = np.array([value.saved_ms for value in values])
-    constraints = [LinearConstraint(saved_ms, lb=excess_ms)]
-    for i, j in combinations(range(len(values)), 2):
-        if nested(values[i].block, values[j].block):
-            both = np.zeros(len(values))
-            both[[i, j]] = 1
-            constraints.append(LinearConstraint(both, ub=1))
+    constraints = [LinearConstraint(saved_ms, lb=excess_ms), LinearConstraint(at_most_one(values), ub=1)]
     solved = milp(price, integrality=np.ones(len(values)), bounds=Bounds(0, 1), constraints=constraints)
     if solved.x is None:
         return None
     return [value for value, taken in zip(values, solved.x, strict=True) if taken > 0.5]
+
+
+def at_most_one(values: Sequence[BlockValue]) -> csr_array:
+    """Rows of values that exclude one another, one for each part of a block: its widths, the removal of the block, and
+    those of the blocks that hold it. Float64 [parts, values]."""
+    parts = {(value.block, value.part) for value in values}
+    rows = [[in_row(value.change, block, part) for value in values] for block, part in sorted(parts, key=str)]
+    return csr_array(np.array(rows, dtype=float))
+
+
+def in_row(change: Change, block: str, part: str | None) -> bool:
+    if change.block == block:
+        return change.part in (None, part)
+    return change.part is None and holds(change.block, block)

@@ -17,6 +17,7 @@ from slimstep.eval.pages.runs import ranked_by
 from slimstep.eval.timing.latency import compare_ms
 from slimstep.models.architecture import as_json
 from slimstep.models.families.prunable import Prunable
+from slimstep.prune.changes import Change, narrower_labels, without_kept
 from slimstep.prune.config import Config
 from slimstep.prune.evolve import Action, BlockValue, apply, record_json
 from slimstep.prune.latency import latency_table, predicted_ms, read_table, table_without
@@ -52,9 +53,11 @@ class Measures:
     def latencies(self, unet: Prunable) -> dict:
         """The latency table of `unet`: measured by rank 0 for all, or taken from the table there is."""
         teacher = self.teacher
+        search = teacher.config.search
+        narrower = narrower_labels(unet, search.widths) if "narrow" in search.actions else []
         if known := known_latencies(teacher.config):
-            return table_without(known, unet)
-        table = teacher.run.of_rank_0(lambda: latency_table(unet, teacher.latency, teacher.device))
+            return table_without(known, unet, narrower)
+        table = teacher.run.of_rank_0(lambda: latency_table(unet, teacher.latency, teacher.device, narrower))
         error = table["additive_error"]
         say = log.warning if error["median"] > 0.1 else log.info
         say(
@@ -82,23 +85,23 @@ class Measures:
         found = block_similarities(unet, sampler, prompts, scoring.batch_size, teacher.run.accelerator, keep)
         return {"protocol": {"prompts_hash": prompts.hash, **sampler.protocol}, "blocks": found}
 
-    def screen(self, unet: Prunable, stage: str) -> Screen:
-        """What one evaluation without each block tells (screening.py)."""
+    def screen(self, unet: Prunable, stage: str, changes: Sequence[str]) -> Screen:
+        """What one evaluation after each change tells (screening.py)."""
         teacher, scoring = self.teacher, self.teacher.config.scoring
         shared = scoring.batch_size, teacher.run.accelerator, teacher.run.path / PARTIAL / stage
-        return screen_blocks(unet, teacher.sampler(scoring), self.calibration, *shared)
+        return screen_blocks(unet, teacher.sampler(scoring), self.calibration, *shared, changes)
 
     def scores(self, unet: Prunable, stage: str, ms: Mapping[str, float], excess_ms: float) -> dict:
-        """The block scores of `unet` with their protocol; ms: what each block saves. excess_ms: what the round has to
-        save; where that is nothing blocks are copied, of which no screen tells."""
+        """The block scores of `unet` with their protocol; ms: what each change saves, by its label. excess_ms: what the
+        round has to save; where that is nothing blocks are copied, of which no screen tells."""
         teacher, scoring, prompts = self.teacher, self.teacher.config.scoring, self.calibration
         screen: Screen | None = None
-        chosen: dict[str, Any] = {}
+        chosen: dict[str, Any] = {"blocks": tuple(ms)}
         if scoring.protocol == "screened" and 0 < excess_ms < math.inf:
-            screen = self.screen(unet, stage)
+            screen = self.screen(unet, stage, tuple(ms))
             cheapest = screen.cheapest(ms, scoring.screen_margin * excess_ms)
             chosen = {"blocks": cheapest, "latents_PCHW": screen.latents_PCHW}
-            log.info(f"{stage} scores {len(cheapest)} of {len(ms)} blocks: a screen found them cheapest")
+            log.info(f"{stage} scores {len(cheapest)} of {len(ms)} changes: a screen found them cheapest")
         sampler, keep = teacher.sampler(scoring), teacher.run.path / PARTIAL / stage
         accelerator, name = teacher.run.accelerator, teacher.config.search.metric
         metric = self.metrics[name]
@@ -124,7 +127,7 @@ def decide(measures: Measures, unet: Prunable, previous: dict | None, r: int) ->
     latency_ms = previous["measured_ms"] if previous else table["full_ms"]
     situation = situation_of(measures, unet, table, latency_ms, teacher_ms, r)
     if measures.search.needs_scores:
-        ms = {value.block: value.saved_ms for value in situation.values}
+        ms = {value.change.label: value.saved_ms for value in situation.values}
         excess_ms = latency_ms - situation.goal_ms
         scores = run.json(f"{stage}/scores.json", lambda: measures.scores(unet, stage, ms, excess_ms))
         situation = replace(situation, values=scored_values(situation.values, scores))
@@ -145,22 +148,30 @@ def situation_of(
     """What is known of a round before its blocks are scored; `table` is carried over to the teacher's clock."""
     config = measures.teacher.config.search
     target_ms = config.target_ms or (config.target_fraction and config.target_fraction * teacher_ms) or math.inf
-    scale, ms = latency_ms / table["full_ms"], {block: entry["ms"] for block, entry in table["sites"].items()}
-    values = tuple(BlockValue(b, math.nan, math.nan, ms[b] * scale, unet.repeats(b)) for b in ms)
-    now = values, unet.architecture, latency_ms, target_ms
-    return Situation(*now, unet.copyable_blocks, r, config.rounds)
+    scale, entries = latency_ms / table["full_ms"], table["sites"] if "remove" in config.actions else {}
+    if "narrow" in config.actions and measures.search.needs_scores:
+        entries = entries | table["narrower"]
+    changes = {label: Change.of(label) for label in without_kept(entries, config.keep)}
+    unknown = math.nan, math.nan
+    values = tuple(
+        BlockValue(c.block, *unknown, entries[label]["ms"] * scale, unet.repeats(c.block), part=c.part, share=c.share)
+        for label, c in changes.items()
+    )
+    copyable = unet.copyable_blocks if "copy" in config.actions else ()
+    return Situation(values, unet.architecture, latency_ms, target_ms, copyable, r, config.rounds)
 
 
 def scored_values(values: Sequence[BlockValue], scores: dict) -> tuple[BlockValue, ...]:
     """The values with what scores.json says of their blocks; a screen may have left some unscored."""
 
-    screen = scores.get("screen", {})
+    screen, rows = scores.get("screen", {}), {**scores["sites"], **scores.get("narrower", {})}
 
     def scored(value: BlockValue) -> BlockValue:
-        value = replace(value, screen_error=screen.get(value.block, math.nan), metric=ranked_by(scores))
-        if value.block in screen and value.block not in scores["sites"]:
+        label = value.change.label
+        value = replace(value, screen_error=screen.get(label, math.nan), metric=ranked_by(scores))
+        if label in screen and label not in rows:
             return value
-        score = scores["sites"][value.block]
+        score = rows[label]
         error = math.nan if score.get("picture_error") is None else score["picture_error"]
         return replace(value, delta_clip=score["delta_clip"], se=score["se"], picture_error=error)
 
@@ -195,12 +206,17 @@ def decision(measures: Measures, unet: Prunable, situation: Situation, teacher_m
     }
 
 
+def action_label(action: Mapping[str, Any]) -> str:
+    """The label of the change in a decision.json, of a copy its block."""
+    return Change(action["site"], action.get("part"), action.get("share", 0.0)).label
+
+
 def tell(stage: str, decision: dict) -> None:
     """The round as a story: what was done to which block, and why; the latency predicted, then measured."""
     for action in decision["actions"]:
-        verb = {"remove": "removes", "copy": "copies"}[action["action"]]
+        verb = {"remove": "removes", "narrow": "narrows", "copy": "copies"}[action["action"]]
         predicted = "" if action["predicted_ms"] is None else f" → predicted {action['predicted_ms']:.2f} ms"
-        log.info(f"{stage} {verb} {action['site']:<32} {action['why']}{predicted}")
+        log.info(f"{stage} {verb} {action_label(action):<32} {action['why']}{predicted}")
     share = decision["measured_ms"] / decision["teacher_ms"]
     target = f"target {decision['target_ms']:.2f} ms" if decision["target_ms"] else "no target"
     how = "measured" if decision["clock"] == "measured" else "by the table"

@@ -1,4 +1,5 @@
-"""Block scores: the CLIP score lost when one block is skipped, paired by prompt and noise (SnapFusion, section 3.1).
+"""Block scores: the CLIP score lost when one block is skipped, paired by prompt and noise (SnapFusion, section 3.1), or
+when one of its parts is narrower.
 
 Different ablations share a batch through block masks; the base is sampled once. An item's number says which prompt
 and which block it is, and batches are cut by item number, so any number of processes gives the same scores.
@@ -24,11 +25,13 @@ from slimstep.eval.metrics.metric import Metric, as_metric
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import shuffles
 from slimstep.models.families.prunable import Prunable
+from slimstep.prune.changes import Change, changed
 
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """Paired losses of `blocks` on the prompts: `loss_NP[n, p]` is base CLIP − CLIP without block n, for prompt p.
+    """Paired losses on the prompts: `loss_NP[n, p]` is base CLIP − CLIP after change n, for prompt p. `blocks` are the
+    labels of the changes (changes.py): a removal's is its block.
 
     A prompt drawn several times counts once, with its mean. `others_psnr` is that of base images to those of other
     prompts, in dB; nan where there is one prompt.
@@ -42,17 +45,19 @@ class ScoreTable:
 
     def record(self, protocol: dict) -> dict:
         """The table as JSON: per block the mean paired loss, its standard error, and the images' PSNR to the base's;
-        `picture_error` is `picture_error`'s, null where that is not known."""
+        `picture_error` is `picture_error`'s, null where that is not known. Narrowings stand apart, by their labels."""
         base = mean_and_error(self.base_P.tolist())
-        rows = zip(self.blocks, self.loss_NP, self.psnr_NP, strict=True)
+        rows = {
+            label: block_record(loss_P.tolist(), psnr_P.mean().item(), self.others_psnr)
+            for label, loss_P, psnr_P in zip(self.blocks, self.loss_NP, self.psnr_NP, strict=True)
+        }
+        narrower = {label: row for label, row in rows.items() if Change.of(label).part}
         return {
             "protocol": protocol,
             "base": {"clip": base.mean, "se": base.se, "psnr_to_other_prompts": none_if_nan(self.others_psnr)},
             "rank_agreement_of_halves": split_half_agreement(self.loss_NP.tolist()),
-            "sites": {
-                block: block_record(loss_P.tolist(), psnr_P.mean().item(), self.others_psnr)
-                for block, loss_P, psnr_P in rows
-            },
+            "sites": {label: row for label, row in rows.items() if label not in narrower},
+            **({"narrower": narrower} if narrower else {}),
         }
 
 
@@ -86,15 +91,14 @@ def score_blocks(
     blocks: Sequence[str] | None = None,
     latents_PCHW: Tensor | None = None,
 ) -> ScoreTable:
-    """The removal of every block, or of `blocks`, on every prompt by a metric of single images, or of their distance to
-    the base's.
+    """The removal of every block, or the changes whose labels are `blocks`, on every prompt by a metric of single
+    images, or of their distance to the base's.
 
-    (1 + blocks) · prompts images. `batch_size` counts images. `latents_PCHW` are the base's, where they are known.
+    (1 + changes) · prompts images. `batch_size` counts images. `latents_PCHW` are the base's, where they are known.
 
     Finished batches lie under `keep` until all are there.
     """
-    texts, blocks, kept = prompts.prompts, tuple(blocks or unet.kept_blocks), list(unet.kept_blocks)
-    columns_N = [kept.index(block) for block in blocks]
+    texts, blocks = prompts.prompts, tuple(blocks or unet.kept_blocks)
     metric = as_metric(metric)
     metric.prepare(texts)
 
@@ -108,12 +112,13 @@ def score_blocks(
     base = map_batches(draw, len(texts), *shared, "images of the base", keep and keep / "base")
 
     def ablate(items: list[int]) -> Tensor:
-        """Shape [items, 2]: CLIP score without the block, and PSNR to the base image."""
+        """Shape [items, 2]: CLIP score after the change, and PSNR to the base image."""
         columns, indices = zip(*(divmod(item, len(texts)) for item in items), strict=True)
-        mask_BN = torch.ones(len(items), len(kept), dtype=torch.bool)
-        mask_BN[torch.arange(len(items)), [columns_N[column] for column in columns]] = False
-        images = sampler.images(unet, texts, indices, block_mask_BN=mask_BN.to(unet.device)).cpu()
-        rows = list(indices)
+
+        def draw(rows: list[int], block_mask_BN: Tensor | None) -> Tensor:
+            return sampler.images(unet, texts, [indices[row] for row in rows], block_mask_BN=block_mask_BN).cpu()
+
+        images, rows = changed(unet, [blocks[column] for column in columns], draw), list(indices)
         return torch.stack([metric(images, [texts[i] for i in rows], base[rows]), psnr(images, base[rows])], dim=1)
 
     rate = lambda rows: metric(base[rows], [texts[i] for i in rows], base[rows])  # noqa: E731

@@ -1,14 +1,13 @@
 """A screen before the block scores: how far one evaluation of the network without a block is from the whole one's.
 
-Every block is skipped at the same inputs: those of the whole network's own sampling, one of its steps for each prompt,
-so that a block costs one evaluation a prompt and no image. Scores are then taken of the blocks that this leaves, those
-that are cheapest per millisecond, up to a multiple of what the round has to save.
+Every block is skipped, and every part of one narrowed, at the same inputs: those of the whole network's own sampling,
+one of its steps for each prompt, so that a change costs one evaluation a prompt and no image. Scores are then taken of
+the changes that this leaves, those that are cheapest per millisecond, up to a multiple of what the round has to save.
 
 Axes: B rows of a batch, N kept blocks, P prompts, C channels, H and W latent size.
 """
 
-import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,34 +19,51 @@ from slimstep.data.prompts import PromptSet
 from slimstep.engine.parallel import map_batches
 from slimstep.eval.sampling import Sampler
 from slimstep.models.families.prunable import Prunable
+from slimstep.prune.changes import Change, changed
 
 
 @dataclass(frozen=True)
 class Screen:
-    """`errors`: {kept block: squared error of the prediction without it, in units of the prediction's mean square}.
-    `latents_PCHW`: where the whole network's sampling ends, for the scores to begin with."""
+    """`errors`: {label of a change: squared error of the prediction after it, in units of the prediction's mean
+    square}. `latents_PCHW`: where the whole network's sampling ends, for the scores to begin with."""
 
     errors: Mapping[str, float]
     latents_PCHW: Tensor
 
     def cheapest(self, ms: Mapping[str, float], enough_ms: float) -> tuple[str, ...]:
-        """The blocks whose removal costs least error a millisecond, in order of execution, until they save enough; two
-        at least, for there is nothing to choose from one."""
-        saving = [block for block in self.errors if ms[block] > 0]
-        order = sorted(saving, key=lambda block: self.errors[block] / ms[block])
-        saved_before = [0.0, *itertools.accumulate(ms[block] for block in order)]
-        needed = {block for block, saved in zip(order, saved_before, strict=False) if saved < enough_ms}
-        chosen = needed | set(order[:2])
-        return tuple(block for block in self.errors if block in chosen)
+        """The changes that cost least error a millisecond, in the screen's order, until they save enough; two at least,
+        for there is nothing to choose from one. Of changes of one part the one that saves most is counted."""
+        saving = [label for label in self.errors if ms[label] > 0]
+        order = sorted(saving, key=lambda label: self.errors[label] / ms[label])
+        saved: dict[tuple[str, str | None], float] = {}
+        chosen: set[str] = set()
+        for label in order:
+            if len(chosen) >= 2 and total_ms(saved) >= enough_ms:
+                break
+            chosen.add(label)
+            change = Change.of(label)
+            place = change.block, change.part
+            saved[place] = max(saved.get(place, 0.0), ms[label])
+        return tuple(label for label in self.errors if label in chosen)
+
+
+def total_ms(saved: Mapping[tuple[str, str | None], float]) -> float:
+    """What changes save together: of a block its removal, or its narrower parts."""
+    parts = {block: 0.0 for block, _ in saved}
+    for (block, part), ms in saved.items():
+        parts[block] += ms if part else 0.0
+    return sum(max(ms, saved.get((block, None), 0.0)) for block, ms in parts.items())
 
 
 @torch.inference_mode()
 def screen_blocks(
     unet: Prunable, sampler: Sampler, prompts: PromptSet, batch_size: int, accelerator: Accelerator,
-    keep: Path | None = None,
+    keep: Path | None = None, changes: Sequence[str] | None = None,
 ) -> Screen:  # fmt: skip
-    """(steps of the sampling + 1 + blocks) evaluations for each prompt, with guidance in the former alone."""
-    texts, blocks, shape = prompts.prompts, unet.kept_blocks, sampler.latent_shape
+    """(steps of the sampling + 1 + changes) evaluations for each prompt, with guidance in the former alone. changes:
+    their labels, by default the removals of all kept blocks."""
+    texts, shape = prompts.prompts, sampler.latent_shape
+    changes = tuple(unet.kept_blocks if changes is None else changes)
 
     def whole(indices: list[int]) -> Tensor:
         """[B, 3·C·H·W + 1]: an input, the prediction there, the end of the sampling; and the input's timestep."""
@@ -67,15 +83,18 @@ def screen_blocks(
 
     def errors(items: list[int]) -> Tensor:
         columns, indices = zip(*(divmod(item, len(texts)) for item in items), strict=True)
-        mask_BN = torch.ones(len(items), len(blocks), dtype=torch.bool)
-        mask_BN[torch.arange(len(items)), list(columns)] = False
-        cond, x_BCHW = sampler.encode(texts).rows(indices), inputs_PCHW[list(indices)]
 
-        def draw(network: nn.Module, rows: list[int], block_mask_BN: Tensor | None) -> Tensor:
-            t_B = times_P[[indices[row] for row in rows]]
-            return sampler.predict(network, x_BCHW[rows], t_B, cond.rows(rows), block_mask_BN).float()
+        def predictions(rows: list[int], block_mask_BN: Tensor | None) -> Tensor:
+            own = [indices[row] for row in rows]
+            cond, x_BCHW = sampler.encode(texts).rows(own), inputs_PCHW[own]
 
-        found_BCHW = sampler.in_parts(draw, unet, len(items), mask_BN.to(unet.device)).cpu()
+            def draw(network: nn.Module, part: list[int], mask_BN: Tensor | None) -> Tensor:
+                t_B = times_P[[own[row] for row in part]]
+                return sampler.predict(network, x_BCHW[part], t_B, cond.rows(part), mask_BN).float()
+
+            return sampler.in_parts(draw, unet, len(rows), block_mask_BN).cpu()
+
+        found_BCHW = changed(unet, [changes[column] for column in columns], predictions)
         predicted_BCHW = predicted_PCHW[list(indices)]
         return (found_BCHW - predicted_BCHW).square().flatten(1).mean(1) / predicted_BCHW.square().flatten(1).mean(1)
 
@@ -83,6 +102,7 @@ def screen_blocks(
     table = map_batches(whole, len(texts), *shared, "the whole network's steps", keep and keep / "screen")
     inputs_PCHW, predicted_PCHW, ends_PCHW = (part.view(-1, *shape) for part in table[:, :-1].chunk(3, dim=1))
     times_P = table[:, -1]
-    found = map_batches(errors, len(blocks) * len(texts), *shared, "a screen of the blocks", keep and keep / "screened")
-    means = found.view(len(blocks), len(texts)).mean(1)
-    return Screen(dict(zip(blocks, means.tolist(), strict=True)), ends_PCHW)
+    items = len(changes) * len(texts)
+    found = map_batches(errors, items, *shared, "a screen of the blocks", keep and keep / "screened")
+    means = found.view(len(changes), len(texts)).mean(1)
+    return Screen(dict(zip(changes, means.tolist(), strict=True)), ends_PCHW)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from slimstep.engine.seeding import generator
-from slimstep.models.architecture import WHOLE, Architecture, as_architecture, nested
+from slimstep.models.architecture import WHOLE, Architecture, as_architecture
 from slimstep.prune.evolve import (
     Action,
     BlockValue,
@@ -23,8 +23,8 @@ from slimstep.prune.evolve import (
     choose_copies,
     choose_removals,
     copy,
-    removal,
     round_target_ms,
+    saving,
     take_in_order,
 )
 
@@ -50,8 +50,8 @@ class Situation:
 
     def after(self, actions: Sequence[Action], measured_ms: float) -> "Situation":
         """The same round once `actions` are taken and the result has been measured."""
-        done = [action.block for action in actions]
-        left = tuple(v for v in self.values if v.block not in done and not any(nested(v.block, d) for d in done))
+        done = [action.change for action in actions]
+        left = tuple(v for v in self.values if not any(v.change.excludes(change) for change in done))
         table = apply(self.architecture, actions)
         return replace(self, values=left, architecture=table, latency_ms=measured_ms, round_index=self.rounds - 1)
 
@@ -154,7 +154,8 @@ def spread(values: Sequence[BlockValue]) -> list[BlockValue]:
 
 
 class Manual:
-    """An architecture given by hand: `remove` lists blocks, `architecture` is a table {block: repeats}, or its file.
+    """An architecture given by hand: `remove` lists blocks, `architecture` is a table {block: repeats}, or its file; a
+    narrower block stands in it as {block: {widths: {part: share}}}.
 
     The latency target is not looked at. Raises FileNotFoundError where `architecture` names a file that does not exist,
     and ValueError where it is no such table.
@@ -177,12 +178,14 @@ class Manual:
         known = {value.block: value for value in situation.values}
         actions, latency_ms = [], situation.latency_ms
         for block, spec in self.architecture.items():
-            # A level as a whole has no value of its own.
-            value = known.get(block, BlockValue(block, math.nan, math.nan, math.nan))
-            now = situation.architecture.get(block, WHOLE).repeats
-            missing = [copy] * (spec.repeats - now) if spec.repeats else [removal] * (now > 0)
-            for change in missing:
-                actions.append(change(value, latency_ms))
+            # A level as a whole has no value of its own, nor has a part.
+            unknown = BlockValue(block, math.nan, math.nan, math.nan)
+            now, value = situation.architecture.get(block, WHOLE), known.get(block, unknown)
+            parts = [replace(unknown, part=part, share=share) for part, share in spec.widths.items()
+                     if now.widths.get(part, 1) != share]  # fmt: skip
+            missing = [copy] * (spec.repeats - now.repeats) if spec.repeats else [saving] * (now.repeats > 0)
+            for change, of in [*((saving, part) for part in parts), *((change, value) for change in missing)]:
+                actions.append(change(of, latency_ms))
                 latency_ms = actions[-1].predicted_ms
         return actions
 

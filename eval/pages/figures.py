@@ -185,6 +185,43 @@ def label_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
         boxes.append(box)
 
 
+@dataclass(frozen=True)
+class Change:
+    """What a removal or a narrower part saves and loses, and whether the search took it."""
+
+    saved_ms: float
+    lost: float
+    se: float
+    narrows: bool
+    taken: bool
+
+
+@styled
+def changes_figure(rounds: Mapping[str, Sequence[Change]], metric: str) -> Figure:
+    """What every change of each round loses against the milliseconds it saves; filled are those that were taken. Right
+    and low is better; losses lie on a scale that is linear near zero."""
+    figure, panels = canvas(6.4, 1.2 + 2.9 * len(rounds), rows=len(rounds))
+    for axes, (name, changes) in zip(panels, rounds.items(), strict=True):
+        axes.axhline(0, color=MUTED, linewidth=1, linestyle=DASHES, zorder=0)
+        for narrows, colour, label in ((False, STUDENT, "removal"), (True, STEP, "narrower part")):
+            kind = [change for change in changes if change.narrows == narrows]
+            if not kind:
+                continue
+            x, y, se = ([getattr(change, key) for change in kind] for key in ("saved_ms", "lost", "se"))
+            axes.errorbar(x, y, se, fmt="none", ecolor=colour, alpha=0.35, linewidth=0.8, zorder=1)
+            faces = [colour if change.taken else PAPER for change in kind]
+            axes.scatter(x, y, s=26, facecolor=faces, edgecolor=colour, linewidth=1, zorder=2)
+            axes.scatter([], [], s=26, facecolor=colour, edgecolor=colour, label=f"{label}, taken")
+            axes.scatter([], [], s=26, facecolor=PAPER, edgecolor=colour, label=f"{label}, not taken")
+        axes.set_yscale("symlog", linthresh=1.0)
+        axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}".replace("-", "−"))
+        axes.set_ylabel(f"{metric} lost ± se")
+        axes.set_title(name)
+    panels[0].legend(frameon=False, fontsize=8, ncols=2)
+    panels[-1].set_xlabel("saves, ms")
+    return figure
+
+
 @styled
 def additivity_figure(samples: Sequence[dict]) -> Figure:
     """What the latency table predicts for random architectures against what they took."""

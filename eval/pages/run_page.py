@@ -14,18 +14,21 @@ from slimstep.eval.pages.figures import (
     STEP,
     STUDENT,
     TEACHER,
+    Change,
     Point,
     additivity_figure,
+    changes_figure,
     evolution_figure,
     grid_figure,
     pareto_figure,
 )
 from slimstep.eval.pages.html import data_uri, write_page
-from slimstep.eval.pages.runs import CLIP, Model, RunRecord, ranked_by, read_run
+from slimstep.eval.pages.runs import CLIP, Model, Round, RunRecord, ranked_by, read_run
 from slimstep.eval.pages.text import count, digits, display_name, flatten, overlap_sentence, percent, signed, tile
 from slimstep.eval.pages.unet_figure import unet_figure
 from slimstep.models.architecture import kept
 
+MOST_PANELS = 3  # rounds whose changes are drawn, the last ones
 KINDS = {"teacher": ("teacher", TEACHER), "student": ("student", STUDENT)}
 
 
@@ -79,6 +82,8 @@ def tiles(run: RunRecord) -> list[dict[str, str]]:
     versus, blocks = student.versus_reference, run.latest_blocks
     num_kept = len(kept(blocks, run.architecture, run.levels))
     copied = sum(spec.repeats > 1 for spec in run.architecture.values())
+    narrower = sum(bool(spec.widths) for spec in run.architecture.values())
+    narrowed = f", {narrower} narrowed" if narrower else ""
     interval = f"{signed(versus['low'])} to {signed(versus['high'])} (95 %)"
     shares = (
         ("denoiser time", attrgetter("ms"), digits, " ms"),
@@ -88,7 +93,7 @@ def tiles(run: RunRecord) -> list[dict[str, str]]:
     return [
         *(tile(label, percent(of(student) / of(teacher)), f"{form(of(student))} of {form(of(teacher))}{unit}")
           for label, of, form, unit in shares),
-        tile("blocks kept", f"{num_kept} / {len(blocks)}", f"{copied} copied"),
+        tile("blocks kept", f"{num_kept} / {len(blocks)}", f"{copied} copied{narrowed}"),
         tile("CLIP, paired", signed(versus["mean"]), interval),
     ]  # fmt: skip
 
@@ -111,7 +116,7 @@ def facts(run: RunRecord) -> dict[str, dict[str, Any]]:
     ranking = (
         {**scores["protocol"], "agreement of halves (ρ)": scores.get("rank_agreement_of_halves")} if scores else {}
     )
-    left_out, done = ("sites", "samples"), run.evaluation
+    left_out, done = ("sites", "narrower", "samples"), run.evaluation
     evaluated = {**done.protocol, "prompts_hash": done.prompts_hash, "n": done.n, **done.seen} if done else {}
     tables = {
         "Evaluation": evaluated,
@@ -133,6 +138,8 @@ def draw_figures(run: RunRecord) -> dict[str, Figure]:
         timed = first_latency(run)
         figures["blocks"] = unet_figure(blocks, run.architecture, run.removed_in, timed and timed.get("latent_size"),
                                        run.ranked_by)  # fmt: skip
+    if changes := {display_name(r.name): found for r in run.rounds if r.decision and (found := scored_changes(r))}:
+        figures["changes"] = changes_figure(dict([*changes.items()][-MOST_PANELS:]), run.ranked_by)
     if len(points := stages(run)) > 1:
         predicted = {r.name: r.decision["predicted_ms"] for r in run.rounds if r.decision} if run.evaluation else {}
         target = next((r.decision["target_ms"] for r in reversed(run.rounds) if r.decision), None)
@@ -144,6 +151,17 @@ def draw_figures(run: RunRecord) -> dict[str, Figure]:
     if ends and run.prompts:
         figures["images"] = grid_figure([(name, run.images[name]) for name in ends], run.prompts)
     return figures
+
+
+def scored_changes(r: Round) -> list[Change]:
+    """All removals and narrower parts that the round scored, with what it took of them."""
+    place = lambda of: (of["site"], of.get("part"), of.get("share"))  # noqa: E731
+    taken = {place(action) for action in r.decision["actions"] if action["action"] != "copy"}
+    return [
+        Change(value["saved_ms"], value["delta_clip"], value["se"] or 0.0, bool(value.get("part")),
+               place(value) in taken)
+        for value in r.decision["values"] if value["delta_clip"] is not None and value["saved_ms"] is not None
+    ]  # fmt: skip
 
 
 def first_latency(run: RunRecord) -> dict[str, Any] | None:

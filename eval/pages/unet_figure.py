@@ -16,7 +16,16 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from slimstep.eval.pages.figures import INK, MUTED, STUDENT, canvas, styled
 from slimstep.eval.pages.runs import CLIP, Block, finite
 from slimstep.eval.pages.text import digits, signed
-from slimstep.models.architecture import Architecture, holder_of, holds, level_of, num_levels, repeats_of, unet_levels
+from slimstep.models.architecture import (
+    WHOLE,
+    Architecture,
+    holder_of,
+    holds,
+    level_of,
+    num_levels,
+    repeats_of,
+    unet_levels,
+)
 
 SIDES = ("down_blocks.", "mid_block.", "up_blocks.")
 PER_COLUMN = 10  # of a transformer's blocks
@@ -39,7 +48,8 @@ def unet_figure(
     latent_size: int | None = None,
     metric: str = CLIP,
 ) -> Figure:
-    """Every block's value at its place in the U; removed ones struck out (with the round), copied ones doubled.
+    """Every block's value at its place in the U; removed ones struck out (with the round), copied ones doubled,
+    narrowed ones named.
 
     `metric`: what the values are of.
     """
@@ -53,7 +63,8 @@ def unet_figure(
     draw_wiring(axes, corners, levels, latent_size)
     for path, corner in corners.items():
         layers = [(blocks[inner], repeats[inner]) for inner in blocks if holds(path, inner) and inner not in corners]
-        draw_box(axes, corner, blocks[path], repeats[path], (removed_in or {}).get(path), norm)
+        narrowed = bool(architecture.get(path, WHOLE).widths)
+        draw_box(axes, corner, blocks[path], repeats[path], (removed_in or {}).get(path), norm, narrowed)
         draw_layers(axes, corner, layers, norm)
     axes.set_xlim(-0.75, width + 0.1)
     axes.set_ylim(-(lowest + 0.2) * PITCH, BOX_H + 0.14)
@@ -174,7 +185,10 @@ def ink_on(fill: tuple[float, float, float, float]) -> str:
     return "#0f1114" if 0.2126 * fill[0] + 0.7152 * fill[1] + 0.0722 * fill[2] > 0.5 else "#ffffff"
 
 
-def draw_box(axes: Axes, corner: tuple[float, float], block: Block, repeats: int, gone_in: int | None, norm: FuncNorm):
+def draw_box(
+    axes: Axes, corner: tuple[float, float], block: Block, repeats: int, gone_in: int | None, norm: FuncNorm,
+    narrowed: bool = False,
+) -> None:  # fmt: skip
     """One block: kind, CLIP lost ± se, milliseconds; `gone_in` is the number of the round that removed it."""
     (x, y), fill, alive = corner, colour_of(block, norm), repeats > 0
 
@@ -196,6 +210,7 @@ def draw_box(axes: Axes, corner: tuple[float, float], block: Block, repeats: int
     holder, name = block.path.split(".")[-2:]
     label = f"{kinds.get(holder, 'block')} {name}" if name.isdecimal() else name
     note = f"  ×{repeats}" if repeats > 1 else f"  r{gone_in}" if gone_in is not None and not alive else ""
+    note += "  narrow" if narrowed and alive else ""
     text(0.07, BOX_H - 0.06, f"{label}{note}", 6, ha="left", va="top")
     score = signed(block.delta_clip) if finite(block.delta_clip) else "not scored"
     text(BOX_W / 2, 0.335, score, 9 if finite(block.delta_clip) else 7, ha="center", va="center", weight="bold")
@@ -228,6 +243,6 @@ def draw_scale(figure: Figure, axes: Axes, norm: FuncNorm, metric: str) -> None:
     bar.set_label(
         f"colour: {metric} lost per millisecond saved (orange: free to remove, blue: worth its time)\n"
         f"in a box: {metric} lost without the block ± standard error · its milliseconds\n"
-        "struck out: removed, r0 in round 0; doubled: copied",
+        "struck out: removed, r0 in round 0; doubled: copied; narrow: parts of it lost units",
         fontsize=8,
     )

@@ -11,7 +11,8 @@ import copy
 import hashlib
 import inspect
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
@@ -35,6 +36,7 @@ from slimstep.models.architecture import (
     kept,
     repeats_of,
 )
+from slimstep.models.families.widths import can_go, narrow, narrowed_copy, parts_of, units_left, zeroed
 
 OURS = re.compile(r"^from (slimstep\.[\w.]+) import (?:\(.*?\)|[^\n]*)\n", flags=re.M | re.S)
 
@@ -68,6 +70,8 @@ class Prunable(ModelMixin):
     removed or closed block takes its layers along. copyable_blocks: those that can run more than once.
     skip_rules: {block: its rule}, for ResNets that change channels; skip_rule_choices: {block: those possible there}.
     levels: the innermost levels that can go as a whole, from the inside out.
+    width_units: {block: {part: its units in the whole network}} of blocks that can be narrower (widths.py), of those
+    that hold others the innermost alone. removable_parts: {block: those of its parts that can be left out alone}.
     """
 
     STOCK: type[ModelMixin]
@@ -88,7 +92,14 @@ class Prunable(ModelMixin):
         self.skip_rule_choices = {s: choices for s, m in modules.items() if (choices := self.rules_possible_at(s, m))}
         self.copyable_blocks = tuple(s for s in modules if self.can_be_copied(s))
         self.skip_rules = self._skip_rule_of_each_block(bypass)
+        holders = set(self.parents.values())
+        parts = {s: parts_of(m) for s, m in modules.items() if s not in holders}
+        self.removable_parts = {s: tuple(n for n in own if can_go(modules[s], n)) for s, own in parts.items()}
+        units = {s: {name: part.units for name, part in own.items()} for s, own in parts.items()}
+        units = {s: {n: k for n, k in own.items() if k > 1 or n in self.removable_parts[s]} for s, own in units.items()}
+        self.width_units = {s: own for s, own in units.items() if own}
         self.architecture = canonical(as_architecture(depths or {}), self.all_blocks, self.levels, self.copyable_blocks)
+        self._check_widths()
         self.kept_blocks = kept(self.all_blocks, self.architecture, self.levels)
         written = {"depths": as_json(self.architecture), "bypass": bypass if isinstance(bypass, str) else dict(bypass)}
         self.register_to_config(**written)
@@ -159,6 +170,35 @@ class Prunable(ModelMixin):
         """The block itself, and, for a layer, its twins in the copies of the transformer that holds it."""
         return instances(block, self.architecture, self.parents.get(block))
 
+    def runs_of(self, block: str) -> Iterator[str]:
+        """The paths of all modules that are this block: it, its copies, and their twins in a holder's copies."""
+        for path in self.instances(block):
+            yield from (path, *(f"{path}.copies.{k}" for k in range(self.repeats(block) - 1)))
+
+    def units_of(self, block: str) -> dict[str, int]:
+        """{part: units that stay} of a block that the architecture narrows."""
+        units = self.width_units.get(block, {})
+        return {name: units_left(units[name], share) for name, share in self.architecture[block].widths.items()}
+
+    def _check_widths(self) -> None:
+        """ValueError for widths of parts that a block does not have, or that cannot be left out."""
+        for block, spec in self.architecture.items():
+            units, removable = self.width_units.get(block, {}), self.removable_parts.get(block, ())
+            if unknown := sorted(set(spec.widths) - set(units)):
+                raise ValueError(f"the architecture narrows {unknown} of {block}, whose parts are {tuple(units)}")
+            if fixed := [name for name, share in spec.widths.items() if share == 0 and name not in removable]:
+                raise ValueError(f"the architecture leaves {fixed} out of {block}; it can do without {removable} alone")
+
+    @contextmanager
+    def with_narrower(self, block: str, part: str, share: float) -> Iterator[None]:
+        """While this runs the network gives, to rounding, what it would with a part of a block at a share of its width;
+        its shapes and its speed do not change."""
+        count = units_left(self.width_units[block][part], share)
+        with ExitStack() as stack:
+            for path in self.runs_of(block):
+                stack.enter_context(zeroed(self.get_submodule(path), part, count))
+            yield
+
     def _skip_rule_of_each_block(self, rule: str | Mapping[str, str]) -> dict[str, str]:
         """{block: rule} for every block that has one."""
         if isinstance(rule, str):
@@ -207,7 +247,9 @@ class Prunable(ModelMixin):
             repeats = self.architecture[block].repeats
             if repeats == 0:
                 self.remove_block(block)
-            else:
+                continue
+            narrow(modules[block], self.units_of(block))
+            if repeats > 1:
                 copies = [copy.deepcopy(modules[block]) for _ in range(repeats - 1)]
                 modules[block].copies = nn.ModuleList(map(self.zero_init, copies))
 
@@ -311,15 +353,45 @@ def build_from(
     back = tuple(f"{s}." for s in new.kept_blocks if s in before and before[s].repeats == 0)
     own = {key: value for key, value in own.items() if not key.startswith(back)}  # a removed ResNet's shortcut remains
     weights = {key: next((t[k] for k in origins(key) for t in (own, more) if k in t), None) for key in new.state_dict()}
+    weights |= narrowed_weights(new, [network for network in (unet, source) if network is not None])
     if missing := [key for key, value in weights.items() if value is None]:
         blocks = [s for s in new.kept_blocks if any(holds(s, key) for key in missing)] or missing
         raise ValueError(f"no weights for {blocks}; with_architecture(…, source=a UNet that holds them) puts them back")
+    check_shapes(new, weights)
     new.load_state_dict({key: value.detach().clone() for key, value in weights.items()}, assign=True)
     new.adopt_rest(unet)
     if copy_init == "zero":
         for path in copies_in(weights) - copies_in(own) - copies_in(more):
             new.zero_init(new.get_submodule(path))
     return new.train(unet.training)
+
+
+def narrowed_weights(new: Prunable, sources: Sequence[nn.Module]) -> dict[str, Tensor]:
+    """The weights of narrowed blocks: the strongest units of the first of the sources that has the block."""
+    weights: dict[str, Tensor] = {}
+    units = {block: new.units_of(block) for block, spec in new.architecture.items() if spec.widths}
+    for path, widths in ((path, widths) for block, widths in units.items() for path in new.runs_of(block)):
+        needed = {key for key in new.get_submodule(path).state_dict() if not key.startswith("copies.")}
+        found = (submodule(source, origin) for origin in origins(path) for source in sources)
+        if module := next((m for m in found if m is not None and needed <= m.state_dict().keys()), None):
+            own = narrowed_copy(module, widths).state_dict()
+            weights |= {f"{path}.{key}": own[key] for key in needed}
+    return weights
+
+
+def check_shapes(new: Prunable, weights: Mapping[str, Tensor]) -> None:
+    """ValueError for a block that would have to be wider than it is where its weights are from."""
+    shapes = {key: weight.shape for key, weight in new.state_dict().items()}
+    if differing := [key for key, weight in weights.items() if weight.shape != shapes[key]]:
+        blocks = [s for s in new.kept_blocks if any(holds(s, key) for key in differing)] or differing
+        raise ValueError(f"{blocks} are narrower than the architecture has them: lost units do not come back")
+
+
+def submodule(module: nn.Module, path: str) -> nn.Module | None:
+    """None where there is no such module, or nothing in its place."""
+    for name in path.split("."):
+        module = getattr(module, name, None)
+    return module
 
 
 def fields_of(network: ModelMixin) -> dict[str, Any]:

@@ -52,6 +52,9 @@ class StockPlan:
         self.up = [
             Level(self, f"up_blocks.{i + self.num_removed_levels}", f"up_blocks.{i}") for i in range(self.num_levels)
         ]
+        for block, spec in unet.architecture.items():
+            if spec.widths:
+                self.obstruct(block, "is narrowed")
         self.mid = self.mid_fields()
         if not self.obstacles:
             self.check_skip_connections()

@@ -188,8 +188,8 @@ def silence(block: nn.Module) -> nn.Module:
     elif isinstance(block, Attention):
         last = [block.to_out[0]]
     else:
-        attentions = [a.to_out[0] for a in (block.attn1, block.attn2) if a is not None]
-        last = [*attentions, [m for m in block.ff.net if isinstance(m, nn.Linear)][-1]]
+        last = [a.to_out[0] for a in (block.attn1, block.attn2) if isinstance(a, Attention)]
+        last += [m for m in getattr(block.ff, "net", ()) if isinstance(m, nn.Linear)][-1:]
     for parameter in (p for layer in last for p in layer.parameters()):
         nn.init.zeros_(parameter)
     return block

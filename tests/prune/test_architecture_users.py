@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from slimstep.eval.pages.runs import Round, RunRecord
-from slimstep.models.architecture import as_architecture, as_json
+from slimstep.models.architecture import as_architecture, as_json, nested
 from slimstep.models.families.unet import Removed
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
-from slimstep.prune.evolve import BlockValue, apply, copy, nested, removal
+from slimstep.prune.evolve import BlockValue, apply, copy, saving
 from slimstep.prune.latency import predicted_ms
 from tests.models.conftest import SMALL_CONFIGS
 
@@ -26,7 +26,7 @@ def random_actions(unet, draw: random.Random):
     levels = list(unet.levels)[: draw.choice((0, 0, 1, len(unet.levels)))]
     removed = [*levels, *draw.sample(unet.blocks, draw.randint(0, 6))]
     copied = draw.choices(unet.copyable_blocks, k=draw.randint(0, 4))
-    actions = [(removal, block) for block in removed] + [(copy, b) for b in copied if b not in removed]
+    actions = [(saving, block) for block in removed] + [(copy, b) for b in copied if b not in removed]
     draw.shuffle(actions)
     return [action(BlockValue(block, 1.0, 0.1, 1.0), latency_ms=100.0) for action, block in actions]
 

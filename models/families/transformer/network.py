@@ -20,7 +20,7 @@ from diffusers.configuration_utils import register_to_config
 from torch import Tensor, nn
 
 from slimstep.models.architecture import BlockSpec, copies
-from slimstep.models.families.prunable import Prunable, RunningMask
+from slimstep.models.families.prunable import Prunable, RunningMask, submodule
 
 # The last layers of residual branches, as blocks of diffusers name them.
 LAST_LAYERS = (
@@ -155,13 +155,6 @@ def adopt_rest(network: ModelMixin, source: ModelMixin, lists: Iterable[str]) ->
     for name, module in source.named_children():
         if name not in lists:
             setattr(network, name, copy.deepcopy(module))
-
-
-def submodule(module: nn.Module, path: str) -> nn.Module | None:
-    """None where there is no such module, or nothing in its place."""
-    for name in path.split("."):
-        module = getattr(module, name, None)
-    return module
 
 
 class MaskedTransformerBlock:

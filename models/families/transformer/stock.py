@@ -24,16 +24,19 @@ def stock_config(network: ModelMixin) -> dict:
 
 
 def obstacles_of(network: ModelMixin) -> tuple[str, ...]:
-    """Why a network is not one of diffusers' own class: the sublayers that it lacks."""
+    """Why a network is not one of diffusers' own class: the sublayers that it lacks, and blocks that are narrower."""
     if not isinstance(network, PrunableTransformer):
         return ()
-    gone = (path for path in network.parents if path in network.architecture)
-    return tuple(f"{path} is removed, and the blocks of a {network.STOCK.__name__} are all alike" for path in gone)
+    table = network.architecture
+    changed = {path: "removed" for path in network.parents if path in table and table[path].repeats == 0}
+    changed |= {path: "narrowed" for path, spec in table.items() if spec.widths}
+    alike = f"and the blocks of a {network.STOCK.__name__} are all alike"
+    return tuple(f"{path} is {how}, {alike}" for path, how in changed.items())
 
 
 def to_stock(network: ModelMixin) -> ModelMixin:
-    """The stock network with the pruned one's output: copies of its weights, renumbered. ValueError where it lacks
-    sublayers."""
+    """The stock network with the pruned one's output: copies of its weights, renumbered. ValueError where its
+    blocks are not all alike."""
     if not isinstance(network, PrunableTransformer):
         return network
     if obstacles := obstacles_of(network):
