@@ -43,14 +43,20 @@ class SamplingConfig:
 class ScoringConfig(SamplingConfig):
     """The sampling that ranks blocks. Protocol `snapfusion`: every removal, on the same fixed number of prompts;
     `screened`: the removals alone that one evaluation of each block finds cheapest, as many as save `screen_margin`
-    times what a round has to save."""
+    times what a round has to save; `racing`: `race_prompts` at a time, and more for those changes alone that may still
+    alter the decision, until that is expected to lose at most `tolerance` more than the best one."""
 
     protocol: str = "snapfusion"
     screen_margin: float = 2.0
+    race_prompts: int = 2
+    tolerance: float = 0.1
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("scoring", self, protocol=("snapfusion", "screened"))
+        check_choice("scoring", self, protocol=("snapfusion", "screened", "racing"))
+        check_minimum("scoring", self, 2, "race_prompts")
+        if not self.tolerance > 0:
+            raise ValueError(f"scoring.tolerance={self.tolerance} must be above 0: some losses are the same")
         if not self.screen_margin >= 1:
             raise ValueError(f"scoring.screen_margin={self.screen_margin} must be at least 1, or no round saves enough")
 

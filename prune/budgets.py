@@ -87,7 +87,16 @@ def choice(measured: Measured, fraction: float, search: str) -> Choice:
     share = actions[-1].predicted_ms / now if actions else 1.0
     labels = [action.change.label for action in actions]
     known = [measured.lost[label] for label in labels if label in measured.lost]
-    return Choice(fraction, search, actions, share, mean_and_error(np.sum(known, axis=0)) if known else None)
+    return Choice(fraction, search, actions, share, sum_of(actions, known))
+
+
+def sum_of(actions: Sequence[Action], known: Sequence[np.ndarray]) -> Mean | None:
+    """What the actions lose, prompt by prompt; of a race, in which some were drawn for more prompts than others, by its
+    estimates."""
+    if len({len(lost_P) for lost_P in known}) <= 1:
+        return mean_and_error(np.sum(known, axis=0)) if known else None
+    lost, error = sum(action.delta_clip for action in actions), math.hypot(*(action.se for action in actions))
+    return Mean(lost, error, min(map(len, known)))
 
 
 def budgets_table(found: Sequence[Choice]) -> Table:

@@ -24,7 +24,8 @@ def pruning_stages(teacher: Teacher, search: Any) -> Iterator[Stage]:
         if search.needs_scores:
             drawn = (1 + len(changes)) * scoring.prompts
             screened = scoring.protocol == "screened"
-            what = "at most, behind a screen of all changes" if screened else counted(changes)
+            limits = {"screened": "at most, behind a screen of all changes", "racing": "at most, by a race"}
+            what = limits.get(scoring.protocol, counted(changes))
             screen = drawn if screened else 0
             yield Stage(f"{stage}/scores.json", f"{drawn} images ({what})", (1 + len(changes)) * rows + screen)
         if needs_similarity(search):

@@ -21,7 +21,8 @@ from slimstep.prune.changes import Change, narrower_labels, without_kept
 from slimstep.prune.config import Config
 from slimstep.prune.evolve import Action, BlockValue, apply, record_json
 from slimstep.prune.latency import latency_table, predicted_ms, read_table, table_without
-from slimstep.prune.scores import score_blocks
+from slimstep.prune.racing import record_of, run_race, why_stopped
+from slimstep.prune.scores import Drawing, score_blocks, score_record
 from slimstep.prune.screening import Screen, screen_blocks
 from slimstep.prune.search import Situation, needs_similarity
 from slimstep.prune.similarity import block_similarities
@@ -91,31 +92,65 @@ class Measures:
         shared = scoring.batch_size, teacher.run.accelerator, teacher.run.path / PARTIAL / stage
         return screen_blocks(unet, teacher.sampler(scoring), self.calibration, *shared, changes)
 
-    def scores(self, unet: Prunable, stage: str, ms: Mapping[str, float], excess_ms: float) -> dict:
-        """The block scores of `unet` with their protocol; ms: what each change saves, by its label. excess_ms: what the
-        round has to save; where that is nothing blocks are copied, of which no screen tells."""
+    def scores(self, unet: Prunable, stage: str, situation: Situation) -> dict:
+        """The block scores of `unet` with their protocol. Where the round has nothing to save blocks are copied, of
+        which no screen tells, and no race."""
+        protocol = self.teacher.config.scoring.protocol
+        excess_ms = situation.latency_ms - situation.goal_ms
+        has_excess = 0 < excess_ms < math.inf
+        if protocol == "racing" and has_excess:
+            record = self.raced(unet, stage, situation)
+        else:
+            ms = {value.change.label: value.saved_ms for value in situation.values}
+            record = self.scored(unet, stage, ms, excess_ms if protocol == "screened" and has_excess else None)
+        agreement = record["rank_agreement_of_halves"]
+        halves = "" if agreement is None else f"; halves of the prompts rank the blocks alike with ρ = {agreement:.2f}"
+        log.info(f"{ranked_by(record)} {record['base']['clip']:.2f} ± {record['base']['se']:.2f}{halves}")
+        for doubt in score_cautions(record):
+            log.warning(f"{stage}: {doubt}")
+        return record
+
+    def protocol(self, name: str) -> dict[str, Any]:
+        """What scores are measured with."""
+        prompts, metric = self.calibration, self.teacher.config.search.metric
+        named = {} if metric == "clip" else {"metric": metric}
+        own = {"name": name, "prompts_hash": prompts.hash, "n": len(prompts.distinct), **named}
+        return {**own, **self.metrics[metric].protocol, **self.teacher.sampler(self.teacher.config.scoring).protocol}
+
+    def raced(self, unet: Prunable, stage: str, situation: Situation) -> dict:
+        """By a race (racing.py), in which the search decides on what is known so far."""
+        teacher, scoring, prompts = self.teacher, self.teacher.config.scoring, self.calibration
+        sampler, metric = teacher.sampler(scoring), self.metrics[teacher.config.search.metric]
+        drawing = Drawing(unet, sampler, metric, prompts, scoring.batch_size, teacher.run.accelerator)
+        labels = [value.change.label for value in situation.values]
+        places = {label: n for n, label in enumerate(labels)}
+
+        def choose(lost: Sequence[float]) -> set[int]:
+            values = (replace(v, delta_clip=x, se=0.0) for v, x in zip(situation.values, lost, strict=True))
+            return {places[action.change.label] for action in self.search(replace(situation, values=tuple(values)))}
+
+        first = [prompts.prompts.index(text) for text in prompts.distinct]  # a text's other noises are left out
+        keep, own = teacher.run.path / PARTIAL / f"{stage}-race", (scoring.race_prompts, scoring.tolerance)
+        race = run_race(drawing, labels, choose, first, *own, teacher.config.seed, keep)
+        log.info(f"{stage} scores are settled: {why_stopped(race, scoring.tolerance)}")
+        spent = record_of(race, scoring.tolerance, sampler.evaluations(unet))
+        return score_record(self.protocol("racing"), race.base_P, race.rows(), race.others_psnr, None, race=spent)
+
+    def scored(self, unet: Prunable, stage: str, ms: Mapping[str, float], screened_ms: float | None) -> dict:
+        """Every change on all prompts; or, with what the round has to save, those that a screen leaves. ms: what each
+        change saves, by its label."""
         teacher, scoring, prompts = self.teacher, self.teacher.config.scoring, self.calibration
         screen: Screen | None = None
         chosen: dict[str, Any] = {"blocks": tuple(ms)}
-        if scoring.protocol == "screened" and 0 < excess_ms < math.inf:
+        if screened_ms is not None:
             screen = self.screen(unet, stage, tuple(ms))
-            cheapest = screen.cheapest(ms, scoring.screen_margin * excess_ms)
+            cheapest = screen.cheapest(ms, scoring.screen_margin * screened_ms)
             chosen = {"blocks": cheapest, "latents_PCHW": screen.latents_PCHW}
             log.info(f"{stage} scores {len(cheapest)} of {len(ms)} changes: a screen found them cheapest")
         sampler, keep = teacher.sampler(scoring), teacher.run.path / PARTIAL / stage
-        accelerator, name = teacher.run.accelerator, teacher.config.search.metric
-        metric = self.metrics[name]
+        accelerator, metric = teacher.run.accelerator, self.metrics[teacher.config.search.metric]
         table = score_blocks(unet, sampler, metric, prompts, scoring.batch_size, accelerator, keep, **chosen)
-        kind = "screened" if screen else "snapfusion"
-        protocol = {"name": kind, "prompts_hash": prompts.hash, "n": len(prompts.distinct)}
-        protocol |= {} if name == "clip" else {"metric": name}
-        record = table.record({**protocol, **metric.protocol, **sampler.protocol})
-        log.info(
-            f"{ranked_by(record)} {record['base']['clip']:.2f} ± {record['base']['se']:.2f}; two halves of the prompts "
-            f"rank the blocks alike with ρ = {record['rank_agreement_of_halves']:.2f}"
-        )
-        for doubt in score_cautions(record):
-            log.warning(f"{stage}: {doubt}")
+        record = table.record(self.protocol("screened" if screen else "snapfusion"))
         return record | ({"screen": dict(screen.errors)} if screen else {})
 
 
@@ -127,9 +162,7 @@ def decide(measures: Measures, unet: Prunable, previous: dict | None, r: int) ->
     latency_ms = previous["measured_ms"] if previous else table["full_ms"]
     situation = situation_of(measures, unet, table, latency_ms, teacher_ms, r)
     if measures.search.needs_scores:
-        ms = {value.change.label: value.saved_ms for value in situation.values}
-        excess_ms = latency_ms - situation.goal_ms
-        scores = run.json(f"{stage}/scores.json", lambda: measures.scores(unet, stage, ms, excess_ms))
+        scores = run.json(f"{stage}/scores.json", lambda: measures.scores(unet, stage, situation))
         situation = replace(situation, values=scored_values(situation.values, scores))
     if needs_similarity(measures.search):
         alike = run.json(f"{stage}/similarities.json", lambda: measures.similarities(unet, stage))["blocks"]

@@ -9,9 +9,10 @@ prompts are from each other. A scorer that is at chance loses nothing when a pic
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -45,20 +46,30 @@ class ScoreTable:
 
     def record(self, protocol: dict) -> dict:
         """The table as JSON: per block the mean paired loss, its standard error, and the images' PSNR to the base's;
-        `picture_error` is `picture_error`'s, null where that is not known. Narrowings stand apart, by their labels."""
-        base = mean_and_error(self.base_P.tolist())
+        `picture_error` is `picture_error`'s, null where that is not known."""
         rows = {
             label: block_record(loss_P.tolist(), psnr_P.mean().item(), self.others_psnr)
             for label, loss_P, psnr_P in zip(self.blocks, self.loss_NP, self.psnr_NP, strict=True)
         }
-        narrower = {label: row for label, row in rows.items() if Change.of(label).part}
-        return {
-            "protocol": protocol,
-            "base": {"clip": base.mean, "se": base.se, "psnr_to_other_prompts": none_if_nan(self.others_psnr)},
-            "rank_agreement_of_halves": split_half_agreement(self.loss_NP.tolist()),
-            "sites": {label: row for label, row in rows.items() if label not in narrower},
-            **({"narrower": narrower} if narrower else {}),
-        }
+        agreement = split_half_agreement(self.loss_NP.tolist())
+        return score_record(protocol, self.base_P, rows, self.others_psnr, agreement)
+
+
+def score_record(
+    protocol: Mapping[str, Any], base_P: Tensor, rows: Mapping[str, dict], others_psnr: float,
+    agreement: float | None, **more: Any,
+) -> dict:  # fmt: skip
+    """What scores.json holds, from the rows of all changes by their labels. Narrowings stand apart, by these."""
+    base = mean_and_error(base_P.tolist())
+    narrower = {label: row for label, row in rows.items() if Change.of(label).part}
+    return {
+        "protocol": dict(protocol),
+        "base": {"clip": base.mean, "se": base.se, "psnr_to_other_prompts": none_if_nan(others_psnr)},
+        "rank_agreement_of_halves": agreement,
+        "sites": {label: row for label, row in rows.items() if label not in narrower},
+        **({"narrower": narrower} if narrower else {}),
+        **more,
+    }
 
 
 def block_record(loss_P: list[float], mean_psnr: float, others_psnr: float) -> dict:
@@ -98,37 +109,79 @@ def score_blocks(
 
     Finished batches lie under `keep` until all are there.
     """
-    texts, blocks = prompts.prompts, tuple(blocks or unet.kept_blocks)
-    metric = as_metric(metric)
-    metric.prepare(texts)
+    blocks = tuple(blocks or unet.kept_blocks)
+    drawing = Drawing(unet, sampler, as_metric(metric), prompts, batch_size, accelerator or Accelerator(), latents_PCHW)
+    every = range(len(prompts))
+    base_P = drawing.base(every, keep and keep / "base")
+    pairs = [(block, index) for block in blocks for index in every]
+    values_NP2 = drawing.changes(pairs, keep and keep / "blocks").reshape(len(blocks), len(prompts), 2)
+    lost_NP, psnr_NP = (prompts.by_text(values_NP) for values_NP in values_NP2.unbind(-1))
+    return ScoreTable(blocks, prompts.by_text(base_P), lost_NP, psnr_NP, drawing.others_psnr)
 
-    def draw(indices: list[int]) -> Tensor:
-        if latents_PCHW is None:
-            return sampler.images(unet, texts, indices)
-        ends_BCHW = latents_PCHW[indices]
-        return sampler.in_parts(lambda _, rows, __: sampler.decode(ends_BCHW[rows]), unet, len(indices))
 
-    shared = batch_size, accelerator or Accelerator()
-    base = map_batches(draw, len(texts), *shared, "images of the base", keep and keep / "base")
+class Drawing:
+    """Images of a network, and of the network after changes: values of a metric of single images, and distances.
 
-    def ablate(items: list[int]) -> Tensor:
-        """Shape [items, 2]: CLIP score after the change, and PSNR to the base image."""
-        columns, indices = zip(*(divmod(item, len(texts)) for item in items), strict=True)
+    `batch_size` counts images. `latents_PCHW`: where the network's own sampling ends, where that is known.
+    """
 
-        def draw(rows: list[int], block_mask_BN: Tensor | None) -> Tensor:
-            return sampler.images(unet, texts, [indices[row] for row in rows], block_mask_BN=block_mask_BN).cpu()
+    def __init__(
+        self, unet: Prunable, sampler: Sampler, metric: Metric, prompts: PromptSet, batch_size: int,
+        accelerator: Accelerator, latents_PCHW: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        self.unet, self.sampler, self.metric, self.texts = unet, sampler, metric, prompts.prompts
+        self.shared = batch_size, accelerator
+        self.latents_PCHW = latents_PCHW
+        self.images: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+        metric.prepare(self.texts)
 
-        images, rows = changed(unet, [blocks[column] for column in columns], draw), list(indices)
-        return torch.stack([metric(images, [texts[i] for i in rows], base[rows]), psnr(images, base[rows])], dim=1)
+    def base(self, prompts: Sequence[int], keep: Path | None = None) -> Tensor:
+        """The network's own values [P] on prompts, by their numbers in the set; those not seen yet are drawn."""
+        if new := [number for number in prompts if number not in self.images]:
+            draw = lambda rows: self.draw_base([new[row] for row in rows])  # noqa: E731
+            images = map_batches(draw, len(new), *self.shared, "images of the base", keep)
+            self.images |= zip(new, images, strict=True)
+            rate = lambda rows: self.rate(images[rows], [new[row] for row in rows])  # noqa: E731
+            self.values |= zip(new, map_batches(rate, len(new), *self.shared, "the base"), strict=True)
+        return torch.stack([self.values[number] for number in prompts])
 
-    rate = lambda rows: metric(base[rows], [texts[i] for i in rows], base[rows])  # noqa: E731
-    base_P = map_batches(rate, len(texts), *shared, "the base")
-    items, parts = len(blocks) * len(texts), keep and keep / "blocks"
-    values = map_batches(ablate, items, *shared, "block scores", parts)
-    score_NP, psnr_NP = values.reshape(len(blocks), len(texts), 2).unbind(-1)
-    lost_NP = base_P - score_NP if metric.better == "high" else score_NP - base_P
-    losses = prompts.by_text(base_P), prompts.by_text(lost_NP)
-    return ScoreTable(blocks, *losses, prompts.by_text(psnr_NP), psnr_of_others(base, texts))
+    def draw_base(self, numbers: list[int]) -> Tensor:
+        if self.latents_PCHW is None:
+            return self.sampler.images(self.unet, self.texts, numbers)
+        ends_BCHW = self.latents_PCHW[numbers]
+        return self.sampler.in_parts(lambda _, rows, __: self.sampler.decode(ends_BCHW[rows]), self.unet, len(numbers))
+
+    def rate(self, images_B3HW: Tensor, numbers: Sequence[int]) -> Tensor:
+        return self.metric(images_B3HW, [self.texts[n] for n in numbers], self.images_of(numbers))
+
+    def images_of(self, numbers: Sequence[int]) -> Tensor:
+        return torch.stack([self.images[number] for number in numbers])
+
+    def changes(self, pairs: Sequence[tuple[str, int]], keep: Path | None = None) -> Tensor:
+        """[pairs, 2] for changes by their labels and prompts by their numbers, whose base is drawn: what is lost
+        against the base, in the metric's units, and PSNR to its image in dB."""
+
+        def ablate(items: list[int]) -> Tensor:
+            labels, numbers = zip(*(pairs[item] for item in items), strict=True)
+
+            def draw(rows: list[int], block_mask_BN: Tensor | None) -> Tensor:
+                own = [numbers[row] for row in rows]
+                return self.sampler.images(self.unet, self.texts, own, block_mask_BN=block_mask_BN).cpu()
+
+            images = changed(self.unet, labels, draw)
+            return torch.stack([self.rate(images, numbers), psnr(images, self.images_of(numbers))], dim=1)
+
+        values = map_batches(ablate, len(pairs), *self.shared, "block scores", keep)
+        base_B = self.base([number for _, number in pairs])
+        lost_B = base_B - values[:, 0] if self.metric.better == "high" else values[:, 0] - base_B
+        return torch.stack([lost_B, values[:, 1]], dim=1)
+
+    @property
+    def others_psnr(self) -> float:
+        """PSNR in dB of the base's images to those of other prompts; nan where there is one prompt."""
+        numbers = sorted(self.images)
+        return psnr_of_others(self.images_of(numbers), [self.texts[number] for number in numbers])
 
 
 def psnr_of_others(images_P3HW: Tensor, texts: Sequence[str]) -> float:

@@ -56,8 +56,12 @@ def sentences_of(folder: Path) -> Iterator[str]:
 def score_cautions(scores: Mapping[str, Any]) -> list[str]:
     """What is in doubt about a round's block scores: a ranking of the prompts, and losses that are within their error.
 
-    By chance two thirds of all losses are within one standard error.
+    By chance two thirds of all losses are within one standard error. A race says itself how far it is from settled.
     """
+    if race := scores.get("race"):
+        regret = race["looks"][-1]["regret"]
+        ended = f"the race of the blocks ended with an expected regret of {regret:.2f}, above {race['tolerance']:g}"
+        return [f"{ended}: {MORE}"] if regret > race["tolerance"] else []
     lines, agreement = [], scores["rank_agreement_of_halves"]
     if not agreement >= LEAST_AGREEMENT:
         half = f"two halves of the prompts rank the blocks alike with ρ = {agreement:.2f} only, below {LEAST_AGREEMENT}"
