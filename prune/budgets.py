@@ -99,6 +99,18 @@ def sum_of(actions: Sequence[Action], known: Sequence[np.ndarray]) -> Mean | Non
     return Mean(lost, error, min(map(len, known)))
 
 
+FRONT = tuple(k / 20 for k in range(19, 7, -1))  # 95 to 40 %
+
+
+def front(run: str | Path) -> list[dict[str, Any]]:
+    """What the report draws of other budgets: predicted shares of the latency and losses, by each search. A budget that
+    all changes together do not reach is left out."""
+    reached = (choice for choice in choices(read_first_round(run), FRONT) if choice.is_reached)
+    return [{"search": choice.search, "fraction": choice.fraction, "share": choice.share,
+             "changes": [action.change.label for action in choice.actions],
+             "lost": choice.lost and vars(choice.lost)} for choice in reached]  # fmt: skip
+
+
 def budgets_table(found: Sequence[Choice]) -> Table:
     return Table.of({
         "budget": lambda choice: f"{choice.fraction:.0%}",

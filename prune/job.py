@@ -44,6 +44,7 @@ from slimstep.models.families.prunable import Prunable, fields_of
 from slimstep.models.families.transformer.network import PrunableTransformer
 from slimstep.models.family import denoiser_of, family_of
 from slimstep.models.pipeline import on_device, with_unet
+from slimstep.prune.budgets import front
 from slimstep.prune.changes import narrower_labels
 from slimstep.prune.config import Config
 from slimstep.prune.latency import predicted_ms, table_without
@@ -84,6 +85,8 @@ def prune_unet(config: Config, run: Run) -> int | Plan:
         unet = train(unet, stage, config.objective, config.train)
         decision = decide(measures, unet, decision, r)
         tell(stage, decision)
+        if r == 0 and search.needs_scores:
+            run.json(f"{stage}/budgets.json", lambda: front(run.path))
         unet = unets[stage] = unet.with_architecture(decision["after"], copy_init=config.search.copy_init)
         points.append(evaluator.point(stage, *setting))
         times |= {"teacher": decision["teacher_ms"], stage: decision["measured_ms"]}

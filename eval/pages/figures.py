@@ -223,6 +223,26 @@ def changes_figure(rounds: Mapping[str, Sequence[Change]], metric: str) -> Figur
 
 
 @styled
+def budgets_figure(budgets: Sequence[Mapping], metric: str) -> Figure:
+    """What each search would lose at other shares of the latency: the sum of what its changes were scored to lose."""
+    figure, (axes,) = canvas(6.4, 4.2)
+    axes.axhline(0, color=MUTED, linewidth=1, linestyle=DASHES, zorder=0)
+    known_budgets = [budget for budget in budgets if budget["lost"]]
+    for search, colour in zip(dict.fromkeys(budget["search"] for budget in known_budgets), SERIES, strict=False):
+        known = [budget for budget in known_budgets if budget["search"] == search]
+        x, y, se = zip(*((100 * b["share"], b["lost"]["mean"], b["lost"]["se"]) for b in known), strict=True)
+        axes.errorbar(x, y, se, color=colour, marker="o", markersize=4, linewidth=1.2, capsize=2, label=search)
+    axes.set_yscale("symlog", linthresh=1.0)
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}".replace("-", "−"))
+    axes.invert_xaxis()
+    axes.set_xlabel("denoiser latency, predicted, % of the teacher's")
+    axes.set_ylabel(f"{metric} lost ± se, sum of the changes")
+    if known_budgets:
+        axes.legend(frameon=False, fontsize=8)
+    return figure
+
+
+@styled
 def additivity_figure(samples: Sequence[dict]) -> Figure:
     """What the latency table predicts for random architectures against what they took."""
     figure, (axes,) = canvas(6.4, 4.6)

@@ -4,6 +4,7 @@ It is drawn from the run's files alone, so it can be made at any time, of a run 
 whose files do not exist yet is left out, and the page says what is missing.
 """
 
+from collections.abc import Mapping
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from slimstep.eval.pages.figures import (
     Change,
     Point,
     additivity_figure,
+    budgets_figure,
     changes_figure,
     evolution_figure,
     grid_figure,
@@ -47,7 +49,7 @@ def write_report(folder: str | Path) -> Path:
         headline=headline(run),
         seen=overlap_sentence(run.evaluation.n, run.evaluation.seen) if run.evaluation else "",
         tiles=tiles(run),
-        rows=[model_row(model, run.models[0]) for model in run.models],
+        rows=[model_row(model, run.models[0], run.predicted if run.ranked_by == CLIP else {}) for model in run.models],
         pictures=pictures(run),
         additive=(first_latency(run) or {}).get("additive_error"),
         facts=facts(run),
@@ -98,14 +100,15 @@ def tiles(run: RunRecord) -> list[dict[str, str]]:
     ]  # fmt: skip
 
 
-def model_row(model: Model, teacher: Model) -> dict[str, Any]:
-    """A model's line of the table."""
+def model_row(model: Model, teacher: Model, predicted: Mapping[str, float]) -> dict[str, Any]:
+    """A model's line of the table; predicted: the CLIP difference of each round."""
     return {
         "name": display_name(model.model),
         "kind": KINDS.get(model.model, ("step",))[0],
         "share": model.ms / teacher.ms,
         "psnr": model.mean("psnr"),
         "versus_teacher": model.versus_reference,
+        "predicted": predicted.get(model.model),
         **{key: getattr(model, key) for key in ("parameters", "gflops", "ms", "clip")},
     }
 
@@ -140,6 +143,8 @@ def draw_figures(run: RunRecord) -> dict[str, Figure]:
                                        run.ranked_by)  # fmt: skip
     if changes := {display_name(r.name): found for r in run.rounds if r.decision and (found := scored_changes(r))}:
         figures["changes"] = changes_figure(dict([*changes.items()][-MOST_PANELS:]), run.ranked_by)
+    if budgets := next((r.budgets for r in run.rounds if r.budgets), None):
+        figures["budgets"] = budgets_figure(budgets, run.ranked_by)
     if len(points := stages(run)) > 1:
         predicted = {r.name: r.decision["predicted_ms"] for r in run.rounds if r.decision} if run.evaluation else {}
         target = next((r.decision["target_ms"] for r in reversed(run.rounds) if r.decision), None)

@@ -1,6 +1,7 @@
 """Reading what a run left in its directory, finished or not, into values the report draws from.
 
 round-NN/latency.json, scores.json, decision.json   what blocks cost and give, and what was decided
+round-00/budgets.json                               what would be decided for other budgets
 evaluation.json                                     the models side by side on prompts they were not chosen on
 images/MODEL/…/NNN.png                              the same prompts and noise through each model
 export/export_report.json, config.yaml              the export, and the configuration
@@ -44,6 +45,7 @@ class Round:
     latency: dict[str, Any] | None
     scores: dict[str, Any] | None
     decision: dict[str, Any] | None
+    budgets: list[dict[str, Any]] | None = None
 
     @property
     def blocks(self) -> dict[str, Block]:
@@ -111,6 +113,19 @@ class RunRecord:
         return decided[-1] if decided else {}
 
     @property
+    def predicted(self) -> dict[str, float]:
+        """{round: the metric's difference to the teacher after it, by the sum of what its actions and earlier ones were
+        scored to lose}; of rounds whose actions were all scored."""
+        differences: dict[str, float] = {}
+        total = 0.0
+        for r in (r for r in self.rounds if r.decision):
+            lost = [action["delta_clip"] for action in r.decision["actions"] if action["action"] != "copy"]
+            if None in lost:
+                break
+            differences[r.name] = total = total - sum(lost)
+        return differences
+
+    @property
     def latest_blocks(self) -> dict[str, Block]:
         """Every block as it was last measured: a removed block keeps the value it was removed with, and one that a
         later round's screen left out the score and the milliseconds of the round that scored it."""
@@ -148,7 +163,7 @@ def read_run(path: str | Path) -> RunRecord:
     if not path.is_dir():
         raise FileNotFoundError(f"there is no run in {path}; give the directory that train.py wrote")
     folders = sorted(p for p in path.glob("round-*") if p.is_dir())
-    names = ("latency", "scores", "decision")
+    names = ("latency", "scores", "decision", "budgets")
     rounds = tuple(Round(p.name, *(read_json(p / f"{name}.json") for name in names)) for p in folders)
     evaluation = read_evaluation(path)
     if not folders and evaluation is None:

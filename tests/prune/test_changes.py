@@ -11,11 +11,14 @@ from accelerate import Accelerator
 from slimstep.eval.config import LatencyConfig
 from slimstep.eval.metrics.clip import ClipScorer
 from slimstep.eval.metrics.metric import as_metric
+from slimstep.eval.pages.runs import read_run
+from slimstep.eval.pages.text import signed
 from slimstep.eval.sampling import Sampler
 from slimstep.models.architecture import BlockSpec
 from slimstep.models.card import network_line
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.pipeline import load_pipeline
+from slimstep.prune.budgets import choices, read_first_round
 from slimstep.prune.changes import Change, narrower_labels, without_kept
 from slimstep.prune.config import SearchConfig
 from slimstep.prune.evolve import BlockValue, apply, choose_copies, choose_removals, record_json
@@ -226,8 +229,21 @@ def test_the_job_narrows_and_its_export_is_the_network(finished):
         assert unet.architecture[action["site"]].widths[action["part"]] <= action["share"]
     page = (finished / "report.html").read_text()
     assert "What every change costs and saves" in page and f"{narrowed[0]['part']} at " in page
+    lost = [sum(action["delta_clip"] for action in decision["actions"]) for decision in decisions]
+    predicted = read_run(finished).predicted
+    assert list(predicted.values()) == pytest.approx([-lost[0], -lost[0] - lost[1]])
+    assert f"<td>{signed(predicted['round-01'])}</td>" in page
     line = network_line("unet", unet.config)
     assert "narrowed: `" in line and "narrowed" in (finished / "export/README.md").read_text()
+
+
+def test_budgets_of_the_run_are_those_of_its_first_round(finished):
+    budgets = json.loads((finished / "round-00/budgets.json").read_text())
+    found = {(b["search"], b["fraction"]): b for b in budgets}
+    again = {(c.search, c.fraction): c for c in choices(read_first_round(finished), [0.95, 0.9])}
+    assert found and all(budget["share"] <= budget["fraction"] for budget in budgets)
+    for key in found.keys() & again.keys():
+        assert found[key]["changes"] == [action.change.label for action in again[key].actions]
 
 
 def test_the_decided_architecture_can_be_read_back(finished, tmp_path, tiny_model):

@@ -33,13 +33,14 @@ def test_the_run_holds_what_the_design_says(finished):
     path, _ = finished
     stages = ("round-00", "round-01")
     artifacts = [f"{s}/{name}.json" for s in stages for name in ("latency", "scores", "decision")]
-    ends = ("scorer_check.json", "evaluation.json", "report.html", "export/export_report.json")
+    ends = ("round-00/budgets.json", "scorer_check.json", "evaluation.json", "report.html", "export/export_report.json")
     for name in ("config.yaml", "metrics.jsonl", *artifacts, *ends):
         assert (path / name).is_file(), name
     page = (path / "report.html").read_text()
     assert "None of the 4 prompts is among the captions that were trained on." in page
     assert "cannot evaluate these data" in page.partition("<h1>")[0]  # a random scorer, with scorer.force
     assert "CLIP lost" in page and "ΔCLIP" not in page
+    assert "What every change costs and saves" in page and "Other budgets" in page
 
 
 def test_a_finished_run_makes_nothing_anew(finished, tiny_model):
