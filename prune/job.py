@@ -45,7 +45,7 @@ from slimstep.models.families.transformer.network import PrunableTransformer
 from slimstep.models.family import denoiser_of, family_of
 from slimstep.models.pipeline import on_device, with_unet
 from slimstep.prune.budgets import front
-from slimstep.prune.changes import narrower_labels
+from slimstep.prune.changed import narrower_labels
 from slimstep.prune.config import Config
 from slimstep.prune.latency import predicted_ms, table_without
 from slimstep.prune.plan import latency_stage, pruning_stages

@@ -7,7 +7,8 @@ from slimstep.engine.objective import Cost
 from slimstep.eval.evaluator import place
 from slimstep.eval.inputs import Teacher
 from slimstep.eval.plan import Stage, export, image_count, image_rows, training
-from slimstep.prune.changes import Change, narrower_labels, without_kept
+from slimstep.prune.changed import narrower_labels
+from slimstep.prune.changes import Change, without_kept
 from slimstep.prune.search import needs_similarity
 
 

@@ -17,7 +17,8 @@ from slimstep.eval.pages.runs import ranked_by
 from slimstep.eval.timing.latency import compare_ms
 from slimstep.models.architecture import as_json
 from slimstep.models.families.prunable import Prunable
-from slimstep.prune.changes import Change, narrower_labels, without_kept
+from slimstep.prune.changed import narrower_labels
+from slimstep.prune.changes import Change, without_kept
 from slimstep.prune.config import Config
 from slimstep.prune.evolve import Action, BlockValue, apply, record_json
 from slimstep.prune.latency import latency_table, predicted_ms, read_table, table_without

@@ -26,7 +26,8 @@ from slimstep.eval.metrics.metric import Metric, as_metric
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import shuffles
 from slimstep.models.families.prunable import Prunable
-from slimstep.prune.changes import Change, changed
+from slimstep.prune.changed import changed
+from slimstep.prune.changes import Change
 
 
 @dataclass(frozen=True)

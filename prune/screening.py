@@ -19,7 +19,8 @@ from slimstep.data.prompts import PromptSet
 from slimstep.engine.parallel import map_batches
 from slimstep.eval.sampling import Sampler
 from slimstep.models.families.prunable import Prunable
-from slimstep.prune.changes import Change, changed
+from slimstep.prune.changed import changed
+from slimstep.prune.changes import Change
 
 
 @dataclass(frozen=True)

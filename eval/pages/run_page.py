@@ -165,7 +165,7 @@ def scored_changes(r: Round) -> list[Change]:
     return [
         Change(value["saved_ms"], value["delta_clip"], value["se"] or 0.0, bool(value.get("part")),
                place(value) in taken)
-        for value in r.decision["values"] if value["delta_clip"] is not None and value["saved_ms"] is not None
+        for value in r.decision.get("values", ()) if value["delta_clip"] is not None and value["saved_ms"] is not None
     ]  # fmt: skip
 
 

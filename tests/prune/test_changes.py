@@ -19,7 +19,8 @@ from slimstep.models.card import network_line
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.pipeline import load_pipeline
 from slimstep.prune.budgets import choices, read_first_round
-from slimstep.prune.changes import Change, narrower_labels, without_kept
+from slimstep.prune.changed import narrower_labels
+from slimstep.prune.changes import Change, without_kept
 from slimstep.prune.config import SearchConfig
 from slimstep.prune.evolve import BlockValue, apply, choose_copies, choose_removals, record_json
 from slimstep.prune.latency import latency_table, predicted_ms, table_without
