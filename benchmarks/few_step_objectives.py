@@ -13,6 +13,8 @@ Started again, it continues.
 """
 
 import argparse
+import itertools
+import statistics
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -141,13 +143,14 @@ def training_steps(name: str, way: Way, options: argparse.Namespace) -> int:
 
 
 def seconds_a_step(run: Path) -> float:
-    """Between the first look at the student and the last, in the mean over its stages."""
-    taken, steps = 0.0, 0
+    """The median over the times between two looks at a student, of which a pause of the run spoils one; in the mean
+    over its stages."""
+    stages = []
     for previews in run.glob(f"steps-*/{PREVIEWS}"):
         looks = sorted(previews.iterdir())
-        taken += looks[-1].stat().st_mtime - looks[0].stat().st_mtime
-        steps += int(looks[-1].name.removeprefix("step-")) - int(looks[0].name.removeprefix("step-"))
-    return taken / steps
+        times = [(look.stat().st_mtime, int(look.name.removeprefix("step-"))) for look in looks]
+        stages.append(statistics.median((b - a) / (n - m) for (a, m), (b, n) in itertools.pairwise(times)))
+    return statistics.mean(stages)
 
 
 def train(name: str, way: Way, steps: int, options: argparse.Namespace, first: str | None) -> None:
