@@ -39,9 +39,9 @@ PROCESSOR = ".processor."  # in old names of diffusers, which are not those of m
 
 @dataclass(frozen=True)
 class Remapped:
-    """What became of a LoRA. modules: how many it changes in the export. gone: {block, or module that the export lacks:
-    how many modules of the LoRA fall away with it}. lost: their share of the Frobenius norm of all its updates; None
-    where these are no products of two matrices."""
+    """What became of a LoRA. modules: how many it changes in the export. gone: {block, or module that the export lacks
+    or has narrower: how many modules of the LoRA fall away with it}. lost: their share of the Frobenius norm of all its
+    updates; None where these are no products of two matrices."""
 
     modules: int
     gone: Mapping[str, int]
@@ -51,7 +51,8 @@ class Remapped:
 def remap(lora: str | Path, export: str | Path, target: str | Path) -> Remapped:
     """Writes the LoRA for the export as the file `target`, in the kind of names that it has.
 
-    The part of a removed block falls away; that of a copied one is there once for each copy. Raises ValueError for what
+    The part of a removed block falls away, and of a narrower module; that of a copied one is there once for each copy.
+    Raises ValueError for what
     is no file of safetensors, for an export that does not say where its blocks went, for names that cannot be read, and
     for ControlNets.
     """
@@ -67,9 +68,11 @@ def remap(lora: str | Path, export: str | Path, target: str | Path) -> Remapped:
         raise ValueError(f"{lora} names no block of the model: {preview(tensors)}; those are {preview(names.blocks)}")
     written: dict[str, Tensor] = {}
     fallen: dict[str, str] = {}  # {module of the LoRA: the block or module that is not there}
+    narrower = {place.module for key, value in tensors.items() for place in names.places(key)
+                if not names.fits(place, names.fitted(place, value))}  # fmt: skip
     for key, value in tensors.items():
         places = names.places(key)
-        kept = [place for place in places if names.has(place)]
+        kept = [place for place in places if names.has(place) and place.module not in narrower]
         written |= {place.key: names.fitted(place, value).clone() for place in kept}
         if not kept:
             fallen[stem_of(key)] = stem_of(key) if places else names.block_of(key)
@@ -146,6 +149,15 @@ class Names:
 
     def has(self, place: Place) -> bool:
         return place.module is None or place.module in self.shapes
+
+    def fits(self, place: Place, value: Tensor) -> bool:
+        """Whether half of a product has as many rows, or columns, as the module: a narrower one has fewer."""
+        if place.module not in self.shapes or value.ndim < 2:
+            return True
+        rows, columns = self.shapes[place.module][:2]
+        if UP.search(place.key):
+            return len(value) == rows
+        return not DOWN.search(place.key) or columns == 1 or value.shape[1] == columns  # 1: of a depthwise convolution
 
     def fitted(self, place: Place, value: Tensor) -> Tensor:
         """The value as the module takes it: of Stable Diffusion 3's last block, fewer modulations of the text."""

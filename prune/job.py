@@ -46,6 +46,7 @@ from slimstep.models.family import denoiser_of, family_of
 from slimstep.models.pipeline import on_device, with_unet
 from slimstep.prune.budgets import front
 from slimstep.prune.changed import narrower_labels
+from slimstep.prune.changes import without_kept
 from slimstep.prune.config import Config
 from slimstep.prune.latency import predicted_ms, table_without
 from slimstep.prune.plan import latency_stage, pruning_stages
@@ -85,7 +86,7 @@ def prune_unet(config: Config, run: Run) -> int | Plan:
         unet = train(unet, stage, config.objective, config.train)
         decision = decide(measures, unet, decision, r)
         tell(stage, decision)
-        if r == 0 and search.needs_scores:
+        if r == 0 and run.made(f"{stage}/scores.json"):
             run.json(f"{stage}/budgets.json", lambda: front(run.path))
         unet = unets[stage] = unet.with_architecture(decision["after"], copy_init=config.search.copy_init)
         points.append(evaluator.point(stage, *setting))
@@ -145,6 +146,8 @@ def check(teacher: Teacher, search: Any) -> None:
         raise ValueError("search=similarity compares the input and output of whole blocks: set search.blocks=whole")
     if unused := [pattern for pattern in config.search.keep if not fnmatch.filter(unet.blocks, pattern)]:
         raise ValueError(f"search.keep={unused} names no block; this network has {unet.blocks}")
+    if unet.blocks and not without_kept(unet.blocks, config.search.keep):
+        raise ValueError(f"search.keep={list(config.search.keep)} names all blocks: there is nothing to prune")
     narrows = "narrow" in config.search.actions
     if narrows and not search.needs_scores:
         raise ValueError(f"search.actions={list(config.search.actions)}: {type(search).__name__} scores nothing, and "

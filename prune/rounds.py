@@ -162,7 +162,7 @@ def decide(measures: Measures, unet: Prunable, previous: dict | None, r: int) ->
     teacher_ms = previous["teacher_ms"] if previous else table["full_ms"]  # the first round's, for all
     latency_ms = previous["measured_ms"] if previous else table["full_ms"]
     situation = situation_of(measures, unet, table, latency_ms, teacher_ms, r)
-    if measures.search.needs_scores:
+    if measures.search.needs_scores and situation.values:
         scores = run.json(f"{stage}/scores.json", lambda: measures.scores(unet, stage, situation))
         situation = replace(situation, values=scored_values(situation.values, scores))
     if needs_similarity(measures.search):

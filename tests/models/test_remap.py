@@ -123,6 +123,26 @@ def test_what_falls_away_is_said_with_its_share_of_the_norm(model, tmp_path):
     assert done.lost == pytest.approx(share.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("names", ["diffusers", "kohya"])
+def test_what_a_narrower_module_cannot_take_falls_away(tmp_path, names):
+    pipeline = small_pipeline()
+    whole = PrunableUNet2DConditionModel.from_unet(pipeline.unet)
+    narrow = {"down_blocks.0.attentions.0": {"widths": {"attn1": 0.5, "ff": 0.25}},
+              "mid_block.resnets.0": {"widths": {"channels": 0.5}}}  # fmt: skip
+    pipeline.unet = whole.with_architecture(narrow)
+    export_pipeline(pipeline, tmp_path / "export")
+    lora = draw_lora(whole, ("to_q", "conv1", "conv2", "ff.net.2", "conv_in"))
+    save_file({NAMES[names](key): value for key, value in lora.items()}, tmp_path / "lora.safetensors")
+    found = remap(tmp_path / "lora.safetensors", tmp_path / "export", tmp_path / "new.safetensors")
+    layer = "down_blocks.0.attentions.0.transformer_blocks.0"
+    narrower = {f"{layer}.attn1.to_q", f"{layer}.ff.net.2", "mid_block.resnets.0.conv1", "mid_block.resnets.0.conv2"}
+    kept = {key for key in lora if key.rpartition(".lora_")[0] not in narrower}
+    written = load_file(tmp_path / "new.safetensors")
+    assert written.keys() == {NAMES[names](key) for key in kept} and sum(found.gone.values()) == 4
+    stripped = {key: value for key, value in lora.items() if key in kept}
+    with_lora(load_pipeline(tmp_path / "export").unet, stripped)  # whose shapes fit
+
+
 @pytest.fixture(scope="module")
 def flux(tmp_path_factory):
     """An export of a FLUX whose first double block and second single block are gone."""
@@ -171,7 +191,8 @@ def test_settings_of_single_modules_in_the_metadata_are_renamed(flux, tmp_path):
 
 
 def test_the_command_says_what_falls_away_and_replaces_nothing(flux, tmp_path, monkeypatch, capsys):
-    pair = {"lora_A.weight": torch.ones(2, 3), "lora_B.weight": torch.ones(4, 2)}
+    rows, columns = load_pipeline(flux).transformer.transformer_blocks[0].attn.to_q.weight.shape
+    pair = {"lora_A.weight": torch.ones(2, columns), "lora_B.weight": torch.ones(rows, 2)}
     save_file({f"transformer.transformer_blocks.{i}.attn.to_q.{half}": value.clone() for i in (0, 1)
                for half, value in pair.items()}, tmp_path / "lora.safetensors")  # fmt: skip
     words = ["remap.py", *map(str, (tmp_path / "lora.safetensors", flux, tmp_path / "new.safetensors"))]

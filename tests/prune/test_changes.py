@@ -260,3 +260,5 @@ def test_what_cannot_narrow_is_refused_before_anything_is_trained(tmp_path, tiny
     assert refused.returncode == 1 and "RandomRemoval scores nothing" in refused.stderr
     refused = run("+experiment=prune_unet", f"root={tmp_path}", "search.keep=[nothing.*]", *tiny_model)
     assert refused.returncode == 1 and "search.keep=['nothing.*'] names no block" in refused.stderr
+    refused = run("+experiment=prune_unet", f"root={tmp_path}", "search.keep=['*']", *tiny_model)
+    assert refused.returncode == 1 and "names all blocks: there is nothing to prune" in refused.stderr
