@@ -1,0 +1,220 @@
+"""Do scores before recovery tell what is left after it? Many networks of equal latency, each recovered alike.
+
+    python benchmarks/search_truth.py --run runs/prune_unet --root runs/truth                      # some hours
+    python benchmarks/search_truth.py --run runs/prune_dit --of transformer --root runs/dit-truth
+
+The networks are sets of removals that the latency table of --run's first round puts at --fraction of the teacher's
+milliseconds: the cheapest by its block scores with noise of several sizes, random ones, and the choices of both
+searches. Each starts from that round's weights, is recovered by the same training, and is evaluated on prompts that
+nothing was chosen on. Against the CLIP score after recovery stand what can be known before: sums of block scores, of
+pictures' errors, of similarities and of squared weights, parameters, and the CLIP score right after the cut. To --out
+go table.md and results.json, with Spearman's correlations and the regret of each predictor's choice, intervals by
+bootstrap over networks. Killed, it continues; --count may grow.
+"""
+
+import argparse
+import math
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.distill_table import share_teacher
+from benchmarks.launching import run_job
+from slimstep.engine.console import open_console
+from slimstep.engine.files import load_json, whole_folder, write_json, write_text
+from slimstep.eval.metrics.compare import bootstrap, interval, spearman
+from slimstep.eval.pages.tables import Table
+from slimstep.eval.record import Evaluation, read_evaluation
+from slimstep.prune.budgets import read_first_round
+from slimstep.prune.evolve import BlockValue, choose_removals, priced
+from slimstep.prune.program import program_removals
+
+NOISE = (0.0, 0.05, 0.15, 0.3, 0.6, math.inf)  # of the ranks, in units of the number of blocks
+NEAR = 0.02  # below the fraction: a set that cannot be met so closely is drawn anew
+AFTER, RIGHT_AFTER = "student", "round-00"
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Network:
+    """A set of removed blocks, its share of the teacher's milliseconds by the table, and how it was chosen."""
+
+    name: str
+    removed: tuple[str, ...]
+    share: float
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a network had after recovery, and its predictors: the higher, the better it is held to be."""
+
+    network: Network
+    clip: float
+    se: float
+    psnr: float
+    predictors: Mapping[str, float]
+
+
+# ---- the networks ----
+
+
+def networks(values: Sequence[BlockValue], teacher_ms: float, fraction: float, count: int) -> list[Network]:
+    """The choices of both searches, and `count` sets in orders with noise, no set twice."""
+    values = priced(values)
+    chosen = {"snapfusion": choose_removals, "program": program_removals}
+    found = {}
+    for name, choose in chosen.items():
+        actions = choose(values, teacher_ms, fraction * teacher_ms)
+        removed = tuple(sorted(action.block for action in actions))
+        found.setdefault(removed, Network(name, removed, actions[-1].predicted_ms / teacher_ms))
+    draw = np.random.default_rng(0)
+    order = sorted(range(len(values)), key=lambda n: values[n].removal_order)
+    for attempt in range(1000 * count):
+        if len(found) >= count + len(chosen):
+            break
+        noise = NOISE[attempt % len(NOISE)]  # without any there is one set alone
+        size = len(values) * (10.0 if math.isinf(noise) else noise)
+        noisy = np.argsort(np.argsort(order) + size * draw.standard_normal(len(values)))
+        ms, removed = teacher_ms, []
+        for value in (values[n] for n in noisy):
+            if value.saved_ms > 0 and ms - value.saved_ms >= (fraction - NEAR) * teacher_ms:
+                removed.append(value.block)
+                ms -= value.saved_ms
+        key = tuple(sorted(removed))
+        if ms <= fraction * teacher_ms and key not in found:
+            found[key] = Network(f"noise-{noise:g}-{len(found)}", key, ms / teacher_ms)
+    return list(found.values())
+
+
+# ---- their truth ----
+
+
+def recovered(network: Network, first: Path | None, options: argparse.Namespace) -> Evaluation:
+    """Runs or continues the network's job, from the first round's weights and with its latencies."""
+    path, source = options.root / network.name, options.run / "round-00"
+    if not (path / "round-00").exists():
+        with whole_folder(path / "round-00") as aside:
+            for name in ("weights.safetensors", "latency.json"):
+                shutil.copyfile(source / name, aside / name)
+    if first and first != path:
+        share_teacher(first, path)
+    table = options.root / f"{network.name}.json"
+    write_json(table, dict.fromkeys(network.removed, 0))
+    run_job(f"prune_{options.of}", [
+        f"root={options.root}", f"name={network.name}", "search=manual", f"search.method.architecture={table}",
+        f"search.skip_rule={options.skip_rule}", f"recovery.train.steps={options.steps}",
+        f"recovery.train.batch_size={options.batch}", "eval.prompts=192", "eval.steps=8", "latency.iterations=3",
+        "latency.additive_samples=1", *options.overrides,
+    ])  # fmt: skip
+    evaluation = read_evaluation(path)
+    assert evaluation, f"{path} has no evaluation"
+    return evaluation
+
+
+def point(evaluation: Evaluation, model: str):
+    return next(p for p in evaluation.points if p.model == model)
+
+
+def found_of(network: Network, evaluation: Evaluation, per_block: Mapping[str, Mapping[str, float]]) -> Found:
+    after = point(evaluation, AFTER)
+    sums = {name: -sum(of[block] for block in network.removed) for name, of in per_block.items()}
+    right_after = point(evaluation, RIGHT_AFTER)
+    known = {"CLIP right after the cut": right_after.clip["mean"], "parameters left": after.facts["parameters"]["UNet"]}
+    return Found(network, after.clip["mean"], after.clip["se"], after.mean("psnr"), {**sums, **known})
+
+
+def block_predictors(run: Path, values: Sequence[BlockValue], similarities: Path | None) -> dict[str, dict[str, float]]:
+    """{predictor: {block: what its removal is held to cost}}."""
+    found = {
+        "sum of CLIP lost": {value.block: value.delta_clip for value in values},
+        "sum of CLIP lost, not below 0": {value.block: max(value.price, 0.0) for value in priced(values)},
+        "sum of pictures' errors": {value.block: value.picture_error for value in values},
+        "squared weights": squared_weights(run / "round-00/weights.safetensors", [value.block for value in values]),
+    }
+    if similarities:
+        alike = load_json(similarities)["blocks"]
+        # A block whose output has another shape than its input is held to change it as much as any other.
+        least = min(value for value in alike.values() if value is not None)
+        found["input and output similarity"] = {b: 1 - (least if x is None else x) for b, x in alike.items()}
+    return found
+
+
+def squared_weights(file: Path, blocks: Sequence[str]) -> dict[str, float]:
+    sums = dict.fromkeys(blocks, 0.0)
+    with safe_open(file, "pt") as weights:
+        for name in weights.keys():  # noqa: SIM118  no mapping
+            if holder := max((b for b in blocks if name.startswith(f"{b}.")), key=len, default=None):
+                sums[holder] += float(weights.get_tensor(name).double().square().sum())
+    return sums
+
+
+# ---- what predicts it ----
+
+
+def row_of(name: str, found: Sequence[Found]) -> dict[str, str]:
+    values, truth = np.array([f.predictors[name] for f in found]), np.array([f.clip for f in found])
+    better = truth >= np.median(truth)
+    regrets = [truth[draw].max() - truth[draw][values[draw].argmax()] for draw in bootstrap(len(found), RESAMPLES)]
+    low, high = interval(regrets)
+    return {
+        "predictor": name,
+        "Spearman with CLIP after recovery": correlation(values, truth),
+        "among the better half": correlation(values[better], truth[better]),
+        "regret of its choice, CLIP": f"{truth.max() - truth[values.argmax()]:.2f} [{low:.2f}, {high:.2f}]",
+    }
+
+
+def correlation(a: np.ndarray, b: np.ndarray) -> str:
+    draws = (draw for draw in bootstrap(len(a), RESAMPLES) if np.ptp(a[draw]) > 0 and np.ptp(b[draw]) > 0)
+    low, high = interval([spearman(a[draw], b[draw]) for draw in draws])
+    return f"{spearman(a, b):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, required=True, help="a pruning run with the scores of its first round")
+    parser.add_argument("--of", choices=("unet", "transformer"), default="unet", help="what is pruned")
+    parser.add_argument("--similarities", type=Path, help="round-00/similarities.json of a run of search=similarity")
+    parser.add_argument("--root", type=Path, default=Path("runs/truth"), help="where the runs go")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/search-truth"), help="where the results go")
+    parser.add_argument("--fraction", type=float, default=0.7, help="of the teacher's latency")
+    parser.add_argument("--count", type=int, default=60, help="of networks beside the searches' choices")
+    parser.add_argument("--steps", type=int, default=100, help="of recovery")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("overrides", nargs="*", help="further overrides of the experiment, for all runs")
+    options = parser.parse_args()
+    measured = read_first_round(options.run)
+    options.skip_rule = measured.skip_rule if isinstance(measured.skip_rule, str) else "shortcut"
+    options.root.mkdir(parents=True, exist_ok=True)
+    per_block = block_predictors(options.run, measured.values, options.similarities)
+    every, found = networks(measured.values, measured.teacher_ms, options.fraction, options.count), []
+    for network in every:
+        evaluation = recovered(network, options.root / every[0].name if found else None, options)
+        found.append(found_of(network, evaluation, per_block))
+        if len(found) >= 8:
+            write_results(found, evaluation, options)
+
+
+def write_results(found: Sequence[Found], evaluation: Evaluation, options: argparse.Namespace) -> None:
+    rows = [row_of(name, found) for name in found[0].predictors]
+    table = Table.of({heading: (lambda row, heading=heading: row[heading]) for heading in rows[0]}, rows)
+    write_text(options.out / "table.md", table.markdown)
+    facts = {key: getattr(evaluation, key) for key in ("prompts", "n", "protocol", "environment")}
+    own = [{"name": f.network.name, "removed": f.network.removed, "share": round(f.network.share, 4),
+            "clip": round(f.clip, 4), "se": round(f.se, 4), "psnr": round(f.psnr, 3),
+            "predictors": {k: round(v, 5) for k, v in f.predictors.items()}} for f in found]  # fmt: skip
+    settings = {"fraction": options.fraction, "steps": options.steps, "batch": options.batch}
+    write_json(options.out / "results.json", {**facts, **settings, "networks": own, "table": rows})
+    print(f"{len(found)} networks\n{table.console}")
+
+
+if __name__ == "__main__":
+    open_console()
+    main()
