@@ -17,8 +17,6 @@ from slimstep.prune.scores import Drawing, score_blocks
 from tests.prune.test_job import run
 from tests.prune.test_similarity import KINDS, PROMPTS, made
 
-SHARED = Accelerator(cpu=True)
-
 
 def simulated(seed: int, changes: int = 30):
     """Losses of changes on any number of prompts: log-uniform means, spread and pictures' errors that go with them."""
@@ -92,7 +90,7 @@ def parts(request, tiny_clip_folder):
 
 def drawing_of(parts):
     unet, sampler, metric = parts
-    return Drawing(unet, sampler, metric, PROMPTS, 4, SHARED)
+    return Drawing(unet, sampler, metric, PROMPTS, 4, Accelerator(cpu=True))
 
 
 def raced(parts, tolerance, keep=None, chunk=2, drawing=None):
@@ -104,7 +102,7 @@ def raced(parts, tolerance, keep=None, chunk=2, drawing=None):
 def test_what_is_drawn_is_what_all_prompts_would_draw(parts):
     unet, sampler, metric = parts
     race = raced(parts, 1e-9, chunk=len(PROMPTS.prompts))
-    table = score_blocks(unet, sampler, metric, PROMPTS, 4, SHARED)
+    table = score_blocks(unet, sampler, metric, PROMPTS, 4, Accelerator(cpu=True))
     for n, losses in enumerate(race.losses):
         np.testing.assert_allclose(losses, table.loss_NP[n], atol=0.05)
     torch.testing.assert_close(race.base_P, table.base_P)
