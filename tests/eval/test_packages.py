@@ -206,7 +206,7 @@ def test_a_model_of_pixels_is_packaged(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["guidance_embedding", "pruned"])
 def test_students_are_packaged(kind, tiny_pipeline_folder, tmp_path):
-    """A student that takes its guidance scale, and one with removed and copied blocks."""
+    """A student that takes its guidance scale, and one with removed, copied and narrower blocks."""
     pytest.importorskip("onnxscript")
     pipeline = load_pipeline(tiny_pipeline_folder)
     unet = pipeline.unet
@@ -215,7 +215,9 @@ def test_students_are_packaged(kind, tiny_pipeline_folder, tmp_path):
         nn.init.normal_(student.time_embedding.cond_proj.weight)
     else:
         removed = next(block for block in unet.kept_blocks if "attentions" in block)
-        student = unet.with_architecture({unet.copyable_blocks[0]: 2, removed: 0})
+        narrower = {"up_blocks.0.resnets.0": {"channels": 0.5}, "mid_block.attentions.0": {"attn1": 0, "ff": 0.25}}
+        table = {block: {"widths": widths} for block, widths in narrower.items()}
+        student = unet.with_architecture({unet.copyable_blocks[0]: 2, removed: 0, **table})
     folder = tmp_path / "export"
     export_pipeline(with_unet(pipeline, student), folder)
     sampler = Sampler(load_pipeline(folder), 2, 2.5, seed=1)
