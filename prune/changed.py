@@ -11,7 +11,8 @@ from torch import Tensor
 from slimstep.models.architecture import WHOLE
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.families.widths import units_left
-from slimstep.prune.changes import Change
+from slimstep.prune.changes import Change, without_kept
+from slimstep.prune.config import SearchConfig
 
 
 def narrower_labels(unet: Prunable, shares: Sequence[float]) -> list[str]:
@@ -28,6 +29,11 @@ def narrower_labels(unet: Prunable, shares: Sequence[float]) -> list[str]:
                     labels.append(Change(block, part, share).label)
                     left = count
     return labels
+
+
+def offered_narrower(unet: Prunable, search: SearchConfig) -> list[str]:
+    """The labels of the narrower parts that a search may choose; none where search.actions does not say narrow."""
+    return without_kept(narrower_labels(unet, search.widths), search.keep) if "narrow" in search.actions else []
 
 
 def changed(

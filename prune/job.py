@@ -45,7 +45,7 @@ from slimstep.models.families.transformer.network import PrunableTransformer
 from slimstep.models.family import denoiser_of, family_of
 from slimstep.models.pipeline import on_device, with_unet
 from slimstep.prune.budgets import front
-from slimstep.prune.changed import narrower_labels
+from slimstep.prune.changed import offered_narrower
 from slimstep.prune.changes import without_kept
 from slimstep.prune.config import Config
 from slimstep.prune.latency import predicted_ms, table_without
@@ -148,12 +148,11 @@ def check(teacher: Teacher, search: Any) -> None:
         raise ValueError(f"search.keep={unused} names no block; this network has {unet.blocks}")
     if unet.blocks and not without_kept(unet.blocks, config.search.keep):
         raise ValueError(f"search.keep={list(config.search.keep)} names all blocks: there is nothing to prune")
-    narrows = "narrow" in config.search.actions
-    if narrows and not search.needs_scores:
+    if "narrow" in config.search.actions and not search.needs_scores:
         raise ValueError(f"search.actions={list(config.search.actions)}: {type(search).__name__} scores nothing, and "
                          "removes whole blocks alone; choose search=snapfusion or program")  # fmt: skip
     if table := known_latencies(config):
-        table_without(table, unet, narrower_labels(unet, config.search.widths) if narrows else [])
+        table_without(table, unet, offered_narrower(unet, config.search))
     with torch.device("meta"):
         bare = type(unet).from_config(fields_of(unet), bypass=skip_rule(config))
         if architecture := getattr(search, "architecture", {}):

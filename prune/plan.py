@@ -7,7 +7,7 @@ from slimstep.engine.objective import Cost
 from slimstep.eval.evaluator import place
 from slimstep.eval.inputs import Teacher
 from slimstep.eval.plan import Stage, export, image_count, image_rows, training
-from slimstep.prune.changed import narrower_labels
+from slimstep.prune.changed import offered_narrower
 from slimstep.prune.changes import Change, without_kept
 from slimstep.prune.search import needs_similarity
 
@@ -43,18 +43,13 @@ def pruning_stages(teacher: Teacher, search: Any) -> Iterator[Stage]:
 def changes_of(teacher: Teacher) -> list[str]:
     """The labels of all that the search may do to the teacher's blocks beside copying them."""
     search, unet = teacher.config.search, teacher.unet
-    labels = list(unet.kept_blocks) if "remove" in search.actions else []
-    return without_kept(labels + narrower_of(teacher), search.keep)
-
-
-def narrower_of(teacher: Teacher) -> list[str]:
-    search = teacher.config.search
-    return narrower_labels(teacher.unet, search.widths) if "narrow" in search.actions else []
+    removals = without_kept(unet.kept_blocks, search.keep) if "remove" in search.actions else []
+    return removals + offered_narrower(unet, search)
 
 
 def timed(teacher: Teacher) -> str:
     """What the latency table has an entry of."""
-    blocks, narrower = len(teacher.unet.kept_blocks), len(narrower_of(teacher))
+    blocks, narrower = len(teacher.unet.kept_blocks), len(offered_narrower(teacher.unet, teacher.config.search))
     return f"{blocks} blocks, {narrower} narrower parts" if narrower else f"{blocks} blocks"
 
 
@@ -73,6 +68,6 @@ def evaluation(name: str, teacher: Teacher) -> Stage:
 def latency_stage(teacher: Teacher) -> Stage:
     """At most: a GPU or compile=true times every block by a pair of UNets, a CPU all blocks at once."""
     config, blocks = teacher.latency, len(teacher.unet.kept_blocks)
-    pairs = blocks + len(narrower_of(teacher)) + config.additive_samples
+    pairs = blocks + len(offered_narrower(teacher.unet, teacher.config.search)) + config.additive_samples
     work = f"{timed(teacher)}, {config.additive_samples} random removals, batch {config.batch}"
     return Stage("latency.json", work, 2 * pairs * (config.warmup + config.iterations) * config.batch)

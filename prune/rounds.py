@@ -17,7 +17,7 @@ from slimstep.eval.pages.runs import ranked_by
 from slimstep.eval.timing.latency import compare_ms
 from slimstep.models.architecture import as_json
 from slimstep.models.families.prunable import Prunable
-from slimstep.prune.changed import narrower_labels
+from slimstep.prune.changed import offered_narrower
 from slimstep.prune.changes import Change, without_kept
 from slimstep.prune.config import Config
 from slimstep.prune.evolve import Action, BlockValue, apply, record_json
@@ -55,8 +55,7 @@ class Measures:
     def latencies(self, unet: Prunable) -> dict:
         """The latency table of `unet`: measured by rank 0 for all, or taken from the table there is."""
         teacher = self.teacher
-        search = teacher.config.search
-        narrower = narrower_labels(unet, search.widths) if "narrow" in search.actions else []
+        narrower = offered_narrower(unet, teacher.config.search)
         if known := known_latencies(teacher.config):
             return table_without(known, unet, narrower)
         table = teacher.run.of_rank_0(lambda: latency_table(unet, teacher.latency, teacher.device, narrower))
@@ -184,7 +183,7 @@ def situation_of(
     target_ms = config.target_ms or (config.target_fraction and config.target_fraction * teacher_ms) or math.inf
     scale, entries = latency_ms / table["full_ms"], table["sites"] if "remove" in config.actions else {}
     if "narrow" in config.actions and measures.search.needs_scores:
-        entries = entries | table["narrower"]
+        entries = entries | table.get("narrower", {})  # not there where nothing is left to narrow
     changes = {label: Change.of(label) for label in without_kept(entries, config.keep)}
     unknown = math.nan, math.nan
     values = tuple(

@@ -186,7 +186,7 @@ def label_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
 
 
 @dataclass(frozen=True)
-class Change:
+class ChangePoint:
     """What a removal or a narrower part saves and loses, and whether the search took it."""
 
     saved_ms: float
@@ -197,7 +197,7 @@ class Change:
 
 
 @styled
-def changes_figure(rounds: Mapping[str, Sequence[Change]], metric: str) -> Figure:
+def changes_figure(rounds: Mapping[str, Sequence[ChangePoint]], metric: str) -> Figure:
     """What every change of each round loses against the milliseconds it saves; filled are those that were taken. Right
     and low is better; losses lie on a scale that is linear near zero."""
     figure, panels = canvas(6.4, 1.2 + 2.9 * len(rounds), rows=len(rounds))

@@ -15,7 +15,7 @@ from slimstep.eval.pages.figures import (
     STEP,
     STUDENT,
     TEACHER,
-    Change,
+    ChangePoint,
     Point,
     additivity_figure,
     budgets_figure,
@@ -158,12 +158,12 @@ def draw_figures(run: RunRecord) -> dict[str, Figure]:
     return figures
 
 
-def scored_changes(r: Round) -> list[Change]:
+def scored_changes(r: Round) -> list[ChangePoint]:
     """All removals and narrower parts that the round scored, with what it took of them."""
     place = lambda of: (of["site"], of.get("part"), of.get("share"))  # noqa: E731
     taken = {place(action) for action in r.decision["actions"] if action["action"] != "copy"}
     return [
-        Change(value["saved_ms"], value["delta_clip"], value["se"] or 0.0, bool(value.get("part")),
+        ChangePoint(value["saved_ms"], value["delta_clip"], value["se"] or 0.0, bool(value.get("part")),
                place(value) in taken)
         for value in r.decision.get("values", ()) if value["delta_clip"] is not None and value["saved_ms"] is not None
     ]  # fmt: skip

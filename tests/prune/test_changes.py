@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -25,6 +26,7 @@ from slimstep.prune.config import SearchConfig
 from slimstep.prune.evolve import BlockValue, apply, choose_copies, choose_removals, record_json
 from slimstep.prune.latency import latency_table, predicted_ms, table_without
 from slimstep.prune.program import cheapest_cover, program_removals
+from slimstep.prune.rounds import situation_of
 from slimstep.prune.scores import score_blocks
 from slimstep.prune.screening import Screen, screen_blocks
 from tests.models.conftest import small_stock_unet
@@ -196,6 +198,16 @@ def test_greedy_takes_the_best_bargains_of_both_kinds_and_one_width_of_a_part():
     assert [a.change.label for a in program_removals(values, 10.0, 9.0)] == ["a:ff@0.5"]
     assert not choose_copies([value("a:ff@0.5", 3.0, 1.0)], 5.0, 9.0, ["a"])
     assert record_json(actions[0])["share"] == 0.5 and "part" not in record_json(actions[1])
+
+
+@pytest.mark.parametrize("narrower", [{}, {"narrower": {"b:ff@0.5": {"ms": 0.5}}}])
+def test_a_round_with_nothing_left_to_narrow_has_the_removals(unet, narrower):
+    config = SimpleNamespace(search=SearchConfig(actions=["remove", "narrow"], keep=["a"]))
+    measures = SimpleNamespace(teacher=SimpleNamespace(config=config), search=SimpleNamespace(needs_scores=True))
+    table = {"full_ms": 10.0, "sites": {"a": {"ms": 1.0}, "b": {"ms": 2.0}}, **narrower}
+    situation = situation_of(measures, unet, table, 10.0, 10.0, 0)
+    assert [value.change.label for value in situation.values] == ["b", *narrower.get("narrower", {})]
+    assert situation.copyable == ()
 
 
 def test_wrong_actions_are_named():
