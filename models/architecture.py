@@ -14,13 +14,15 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from types import MappingProxyType
 
 MOST_REPEATS = 256  # of a block: thousands of copies would be built for hours before anything is said of them
-SUPPORTED = ("repeats", "widths")  # fields of a BlockSpec that networks are built with
+DTYPES = ("int8", "fp8")  # what the linear layers of a block may compute in
+MOST_MERGED = 0.75  # of the tokens: one of four is what others are merged into
 
 
 @dataclass(frozen=True)
 class BlockSpec:
     """What becomes of one block: how often it runs, {part: share of its width that stays} (families/widths.py; 0 leaves
-    the part out alone), the dtype it computes in, and the share of tokens that it merges."""
+    the part out alone), what its linear layers compute in (families/quantized.py; None: as the rest of the network),
+    and the share of tokens that its self-attention merges (families/merged.py)."""
 
     repeats: int = 1
     widths: Mapping[str, float] = field(default_factory=dict)
@@ -38,8 +40,7 @@ NO_LEVELS: Levels = MappingProxyType({})
 
 
 def as_architecture(table: Mapping[str, int | Mapping | BlockSpec]) -> Architecture:
-    """The table with a BlockSpec for every int and dict; ValueError names a block whose entry is none, or that asks
-    for what no network is built with yet."""
+    """The table with a BlockSpec for every int and dict; ValueError names a block whose entry is none."""
     return {block: as_spec(block, entry) for block, entry in table.items()}
 
 
@@ -53,16 +54,12 @@ def as_spec(block: str, entry: int | Mapping | BlockSpec) -> BlockSpec:
     check_repeats(block, spec.repeats)
     fits = {
         "widths": isinstance(spec.widths, Mapping) and all(map(is_share, spec.widths.values())),
-        "dtype": spec.dtype is None or isinstance(spec.dtype, str),
-        "merge": is_share(spec.merge) and spec.merge < 1,
+        "dtype": spec.dtype in (None, *DTYPES),
+        "merge": is_share(spec.merge) and spec.merge <= MOST_MERGED,
     }
-    for name, fit in fits.items():
-        value = getattr(spec, name)
-        if not fit:
-            ways = "widths are {part: share from 0 to 1}, dtype is a name, merge a share below 1"
-            raise ValueError(f"the architecture gives {block} {name}={value!r}; {ways}")
-        if name not in SUPPORTED and value != getattr(WHOLE, name):
-            raise ValueError(f"the architecture gives {block} {name}={value!r}; only {SUPPORTED} is supported so far")
+    for name in (name for name, fit in fits.items() if not fit):
+        ways = f"widths are {{part: share from 0 to 1}}, dtype is one of {DTYPES}, merge a share up to {MOST_MERGED}"
+        raise ValueError(f"the architecture gives {block} {name}={getattr(spec, name)!r}; {ways}")
     return spec
 
 
@@ -174,6 +171,27 @@ def narrowed(architecture: Architecture, block: str, part: str, share: float) ->
     return {**architecture, block: replace(spec, widths={**spec.widths, part: share})}
 
 
+def with_dtype(architecture: Architecture, block: str, dtype: str) -> Architecture:
+    """The table with the block's linear layers in another dtype."""
+    return {**architecture, block: replace(architecture.get(block, WHOLE), dtype=dtype)}
+
+
+def with_merge(architecture: Architecture, block: str, share: float) -> Architecture:
+    """The table with a share of the tokens merged in the block's self-attention."""
+    return {**architecture, block: replace(architecture.get(block, WHOLE), merge=share)}
+
+
+def action_on(part: str | None) -> str:
+    """What records call a change of a part of a block, of its dtype or merged tokens; None: of the block itself."""
+    return {None: "remove", "dtype": "quantize", "merge": "merge"}.get(part, "narrow")
+
+
+def departures(spec: BlockSpec) -> list[str]:
+    """What no class of diffusers has of a block that runs: it is narrowed, quantized to int8, or merges tokens."""
+    quantized, merges = [f"quantized to {spec.dtype}"] if spec.dtype else [], ["merging tokens"] if spec.merge else []
+    return [*(["narrowed"] if spec.widths else []), *quantized, *merges]
+
+
 def without_defaults(architecture: Architecture) -> Architecture:
     """The table without entries of blocks, and parts of them, that stay as they are."""
     specs = {block: without_whole_parts(spec) for block, spec in architecture.items()}
@@ -182,8 +200,9 @@ def without_defaults(architecture: Architecture) -> Architecture:
 
 def without_whole_parts(spec: BlockSpec) -> BlockSpec:
     """The entry without parts that keep their width; of a removed block nothing but that it is."""
-    kept = {part: share for part, share in spec.widths.items() if share != 1} if spec.repeats else {}
-    return replace(spec, widths=kept)
+    if spec.repeats == 0:
+        return BlockSpec(0)
+    return replace(spec, widths={part: share for part, share in spec.widths.items() if share != 1})
 
 
 def canonical(

@@ -114,18 +114,21 @@ def readers_line(read_by: Mapping[str, Reading]) -> str:
 
 
 def network_line(part: str, config: Mapping[str, Any], removed: Sequence[str] = ()) -> str:
-    """What was removed, narrowed and copied; where that is diffusers' own class, its configuration says which layers
-    are left."""
+    """What was removed, copied and changed otherwise; where that is diffusers' own class, its configuration says which
+    layers are left."""
     architecture = as_architecture(config.get("depths") or {})
     if removed and not architecture:
         return f"of diffusers' own class, without {', '.join(f'`{block}`' for block in removed)} of the full model."
     removed = [f"`{block}`" for block, spec in architecture.items() if spec.repeats == 0]
     copied = [f"`{block}` (runs {spec.repeats} times)" for block, spec in architecture.items() if spec.repeats > 1]
     narrowed = [f"`{block}` ({widths_text(spec.widths)})" for block, spec in architecture.items() if spec.widths]
+    quantized = [f"`{block}` (linear layers in {spec.dtype})" for block, spec in architecture.items() if spec.dtype]
+    merging = [f"`{block}` ({spec.merge:.0%} of its tokens)" for block, spec in architecture.items() if spec.merge]
     if not architecture:
         return f"of diffusers' own class; `{part}/config.json` says its layers."
     without = f"without {', '.join(removed)}" if removed else ""
-    others = (f"{how}: {', '.join(of)}" for how, of in (("narrowed", narrowed), ("copied", copied)) if of)
+    changed = {"narrowed": narrowed, "quantized": quantized, "merging": merging, "copied": copied}
+    others = (f"{how}: {', '.join(of)}" for how, of in changed.items() if of)
     return "; ".join(filter(None, (without, *others))) + "."
 
 

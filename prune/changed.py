@@ -1,17 +1,18 @@
-"""Networks after changes: which narrower parts one offers, and what it draws after many changes, in place.
+"""Networks after changes: which of them one offers beside removals, and what it draws after many, in place.
 
 Axes: B rows of a batch, N kept blocks.
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
-from slimstep.models.architecture import WHOLE
+from slimstep.models.architecture import WHOLE, BlockSpec
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.families.widths import units_left
-from slimstep.prune.changes import Change, without_kept
+from slimstep.prune.changes import DTYPE, MERGE, Change, changes_in, without_kept
 from slimstep.prune.config import SearchConfig
 
 
@@ -20,7 +21,7 @@ def narrower_labels(unet: Prunable, shares: Sequence[float]) -> list[str]:
     at 0, where a part can be left out alone."""
     labels = []
     for block in (block for block in unet.kept_blocks if block in unet.width_units):
-        present = unet.architecture.get(block, WHOLE).widths
+        present = spec_of(unet, block).widths
         for part, units in unet.width_units[block].items():
             removable = part in unet.removable_parts[block]
             left = units_left(units, present.get(part, 1.0))
@@ -31,16 +32,51 @@ def narrower_labels(unet: Prunable, shares: Sequence[float]) -> list[str]:
     return labels
 
 
+def quantized_labels(unet: Prunable, dtypes: Sequence[str]) -> list[str]:
+    """The labels of all kept blocks with linear layers, that compute in none of the dtypes yet, in each of them."""
+    blocks = [block for block in unet.kept_blocks if block in unet.quantizable_blocks]
+    plain = [block for block in blocks if not spec_of(unet, block).dtype]
+    return [Change(block, DTYPE, dtype).label for block in plain for dtype in dtypes]
+
+
+def merged_labels(unet: Prunable, shares: Sequence[float]) -> list[str]:
+    """The labels of all kept blocks whose self-attention can merge these shares of its tokens, more than it does."""
+    blocks = [block for block in unet.kept_blocks if block in unet.mergeable_blocks]
+    return [Change(block, MERGE, share).label for block in blocks for share in sorted(set(shares))
+            if share > spec_of(unet, block).merge]  # fmt: skip
+
+
+def spec_of(unet: Prunable, block: str) -> BlockSpec:
+    return unet.architecture.get(block, WHOLE)
+
+
 def offered_narrower(unet: Prunable, search: SearchConfig) -> list[str]:
-    """The labels of the narrower parts that a search may choose; none where search.actions does not say narrow."""
-    return without_kept(narrower_labels(unet, search.widths), search.keep) if "narrow" in search.actions else []
+    """The labels of what a search may choose beside removals and copies, as search.actions says: narrower parts, other
+    dtypes, merged tokens. What goes with a block's earlier changes neither in time nor in value is left out."""
+    ways = {"narrow": (narrower_labels, search.widths), "quantize": (quantized_labels, search.dtypes),
+            "merge": (merged_labels, search.merge)}  # fmt: skip
+    labels = [label for name, (found, own) in ways.items() if name in search.actions for label in found(unet, own)]
+
+    def is_apart(change: Change) -> bool:
+        present = changes_in(change.block, spec_of(unet, change.block))
+        return not any(change.excludes(other) for other in present if other.part != change.part)
+
+    return [label for label in without_kept(labels, search.keep) if is_apart(Change.of(label))]
+
+
+def in_place(unet: Prunable, change: Change) -> AbstractContextManager[None]:
+    """While this runs the network is what it is after a change that is no removal; no copy of it is made."""
+    ways = {DTYPE: unet.with_dtype, MERGE: unet.with_merge}
+    if change.part in ways:
+        return ways[change.part](change.block, change.share)
+    return unet.with_narrower(change.block, change.part, change.share)
 
 
 def changed(
     unet: Prunable, labels: Sequence[str], draw: Callable[[list[int], Tensor | None], Tensor]
 ) -> Tensor:  # fmt: skip
     """What `draw(rows, block mask of these rows or None)` gives for every row after the change of its label, in their
-    order: removals by a mask, all at once, and each narrowing by zeros in the weights, in place."""
+    order: removals by a mask, all at once, and each other change in place."""
     rows_of: dict[str | None, list[int]] = {}
     for row, label in enumerate(labels):
         rows_of.setdefault(label if Change.of(label).part else None, []).append(row)
@@ -52,8 +88,7 @@ def changed(
             mask_BN[torch.arange(len(rows)), columns] = False
             found = draw(rows, mask_BN.to(unet.device))
         else:
-            change = Change.of(label)
-            with unet.with_narrower(change.block, change.part, change.share):
+            with in_place(unet, Change.of(label)):
                 found = draw(rows, None)
         drawn |= zip(rows, found, strict=True)
     return torch.stack([drawn[row] for row in range(len(labels))])

@@ -9,9 +9,11 @@ from omegaconf import OmegaConf
 import slimstep.eval.config
 from slimstep.engine.checks import check_choice, check_minimum
 from slimstep.engine.config import StageConfig
+from slimstep.models.architecture import DTYPES, MOST_MERGED
 
 MOST_ROUNDS = 200
-ACTIONS = ("remove", "narrow", "copy")
+ACTIONS = ("remove", "narrow", "quantize", "merge", "copy")
+MEASURED = ("narrow", "quantize", "merge")  # beside removals: each change is scored and timed by itself
 NORM_GROUPS = ("whole", "per_group")
 BY_ACTIVATIONS = ("taylor", "activation_energy")
 IMPORTANCE = ("magnitude", *BY_ACTIVATIONS, "random", "first")
@@ -20,14 +22,18 @@ IMPORTANCE = ("magnitude", *BY_ACTIVATIONS, "random", "first")
 @dataclass
 class SearchConfig:
     """How an architecture is chosen. `blocks`: whole ones, or the attentions and feed-forwards of transformer blocks,
-    too. `actions` are what may happen to a block: remove, narrow (its parts to shares of their `widths`) and copy;
-    blocks that a pattern of `keep` names stay as they are. `target_ms` wins over `target_fraction`, a share of the
-    teacher's UNet latency; blocks are ranked by `metric`, CLIP score or a per-image one of `metrics`."""
+    too. `actions` are what may happen to a block: remove, narrow (its parts to shares of their `widths`), quantize (its
+    linear layers to one of `dtypes`, int8 and fp8), merge (shares of its tokens, in the self-attentions of UNets: one
+    of the shares `merge`) and copy; blocks that a pattern of `keep` names stay as they are. `target_ms` wins over
+    `target_fraction`, a share of the teacher's UNet latency; blocks are ranked by `metric`, CLIP score or a per-image
+    one of `metrics`."""
 
     method: Any = None
     blocks: str = "whole"
     actions: list[str] = field(default_factory=lambda: ["remove", "copy"])
     widths: list[float] = field(default_factory=lambda: [0.75, 0.5, 0.25])
+    dtypes: list[str] = field(default_factory=lambda: ["int8"])
+    merge: list[float] = field(default_factory=lambda: [0.25, 0.5])
     keep: list[str] = field(default_factory=list)
     target_fraction: float | None = 0.75
     target_ms: float | None = None
@@ -44,11 +50,16 @@ class SearchConfig:
             raise ValueError(f"search.skip_rule={self.skip_rule} must be shortcut, drop_skip or {{block: rule}}")
         check_choice("search", self, copy_init=("zero", "same"), blocks=("whole", "sublayers"))
         unknown = sorted(set(self.actions) - set(ACTIONS))
-        if unknown or not {"remove", "narrow"} & set(self.actions):
+        if unknown or not {"remove", *MEASURED} & set(self.actions):
             wrong = f", and not {unknown}" if unknown else ""
-            raise ValueError(f"search.actions={list(self.actions)} must name remove or narrow, of {ACTIONS}{wrong}")
+            raise ValueError(f"search.actions={list(self.actions)} must name another than copy, of {ACTIONS}{wrong}")
         if not all(0 < share < 1 for share in self.widths) or "narrow" in self.actions and not self.widths:
             raise ValueError(f"search.widths={list(self.widths)} must be shares between 0 and 1")
+        if set(self.dtypes) - set(DTYPES) or "quantize" in self.actions and not self.dtypes:
+            raise ValueError(f"search.dtypes={list(self.dtypes)} must be some of {DTYPES}")
+        if not all(0 < share <= MOST_MERGED for share in self.merge) or "merge" in self.actions and not self.merge:
+            why = "of four tokens one is what others are merged into"
+            raise ValueError(f"search.merge={list(self.merge)} must be shares above 0, up to {MOST_MERGED}: {why}")
         for name in ("target_fraction", "target_ms"):
             if (value := getattr(self, name)) is not None and not 0 < value < math.inf:
                 raise ValueError(f"search.{name}={value} must be above 0")

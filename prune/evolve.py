@@ -13,9 +13,10 @@ Rules where the paper is silent:
 - Milliseconds saved ≤ 0 (removal saves no time): the block is never removed for latency, nor copied to use room.
 - Ties: the earlier block in order of execution.
 - A block that holds, or lies within, one already chosen in this round waits for the next round's measurements; and so
-  do other widths of a part that is narrowed in it, and the removal of its block.
+  do other changes of a part that is changed in it, and the removal of its block.
 
-Narrowing a part of a block (changes.py) is an action as its removal is, and is ranked with them.
+Narrowing a part of a block, another dtype and merged tokens (changes.py) are actions as removals are, and are ranked
+with them.
 """
 
 import math
@@ -31,8 +32,8 @@ IN_FILES = {"block": "site", "repeats": "depth"}  # as decision.json has called 
 
 @dataclass(frozen=True)
 class BlockValue:
-    """What a block gives and costs: the CLIP score its removal loses, and the milliseconds it saves; or, with a `part`,
-    those of narrowing this part to a `share` of its width.
+    """What a block gives and costs: the CLIP score its removal loses, and the milliseconds it saves; or, with a `part`
+    and its `share`, those of another change (changes.py).
 
     `picture_error` is that of prune/scores.py, nan where it was not measured; `floor` the least CLIP score that the
     removal is taken to lose; `screen_error` that of prune/screening.py, nan without a screen. A block that runs more
@@ -49,7 +50,7 @@ class BlockValue:
     screen_error: float = math.nan
     metric: str = "CLIP"
     part: str | None = None
-    share: float = 0.0
+    share: float | str = 0.0
 
     @property
     def change(self) -> Change:
@@ -98,8 +99,8 @@ class BlockValue:
 
 @dataclass(frozen=True)
 class Action:
-    """One change of the architecture, remove, narrow or copy, and the latency predicted after it; nan where it was not
-    scored or timed."""
+    """One change of the architecture, a copy or one of changes.py, and the latency predicted after it; nan where it was
+    not scored or timed."""
 
     action: str
     block: str
@@ -110,11 +111,11 @@ class Action:
     why: str
     predicted_ms: float
     part: str | None = None
-    share: float = 0.0
+    share: float | str = 0.0
 
     @property
     def change(self) -> Change:
-        """What a removal or a narrowing does."""
+        """What an action that is no copy does."""
         return Change(self.block, self.part, self.share)
 
 
@@ -148,7 +149,7 @@ def priced(values: Iterable[BlockValue]) -> list[BlockValue]:
 def take_in_order(
     values: Iterable[BlockValue], latency_ms: float, target_ms: float, at_most: int | None = None
 ) -> list[Action]:
-    """Removes or narrows blocks in the order given, those that save time, until the predicted latency meets the
+    """Removes or changes blocks in the order given, those that save time, until the predicted latency meets the
     target."""
     chosen: list[Action] = []
     for value in values:
@@ -183,8 +184,8 @@ def choose_copies(
 
 
 def saving(value: BlockValue, latency_ms: float) -> Action:
-    """Removing the block from a network of `latency_ms`, or narrowing its part."""
-    return _action("narrow" if value.part else "remove", value, value.saved_ms, latency_ms)
+    """The value's change of a network of `latency_ms`."""
+    return _action(value.change.action, value, value.saved_ms, latency_ms)
 
 
 def copy(value: BlockValue, latency_ms: float) -> Action:

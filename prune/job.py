@@ -41,13 +41,14 @@ from slimstep.eval.training import check_objective, train_stage
 from slimstep.models.cost import count_gflops, count_parameters
 from slimstep.models.denoiser import guidance_embed_dim
 from slimstep.models.families.prunable import Prunable, fields_of
+from slimstep.models.families.quantized import check_computes
 from slimstep.models.families.transformer.network import PrunableTransformer
 from slimstep.models.family import denoiser_of, family_of
 from slimstep.models.pipeline import on_device, with_unet
 from slimstep.prune.budgets import front
 from slimstep.prune.changed import offered_narrower
 from slimstep.prune.changes import without_kept
-from slimstep.prune.config import Config
+from slimstep.prune.config import MEASURED, Config
 from slimstep.prune.latency import predicted_ms, table_without
 from slimstep.prune.plan import latency_stage, pruning_stages
 from slimstep.prune.rounds import Measures, decide, known_latencies, skip_rule, tell
@@ -110,6 +111,7 @@ def make_latency_table(config: Config, run: Run) -> int | Plan:
     """The latency table of a model on its own, written to latency.json and printed."""
     teacher = Teacher(component(config, "model"), config, run)
     divide_blocks(teacher)
+    check_actions(teacher)
     if config.plan:
         return planned(teacher, [latency_stage(teacher)], [])
     check_weights(teacher.pipeline, config)
@@ -148,14 +150,17 @@ def check(teacher: Teacher, search: Any) -> None:
         raise ValueError(f"search.keep={unused} names no block; this network has {unet.blocks}")
     if unet.blocks and not without_kept(unet.blocks, config.search.keep):
         raise ValueError(f"search.keep={list(config.search.keep)} names all blocks: there is nothing to prune")
-    if "narrow" in config.search.actions and not search.needs_scores:
+    if {*MEASURED} & {*config.search.actions} and not search.needs_scores:
         raise ValueError(f"search.actions={list(config.search.actions)}: {type(search).__name__} scores nothing, and "
                          "removes whole blocks alone; choose search=snapfusion or program")  # fmt: skip
+    check_actions(teacher)
     if table := known_latencies(config):
         table_without(table, unet, offered_narrower(unet, config.search))
     with torch.device("meta"):
         bare = type(unet).from_config(fields_of(unet), bypass=skip_rule(config))
         if architecture := getattr(search, "architecture", {}):
+            for dtype in {spec.dtype for spec in architecture.values() if spec.dtype}:
+                check_computes(dtype, teacher.device)
             decided = type(unet).from_config(fields_of(bare), depths=architecture)
             if table:
                 predicted_ms(table, decided)
@@ -164,6 +169,16 @@ def check(teacher: Teacher, search: Any) -> None:
     check_inputs(teacher)
     if ranks_by_prompts(search):
         teacher.sampler(config.scoring)
+
+
+def check_actions(teacher: Teacher) -> None:
+    """ValueError for actions that the network has no blocks for, and dtypes that the device does not compute in."""
+    search, kind = teacher.config.search, teacher.unet.STOCK.__name__
+    if "merge" in search.actions and not teacher.unet.mergeable_blocks:
+        reason = f"a {kind} has no self-attention that can merge tokens; leave merge out"
+        raise ValueError(f"search.actions={list(search.actions)}: {reason}")
+    for dtype in search.dtypes if "quantize" in search.actions else ():
+        check_computes(dtype, teacher.device)
 
 
 def at_its_guidance(teacher: Teacher) -> dict[str, Any]:

@@ -3,9 +3,10 @@
 On a GPU an entry is the whole denoiser minus that without the block, each a CUDA graph (CUDA events, interleaved,
 medians): launched kernel by kernel, two blocks of as many kernels cost alike. On a CPU such differences drown in noise:
 there an entry is the thread's CPU time spent inside the block of the running network, less what its skip rule costs.
-Blocks run alone are never timed: launch gaps, fusion and concatenations do not add up. What narrowing a part of a block
-saves (changes.py) is measured by real surgery in the same ways: on a CPU the time inside the block of the whole network
-minus that of one in which every block has some part narrower, the two in turns.
+Blocks run alone are never timed: launch gaps, fusion and concatenations do not add up. What the other changes of
+changes.py save (a narrower part, int8, merged tokens) is measured by real surgery in the same ways: on a CPU the time
+inside the block of the whole network minus that of one in which every block has one such change, the two in turns. It
+may be less than nothing, as of int8 where kernels are small; such a change is never taken.
 """
 
 import itertools
@@ -15,7 +16,6 @@ import statistics
 import time
 from collections.abc import Hashable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ from slimstep.eval.timing.latency import (
 from slimstep.models.architecture import WHOLE, holds
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.sizes import latent_side
-from slimstep.prune.changes import Change
+from slimstep.prune.changes import Change, changes_in
 
 
 def read_table(path: str | Path) -> dict:
@@ -72,29 +72,32 @@ def table_without(table: dict, unet: Prunable, narrower: Sequence[str] = ()) -> 
 
 
 def block_ms(table: dict, unet: Prunable, block: str) -> float:
-    """What one run of a block takes, as narrow as it is."""
-    widths = unet.architecture.get(block, WHOLE).widths
-    return table["sites"][block]["ms"] - sum(saved_ms(table, Change(block, *part)) for part in widths.items())
+    """What one run of a block takes, changed as it is. ValueError for changes whose times do not add up."""
+    changes = changes_in(block, unet.architecture.get(block, WHOLE))
+    if mixed := [one.label for one in changes if any(one.excludes(other) for other in changes if other != one)]:
+        raise ValueError(f"latency.table cannot say what {' and '.join(mixed)} save together; measure, without it")
+    return table["sites"][block]["ms"] - sum(saved_ms(table, change) for change in changes)
 
 
 def saved_ms(table: dict, change: Change) -> float:
-    """What a narrower part saves of the whole block's time; ValueError where the table does not say so."""
+    """What a change saves of the whole block's time; ValueError where the table does not say so."""
     if (entry := table.get("narrower", {}).get(change.label)) is None:
-        made = "+experiment=latency_table makes one with search.actions=[remove,narrow] and the same search.widths"
-        raise ValueError(f"latency.table has no entry for {change.label}; {made}")
+        own = {"narrow": "widths", "quantize": "dtypes", "merge": "merge"}[change.action]
+        made = f"+experiment=latency_table makes one with search.actions=[remove,{change.action}] and search.{own}"
+        raise ValueError(f"latency.table has no entry for {change.label}; {made} as here")
     return entry["ms"]
 
 
 def narrowing_ms(table: dict, unet: Prunable, label: str) -> float:
-    """What a change saves in all runs of its block, whose part may be narrower already."""
+    """What a change saves in all runs of its block, whose part may be narrower, or merge tokens, already."""
     change = Change.of(label)
-    now = unet.architecture.get(change.block, WHOLE).widths.get(change.part)
-    before = 0.0 if now is None else saved_ms(table, replace(change, share=now))
+    present = changes_in(change.block, unet.architecture.get(change.block, WHOLE))
+    before = sum(saved_ms(table, other) for other in present if other.part == change.part)
     return unet.repeats(change.block) * (saved_ms(table, change) - before)
 
 
 def predicted_ms(table: dict, unet: Prunable) -> float:
-    """The whole time, less the entries of removed blocks and of narrower parts, plus those of copies."""
+    """The whole time, less the entries of removed blocks and of other changes, plus those of copies."""
     removed = {block for block in table["sites"] if unet.repeats(block) == 0}
     # A layer within a removed transformer went with it, and is not counted twice.
     counted = [s for s in table["sites"] if not any(holds(holder, s) for holder in removed)]
@@ -155,11 +158,11 @@ def difference_times(unet: Prunable, config: LatencyConfig) -> tuple[float, dict
 
 
 def difference_savings(unet: Prunable, config: LatencyConfig, labels: Sequence[str]) -> dict[str, float]:
-    """Per label, latency(full) − latency(with this narrower part), interleaved."""
+    """Per label, latency(full) − latency(with this change), interleaved."""
     saved = {}
-    for label in progress(labels, desc="narrower blocks", unit="part"):
-        narrowed = unet.with_architecture(Change.of(label).applied_to(unet.architecture))
-        times = paired_ms(unet, narrowed, config, desc=label)
+    for label in progress(labels, desc="changed blocks", unit="change"):
+        after = unet.with_architecture(Change.of(label).applied_to(unet.architecture))
+        times = paired_ms(unet, after, config, desc=label)
         saved[label] = times["full"] - times["pruned"]
     return saved
 
@@ -195,17 +198,17 @@ def in_place_times(unet: Prunable, config: LatencyConfig) -> tuple[float, dict[s
 
 
 def in_place_savings(unet: Prunable, config: LatencyConfig, labels: Sequence[str]) -> dict[str, float]:
-    """Per label, the median CPU time inside the block less that inside the narrower one, of networks that run in turns:
+    """Per label, the median CPU time inside the block less that inside the changed one, of networks that run in turns:
     each has one label of every block that has so many."""
     places = [Change.of(label).block for label in labels]
     turns = [places[:n].count(block) for n, block in enumerate(places)]  # how many labels of its block are before it
     saved: dict[str, float] = {}
-    for turn in progress(range(max(turns, default=-1) + 1), desc="narrower blocks", unit="denoiser"):
+    for turn in progress(range(max(turns, default=-1) + 1), desc="changed blocks", unit="denoiser"):
         own = {Change.of(label): label for label, at in zip(labels, turns, strict=True) if at == turn}
         architecture = unet.architecture
         for change in own:
             architecture = change.applied_to(architecture)
-        networks = {"whole": unet, "narrower": unet.with_architecture(architecture)}
+        networks = {"whole": unet, "changed": unet.with_architecture(architecture)}
         calls = {name: forward_call(network, config) for name, network in networks.items()}
         _, iterations = affordable(sum(warm_up_ms(call, unet.device) for call in calls.values()), config)
         inside: dict[Hashable, list[float]] = {}
@@ -221,7 +224,7 @@ def in_place_savings(unet: Prunable, config: LatencyConfig, labels: Sequence[str
         for change, label in own.items():
             times = {name: sum(statistics.median(taken) for place, taken in inside.items()
                                if place[:2] == (name, change.block)) for name in networks}  # fmt: skip
-            saved[label] = times["whole"] - times["narrower"]
+            saved[label] = times["whole"] - times["changed"]
     return {label: saved[label] for label in labels}
 
 
@@ -251,8 +254,7 @@ def random_architectures(
 ) -> list[dict]:  # fmt: skip
     """Random architectures with 2 … 3/4 of the blocks changed: what the table predicts and what is measured.
 
-    saved_ms: by label. A block with narrower parts is removed in one case of two, and has one of its parts narrowed in
-    the others.
+    saved_ms: by label. A block with other changes is removed in one case of two, and has one of these in the others.
     """
     draw = generator("removals", config.seed)
     samples, blocks = [], list(unet.kept_blocks)

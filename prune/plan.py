@@ -11,6 +11,8 @@ from slimstep.prune.changed import offered_narrower
 from slimstep.prune.changes import Change, without_kept
 from slimstep.prune.search import needs_similarity
 
+NAMES = {"remove": "removals", "narrow": "narrower parts", "quantize": "blocks in other dtypes", "merge": "merges"}
+
 
 def pruning_stages(teacher: Teacher, search: Any) -> Iterator[Stage]:
     """All stages in the order in which they run; upper bounds, for a student is never larger than the teacher."""
@@ -49,14 +51,13 @@ def changes_of(teacher: Teacher) -> list[str]:
 
 def timed(teacher: Teacher) -> str:
     """What the latency table has an entry of."""
-    blocks, narrower = len(teacher.unet.kept_blocks), len(offered_narrower(teacher.unet, teacher.config.search))
-    return f"{blocks} blocks, {narrower} narrower parts" if narrower else f"{blocks} blocks"
+    others = counted(offered_narrower(teacher.unet, teacher.config.search))
+    return ", ".join(filter(None, (f"{len(teacher.unet.kept_blocks)} blocks", others)))
 
 
 def counted(labels: Sequence[str]) -> str:
-    narrower = sum(Change.of(label).part is not None for label in labels)
-    removals = [f"{len(labels) - narrower} removals"] if len(labels) > narrower else []
-    return ", ".join([*removals, *([f"{narrower} narrower parts"] if narrower else [])])
+    actions = [Change.of(label).action for label in labels]
+    return ", ".join(f"{actions.count(action)} {name}" for action, name in NAMES.items() if action in actions)
 
 
 def evaluation(name: str, teacher: Teacher) -> Stage:

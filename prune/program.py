@@ -21,7 +21,7 @@ TIE = 1e-3  # CLIP of a change, below what can be measured: of sets that lose th
 
 
 class AdditiveProgram:
-    """The set of removals and narrowings with the smallest sum of CLIP lost whose milliseconds meet the round's target.
+    """The set of changes (changes.py) with the smallest sum of CLIP lost whose milliseconds meet the round's target.
 
     A change that loses less than nothing counts as losing nothing; what destroys the picture has its price of
     evolve.py. It copies nothing: below the target it does nothing. What was screened out is taken where all else does
@@ -61,14 +61,14 @@ def cheapest_cover(values: Sequence[BlockValue], excess_ms: float) -> list[Block
 
 
 def at_most_one(values: Sequence[BlockValue]) -> csr_array:
-    """Rows of values that exclude one another, one for each part of a block: its widths, the removal of the block, and
-    those of the blocks that hold it. Float64 [parts, values]."""
-    parts = {(value.block, value.part) for value in values}
+    """Rows of values that exclude one another, one for each part of a block: its changes, those of the whole block, and
+    the removals of the blocks that hold it. Float64 [parts, values]."""
+    parts = {(value.block, value.change.place) for value in values}
     rows = [[in_row(value.change, block, part) for value in values] for block, part in sorted(parts, key=str)]
     return csr_array(np.array(rows, dtype=float))
 
 
 def in_row(change: Change, block: str, part: str | None) -> bool:
     if change.block == block:
-        return change.part in (None, part)
+        return change.place in (None, part)
     return change.part is None and holds(change.block, block)

@@ -19,7 +19,7 @@ from slimstep.models.architecture import as_json
 from slimstep.models.families.prunable import Prunable
 from slimstep.prune.changed import offered_narrower
 from slimstep.prune.changes import Change, without_kept
-from slimstep.prune.config import Config
+from slimstep.prune.config import MEASURED, Config
 from slimstep.prune.evolve import Action, BlockValue, apply, record_json
 from slimstep.prune.latency import latency_table, predicted_ms, read_table, table_without
 from slimstep.prune.racing import record_of, run_race, why_stopped
@@ -29,6 +29,7 @@ from slimstep.prune.search import Situation, needs_similarity
 from slimstep.prune.similarity import block_similarities
 
 log = logging.getLogger("slimstep")
+VERBS = {"remove": "removes", "narrow": "narrows", "quantize": "quantizes", "merge": "merges", "copy": "copies"}
 
 
 def known_latencies(config: Config) -> dict | None:
@@ -182,7 +183,7 @@ def situation_of(
     config = measures.teacher.config.search
     target_ms = config.target_ms or (config.target_fraction and config.target_fraction * teacher_ms) or math.inf
     scale, entries = latency_ms / table["full_ms"], table["sites"] if "remove" in config.actions else {}
-    if "narrow" in config.actions and measures.search.needs_scores:
+    if {*MEASURED} & {*config.actions} and measures.search.needs_scores:
         entries = entries | table.get("narrower", {})  # not there where nothing is left to narrow
     changes = {label: Change.of(label) for label in without_kept(entries, config.keep)}
     unknown = math.nan, math.nan
@@ -247,7 +248,7 @@ def action_label(action: Mapping[str, Any]) -> str:
 def tell(stage: str, decision: dict) -> None:
     """The round as a story: what was done to which block, and why; the latency predicted, then measured."""
     for action in decision["actions"]:
-        verb = {"remove": "removes", "narrow": "narrows", "copy": "copies"}[action["action"]]
+        verb = VERBS[action["action"]]
         predicted = "" if action["predicted_ms"] is None else f" → predicted {action['predicted_ms']:.2f} ms"
         log.info(f"{stage} {verb} {action_label(action):<32} {action['why']}{predicted}")
     share = decision["measured_ms"] / decision["teacher_ms"]

@@ -1,8 +1,9 @@
 """A screen before the block scores: how far one evaluation of the network without a block is from the whole one's.
 
-Every block is skipped, and every part of one narrowed, at the same inputs: those of the whole network's own sampling,
-one of its steps for each prompt, so that a change costs one evaluation a prompt and no image. Scores are then taken of
-the changes that this leaves, those that are cheapest per millisecond, up to a multiple of what the round has to save.
+Every block is skipped, and changed in the other ways of changes.py, at the same inputs: those of the whole network's
+own sampling, one of its steps for each prompt, so that a change costs one evaluation a prompt and no image. Scores are
+then taken of the changes that this leaves, those that are cheapest per millisecond, up to a multiple of what the round
+has to save.
 
 Axes: B rows of a batch, N kept blocks, P prompts, C channels, H and W latent size.
 """
@@ -33,7 +34,8 @@ class Screen:
 
     def cheapest(self, ms: Mapping[str, float], enough_ms: float) -> tuple[str, ...]:
         """The changes that cost least error a millisecond, in the screen's order, until they save enough; two at least,
-        for there is nothing to choose from one. Of changes of one part the one that saves most is counted."""
+        for there is nothing to choose from one. Of changes of one part, or of a whole block, the one that saves most is
+        counted."""
         saving = [label for label in self.errors if ms[label] > 0]
         order = sorted(saving, key=lambda label: self.errors[label] / ms[label])
         saved: dict[tuple[str, str | None], float] = {}
@@ -43,13 +45,13 @@ class Screen:
                 break
             chosen.add(label)
             change = Change.of(label)
-            place = change.block, change.part
+            place = change.block, change.place
             saved[place] = max(saved.get(place, 0.0), ms[label])
         return tuple(label for label in self.errors if label in chosen)
 
 
 def total_ms(saved: Mapping[tuple[str, str | None], float]) -> float:
-    """What changes save together: of a block its removal, or its narrower parts."""
+    """What changes save together: of a block its removal, or its other dtype, or those of its parts."""
     parts = {block: 0.0 for block, _ in saved}
     for (block, part), ms in saved.items():
         parts[block] += ms if part else 0.0

@@ -16,6 +16,7 @@ import torch
 
 from slimstep.engine.seeding import generator
 from slimstep.models.architecture import WHOLE, Architecture, as_architecture
+from slimstep.prune.changes import changes_in
 from slimstep.prune.evolve import (
     Action,
     BlockValue,
@@ -155,7 +156,7 @@ def spread(values: Sequence[BlockValue]) -> list[BlockValue]:
 
 class Manual:
     """An architecture given by hand: `remove` lists blocks, `architecture` is a table {block: repeats}, or its file; a
-    narrower block stands in it as {block: {widths: {part: share}}}.
+    block that is changed otherwise stands in it as {block: {widths: {part: share}, dtype: int8, merge: share}}.
 
     The latency target is not looked at. Raises FileNotFoundError where `architecture` names a file that does not exist,
     and ValueError where it is no such table.
@@ -181,8 +182,9 @@ class Manual:
             # A level as a whole has no value of its own, nor has a part.
             unknown = BlockValue(block, math.nan, math.nan, math.nan)
             now, value = situation.architecture.get(block, WHOLE), known.get(block, unknown)
-            parts = [replace(unknown, part=part, share=share) for part, share in spec.widths.items()
-                     if now.widths.get(part, 1) != share]  # fmt: skip
+            present = {change.part: change.share for change in changes_in(block, now)}
+            parts = [replace(unknown, part=change.part, share=change.share) for change in changes_in(block, spec)
+                     if present.get(change.part, 1) != change.share]  # fmt: skip
             missing = [copy] * (spec.repeats - now.repeats) if spec.repeats else [saving] * (now.repeats > 0)
             for change, of in [*((saving, part) for part in parts), *((change, value) for change in missing)]:
                 actions.append(change(of, latency_ms))

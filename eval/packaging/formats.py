@@ -11,7 +11,7 @@
 import importlib.util
 import platform
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def write_onnx(package: Package, programs: Mapping[str, ExportedProgram], folder
         # Without onnxscript's optimiser, which makes nan of Sana's autoencoder; onnxruntime has one of its own.
         written: Any = torch.onnx.export(
             program, input_names=[*graph.inputs], output_names=[*graph.outputs], dynamo=True, verbose=False,
-            optimize=False,
+            optimize=False, custom_translation_table=translations(),
         )  # fmt: skip
         weights = sum(tensor.nbytes for tensor in program.state_dict.values())
         written.save(str(file), external_data=weights > LARGEST_FILE)
@@ -116,6 +116,21 @@ def write_onnx(package: Package, programs: Mapping[str, ExportedProgram], folder
             config = network.config if name == "text_encoder" else network
             write_text(folder / place / "config.json", config.to_json_string())
     return {"graphs": {name: f"{folders[name]}/model.onnx" for name in programs}}
+
+
+def translations() -> dict[Any, Callable[..., Any]]:
+    """What torch.onnx has no words for: the product of blocks in int8, and the order of tokens by likeness. TopK leaves
+    equal ones in their order, as a stable sort does."""
+    from onnxscript import opset18
+
+    op: Any = opset18  # whose types know no tensor of a graph
+
+    def ordered(values: Any, stable: bool | None = None, dim: int = -1, descending: bool = False) -> Any:
+        length = op.Gather(op.Shape(values), op.Constant(value_ints=[dim]))
+        return op.TopK(values, length, axis=dim, largest=int(descending), sorted=1)
+
+    aten = torch.ops.aten
+    return {aten._int_mm.default: lambda a, b: op.MatMulInteger(a, b), aten.sort.stable: ordered}
 
 
 def as_onnx_means_it(program: ExportedProgram) -> None:

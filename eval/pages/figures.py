@@ -26,6 +26,8 @@ INK, MUTED, LINE, PAPER = "#1b1f24", "#6b7280", "#d5d9e0", "#fffffe"  # the page
 TEACHER, STUDENT, STEP = MUTED, "#d9480f", "#1c7ed6"
 SERIES = ("#d9480f", "#1c7ed6", "#2b8a3e", "#ae3ec9", "#e67700", "#0b7285", "#c2255c", "#5c940d", "#795548")
 DASHES = (0, (4, 3))
+CHANGES = {"remove": (STUDENT, "removal"), "narrow": (STEP, "narrower part"), "quantize": (SERIES[2], "int8 or fp8"),
+           "merge": (SERIES[3], "merged tokens")}  # fmt: skip
 STYLE = {
     "font.family": "sans-serif",
     "font.size": 9,
@@ -187,12 +189,12 @@ def label_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
 
 @dataclass(frozen=True)
 class ChangePoint:
-    """What a removal or a narrower part saves and loses, and whether the search took it."""
+    """What a change saves and loses, and whether the search took it. action: as decision.json calls it."""
 
     saved_ms: float
     lost: float
     se: float
-    narrows: bool
+    action: str
     taken: bool
 
 
@@ -203,8 +205,8 @@ def changes_figure(rounds: Mapping[str, Sequence[ChangePoint]], metric: str) -> 
     figure, panels = canvas(6.4, 1.2 + 2.9 * len(rounds), rows=len(rounds))
     for axes, (name, changes) in zip(panels, rounds.items(), strict=True):
         axes.axhline(0, color=MUTED, linewidth=1, linestyle=DASHES, zorder=0)
-        for narrows, colour, label in ((False, STUDENT, "removal"), (True, STEP, "narrower part")):
-            kind = [change for change in changes if change.narrows == narrows]
+        for action, (colour, label) in CHANGES.items():
+            kind = [change for change in changes if change.action == action]
             if not kind:
                 continue
             x, y, se = ([getattr(change, key) for change in kind] for key in ("saved_ms", "lost", "se"))

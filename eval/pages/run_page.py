@@ -28,7 +28,7 @@ from slimstep.eval.pages.html import data_uri, write_page
 from slimstep.eval.pages.runs import CLIP, Model, Round, RunRecord, ranked_by, read_run
 from slimstep.eval.pages.text import count, digits, display_name, flatten, overlap_sentence, percent, signed, tile
 from slimstep.eval.pages.unet_figure import unet_figure
-from slimstep.models.architecture import kept
+from slimstep.models.architecture import DTYPES, action_on, kept
 
 MOST_PANELS = 3  # rounds whose changes are drawn, the last ones
 KINDS = {"teacher": ("teacher", TEACHER), "student": ("student", STUDENT)}
@@ -84,8 +84,10 @@ def tiles(run: RunRecord) -> list[dict[str, str]]:
     versus, blocks = student.versus_reference, run.latest_blocks
     num_kept = len(kept(blocks, run.architecture, run.levels))
     copied = sum(spec.repeats > 1 for spec in run.architecture.values())
-    narrower = sum(bool(spec.widths) for spec in run.architecture.values())
-    narrowed = f", {narrower} narrowed" if narrower else ""
+    specs = run.architecture.values()
+    others = {"narrowed": sum(bool(spec.widths) for spec in specs), "merging": sum(spec.merge > 0 for spec in specs),
+              **{f"in {dtype}": sum(spec.dtype == dtype for spec in specs) for dtype in DTYPES}}  # fmt: skip
+    changed = "".join(f", {number} {how}" for how, number in others.items() if number)
     interval = f"{signed(versus['low'])} to {signed(versus['high'])} (95 %)"
     shares = (
         ("denoiser time", attrgetter("ms"), digits, " ms"),
@@ -95,7 +97,7 @@ def tiles(run: RunRecord) -> list[dict[str, str]]:
     return [
         *(tile(label, percent(of(student) / of(teacher)), f"{form(of(student))} of {form(of(teacher))}{unit}")
           for label, of, form, unit in shares),
-        tile("blocks kept", f"{num_kept} / {len(blocks)}", f"{copied} copied{narrowed}"),
+        tile("blocks kept", f"{num_kept} / {len(blocks)}", f"{copied} copied{changed}"),
         tile("CLIP, paired", signed(versus["mean"]), interval),
     ]  # fmt: skip
 
@@ -159,11 +161,11 @@ def draw_figures(run: RunRecord) -> dict[str, Figure]:
 
 
 def scored_changes(r: Round) -> list[ChangePoint]:
-    """All removals and narrower parts that the round scored, with what it took of them."""
+    """All changes that the round scored, with what it took of them."""
     place = lambda of: (of["site"], of.get("part"), of.get("share"))  # noqa: E731
     taken = {place(action) for action in r.decision["actions"] if action["action"] != "copy"}
     return [
-        ChangePoint(value["saved_ms"], value["delta_clip"], value["se"] or 0.0, bool(value.get("part")),
+        ChangePoint(value["saved_ms"], value["delta_clip"], value["se"] or 0.0, action_on(value.get("part")),
                place(value) in taken)
         for value in r.decision.get("values", ()) if value["delta_clip"] is not None and value["saved_ms"] is not None
     ]  # fmt: skip

@@ -19,6 +19,7 @@ from slimstep.eval.pages.text import digits, signed
 from slimstep.models.architecture import (
     WHOLE,
     Architecture,
+    BlockSpec,
     holder_of,
     holds,
     level_of,
@@ -49,7 +50,7 @@ def unet_figure(
     metric: str = CLIP,
 ) -> Figure:
     """Every block's value at its place in the U; removed ones struck out (with the round), copied ones doubled,
-    narrowed ones named.
+    narrowed and quantized ones, and those that merge tokens, named.
 
     `metric`: what the values are of.
     """
@@ -63,8 +64,8 @@ def unet_figure(
     draw_wiring(axes, corners, levels, latent_size)
     for path, corner in corners.items():
         layers = [(blocks[inner], repeats[inner]) for inner in blocks if holds(path, inner) and inner not in corners]
-        narrowed = bool(architecture.get(path, WHOLE).widths)
-        draw_box(axes, corner, blocks[path], repeats[path], (removed_in or {}).get(path), norm, narrowed)
+        notes = notes_of(architecture.get(path, WHOLE))
+        draw_box(axes, corner, blocks[path], repeats[path], (removed_in or {}).get(path), norm, notes)
         draw_layers(axes, corner, layers, norm)
     axes.set_xlim(-0.75, width + 0.1)
     axes.set_ylim(-(lowest + 0.2) * PITCH, BOX_H + 0.14)
@@ -187,7 +188,7 @@ def ink_on(fill: tuple[float, float, float, float]) -> str:
 
 def draw_box(
     axes: Axes, corner: tuple[float, float], block: Block, repeats: int, gone_in: int | None, norm: FuncNorm,
-    narrowed: bool = False,
+    notes: Sequence[str] = (),
 ) -> None:  # fmt: skip
     """One block: kind, CLIP lost ± se, milliseconds; `gone_in` is the number of the round that removed it."""
     (x, y), fill, alive = corner, colour_of(block, norm), repeats > 0
@@ -210,13 +211,19 @@ def draw_box(
     holder, name = block.path.split(".")[-2:]
     label = f"{kinds.get(holder, 'block')} {name}" if name.isdecimal() else name
     note = f"  ×{repeats}" if repeats > 1 else f"  r{gone_in}" if gone_in is not None and not alive else ""
-    note += "  narrow" if narrowed and alive else ""
+    note += "".join(f"  {own}" for own in notes) if alive else ""
     text(0.07, BOX_H - 0.06, f"{label}{note}", 6, ha="left", va="top")
     score = signed(block.delta_clip) if finite(block.delta_clip) else "not scored"
     text(BOX_W / 2, 0.335, score, 9 if finite(block.delta_clip) else 7, ha="center", va="center", weight="bold")
     error = f"±{block.se:.2f}" if finite(block.se) else ""
     time = f"{digits(block.ms)} ms" if finite(block.ms) else ""
     text(BOX_W / 2, 0.11, " · ".join(filter(None, (error, time))), 6.5, ha="center", va="center")
+
+
+def notes_of(spec: BlockSpec) -> list[str]:
+    """What a box says of a block beside its repeats."""
+    said = "narrow" if spec.widths else None, spec.dtype, f"merge {spec.merge:.0%}" if spec.merge else None
+    return [note for note in said if note]
 
 
 def draw_layers(axes: Axes, corner: tuple[float, float], layers: Sequence[tuple[Block, int]], norm: FuncNorm) -> None:
@@ -243,6 +250,7 @@ def draw_scale(figure: Figure, axes: Axes, norm: FuncNorm, metric: str) -> None:
     bar.set_label(
         f"colour: {metric} lost per millisecond saved (orange: free to remove, blue: worth its time)\n"
         f"in a box: {metric} lost without the block ± standard error · its milliseconds\n"
-        "struck out: removed, r0 in round 0; doubled: copied; narrow: parts of it lost units",
+        "struck out: removed, r0 in round 0; doubled: copied; narrow: parts of it lost units;\n"
+        "int8, fp8: its linear layers compute so; merge: its self-attention merges tokens",
         fontsize=8,
     )

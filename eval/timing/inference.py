@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from slimstep.eval.timing.precision import has_tf32, products
+from slimstep.models.families.quantized import QuantizedLinear, has_fp8
 from slimstep.models.family import family_of
 from slimstep.models.networks import network_of, part_of
 from slimstep.models.pipeline import quiet
@@ -112,7 +113,7 @@ def check_runs(inference: InferenceConfig, device: torch.device) -> None:
         raise CannotRunError("CUDA graphs need a CUDA device")
     if inference.attention in ("efficient", "cudnn") and not on_gpu:
         raise CannotRunError("this attention kernel needs a CUDA device")
-    if inference.quantize == "fp8" and not (on_gpu and torch.cuda.get_device_capability(device) >= (8, 9)):
+    if inference.quantize == "fp8" and not has_fp8(device):
         raise CannotRunError("fp8 needs a CUDA device of compute capability 8.9")
     if inference.quantize != "none" and not find_spec("torchao"):
         raise CannotRunError("quantization needs torchao: pip install torchao")
@@ -205,6 +206,8 @@ def fuse_qkv(network: nn.Module, attention: str) -> None:
     """The products of query, key and value as one. Some classes have the method, and it does nothing for them."""
     if attention == "xformers" and not is_dispatched(network):
         raise CannotRunError("fused QKV comes with an attention of its own, and not with xFormers'")
+    if any(isinstance(module, QuantizedLinear) for module in network.modules()):
+        raise CannotRunError("fused QKV would be products of floats where the student's blocks compute in int8 or fp8")
     if hasattr(network, "fuse_qkv_projections"):
         network.fuse_qkv_projections()
     if not any(getattr(module, "fused_projections", False) for module in network.modules()):
@@ -233,7 +236,8 @@ def use_kernel(network: nn.Module, kernel: SDPBackend) -> None:
 
 
 def quantize(unet: nn.Module, kind: str) -> None:
-    """Dynamic quantization of the linear layers of transformer blocks: elsewhere it costs more than it saves."""
+    """Dynamic quantization of the linear layers of transformer blocks: elsewhere it costs more than it saves. Blocks
+    that a student computes in int8 or fp8 stay as they are."""
     from torchao.quantization import (
         Float8DynamicActivationFloat8WeightConfig,
         Int8DynamicActivationInt8WeightConfig,
@@ -241,7 +245,11 @@ def quantize(unet: nn.Module, kind: str) -> None:
     )
 
     config = {"int8": Int8DynamicActivationInt8WeightConfig, "fp8": Float8DynamicActivationFloat8WeightConfig}[kind]
-    quantize_(unet, config(), filter_fn=lambda m, name: isinstance(m, nn.Linear) and "transformer_blocks" in name)
+    quantize_(unet, config(), filter_fn=lambda m, name: is_float_linear(m) and "transformer_blocks" in name)
+
+
+def is_float_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear)
 
 
 def compile_networks(pipeline: DiffusionPipeline, inference: InferenceConfig) -> None:

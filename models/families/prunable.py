@@ -36,6 +36,8 @@ from slimstep.models.architecture import (
     kept,
     repeats_of,
 )
+from slimstep.models.families.merged import merge_tokens, merging
+from slimstep.models.families.quantized import quantize, quantizing, token_linears
 from slimstep.models.families.widths import can_go, narrow, narrowed_copy, parts_of, units_left, zeroed
 
 OURS = re.compile(r"^from (slimstep\.[\w.]+) import (?:\(.*?\)|[^\n]*)\n", flags=re.M | re.S)
@@ -72,6 +74,8 @@ class Prunable(ModelMixin):
     levels: the innermost levels that can go as a whole, from the inside out.
     width_units: {block: {part: its units in the whole network}} of blocks that can be narrower (widths.py), of those
     that hold others the innermost alone. removable_parts: {block: those of its parts that can be left out alone}.
+    quantizable_blocks: those with linear layers that can compute in another dtype (quantized.py), and mergeable_blocks:
+    those whose self-attention can merge tokens (merged.py); of both the innermost alone.
     """
 
     STOCK: type[ModelMixin]
@@ -98,8 +102,12 @@ class Prunable(ModelMixin):
         units = {s: {name: part.units for name, part in own.items()} for s, own in parts.items()}
         units = {s: {n: k for n, k in own.items() if k > 1 or n in self.removable_parts[s]} for s, own in units.items()}
         self.width_units = {s: own for s, own in units.items() if own}
+        innermost = [s for s in modules if s not in holders]
+        self.quantizable_blocks = tuple(s for s in innermost if self.linears_of(s))
+        self.mergeable_blocks = tuple(s for s in innermost if self.self_attentions_of(s))
         self.architecture = canonical(as_architecture(depths or {}), self.all_blocks, self.levels, self.copyable_blocks)
         self._check_widths()
+        self._check_dtypes_and_merges()
         self.kept_blocks = kept(self.all_blocks, self.architecture, self.levels)
         written = {"depths": as_json(self.architecture), "bypass": bypass if isinstance(bypass, str) else dict(bypass)}
         self.register_to_config(**written)
@@ -139,6 +147,13 @@ class Prunable(ModelMixin):
     def masked_class(self, module: nn.Module) -> type[nn.Module]:
         """A subclass of a block's class that looks at the mask, and runs its copies."""
         raise NotImplementedError
+
+    def self_attentions_of(self, path: str) -> list[nn.Module]:
+        """Of a block, or its twin in a copy, those that can merge tokens (merged.py)."""
+        return []
+
+    def settle_merges(self) -> None:
+        """What changes where other self-attentions merge tokens."""
 
     def zero_init(self, block: nn.Module) -> nn.Module:
         """The same module with the last layer of each residual branch zero: it becomes the identity."""
@@ -188,6 +203,37 @@ class Prunable(ModelMixin):
                 raise ValueError(f"the architecture narrows {unknown} of {block}, whose parts are {tuple(units)}")
             if fixed := [name for name, share in spec.widths.items() if share == 0 and name not in removable]:
                 raise ValueError(f"the architecture leaves {fixed} out of {block}; it can do without {removable} alone")
+
+    def _check_dtypes_and_merges(self) -> None:
+        """ValueError for blocks without linear layers that compute in another dtype, or self-attentions that merge."""
+        for block, spec in self.architecture.items():
+            if spec.dtype and block not in self.quantizable_blocks:
+                able = f"it has no linear layers of its own for tokens; these blocks do: {self.quantizable_blocks}"
+                raise ValueError(f"the architecture gives {block} dtype={spec.dtype!r}, and {able}")
+            if spec.merge and block not in self.mergeable_blocks:
+                able = self.mergeable_blocks or f"none of a {self.STOCK.__name__}"
+                which = f"blocks whose self-attention can merge tokens: {able}"
+                raise ValueError(f"the architecture gives {block} merge={spec.merge!r}; {which}")
+
+    def linears_of(self, path: str) -> list[nn.Linear]:
+        """The linear layers for tokens of a block, or of its twin in a copy."""
+        return [layer for module in self.modules_of(path) for layer in token_linears(module).values()]
+
+    @contextmanager
+    def with_dtype(self, block: str, dtype: str) -> Iterator[None]:
+        """While this runs the linear layers of a block compute in int8 or fp8."""
+        with quantizing([layer for path in self.runs_of(block) for layer in self.linears_of(path)], dtype):
+            yield
+
+    @contextmanager
+    def with_merge(self, block: str, share: float) -> Iterator[None]:
+        """While this runs a block's self-attention merges a share of its tokens."""
+        attentions = [module for path in self.runs_of(block) for module in self.self_attentions_of(path)]
+        with ExitStack() as stack:
+            stack.callback(self.settle_merges)
+            stack.enter_context(merging(attentions, share))
+            self.settle_merges()
+            yield
 
     @contextmanager
     def with_narrower(self, block: str, part: str, share: float) -> Iterator[None]:
@@ -248,7 +294,12 @@ class Prunable(ModelMixin):
             if repeats == 0:
                 self.remove_block(block)
                 continue
+            spec = self.architecture[block]
             narrow(modules[block], self.units_of(block))
+            if spec.dtype:
+                quantize(self.linears_of(block), spec.dtype)
+            if spec.merge:
+                merge_tokens(self.self_attentions_of(block), spec.merge)
             if repeats > 1:
                 copies = [copy.deepcopy(modules[block]) for _ in range(repeats - 1)]
                 modules[block].copies = nn.ModuleList(map(self.zero_init, copies))
@@ -262,6 +313,7 @@ class Prunable(ModelMixin):
                 module.rule = self.skip_rules.get(block, "identity")
                 if self.repeats(block) == 1:
                     module.copies = ()
+        self.settle_merges()
 
     # ---- travelling ----
 

@@ -15,7 +15,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.models.modeling_utils import no_init_weights
 
-from slimstep.models.architecture import copies
+from slimstep.models.architecture import copies, departures
 from slimstep.models.families.unet import PrunableUNet
 
 
@@ -53,8 +53,8 @@ class StockPlan:
             Level(self, f"up_blocks.{i + self.num_removed_levels}", f"up_blocks.{i}") for i in range(self.num_levels)
         ]
         for block, spec in unet.architecture.items():
-            if spec.widths:
-                self.obstruct(block, "is narrowed")
+            for how in departures(spec):
+                self.obstruct(block, f"is {how}")
         self.mid = self.mid_fields()
         if not self.obstacles:
             self.check_skip_connections()

@@ -8,6 +8,7 @@ imports nothing but torch and diffusers.
 Axes: B batch, C channels, H and W height and width. Some features are [B, C, H, W], some tokens.
 """
 
+from collections.abc import Sequence
 from itertools import takewhile
 
 import torch
@@ -19,6 +20,7 @@ from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
 from slimstep.models.architecture import Levels, unet_levels
+from slimstep.models.families.merged import MergedAttention
 from slimstep.models.families.prunable import Prunable, RunningMask
 
 
@@ -60,6 +62,17 @@ class PrunableUNet(Prunable):
 
     def zero_init(self, block: nn.Module) -> nn.Module:
         return silence(block)
+
+    def self_attentions_of(self, path: str) -> list[nn.Module]:
+        block = self.get_submodule(path)
+        layers = getattr(block, "transformer_blocks", [block])
+        of_tokens = [layer for layer in layers if isinstance(layer, BasicTransformerBlock)]
+        return [layer.attn1 for layer in of_tokens
+                if isinstance(layer.attn1, Attention) and not layer.only_cross_attention]  # fmt: skip
+
+    def settle_merges(self) -> None:
+        for module in (module for module in self.modules() if isinstance(module, MaskedTransformer)):
+            module.merged = tuple(inner for inner in module.modules() if isinstance(inner, MergedAttention))
 
     def removable_levels(self) -> Levels:
         """The levels that can go as a whole, the innermost first, as far out as the width stays the same."""
@@ -105,7 +118,14 @@ class MaskedResnet(MaskedBlock, ResnetBlock2D):
 
 
 class MaskedTransformer(MaskedBlock, Transformer2DModel):
-    pass
+    """It tells the self-attentions that merge tokens, its own and those of its copies, where these lie."""
+
+    merged: Sequence[MergedAttention] = ()
+
+    def forward(self, x: Tensor, *args, **kwargs):
+        for attention in self.merged:
+            attention.grid = tuple(x.shape[-2:])
+        return super().forward(x, *args, **kwargs)
 
 
 class MaskedLayer(MaskedBlock, BasicTransformerBlock):

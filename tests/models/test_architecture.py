@@ -93,10 +93,10 @@ def test_the_canonical_table_is_in_order_and_says_nothing_twice():
         (257, "gives a repeats=257"),
         ({"repeat": 2}, r"gives a unknown fields \['repeat'\]; a block has \('repeats', 'widths', 'dtype', 'merge'\)"),
         ({"widths": {"ff": 1.5}}, r"gives a widths={'ff': 1.5}; widths are {part: share from"),
-        ({"merge": 1.0}, "gives a merge=1.0; .*merge a share below 1"),
-        ({"dtype": 8}, "gives a dtype=8; .*dtype is a name"),
-        ({"dtype": "int8"}, r"gives a dtype='int8'; only \('repeats', 'widths'\) is supported so far"),
-        ({"merge": 0.5}, "gives a merge=0.5; only"),
+        ({"merge": 0.8}, "gives a merge=0.8; .*merge a share up to 0.75"),
+        ({"merge": True}, "gives a merge=True; "),
+        ({"dtype": 8}, r"gives a dtype=8; .*dtype is one of \('int8', 'fp8'\)"),
+        ({"dtype": "int4"}, "gives a dtype='int4'; "),
     ],
 )
 def test_what_no_network_is_built_with_is_refused_in_one_line(entry, message):

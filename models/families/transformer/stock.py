@@ -4,6 +4,7 @@ import torch
 from diffusers import ModelMixin
 from diffusers.models.modeling_utils import no_init_weights
 
+from slimstep.models.architecture import departures
 from slimstep.models.families.transformer.network import PrunableTransformer, adopt_rest
 
 OWN_FIELDS = ("depths", "bypass", "auto_map", "sublayers")
@@ -24,12 +25,13 @@ def stock_config(network: ModelMixin) -> dict:
 
 
 def obstacles_of(network: ModelMixin) -> tuple[str, ...]:
-    """Why a network is not one of diffusers' own class: the sublayers that it lacks, and blocks that are narrower."""
+    """Why a network is not one of diffusers' own class: the sublayers that it lacks, and what is narrower or computes
+    in another dtype."""
     if not isinstance(network, PrunableTransformer):
         return ()
     table = network.architecture
     changed = {path: "removed" for path in network.parents if path in table and table[path].repeats == 0}
-    changed |= {path: "narrowed" for path, spec in table.items() if spec.widths}
+    changed |= {path: " and ".join(how) for path, spec in table.items() if (how := departures(spec))}
     alike = f"and the blocks of a {network.STOCK.__name__} are all alike"
     return tuple(f"{path} is {how}, {alike}" for path, how in changed.items())
 
