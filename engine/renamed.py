@@ -49,6 +49,7 @@ ADDED = {
     "evaluation.preferences.hpsv2.quick_gelu": False, "search.metric": "clip", "search.blocks": "whole",
     "search.actions": ["remove", "copy"], "search.widths": [0.75, 0.5, 0.25], "search.keep": [],
     "search.dtypes": ["int8"], "search.merge": [0.25, 0.5],
+    "search.interactions": 0, "search.interactions_by": "screen",
     "evaluation.diversity_prompts": 0, "evaluation.diversity_seeds": 8,
     "scoring.screen_margin": 2.0, "scoring.race_prompts": 2, "scoring.tolerance": 0.1, "distillation.shift": None,
     "package.formats": ["onnx", "aoti"], "package.steps": [], "package.batch": 1,

@@ -1,8 +1,8 @@
 """Other budgets of a finished pruning run: its block scores and latencies say what would be changed for each."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +15,29 @@ from slimstep.eval.pages.tables import Table
 from slimstep.eval.pages.text import score
 from slimstep.models.architecture import Architecture, as_architecture, as_json
 from slimstep.prune.evolve import IN_FILES, Action, BlockValue, apply, choose_removals
+from slimstep.prune.interactions import Interaction
 from slimstep.prune.program import program_removals
 
-SEARCHES: Mapping[str, Callable[..., list[Action]]] = {"snapfusion": choose_removals, "program": program_removals}
+SEARCHES = ("snapfusion", "program")
 
 
 @dataclass(frozen=True)
 class Measured:
-    """The first round of a finished run: what the teacher's blocks give, prompt by prompt, and cost."""
+    """The first round of a finished run: what the teacher's blocks give, prompt by prompt, and cost; and what pairs of
+    changes lose beyond the sum, prompt by prompt, where that was measured."""
 
     values: tuple[BlockValue, ...]
     lost: Mapping[str, np.ndarray]
     teacher_ms: float
     before: Architecture
     skip_rule: str | dict[str, str] | None
+    pairs: Mapping[Interaction, np.ndarray] = field(default_factory=dict)
+
+    def changed(self, search: str, target_ms: float) -> list[Action]:
+        """What a search would change; of sets nothing is measured here, and evolution's answer is the program's."""
+        if search == "snapfusion":
+            return choose_removals(self.values, self.teacher_ms, target_ms)
+        return program_removals(self.values, self.teacher_ms, target_ms, self.pairs)
 
     def after(self, choice: "Choice") -> dict[str, Any]:
         """The network of a choice as `search=manual` reads it: with the skip rule that its blocks were scored with."""
@@ -39,8 +48,8 @@ class Measured:
 class Choice:
     """What a search would remove and narrow for a share of the teacher's latency.
 
-    `lost` is the sum of the losses over the prompts, an estimate: as if no change altered what another costs, and
-    before any recovery. None where nothing is changed.
+    `lost` is the sum of the losses over the prompts, an estimate: as if no change altered what another costs, but for
+    the pairs that were measured, and before any recovery. None where nothing is changed.
     """
 
     fraction: float
@@ -64,7 +73,10 @@ def read_first_round(run: str | Path) -> Measured:
     scored = {**scores["sites"], **scores.get("narrower", {})}
     lost = {label: np.asarray(score["per_prompt"]) for label, score in scored.items()}
     values, before = tuple(map(value_of, decision["values"])), as_architecture(decision["before"])
-    return Measured(values, lost, latency["full_ms"], before, decision.get("bypass"))
+    file = folder / "interactions.json"
+    records = [pair for pair in load_json(file)["pairs"] if pair["used"]] if file.is_file() else []
+    pairs = {Interaction(tuple(of["changes"]), of["lost"]): np.asarray(of["per_prompt"]) for of in records}
+    return Measured(values, lost, latency["full_ms"], before, decision.get("bypass"), pairs)
 
 
 def value_of(record: Mapping[str, Any]) -> BlockValue:
@@ -83,19 +95,23 @@ def choices(measured: Measured, fractions: Sequence[float]) -> list[Choice]:
 
 def choice(measured: Measured, fraction: float, search: str) -> Choice:
     now = measured.teacher_ms
-    actions = SEARCHES[search](measured.values, now, fraction * now)
+    actions = measured.changed(search, fraction * now)
     share = actions[-1].predicted_ms / now if actions else 1.0
     labels = [action.change.label for action in actions]
     known = [measured.lost[label] for label in labels if label in measured.lost]
-    return Choice(fraction, search, actions, share, sum_of(actions, known))
+    together = {pair: lost_P for pair, lost_P in measured.pairs.items() if set(pair.labels) <= set(labels)}
+    return Choice(fraction, search, actions, share, sum_of(actions, [*known, *together.values()], [*together]))
 
 
-def sum_of(actions: Sequence[Action], known: Sequence[np.ndarray]) -> Mean | None:
-    """What the actions lose, prompt by prompt; of a race, in which some were drawn for more prompts than others, by its
-    estimates."""
+def sum_of(
+    actions: Sequence[Action], known: Sequence[np.ndarray], pairs: Sequence[Interaction] = ()
+) -> Mean | None:  # fmt: skip
+    """What the actions and pairs of them lose, prompt by prompt; of a race, in which some were drawn for more prompts
+    than others, by its estimates."""
     if len({len(lost_P) for lost_P in known}) <= 1:
         return mean_and_error(np.sum(known, axis=0)) if known else None
-    lost, error = sum(action.delta_clip for action in actions), math.hypot(*(action.se for action in actions))
+    lost = sum(action.delta_clip for action in actions) + sum(pair.lost for pair in pairs)
+    error = math.hypot(*(action.se for action in actions))
     return Mean(lost, error, min(map(len, known)))
 
 

@@ -4,7 +4,7 @@ Axes: B rows of a batch, N kept blocks.
 """
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 
 import torch
 from torch import Tensor
@@ -14,6 +14,8 @@ from slimstep.models.families.prunable import Prunable
 from slimstep.models.families.widths import units_left
 from slimstep.prune.changes import DTYPE, MERGE, Change, changes_in, without_kept
 from slimstep.prune.config import SearchConfig
+
+Labels = str | tuple[str, ...]  # of one change (changes.py), or of several at once
 
 
 def narrower_labels(unet: Prunable, shares: Sequence[float]) -> list[str]:
@@ -73,22 +75,26 @@ def in_place(unet: Prunable, change: Change) -> AbstractContextManager[None]:
 
 
 def changed(
-    unet: Prunable, labels: Sequence[str], draw: Callable[[list[int], Tensor | None], Tensor]
+    unet: Prunable, rows: Sequence[Labels], draw: Callable[[list[int], Tensor | None], Tensor]
 ) -> Tensor:  # fmt: skip
-    """What `draw(rows, block mask of these rows or None)` gives for every row after the change of its label, in their
-    order: removals by a mask, all at once, and each other change in place."""
-    rows_of: dict[str | None, list[int]] = {}
-    for row, label in enumerate(labels):
-        rows_of.setdefault(label if Change.of(label).part else None, []).append(row)
+    """What `draw(rows, block mask of these rows or None)` gives for every row after all changes of its label or labels,
+    in their order: removals by a mask, of all rows with the same other changes at once, and these in place."""
+    rows_of: dict[tuple[str, ...], list[int]] = {}
+    for row, labels in enumerate(map(labels_of, rows)):
+        rows_of.setdefault(tuple(label for label in labels if Change.of(label).part), []).append(row)
     drawn: dict[int, Tensor] = {}
-    for label, rows in rows_of.items():
-        if label is None:
-            columns = [unet.kept_blocks.index(labels[row]) for row in rows]
-            mask_BN = torch.ones(len(rows), len(unet.kept_blocks), dtype=torch.bool)
-            mask_BN[torch.arange(len(rows)), columns] = False
-            found = draw(rows, mask_BN.to(unet.device))
-        else:
-            with in_place(unet, Change.of(label)):
-                found = draw(rows, None)
-        drawn |= zip(rows, found, strict=True)
-    return torch.stack([drawn[row] for row in range(len(labels))])
+    for others, own in rows_of.items():
+        mask_BN = torch.ones(len(own), len(unet.kept_blocks), dtype=torch.bool)
+        for b, row in enumerate(own):
+            removed = set(labels_of(rows[row])) - set(others)
+            mask_BN[b, [unet.kept_blocks.index(label) for label in removed]] = False
+        with ExitStack() as stack:
+            for change in map(Change.of, others):
+                stack.enter_context(in_place(unet, change))
+            found = draw(own, None if mask_BN.all() else mask_BN.to(unet.device))
+        drawn |= zip(own, found, strict=True)
+    return torch.stack([drawn[row] for row in range(len(rows))])
+
+
+def labels_of(row: Labels) -> tuple[str, ...]:
+    return (row,) if isinstance(row, str) else row

@@ -12,6 +12,7 @@ from slimstep.engine.config import StageConfig
 from slimstep.models.architecture import DTYPES, MOST_MERGED
 
 MOST_ROUNDS = 200
+LEAST_SETS = 12
 ACTIONS = ("remove", "narrow", "quantize", "merge", "copy")
 MEASURED = ("narrow", "quantize", "merge")  # beside removals: each change is scored and timed by itself
 NORM_GROUPS = ("whole", "per_group")
@@ -26,7 +27,9 @@ class SearchConfig:
     linear layers to one of `dtypes`, int8 and fp8), merge (shares of its tokens, in the self-attentions of UNets: one
     of the shares `merge`) and copy; blocks that a pattern of `keep` names stay as they are. `target_ms` wins over
     `target_fraction`, a share of the teacher's UNet latency; blocks are ranked by `metric`, CLIP score or a per-image
-    one of `metrics`."""
+    one of `metrics`. `interactions` is the number of random sets of changes in which pairs are sought that lose more, or
+    less, than the sum, 0 for none; `interactions_by` what the sets are measured by: screen, the error of one prediction,
+    or images."""
 
     method: Any = None
     blocks: str = "whole"
@@ -39,6 +42,8 @@ class SearchConfig:
     target_ms: float | None = None
     rounds: int = 2
     metric: str = "clip"
+    interactions: int = 0
+    interactions_by: str = "screen"
     skip_rule: Any = "shortcut"
     copy_init: str = "zero"
 
@@ -49,6 +54,10 @@ class SearchConfig:
         if not isinstance(self.skip_rule, (str, dict)) and not OmegaConf.is_dict(self.skip_rule):
             raise ValueError(f"search.skip_rule={self.skip_rule} must be shortcut, drop_skip or {{block: rule}}")
         check_choice("search", self, copy_init=("zero", "same"), blocks=("whole", "sublayers"))
+        check_choice("search", self, interactions_by=("screen", "images"))
+        if self.interactions and self.interactions < LEAST_SETS:
+            few = f"must be 0 or at least {LEAST_SETS}: pairs are not seen in fewer sets"
+            raise ValueError(f"search.interactions={self.interactions} {few}")
         unknown = sorted(set(self.actions) - set(ACTIONS))
         if unknown or not {"remove", *MEASURED} & set(self.actions):
             wrong = f", and not {unknown}" if unknown else ""

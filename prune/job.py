@@ -52,7 +52,7 @@ from slimstep.prune.config import MEASURED, Config
 from slimstep.prune.latency import predicted_ms, table_without
 from slimstep.prune.plan import latency_stage, pruning_stages
 from slimstep.prune.rounds import Measures, decide, known_latencies, skip_rule, tell
-from slimstep.prune.search import needs_similarity, ranks_by_prompts
+from slimstep.prune.search import needs_similarity, ranks_by_prompts, takes_interactions
 
 log = logging.getLogger("slimstep")
 TARGET_MISSED = 3
@@ -152,7 +152,10 @@ def check(teacher: Teacher, search: Any) -> None:
         raise ValueError(f"search.keep={list(config.search.keep)} names all blocks: there is nothing to prune")
     if {*MEASURED} & {*config.search.actions} and not search.needs_scores:
         raise ValueError(f"search.actions={list(config.search.actions)}: {type(search).__name__} scores nothing, and "
-                         "removes whole blocks alone; choose search=snapfusion or program")  # fmt: skip
+                         "removes whole blocks alone; choose search=snapfusion, program or evolution")  # fmt: skip
+    if config.search.interactions and not takes_interactions(search):
+        raise ValueError(f"search.interactions={config.search.interactions}: {type(search).__name__} adds up losses of "
+                         "single changes; choose search=program or evolution, or set 0")  # fmt: skip
     check_actions(teacher)
     if table := known_latencies(config):
         table_without(table, unet, offered_narrower(unet, config.search))

@@ -9,7 +9,8 @@ from slimstep.eval.inputs import Teacher
 from slimstep.eval.plan import Stage, export, image_count, image_rows, training
 from slimstep.prune.changed import offered_narrower
 from slimstep.prune.changes import Change, without_kept
-from slimstep.prune.search import needs_similarity
+from slimstep.prune.interactions import MOST_PAIRS
+from slimstep.prune.search import measured_sets, needs_similarity
 
 NAMES = {"remove": "removals", "narrow": "narrower parts", "quantize": "blocks in other dtypes", "merge": "merges"}
 
@@ -33,7 +34,14 @@ def pruning_stages(teacher: Teacher, search: Any) -> Iterator[Stage]:
             yield Stage(f"{stage}/scores.json", f"{drawn} images ({what})", (1 + len(changes)) * rows + screen)
         if needs_similarity(search):
             yield Stage(f"{stage}/similarities.json", f"latents of {scoring.prompts} images", rows)
-        yield Stage(f"{stage}/decision.json", "")
+        if sets := config.search.interactions:
+            pairs = f"{sets} random sets, and at most {MOST_PAIRS} pairs by images"
+            per_set = rows if config.search.interactions_by == "images" else scoring.prompts
+            base = 0 if config.search.interactions_by == "images" else rows + scoring.prompts
+            yield Stage(f"{stage}/interactions.json", pairs, base + sets * per_set + (1 + 3 * MOST_PAIRS) * rows)
+        finalists = measured_sets(search)
+        drawn = f"at least {finalists} sets of changes by images" if finalists else ""
+        yield Stage(f"{stage}/decision.json", drawn, (finalists + (finalists > 0)) * rows)
         yield evaluation(stage, teacher)
     yield export("evolved", teacher)
     yield training("recovery", config.recovery.train, teacher)

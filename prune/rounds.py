@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 from omegaconf import OmegaConf
 
 from slimstep.data.prompts import PromptSet
@@ -17,15 +18,24 @@ from slimstep.eval.pages.runs import ranked_by
 from slimstep.eval.timing.latency import compare_ms
 from slimstep.models.architecture import as_json
 from slimstep.models.families.prunable import Prunable
-from slimstep.prune.changed import offered_narrower
+from slimstep.prune.changed import Labels, offered_narrower
 from slimstep.prune.changes import Change, without_kept
 from slimstep.prune.config import MEASURED, Config
-from slimstep.prune.evolve import Action, BlockValue, apply, record_json
+from slimstep.prune.evolve import Action, BlockValue, apply, priced, record_json
+from slimstep.prune.interactions import (
+    beyond_sum,
+    candidates,
+    found_pairs,
+    interactions_of,
+    pair_record,
+    random_sets,
+)
 from slimstep.prune.latency import latency_table, predicted_ms, read_table, table_without
 from slimstep.prune.racing import record_of, run_race, why_stopped
 from slimstep.prune.scores import Drawing, score_blocks, score_record
 from slimstep.prune.screening import Screen, screen_blocks
-from slimstep.prune.search import Situation, needs_similarity
+from slimstep.prune.search import Situation, measured_sets, needs_similarity
+from slimstep.prune.sets import MeasuredSets
 from slimstep.prune.similarity import block_similarities
 
 log = logging.getLogger("slimstep")
@@ -87,7 +97,7 @@ class Measures:
         found = block_similarities(unet, sampler, prompts, scoring.batch_size, teacher.run.accelerator, keep)
         return {"protocol": {"prompts_hash": prompts.hash, **sampler.protocol}, "blocks": found}
 
-    def screen(self, unet: Prunable, stage: str, changes: Sequence[str]) -> Screen:
+    def screen(self, unet: Prunable, stage: str, changes: Sequence[Labels]) -> Screen:
         """What one evaluation after each change tells (screening.py)."""
         teacher, scoring = self.teacher, self.teacher.config.scoring
         shared = scoring.batch_size, teacher.run.accelerator, teacher.run.path / PARTIAL / stage
@@ -137,6 +147,42 @@ class Measures:
         spent = record_of(race, scoring.tolerance, sampler.evaluations(unet))
         return score_record(self.protocol("racing"), race.base_P, race.rows(), race.others_psnr, None, race=spent)
 
+    def sets(self, unet: Prunable, stage: str) -> MeasuredSets:
+        """What measures whole sets of changes of the round's network."""
+        teacher, scoring, prompts = self.teacher, self.teacher.config.scoring, self.calibration
+        metric = self.metrics[teacher.config.search.metric]
+        shared = teacher.sampler(scoring), metric, prompts, scoring.batch_size, teacher.run.accelerator
+        return MeasuredSets(teacher.run, stage, Drawing(unet, *shared), prompts)
+
+    def interactions(self, unet: Prunable, stage: str, situation: Situation, scores: dict) -> dict:
+        """What pairs of changes lose beyond the sum (interactions.py), with what the random sets lost."""
+        config, prompts = self.teacher.config, self.calibration
+        keep, excess_ms = self.teacher.run.path / PARTIAL, situation.latency_ms - situation.goal_ms
+        labels = candidates(situation.values, excess_ms, config.search.interactions)
+        drawn = random_sets(labels, config.search.interactions, config.seed, situation.round_index)
+        measured = self.sets(unet, stage)
+        if config.search.interactions_by == "images":
+            table_SP = measured.lost(drawn, keep / f"{stage}-random-sets")
+            lost_S = table_SP.mean(1).numpy()
+        else:
+            lost_S = np.array([*self.screen(unet, f"{stage}-random-sets", drawn).errors.values()])
+        taken_SN = np.array([[label in of for label in labels] for of in drawn]).reshape(len(drawn), len(labels))
+        pairs = [(found, (labels[i], labels[j])) for found in found_pairs(taken_SN, lost_S) for i, j in [found.pair]]
+        rows = {**scores["sites"], **scores.get("narrower", {})}
+        whole = {label: row["per_prompt"] for label, row in rows.items() if row["n"] == len(prompts.distinct)}
+
+        def alone(label: str) -> Sequence[float]:
+            return whole[label] if label in whole else measured.row((label,))["per_prompt"]
+
+        records = [pair_record(pair, found, measured.row(pair)["per_prompt"], [alone(label) for label in pair])
+                   for found, pair in pairs]  # fmt: skip
+        clear = sum(record["used"] for record in records)
+        log.info(f"{stage}: of {len(labels)} changes in {len(drawn)} random sets {len(records)} pairs stand out, of "
+                 f"which {clear} clearly lose more or less than their sum by images")  # fmt: skip
+        sets = [[labels.index(label) for label in of] for of in drawn]
+        protocol = {**self.protocol("interactions"), "by": config.search.interactions_by}
+        return {"protocol": protocol, "changes": labels, "sets": sets, "lost": lost_S.tolist(), "pairs": records}
+
     def scored(self, unet: Prunable, stage: str, ms: Mapping[str, float], screened_ms: float | None) -> dict:
         """Every change on all prompts; or, with what the round has to save, those that a screen leaves. ms: what each
         change saves, by its label."""
@@ -165,6 +211,11 @@ def decide(measures: Measures, unet: Prunable, previous: dict | None, r: int) ->
     if measures.search.needs_scores and situation.values:
         scores = run.json(f"{stage}/scores.json", lambda: measures.scores(unet, stage, situation))
         situation = replace(situation, values=scored_values(situation.values, scores))
+        if measures.teacher.config.search.interactions and 0 < situation.latency_ms - situation.goal_ms < math.inf:
+            pairs = run.json(
+                f"{stage}/interactions.json", lambda: measures.interactions(unet, stage, situation, scores)
+            )
+            situation = replace(situation, interactions=interactions_of(pairs))
     if needs_similarity(measures.search):
         alike = run.json(f"{stage}/similarities.json", lambda: measures.similarities(unet, stage))["blocks"]
         situation = replace(situation, similarities=alike)
@@ -217,6 +268,8 @@ def decision(measures: Measures, unet: Prunable, situation: Situation, teacher_m
     values, latency_ms, target_ms = situation.values, situation.latency_ms, situation.target_ms
     is_last = situation.round_index == situation.rounds - 1
     actions: list[Action] = []
+    sets = measures.sets(unet, f"round-{situation.round_index:02d}") if measured_sets(measures.search) else None
+    first = situation = replace(situation, measure=sets)
     after, measured_ms = unet.architecture, latency_ms
     while more := measures.search(situation):
         actions += more
@@ -237,7 +290,29 @@ def decision(measures: Measures, unet: Prunable, situation: Situation, teacher_m
         "predicted_ms": record_json(actions[-1])["predicted_ms"] if actions else latency_ms,
         "measured_ms": measured_ms,
         "clock": "latency.table" if known_latencies(measures.teacher.config) else "measured",
+        **({"finalists": finalist_records(first, sets.rows, actions)} if sets and sets.rows else {}),
     }
+
+
+def finalist_records(
+    situation: Situation, rows: Mapping[tuple[str, ...], dict], actions: Sequence[Action]
+) -> list[dict[str, Any]]:
+    """The sets that were measured by images: what each was predicted to lose, by the sum and its pairs, and lost."""
+    values = {value.change.label: value for value in priced(situation.values)}
+    taken = tuple(sorted(action.change.label for action in actions))
+    return [
+        {
+            "changes": list(labels),
+            "predicted_ms": situation.latency_ms - sum(values[label].saved_ms for label in labels),
+            "predicted": sum(max(values[label].price, 0.0) for label in labels)
+            + beyond_sum(situation.interactions, labels),
+            "measured": row["delta_clip"],
+            "se": row["se"],
+            "picture_error": row["picture_error"],
+            "taken": labels == taken,
+        }
+        for labels, row in rows.items()
+    ]
 
 
 def action_label(action: Mapping[str, Any]) -> str:

@@ -26,7 +26,7 @@ from slimstep.eval.metrics.metric import Metric, as_metric
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import shuffles
 from slimstep.models.families.prunable import Prunable
-from slimstep.prune.changed import changed
+from slimstep.prune.changed import Labels, changed
 from slimstep.prune.changes import Change
 
 
@@ -159,9 +159,9 @@ class Drawing:
     def images_of(self, numbers: Sequence[int]) -> Tensor:
         return torch.stack([self.images[number] for number in numbers])
 
-    def changes(self, pairs: Sequence[tuple[str, int]], keep: Path | None = None) -> Tensor:
-        """[pairs, 2] for changes by their labels and prompts by their numbers, whose base is drawn: what is lost
-        against the base, in the metric's units, and PSNR to its image in dB."""
+    def changes(self, pairs: Sequence[tuple[Labels, int]], keep: Path | None = None) -> Tensor:
+        """[pairs, 2] for changes by their labels, one or several at once, and prompts by their numbers, whose base is
+        drawn: what is lost against the base, in the metric's units, and PSNR to its image in dB."""
 
         def ablate(items: list[int]) -> Tensor:
             labels, numbers = zip(*(pairs[item] for item in items), strict=True)

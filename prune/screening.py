@@ -20,7 +20,7 @@ from slimstep.data.prompts import PromptSet
 from slimstep.engine.parallel import map_batches
 from slimstep.eval.sampling import Sampler
 from slimstep.models.families.prunable import Prunable
-from slimstep.prune.changed import changed
+from slimstep.prune.changed import Labels, changed
 from slimstep.prune.changes import Change
 
 
@@ -29,7 +29,7 @@ class Screen:
     """`errors`: {label of a change: squared error of the prediction after it, in units of the prediction's mean
     square}. `latents_PCHW`: where the whole network's sampling ends, for the scores to begin with."""
 
-    errors: Mapping[str, float]
+    errors: Mapping[Labels, float]
     latents_PCHW: Tensor
 
     def cheapest(self, ms: Mapping[str, float], enough_ms: float) -> tuple[str, ...]:
@@ -61,10 +61,10 @@ def total_ms(saved: Mapping[tuple[str, str | None], float]) -> float:
 @torch.inference_mode()
 def screen_blocks(
     unet: Prunable, sampler: Sampler, prompts: PromptSet, batch_size: int, accelerator: Accelerator,
-    keep: Path | None = None, changes: Sequence[str] | None = None,
+    keep: Path | None = None, changes: Sequence[Labels] | None = None,
 ) -> Screen:  # fmt: skip
     """(steps of the sampling + 1 + changes) evaluations for each prompt, with guidance in the former alone. changes:
-    their labels, by default the removals of all kept blocks."""
+    their labels, one or several at once, by default the removals of all kept blocks."""
     texts, shape = prompts.prompts, sampler.latent_shape
     changes = tuple(unet.kept_blocks if changes is None else changes)
 

@@ -1,13 +1,14 @@
 """Ways to choose an architecture round by round: SnapFusion's value, orders and rules of hand, chance, or a table.
 
 A search is a callable `(situation) -> list[Action]`. `needs_scores` says whether the blocks have to be scored for it,
-`needs_similarity`, where it has that, whether their similarities have to be measured (similarity.py), and
-`named_blocks` what its configuration names, so that a misspelt one is found before anything is trained.
+and `named_blocks` what its configuration names, so that a misspelt one is found before anything is trained. What it may
+have beside: `needs_similarity` where similarities have to be measured (similarity.py), `takes_interactions` where it
+looks at what pairs lose beyond the sum (interactions.py), and `measured_sets`, how many whole sets it has measured.
 """
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,18 @@ from slimstep.prune.evolve import (
     saving,
     take_in_order,
 )
+from slimstep.prune.interactions import Interaction
 
 
 @dataclass(frozen=True)
 class Situation:
     """What a search knows when a round has to be decided; `values` are in order of execution, and `similarities` there
-    where the search needs them."""
+    where the search needs them.
+
+    interactions: of pairs of changes, where they were measured. taken: the labels of what the round has removed and
+    narrowed already. measure: what whole sets of changes lose by images, taken ones included (sets.py); None where
+    none are drawn.
+    """
 
     values: tuple[BlockValue, ...]
     architecture: Architecture
@@ -43,6 +50,9 @@ class Situation:
     round_index: int
     rounds: int
     similarities: Mapping[str, float | None] = field(default_factory=dict)
+    interactions: tuple[Interaction, ...] = ()
+    taken: tuple[str, ...] = ()
+    measure: Callable[[tuple[str, ...]], BlockValue] | None = None
 
     @property
     def goal_ms(self) -> float:
@@ -53,8 +63,12 @@ class Situation:
         """The same round once `actions` are taken and the result has been measured."""
         done = [action.change for action in actions]
         left = tuple(v for v in self.values if not any(v.change.excludes(change) for change in done))
-        table = apply(self.architecture, actions)
-        return replace(self, values=left, architecture=table, latency_ms=measured_ms, round_index=self.rounds - 1)
+        labels = [action.change.label for action in actions if action.action != "copy"]
+        open_pairs = (of.without(labels) for of in self.interactions)
+        now = replace(self, values=left, architecture=apply(self.architecture, actions), latency_ms=measured_ms)
+        interactions = tuple(of for of in open_pairs if of.labels)
+        taken = (*self.taken, *labels)
+        return replace(now, round_index=self.rounds - 1, interactions=interactions, taken=taken)
 
 
 class SnapFusionSearch:
@@ -194,6 +208,15 @@ class Manual:
 
 def needs_similarity(search: Any) -> bool:
     return getattr(search, "needs_similarity", False)
+
+
+def takes_interactions(search: Any) -> bool:
+    return getattr(search, "takes_interactions", False)
+
+
+def measured_sets(search: Any) -> int:
+    """How many whole sets of changes the search has measured by images in a round, at most."""
+    return getattr(search, "measured_sets", 0)
 
 
 def ranks_by_prompts(search: Any) -> bool:

@@ -2,6 +2,7 @@
 
 round-NN/latency.json, scores.json, decision.json   what blocks cost and give, and what was decided
 round-00/budgets.json                               what would be decided for other budgets
+round-NN/interactions.json                          which pairs of changes lose more, or less, than the sum
 evaluation.json                                     the models side by side on prompts they were not chosen on
 images/MODEL/…/NNN.png                              the same prompts and noise through each model
 export/export_report.json, config.yaml              the export, and the configuration
@@ -46,6 +47,7 @@ class Round:
     scores: dict[str, Any] | None
     decision: dict[str, Any] | None
     budgets: list[dict[str, Any]] | None = None
+    interactions: dict[str, Any] | None = None
 
     @property
     def blocks(self) -> dict[str, Block]:
@@ -163,7 +165,7 @@ def read_run(path: str | Path) -> RunRecord:
     if not path.is_dir():
         raise FileNotFoundError(f"there is no run in {path}; give the directory that train.py wrote")
     folders = sorted(p for p in path.glob("round-*") if p.is_dir())
-    names = ("latency", "scores", "decision", "budgets")
+    names = ("latency", "scores", "decision", "budgets", "interactions")
     rounds = tuple(Round(p.name, *(read_json(p / f"{name}.json") for name in names)) for p in folders)
     evaluation = read_evaluation(path)
     if not folders and evaluation is None:

@@ -12,6 +12,7 @@ import pytest
 from slimstep.models.architecture import BlockSpec, nested
 from slimstep.prune.budgets import choices, read_first_round
 from slimstep.prune.evolve import BlockValue, choose_removals, record_json
+from slimstep.prune.interactions import Interaction, beyond_sum
 from slimstep.prune.program import AdditiveProgram, cheapest_cover, program_removals
 from slimstep.prune.search import Manual, Situation
 from tests.jobs import run_job
@@ -72,10 +73,70 @@ def test_what_destroys_the_picture_is_dear_and_what_was_screened_out_goes_last()
     assert [action.block for action in program_removals([unscored, gentle], 20.0, 10.0)] == ["b", "c"]
 
 
-def test_below_the_target_it_does_nothing():
-    now = {"architecture": {}, "target_ms": 10.0, "copyable": ("a",), "round_index": 0, "rounds": 1}
-    assert AdditiveProgram()(Situation((value("a", 1.0, 2.0),), latency_ms=9.0, **now)) == []
-    assert len(AdditiveProgram()(Situation((value("a", 1.0, 2.0),), latency_ms=11.0, **now))) == 1
+@pytest.mark.parametrize("seed", range(8))
+def test_with_pairs_no_set_is_cheaper(seed):
+    """Of all sets of seven changes, with pairs that lose more and pairs that lose less than their sum."""
+    draw = random.Random(seed)
+    values = [value(name, draw.uniform(-1, 5), draw.uniform(0.2, 3)) for name in "abcdefg"]
+    pairs = [Interaction(pair, draw.uniform(-2, 6)) for pair in draw.sample([*itertools.combinations("abcdefg", 2)], 9)]
+    pairs.append(Interaction(("c",), 1.5))  # its partner was taken before
+    excess = draw.uniform(1, 8)
+
+    def total(some):
+        return max(sum(max(v.delta_clip, 0) for v in some) + beyond_sum(pairs, [v.block for v in some]), 0)
+
+    sets = itertools.chain.from_iterable(itertools.combinations(values, k) for k in range(8))
+    possible = [some for some in sets if sum(v.saved_ms for v in some) >= excess]
+    chosen = cheapest_cover(values, excess, pairs)
+    assert sum(v.saved_ms for v in chosen) >= excess - 1e-6
+    assert total(chosen) == pytest.approx(min(map(total, possible)), abs=0.02)
+
+
+def test_it_avoids_a_pair_that_is_destructive_together_and_greedy_does_not():
+    values = [value("a", 0.1, 2.0), value("b", 0.2, 2.0), value("c", 1.0, 2.0)]
+    pair = Interaction(("a", "b"), 40.0)
+    greedy, exact = choose_removals(values, 20.0, 16.0), program_removals(values, 20.0, 16.0, [pair])
+    assert {action.block for action in greedy} == {"a", "b"} and {action.block for action in exact} == {"a", "c"}
+    assert {action.block for action in program_removals(values, 20.0, 16.0)} == {"a", "b"}
+
+
+def now(values, latency_ms, **more):
+    return Situation(tuple(values), **{"architecture": {}, "target_ms": 10.0, "copyable": tuple("abc"),
+                                       "round_index": 0, "rounds": 1, **more}, latency_ms=latency_ms)  # fmt: skip
+
+
+def test_copies_are_the_most_worth_that_fits():
+    """The best bargain alone leaves room that two others would fill with more; a block that loses nothing, one that
+    cannot be copied and one that does not fit are never copied, and no block twice."""
+    values = [value("a", 5.0, 2.0), value("b", 3.0, 1.5), value("c", 3.1, 1.5), value("d", 99.0, 1.0)]
+    actions = AdditiveProgram()(now(values, 7.0))
+    assert [(action.action, action.block) for action in actions] == [("copy", "c"), ("copy", "b")]
+    assert actions[-1].predicted_ms == pytest.approx(10.0)
+    for others in ([value("a", -1.0, 2.0)], [value("a", 0.0, 2.0)], [value("a", 9.0, 4.0)], [value("d", 9.0, 1.0)]):
+        assert AdditiveProgram()(now(others, 7.0)) == []
+    assert len(AdditiveProgram()(now([value("a", 5.0, 0.5)], 7.0))) == 1
+
+
+def test_copies_take_their_share_of_the_room_and_none_without_a_target():
+    values = [value("a", 5.0, 2.0), value("b", 3.0, 2.0)]
+    assert len(AdditiveProgram()(now(values, 5.0))) == 2
+    assert len(AdditiveProgram()(now(values, 5.0, rounds=2))) == 1  # 2.5 of the 5 ms
+    assert AdditiveProgram()(now(values, 5.0, target_ms=math.inf)) == []
+    assert AdditiveProgram()(now(values, 5.0, copyable=())) == []
+
+
+def test_removals_never_pay_for_copies():
+    """A network that meets its target exactly: were a copy worth what its block's removal loses, in one sum with the
+    removals, the best of all sets would remove two of the five blocks for copies of two others. The program leaves it
+    alone, and over the target it only removes."""
+    values = [value(name, lost, 1.0) for name, lost in zip("abcde", [1.0, 2.0, 3.0, 20.0, 30.0], strict=True)]
+    lost = [v.delta_clip for v in values]
+    within = (done for done in itertools.product((-1, 0, 1), repeat=5) if sum(done) <= 0)  # 1 ms for each
+    best = max(within, key=lambda done: np.dot(done, lost))
+    assert best == (-1, -1, 0, 1, 1)
+    every = tuple("abcde")
+    assert AdditiveProgram()(now(values, 10.0, copyable=every)) == []
+    assert [action.action for action in AdditiveProgram()(now(values, 10.5, copyable=every))] == ["remove"]
 
 
 @pytest.fixture
@@ -104,6 +165,19 @@ def test_other_budgets_of_a_run_are_what_the_searches_choose_for_them(finished):
     assert greedy.lost.mean == pytest.approx(sums.mean())
     assert greedy.lost.se == pytest.approx(sums.std(ddof=1) / 8**0.5)
     assert not any(choice.is_reached for choice in choices(measured, [0.3]))
+
+
+def test_other_budgets_count_the_pairs_that_the_run_measured(finished):
+    """`small` and `free` lose 30 together: the program takes `large`, and the sum of Algorithm 1's set has the 30."""
+    before = choices(read_first_round(finished), [0.85])
+    pair = {"changes": ["free", "small"], "lost": 30.0, "used": True, "per_prompt": [30.0] * 8}
+    unclear = {"changes": ["free", "large"], "lost": 99.0, "used": False, "per_prompt": [99.0] * 8}
+    (finished / "round-00/interactions.json").write_text(json.dumps({"pairs": [pair, unclear]}))
+    greedy, exact = choices(read_first_round(finished), [0.85])
+    assert [{action.block for action in choice.actions} for choice in before] == [{"free", "small"}] * 2
+    assert {action.block for action in greedy.actions} == {"free", "small"}
+    assert greedy.lost.mean == pytest.approx(before[0].lost.mean + 30)
+    assert [action.block for action in exact.actions] == ["large"]
 
 
 def command(monkeypatch, capsys, *words):
