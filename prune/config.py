@@ -27,9 +27,9 @@ class SearchConfig:
     linear layers to one of `dtypes`, int8 and fp8), merge (shares of its tokens, in the self-attentions of UNets: one
     of the shares `merge`) and copy; blocks that a pattern of `keep` names stay as they are. `target_ms` wins over
     `target_fraction`, a share of the teacher's UNet latency; blocks are ranked by `metric`, CLIP score or a per-image
-    one of `metrics`. `interactions` is the number of random sets of changes in which pairs are sought that lose more, or
-    less, than the sum, 0 for none; `interactions_by` what the sets are measured by: screen, the error of one prediction,
-    or images."""
+    one of `metrics`. `interactions` is the number of random sets of changes in which pairs are sought that lose more,
+    or less, than the sum, 0 for none; `interactions_by` what the sets are measured by: screen, the error of one
+    prediction, or images."""
 
     method: Any = None
     blocks: str = "whole"
