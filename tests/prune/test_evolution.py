@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,8 +25,9 @@ from slimstep.prune.scores import Drawing
 from slimstep.prune.screening import screen_blocks
 from slimstep.prune.search import Situation
 from tests.prune.test_changes import value
-from tests.prune.test_job import run
+from tests.prune.test_job import SMALL, run
 from tests.prune.test_similarity import KINDS, PROMPTS, made
+from tests.test_processes import launch
 from tests.tiny import small_unet
 
 LABELS = ["a", "a:ff@0.5", "a:attn@0.5", "b", "b.0", "b.0:ff@0.5", "c", "d", "e", "f"]
@@ -246,6 +248,17 @@ def test_a_search_killed_between_finalists_ends_the_same(finished, job):
     assert after["finalists"] == before["finalists"] and after["after"] == before["after"]
     assert [file.stat().st_mtime_ns for file in files[:2]] == kept
     assert after["actions"] == before["actions"]
+
+
+@pytest.mark.slow
+def test_two_processes_choose_as_one_does(finished, job, tmp_path):
+    path, _ = finished
+    (tmp_path / "prune_unet/round-00").mkdir(parents=True)
+    shutil.copy(path / "round-00/weights.safetensors", tmp_path / "prune_unet/round-00")  # the same network to score
+    two = launch(2, tmp_path, *SMALL, *(override for override in job if not override.startswith("root=")))
+    for artifact in ("scores", "interactions", "decision"):
+        ours, theirs = (json.loads((run / f"round-00/{artifact}.json").read_text()) for run in (path, two))
+        assert ours == theirs, artifact
 
 
 def test_interactions_are_refused_for_searches_that_add_up(tmp_path, tiny_model):
