@@ -7,9 +7,9 @@ The networks are sets of removals that the latency table of --run's first round 
 milliseconds: the cheapest by its block scores with noise of several sizes, random ones, and the choices of both
 searches. Each starts from that round's weights, is recovered by the same training, and is evaluated on prompts that
 nothing was chosen on. Against the CLIP score after recovery stand what can be known before: sums of block scores, of
-pictures' errors, of similarities and of squared weights, parameters, and the CLIP score right after the cut. To --out
-go table.md and results.json, with Spearman's correlations and the regret of each predictor's choice, intervals by
-bootstrap over networks. Killed, it continues; --count may grow.
+pictures' errors, of scores after local recovery (--recovered-scores), of similarities and of squared weights,
+parameters, and the CLIP score right after the cut. To --out go table.md and results.json, with Spearman's correlations
+and the regret of each predictor's choice, intervals by bootstrap over networks. Killed, it continues; --count may grow.
 """
 
 import argparse
@@ -130,8 +130,10 @@ def found_of(network: Network, evaluation: Evaluation, per_block: Mapping[str, M
     return Found(network, after.clip["mean"], after.clip["se"], after.mean("psnr"), {**sums, **known})
 
 
-def block_predictors(run: Path, values: Sequence[BlockValue], similarities: Path | None) -> dict[str, dict[str, float]]:
-    """{predictor: {block: what its removal is held to cost}}."""
+def block_predictors(
+    run: Path, values: Sequence[BlockValue], similarities: Path | None, recovered: Path | None = None
+) -> dict[str, dict[str, float]]:
+    """{predictor: {block: what its removal is held to cost}}. similarities, recovered: files of other runs."""
     found = {
         "sum of CLIP lost": {value.block: value.delta_clip for value in values},
         "sum of CLIP lost, not below 0": {value.block: max(value.price, 0.0) for value in priced(values)},
@@ -143,7 +145,21 @@ def block_predictors(run: Path, values: Sequence[BlockValue], similarities: Path
         # A block whose output has another shape than its input is held to change it as much as any other.
         least = min(value for value in alike.values() if value is not None)
         found["input and output similarity"] = {b: 1 - (least if x is None else x) for b, x in alike.items()}
-    return found
+    return {**found, **(recovered_predictors(recovered, [value.block for value in values]) if recovered else {})}
+
+
+def recovered_predictors(file: Path, blocks: Sequence[str]) -> dict[str, dict[str, float]]:
+    """Of a scores.json of a run with scoring.recovery_steps. ValueError where it has none, or lacks blocks."""
+    rows = load_json(file)["sites"]
+    if missing := [block for block in blocks if "before_recovery" not in rows.get(block, {})]:
+        way = "give round-00/scores.json of a run of the same network with scoring.recovery_steps above 0"
+        raise ValueError(f"--recovered-scores {file} has no score after local recovery of {missing}; {way}")
+    errors = {block: rows[block]["prediction_error"] for block in blocks}
+    return {
+        "sum of CLIP lost after local recovery": {block: rows[block]["delta_clip"] for block in blocks},
+        "sum of errors after local recovery": {block: error["after"] for block, error in errors.items()},
+        "sum of errors that a linear map leaves": {block: error["linear_map"] for block, error in errors.items()},
+    }
 
 
 def squared_weights(file: Path, blocks: Sequence[str]) -> dict[str, float]:
@@ -182,6 +198,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, required=True, help="a pruning run with the scores of its first round")
     parser.add_argument("--of", choices=("unet", "transformer"), default="unet", help="what is pruned")
     parser.add_argument("--similarities", type=Path, help="round-00/similarities.json of a run of search=similarity")
+    parser.add_argument("--recovered-scores", type=Path,
+                        help="round-00/scores.json of a run with scoring.recovery_steps above 0")  # fmt: skip
     parser.add_argument("--root", type=Path, default=Path("runs/truth"), help="where the runs go")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/search-truth"), help="where the results go")
     parser.add_argument("--fraction", type=float, default=0.7, help="of the teacher's latency")
@@ -193,7 +211,7 @@ def main() -> None:
     measured = read_first_round(options.run)
     options.skip_rule = measured.skip_rule if isinstance(measured.skip_rule, str) else "shortcut"
     options.root.mkdir(parents=True, exist_ok=True)
-    per_block = block_predictors(options.run, measured.values, options.similarities)
+    per_block = block_predictors(options.run, measured.values, options.similarities, options.recovered_scores)
     every, found = networks(measured.values, measured.teacher_ms, options.fraction, options.count), []
     for network in every:
         evaluation = recovered(network, options.root / every[0].name if found else None, options)

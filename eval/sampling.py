@@ -248,7 +248,11 @@ class Sampler:
         return guidance_1.expand(rows)
 
     @torch.inference_mode()
-    def predict(
+    def predict(self, unet: nn.Module, *given: Any) -> Tensor:
+        """What `prediction` gives, without gradients."""
+        return self.prediction(unet, *given)
+
+    def prediction(
         self, unet: nn.Module, x_BCHW: Tensor, t_B: Tensor, cond: Conditioning, block_mask_BN: Tensor | None = None
     ) -> Tensor:
         """One prediction [B, C, H, W], without the empty prompt's, at an input of `denoise` (its `inputs`)."""

@@ -38,6 +38,7 @@ class BlockValue:
     `picture_error` is that of prune/scores.py, nan where it was not measured; `floor` the least CLIP score that the
     removal is taken to lose; `screen_error` that of prune/screening.py, nan without a screen. A block that runs more
     than once is removed with all its copies. With another `search.metric` all values are of that one, `metric`.
+    `at_once`: where `delta_clip` was measured after local recovery (local_recovery.py), what was lost before; else nan.
     """
 
     block: str
@@ -51,6 +52,7 @@ class BlockValue:
     metric: str = "CLIP"
     part: str | None = None
     share: float | str = 0.0
+    at_once: float = math.nan
 
     @property
     def change(self) -> Change:
@@ -90,7 +92,8 @@ class BlockValue:
         if math.isnan(self.delta_clip):
             out = "" if math.isnan(self.screen_error) else f", screened out at an error of {self.screen_error:.1%}"
             return f"not scored{out}; {self.saved_ms:.2f} ms"
-        lost = f"{self.metric} lost {self.delta_clip:+.2f} ± {self.se:.2f}, saves {self.saved_ms:.2f} ms"
+        recovered = "" if math.isnan(self.at_once) else f" after local recovery, {self.at_once:+.2f} before"
+        lost = f"{self.metric} lost {self.delta_clip:+.2f} ± {self.se:.2f}{recovered}, saves {self.saved_ms:.2f} ms"
         if self.is_contradicted:
             destroyed = f"its picture's error is {self.picture_error:.0%} of an unrelated one's"
             return f"{lost}; {destroyed}: taken to lose {self.price:.2f}"
@@ -121,8 +124,9 @@ class Action:
 
 def record_json(record: BlockValue | Action) -> dict:
     """Its fields by their names in files, null for what was not scored or timed; the metric is in scores.json, and a
-    whole block has no part."""
+    whole block has no part; nor is there a loss at once where nothing was recovered."""
     left_out = {"metric"} if record.part else {"metric", "part", "share"}
+    left_out |= {"at_once"} if math.isnan(getattr(record, "at_once", math.nan)) else set()
     fields = {IN_FILES.get(name, name): x for name, x in asdict(record).items() if name not in left_out}
     return {name: None if isinstance(x, float) and not math.isfinite(x) else x for name, x in fields.items()}
 

@@ -156,6 +156,9 @@ def check(teacher: Teacher, search: Any) -> None:
     if config.search.interactions and not takes_interactions(search):
         raise ValueError(f"search.interactions={config.search.interactions}: {type(search).__name__} adds up losses of "
                          "single changes; choose search=program or evolution, or set 0")  # fmt: skip
+    if config.scoring.recovery_steps and not search.needs_scores:
+        raise ValueError(f"scoring.recovery_steps={config.scoring.recovery_steps}: {type(search).__name__} scores "
+                         "nothing; choose search=snapfusion, program or evolution, or scoring.recovery_steps=0")  # fmt: skip
     check_actions(teacher)
     if table := known_latencies(config):
         table_without(table, unet, offered_narrower(unet, config.search))

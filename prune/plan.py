@@ -10,6 +10,7 @@ from slimstep.eval.plan import Stage, export, image_count, image_rows, training
 from slimstep.prune.changed import offered_narrower
 from slimstep.prune.changes import Change, without_kept
 from slimstep.prune.interactions import MOST_PAIRS
+from slimstep.prune.local_recovery import recovery_cost, recovery_training
 from slimstep.prune.search import measured_sets, needs_similarity
 
 NAMES = {"remove": "removals", "narrow": "narrower parts", "quantize": "blocks in other dtypes", "merge": "merges"}
@@ -32,6 +33,8 @@ def pruning_stages(teacher: Teacher, search: Any) -> Iterator[Stage]:
             what = limits.get(scoring.protocol, counted(changes))
             screen = drawn if screened else 0
             yield Stage(f"{stage}/scores.json", f"{drawn} images ({what})", (1 + len(changes)) * rows + screen)
+            if scoring.recovery_steps:
+                yield locally_recovered(f"{stage}/scores.json", teacher, changes)
         if needs_similarity(search):
             yield Stage(f"{stage}/similarities.json", f"latents of {scoring.prompts} images", rows)
         if sets := config.search.interactions:
@@ -48,6 +51,15 @@ def pruning_stages(teacher: Teacher, search: Any) -> Iterator[Stage]:
     yield evaluation("student", teacher)
     yield export("export", teacher)
     yield Stage("report.html", "")
+
+
+def locally_recovered(artifact: str, teacher: Teacher, changes: Sequence[str]) -> Stage:
+    """What local recovery adds to the scores: images of every change once more, and steps of its neighbours."""
+    scoring = teacher.config.scoring
+    evaluations = image_rows(scoring.steps, scoring.guidance_scale)
+    cost = recovery_cost(changes, scoring.prompts, evaluations, recovery_training(scoring))["evaluations"]
+    work = f"{scoring.recovery_steps} steps of local recovery, {len(changes) * scoring.prompts} images after it"
+    return Stage(artifact, work, cost["without_gradient"], trained=cost["with_gradient"])
 
 
 def changes_of(teacher: Teacher) -> list[str]:

@@ -31,6 +31,7 @@ from slimstep.prune.interactions import (
     random_sets,
 )
 from slimstep.prune.latency import latency_table, predicted_ms, read_table, table_without
+from slimstep.prune.local_recovery import recovery_training, score_recovered
 from slimstep.prune.racing import record_of, run_race, why_stopped
 from slimstep.prune.scores import Drawing, score_blocks, score_record
 from slimstep.prune.screening import Screen, screen_blocks
@@ -117,6 +118,9 @@ class Measures:
         agreement = record["rank_agreement_of_halves"]
         halves = "" if agreement is None else f"; halves of the prompts rank the blocks alike with ρ = {agreement:.2f}"
         log.info(f"{ranked_by(record)} {record['base']['clip']:.2f} ± {record['base']['se']:.2f}{halves}")
+        if (recovery := record.get("recovery")) and (agreement := recovery["rank_agreement_with_before"]) is not None:
+            after = f"{recovery['steps']} steps of local recovery"
+            log.info(f"{stage} scores before and after {after} rank the changes alike with ρ = {agreement:.2f}")
         for doubt in score_cautions(record):
             log.warning(f"{stage}: {doubt}")
         return record
@@ -196,7 +200,12 @@ class Measures:
             log.info(f"{stage} scores {len(cheapest)} of {len(ms)} changes: a screen found them cheapest")
         sampler, keep = teacher.sampler(scoring), teacher.run.path / PARTIAL / stage
         accelerator, metric = teacher.run.accelerator, self.metrics[teacher.config.search.metric]
-        table = score_blocks(unet, sampler, metric, prompts, scoring.batch_size, accelerator, keep, **chosen)
+        if scoring.recovery_steps:
+            training, labels = recovery_training(scoring), chosen["blocks"]
+            own = training, teacher.config.seed, accelerator, keep, labels
+            table = score_recovered(unet, sampler, metric, prompts, *own)
+        else:
+            table = score_blocks(unet, sampler, metric, prompts, scoring.batch_size, accelerator, keep, **chosen)
         record = table.record(self.protocol("screened" if screen else "snapfusion"))
         return record | ({"screen": dict(screen.errors)} if screen else {})
 
@@ -258,7 +267,8 @@ def scored_values(values: Sequence[BlockValue], scores: dict) -> tuple[BlockValu
             return value
         score = rows[label]
         error = math.nan if score.get("picture_error") is None else score["picture_error"]
-        return replace(value, delta_clip=score["delta_clip"], se=score["se"], picture_error=error)
+        at_once = score.get("before_recovery", {}).get("delta_clip", math.nan)
+        return replace(value, delta_clip=score["delta_clip"], se=score["se"], picture_error=error, at_once=at_once)
 
     return tuple(map(scored, values))
 

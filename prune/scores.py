@@ -170,13 +170,20 @@ class Drawing:
                 own = [numbers[row] for row in rows]
                 return self.sampler.images(self.unet, self.texts, own, block_mask_BN=block_mask_BN).cpu()
 
-            images = changed(self.unet, labels, draw)
-            return torch.stack([self.rate(images, numbers), psnr(images, self.images_of(numbers))], dim=1)
+            return self.values_of(changed(self.unet, labels, draw), numbers)
 
-        values = map_batches(ablate, len(pairs), *self.shared, "block scores", keep)
-        base_B = self.base([number for _, number in pairs])
-        lost_B = base_B - values[:, 0] if self.metric.better == "high" else values[:, 0] - base_B
-        return torch.stack([lost_B, values[:, 1]], dim=1)
+        values_B2 = map_batches(ablate, len(pairs), *self.shared, "block scores", keep)
+        return self.lost(values_B2, [number for _, number in pairs])
+
+    def values_of(self, images_B3HW: Tensor, numbers: Sequence[int]) -> Tensor:
+        """[B, 2]: the metric of images of prompts, by their numbers, whose base is drawn, and PSNR to it in dB."""
+        return torch.stack([self.rate(images_B3HW, numbers), psnr(images_B3HW, self.images_of(numbers))], dim=1)
+
+    def lost(self, values_B2: Tensor, numbers: Sequence[int]) -> Tensor:
+        """The same with what is lost against the base in the place of the metric."""
+        base_B = self.base(numbers)
+        lost_B = base_B - values_B2[:, 0] if self.metric.better == "high" else values_B2[:, 0] - base_B
+        return torch.stack([lost_B, values_B2[:, 1]], dim=1)
 
     @property
     def others_psnr(self) -> float:

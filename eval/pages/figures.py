@@ -189,19 +189,21 @@ def label_points(figure: Figure, axes: Axes, points: Sequence[Point]) -> None:
 
 @dataclass(frozen=True)
 class ChangePoint:
-    """What a change saves and loses, and whether the search took it. action: as decision.json calls it."""
+    """What a change saves and loses, and whether the search took it; where that is lost after local recovery, what was
+    lost at once, too. action: as decision.json calls it."""
 
     saved_ms: float
     lost: float
     se: float
     action: str
     taken: bool
+    at_once: float | None = None
 
 
 @styled
 def changes_figure(rounds: Mapping[str, Sequence[ChangePoint]], metric: str) -> Figure:
     """What every change of each round loses against the milliseconds it saves; filled are those that were taken. Right
-    and low is better; losses lie on a scale that is linear near zero."""
+    and low is better; losses lie on a scale that is linear near zero. A line leads to each from its loss at once."""
     figure, panels = canvas(6.4, 1.2 + 2.9 * len(rounds), rows=len(rounds))
     for axes, (name, changes) in zip(panels, rounds.items(), strict=True):
         axes.axhline(0, color=MUTED, linewidth=1, linestyle=DASHES, zorder=0)
@@ -211,6 +213,11 @@ def changes_figure(rounds: Mapping[str, Sequence[ChangePoint]], metric: str) -> 
                 continue
             x, y, se = ([getattr(change, key) for change in kind] for key in ("saved_ms", "lost", "se"))
             axes.errorbar(x, y, se, fmt="none", ecolor=colour, alpha=0.35, linewidth=0.8, zorder=1)
+            if recovered := [change for change in kind if change.at_once is not None]:
+                x_at_once, first, last = zip(*((c.saved_ms, c.at_once, c.lost) for c in recovered), strict=True)
+                axes.vlines(x_at_once, first, last, colour, alpha=0.35, linewidth=0.8, linestyle=DASHES, zorder=1)
+                axes.scatter(x_at_once, first, s=26, marker="_", color=colour, linewidth=1, zorder=1,
+                             label=f"{label}, before local recovery")  # fmt: skip
             faces = [colour if change.taken else PAPER for change in kind]
             axes.scatter(x, y, s=26, facecolor=faces, edgecolor=colour, linewidth=1, zorder=2)
             axes.scatter([], [], s=26, facecolor=colour, edgecolor=colour, label=f"{label}, taken")

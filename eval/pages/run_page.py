@@ -51,6 +51,7 @@ def write_report(folder: str | Path) -> Path:
         tiles=tiles(run),
         rows=[model_row(model, run.models[0], run.predicted if run.ranked_by == CLIP else {}) for model in run.models],
         pictures=pictures(run),
+        recovered=recovered_sentence(run),
         additive=(first_latency(run) or {}).get("additive_error"),
         facts=facts(run),
     )
@@ -74,6 +75,17 @@ def headline(run: RunRecord) -> str:
         f"The student takes {time} of the teacher's denoiser time ({digits(student.ms)} of {digits(teacher.ms)} ms) "
         f"and has {size} of its parameters. Its CLIP score {outcome}."
     )
+
+
+def recovered_sentence(run: RunRecord) -> str:
+    """What local recovery is, and how it changed the first round's ranking; empty where there was none."""
+    recovery = next((r.scores["recovery"] for r in run.rounds if r.scores and "recovery" in r.scores), None)
+    if recovery is None:
+        return ""
+    agreement = recovery["rank_agreement_with_before"]
+    ranked = "" if agreement is None else f" Both rank the first round's changes alike with ρ = {agreement:.2f}."
+    steps = recovery["steps"]
+    return f"The first value is lost at once, the second after {steps} steps of training of its neighbours.{ranked}"
 
 
 def tiles(run: RunRecord) -> list[dict[str, str]]:
@@ -119,7 +131,8 @@ def facts(run: RunRecord) -> dict[str, dict[str, Any]]:
     """Protocols and environment: title -> {name: value}, nested values flattened."""
     scores = next((r.scores for r in reversed(run.rounds) if r.scores), None)
     ranking = (
-        {**scores["protocol"], "agreement of halves (ρ)": scores.get("rank_agreement_of_halves")} if scores else {}
+        {**scores["protocol"], "agreement of halves (ρ)": scores.get("rank_agreement_of_halves"),
+         **({"local recovery": scores["recovery"]} if "recovery" in scores else {})} if scores else {}
     )
     left_out, done = ("sites", "narrower", "samples"), run.evaluation
     evaluated = {**done.protocol, "prompts_hash": done.prompts_hash, "n": done.n, **done.seen} if done else {}
@@ -166,7 +179,7 @@ def scored_changes(r: Round) -> list[ChangePoint]:
     taken = {place(action) for action in r.decision["actions"] if action["action"] != "copy"}
     return [
         ChangePoint(value["saved_ms"], value["delta_clip"], value["se"] or 0.0, action_on(value.get("part")),
-               place(value) in taken)
+               place(value) in taken, value.get("at_once"))
         for value in r.decision.get("values", ()) if value["delta_clip"] is not None and value["saved_ms"] is not None
     ]  # fmt: skip
 

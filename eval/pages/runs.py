@@ -25,12 +25,14 @@ CLIP = "CLIP"  # what pages call the scorer's metric
 
 @dataclass(frozen=True)
 class Block:
-    """One block in one round: the CLIP its removal loses, its standard error, its milliseconds; None: not measured."""
+    """One block in one round: the CLIP its removal loses, its standard error, its milliseconds; None: not measured.
+    `at_once`: where that is after local recovery, what was lost before."""
 
     path: str
     delta_clip: float | None = None
     se: float | None = None
     ms: float | None = None
+    at_once: float | None = None
 
     @property
     def clip_per_ms(self) -> float | None:
@@ -55,7 +57,11 @@ class Round:
         ms = {path: entry["ms"] for path, entry in (self.latency or {"sites": {}})["sites"].items()}
         score = (self.scores or {"sites": {}})["sites"]
         scores = {path: (own["delta_clip"], own["se"]) for path, own in score.items()}
-        return {path: Block(path, *scores.get(path, (None, None)), ms.get(path)) for path in {**ms, **score}}
+        first = {path: own["before_recovery"]["delta_clip"] for path, own in score.items() if "before_recovery" in own}
+        return {
+            path: Block(path, *scores.get(path, (None, None)), ms.get(path), first.get(path))
+            for path in {**ms, **score}
+        }
 
     @property
     def architecture(self) -> Architecture:

@@ -71,7 +71,8 @@ def unet_figure(
     axes.set_ylim(-(lowest + 0.2) * PITCH, BOX_H + 0.14)
     axes.set_aspect("equal")
     if any(finite(b.clip_per_ms) for b in blocks.values()):
-        draw_scale(figure, axes, norm, "CLIP score" if metric == CLIP else metric)
+        is_recovered = any(finite(b.at_once) for b in blocks.values())
+        draw_scale(figure, axes, norm, "CLIP score" if metric == CLIP else metric, is_recovered)
     return figure
 
 
@@ -214,7 +215,9 @@ def draw_box(
     note += "".join(f"  {own}" for own in notes) if alive else ""
     text(0.07, BOX_H - 0.06, f"{label}{note}", 6, ha="left", va="top")
     score = signed(block.delta_clip) if finite(block.delta_clip) else "not scored"
-    text(BOX_W / 2, 0.335, score, 9 if finite(block.delta_clip) else 7, ha="center", va="center", weight="bold")
+    score = f"{signed(block.at_once)} → {score}" if finite(block.at_once) else score
+    alone = finite(block.delta_clip) and not finite(block.at_once)
+    text(BOX_W / 2, 0.335, score, 9 if alone else 7, ha="center", va="center", weight="bold")
     error = f"±{block.se:.2f}" if finite(block.se) else ""
     time = f"{digits(block.ms)} ms" if finite(block.ms) else ""
     text(BOX_W / 2, 0.11, " · ".join(filter(None, (error, time))), 6.5, ha="center", va="center")
@@ -238,8 +241,9 @@ def draw_layers(axes: Axes, corner: tuple[float, float], layers: Sequence[tuple[
             axes.plot([x, x + width], [y, y + 0.11], color=STUDENT, linewidth=0.8)
 
 
-def draw_scale(figure: Figure, axes: Axes, norm: FuncNorm, metric: str) -> None:
+def draw_scale(figure: Figure, axes: Axes, norm: FuncNorm, metric: str, is_recovered: bool) -> None:
     """The colour bar, labelled with true values of what is lost per millisecond."""
+    recovered = ", at once → after local recovery" if is_recovered else ""
     bar = figure.colorbar(ScalarMappable(norm, VALUE_COLOURS), ax=axes, orientation="horizontal", shrink=0.42,
                           aspect=42, pad=0.02)  # fmt: skip
     bar.outline.set_visible(False)
@@ -249,7 +253,7 @@ def draw_scale(figure: Figure, axes: Axes, norm: FuncNorm, metric: str) -> None:
     bar.ax.grid(False)
     bar.set_label(
         f"colour: {metric} lost per millisecond saved (orange: free to remove, blue: worth its time)\n"
-        f"in a box: {metric} lost without the block ± standard error · its milliseconds\n"
+        f"in a box: {metric} lost without the block{recovered} ± standard error · its milliseconds\n"
         "struck out: removed, r0 in round 0; doubled: copied; narrow: parts of it lost units;\n"
         "int8, fp8: its linear layers compute so; merge: its self-attention merges tokens",
         fontsize=8,

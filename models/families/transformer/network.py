@@ -208,8 +208,9 @@ class RemovedSublayer(nn.Module):
 
     def __init__(self, module: nn.Module, gives: tuple[str, ...] | None) -> None:
         super().__init__()
-        names = inspect.signature(module.forward).parameters
-        self.first, self.gives = next(iter(names)), gives
+        # A kept sublayer's own forward names no arguments: those are in diffusers' class of it.
+        kind = next(kind for kind in type(module).__mro__ if not issubclass(kind, MaskedSublayer))
+        self.first, self.gives = list(inspect.signature(kind.forward).parameters)[1], gives
         self.width = None if gives else module.out_features
 
     def forward(self, *args, **kwargs):
