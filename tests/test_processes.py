@@ -58,6 +58,17 @@ def test_three_processes_score_as_one_does(tmp_path, tiny_model):
 
 
 @pytest.mark.slow
+def test_two_processes_score_after_local_recovery_as_one_does(tmp_path, tiny_model):
+    job = [*PRUNING, "search.rounds=1", "scoring.recovery_steps=2", *tiny_model]
+    one = launch(1, tmp_path / "one", *job)
+    (tmp_path / "2/prune_unet/round-00").mkdir(parents=True)
+    shutil.copy(one / "round-00/weights.safetensors", tmp_path / "2/prune_unet/round-00")  # the same network to score
+    two = launch(2, tmp_path / "2", *job)
+    scores = (one / "round-00/scores.json").read_bytes()
+    assert (two / "round-00/scores.json").read_bytes() == scores and b"before_recovery" in scores
+
+
+@pytest.mark.slow
 def test_three_processes_evaluate_a_distillation_as_one_does(tmp_path, tiny_model):
     job = [*DISTILLING, "distillation.steps=[4,2]", "eval.batch_size=2", *DIVERSITY, *tiny_model]
     one = launch(1, tmp_path / "one", *job)
