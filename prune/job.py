@@ -52,7 +52,7 @@ from slimstep.prune.config import MEASURED, Config
 from slimstep.prune.latency import predicted_ms, table_without
 from slimstep.prune.plan import latency_stage, pruning_stages
 from slimstep.prune.rounds import Measures, decide, known_latencies, skip_rule, tell
-from slimstep.prune.search import needs_similarity, ranks_by_prompts, takes_interactions
+from slimstep.prune.search import measured_sets, needs_similarity, ranks_by_prompts, takes_interactions
 
 log = logging.getLogger("slimstep")
 TARGET_MISSED = 3
@@ -150,16 +150,7 @@ def check(teacher: Teacher, search: Any) -> None:
         raise ValueError(f"search.keep={unused} names no block; this network has {unet.blocks}")
     if unet.blocks and not without_kept(unet.blocks, config.search.keep):
         raise ValueError(f"search.keep={list(config.search.keep)} names all blocks: there is nothing to prune")
-    if {*MEASURED} & {*config.search.actions} and not search.needs_scores:
-        raise ValueError(f"search.actions={list(config.search.actions)}: {type(search).__name__} scores nothing, and "
-                         "removes whole blocks alone; choose search=snapfusion, program or evolution")  # fmt: skip
-    if config.search.interactions and not takes_interactions(search):
-        raise ValueError(f"search.interactions={config.search.interactions}: {type(search).__name__} adds up losses of "
-                         "single changes; choose search=program or evolution, or set 0")  # fmt: skip
-    if config.scoring.recovery_steps and not search.needs_scores:
-        raise ValueError(f"scoring.recovery_steps={config.scoring.recovery_steps}: {type(search).__name__} scores "
-                         "nothing; choose search=snapfusion, program or evolution, or scoring.recovery_steps=0")  # fmt: skip
-    check_actions(teacher)
+    check_actions(teacher, search)
     if table := known_latencies(config):
         table_without(table, unet, offered_narrower(unet, config.search))
     with torch.device("meta"):
@@ -177,13 +168,28 @@ def check(teacher: Teacher, search: Any) -> None:
         teacher.sampler(config.scoring)
 
 
-def check_actions(teacher: Teacher) -> None:
-    """ValueError for actions that the network has no blocks for, and dtypes that the device does not compute in."""
-    search, kind = teacher.config.search, teacher.unet.STOCK.__name__
-    if "merge" in search.actions and not teacher.unet.mergeable_blocks:
+def check_actions(teacher: Teacher, search: Any) -> None:
+    """ValueError for actions and measurements that the search has no use for, actions that the network has no blocks
+    for, and dtypes that the device does not compute in."""
+    config, kind, name = teacher.config, teacher.unet.STOCK.__name__, type(search).__name__
+    pairs, steps = config.search.interactions, config.scoring.recovery_steps
+    if {*MEASURED} & {*config.search.actions} and not search.needs_scores:
+        why = f"{name} scores nothing, and removes whole blocks alone; choose search=snapfusion, program or evolution"
+        raise ValueError(f"search.actions={list(config.search.actions)}: {why}")
+    if pairs and not takes_interactions(search):
+        why = f"{name} adds up losses of single changes; choose search=program or evolution, or set 0"
+        raise ValueError(f"search.interactions={pairs}: {why}")
+    if steps and not search.needs_scores:
+        why = f"{name} scores nothing; choose search=snapfusion or program, or scoring.recovery_steps=0"
+        raise ValueError(f"scoring.recovery_steps={steps}: {why}")
+    if steps and (pairs or measured_sets(search)):
+        sets = "search.interactions" if pairs else name
+        why = f"{sets} measures sets of changes before any recovery, which no score after it can be compared with"
+        raise ValueError(f"scoring.recovery_steps={steps}: {why}; choose snapfusion, or program without pairs")
+    if "merge" in config.search.actions and not teacher.unet.mergeable_blocks:
         reason = f"a {kind} has no self-attention that can merge tokens; leave merge out"
-        raise ValueError(f"search.actions={list(search.actions)}: {reason}")
-    for dtype in search.dtypes if "quantize" in search.actions else ():
+        raise ValueError(f"search.actions={list(config.search.actions)}: {reason}")
+    for dtype in config.search.dtypes if "quantize" in config.search.actions else ():
         check_computes(dtype, teacher.device)
 
 

@@ -320,10 +320,18 @@ def test_the_job_decides_by_what_recovers_and_shows_both(finished, tiny_model):
     assert "round-00/scores.json" in line and f" {2 * 8 * 12} " in line
 
 
-def test_a_search_that_scores_nothing_is_refused(tmp_path, tiny_model):
-    own = ["search=random", "scoring.recovery_steps=2"]
+REFUSED = {
+    "RandomRemoval scores nothing": ["search=random"],
+    "EvolutionarySearch measures sets of changes before any recovery": ["search=evolution"],
+    "search.interactions measures sets of changes before any recovery": ["search=program", "search.interactions=12"],
+}
+
+
+@pytest.mark.parametrize("why", REFUSED)
+def test_a_search_that_has_no_use_for_it_is_refused(why, tmp_path, tiny_model):
+    own = [*REFUSED[why], "scoring.recovery_steps=2"]
     refused = run("+experiment=prune_unet", f"root={tmp_path}", *own, *tiny_model)
-    assert refused.returncode == 1 and "recovery_steps=2: RandomRemoval scores nothing" in refused.stderr
+    assert refused.returncode == 1 and f"recovery_steps=2: {why}" in refused.stderr
 
 
 def test_the_benchmark_reads_them_as_predictors(finished, tmp_path):
