@@ -55,8 +55,8 @@ ERRORS = ("before", "linear_map", "after")
 
 
 @dataclass(frozen=True)
-class Asked:
-    """What a network was asked while it sampled prompts, and what it predicted: inputs and timesteps, predictions with
+class TeacherEvaluations:
+    """All evaluations of the whole network while it sampled prompts: inputs and timesteps, predictions with
     the prompt and, where the sampling is guided, without it, and where the sampling ended. All lie on the CPU: SD-1.5's
     64 prompts of 8 guided steps are 100 MB."""
 
@@ -80,10 +80,10 @@ class Asked:
 
 
 @torch.no_grad()
-def asked_of(
+def evaluations_of_sampling(
     unet: Prunable, sampler: Sampler, prompts: PromptSet, batch_size: int, accelerator: Accelerator,
     keep: Path | None = None,
-) -> Asked:  # fmt: skip
+) -> TeacherEvaluations:  # fmt: skip
     """2·E evaluations: the sampling, and its predictions once more."""
     texts, shape = prompts.prompts, sampler.latent_shape
     uncond = sampler.unconditional if sampler.guides(unet) else None
@@ -109,7 +109,7 @@ def asked_of(
     ends, steps = table[:, :pixels], table[:, pixels:].unflatten(1, (-1, (1 + kinds) * pixels + 1))
     x_PS, predicted_PS, t_PS = steps.split([pixels, kinds * pixels, 1], dim=2)
     predicted_PSGCHW = predicted_PS.unflatten(2, (kinds, *shape))
-    return Asked(x_PS.unflatten(2, shape), t_PS[..., 0], predicted_PSGCHW, ends.unflatten(1, shape))
+    return TeacherEvaluations(x_PS.unflatten(2, shape), t_PS[..., 0], predicted_PSGCHW, ends.unflatten(1, shape))
 
 
 # ---- who learns ----
@@ -215,7 +215,7 @@ def replacing(unet: Prunable, block: str, replace: Callable[[str, int, Tensor], 
 
 @dataclass(eq=False)
 class LocalRecovery:
-    """Draws a network after single changes, at once and after `training` of their neighbours on what it was `asked`.
+    """Draws a network after single changes, at once and after `training` of neighbours on `teacher`'s evaluations.
 
     Every change sees the same batches, which are functions of `seed`. Errors of predictions, in units of the
     prediction's mean square as in screening.py, are of one evaluation of every second prompt; linear maps are fitted on
@@ -225,7 +225,7 @@ class LocalRecovery:
     drawing: Drawing
     sampler: Sampler
     prompts: PromptSet
-    asked: Asked
+    teacher: TeacherEvaluations
     training: TrainConfig
     seed: int
 
@@ -240,21 +240,21 @@ class LocalRecovery:
     @cached_property
     def held(self) -> list[int]:
         """The evaluations that errors are of, each prompt's at another step."""
-        steps = self.asked.x_PSCHW.shape[1]
-        return [self.asked.number(p, p // 2 % steps) for p in range(1, len(self.prompts), 2)]
+        steps = self.teacher.x_PSCHW.shape[1]
+        return [self.teacher.number(p, p // 2 % steps) for p in range(1, len(self.prompts), 2)]
 
     @cached_property
     def fitted(self) -> list[int]:
         """The evaluations that linear maps are fitted on."""
-        order = torch.randperm(len(self.asked), generator=generator("linear maps", self.seed)).tolist()
-        prompts = self.asked.places(order)[0].tolist()
+        order = torch.randperm(len(self.teacher), generator=generator("linear maps", self.seed)).tolist()
+        prompts = self.teacher.places(order)[0].tolist()
         return [number for number, p in zip(order, prompts, strict=True) if p % 2 == 0][: self.training.batch_size]
 
     @cached_property
     def batches(self) -> list[list[int]]:
         """The evaluations of every step."""
         seed = seed_of(self.seed, "local recovery")
-        return list(StepBatches(len(self.asked), self.training, seed, first_step=0, rank=0, world=1))
+        return list(StepBatches(len(self.teacher), self.training, seed, first_step=0, rank=0, world=1))
 
     def __call__(self, label: str) -> Tensor:
         """[4·P + 3]: of every prompt the metric and the PSNR after the change, and the same after recovery; then the
@@ -286,12 +286,12 @@ class LocalRecovery:
 
     def errors(self, numbers: Sequence[int], mask_BN: Tensor | None) -> Tensor:
         """[B]: squared errors of predictions, in units of the prediction's mean square."""
-        prompts, steps, kinds = self.asked.places(numbers)
-        cond, x_BCHW = self.cond.rows(prompts), self.asked.x_PSCHW[prompts, steps]
-        if self.asked.predicted_PSGCHW.shape[2] > 1:
+        prompts, steps, kinds = self.teacher.places(numbers)
+        cond, x_BCHW = self.cond.rows(prompts), self.teacher.x_PSCHW[prompts, steps]
+        if self.teacher.predicted_PSGCHW.shape[2] > 1:
             cond = cond.where(kinds == 0, self.sampler.unconditional)
-        found = self.sampler.prediction(self.unet, x_BCHW, self.asked.t_PS[prompts, steps], cond, mask_BN).float()
-        target_BCHW = self.asked.predicted_PSGCHW[prompts, steps, kinds].to(found.device)
+        found = self.sampler.prediction(self.unet, x_BCHW, self.teacher.t_PS[prompts, steps], cond, mask_BN).float()
+        target_BCHW = self.teacher.predicted_PSGCHW[prompts, steps, kinds].to(found.device)
         return (found - target_BCHW).square().flatten(1).mean(1) / target_BCHW.square().flatten(1).mean(1)
 
     @torch.no_grad()
@@ -400,11 +400,11 @@ def score_recovered(
         raise ValueError(f"local recovery trains float32 weights, and these are {unet.dtype}: call float() first")
     blocks = tuple(blocks or unet.kept_blocks)
     shared = training.batch_size, accelerator
-    asked = asked_of(unet, sampler, prompts, *shared, keep and keep / "asked")
-    drawing = Drawing(unet, sampler, metric, prompts, *shared, asked.latents_PCHW)
+    teacher = evaluations_of_sampling(unet, sampler, prompts, *shared, keep and keep / "teacher")
+    drawing = Drawing(unet, sampler, metric, prompts, *shared, teacher.latents_PCHW)
     every = range(len(prompts))
     base_P = prompts.by_text(drawing.base(every, keep and keep / "base"))
-    recovery = LocalRecovery(drawing, sampler, prompts, asked, training, seed)
+    recovery = LocalRecovery(drawing, sampler, prompts, teacher, training, seed)
     score = lambda items: torch.stack([recovery(blocks[item]) for item in items])  # noqa: E731
     found = map_batches(score, len(blocks), 1, accelerator, "local recovery", keep and keep / "recovered")
     values_KMP2 = found[:, :-3].unflatten(1, (2, len(every), 2)).movedim(1, 0)

@@ -16,7 +16,7 @@ from slimstep.prune.changed import narrower_labels
 from slimstep.prune.evolve import BlockValue, record_json
 from slimstep.prune.local_recovery import (
     LeastSquares,
-    asked_of,
+    evaluations_of_sampling,
     neighbours,
     score_recovered,
     training_alone,
@@ -187,22 +187,22 @@ def test_training_alone_keeps_what_it_trains_aside_and_nothing_else(monkeypatch)
 # ---- the record ----
 
 
-def test_what_is_asked_is_the_networks_own_sampling():
+def test_the_cached_evaluations_are_the_networks_own_sampling():
     """By hand: inputs, predictions with and without the prompt, and the end."""
     pipeline, unet, _ = made("UNet")
     sampler = Sampler(pipeline, 2, 2.5)
-    asked = asked_of(unet, sampler, PROMPTS, 2, CPU)
-    assert len(asked) == 3 * 2 * 2 and asked.number(1, 1) == 6
+    teacher = evaluations_of_sampling(unet, sampler, PROMPTS, 2, CPU)
+    assert len(teacher) == 3 * 2 * 2 and teacher.number(1, 1) == 6
     for index in range(3):
         inputs, cond = [], sampler.encode(PROMPTS.prompts).rows([index])
         end = sampler.latents_at(unet, cond, [index], inputs=inputs)
-        torch.testing.assert_close(asked.latents_PCHW[index], end[0], rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(teacher.latents_PCHW[index], end[0], rtol=1e-4, atol=1e-5)
         for step, (x_BCHW, t) in enumerate(inputs):
-            torch.testing.assert_close(asked.x_PSCHW[index, step], x_BCHW[0], rtol=1e-4, atol=1e-5)
-            assert asked.t_PS[index, step] == t
+            torch.testing.assert_close(teacher.x_PSCHW[index, step], x_BCHW[0], rtol=1e-4, atol=1e-5)
+            assert teacher.t_PS[index, step] == t
             for kind, own in enumerate((cond, sampler.unconditional)):
                 pred = sampler.predict(unet, x_BCHW, t[None], own)[0]
-                torch.testing.assert_close(asked.predicted_PSGCHW[index, step, kind], pred, rtol=1e-4, atol=1e-5)
+                torch.testing.assert_close(teacher.predicted_PSGCHW[index, step, kind], pred, rtol=1e-4, atol=1e-5)
 
 
 def test_scores_before_recovery_are_those_without_it(table):
@@ -221,7 +221,7 @@ def test_scores_before_recovery_are_those_without_it(table):
     assert narrower["linear_map"] is None and narrower["before"] > 0
 
 
-def test_what_it_cost_is_what_the_network_was_asked(monkeypatch):
+def test_what_it_cost_is_what_the_network_evaluated(monkeypatch):
     pipeline, unet, block = made("UNet")
     rows, label = {False: 0, True: 0}, narrower_labels(unet, (0.5,))[-1]
     forward = type(unet).forward
@@ -232,7 +232,7 @@ def test_what_it_cost_is_what_the_network_was_asked(monkeypatch):
 
     monkeypatch.setattr(type(unet), "forward", counted)
     table = scored("UNet", (block, label), steps=2)
-    at_once = 2 * 3 * 4  # images before recovery, which are drawn without it, too; the base's are those that are asked
+    at_once = 2 * 3 * 4  # images before recovery, which are drawn without it, too
     found = table.record({})["recovery"]["evaluations"]
     assert found == {"without_gradient": rows[False] - at_once, "with_gradient": rows[True]}
 
