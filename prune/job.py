@@ -150,7 +150,8 @@ def check(teacher: Teacher, search: Any) -> None:
         raise ValueError(f"search.keep={unused} names no block; this network has {unet.blocks}")
     if unet.blocks and not without_kept(unet.blocks, config.search.keep):
         raise ValueError(f"search.keep={list(config.search.keep)} names all blocks: there is nothing to prune")
-    check_actions(teacher, search)
+    check_measurements(config, search)
+    check_actions(teacher)
     if table := known_latencies(config):
         table_without(table, unet, offered_narrower(unet, config.search))
     with torch.device("meta"):
@@ -168,10 +169,9 @@ def check(teacher: Teacher, search: Any) -> None:
         teacher.sampler(config.scoring)
 
 
-def check_actions(teacher: Teacher, search: Any) -> None:
-    """ValueError for actions and measurements that the search has no use for, actions that the network has no blocks
-    for, and dtypes that the device does not compute in."""
-    config, kind, name = teacher.config, teacher.unet.STOCK.__name__, type(search).__name__
+def check_measurements(config: Config, search: Any) -> None:
+    """ValueError for actions and measurements that the search has no use for."""
+    name = type(search).__name__
     pairs, steps = config.search.interactions, config.scoring.recovery_steps
     if {*MEASURED} & {*config.search.actions} and not search.needs_scores:
         why = f"{name} scores nothing, and removes whole blocks alone; choose search=snapfusion, program or evolution"
@@ -186,10 +186,15 @@ def check_actions(teacher: Teacher, search: Any) -> None:
         sets = "search.interactions" if pairs else name
         why = f"{sets} measures sets of changes before any recovery, which no score after it can be compared with"
         raise ValueError(f"scoring.recovery_steps={steps}: {why}; choose snapfusion, or program without pairs")
-    if "merge" in config.search.actions and not teacher.unet.mergeable_blocks:
+
+
+def check_actions(teacher: Teacher) -> None:
+    """ValueError for actions that the network has no blocks for, and dtypes that the device does not compute in."""
+    search, kind = teacher.config.search, teacher.unet.STOCK.__name__
+    if "merge" in search.actions and not teacher.unet.mergeable_blocks:
         reason = f"a {kind} has no self-attention that can merge tokens; leave merge out"
-        raise ValueError(f"search.actions={list(config.search.actions)}: {reason}")
-    for dtype in config.search.dtypes if "quantize" in config.search.actions else ():
+        raise ValueError(f"search.actions={list(search.actions)}: {reason}")
+    for dtype in search.dtypes if "quantize" in search.actions else ():
         check_computes(dtype, teacher.device)
 
 

@@ -98,3 +98,10 @@ def test_the_rule_of_an_architecture_needs_the_standard_library_alone():
     """It travels inside the class file of an export."""
     nodes = import_nodes(FILES["models.architecture"])
     assert {node.module.partition(".")[0] for node in nodes} <= sys.stdlib_module_names
+
+
+def test_no_test_file_makes_an_accelerator_while_it_is_read():
+    """Tests of other files reset accelerate's state, and one that was made before them is of no use then."""
+    made = [path.name for path in (ROOT / "tests").rglob("*.py") for node in ast.parse(path.read_text()).body
+            if isinstance(node, ast.Assign) and "Accelerator(" in ast.unparse(node)]  # fmt: skip
+    assert not made

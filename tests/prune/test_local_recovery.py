@@ -26,7 +26,6 @@ from slimstep.prune.scores import score_blocks
 from tests.prune.test_job import run
 from tests.prune.test_similarity import KINDS, PROMPTS, made
 
-CPU = Accelerator(cpu=True)
 SHIFTED = "mid_block.resnets.0"  # of the UNet: in `planted` it adds a constant
 
 
@@ -37,7 +36,7 @@ def training(steps=8, batch_size=3, learning_rate=3e-3):
 
 def scored(kind, blocks, network=None, keep=None, guidance=2.5, **options):
     pipeline, unet, _ = made(kind)
-    own = training(**options), 0, CPU, keep, blocks
+    own = training(**options), 0, Accelerator(cpu=True), keep, blocks
     return score_recovered(network or unet, Sampler(pipeline, 2, guidance), ImageError(), PROMPTS, *own)
 
 
@@ -127,7 +126,7 @@ def test_within_a_block_neighbours_are_those_that_hold_no_others():
     for block in divided.kept_blocks:
         assert not any(nested(block, other) or block == other for other in neighbours(divided, block))
     label = f"{first}.ff"  # and what is left of a removed sublayer is found on a CPU, too
-    own = training(steps=1), 0, CPU, None, (label, first)
+    own = training(steps=1), 0, Accelerator(cpu=True), None, (label, first)
     rows = score_recovered(divided, Sampler(pipeline, 2, 1.0), ImageError(), PROMPTS, *own).record({})["sites"]
     assert rows[label]["prediction_error"]["linear_map"] is None and rows[label]["before_recovery"]["delta_clip"] > 0
 
@@ -191,7 +190,7 @@ def test_the_cached_evaluations_are_the_networks_own_sampling():
     """By hand: inputs, predictions with and without the prompt, and the end."""
     pipeline, unet, _ = made("UNet")
     sampler = Sampler(pipeline, 2, 2.5)
-    teacher = evaluations_of_sampling(unet, sampler, PROMPTS, 2, CPU)
+    teacher = evaluations_of_sampling(unet, sampler, PROMPTS, 2, Accelerator(cpu=True))
     assert len(teacher) == 3 * 2 * 2 and teacher.number(1, 1) == 6
     for index in range(3):
         inputs, cond = [], sampler.encode(PROMPTS.prompts).rows([index])
@@ -208,7 +207,8 @@ def test_the_cached_evaluations_are_the_networks_own_sampling():
 def test_scores_before_recovery_are_those_without_it(table):
     kind, found = table
     pipeline, unet, _ = made(kind)
-    plain = score_blocks(unet, Sampler(pipeline, 2, 2.5), ImageError(), PROMPTS, 3, CPU, blocks=some_labels(kind))
+    shared = PROMPTS, 3, Accelerator(cpu=True)
+    plain = score_blocks(unet, Sampler(pipeline, 2, 2.5), ImageError(), *shared, blocks=some_labels(kind))
     torch.testing.assert_close(found.before.loss_NP, plain.loss_NP, rtol=1e-2, atol=1e-4)
     record, before = found.record({"name": "snapfusion"}), found.before.record({})
     for section, label in zip(("sites", "narrower"), some_labels(kind), strict=True):
