@@ -66,7 +66,7 @@ class Pool:
     def learnt(self, genome: Genome) -> float:
         return sum(weight * math.comb(len(genome & other), 2) for other, weight in self.weights.items())
 
-    def repaired(self, genes: Iterable[int], draw: random.Random) -> Genome | None:
+    def made_feasible(self, genes: Iterable[int], draw: random.Random) -> Genome | None:
         """A set with no two changes that exclude one another, that saves enough and has nothing to spare: changes are
         added, each the better bargain of two drawn, and then the dearest dropped that are not needed and spare the
         others nothing; None where it does not come to enough."""
@@ -93,7 +93,7 @@ class Pool:
         genes = {n for n in sorted(genes) if draw.random() >= mutation}
         if draw.random() < mutation:
             genes.add(draw.randrange(len(self.values)))
-        return self.repaired(genes, draw)
+        return self.made_feasible(genes, draw)
 
 
 def evolved(pool: Pool, population: Sequence[Genome], size: int, mutation: float, draw: random.Random) -> list[Genome]:
@@ -111,7 +111,7 @@ def evolved(pool: Pool, population: Sequence[Genome], size: int, mutation: float
 
 def first_population(pool: Pool, start: Iterable[Genome], size: int, draw: random.Random) -> list[Genome]:
     """Random sets that save enough, and those of `start`."""
-    made = (pool.repaired(draw.sample(range(len(pool.values)), draw.randint(0, len(pool.values) // 2)), draw)
+    made = (pool.made_feasible(draw.sample(range(len(pool.values)), draw.randint(0, len(pool.values) // 2)), draw)
             for _ in range(size))  # fmt: skip
     every = dict.fromkeys([*start, *(genome for genome in made if genome is not None)])
     return sorted(every, key=pool.fitness)[:size]

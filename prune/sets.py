@@ -31,7 +31,7 @@ class MeasuredSets:
         self.rows: dict[tuple[str, ...], dict[str, Any]] = {}
 
     def __call__(self, labels: tuple[str, ...]) -> BlockValue:
-        """The loss of a set as that of a block is told, so that it has a price (evolve.py)."""
+        """The loss of a set in the form of a block's, so that it has a price (evolve.py)."""
         row = self.row(labels)
         error = math.nan if row["picture_error"] is None else row["picture_error"]
         self.rows[tuple(row["changes"])] = row

@@ -118,7 +118,7 @@ class MaskedResnet(MaskedBlock, ResnetBlock2D):
 
 
 class MaskedTransformer(MaskedBlock, Transformer2DModel):
-    """It tells the self-attentions that merge tokens, its own and those of its copies, where these lie."""
+    """It gives the height and width of its input to the self-attentions that merge tokens, its own and its copies'."""
 
     merged: Sequence[MergedAttention] = ()
 

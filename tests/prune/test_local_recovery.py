@@ -14,8 +14,8 @@ from slimstep.eval.sampling import Sampler
 from slimstep.models.architecture import nested
 from slimstep.prune.changed import narrower_labels
 from slimstep.prune.evolve import BlockValue, record_json
+from slimstep.prune.linear_maps import LeastSquares
 from slimstep.prune.local_recovery import (
-    LeastSquares,
     evaluations_of_sampling,
     neighbours,
     score_recovered,
