@@ -3,6 +3,7 @@
 Other text still encodes, byte by byte, so that the bundled pipeline takes captions of anything.
 """
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 from tokenizers.pre_tokenizers import ByteLevel
@@ -27,12 +28,12 @@ def _spell(word: str, merges: list[tuple[str, str]]) -> list[str]:
     return parts
 
 
-def build_tokenizer() -> CLIPTokenizer:
-    """A CLIPTokenizer of all bytes, the merges that spell `WORDS`, and CLIP's two special tokens."""
+def build_tokenizer(words: Iterable[str] = WORDS) -> CLIPTokenizer:
+    """A CLIPTokenizer of all bytes, the merges that spell `words` in their order, and CLIP's two special tokens."""
     alphabet = sorted(ByteLevel.alphabet())
     tokens = [*alphabet, *(f"{byte}</w>" for byte in alphabet)]
     merges: list[tuple[str, str]] = []
-    for word in WORDS:
+    for word in words:
         while len(parts := _spell(word, merges)) > 1:
             merges.append((parts[0], parts[1]))
     tokens += dict.fromkeys("".join(pair) for pair in merges)

@@ -1,7 +1,8 @@
 """What the configuration names: jobs, and components, whose values are checked against the constructor's types."""
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any, get_type_hints
 
 import hydra
@@ -16,13 +17,16 @@ from slimstep.engine.planning import Plan
 ANY_CLASS = ConfigDict(arbitrary_types_allowed=True)
 
 
-def component(config: DictConfig, key: str, **kwargs: Any) -> Any:
+def component(config: DictConfig, key: str, offered: Mapping[str, Any] = MappingProxyType({}), **kwargs: Any) -> Any:
     """What `key` of the configuration describes; ValueError where it describes nothing, or with wrong values.
 
-    What its constructor raises for a user's mistake is raised as it is, without Hydra's words around it.
+    Of what is `offered` its constructor is given what it takes. What it raises for a user's mistake is raised as it is,
+    without Hydra's words around it.
     """
     described = OmegaConf.select(config, key)
     check(described, key)
+    taken = inspect.signature(hydra.utils.get_object(described["_target_"])).parameters if offered else {}
+    kwargs |= {name: value for name, value in offered.items() if name in taken}
     try:
         return instantiate(described, **kwargs)
     except InstantiationException as error:

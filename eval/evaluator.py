@@ -160,7 +160,8 @@ class Evaluator:
         """A value per distinct prompt, their mean and its error."""
         values = self.prompts.by_text(values_P).tolist()
         mean = mean_and_error(values)
-        return {"kind": metric.kind, "mean": mean.mean, "se": mean.se, "per_prompt": values}
+        by_ratio = {"compared_by_ratio": True} if metric.compared_by_ratio else {}
+        return {"kind": metric.kind, "mean": mean.mean, "se": mean.se, "per_prompt": values, **by_ratio}
 
     def further_features(self, key: Key, candidate: Candidate) -> Tensor | None:
         """[J, D] of the first prompts' images of further seeds, seed by seed, kept in a file; None where diversity is

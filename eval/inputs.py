@@ -223,7 +223,8 @@ def load_metrics(
             raise ValueError(f"{key}={names} must be a table, as +metric=NAME gives it")
     if requested["evaluation.preferences"]:
         log.warning("evaluation.preferences is now metrics: +metric=NAME instead of +preference=NAME")
-    made = {str(name): as_metric(component(config, f"{key}.{name}", device=device))
+    offered = {"device": device, "scorer": scorer}
+    made = {str(name): as_metric(component(config, f"{key}.{name}", offered))
             for key, names in requested.items() for name in names or {}}  # fmt: skip
     if is_conditional:
         return {"clip": as_metric(scorer), **made}

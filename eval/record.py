@@ -21,7 +21,8 @@ class Point:
 
     `metrics`: {name: {"kind", …}}; of kind per_image and paired "mean", "se" and "per_prompt" (a value for every
     distinct prompt), and "versus_reference", the paired difference to the reference; of kind per_prompt, measured by
-    "seeds" images of each of the first "n" prompts, "ratio_to_reference" too; of kind distribution its numbers.
+    "seeds" images of each of the first "n" prompts, and of what is "compared_by_ratio", "ratio_to_reference" too; of
+    kind distribution its numbers.
     A paired metric has the reference's images of the same noise beside it, and is None for images of another size.
     `guidance` is the scale of the reference that it is compared with; a model of few steps may have its own.
     `facts`: what else is known, as "parameters" and "evaluations" (of the network, for one image).

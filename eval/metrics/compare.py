@@ -79,8 +79,9 @@ def paired_ratio(errors: Sequence[float], reference: Sequence[float]) -> PairedR
 
 
 def relative_to(reference: Mapping[str, Any] | None, measured: Mapping[str, Any]) -> dict[str, Any]:
-    """What a metric measured of a point, with its paired difference to the reference's; of kind per_prompt also the
-    ratio to it. Both are None without a reference, with one of other prompts or seeds, and a ratio to 0."""
+    """What a metric measured of a point, with its paired difference to the reference's; of kind per_prompt, and of what
+    is compared by ratio, also the ratio to it. Both are None without a reference, with one of other prompts or seeds,
+    and a ratio to 0."""
     kind = measured["kind"]
     if kind not in ("per_image", "per_prompt"):
         return dict(measured)
@@ -88,7 +89,7 @@ def relative_to(reference: Mapping[str, Any] | None, measured: Mapping[str, Any]
         reference = None
     both = reference and (measured["per_prompt"], reference["per_prompt"])
     relative = {"versus_reference": asdict(paired_difference(*both)) if both else None}
-    if kind == "per_prompt":
+    if kind == "per_prompt" or measured.get("compared_by_ratio"):
         relative["ratio_to_reference"] = asdict(paired_ratio(*both)) if both and any(both[1]) else None
     return {**measured, **relative}
 

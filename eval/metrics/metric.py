@@ -26,12 +26,16 @@ class Metric:
     """A value for every image: `metric(images, prompts, reference)` gives float32 [B] on the CPU.
 
     `images` and, of a paired metric, `reference` are uint8 [B, 3, H, W], or what was sampled (latents [B, C, h, w],
-    pixels) where `reads` is "samples". `better` says which end of the scale is the good one.
+    pixels) where `reads` is "samples". Where it is `of` videos, `images` are uint8 [B, F, H, W, 3], and a value is a
+    video's (eval/metrics/video.py). `better` says which end of the scale is the good one; with `compared_by_ratio`
+    models are compared by the ratio of their means, too.
     """
 
     kind: Kind = "per_image"
     better: Literal["high", "low"] = "high"
     reads: Literal["images", "samples"] = "images"
+    of: Literal["images", "videos"] = "images"
+    compared_by_ratio: bool = False
 
     @property
     def protocol(self) -> Mapping[str, Any]:
