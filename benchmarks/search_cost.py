@@ -38,7 +38,7 @@ from slimstep.eval.sampling import Sampler
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.pipeline import load_pipeline
 from slimstep.prune.evolve import BlockValue, choose_removals
-from slimstep.prune.racing import run_race
+from slimstep.prune.racing import record_of, run_race
 from slimstep.prune.scores import Drawing, picture_error
 from slimstep.prune.screening import screen_blocks
 
@@ -120,12 +120,12 @@ Choose = Callable[[Sequence[float]], set[int]]
 class Replayed(Drawing):
     """A drawing whose images were drawn before: those of prompts in a random order."""
 
-    def __init__(self, reference: Reference, order: Sequence[int]) -> None:
-        self.reference, self.order, self.images, self.shared = reference, list(order), {}, (BATCH, None)
+    def __init__(self, reference: Reference, order: np.ndarray) -> None:
+        self.reference, self.order = reference, order.tolist()
+        self.texts = ("",) * len(order)  # of which no more than the number is used
         self.places = {block: n for n, block in enumerate(reference.blocks)}
 
     def base(self, prompts: Sequence[int], keep: Path | None = None) -> Tensor:
-        self.images |= {number: torch.empty(0) for number in prompts}
         return self.reference.base_P[[self.order[number] for number in prompts]]
 
     def changes(self, pairs: Sequence[tuple[str, int]], keep: Path | None = None) -> Tensor:
@@ -158,22 +158,28 @@ def by_pictures(count: int) -> Callable:
     return decide
 
 
+def screened(reference: Reference, order: np.ndarray, chunks: int) -> np.ndarray:
+    """Errors of the changes by so many screens, in a random order of their own."""
+    return reference.errors_KN[order[order < len(reference.errors_KN)][:chunks]].mean(0)
+
+
 def by_screen(chunks: int) -> Callable:
     """The error of one evaluation each, on so many times CHUNK prompts."""
 
     def decide(reference: Reference, order: np.ndarray, choose: Choose) -> tuple[set[int], float]:
-        own = order[order < len(reference.errors_KN)][:chunks]
-        errors_N = reference.errors_KN[own].mean(0)
+        errors_N = screened(reference, order, chunks)
         return choose(errors_N.tolist()), chunks * CHUNK * (ROWS + 1 + len(errors_N))
 
     return decide
 
 
-def by_race(chunk: int, tolerance: float) -> Callable:
+def by_race(chunks: int, tolerance: float) -> Callable:
+    """A screen of so many times CHUNK prompts, and prompts for the changes that it leaves open."""
+
     def decide(reference: Reference, order: np.ndarray, choose: Choose) -> tuple[set[int], float]:
-        drawing = Replayed(reference, order.tolist())
-        race = run_race(drawing, reference.blocks, choose, range(min(64, len(order))), chunk, tolerance, 0)
-        return choose(race.estimate.mean_N.tolist()), race.looks[-1].images * ROWS
+        errors, drawing = screened(reference, order, chunks).tolist(), Replayed(reference, order[: chunks * CHUNK])
+        race = run_race(drawing, reference.blocks, errors, choose, tolerance, seed=0)
+        return choose(race.estimate.mean_N.tolist()), record_of(race, tolerance, ROWS)["evaluations"]
 
     return decide
 
@@ -185,9 +191,9 @@ PROTOCOLS: Mapping[str, Callable] = {
     "pictures, 3 prompts (search.metric=psnr)": by_pictures(3),
     "one evaluation each, 64 prompts": by_screen(4),
     "one evaluation each, 16 prompts": by_screen(1),
-    "race, tolerance 0.1 (racing)": by_race(2, 0.1),
-    "race, tolerance 0.3": by_race(2, 0.3),
-    "race, tolerance 1": by_race(2, 1.0),
+    "race, tolerance 0.1 (racing)": by_race(1, 0.1),
+    "race, tolerance 0.3": by_race(1, 0.3),
+    "race, tolerance 1": by_race(1, 1.0),
 }
 
 

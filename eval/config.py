@@ -43,14 +43,15 @@ class SamplingConfig:
 class ScoringConfig(SamplingConfig):
     """The sampling that ranks blocks. Protocol `snapfusion`: every removal, on the same fixed number of prompts;
     `screened`: the removals alone that one evaluation of each block finds cheapest, as many as save `screen_margin`
-    times what a round has to save; `racing`: `race_prompts` at a time, and more for those changes alone that may still
-    alter the decision, until that is expected to lose at most `tolerance` more than the best one. With
-    `recovery_steps` above 0 every change is scored again after so many steps of training of its neighbours alone, at
-    batches of `batch_size` and `recovery_learning_rate`; these are the scores that decide."""
+    times what a round has to save; `racing`: one evaluation of each block on `race_prompts`, and then images of those
+    changes alone that may still alter the decision, a prompt at a time, until that is expected to lose at most
+    `tolerance` more than the best one, or until the `race_prompts` are spent. With `recovery_steps` above 0 every
+    change is scored again after so many steps of training of its neighbours alone, at batches of `batch_size` and
+    `recovery_learning_rate`; these are the scores that decide."""
 
     protocol: str = "snapfusion"
     screen_margin: float = 2.0
-    race_prompts: int = 2
+    race_prompts: int = 16
     tolerance: float = 0.1
     recovery_steps: int = 0
     recovery_learning_rate: float = 1e-4
@@ -63,7 +64,7 @@ class ScoringConfig(SamplingConfig):
         if not 0 < self.recovery_learning_rate < math.inf:
             raise ValueError(f"scoring.recovery_learning_rate={self.recovery_learning_rate} must be above 0")
         if self.recovery_steps and self.protocol == "racing":
-            each = "draws a change a few prompts at a time, and its neighbours would be trained anew each time"
+            each = "draws a change a prompt at a time, and its neighbours would be trained anew each time"
             way = "choose scoring.protocol=snapfusion or screened, or scoring.recovery_steps=0"
             raise ValueError(f"scoring.recovery_steps={self.recovery_steps}: scoring.protocol=racing {each}; {way}")
         if not self.tolerance > 0:

@@ -24,7 +24,8 @@ SEARCHES = ("snapfusion", "program")
 @dataclass(frozen=True)
 class Measured:
     """The first round of a finished run: what the teacher's blocks give, prompt by prompt, and cost; and what pairs of
-    changes lose beyond the sum, prompt by prompt, where that was measured."""
+    changes lose beyond the sum, prompt by prompt, where that was measured. `raced`: what changes lose are estimates,
+    from few prompts or none."""
 
     values: tuple[BlockValue, ...]
     lost: Mapping[str, np.ndarray]
@@ -32,6 +33,7 @@ class Measured:
     before: Architecture
     skip_rule: str | dict[str, str] | None
     pairs: Mapping[Interaction, np.ndarray] = field(default_factory=dict)
+    raced: bool = False
 
     def changed(self, search: str, target_ms: float) -> list[Action]:
         """What a search would change; of sets nothing is measured here, and evolution's answer is the program's."""
@@ -76,7 +78,7 @@ def read_first_round(run: str | Path) -> Measured:
     file = folder / "interactions.json"
     records = [pair for pair in load_json(file)["pairs"] if pair["used"]] if file.is_file() else []
     pairs = {Interaction(tuple(of["changes"]), of["lost"]): np.asarray(of["per_prompt"]) for of in records}
-    return Measured(values, lost, latency["full_ms"], before, decision.get("bypass"), pairs)
+    return Measured(values, lost, latency["full_ms"], before, decision.get("bypass"), pairs, "race" in scores)
 
 
 def value_of(record: Mapping[str, Any]) -> BlockValue:
@@ -100,19 +102,23 @@ def choice(measured: Measured, fraction: float, search: str) -> Choice:
     labels = [action.change.label for action in actions]
     known = [measured.lost[label] for label in labels if label in measured.lost]
     together = {pair: lost_P for pair, lost_P in measured.pairs.items() if set(pair.labels) <= set(labels)}
-    return Choice(fraction, search, actions, share, sum_of(actions, [*known, *together.values()], [*together]))
+    lost = sum_of_estimates(actions, known, together) if measured.raced else sum_of([*known, *together.values()])
+    return Choice(fraction, search, actions, share, lost)
 
 
-def sum_of(
-    actions: Sequence[Action], known: Sequence[np.ndarray], pairs: Sequence[Interaction] = ()
-) -> Mean | None:  # fmt: skip
-    """What the actions and pairs of them lose, prompt by prompt; of a race, in which some were drawn for more prompts
-    than others, by its estimates."""
-    if len({len(lost_P) for lost_P in known}) <= 1:
-        return mean_and_error(np.sum(known, axis=0)) if known else None
-    lost = sum(action.delta_clip for action in actions) + sum(pair.lost for pair in pairs)
-    error = math.hypot(*(action.se for action in actions))
-    return Mean(lost, error, min(map(len, known)))
+def sum_of(known: Sequence[np.ndarray]) -> Mean | None:
+    """What changes, and pairs of them beyond it, lose together, prompt by prompt."""
+    return mean_and_error(np.sum(known, axis=0)) if known else None
+
+
+def sum_of_estimates(
+    actions: Sequence[Action], known: Sequence[np.ndarray], pairs: Mapping[Interaction, np.ndarray]
+) -> Mean | None:
+    """The same of a race, in which changes are drawn for different prompts, or for none. n: the fewest of a change."""
+    beyond = [mean_and_error(lost_P.tolist()) for lost_P in pairs.values()]
+    error = math.hypot(*(action.se for action in actions), *(mean.se for mean in beyond))
+    lost = sum(action.delta_clip for action in actions) + sum(mean.mean for mean in beyond)
+    return Mean(lost, error, min(map(len, known))) if actions else None
 
 
 FRONT = tuple(k / 20 for k in range(19, 7, -1))  # 95 to 40 %

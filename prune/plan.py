@@ -27,12 +27,12 @@ def pruning_stages(teacher: Teacher, search: Any) -> Iterator[Stage]:
         scoring = config.scoring
         rows = scoring.prompts * image_rows(scoring.steps, scoring.guidance_scale)
         if search.needs_scores:
-            drawn = (1 + len(changes)) * scoring.prompts
-            screened = scoring.protocol == "screened"
+            racing, screens = scoring.protocol == "racing", scoring.protocol != "snapfusion"
+            drawn = (1 + len(changes)) * (min(scoring.race_prompts, scoring.prompts) if racing else scoring.prompts)
             limits = {"screened": "at most, behind a screen of all changes", "racing": "at most, by a race"}
             what = limits.get(scoring.protocol, counted(changes))
-            screen = drawn if screened else 0
-            yield Stage(f"{stage}/scores.json", f"{drawn} images ({what})", (1 + len(changes)) * rows + screen)
+            evaluations = drawn * image_rows(scoring.steps, scoring.guidance_scale) + (drawn if screens else 0)
+            yield Stage(f"{stage}/scores.json", f"{drawn} images ({what})", evaluations)
             if scoring.recovery_steps:
                 yield locally_recovered(f"{stage}/scores.json", teacher, changes)
         if needs_similarity(search):

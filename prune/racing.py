@@ -1,11 +1,11 @@
 """A race of changes: prompts are spent only where they may still change what is decided.
 
-Every change is drawn for a few prompts. Then, until the decision is settled, those are drawn for a few more that are
-taken in some and left in others of the decisions that the estimates allow. Two things make few prompts enough:
+A screen says how far one prediction is off after each change (screening.py). Then, until the decision is settled, those
+are drawn, a prompt at a time, that are taken in some and left in others of the decisions that are still possible. Two
+things make few prompts enough:
 
-- The estimate of what a change loses is pooled over all changes (`pooled`). How far pictures move says much of what is
-  lost, and says it after two prompts: losses are shrunk towards their isotonic regression on the pictures' error, and
-  so are their variances.
+- What a change loses is taken to be proportional to the squared error of its pictures, within a factor (`estimated`).
+  That error is known within a factor from the screen, and well after few prompts.
 - The decision is settled where its regret is small: what it is expected to lose more than the best one, over draws from
   the estimates. Blocks that lose the same to within this need no order.
 
@@ -13,34 +13,50 @@ Axes: N changes, P prompts, S draws.
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file
-from scipy.optimize import isotonic_regression
-from scipy.special import digamma
 from torch import Tensor
 
 from slimstep.engine.files import write_tensors
-from slimstep.prune.scores import Drawing, block_record, none_if_nan, picture_error
+from slimstep.eval.metrics.compare import mean_and_error
+from slimstep.prune.scores import Drawing, none_if_nan, picture_error
 
 log = logging.getLogger("slimstep")
 
 DRAWS, OPEN = 100, 0.05  # decisions that are drawn; a change is open where it is taken in more and in less than so many
-SPREAD = 1.0  # of a loss around its regression, in units of it: with less, few prompts are believed too much
-FEW = 4.0  # degrees of freedom that the pooled variance counts for
+AT_FIRST = 0.25  # the share of changes that is drawn at the first look, open or not: they tell the losses' scale
+
+# Standard deviations of logarithms, as 512 prompts of the bundled UNet have them (benchmarks/search-cost).
+SCREENED = 0.6  # of the pictures' error, around what the screen says
+PICTURED = 0.8  # of the pictures' error on one prompt
+PROPORTIONAL = 0.6  # of the loss, around its proportion to the pictures' error
+LEAST_ERROR = 1e-6  # that has a logarithm
+LEAST_SHARE = 0.1  # of its proportion to the pictures' error that a loss is at least
 
 Choose = Callable[[Sequence[float]], set[int]]  # the places of the changes that a search takes, by what each loses
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What changes lose, as far as is known: mean and standard deviation, of shape [N]."""
+    """What changes lose, as far as is known: log-normal, of this mean and standard deviation; and their pictures'
+    errors. All of shape [N]."""
 
     mean_N: np.ndarray
     sd_N: np.ndarray
+    error_N: np.ndarray
+
+    def draw(self, generator: np.random.Generator) -> np.ndarray:
+        """What they may lose, of shape [N]. Positive: where what a change gained on one prompt by chance is believed,
+        it is free, and Algorithm 1 takes it first."""
+        deviation_N = np.sqrt(np.log1p((self.sd_N / self.mean_N) ** 2))
+        logs_N = np.log(self.mean_N) - deviation_N**2 / 2 + deviation_N * generator.standard_normal(len(self.mean_N))
+        return np.exp(logs_N)
 
 
 @dataclass(frozen=True)
@@ -56,113 +72,124 @@ class Look:
         return (self.taken_N > OPEN) & (self.taken_N < 1 - OPEN)
 
 
-def pooled(losses: Sequence[np.ndarray], errors_N: np.ndarray, least: float) -> Estimate:
-    """The estimate from the losses of every change, on two prompts or more each, and the errors of its pictures.
+def estimated(
+    losses: Sequence[Sequence[float]], errors: Sequence[Sequence[float]], screened_N: np.ndarray
+) -> Estimate:
+    """The estimate from the losses of every change and the errors of its pictures, prompt by prompt, of some changes
+    none; and from what the screen says of all.
 
-    A loss is normal around f(error), its isotonic regression, not below 0, with a standard deviation of SPREAD · f and
-    of `least`. The variance of its prompts is the change's own, with FEW degrees of freedom at a power law of the error
-    that all changes share. (Empirical Bayes: Morris 1983; for variances Smyth 2004, eq. 2.)
+    log error is normal around log screened + a, SCREENED wide, and that of a prompt around it, PICTURED wide. A loss is
+    c · error · factor, the factor's logarithm PROPORTIONAL wide; a prompt's has a variance k · error. a, c and k are
+    those of all changes that were drawn (empirical Bayes: Morris 1983), but c is no nearer to 0 than the standard error
+    of the losses' sum.
     """
-    count_N = np.array([len(loss_P) for loss_P in losses], dtype=float)
-    mean_N = np.array([loss_P.mean() for loss_P in losses])
-    own_N = np.array([loss_P.var(ddof=1) for loss_P in losses])
-    variance_N = (FEW * power_law(own_N, errors_N, count_N - 1, least) + (count_N - 1) * own_N) / (FEW + count_N - 1)
-    noise_N = variance_N / count_N
-    order = np.argsort(errors_N, kind="stable")
-    expected_N = np.empty_like(mean_N)
-    expected_N[order] = np.maximum(isotonic_regression(mean_N[order], weights=1 / noise_N[order]).x, 0)
-    prior_N = (SPREAD * expected_N) ** 2 + least**2
-    weight_N = prior_N / (prior_N + noise_N)
-    return Estimate(weight_N * mean_N + (1 - weight_N) * expected_N, np.sqrt(weight_N * noise_N))
+    count_N, floor = np.array([len(own) for own in losses]), LEAST_ERROR
+    logs_N = np.log(np.maximum(screened_N, floor))
+    drawn = np.flatnonzero(count_N)
+    if not len(drawn):
+        error_N = np.exp(logs_N)
+        return Estimate(error_N, error_N * math.sqrt(math.expm1(SCREENED**2)), error_N)
+    seen_N = np.zeros(len(logs_N))
+    seen_N[drawn] = [np.log(np.maximum(errors[n], floor)).mean() for n in drawn]
+    shift = (seen_N - logs_N)[drawn].mean()
+    weight_N = SCREENED**2 / (SCREENED**2 + PICTURED**2 / np.maximum(count_N, 1)) * (count_N > 0)
+    error_N = np.exp(weight_N * seen_N + (1 - weight_N) * (shift + logs_N))
+    known_N = (1 - weight_N) * SCREENED**2  # the variance of log error
 
-
-def power_law(variances_N: np.ndarray, errors_N: np.ndarray, freedom_N: np.ndarray, least: float) -> np.ndarray:
-    """exp(a + b·log error), fitted to the logarithms of the variances; none is below `least`²."""
-    floor = least**2
-    x, y = np.log(np.maximum(errors_N, 1e-6)), np.log(variances_N + floor)
-    if np.ptp(x) == 0:
-        return np.full_like(x, max(np.average(variances_N, weights=freedom_N), floor))
-    y -= digamma(freedom_N / 2) - np.log(freedom_N / 2)  # E[log χ²_k / k]: logarithms of few prompts' are too low
-    fitted = np.polyval(np.polyfit(x, y, 1, w=np.sqrt(freedom_N)), x)
-    return np.maximum(np.exp(fitted), floor)
+    all_P = np.concatenate([losses[n] for n in drawn])
+    scale = max(all_P.sum(), np.linalg.norm(all_P), floor) / (count_N * error_N).sum()
+    expected_N = scale * error_N
+    prior_N = expected_N**2 * np.expm1(PROPORTIONAL**2 + known_N)
+    off = sum(float(np.square(np.subtract(losses[n], expected_N[n])).sum()) for n in drawn)
+    noise_N = off / (count_N * error_N).sum() * error_N / np.maximum(count_N, 1)
+    trust_N = prior_N / (prior_N + noise_N) * (count_N > 0)
+    measured_N = np.array([np.mean(own) if len(own) else 0.0 for own in losses])
+    mean_N = np.maximum(trust_N * measured_N + (1 - trust_N) * expected_N, LEAST_SHARE * expected_N)
+    return Estimate(mean_N, np.sqrt((1 - trust_N) * prior_N), error_N)
 
 
 def look(estimate: Estimate, choose: Choose, images: int, seed: int) -> Look:
     """What the estimate leaves open of the decision, and the regret of deciding by its means."""
-    draw = np.random.default_rng(seed)
+    generator = np.random.default_rng(seed)
     decided = sorted(choose(estimate.mean_N.tolist()))
     taken_N, regrets = np.zeros(len(estimate.mean_N)), []
     for _ in range(DRAWS):
-        lost_N = estimate.mean_N + estimate.sd_N * draw.standard_normal(len(taken_N))
+        lost_N = estimate.draw(generator)
         best = sorted(choose(lost_N.tolist()))
         taken_N[best] += 1 / DRAWS
-        price_N = np.maximum(lost_N, 0)
-        regrets.append(price_N[decided].sum() - price_N[best].sum())
+        regrets.append(lost_N[decided].sum() - lost_N[best].sum())
     return Look(images, max(0.0, float(np.mean(regrets))), taken_N)
+
+
+def first_drawn(taken_N: np.ndarray) -> np.ndarray:
+    """Which changes the first look draws, as booleans [N], by what the screen leaves open: those that are, and of the
+    others the nearest to it, up to AT_FIRST of all."""
+    is_open = Look(0, 0.0, taken_N).open_N
+    nearest = np.argsort(np.abs(taken_N - 0.5), kind="stable")
+    chosen = np.zeros(len(taken_N), dtype=bool)
+    chosen[nearest[: max(is_open.sum(), math.ceil(AT_FIRST * len(taken_N)))]] = True
+    return chosen
 
 
 @dataclass(frozen=True)
 class Race:
-    """How a race went: the estimate, every change's losses and PSNR, and the looks."""
+    """How a race went: the estimate, every change's losses and PSNR, prompt by prompt, and the looks."""
 
     labels: tuple[str, ...]
-    losses: tuple[np.ndarray, ...]
-    psnr_N: np.ndarray
+    losses: Sequence[Sequence[float]]
+    psnr: Sequence[Sequence[float]]
     others_psnr: float
     estimate: Estimate
     looks: tuple[Look, ...]
     base_P: Tensor
 
     def rows(self) -> dict[str, dict]:
-        """{label: its row of scores.json}: the pooled estimate, what was measured, and where the decision left it."""
+        """{label: its row of scores.json}: the estimate; what was measured, where that is something; and how often
+        the possible decisions take it."""
         found = {}
-        columns = zip(self.labels, self.losses, self.psnr_N, self.estimate.mean_N, self.estimate.sd_N,
-                      self.looks[-1].taken_N, strict=True)  # fmt: skip
-        for label, loss_P, mean_psnr, mean, sd, taken in columns:
-            row = block_record(loss_P.tolist(), float(mean_psnr), self.others_psnr)
-            measured = {"delta_clip": row["delta_clip"], "se": row["se"]}
-            found[label] = {**row, "delta_clip": float(mean), "se": float(sd), "measured": measured,
-                            "taken": round(float(taken), 4)}  # fmt: skip
+        columns = zip(self.labels, self.losses, self.psnr, self.estimate.mean_N.tolist(), self.estimate.sd_N.tolist(),
+                      self.estimate.error_N.tolist(), self.looks[-1].taken_N.tolist(), strict=True)  # fmt: skip
+        for label, losses, decibels, mean, sd, error, taken in columns:
+            row = {"delta_clip": mean, "se": sd, "n": len(losses), "picture_error": error, "taken": round(taken, 4)}
+            if losses:
+                se = mean_and_error(losses).se if len(losses) > 1 else None
+                row |= {"psnr": float(np.mean(decibels)), "measured": {"delta_clip": float(np.mean(losses)), "se": se}}
+            found[label] = {**row, "per_prompt": list(losses)}
         return found
 
 
 def run_race(
-    drawing: Drawing, labels: Sequence[str], choose: Choose, prompts: Sequence[int], chunk: int, tolerance: float,
-    seed: int, keep: Path | None = None,
+    drawing: Drawing, labels: Sequence[str], screened_N: Sequence[float], choose: Choose, tolerance: float, seed: int,
+    keep: Path | None = None,
 ) -> Race:  # fmt: skip
-    """Draws changes until their decision is settled, or all have been drawn for all `prompts`.
+    """Draws changes until their decision is settled, or all that are open have been drawn for all prompts.
 
-    prompts: numbers in the drawing's set, in the order in which they are spent, `chunk` at a time. tolerance: the
-    regret at which the decision is settled, in the metric's units. Under `keep` every finished look lies as a file.
+    screened_N: the errors of a screen. tolerance: the regret at which the decision is settled, in the metric's units.
+    Under `keep` every finished look lies as a file.
     """
-    labels = tuple(labels)
-    spent_N = np.zeros(len(labels), dtype=int)
+    labels, errors_N = tuple(labels), np.asarray(screened_N, dtype=float)
     losses: list[list[float]] = [[] for _ in labels]
     decibels: list[list[float]] = [[] for _ in labels]
     looks: list[Look] = []
-    racing_N = np.ones(len(labels), dtype=bool)
+    base_P = drawing.base(range(len(drawing.texts)), keep and keep / "base")
+    racing_N = first_drawn(look(estimated(losses, losses, errors_N), choose, 0, seed).taken_N)
     while True:
-        pairs = [(n, spent_N[n] + k) for n in np.flatnonzero(racing_N) for k in range(chunk)
-                 if spent_N[n] + k < len(prompts)]  # fmt: skip
+        racing = np.flatnonzero(racing_N).tolist()
         place = keep and keep / f"look-{len(looks):03d}"
-        drawing.base([prompts[k] for k in range(max(k for _, k in pairs) + 1)], place and place / "base")
-        values = drawn(drawing, [(labels[n], prompts[k]) for n, k in pairs], place)
-        for (n, _), (lost, mean_psnr) in zip(pairs, values.tolist(), strict=True):
+        values = drawn(drawing, [(labels[n], len(losses[n])) for n in racing], place)
+        for n, (lost, psnr) in zip(racing, values.tolist(), strict=True):
             losses[n].append(lost)
-            decibels[n].append(mean_psnr)
-            spent_N[n] += 1
-        others, psnr_N = drawing.others_psnr, np.array([np.mean(own) for own in decibels])
-        errors_N = np.array([none_if_nan(picture_error(own, others)) or 0.0 for own in psnr_N])
-        own_losses = tuple(map(np.array, losses))
-        estimate = pooled(own_losses, errors_N, tolerance / 2)
-        images = int(spent_N.sum()) + len(drawing.images)
-        looks.append(look(estimate, choose, images, seed + len(looks)))
-        racing_N = looks[-1].open_N & (spent_N < len(prompts))
+            decibels[n].append(psnr)
+        others = drawing.others_psnr
+        errors = [[none_if_nan(picture_error(psnr, others)) or 0.0 for psnr in own] for own in decibels]
+        estimate = estimated(losses, errors, errors_N)
+        spent_N = np.array([len(own) for own in losses])
+        looks.append(look(estimate, choose, int(spent_N.sum()), seed + len(looks) + 1))
+        racing_N = looks[-1].open_N & (spent_N < len(base_P))
         left_open = f"{looks[-1].open_N.sum()} of {len(labels)} changes are open"
-        log.info(f"{images} images: {left_open}, the decision's expected regret is {looks[-1].regret:.2f}")
+        log.info(f"{spent_N.sum()} images: {left_open}, the decision's expected regret is {looks[-1].regret:.2f}")
         if looks[-1].regret <= tolerance or not racing_N.any():
-            base_P = drawing.base(sorted(drawing.images))
-            return Race(labels, own_losses, psnr_N, others, estimate, tuple(looks), base_P)
+            return Race(labels, losses, decibels, others, estimate, tuple(looks), base_P)
 
 
 def drawn(drawing: Drawing, pairs: Sequence[tuple[str, int]], place: Path | None) -> Tensor:
@@ -184,12 +211,13 @@ def why_stopped(race: Race, tolerance: float) -> str:
     return "all prompts are spent on the changes that are open"
 
 
-def record_of(race: Race, tolerance: float, evaluations: int) -> Mapping[str, object]:
-    """What scores.json says of the race beside its rows; evaluations: of the network, for an image."""
-    images = race.looks[-1].images
+def record_of(race: Race, tolerance: float, evaluations: int) -> Mapping[str, Any]:
+    """What scores.json says of the race beside its rows; evaluations: of the network, for an image. The base's images
+    are where the screen's sampling ends, and cost none."""
+    prompts, images = len(race.base_P), race.looks[-1].images
     return {
         "images": images,
-        "evaluations": images * evaluations,
+        "evaluations": prompts * (evaluations + 1 + len(race.labels)) + images * evaluations,
         "tolerance": tolerance,
         "stopped": why_stopped(race, tolerance),
         "looks": [{"images": of.images, "open": int(of.open_N.sum()), "regret": of.regret} for of in race.looks],

@@ -136,7 +136,6 @@ class Measures:
         """By a race (racing.py), in which the search decides on what is known so far."""
         teacher, scoring, prompts = self.teacher, self.teacher.config.scoring, self.calibration
         sampler, metric = teacher.sampler(scoring), self.metrics[teacher.config.search.metric]
-        drawing = Drawing(unet, sampler, metric, prompts, scoring.batch_size, teacher.run.accelerator)
         labels = [value.change.label for value in situation.values]
         places = {label: n for n, label in enumerate(labels)}
 
@@ -144,12 +143,16 @@ class Measures:
             values = (replace(v, delta_clip=x, se=0.0) for v, x in zip(situation.values, lost, strict=True))
             return {places[action.change.label] for action in self.search(replace(situation, values=tuple(values)))}
 
-        first = [prompts.prompts.index(text) for text in prompts.distinct]  # a text's other noises are left out
-        keep, own = teacher.run.path / PARTIAL / f"{stage}-race", (scoring.race_prompts, scoring.tolerance)
-        race = run_race(drawing, labels, choose, first, *own, teacher.config.seed, keep)
+        racing = PromptSet(prompts.distinct[: scoring.race_prompts], prompts.name)  # a text's other noises are left out
+        shared = scoring.batch_size, teacher.run.accelerator
+        keep = teacher.run.path / PARTIAL / f"{stage}-race"
+        screen = screen_blocks(unet, sampler, racing, *shared, keep, labels)
+        drawing = Drawing(unet, sampler, metric, racing, *shared, screen.latents_PCHW)
+        errors = [screen.errors[label] for label in labels]
+        race = run_race(drawing, labels, errors, choose, scoring.tolerance, teacher.config.seed, keep)
         log.info(f"{stage} scores are settled: {why_stopped(race, scoring.tolerance)}")
-        spent = record_of(race, scoring.tolerance, sampler.evaluations(unet))
-        return score_record(self.protocol("racing"), race.base_P, race.rows(), race.others_psnr, None, race=spent)
+        record = score_record(self.protocol("racing"), race.base_P, race.rows(), race.others_psnr, None)
+        return record | {"race": record_of(race, scoring.tolerance, sampler.evaluations(unet))}
 
     def sets(self, unet: Prunable, stage: str) -> MeasuredSets:
         """What measures whole sets of changes of the round's network."""

@@ -61,7 +61,7 @@ def score_cautions(scores: Mapping[str, Any]) -> list[str]:
     if race := scores.get("race"):
         regret = race["looks"][-1]["regret"]
         ended = f"the race of the blocks ended with an expected regret of {regret:.2f}, above {race['tolerance']:g}"
-        return [f"{ended}: {MORE}"] if regret > race["tolerance"] else []
+        return [f"{ended}: take more scoring.race_prompts"] if regret > race["tolerance"] else []
     lines, agreement = [], scores["rank_agreement_of_halves"]
     if not agreement >= LEAST_AGREEMENT:
         half = f"two halves of the prompts rank the blocks alike with ρ = {agreement:.2f} only, below {LEAST_AGREEMENT}"
