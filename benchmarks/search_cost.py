@@ -1,8 +1,10 @@
 """What do block scores cost, and how good is what is decided by them?
 
     python benchmarks/search_cost.py --run runs/prune_unet --keep runs/search-cost
+    python benchmarks/search_cost.py --run runs/prune_transformer --keep runs/search-cost-dit --model assets/shapes-dit \
+        --max-sequence-length 1
 
-Every removal of the bundled UNet, with the weights and the latency table of a run's first round, is drawn for many
+Every removal of a bundled model, with the weights and the latency table of a run's first round, is drawn for many
 held-out prompts (hours on two cores; killed, it continues): the reference. Every protocol is then tried on prompts that
 are drawn at random from these, many times, at every budget. Its regret is what the removals that it chooses lose by the
 reference, in sum, more than the reference's own choice, as if losses added up. Beside it stand the blocks that the
@@ -35,7 +37,7 @@ from slimstep.eval.metrics.clip import ClipScorer
 from slimstep.eval.metrics.metric import as_metric
 from slimstep.eval.pages.tables import Table
 from slimstep.eval.sampling import Sampler
-from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
+from slimstep.models.networks import network_of
 from slimstep.models.pipeline import load_pipeline
 from slimstep.prune.evolve import BlockValue, choose_removals
 from slimstep.prune.racing import record_of, run_race
@@ -85,8 +87,8 @@ class Outcome:
 def measure(options: argparse.Namespace) -> Reference:
     run, file = options.run / "round-00", options.keep / "values.safetensors"
     latency = load_json(run / "latency.json")
-    pipeline = load_pipeline(ROOT / "assets/shapes")
-    unet = PrunableUNet2DConditionModel.from_unet(pipeline.unet)
+    pipeline = load_pipeline(options.model, max_sequence_length=options.max_sequence_length)
+    unet = network_of(pipeline)
     unet.load_state_dict(load_file(run / "weights.safetensors"))
     prompts = PromptSet(shapes_prompts("heldout", options.prompts, 0).prompts, "held-out captions")
     blocks, accelerator = unet.kept_blocks, Accelerator(cpu=options.cpu)
@@ -248,6 +250,8 @@ def by_protocol(outcomes: Sequence[Outcome]) -> list[tuple[str, list[Outcome]]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="a run of prune_unet with its first round")
+    parser.add_argument("--model", type=Path, default=ROOT / "assets/shapes", help="that the run pruned")
+    parser.add_argument("--max-sequence-length", type=int, help="of a transformer's pipeline (default: its own)")
     parser.add_argument("--keep", type=Path, default=Path("runs/search-cost"), help="where the reference goes")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/search-cost"), help="where the results go")
     parser.add_argument("--prompts", type=int, default=512, help="of the reference")
@@ -269,7 +273,7 @@ def main() -> None:
     }, by_protocol(outcomes))  # fmt: skip
     write_text(options.out / "table.md", table.markdown)
     losses = {b: round(x, 4) for b, x in zip(reference.blocks, reference.lost_NP.mean(1).tolist(), strict=True)}
-    facts = {"prompts": reference.lost_NP.shape[1], "steps": STEPS, "guidance_scale": GUIDANCE, "draws": options.draws}
+    facts = {"model": options.model.name, "prompts": reference.lost_NP.shape[1], "steps": STEPS, "guidance_scale": GUIDANCE, "draws": options.draws}
     rounded = [{k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(o).items()} for o in outcomes]
     record = {**facts, "environment": environment(), "lost": losses, "outcomes": rounded}
     write_json(options.out / "results.json", record)
