@@ -61,10 +61,12 @@ def by_masks(
     return {block: score["delta_clip"] for block, score in table.record({})["sites"].items()}
 
 
-def by_surgery(pipeline: DiffusionPipeline, scorer: ClipScorer, prompts: Sequence[str], batch: int) -> Losses:
+def by_surgery(
+    pipeline: DiffusionPipeline, scorer: ClipScorer, prompts: Sequence[str], batch: int, steps: int = STEPS
+) -> Losses:
     """The same, by the stock pipeline's own call."""
     network, text_ND, family = network_of(pipeline), scorer.text(prompts), family_of(pipeline)
-    sampler = Sampler(pipeline, STEPS, GUIDANCE)
+    sampler = Sampler(pipeline, steps, GUIDANCE)
 
     def scores(architecture: dict[str, int]) -> Tensor:
         pruned = with_unet(pipeline, network.with_architecture(architecture))
@@ -75,7 +77,7 @@ def by_surgery(pipeline: DiffusionPipeline, scorer: ClipScorer, prompts: Sequenc
             noise = torch.stack([sampler.noise(index) for index in indices.tolist()])
             called = family.call(stock, GUIDANCE, noise)
             texts = [prompts[index] for index in indices]
-            images = stock(texts, num_inference_steps=STEPS, output_type="pt", **called).images
+            images = stock(texts, num_inference_steps=steps, output_type="pt", **called).images
             found.append(scorer.score((images * 255).round().to(torch.uint8), text_ND[indices]))
         return torch.cat(found)
 

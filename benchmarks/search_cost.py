@@ -1,8 +1,7 @@
 """What do block scores cost, and how good is what is decided by them?
 
     python benchmarks/search_cost.py --run runs/prune_unet --keep runs/search-cost
-    python benchmarks/search_cost.py --run runs/prune_transformer --keep runs/search-cost-dit --model assets/shapes-dit \
-        --max-sequence-length 1
+    python benchmarks/search_cost.py --run runs/prune_transformer --model assets/shapes-dit --max-sequence-length 1
 
 Every removal of a bundled model, with the weights and the latency table of a run's first round, is drawn for many
 held-out prompts (hours on two cores; killed, it continues): the reference. Every protocol is then tried on prompts that
@@ -273,7 +272,8 @@ def main() -> None:
     }, by_protocol(outcomes))  # fmt: skip
     write_text(options.out / "table.md", table.markdown)
     losses = {b: round(x, 4) for b, x in zip(reference.blocks, reference.lost_NP.mean(1).tolist(), strict=True)}
-    facts = {"model": options.model.name, "prompts": reference.lost_NP.shape[1], "steps": STEPS, "guidance_scale": GUIDANCE, "draws": options.draws}
+    facts = {"model": options.model.name}
+    facts |= {"prompts": reference.lost_NP.shape[1], "steps": STEPS, "guidance_scale": GUIDANCE, "draws": options.draws}
     rounded = [{k: round(v, 4) if isinstance(v, float) else v for k, v in asdict(o).items()} for o in outcomes]
     record = {**facts, "environment": environment(), "lost": losses, "outcomes": rounded}
     write_json(options.out / "results.json", record)
