@@ -193,7 +193,6 @@ PROTOCOLS: Mapping[str, Callable] = {
     "one evaluation each, 64 prompts": by_screen(4),
     "one evaluation each, 16 prompts": by_screen(1),
     "race, tolerance 0.1 (racing)": by_race(1, 0.1),
-    "race, tolerance 0.3": by_race(1, 0.3),
     "race, tolerance 1": by_race(1, 1.0),
 }
 
