@@ -11,6 +11,7 @@ from omegaconf.errors import OmegaConfBaseException
 import slimstep.eval.config
 from slimstep.engine.checks import as_table, check_choice
 from slimstep.engine.config import StageConfig
+from slimstep.models.architecture import DTYPES
 
 SAMPLERS = ("DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler")
 
@@ -45,7 +46,9 @@ class DistillationConfig:
     single stages, by name: StageChanges. `recover` begins with the objective and training of `recovery`. With a
     `guidance_embed_dim` above 0 students are guidance-distilled: they have a guidance embedding of that width.
     `sampler` is the diffusers scheduler that students are exported with. `shift` is that of a flow's students (Esser et
-    al. 2024, equation 23), where few steps want another than the teacher's many; null: the teacher's own.
+    al. 2024, equation 23), where few steps want another than the teacher's many; null: the teacher's own. `quantize`:
+    the dtype, int8 or fp8, in which the linear layers of the students' blocks compute, and are trained to
+    (families/quantized.py); null: as those of the network that learns.
     """
 
     student: str = ""
@@ -57,6 +60,7 @@ class DistillationConfig:
     guidance_embed_dim: int = 0
     sampler: str = "DDIMScheduler"
     shift: float | None = None
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         check_choice("distillation", self, mode=("direct", "progressive"), sampler=SAMPLERS)
@@ -71,6 +75,8 @@ class DistillationConfig:
             raise ValueError("distillation.recover=true trains a pruned student, and distillation.student names none")
         if (width := self.guidance_embed_dim) and (width < 4 or width % 2):
             raise ValueError(f"distillation.guidance_embed_dim={width} must be even and at least 4, or 0")
+        if self.quantize not in (None, *DTYPES):
+            raise ValueError(f"distillation.quantize={self.quantize} must be null or one of {', '.join(DTYPES)}")
         if self.shift is not None and not 0 < self.shift < math.inf:
             raise ValueError(f"distillation.shift={self.shift} must be above 0, as 3.0")
 

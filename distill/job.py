@@ -16,7 +16,7 @@ from slimstep.data.prompts import PromptSet
 from slimstep.data.shards import CachedPairs
 from slimstep.distill.cached_targets import TargetInputs, with_targets
 from slimstep.distill.config import Config
-from slimstep.distill.network import Distillation, check, distillation_of
+from slimstep.distill.network import Distillation, check, distillation_of, in_low_precision
 from slimstep.distill.plan import distilling_stages, trained_beside, trainings
 from slimstep.distill.stages import DistillationStage
 from slimstep.engine.environment import environment
@@ -143,6 +143,8 @@ def distilled(
     unet, training, teacher = unets[stage.start], job.training(stage.name), job.teacher
     if job.distillation.guidance_embed_dim:
         unet = with_guidance_embedding(unet, job.distillation.guidance_embed_dim)
+    if job.distillation.quantize:
+        unet = in_low_precision(unet, job.distillation.quantize)
     log.info(f"{stage.name}: starts from {stage.start}, its teacher {stage.teacher} with {stage.teacher_steps} steps")
 
     def teaching() -> Prunable:

@@ -1,7 +1,7 @@
 """What all stages of a step distillation share: the teacher on the time grid, the student, schedulers, the stages."""
 
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import diffusers
@@ -17,8 +17,10 @@ from slimstep.engine.config import TrainConfig
 from slimstep.engine.objective import Objective, Requirements, requirements
 from slimstep.eval.inputs import Teacher, check_inputs, check_real_images
 from slimstep.eval.training import check_objective
+from slimstep.models.architecture import WHOLE
 from slimstep.models.denoiser import guidance_embed_dim, takes_guidance
 from slimstep.models.families.prunable import Prunable
+from slimstep.models.families.quantized import check_computes
 from slimstep.models.family import flow_of, schedule_for
 from slimstep.models.flow import FlowSteps, eulers, from_config, is_flow, prediction_type_of, stretched
 from slimstep.models.guidance import with_fixed_guidance, with_guidance_embedding
@@ -318,6 +320,27 @@ def check(job: Distillation) -> None:
             raise ValueError(f"curves.steps={list(config.curves.steps)}: {one_line(error)}") from error
     if job.distillation.guidance_embed_dim:
         with_guidance_embedding(job.student, job.distillation.guidance_embed_dim)
+    if job.distillation.quantize:
+        check_quantized(job, job.distillation.quantize)
+
+
+def check_quantized(job: Distillation, dtype: str) -> None:
+    """ValueError where students cannot be trained in the dtype."""
+    check_computes(dtype, job.teacher.device)
+    if not set(job.student.quantizable_blocks) & set(job.student.kept_blocks):
+        kind = type(job.student).__name__.removeprefix("Prunable")
+        raise ValueError(f"distillation.quantize={dtype}: the {kind} has no linear layers that take tokens; set null")
+    for stage in job.stages:
+        if rank := job.training(stage.name).lora_rank:
+            why = "a low-rank update is added to weights of which the rounded ones count"
+            raise ValueError(f"distillation.quantize={dtype} and train.lora_rank={rank} of {stage.name}: {why}; set 0")
+
+
+def in_low_precision(unet: Prunable, dtype: str) -> Prunable:
+    """A copy in which the linear layers of all blocks compute in the dtype; the embeddings and what lies between blocks
+    stay as they are."""
+    blocks = [block for block in unet.kept_blocks if block in unet.quantizable_blocks]
+    return unet.with_architecture({b: replace(unet.architecture.get(b, WHOLE), dtype=dtype) for b in blocks})
 
 
 def check_agreement(job: Distillation) -> None:

@@ -52,6 +52,7 @@ ADDED = {
     "search.interactions": 0, "search.interactions_by": "screen",
     "evaluation.diversity_prompts": 0, "evaluation.diversity_seeds": 8,
     "scoring.screen_margin": 2.0, "scoring.race_prompts": 16, "scoring.tolerance": 0.1, "distillation.shift": None,
+    "distillation.quantize": None,
     "scoring.recovery_steps": 0, "scoring.recovery_learning_rate": 1e-4,
     "package.formats": ["onnx", "aoti"], "package.steps": [], "package.batch": 1,
     "model.timestep_spacing": None, "model.trained_steps": None, "recovery.objective.denoising_weight": 1.0,

@@ -27,7 +27,7 @@ from slimstep.engine.components import component
 from slimstep.engine.run import Run
 from slimstep.engine.sharding import autocast_dtype
 from slimstep.eval.config import Config, LatencyConfig, SamplingConfig
-from slimstep.eval.metrics.clip import ClipScorer
+from slimstep.eval.metrics.clip import WITHOUT_SCORER, ClipScorer
 from slimstep.eval.metrics.metric import FeatureDistance, ImageError, Metric, PixelDistance, as_metric
 from slimstep.eval.overlap import among
 from slimstep.eval.sampling import Sampler
@@ -216,7 +216,7 @@ def load_metrics(
     images and the distance to real ones. ValueError where there is no scorer, and prompts.
     """
     if is_conditional and scorer is None:
-        raise ValueError("scorer=none, and images are scored for their prompts: scorer=openclip takes any CLIP")
+        raise ValueError(WITHOUT_SCORER)
     requested = {"metrics": config.metrics, "evaluation.preferences": config.evaluation.preferences}
     for key, names in requested.items():
         if names is not None and not OmegaConf.is_dict(names):

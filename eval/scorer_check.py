@@ -27,7 +27,7 @@ from slimstep.engine.identity import SCORER_CHECK
 from slimstep.engine.parallel import map_batches
 from slimstep.engine.run import FINISHED, Run
 from slimstep.eval.config import Config
-from slimstep.eval.metrics.clip import BATCH, ClipScorer
+from slimstep.eval.metrics.clip import BATCH, WITHOUT_SCORER, ClipScorer
 from slimstep.eval.metrics.compare import mean_and_error
 from slimstep.eval.overlap import plain
 from slimstep.eval.pages.cautions import data_sentence, is_above_chance, sentence, teacher_sentence
@@ -83,13 +83,16 @@ def against_shuffled(image_ND: Tensor, text_ND: Tensor, texts: Sequence[str], sc
 # ---- the data ----
 
 
-def check_scorer(config: Config, run: Run, scorer: ClipScorer, has_images: bool = True) -> None:
+def check_scorer(config: Config, run: Run, scorer: ClipScorer | None, has_images: bool = True) -> None:
     """Measures, or reads in scorer_check.json, whether the scorer can evaluate the data of a job that begins.
 
-    Raises ValueError where it cannot and scorer.force is not set. A finished run is not looked at again.
+    Raises ValueError where it cannot and scorer.force is not set, or where there is none. A finished run is not looked
+    at again.
     """
     if run.made(FINISHED):
         return
+    if scorer is None:
+        raise ValueError(WITHOUT_SCORER)
     pairs = OmegaConf.to_container(config.data.pairs, resolve=True)
     measured_on = json.loads(json.dumps({"scorer": scorer.protocol, "pairs": pairs}))
     record = run.load(SCORER_CHECK) if run.made(SCORER_CHECK) else {}

@@ -48,6 +48,7 @@ NORMALISATIONS = {
     "none": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
 }  # mean and standard deviation that images in [0, 1] lose, by channel
 BATCH = 64  # images or prompts per forward pass
+WITHOUT_SCORER = "scorer=none, and images are scored for their prompts: scorer=openclip takes any CLIP"
 # Rounding to 8 bits makes an error of 1/12 squared grey levels: no two 8-bit images are known to be closer than that.
 CLOSEST_MSE = 1 / 12
 PSNR_ROWS = 64

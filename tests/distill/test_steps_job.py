@@ -323,3 +323,10 @@ def test_an_objective_with_a_second_network_is_two_files(tmp_path, tiny_model, m
     assert all({"fake_score/loss", "fake_score/lr", "loss"} < set(row) for row in rows[-3:])
     stock = StableDiffusionPipeline.from_pretrained(tmp_path / "distill_steps/steps-2/export")
     assert len(stock(prompt="a", num_inference_steps=2).images) == 1
+
+
+@pytest.mark.parametrize("job", [["distill_steps"], ["prune_unet"], ["prune_vae", "latents.prompts=8"]])
+def test_a_model_with_prompts_needs_a_scorer(tmp_path, tiny_pipeline_folder, job):
+    model = ["model=path", f"model.name_or_path={tiny_pipeline_folder}", f"root={tmp_path}", "scorer=none"]
+    refused = run_job(f"+experiment={job[0]}", "data.resolution=16", "data.pairs.size=16", *job[1:], *model)
+    assert refused.returncode == 1 and "scorer=none, and images are scored for their prompts" in refused.stderr
