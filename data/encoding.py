@@ -1,11 +1,13 @@
-"""What the frozen half of a pipeline (VAE, tokenizer, text encoder) makes of images and captions; what it hashes to.
+"""What the frozen half of a pipeline (VAE, tokenizer, text encoder) makes of images, videos and captions; what it
+hashes to.
 
-Axes: B batch, C channels, H and W image (h and w latent) height and width.
+Axes: B batch, C channels, F frames (f of latents), H and W image (h and w latent) height and width.
 """
 
 import hashlib
 import json
 import logging
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
@@ -16,7 +18,7 @@ from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import encoded_images, has_statistics, scaled, scaling_of, statistics
 from slimstep.models.family import family_of
 from slimstep.models.networks import network_of, text_encoders
-from slimstep.models.sizes import scale_factor
+from slimstep.models.sizes import check_frames, native_frames, scale_factor
 
 PIXELS_AT_ONCE = 4 * 512**2  # of an autoencoder: some 3 GB in float32 at the 256 channels of Stable Diffusion's
 # Written by the libraries into every config; they do not change what a model computes.
@@ -24,26 +26,29 @@ CONFIG_NOISE = ("transformers_version", "dtype", "torch_dtype", "architectures",
 
 
 def encode_images(pipeline, images_BCHW: Tensor, device: torch.device) -> dict[str, Tensor]:
-    """What is kept of images uint8 [B, 3, H, W]: latents [B, C, h, w], the posterior's mean, scaled as the stock
-    pipeline of this class unscales latents (models/decoding.py).
+    """What is kept of images uint8 [B, 3, H, W], or of videos [B, F, H, W, 3]: latents [B, C, h, w] or [B, C, f, h, w],
+    the posterior's mean, scaled as the stock pipeline of this class unscales latents (models/decoding.py).
 
-    Without a VAE they are the pixels themselves, from -1 to 1.
-    Raises ValueError where VAE and UNet cannot take the size, or the latents are not finite.
+    Without a VAE they are the pixels themselves, from -1 to 1. For a pipeline of videos an image is one frame.
+    Raises ValueError where VAE and network cannot take the size or the frames, or the latents are not finite.
     """
+    if native_frames(pipeline):
+        images_BCHW = images_BCHW[:, :, None] if images_BCHW.ndim == 4 else images_BCHW.movedim(-1, 1)
+        check_frames(pipeline, images_BCHW.shape[2])
     check_size(pipeline, *images_BCHW.shape[-2:])
     if (vae := family_of(pipeline).codec(pipeline)) is None:
         return {"latents": images_BCHW.to(device).float() / 127.5 - 1}
-    factor = pipeline.vae_scale_factor
-    slices = images_BCHW.split(rows_at_once(pipeline, *(side // factor for side in images_BCHW.shape[-2:])))
+    slices = images_BCHW.split(rows_at_once(*images_BCHW.shape[2:]))
     means = [encoded_images(vae, x_bCHW.to(device, vae.dtype) / 127.5 - 1) for x_bCHW in slices]
     mean_BChw = torch.cat(means)
     mean_std = [x.to(mean_BChw) for x in statistics(vae.config)] if has_statistics(pipeline) else None
     return finite({"latents": scaled(mean_BChw, scaling_of(vae), mean_std)}, vae)
 
 
-def rows_at_once(pipeline, height: int, width: int) -> int:
-    """How many latents of this size an autoencoder takes at once: its first and last levels are as large as images."""
-    return max(1, PIXELS_AT_ONCE // (height * width * pipeline.vae_scale_factor**2))
+def rows_at_once(*sides: int) -> int:
+    """How many images of this height and width, or videos of these frames too, an autoencoder takes at once: its first
+    and last levels are as large as they are."""
+    return max(1, PIXELS_AT_ONCE // math.prod(sides))
 
 
 def encode_captions(pipeline, captions: Sequence[str], device: torch.device) -> Conditioning:

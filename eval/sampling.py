@@ -3,7 +3,8 @@
 Timesteps, scheduler, guidance rule and rounding to 8 bits are those of `StableDiffusionPipeline.__call__`; what differs
 is the noise, which belongs to the prompt: image i is a function of (seed, i), whatever batch or process draws it.
 
-Axes: B batch, C channels, H and W height and width, N blocks that the network kept, S steps.
+Axes: B batch, C channels, F frames, H and W height and width, N blocks that the network kept, S steps. What is written
+BCHW of latents is BCFHW of videos.
 """
 
 import copy
@@ -16,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, SchedulerMixin
+from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from slimstep.data.encoding import finite, rows_at_once
@@ -31,7 +32,8 @@ from slimstep.models.flow import prediction_type_of, set_steps
 from slimstep.models.guidance import guided
 from slimstep.models.networks import network_of, sequence_length
 from slimstep.models.pipeline import encoders_on
-from slimstep.models.schedulers import check_sampling, used_spacing
+from slimstep.models.schedulers import check_sampling, keeps_past, used_spacing
+from slimstep.models.sizes import scale_factor
 
 TEXTS_PER_BATCH = 64  # cut by index, so that a prompt's state does not depend on who asks for it
 
@@ -66,6 +68,9 @@ class Sampler:
         self.network, self.flow = network_of(pipeline), flow_of(pipeline)
         self.scheduler = self.scheduler or pipeline.scheduler
         check_sampling(self.scheduler, self.steps, self.flow)
+        if keeps_past(self.scheduler.step) and not keeps_past(type(pipeline).__call__):
+            name = type(self.scheduler).__name__
+            raise ValueError(f"{name} takes its last prediction in each step, which no {type(pipeline).__name__} keeps")
         if scale > 1 and not (self.family.GUIDES or takes_guidance(self.network)):
             keys = "eval.guidance_scale, scoring.guidance_scale, latents.guidance_scale, curves.guidance"
             raise ValueError(
@@ -127,11 +132,11 @@ class Sampler:
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """C, H, W of the latents the pipeline's UNet was made for."""
+        """C, H, W, or C, F, H, W, of the latents the pipeline's network was made for."""
         return self.denoiser.sample_shape
 
     def noise(self, index: int) -> Tensor:
-        """Unit noise [C, H, W] of image `index`, float32 on the CPU: the same for every device, batch and process."""
+        """Unit noise of image `index`, float32 on the CPU: the same for every device, batch and process."""
         return torch.randn(self.latent_shape, generator=generator("sample", self.seed, index))
 
     def generators(self, indices: Sequence[int]) -> list[torch.Generator]:
@@ -220,7 +225,6 @@ class Sampler:
             generators = self.generators(range(len(noise_BCHW)))
         scheduler = copy.deepcopy(self.scheduler)  # it counts steps, and some keep past predictions
         set_steps(scheduler, self.steps, self.flow)
-        step_options = extra_step_options(scheduler, generators)
         # The scheduler reads its tables on the CPU, the UNet a tensor of its own device: no synchronisation per step.
         timesteps_S = self.copied_once(("t", parameter.device), lambda: scheduler.timesteps.to(parameter.device))
 
@@ -236,7 +240,7 @@ class Sampler:
                 else:
                     own = {"guidance_B": guidance_B, "block_mask_BN": block_mask_BN}
                     pred_BCHW = denoiser(unet, x_t, t_unet, cond, **own)
-            z_BCHW = scheduler.step(pred_BCHW, t, z_BCHW, return_dict=False, **step_options)[0]
+            z_BCHW = next_latents(scheduler, pred_BCHW, t, z_BCHW, generators)
         return z_BCHW
 
     def guidance(self, unet: nn.Module, rows: int) -> Tensor | None:
@@ -263,28 +267,32 @@ class Sampler:
             return self.denoiser(unet, x_BCHW, t_B.to(parameter.device), cond, **own)
 
     def decode(self, latents_BCHW: Tensor) -> Tensor:
-        """uint8 images [B, 3, H, W], on the VAE's device where there is one, rounded as diffusers does for PIL.
+        """uint8 images [B, 3, H, W], or videos [B, F, H, W, 3], on the VAE's device where there is one, rounded as
+        diffusers does for PIL.
 
         Raises ValueError for images that are not finite: as bytes they would be black, and as good as each other.
         """
-        return eight_bits(finite({"images": self.pixels(latents_BCHW)}, self.codec or self.network)["images"])
+        images = eight_bits(finite({"images": self.pixels(latents_BCHW)}, self.codec or self.network)["images"])
+        return images if images.ndim == 4 else images.movedim(1, -1).contiguous()
 
     @torch.inference_mode()
     def pixels(self, latents_BCHW: Tensor) -> Tensor:
-        """Images [B, 3, H, W] from -1 to 1, as the VAE gives them."""
+        """Images [B, 3, H, W] or videos [B, 3, F, H, W] from -1 to 1, as the VAE gives them."""
         if (vae := self.codec) is None:
             return latents_BCHW
         z_BCHW = latents_BCHW.to(vae.device, vae.dtype)
         mean_std = (self.statistic(0, z_BCHW), self.statistic(1, z_BCHW)) if has_statistics(self.pipeline) else None
         z_BCHW = unscaled(z_BCHW, scaling_of(vae), mean_std)
-        slices = z_BCHW.split(rows_at_once(self.pipeline, *z_BCHW.shape[-2:]))
+        sides = (side * scale_factor(self.pipeline) for side in z_BCHW.shape[-2:])
+        slices = z_BCHW.split(rows_at_once(*z_BCHW.shape[2:-2], *sides))
         with products_on(vae.device, self.precision):
             return torch.cat([decoded_images(vae, z_bCHW) for z_bCHW in slices])
 
     def images(
         self, unet: nn.Module, prompts: Sequence[str], indices: Sequence[int], block_mask_BN: Tensor | None = None
     ) -> Tensor:
-        """uint8 images [B, 3, H, W]: row b is prompt `indices[b]` of the whole set `prompts`, from that prompt's noise.
+        """uint8 images [B, 3, H, W] or videos [B, F, H, W, 3]: row b is prompt `indices[b]` of the whole set `prompts`,
+        from that prompt's noise.
 
         An index may come several times, with different masks: every ablation of a prompt starts from the same noise.
         """
@@ -309,7 +317,13 @@ def eight_bits(pixels_BCHW: Tensor) -> Tensor:
     return ((pixels_BCHW * 0.5 + 0.5).clamp(0, 1).float() * 255).round().to(torch.uint8)
 
 
-def extra_step_options(scheduler: SchedulerMixin, generators: Sequence[torch.Generator]) -> dict:
-    """What this scheduler's step takes beside the prediction: diffusers' schedulers differ."""
+def next_latents(scheduler: Any, pred: Tensor, t: Tensor, z: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Where a scheduler's step lands, with what it takes beside the prediction: diffusers' schedulers differ."""
     taken = inspect.signature(scheduler.step).parameters
-    return {name: value for name, value in {"eta": 0.0, "generator": list(generators)}.items() if name in taken}
+    options = {name: value for name, value in {"eta": 0.0, "generator": list(generators)}.items() if name in taken}
+    if not keeps_past(scheduler.step):
+        return scheduler.step(pred, t, z, return_dict=False, **options)[0]
+    x0, before = getattr(scheduler, "past", (None, None))  # which CogVideoX's pipeline keeps for its DPM solver
+    z, x0 = scheduler.step(pred, x0, t, before, z, return_dict=False, **options)
+    scheduler.past = x0, t
+    return z

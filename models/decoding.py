@@ -1,7 +1,8 @@
-"""Between images and a pipeline's latents: VAEs of every kind, what latents are scaled by, and the decoding half of
-an AutoencoderKL as one network.
+"""Between images or videos and a pipeline's latents: VAEs of every kind, what latents are scaled by, and the decoding
+half of an AutoencoderKL as one network.
 
-Axes: B batch, C channels, H and W height and width in latents.
+Axes: B batch, C channels, F frames, H and W height and width in latents. What is written BCHW of images is BCFHW of
+videos; a VAE of videos takes an image as one frame.
 """
 
 import inspect
@@ -19,22 +20,25 @@ STATISTICS = ("latents_mean", "latents_std")
 
 
 def encoded_images(vae: ModelMixin, x_BCHW: Tensor) -> Tensor:
-    """What a VAE makes of images from -1 to 1: the mean of its posterior, or, of one without, its only answer."""
-    output = vae.encode(x_BCHW[:, :, None] if takes_frames(vae) else x_BCHW)
+    """What a VAE makes of images or videos from -1 to 1: the mean of its posterior, or, of one without, its only
+    answer."""
+    is_frame = takes_frames(vae) and x_BCHW.ndim == 4
+    output = vae.encode(x_BCHW[:, :, None] if is_frame else x_BCHW)
     latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latent
-    return latents[:, :, 0] if takes_frames(vae) else latents
+    return latents[:, :, 0] if is_frame else latents
 
 
 def decoded_images(vae: ModelMixin, z_BCHW: Tensor) -> Tensor:
-    """The images of what is not scaled any more (`unscaled`)."""
-    if takes_frames(vae):
+    """The images or videos of what is not scaled any more (`unscaled`)."""
+    if takes_frames(vae) and z_BCHW.ndim == 4:
         return vae.decode(z_BCHW[:, :, None], return_dict=False)[0][:, :, 0]
     return vae.decode(z_BCHW, return_dict=False)[0]
 
 
 def takes_frames(vae: ModelMixin) -> bool:
     """Whether it is a VAE of videos, of which an image is one frame."""
-    return isinstance(vae.encoder.conv_in, nn.Conv3d)
+    first = vae.encoder.conv_in
+    return isinstance(getattr(first, "conv", first), nn.Conv3d)  # CogVideoX has it in a module that pads the past
 
 
 def scaling_of(vae: ModelMixin) -> float:
@@ -75,7 +79,7 @@ def unscaled(z_BCHW: Tensor, scaling: float, mean_std: tuple[Tensor, Tensor] | N
     """What a VAE decodes, from a pipeline's latents: z / scaling, or z · std / scaling + mean."""
     if mean_std is None:
         return z_BCHW / scaling
-    mean, std = mean_std
+    mean, std = (of_channels(x, z_BCHW) for x in mean_std)
     return z_BCHW * std / scaling + mean
 
 
@@ -83,8 +87,13 @@ def scaled(x_BCHW: Tensor, scaling: float, mean_std: tuple[Tensor, Tensor] | Non
     """A pipeline's latents, from what a VAE encodes: the inverse of `unscaled`."""
     if mean_std is None:
         return x_BCHW * scaling
-    mean, std = mean_std
+    mean, std = (of_channels(x, x_BCHW) for x in mean_std)
     return (x_BCHW - mean) * scaling / std
+
+
+def of_channels(x_1C11: Tensor, like: Tensor) -> Tensor:
+    """Statistics of channels, shaped so that they meet the axes of `like`."""
+    return x_1C11.view(1, -1, *[1] * (like.ndim - 2))
 
 
 class ImageDecoder(nn.Module):

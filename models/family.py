@@ -19,20 +19,22 @@ from slimstep.models.denoiser import Denoiser
 from slimstep.models.families.ddpm import family as ddpm
 from slimstep.models.families.exported import Exported
 from slimstep.models.families.prunable import Prunable
-from slimstep.models.families.transformer import flux, pixart, qwen, sana, sd3
+from slimstep.models.families.transformer import cogvideox, flux, pixart, qwen, sana, sd3
 from slimstep.models.families.transformer.others import OTHERS, REFUSED
 from slimstep.models.families.transformer.single_file import names_in
 from slimstep.models.families.unet2d import family as unet2d
 from slimstep.models.flow import FlowSteps, is_flow
 from slimstep.models.networks import DENOISERS, network_of, trained_steps_of
 from slimstep.models.noise_schedule import RectifiedFlow, VariancePreserving, schedule_of, trained_at_steps
+from slimstep.models.sizes import sides_of
 
 
 class Family(Protocol):
     """What a family's module `family` has.
 
     NAME: as errors list it. PART: what its pipelines call the network that denoises. NETWORK: the prunable network.
-    IS_CONDITIONAL: whether there are prompts. GUIDES: whether a second prediction, for the empty prompt, guides.
+    IS_CONDITIONAL: whether there are prompts. DRAWS_VIDEOS: whether it draws these, and not images. GUIDES: whether a
+    second prediction, for the empty prompt, guides.
     """
 
     @property
@@ -43,6 +45,8 @@ class Family(Protocol):
     def NETWORK(self) -> type[Prunable]: ...
     @property
     def IS_CONDITIONAL(self) -> bool: ...
+    @property
+    def DRAWS_VIDEOS(self) -> bool: ...
     @property
     def GUIDES(self) -> bool: ...
 
@@ -98,11 +102,15 @@ class Family(Protocol):
 
     def call(self, pipeline: DiffusionPipeline, guidance_scale: float, noise: Tensor | None = None) -> dict[str, Any]:
         """What the stock pipeline's call is given beside prompts and steps, so that it draws as we do; noise: unit
-        noise [B, C, H, W], None where it draws its own."""
+        noise [B, C, …, H, W], None where it draws its own."""
         ...
 
     def channels(self, network: nn.Module) -> int:
         """Of what is denoised."""
+        ...
+
+    def frames(self, network: nn.Module) -> int | None:
+        """Latents along the time of a video that the network makes; None of images."""
         ...
 
     def shrinks(self, network: nn.Module) -> int:
@@ -119,7 +127,7 @@ class Family(Protocol):
 
 
 FAMILIES: tuple[Family, ...] = (
-    unet2d, ddpm, sd3.FAMILY, pixart.FAMILY, flux.FAMILY, sana.FAMILY, qwen.FAMILY,
+    unet2d, ddpm, sd3.FAMILY, pixart.FAMILY, flux.FAMILY, sana.FAMILY, qwen.FAMILY, cogvideox.FAMILY,
 )  # fmt: skip
 
 
@@ -179,9 +187,9 @@ def family_of(model: DiffusionPipeline | nn.Module) -> Family:
 def denoiser_of(network: nn.Module, prediction_type: str = "epsilon") -> Denoiser:
     """The denoiser of a network by its class; `prediction_type` is its scheduler's, and any where none is trained."""
     family, bare = family_of(network), extract_model_from_parallel(network, keep_torch_compile=False)
-    size = getattr(bare.config, "sample_size", None)
-    sides = tuple(size) if isinstance(size, (list, tuple)) else (size, size)
-    return family.denoiser(network, prediction_type, (family.channels(bare), *sides))
+    frames, sides = family.frames(bare), sides_of(bare)
+    shape = (family.channels(bare), *([frames] if frames else []), *sides)
+    return family.denoiser(network, prediction_type, shape)
 
 
 def schedule_for(

@@ -10,6 +10,7 @@ DEIS space over one step more than DDIM and Euler.
 import copy
 import inspect
 import logging
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
 
@@ -32,6 +33,8 @@ SHORT = {
 OPTIONS = {"dpmsolver++": {"algorithm_type": "dpmsolver++"}}
 # Where the model's own scheduler says nothing of them: latents are not clipped, and PNDM has no Runge-Kutta steps.
 UNSAID = {"clip_sample": False, "skip_prk_steps": True}
+# Of a noise schedule whose signal-to-noise ratio is shifted, which CogVideoX's own classes alone have.
+SHIFTED = {"DDIMScheduler": "CogVideoXDDIMScheduler", "DPMSolverMultistepScheduler": "CogVideoXDPMScheduler"}
 ONE_SPACING = {"DPMSolverSinglestepScheduler": "linspace", "LCMScheduler": "trailing", "TCDScheduler": "trailing"}
 SPACINGS = ("leading", "linspace", "trailing")
 SOLVERS_OWN = ("algorithm_type", "solver_type", "solver_order", "lower_order_final")  # they mean other things elsewhere
@@ -42,7 +45,9 @@ READ_OR_NOT = (*LEFT_OUT, "rescale_betas_zero_snr", "trained_betas", "snr_shift_
 
 NO_SAMPLE = ("PNDMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler",
              "KDPM2AncestralDiscreteScheduler")  # fmt: skip  # they know ε and v
-PIPELINES_GIVE = {"model_output", "timestep", "sample", "eta", "generator"}  # to a scheduler's step
+KEEPS_PAST = "old_pred_original_sample"  # the last x̂, which CogVideoX's pipeline keeps for its DPM solver
+# What pipelines give to a scheduler's step, the last two to CogVideoX's alone.
+PIPELINES_GIVE = {"model_output", "timestep", "sample", "eta", "generator", KEEPS_PAST, "timestep_back"}
 NO_IMAGE = 1e-12  # ᾱ where a schedule counts as zero terminal SNR to the last; some classes write 2^-24 for 0
 
 
@@ -52,6 +57,12 @@ def scheduler_class(name: str) -> type:
     if class_name not in SHORT.values():
         raise ValueError(f"model.scheduler={name!r} is unknown; choose from {', '.join(SHORT)} or a class of diffusers")
     return getattr(diffusers, class_name)
+
+
+def class_for(kind: type, scheduler) -> type:
+    """The class that takes the place of one of diffusers' on the noise schedule of this scheduler."""
+    is_shifted = "snr_shift_scale" in fields_of(type(scheduler))
+    return getattr(diffusers, SHIFTED.get(kind.__name__, kind.__name__)) if is_shifted else kind
 
 
 def changed_scheduler(scheduler, name: str | None, spacing: str | None):
@@ -87,12 +98,12 @@ def swapped_scheduler(scheduler, name: str):
 
 def replacement(scheduler, name: str):
     """What `swapped_scheduler` gives, without a word."""
-    kind = scheduler_class(name)
+    kind = class_for(scheduler_class(name), scheduler)
     check_noise_schedule(scheduler)
     if kind.__name__ in NO_SAMPLE and scheduler.config.prediction_type == "sample":
         raise ValueError(f"model.scheduler={name} does not know sample prediction, which is this model's; take ddim")
     if not can_keep(kind, scheduler):
-        able = [short for short in SHORT if can_keep(scheduler_class(short), scheduler)]
+        able = [short for short in SHORT if can_keep(class_for(scheduler_class(short), scheduler), scheduler)]
         raise ValueError(
             f"model.scheduler={name} cannot keep the noise schedule that this model was trained on "
             f"({schedule_in_words(scheduler)}); choose from {', '.join(able)}"
@@ -248,6 +259,11 @@ def check_sampling(scheduler, steps: int, flow: FlowSteps | None = None) -> None
             f"{name} starts at an infinite σ, for its betas end in zero terminal SNR: model.scheduler=ddim"
         )
     check_blank(scheduler, made)
+
+
+def keeps_past(call: Callable) -> bool:
+    """Whether a scheduler's step takes the last x̂, or a pipeline's call keeps it."""
+    return KEEPS_PAST in inspect.unwrap(call).__code__.co_varnames
 
 
 def check_blank(scheduler, timesteps: torch.Tensor) -> None:

@@ -1,9 +1,12 @@
-"""The size that a pipeline draws by itself, however its configurations say it: elsewhere one number, of squares."""
+"""The size that a pipeline draws by itself, however its configurations say it: elsewhere one number, of squares.
+
+Of videos it is the number of frames, too: `sample_frames` in the network's configuration.
+"""
 
 import logging
 
 import diffusers
-from diffusers import DiffusionPipeline, ModelMixin
+from diffusers import AutoencoderKLCogVideoX, DiffusionPipeline, ModelMixin
 
 from slimstep.models.networks import network_of, part_of
 
@@ -18,6 +21,13 @@ def latent_side(network: ModelMixin, way: str) -> int:
     reason = "has no sample_size" if size is None else f"has sample_size={list(size)}, and only squares can be drawn"
     part = "unet" if hasattr(network, "down_blocks") else "transformer"
     raise ValueError(f"{part}/config.json {reason}: {way} says which size to take")
+
+
+def sides_of(network: ModelMixin) -> tuple[int | None, int | None]:
+    """Height and width of what a network denoises; of none that has no size."""
+    size = network.config.get("sample_size")
+    height, width = size if isinstance(size, (list, tuple)) else (size, size)
+    return height, width
 
 
 def settle_sizes(pipeline: DiffusionPipeline) -> None:
@@ -37,7 +47,7 @@ def settle_sizes(pipeline: DiffusionPipeline) -> None:
             network.register_to_config(sample_size=sides[0])
     network, pixels = network_of(pipeline), pipeline.vae.config.get("sample_size")
     if network.config.get("sample_size") is None and isinstance(pixels, int):
-        network.register_to_config(sample_size=pixels // pipeline.vae_scale_factor)
+        network.register_to_config(sample_size=pixels // scale_factor(pipeline))
         log.info(f"{own}/config.json has no sample_size: the model draws {pixels} px, as its VAE's tells")
     elif own == "transformer" and network.config.get("sample_size") is None:  # then the pipeline knows one
         network.register_to_config(sample_size=getattr(pipeline, "default_sample_size", None))
@@ -46,7 +56,8 @@ def settle_sizes(pipeline: DiffusionPipeline) -> None:
 
 def scale_factor(pipeline: DiffusionPipeline) -> int:
     """Pixels of an image along one of what is denoised: 8 of most autoencoders, 1 where there is none."""
-    return getattr(pipeline, "vae_scale_factor", 1)
+    names = ("vae_scale_factor", "vae_scale_factor_spatial")  # the latter of pipelines of videos
+    return next((getattr(pipeline, name) for name in names if hasattr(pipeline, name)), 1)
 
 
 def native_pixels(pipeline: DiffusionPipeline) -> int:
@@ -54,12 +65,15 @@ def native_pixels(pipeline: DiffusionPipeline) -> int:
     return latent_side(network_of(pipeline), "data.resolution=PIXELS") * scale_factor(pipeline)
 
 
-def set_resolution(pipeline: DiffusionPipeline, pixels: int) -> None:
-    """Makes squares of so many pixels what the pipeline draws by itself, also where its model was made for others."""
+def set_resolution(pipeline: DiffusionPipeline, pixels: int, frames: int | None = None) -> None:
+    """Makes squares of so many pixels what the pipeline draws by itself, also where its model was made for others; of
+    videos, so many frames of them, None as many as it draws."""
     # Without the version a pipeline around weights of before diffusers 0.9 would take their size for a mistake.
     size, version = pixels // scale_factor(pipeline), diffusers.__version__
     network_of(pipeline).register_to_config(sample_size=size, _diffusers_version=version)
     remember_size(pipeline)
+    if frames is not None:
+        set_frames(pipeline, frames)
 
 
 def remember_size(pipeline: DiffusionPipeline) -> None:
@@ -68,3 +82,39 @@ def remember_size(pipeline: DiffusionPipeline) -> None:
     for name, value in {"default_sample_size": size, "_is_unet_config_sample_size_int": isinstance(size, int)}.items():
         if hasattr(pipeline, name):
             setattr(pipeline, name, value)
+
+
+# ---- videos ----
+
+
+def native_frames(pipeline: DiffusionPipeline) -> int | None:
+    """Frames of the videos that a pipeline draws by itself; None where it draws images."""
+    return network_of(pipeline).config.get("sample_frames")
+
+
+def set_frames(pipeline: DiffusionPipeline, frames: int) -> None:
+    """Makes so many frames what a pipeline of videos draws by itself. ValueError where it cannot."""
+    if native_frames(pipeline) is None:
+        raise ValueError(f"data.frames={frames}: a {type(pipeline).__name__} draws images: choose data of images")
+    check_frames(pipeline, frames)
+    network_of(pipeline).register_to_config(sample_frames=frames)
+
+
+def check_frames(pipeline: DiffusionPipeline, frames: int) -> None:
+    """ValueError for a number of frames that an autoencoder of videos does not give back as it took them."""
+    step, each = frames_step(pipeline), pipeline.vae_scale_factor_temporal
+    if frames < 1 or (frames - 1) % step:
+        floor = max(0, frames - 1) // step * step + 1
+        parity = ", and gives an odd number of them back as they were, so" if step > each else ", so"
+        raise ValueError(
+            f"videos of {frames} frames do not fit this pipeline: its {type(pipeline.vae).__name__} makes a latent of "
+            f"the first frame and one of every {each} others{parity} frames must be 1 more than a multiple of {step}; "
+            f"nearest: {floor}, {floor + step}"
+        )
+
+
+def frames_step(pipeline: DiffusionPipeline) -> int:
+    """What numbers of frames are multiples of, but for the first frame."""
+    compression = pipeline.vae_scale_factor_temporal
+    # It decodes latents two at a time, the first of an odd number with them, and takes the first frame off these alone.
+    return compression * (2 if isinstance(pipeline.vae, AutoencoderKLCogVideoX) else 1)

@@ -4,7 +4,11 @@ import torch
 from diffusers import (
     AutoencoderDC,
     AutoencoderKL,
+    AutoencoderKLCogVideoX,
     AutoencoderKLQwenImage,
+    CogVideoXDDIMScheduler,
+    CogVideoXPipeline,
+    CogVideoXTransformer3DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FluxPipeline,
@@ -220,6 +224,37 @@ def small_qwen_image_pipeline(**scheduler) -> QwenImagePipeline:
     pipeline = QwenImagePipeline(
         scheduler=FlowMatchEulerDiscreteScheduler(**scheduler), vae=vae.eval(), text_encoder=text_encoder,
         tokenizer=tokenizer, transformer=small_qwen_image(),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def small_cogvideox(num_layers: int = 4, **fields) -> CogVideoXTransformer3DModel:
+    """3×4×4 latents in 12 tokens, for videos of 9 frames. `use_rotary_positional_embeddings` makes it one of 5B."""
+    torch.manual_seed(0)
+    fields = {"sample_frames": 9, "attention_head_dim": 16, **fields}
+    return alive(CogVideoXTransformer3DModel(
+        num_attention_heads=2, in_channels=4, out_channels=4, time_embed_dim=16, text_embed_dim=TEXT_WIDTH,
+        num_layers=num_layers, sample_width=4, sample_height=4, **fields,
+    ))  # fmt: skip
+
+
+def small_cogvideox_pipeline(scheduler: SchedulerMixin | None = None, **fields) -> CogVideoXPipeline:
+    """Videos of 16×16 pixels; the scheduler is the published one's."""
+    torch.manual_seed(2)
+    vae = AutoencoderKLCogVideoX(
+        down_block_types=("CogVideoXDownBlock3D",) * 3, up_block_types=("CogVideoXUpBlock3D",) * 3, latent_channels=4,
+        block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=2, temporal_compression_ratio=4,
+        sample_height=16, sample_width=16, scaling_factor=0.7,
+    )  # fmt: skip
+    published = {
+        "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
+        "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "set_alpha_to_one": True,
+        "snr_shift_scale": 3.0, "timestep_spacing": "linspace",
+    }  # fmt: skip
+    pipeline = CogVideoXPipeline(
+        tokenizer=tiny_tokenizer(), text_encoder=small_t5(), vae=vae.eval(), transformer=small_cogvideox(**fields),
+        scheduler=scheduler or CogVideoXDDIMScheduler(**published),
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

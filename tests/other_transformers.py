@@ -56,12 +56,6 @@ KINDS: dict[str, tuple[dict, dict]] = {
         dict(hidden_states=draw(1, 16, 2, 8, 8), timestep=torch.tensor([44]), encoder_hidden_states=draw(1,
              12, 32)),
     ),
-    "CogVideoXTransformer3DModel": (
-        dict(num_attention_heads=2, attention_head_dim=8, in_channels=4, out_channels=4, time_embed_dim=2,
-             text_embed_dim=8, sample_width=8, sample_height=8, sample_frames=8, max_text_seq_length=8),
-        dict(hidden_states=draw(2, 1, 4, 8, 8), encoder_hidden_states=draw(2, 8, 8),
-             timestep=torch.tensor([44, 239])),
-    ),
     "CogView3PlusTransformer2DModel": (
         dict(in_channels=4, attention_head_dim=4, num_attention_heads=2, out_channels=4, text_embed_dim=8,
              time_embed_dim=8, condition_dim=2, pos_embed_max_size=8, sample_size=8),

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from slimstep.eval.sampling import extra_step_options
+from slimstep.eval.sampling import next_latents
 from slimstep.models.flow import FlowSteps, set_steps
 
 TOLERANCE = 1e-4  # between the sum and the scheduler, of the latents' size: schedulers compute in float32
@@ -86,9 +86,8 @@ def stepped(scheduler: Any, prediction_D: Tensor, t: Tensor, z_D: Tensor) -> tup
 
 def step(scheduler: Any, prediction: Tensor, t: Tensor, z: Tensor, seed: int) -> Tensor:
     """As eval/sampling.py takes it, of a tensor of any shape."""
-    options = extra_step_options(scheduler, [torch.Generator().manual_seed(seed)])
-    image = (1, -1, 1, 1)
-    return scheduler.step(prediction.view(image), t, z.view(image), return_dict=False, **options)[0].view(z.shape)
+    image, generators = (1, -1, 1, 1), [torch.Generator().manual_seed(seed)]
+    return next_latents(scheduler, prediction.view(image), t, z.view(image), generators).view(z.shape)
 
 
 def drawn(like: Tensor, seed: int) -> Tensor:

@@ -22,6 +22,7 @@ NAME = "unconditional DDPM: a DDPMPipeline or DDIMPipeline with a UNet2DModel"
 PART = "unet"
 NETWORK = PrunableUNet2DModel
 IS_CONDITIONAL = GUIDES = False
+DRAWS_VIDEOS = False
 
 
 def matches(index: Mapping[str, Any]) -> bool:
@@ -104,6 +105,10 @@ def call(pipeline: DiffusionPipeline, guidance_scale: float, noise: Tensor | Non
 
 def channels(network: nn.Module) -> int:
     return network.config.in_channels
+
+
+def frames(network: nn.Module) -> int | None:
+    return None
 
 
 def shrinks(network: nn.Module) -> int:

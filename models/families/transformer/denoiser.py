@@ -59,11 +59,11 @@ class TransformerDenoiser:
         self, network: ModelMixin, batch: int, *, side: int | None = None, tokens: int = NUM_TOKENS,
         generator: torch.Generator | None = None,
     ) -> tuple[Tensor, Tensor, Conditioning]:  # fmt: skip
-        channels, *sides = self.sample_shape
+        *others, height, width = self.sample_shape
 
         def random(*shape: int) -> Tensor:
             return torch.randn(batch, *shape, generator=generator).to(network.device, network.dtype)
 
-        x_t = random(channels, *([side] * len(sides) if side else sides))
+        x_t = random(*others, side or height, side or width)
         tensors = {name: random(*shape) for name, shape in self.shapes(network, tokens).items()}
         return x_t, torch.full((batch,), 500.0, device=network.device), Conditioning(tensors)

@@ -4,6 +4,7 @@ A family of `models/family.py` is a `TransformerFamily`, described in a small fi
 """
 
 import copy
+import json
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from slimstep.models.networks import (
     text_encoders,
     with_unet,
 )
-from slimstep.models.sizes import settle_sizes
+from slimstep.models.sizes import native_frames, scale_factor, settle_sizes, sides_of
 
 Encode = Callable[[DiffusionPipeline, Sequence[str], torch.device, bool, int], Conditioning]
 
@@ -49,6 +50,7 @@ class TransformerFamily:
     more_tokens: those of a prompt beside these. packing: the latents along a side that the pipeline makes one token of;
     1 where the network has patches of its own.
     own_sigmas: whether the pipeline gives its scheduler its σ; is_flow: whether it is made for flow matching at all.
+    latent_frames: of what a network of this configuration makes, where that is videos.
     as_tokens: latents as the pipeline's call takes them. own_options: what the call is also given, at this guidance
     scale.
     refused: fields of config.json that make other networks of the class, of pipelines of their own.
@@ -67,11 +69,16 @@ class TransformerFamily:
     is_flow: bool = True
     refused: tuple[str, ...] = ()
     single_file: tuple[tuple[str, ...], ...] = ()
+    latent_frames: Callable[[Mapping[str, Any]], int] | None = None
     as_tokens: Callable[[Tensor], Tensor] = lambda latents: latents
     own_options: Callable[[float], dict[str, Any]] = lambda guidance_scale: {}
     PART: str = "transformer"
     IS_CONDITIONAL: bool = True
     GUIDES: bool = True
+
+    @property
+    def DRAWS_VIDEOS(self) -> bool:
+        return self.latent_frames is not None
 
     def matches(self, index: Mapping[str, Any]) -> bool:
         names = (self.NETWORK.__name__, self.NETWORK.STOCK.__name__)
@@ -105,8 +112,9 @@ class TransformerFamily:
             raise ValueError(f"model {name!r} is incomplete: its model_index.json names {absent}, which it lacks")
         fields = self.NETWORK.STOCK.load_config(name, subfolder=self.PART) if self.refused else {}
         if differing := [field for field in self.refused if fields.get(field)]:
-            which = f"{self.PART}/config.json has {differing[0]}=true, a network that {index['_class_name']} cannot run"
-            raise ValueError(f"model {name!r}: its {which}; supported is {self.NAME}, without it")
+            which = f"{self.PART}/config.json has {differing[0]}={json.dumps(fields[differing[0]])}"
+            raise ValueError(f"model {name!r}: its {which}, a network of another kind; supported is {self.NAME}, "
+                             "without it")  # fmt: skip
 
     def read(
         self,
@@ -177,13 +185,18 @@ class TransformerFamily:
     def call(self, pipeline: DiffusionPipeline, guidance_scale: float, noise: Tensor | None = None) -> dict[str, Any]:
         length = sequence_length(pipeline)
         network: Any = network_of(pipeline)
-        side = network.config.sample_size * pipeline.vae_scale_factor
-        options = {"guidance_scale": guidance_scale, "height": side, "width": side, **self.own_options(guidance_scale)}
+        height, width = (side * scale_factor(pipeline) for side in sides_of(network))
+        options = {"guidance_scale": guidance_scale, "height": height, "width": width}
+        options |= self.own_options(guidance_scale)
+        options |= {"num_frames": frames} if (frames := native_frames(pipeline)) else {}
         options |= {"max_sequence_length": length} if length else {}
         return options | ({} if noise is None else {"latents": self.as_tokens(noise)})
 
     def channels(self, network: nn.Module) -> int:
         return network.config.in_channels // self.packing**2
+
+    def frames(self, network: nn.Module) -> int | None:
+        return self.latent_frames(network.config) if self.latent_frames else None
 
     def shrinks(self, network: nn.Module) -> int:
         return self.patch(network.config)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 from diffusers import ModelMixin
 
 from slimstep.models.families.transformer.network import PrunableTransformer
+from slimstep.models.families.transformer.networks.cogvideox import PrunableCogVideoXTransformer3DModel
 from slimstep.models.families.transformer.networks.flux import PrunableFluxTransformer2DModel
 from slimstep.models.families.transformer.networks.pixart import PrunablePixArtTransformer2DModel
 from slimstep.models.families.transformer.networks.qwen import PrunableQwenImageTransformer2DModel
@@ -23,7 +24,7 @@ from slimstep.models.families.transformer.networks.sd3 import PrunableSD3Transfo
 
 OF_FAMILIES = {kind.STOCK.__name__: kind for kind in (
     PrunableSD3Transformer2DModel, PrunablePixArtTransformer2DModel, PrunableFluxTransformer2DModel,
-    PrunableSanaTransformer2DModel, PrunableQwenImageTransformer2DModel,
+    PrunableSanaTransformer2DModel, PrunableQwenImageTransformer2DModel, PrunableCogVideoXTransformer3DModel,
 )}  # fmt: skip
 
 
@@ -59,7 +60,6 @@ OTHERS: Mapping[str, Mapping[str, BlockList]] = {
     },
     "BriaTransformer2DModel": AS_FLUX,
     "ChronoEditTransformer3DModel": BLOCKS,
-    "CogVideoXTransformer3DModel": JOINT_BLOCKS,
     "CogView3PlusTransformer2DModel": JOINT_BLOCKS,
     "CogView4Transformer2DModel": JOINT_BLOCKS,
     "CosmosTransformer3DModel": TRANSFORMER_BLOCKS,

@@ -30,6 +30,7 @@ NAME = "Stable Diffusion: a pipeline with a UNet2DConditionModel and a VAE"
 PART = "unet"
 NETWORK = PrunableUNet2DConditionModel
 IS_CONDITIONAL = GUIDES = True
+DRAWS_VIDEOS = False
 check_single_file = single_file.check_single_file
 
 
@@ -123,6 +124,10 @@ def call(pipeline: DiffusionPipeline, guidance_scale: float, noise: Tensor | Non
 
 def channels(network: nn.Module) -> int:
     return network.config.in_channels
+
+
+def frames(network: nn.Module) -> int | None:
+    return None
 
 
 def shrinks(network: nn.Module) -> int:

@@ -3,6 +3,8 @@
 import torch
 
 from scripts.random_transformers import (
+    small_cogvideox,
+    small_cogvideox_pipeline,
     small_flux,
     small_flux_pipeline,
     small_pixart,
@@ -15,6 +17,7 @@ from scripts.random_transformers import (
     small_sd3_pipeline,
 )
 from slimstep.models.conditioning import Conditioning
+from slimstep.models.families.transformer.networks.cogvideox import PrunableCogVideoXTransformer3DModel
 from slimstep.models.families.transformer.networks.flux import PrunableFluxTransformer2DModel
 from slimstep.models.families.transformer.networks.pixart import PrunablePixArtTransformer2DModel
 from slimstep.models.families.transformer.networks.qwen import PrunableQwenImageTransformer2DModel
@@ -23,16 +26,20 @@ from slimstep.models.families.transformer.networks.sd3 import PrunableSD3Transfo
 from slimstep.models.family import denoiser_of
 
 SD35 = {"dual_attention_layers": (0, 1, 3), "qk_norm": "rms_norm"}
+ROTARY = {"use_rotary_positional_embeddings": True}
 STOCK = {"SD3": small_sd3, "SD3.5": lambda: small_sd3(**SD35), "PixArt": small_pixart, "FLUX": small_flux,
-         "Sana": small_sana, "Qwen-Image": small_qwen_image}  # fmt: skip
+         "Sana": small_sana, "Qwen-Image": small_qwen_image, "CogVideoX": small_cogvideox,
+         "CogVideoX 5B": lambda: small_cogvideox(**ROTARY)}  # fmt: skip
 PIPELINES = {
     "SD3": small_sd3_pipeline, "SD3.5": lambda: small_sd3_pipeline(small_sd3(**SD35)), "PixArt": small_pixart_pipeline,
     "FLUX": small_flux_pipeline, "Sana": small_sana_pipeline, "Qwen-Image": small_qwen_image_pipeline,
+    "CogVideoX": small_cogvideox_pipeline, "CogVideoX 5B": lambda: small_cogvideox_pipeline(**ROTARY),
 }  # fmt: skip
 PRUNABLE = {
     "SD3": PrunableSD3Transformer2DModel, "SD3.5": PrunableSD3Transformer2DModel,
     "PixArt": PrunablePixArtTransformer2DModel, "FLUX": PrunableFluxTransformer2DModel,
     "Sana": PrunableSanaTransformer2DModel, "Qwen-Image": PrunableQwenImageTransformer2DModel,
+    "CogVideoX": PrunableCogVideoXTransformer3DModel, "CogVideoX 5B": PrunableCogVideoXTransformer3DModel,
 }  # fmt: skip
 
 

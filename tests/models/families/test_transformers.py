@@ -1,10 +1,17 @@
-"""PixArt, FLUX, Sana, Qwen-Image: their blocks, their exports as stock, their sampling (test_sd3.py has all laws)."""
+"""PixArt, FLUX, Sana, Qwen-Image, CogVideoX: their blocks, their exports as stock, their sampling (test_sd3.py has all
+laws)."""
 
 import json
 
 import pytest
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, PixArtAlphaPipeline, PixArtSigmaPipeline
+from diffusers import (
+    CogVideoXPipeline,
+    DiffusionPipeline,
+    FlowMatchEulerDiscreteScheduler,
+    PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
+)
 from torch import nn
 
 from scripts.random_transformers import (
@@ -23,7 +30,7 @@ from slimstep.models.families.transformer.stock import to_stock
 from slimstep.models.family import denoiser_of, family_of
 from slimstep.models.networks import sequence_length
 from slimstep.models.pipeline import check_pipeline, export_pipeline, load_pipeline, with_unet
-from slimstep.models.sizes import settle_sizes
+from slimstep.models.sizes import scale_factor, settle_sizes
 from tests.models.families.small import PIPELINES, PRUNABLE, STOCK, run
 from tests.tiny import small_pipeline
 
@@ -33,6 +40,8 @@ BLOCKS = {
     "FLUX": FOUR[:3] + [f"single_transformer_blocks.{i}" for i in range(2)],
     "Sana": FOUR,
     "Qwen-Image": FOUR,
+    "CogVideoX": FOUR,
+    "CogVideoX 5B": FOUR,
 }
 
 
@@ -44,13 +53,13 @@ def family(request) -> str:
 @pytest.fixture(scope="module")
 def network(family):
     network = PRUNABLE[family].from_unet(STOCK[family]())
-    network.register_to_config(sample_size=8)  # which pipelines of some do not say
+    network.register_to_config(sample_size=network.config.get("sample_size") or 8)  # which pipelines of some do not say
     return network
 
 
 def test_open_masks_are_the_stock_transformer(network, family):
     stock = STOCK[family]()
-    stock.register_to_config(sample_size=8)
+    stock.register_to_config(sample_size=network.config.sample_size)
     assert [*network.blocks] == BLOCKS[family] == [*network.copyable_blocks]
     mask_BN = torch.ones(3, len(network.blocks), dtype=torch.bool)
     assert torch.equal(run(network, block_mask_BN=mask_BN), run(stock)) and torch.equal(run(network), run(stock))
@@ -116,8 +125,9 @@ def test_packing_is_undone():
 
 
 def sides(pipeline) -> dict[str, int]:
-    """The size of 8×8 latents."""
-    return dict.fromkeys(("height", "width"), 8 * pipeline.vae_scale_factor)
+    """The size of 8×8 latents, of videos 4×4."""
+    latents = 4 if isinstance(pipeline, CogVideoXPipeline) else 8
+    return dict.fromkeys(("height", "width"), latents * scale_factor(pipeline))
 
 
 def drawn(stock, sampler: Sampler, noise: torch.Tensor, latents: torch.Tensor, **options):
@@ -213,7 +223,7 @@ def test_networks_of_other_pipelines_are_refused_by_name(make, field, tmp_path):
     make().save_pretrained(tmp_path)
     config = tmp_path / "transformer/config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {field: True}))
-    with pytest.raises(ValueError, match=f"transformer/config.json has {field}=true, a network that"):
+    with pytest.raises(ValueError, match=f"transformer/config.json has {field}=true, a network of another"):
         check_pipeline(tmp_path)
 
 
@@ -236,7 +246,8 @@ def test_an_export_draws_the_same_image_in_plain_diffusers(family, tmp_path):
     options = {"num_inference_steps": 2, "output_type": "pt", **sides(stock)}
     options |= {"use_resolution_binning": False} if family in ("PixArt", "Sana") else {}
     options |= {"negative_prompt": " "} if family == "Qwen-Image" else {}
-    ours, theirs = (p("a b", generator=torch.Generator().manual_seed(0), **options).images for p in (student, stock))
+    drawn = (p("a b", generator=torch.Generator().manual_seed(0), **options) for p in (student, stock))
+    ours, theirs = (made.frames if hasattr(made, "frames") else made.images for made in drawn)
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-5)
 
 

@@ -1,0 +1,149 @@
+"""CogVideoX: sampling and coding of videos are its pipeline's (test_transformers.py has the laws of its blocks)."""
+
+import copy
+import json
+
+import pytest
+import torch
+from diffusers import CogVideoXDPMScheduler, CogVideoXPipeline
+from diffusers.schedulers import scheduling_dpm_cogvideox
+
+from scripts.random_transformers import small_cogvideox_pipeline
+from slimstep.data.encoding import encode_images
+from slimstep.eval.sampling import Sampler
+from slimstep.models.family import denoiser_of, family_of, schedule_for
+from slimstep.models.noise_schedule import ddim_step
+from slimstep.models.pipeline import check_pipeline, export_pipeline, load_pipeline, with_unet
+from slimstep.models.sizes import check_frames, native_frames, set_frames
+from tests.models.families.small import ROTARY
+
+PROMPTS = ["a b", "c"]
+KINDS = pytest.mark.parametrize("fields", [{}, ROTARY], ids=["2B", "5B"])
+
+
+def load(tmp_path, scheduler=None, **fields) -> CogVideoXPipeline:
+    small_cogvideox_pipeline(scheduler, **fields).save_pretrained(tmp_path / "model")
+    return load_pipeline(tmp_path / "model")
+
+
+def drawn(pipeline: CogVideoXPipeline, sampler: Sampler, output_type: str) -> torch.Tensor:
+    """What the stock pipeline draws from the sampler's noise."""
+    noise = torch.stack([sampler.noise(i) for i in range(len(PROMPTS))])
+    options = family_of(pipeline).call(pipeline, sampler.guidance_scale, noise)
+    generators = sampler.generators(range(len(PROMPTS)))
+    steps = {"num_inference_steps": sampler.steps, "output_type": output_type, "generator": generators}
+    return pipeline(PROMPTS, **steps, **options).frames
+
+
+@KINDS
+@pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
+def test_sampling_is_cogvideoxs(fields, guidance_scale, tmp_path):
+    pipeline = load(tmp_path, **fields)
+    sampler = Sampler(pipeline, steps=3, guidance_scale=guidance_scale)
+    assert sampler.latent_shape == (4, 3, 4, 4) and sampler.protocol["prediction_type"] == "v_prediction"
+    cond, noise = sampler.encode(PROMPTS), torch.stack([sampler.noise(i) for i in range(2)])
+    ours = sampler.latents(pipeline.transformer, cond, noise)
+    torch.testing.assert_close(ours.transpose(1, 2), drawn(pipeline, sampler, "latent"), rtol=1e-4, atol=1e-5)
+    videos = sampler.images(pipeline.transformer, PROMPTS, [0, 1])
+    assert videos.dtype == torch.uint8 and videos.shape == (2, 9, 16, 16, 3)
+    assert (videos - 255 * torch.from_numpy(drawn(pipeline, sampler, "np"))).abs().max() <= 0.51
+
+
+@KINDS
+def test_a_video_of_another_length_and_size_is_cogvideoxs(fields, tmp_path):
+    """Positions of the 5B are those of the size that it was made for, stretched."""
+    pipeline = load(tmp_path, **fields)
+    set_frames(pipeline, 17)
+    pipeline.transformer.register_to_config(sample_size=[4, 6])
+    sampler = Sampler(pipeline, steps=2, guidance_scale=4.0)
+    videos = sampler.images(pipeline.transformer, PROMPTS, [0, 1])
+    assert videos.shape == (2, 17, 16, 24, 3)
+    assert (videos - 255 * torch.from_numpy(drawn(pipeline, sampler, "np"))).abs().max() <= 0.51
+
+
+def test_sampling_is_its_dpm_solvers(monkeypatch, tmp_path):
+    """The solver adds noise, which each has along axes in its own order: the stock pipeline is given ours."""
+    fields = small_cogvideox_pipeline().scheduler.config
+    scheduler = CogVideoXDPMScheduler.from_config(fields, timestep_spacing="trailing")
+    pipeline = load(tmp_path, scheduler)
+    sampler = Sampler(pipeline, steps=4, guidance_scale=4.0)
+    videos = sampler.images(pipeline.transformer, PROMPTS, [0, 1])
+    draw = scheduling_dpm_cogvideox.randn_tensor
+    turned = lambda shape, **options: draw(tuple(shape[k] for k in (0, 2, 1, 3, 4)), **options).transpose(1, 2)  # noqa: E731
+    monkeypatch.setattr(scheduling_dpm_cogvideox, "randn_tensor", turned)
+    assert (videos - 255 * torch.from_numpy(drawn(pipeline, sampler, "np"))).abs().max() <= 0.51
+    assert not torch.equal(videos, sampler.reseeded(1).images(pipeline.transformer, PROMPTS, [0, 1]))
+
+
+def test_its_noise_schedule_is_the_one_that_its_scheduler_steps_on(tmp_path):
+    """Shifted, and with zero terminal SNR."""
+    pipeline = load(tmp_path)
+    schedule, scheduler = schedule_for(pipeline), pipeline.scheduler
+    assert schedule.alpha_T[-1] == 0 and schedule.prediction_type == "v_prediction"
+    scheduler.set_timesteps(4)
+    draw = torch.Generator().manual_seed(0)
+    z, pred = (torch.randn(1, 4, 3, 4, 4, generator=draw) for _ in range(2))
+    for (start, end), t in zip(schedule.grid(scheduler, 4), scheduler.timesteps, strict=True):
+        levels = [schedule.alpha_sigma(time[None]) for time in (start, end)]
+        ours, theirs = ddim_step(pred, z, *levels, "v_prediction"), scheduler.step(pred, t, z, return_dict=False)[0]
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_latents_of_videos_are_as_the_pipeline_decodes_them(tmp_path):
+    pipeline = load(tmp_path)
+    videos = torch.randint(256, (2, 9, 16, 16, 3), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    with torch.no_grad():
+        latents = encode_images(pipeline, videos, torch.device("cpu"))["latents"]
+        own = pipeline.vae(videos.permute(0, 4, 1, 2, 3) / 127.5 - 1).sample
+    assert latents.shape == (2, 4, 3, 4, 4)
+    torch.testing.assert_close(Sampler(pipeline, 1, 1.0).pixels(latents), own, rtol=1e-4, atol=1e-5)
+
+
+def test_an_image_is_a_video_of_one_frame(tmp_path):
+    pipeline = load(tmp_path)
+    image = torch.randint(256, (1, 3, 16, 16), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    with torch.no_grad():
+        latents = encode_images(pipeline, image, torch.device("cpu"))["latents"]
+    assert latents.shape == (1, 4, 1, 4, 4)
+    denoiser = denoiser_of(pipeline.transformer)
+    _, t_B, cond = denoiser.example(pipeline.transformer, 1)
+    with torch.no_grad():
+        assert denoiser(pipeline.transformer, latents, t_B, cond).shape == latents.shape
+
+
+@pytest.mark.parametrize("frames", range(1, 19))
+def test_frames_are_refused_that_the_vae_does_not_give_back(frames):
+    pipeline = small_cogvideox_pipeline()
+    video = torch.zeros(1, 3, frames, 16, 16)
+    with torch.no_grad():
+        back = pipeline.vae(video).sample.shape[2] == frames
+    if back and (frames - 1) % 8 == 0:
+        check_frames(pipeline, frames)
+        return
+    with pytest.raises(ValueError, match=f"videos of {frames} frames do not fit.* nearest: "):
+        check_frames(pipeline, frames)
+
+
+def test_an_export_of_other_frames_draws_them(tmp_path):
+    pipeline = load(tmp_path)
+    set_frames(pipeline, 17)
+    pruned = pipeline.transformer.with_architecture({"transformer_blocks.1": 0})
+    assert export_pipeline(with_unet(pipeline, pruned), tmp_path / "export").is_stock
+    stock = CogVideoXPipeline.from_pretrained(tmp_path / "export")
+    stock.set_progress_bar_config(disable=True)
+    assert native_frames(load_pipeline(tmp_path / "export")) == 17
+    again = copy.deepcopy(stock)
+    sampler = Sampler(with_unet(pipeline, pruned), steps=2, guidance_scale=3.0)
+    ours = sampler.images(pruned, PROMPTS, [0, 1])
+    noise = torch.stack([sampler.noise(i) for i in range(2)]).transpose(1, 2)
+    theirs = again(PROMPTS, num_inference_steps=2, guidance_scale=3.0, latents=noise, output_type="np").frames
+    assert (ours - 255 * torch.from_numpy(theirs)).abs().max() <= 0.51
+
+
+@pytest.mark.parametrize(("field", "value"), [("patch_size_t", 2), ("use_learned_positional_embeddings", True)])
+def test_networks_of_other_versions_are_refused_by_name(field, value, tmp_path):
+    small_cogvideox_pipeline().save_pretrained(tmp_path)
+    config = tmp_path / "transformer/config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {field: value}))
+    with pytest.raises(ValueError, match=f"config.json has {field}={json.dumps(value)}, a network of another kind"):
+        check_pipeline(tmp_path)
