@@ -32,9 +32,11 @@ class CacheConfig:
 
 @dataclass
 class DataConfig:
-    """What every `data` group has; its other keys belong to the constructors of its pairs and prompts."""
+    """What every `data` group has, those of videos alone `frames`, of which null is the model's own; its other keys
+    belong to the constructors of its pairs and prompts."""
 
     resolution: int | None = None
+    frames: int | None = None
     prompt_file: str | None = None
     prompt_column: str | None = None
     pairs: Any = None
@@ -42,8 +44,9 @@ class DataConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
-        if self.resolution is not None:
-            check_minimum("data", self, 1, "resolution")
+        for name in ("resolution", "frames"):
+            if getattr(self, name) is not None:
+                check_minimum("data", self, 1, name)
 
 
 @dataclass

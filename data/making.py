@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from slimstep.data.encoding import encode_captions, encode_images, encode_nothing, is_truncated
-from slimstep.data.pixels import BrokenImageError
+from slimstep.data.pixels import BrokenImageError, shown
 from slimstep.data.shards import shard_tensors, write_shard
 from slimstep.models.conditioning import Conditioning, used_tokens
 
@@ -27,7 +27,8 @@ class ShardMaker:
         write_shard(path, shard_tensors({}, nothing, [], [""]), {})
 
     def write(self, path: Path, batches: Iterable[list[dict | BrokenImageError]], bar, check, record: dict) -> None:
-        """One shard of the samples {"image", "caption", "index"}; `check(broken)` says when there are too many.
+        """One shard of the samples {"image", "caption", "index"}, or "video" in the image's place; `check(broken)` says
+        when there are too many.
 
         `record` is what its record holds beside the counts. A shard may turn out empty.
         """
@@ -38,7 +39,7 @@ class ShardMaker:
             broken += torn
             check(self.broken + broken)
             if sound:
-                images = torch.stack([item["image"] for item in sound])
+                images = torch.stack(list(map(shown, sound)))
                 latents.append(encode_images(self.pipeline, images, self.device))
             indices += [item["index"] for item in sound]
             captions += [item["caption"] for item in sound]

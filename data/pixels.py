@@ -1,7 +1,9 @@
 """From an image file to pixels: decoded, upright, opaque, eight-bit RGB, cut to a square."""
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,11 @@ TURNS = {
     5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }  # fmt: skip
+
+
+def shown(sample: Mapping[str, Any]) -> Tensor:
+    """What a sample of the data shows: an image, uint8 [3, H, W], or a video [F, H, W, 3]."""
+    return sample["video"] if "video" in sample else sample["image"]
 
 
 class BrokenImageError(ValueError):

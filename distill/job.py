@@ -30,6 +30,7 @@ from slimstep.eval.inputs import (
     load_prompts,
     load_scorer,
     load_teacher,
+    of_what_is_drawn,
     offloadable,
     real_distance,
     seen_prompts,
@@ -226,7 +227,7 @@ def evaluated(
     features = {"features": FeatureSimilarity(scorer)} if scorer else {}
     near = {"psnr": Psnr(), **features, "latent_error": SampleError()}
     metrics = {**load_metrics(config, scorer, teacher.device, teacher.is_conditional), **near}
-    metrics |= real_distance(config, scorer)
+    metrics = of_what_is_drawn({**metrics, **real_distance(config, scorer)}, teacher.draws_videos, scorer)
     reference = "teacher", job.distillation.steps[0]
     evaluator = Evaluator(config, run, candidate, prompts, metrics, scorer, reference)
     points = [evaluator.point(*key) for key in settings(job)]

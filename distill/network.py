@@ -27,8 +27,8 @@ from slimstep.models.guidance import with_fixed_guidance, with_guidance_embeddin
 from slimstep.models.networks import network_of, trained_steps_of
 from slimstep.models.noise_schedule import NoiseSchedule, are_among, schedule_of
 from slimstep.models.pipeline import load_pipeline, one_line
-from slimstep.models.schedulers import check_noise_schedule, check_sampling, on_same_schedule, stated
-from slimstep.models.sizes import native_pixels, set_resolution
+from slimstep.models.schedulers import check_noise_schedule, check_sampling, class_for, on_same_schedule, stated
+from slimstep.models.sizes import native_frames, native_pixels, set_resolution
 
 log = logging.getLogger("slimstep")
 SOLVERS_OWN = (
@@ -260,6 +260,7 @@ def on_the_grid(distillation: DistillationConfig, kind: type, scheduler: Any, **
     Raises ValueError where there is no noise schedule, or this kind cannot keep it.
     """
     check_noise_schedule(scheduler)
+    kind = class_for(kind, scheduler)
     kept = {key: value for key, value in stated(scheduler).items() if key not in SOLVERS_OWN}
     grid = {"timestep_spacing": distillation.timestep_spacing, "set_alpha_to_one": True}
     return on_same_schedule(kind, scheduler, {**kept, "clip_sample": False, "thresholding": False, **grid, **changes})
@@ -291,7 +292,7 @@ def student_of(teacher: Teacher, distillation: DistillationConfig) -> tuple[Prun
         raise ValueError(
             f"distillation.student={folder} does not fit the teacher: it differs in {', '.join(differing)} {both or ''}"
         )
-    set_resolution(student, native_pixels(teacher.pipeline))
+    set_resolution(student, native_pixels(teacher.pipeline), native_frames(teacher.pipeline))
     was_distilled = bool(trained_steps_of(student) or guidance_embed_dim(network))
     return network.requires_grad_(False).eval(), was_distilled
 

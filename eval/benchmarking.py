@@ -21,7 +21,7 @@ from slimstep.engine.names import disk_name
 from slimstep.engine.parallel import free_memory
 from slimstep.engine.run import Run
 from slimstep.eval.config import Config
-from slimstep.eval.given import LONGEST_NAME, given_models, resolution_of
+from slimstep.eval.given import LONGEST_NAME, given_models, settle_size
 from slimstep.eval.inputs import load_scorer
 from slimstep.eval.job import eval_prompts
 from slimstep.eval.metrics.clip import psnr
@@ -57,10 +57,13 @@ class Benchmark:
         if not self.models.is_conditional:
             raise ValueError(f"{self.models.paths} take no prompts, and what is timed here begins with their encoding; "
                              "a DDPM's UNet is timed by +experiment=prune_ddpm")  # fmt: skip
+        if self.models.draws_videos:
+            raise ValueError(f"{self.models.paths} draw videos, and no whole pipeline of videos is timed yet; their "
+                             "networks are by +experiment=latency_table")  # fmt: skip
         if (images := config.benchmark.images) > (prompts := config.eval.prompts):
             raise ValueError(f"benchmark.images={images} is more than eval.prompts={prompts}")
         self.config, self.run, self.device = copy.deepcopy(config), run, run.accelerator.device
-        self.config.data.resolution = resolution_of(self.models)
+        settle_size(self.models, self.config.data)
         self.base = base_config(config)
         self.inference_configs = combinations(**{name: list(config.benchmark[name]) for name in CHOICES})
         self.prompts, self.scorer = eval_prompts(self.config), load_scorer(config, self.device)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torchvision.transforms.functional import to_pil_image
 
@@ -28,6 +29,7 @@ from slimstep.eval.metrics.clip import ClipScorer
 from slimstep.eval.metrics.compare import mean_and_error, relative_to
 from slimstep.eval.metrics.diversity import first_of_texts, further_seeds, mean_pairwise_distance, runs_of, stacked
 from slimstep.eval.metrics.metric import DistributionMetric, Kind, Metric, of_kind
+from slimstep.eval.metrics.video import features_of
 from slimstep.eval.record import FILE, Evaluation, Key, Point, Values, read_evaluation
 from slimstep.eval.scorer_check import compare_teacher
 
@@ -38,9 +40,9 @@ Draw = Callable[[list[int]], Tensor]
 @dataclass(frozen=True)
 class Candidate:
     """A model at one setting. `draw(indices)` gives its samples of these prompts, `images(samples)` uint8 images
-    [B, 3, H, W] of them; of all candidates of an evaluation `images` does the same to equal samples. `reseeded(seed)`
-    is `draw` with another seed, None where samples have no noise of their own. `more()` gives metrics of the job's own.
-    While all samples are drawn `loaded()` is entered, once."""
+    [B, 3, H, W] of them, or videos [B, F, H, W, 3]; of all candidates of an evaluation `images` does the same to equal
+    samples. `reseeded(seed)` is `draw` with another seed, None where samples have no noise of their own. `more()` gives
+    metrics of the job's own. While all samples are drawn `loaded()` is entered, once."""
 
     draw: Draw
     protocol: Values
@@ -175,7 +177,7 @@ class Evaluator:
 
         def features(items: list[int]) -> Tensor:
             drawn = [reseeded(seeds[k])([indices[j] for j in own]) for k, own in runs_of(items, len(indices))]
-            return torch.cat([scorer.image(candidate.images(samples)).float().cpu() for samples in drawn])
+            return torch.cat([features_of(scorer, candidate.images(samples)).float().cpu() for samples in drawn])
 
         def make() -> dict[str, Tensor]:
             keep = self.run.path / PARTIAL / "-".join(map(str, (*key, "diversity")))
@@ -191,7 +193,7 @@ class Evaluator:
         indices = first_of_texts(self.prompts, self.config.evaluation.diversity_prompts)
 
         def features(items: list[int]) -> Tensor:
-            return scorer.image(candidate.images(samples[[indices[j] for j in items]])).float()
+            return features_of(scorer, candidate.images(samples[[indices[j] for j in items]])).float()
 
         first_PD = self.mapped(features, "measuring diversity", count=len(indices))
         values = mean_pairwise_distance(features_PKD := stacked(first_PD, further_JD)).tolist()
@@ -204,6 +206,8 @@ class Evaluator:
 
         def features() -> Tensor:
             images, size = real_images(self.config), self.config.eval.batch_size
+            if metric.of == "videos" and images.ndim == 4:
+                images = images.movedim(1, -1)[:, None]  # an image is a video of one frame
             rate = lambda indices: metric.features(images[indices])  # noqa: E731
             return map_batches(rate, len(images), size, self.run.accelerator, f"{name} of real images")
 
@@ -214,7 +218,7 @@ class Evaluator:
         nothing says so, as of an unconditional model."""
         if (scorer := self.scorer) is None or "clip" not in self.metrics:
             return None
-        rate = lambda indices: scorer.image(candidate.images(samples[indices])).float()  # noqa: E731
+        rate = lambda indices: features_of(scorer, candidate.images(samples[indices])).float()  # noqa: E731
         return compare_teacher(rate, self.prompts, scorer, self.run.accelerator)
 
     # ---- all together ----
@@ -268,6 +272,11 @@ def compared(point: Point, reference: Point) -> Point:
 
 
 def write_pictures(images_B3HW: Tensor, folder: Path) -> None:
-    """The images as FOLDER/000.png, 001.png, …"""
+    """The images as FOLDER/000.png, 001.png, …; of a video [F, H, W, 3] its frames beside each other."""
     for i, image in enumerate(images_B3HW):
-        to_pil_image(image).save(folder / f"{i:03d}.png")
+        picture(image).save(folder / f"{i:03d}.png")
+
+
+def picture(image: Tensor) -> Image.Image:
+    """An image [3, H, W], or the frames of a video [F, H, W, 3] in a row."""
+    return to_pil_image(image if image.ndim == 3 else torch.cat([*image.permute(0, 3, 1, 2)], dim=2))

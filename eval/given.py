@@ -7,19 +7,19 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from slimstep.data.encoding import check_size
 from slimstep.engine.components import check
 from slimstep.engine.names import check_name, disk_name
 from slimstep.eval.config import Config
-from slimstep.eval.inputs import frozen
+from slimstep.eval.inputs import frozen, settle_frames
 from slimstep.models.described import is_described, no_weights
 from slimstep.models.family import family_at, stored_flow
 from slimstep.models.flow import is_flow
 from slimstep.models.pipeline import check_pipeline, load_pipeline, stored_scheduler
 from slimstep.models.schedulers import check_sampling
-from slimstep.models.sizes import native_pixels, set_resolution
+from slimstep.models.sizes import native_pixels, set_frames, set_resolution
 
 LONGEST_NAME = 200  # bytes of a model's: steps and guidance scale follow it in names of files
 ITS_OWN = ("variant", "scheduler", "timestep_spacing", "loras", "vae")  # keys of `model` that are of this one model
@@ -58,13 +58,15 @@ class GivenModel:
 class GivenModels:
     """The models by name, the reference first; those without steps of their own are sampled at `default_steps`.
 
-    `model` is that section of the configuration; `pixels` the resolution that is asked for, None for every model's own.
+    `model` is that section of the configuration; `pixels` the resolution that is asked for, and `frames` those of
+    videos, None for every model's own.
     """
 
     models: Mapping[str, GivenModel]
     default_steps: tuple[int, ...]
     model: Mapping[str, Any]
     pixels: int | None
+    frames: int | None = None
 
     @property
     def paths(self) -> dict[str, str]:
@@ -77,6 +79,14 @@ class GivenModels:
         kinds = {path: family_at(path).IS_CONDITIONAL for path in self.paths.values()}
         if len(set(kinds.values())) > 1:
             raise ValueError(f"models={self.paths}: some take prompts and some do not, {kinds}; compare them apart")
+        return all(kinds.values())
+
+    @property
+    def draws_videos(self) -> bool:
+        """ValueError where that is so of some of the models alone."""
+        kinds = {path: family_at(path).DRAWS_VIDEOS for path in self.paths.values()}
+        if len(set(kinds.values())) > 1:
+            raise ValueError(f"models={self.paths}: some draw videos and some images, {kinds}; compare them apart")
         return all(kinds.values())
 
     @property
@@ -121,6 +131,8 @@ class GivenModels:
         if self.pixels:
             check_size(pipeline, self.pixels, self.pixels)
             set_resolution(pipeline, self.pixels)
+        if self.frames:
+            set_frames(pipeline, self.frames)
         return frozen(pipeline)
 
     def check(self) -> None:
@@ -164,12 +176,15 @@ def given_models(config: Config, default_steps: list[int], purpose: str) -> Give
     if first.guidance is not None:
         way = f"set curves.guidance=[{first.guidance:g}], at which models without a scale of their own are sampled, too"
         raise ValueError(f"models.{reference}.guidance={first.guidance:g} is of the first model, the reference: {way}")
-    return GivenModels(models, tuple(default_steps), model, config.data.resolution)
+    return GivenModels(models, tuple(default_steps), model, config.data.resolution, config.data.get("frames"))
 
 
-def resolution_of(models: GivenModels) -> int:
-    """The pixels that are asked for, or the first model's own."""
-    return models.pixels or native_pixels(models.load_named(models.reference[0]))
+def settle_size(models: GivenModels, data: DictConfig) -> None:
+    """Gives data that leave it open the resolution, and of videos the frames, that the first model draws."""
+    if models.pixels is None or ("frames" in data and models.frames is None):
+        pipeline = models.load_named(models.reference[0])
+        data.resolution = models.pixels or native_pixels(pipeline)
+        settle_frames(pipeline, data)
 
 
 def name_models(paths: list[str]) -> dict[str, str]:

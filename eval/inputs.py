@@ -2,7 +2,7 @@
 
 import logging
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import cache
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from diffusers import DiffusionPipeline
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -19,6 +19,7 @@ from slimstep.data.cache import cache_pairs
 from slimstep.data.config import CacheConfig
 from slimstep.data.encoding import is_truncated
 from slimstep.data.folder import few
+from slimstep.data.pixels import shown
 from slimstep.data.prompts import PromptSet, disjoint_prompts, read_prompts
 from slimstep.data.shards import CachedPairs
 from slimstep.data.streams import at_random_access, readable
@@ -29,6 +30,7 @@ from slimstep.engine.sharding import autocast_dtype
 from slimstep.eval.config import Config, LatencyConfig, SamplingConfig
 from slimstep.eval.metrics.clip import WITHOUT_SCORER, ClipScorer
 from slimstep.eval.metrics.metric import FeatureDistance, ImageError, Metric, PixelDistance, as_metric
+from slimstep.eval.metrics.video import on_videos, video_metrics
 from slimstep.eval.overlap import among
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.timing.precision import settled
@@ -39,7 +41,7 @@ from slimstep.models.family import family_of, schedule_for
 from slimstep.models.networks import DENOISERS, network_of, trained_steps_of
 from slimstep.models.noise_schedule import NoiseSchedule, are_among
 from slimstep.models.pipeline import networks, to_device, upcast_vae
-from slimstep.models.sizes import native_pixels, set_resolution
+from slimstep.models.sizes import native_frames, native_pixels, set_resolution
 
 log = logging.getLogger("slimstep")
 TRAINED_ON = "trained_on.json"
@@ -64,6 +66,10 @@ class Teacher:
     def is_conditional(self) -> bool:
         """Whether there are prompts; else nothing can be said of how an image fits one."""
         return family_of(self.pipeline).IS_CONDITIONAL
+
+    @property
+    def draws_videos(self) -> bool:
+        return family_of(self.pipeline).DRAWS_VIDEOS
 
     @property
     def device(self) -> torch.device:
@@ -119,8 +125,15 @@ def teacher_of(pipeline: DiffusionPipeline, config: Config, run: Run) -> Teacher
     config = deepcopy(config)
     if config.data.resolution is None:
         config.data.resolution = native_pixels(pipeline)
-    set_resolution(pipeline, config.data.resolution)
+    settle_frames(pipeline, config.data)
+    set_resolution(pipeline, config.data.resolution, config.data.get("frames"))
     return Teacher(frozen(pipeline), config, run)
+
+
+def settle_frames(pipeline: DiffusionPipeline, data: DictConfig) -> None:
+    """Gives data of videos that leave it open as many frames as the pipeline draws."""
+    if "frames" in data and data.frames is None:
+        data.frames = native_frames(pipeline)
 
 
 def check_trained(teacher: Teacher, sampler: Sampler) -> None:
@@ -231,6 +244,13 @@ def load_metrics(
     return {"image_error": ImageError(), "fd": FeatureDistance(scorer) if scorer else PixelDistance(), **made}
 
 
+def of_what_is_drawn(metrics: Mapping[str, Metric], draws_videos: bool, scorer: ClipScorer | None) -> dict[str, Metric]:
+    """The metrics; where videos are drawn, those of images as the mean over frames, and those of videos alone."""
+    if not draws_videos:
+        return dict(metrics)
+    return on_videos(metrics) | (video_metrics(scorer, metrics["clip"]) if scorer and "clip" in metrics else {})
+
+
 def real_distance(config: Config, scorer: ClipScorer | None) -> dict[str, Metric]:
     """The distance to real images as a metric, where the configuration wants it. ValueError where there are none."""
     if not config.evaluation.distribution:
@@ -278,10 +298,10 @@ def heldout_pairs(config: Config, enough: int | None = None) -> Dataset:
 
 
 def real_images(config: Config) -> Tensor:
-    """Held-out images that can be read, uint8 [R, 3, H, W], in a fixed shuffled order."""
+    """Held-out images that can be read, uint8 [R, 3, H, W], or videos [R, F, H, W, 3], in a fixed shuffled order."""
     count = config.evaluation.real_images
     pairs = heldout_pairs(config, count)
-    return torch.stack([pair["image"] for pair in islice(readable(pairs, "real images"), count)])
+    return torch.stack([shown(pair) for pair in islice(readable(pairs, "real images"), count)])
 
 
 def check_inputs(teacher: Teacher) -> None:

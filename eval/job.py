@@ -22,12 +22,13 @@ from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
 from slimstep.eval.config import Config
 from slimstep.eval.evaluator import Candidate, Evaluator, place
-from slimstep.eval.given import GivenModels, given_models, resolution_of
+from slimstep.eval.given import GivenModels, given_models, settle_size
 from slimstep.eval.inputs import (
     Teacher,
     load_metrics,
     load_scorer,
     numbered_images,
+    of_what_is_drawn,
     read_prompt_set,
     real_distance,
     storage,
@@ -62,7 +63,7 @@ def evaluate(config: Config, run: Run) -> int | Plan:
     models = given_models(config, config.curves.steps, "evaluate")
     models.check()
     config = copy.deepcopy(config)
-    config.data.resolution = resolution_of(models)
+    settle_size(models, config.data)
     is_conditional, scorer = models.is_conditional, load_scorer(config, run.accelerator.device)
     prompts = eval_prompts(config) if is_conditional else numbered_images(config.eval.prompts)
     evaluator = evaluator_of(models, config, run, prompts, scorer)
@@ -144,7 +145,7 @@ def evaluator_of(
     precision = settled(config.sampling.precision, device)
     features = {"features": FeatureSimilarity(scorer)} if scorer else {}
     metrics = {**load_metrics(config, scorer, device, models.is_conditional), "psnr": Psnr(), **features}
-    metrics |= real_distance(config, scorer)
+    metrics = of_what_is_drawn({**metrics, **real_distance(config, scorer)}, models.draws_videos, scorer)
     if evaluation.inception:
         metrics["fid"] = InceptionDistance(Inception(evaluation.inception, device))
 

@@ -6,14 +6,14 @@ from functools import cached_property
 
 from PIL import Image
 from torch import Tensor, nn
-from torchvision.transforms.functional import to_pil_image
 
 from slimstep.data.prompts import PromptSet
 from slimstep.engine.parallel import map_batches
 from slimstep.engine.run import Run
-from slimstep.eval.evaluator import write_pictures
+from slimstep.eval.evaluator import picture, write_pictures
 from slimstep.eval.metrics.clip import ClipScorer
 from slimstep.eval.metrics.compare import mean_and_error
+from slimstep.eval.metrics.video import features_of
 from slimstep.eval.sampling import Sampler
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.pipeline import on_device
@@ -64,13 +64,14 @@ class ImageMonitor:
     def scores(self, images_B3HW: Tensor) -> dict[str, float]:
         if self.scorer is None:
             return {}
-        clip = mean_and_error(self.scorer(images_B3HW, self.prompts.prompts).tolist())
+        image_BD, text_BD = features_of(self.scorer, images_B3HW), self.scorer.text(self.prompts.prompts)
+        clip = mean_and_error(self.scorer.similarity(image_BD, text_BD).tolist())
         return {"clip": clip.mean, "clip_se": clip.se}
 
     def keep_pictures(self, images_B3HW: Tensor, step: int) -> None:
         name = f"{self.stage}/{PREVIEWS}"
         self.run.folder(f"{name}/step-{step:08d}", lambda folder: write_pictures(images_B3HW, folder))
         if self.run.tracker:
-            pictures: list[Image.Image] = [to_pil_image(image) for image in images_B3HW]
+            pictures: list[Image.Image] = [picture(image) for image in images_B3HW]
             captions = [f"{step} steps: {prompt}" for prompt in self.prompts.prompts[: len(pictures)]]
             self.run.tracker.images(name, pictures, captions)

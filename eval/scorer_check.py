@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from slimstep.data.pixels import shown
 from slimstep.data.prompts import PromptSet
 from slimstep.data.streams import at_random_access, readable
 from slimstep.engine.components import component
@@ -29,6 +30,7 @@ from slimstep.engine.run import FINISHED, Run
 from slimstep.eval.config import Config
 from slimstep.eval.metrics.clip import BATCH, WITHOUT_SCORER, ClipScorer
 from slimstep.eval.metrics.compare import mean_and_error
+from slimstep.eval.metrics.video import features_of
 from slimstep.eval.overlap import plain
 from slimstep.eval.pages.cautions import data_sentence, is_above_chance, sentence, teacher_sentence
 
@@ -122,7 +124,7 @@ def measured(config: Config, run: Run, scorer: ClipScorer) -> dict[str, Any]:
         unknown = "whether the scorer can evaluate these data is not known: none of their images can be read"
         return unchecked(unknown, True)
     images_N3HW = torch.stack(images)
-    rate = lambda indices: scorer.image(images_N3HW[indices]).float()  # noqa: E731
+    rate = lambda indices: features_of(scorer, images_N3HW[indices]).float()  # noqa: E731
     image_ND = map_batches(rate, len(images), BATCH, run.accelerator, "images as the scorer sees them")
     record = against_shuffled(image_ND, scorer.text(captions).float().cpu(), captions, scorer)
     same = f"whether the scorer can evaluate these data is not known: all {len(images)} images have one caption"
@@ -145,7 +147,8 @@ def prompts_alone(config: Config) -> str:
 
 
 def own_images(config: Config, count: int) -> tuple[list[Tensor], list[str]]:
-    """Up to `count` images of the data, uint8 [3, H, W], and their captions, in a fixed shuffled order."""
+    """Up to `count` images of the data, uint8 [3, H, W], or videos [F, H, W, 3], and their captions, in a fixed
+    shuffled order."""
     images: list[Tensor] = []
     captions: list[str] = []
     for split in ("heldout", "train"):
@@ -160,7 +163,7 @@ def own_images(config: Config, count: int) -> tuple[list[Tensor], list[str]]:
             continue
         # Those that cannot be read are counted and reported where all are encoded.
         for sample in islice(readable(pairs, "scorer check", tell=False), count - len(images)):
-            images.append(sample["image"])
+            images.append(shown(sample))
             captions.append(sample["caption"])
     return images, captions
 

@@ -69,13 +69,15 @@ def card_text(
     base = f"base_model: {teacher}\n" if is_hub else ""
     trust = "" if is_stock else " The folder carries the classes of its networks, hence `trust_remote_code=True`."
     has_prompts = "vae" in configs  # models of pixels are unconditional
-    task = "text-to-image" if has_prompts else "unconditional-image-generation"
+    part, name = ("unet", "UNet") if "unet" in configs else ("transformer", "Transformer")
+    has_frames = "sample_frames" in configs[part]
+    what, output = ("video", "frames") if has_frames else ("image", "images")
+    task = f"text-to-{what}" if has_prompts else "unconditional-image-generation"
     length = f", max_sequence_length={origin.max_sequence_length}" if origin.max_sequence_length else ""
     said = f" at guidance {origin.guidance_scale:g}{length.replace('=', ' ')}"
     guidance = f"{said}. Pass {'all' if length else 'both'}: diffusers' defaults are others."
     guidance = guidance if has_prompts else ". Pass them: diffusers' default is another."
     call = f"num_inference_steps={origin.steps}"
-    part, name = ("unet", "UNet") if "unet" in configs else ("transformer", "Transformer")
     guided = GUIDANCE.get(configs[part].get("_class_name", ""), "guidance_scale={:g}").format(origin.guidance_scale)
     call = f'"…", {call}, {guided}{length}' if has_prompts else call
     decoder = f"\n- VAE decoder: {decoder_line(configs['vae'])}" if has_prompts else ""
@@ -94,7 +96,7 @@ pipeline_tag: {task}
 ```python
 from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained("THIS_FOLDER"{options})
-image = pipeline({call}).images[0]
+{what} = pipeline({call}).{output}[0]
 ```
 Nothing but diffusers has to be installed.{trust}{others}
 

@@ -4,6 +4,7 @@ Of videos it is the number of frames, too: `sample_frames` in the network's conf
 """
 
 import logging
+from typing import Any
 
 import diffusers
 from diffusers import AutoencoderKLCogVideoX, DiffusionPipeline, ModelMixin
@@ -23,7 +24,7 @@ def latent_side(network: ModelMixin, way: str) -> int:
     raise ValueError(f"{part}/config.json {reason}: {way} says which size to take")
 
 
-def sides_of(network: ModelMixin) -> tuple[int | None, int | None]:
+def sides_of(network: ModelMixin) -> tuple[Any, Any]:
     """Height and width of what a network denoises; of none that has no size."""
     size = network.config.get("sample_size")
     height, width = size if isinstance(size, (list, tuple)) else (size, size)

@@ -24,6 +24,7 @@ from slimstep.eval.inputs import (
     load_prompts,
     load_scorer,
     load_teacher,
+    of_what_is_drawn,
     offloadable,
     seen_prompts,
     training_pairs,
@@ -237,6 +238,7 @@ def evaluator_of(teacher: Teacher, unets: Mapping[str, Prunable], prompts: Promp
         return Candidate(reseeded(sampler.seed), sampler.protocol, facts, reseeded=reseeded)
 
     metrics = {**load_metrics(config, scorer, teacher.device, teacher.is_conditional), "psnr": Psnr()}
+    metrics = of_what_is_drawn(metrics, teacher.draws_videos, scorer)
     return Evaluator(config, teacher.run, candidate, prompts, metrics, scorer, ("teacher", config.eval.steps))
 
 

@@ -167,3 +167,10 @@ def video_metrics(scorer: ClipScorer, clip: Metric) -> dict[str, Metric]:
     """What is measured of all videos that have prompts: `clip` is the scorer's metric of images."""
     return {"clip": OfFrames(clip), "clip_worst_frame": OfFrames(clip, "worst"),
             "consistency": TemporalConsistency(scorer), "motion": Motion()}  # fmt: skip
+
+
+def features_of(scorer: ClipScorer, images: Tensor) -> Tensor:
+    """[B, D]: the scorer's features of images [B, 3, H, W], or of videos [B, F, H, W, 3] their mean over frames."""
+    if images.ndim == 4:
+        return scorer.image(images)
+    return scorer.image(frames_of(images)).unflatten(0, (len(images), -1)).mean(1)
