@@ -1,8 +1,9 @@
-"""Captions in a folder of images, in the layout of Hugging Face's imagefolder or as .txt files.
+"""Captions in a folder of images or videos, in the layout of Hugging Face's imagefolder or as .txt files.
 
 Any folder under the root may hold a metadata.jsonl, .csv or .parquet with a column file_name, relative to that folder,
 and a caption column. Several rows may caption one image: each is a pair. An image that no row names takes the .txt file
-beside it. An image without a caption, or a caption without its image, is a flaw, which the caller may pass over.
+beside it. An image without a caption, or a caption without its image, is a flaw, which the caller may pass over. What
+is said of images holds of videos: of files, or of folders of frames, each of which is one and has its .txt beside it.
 
 Links to folders are followed, and no folder is read twice: a link to one that is read anyway, or that the root lies in,
 is passed over. An image of several names (links again) belongs to one split under all of them.
@@ -25,6 +26,7 @@ from slimstep.data.tables import (
 )
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".avif", ".bmp", ".tif", ".tiff", ".gif", ".ppm")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi")
 METADATA = {"metadata.jsonl": json_rows, "metadata.csv": csv_rows, "metadata.parquet": parquet_rows}
 
 
@@ -32,13 +34,14 @@ METADATA = {"metadata.jsonl": json_rows, "metadata.csv": csv_rows, "metadata.par
 class Contents:
     """What a folder holds: (path under the root, caption) of every pair, ordered by path; `flaws`, what is no pair and
     why; `passed_over`, links and folders that are not read and why; {path: first path} of pairs, which are the same for
-    an image of several names.
+    an image of several names; {path: paths of its frames} of videos that are folders.
     """
 
     pairs: list[tuple[str, str]]
     flaws: list[str]
     passed_over: list[str]
     first_names: dict[str, str]
+    frames: dict[str, list[str]] = field(default_factory=dict)
 
 
 @dataclass
@@ -50,27 +53,40 @@ class Tree:
     passed_over: list[str] = field(default_factory=list)
 
 
-def read_folder(root: Path, column: str | None) -> Contents:
-    """The pairs in a folder. Raises FileNotFoundError or ValueError for a missing root, no images, an unknown column,
-    and an image that two metadata files caption."""
+def read_folder(
+    root: Path, column: str | None, kind: str = "image", suffixes: tuple[str, ...] = IMAGE_SUFFIXES
+) -> Contents:
+    """The pairs in a folder. Of videos, where there is no file of one, every folder that holds images is a video.
+
+    Raises FileNotFoundError or ValueError for a missing root, no images, an unknown column, and an image that two
+    metadata files caption."""
     if not root.is_dir():
-        raise FileNotFoundError(f"image folder {root} {'is no folder' if root.exists() else 'does not exist'}")
+        raise FileNotFoundError(f"{kind} folder {root} {'is no folder' if root.exists() else 'does not exist'}")
     tree = walk(root)
     names = sorted(tree.files)
-    images = [name for name in names if is_image(name)]
+    images = [name for name in names if has_suffix(name, suffixes)]
+    frames: dict[str, list[str]] = {}
+    if kind == "video" and not images:
+        suffixes = IMAGE_SUFFIXES
+        for name in filter(is_image, names):
+            frames.setdefault(str(Path(name).parent), []).append(name)
+        images = sorted(frames.keys() - {"."})
     if not images:
-        raise ValueError(f"image folder {root} holds no images ({', '.join(IMAGE_SUFFIXES)})")
-    flaws = [f"{name} is a link to nothing" for name in filter(is_image, tree.dead)]
-    passed_over = tree.passed_over + [f"{name} (a link to nothing)" for name in tree.dead if not is_image(name)]
+        sought = ", ".join(suffixes) if kind == "image" else f"{', '.join(VIDEO_SUFFIXES)}, or folders of frames"
+        raise ValueError(f"{kind} folder {root} holds no {kind}s ({sought})")
+    flaws = [f"{name} is a link to nothing" for name in tree.dead if has_suffix(name, suffixes)]
+    passed_over = tree.passed_over + [
+        f"{name} (a link to nothing)" for name in tree.dead if not has_suffix(name, suffixes)
+    ]
     captions: dict[str, list[str]] = {}
     captioned_by: dict[str, Path] = {}
     for table in (name for name in names if Path(name).name in METADATA):
-        for name, text in metadata_rows(root, table, column, tree.files, flaws):
+        for name, text in metadata_rows(root, table, column, frames or tree.files, flaws):
             if (other := captioned_by.setdefault(name, root / table)) != root / table:
                 raise ValueError(f"{other} and {root / table} both caption {name}: keep one of the two files")
             captions.setdefault(name, []).extend([text] if text else [])
     for name in images:
-        text = str(Path(name).with_suffix(".txt"))
+        text = f"{name}.txt" if frames else str(Path(name).with_suffix(".txt"))
         if name in captions:
             continue
         if text not in tree.files:
@@ -81,11 +97,16 @@ def read_folder(root: Path, column: str | None) -> Contents:
         except ValueError as error:
             flaws.append(str(error))
     pairs = [(name, caption) for name in sorted(captions) for caption in captions[name]]
-    return Contents(pairs, flaws, passed_over, first_names(root, tree.files))
+    first = {name: name for name in frames} or first_names(root, tree.files)
+    return Contents(pairs, flaws, passed_over, first, frames)
 
 
 def is_image(name: str) -> bool:
-    return Path(name).suffix.lower() in IMAGE_SUFFIXES
+    return has_suffix(name, IMAGE_SUFFIXES)
+
+
+def has_suffix(name: str, suffixes: tuple[str, ...]) -> bool:
+    return Path(name).suffix.lower() in suffixes
 
 
 def walk(root: Path) -> Tree:

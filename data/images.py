@@ -12,10 +12,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor
 
-from slimstep.data.folder import few, read_folder
+from slimstep.data.folder import Contents, few, read_folder
 from slimstep.data.pixels import BrokenImageError, check_framing, cut_square, decode_rgb
 from slimstep.data.sources import is_url, read_whole
 from slimstep.data.tables import caption_column as find_caption_column
@@ -62,27 +63,32 @@ class ImageFolderPairs(CaptionedImages):
     caption_column: str | None = None
     crop: str = "center"
     max_broken: float = 0.01
+    KIND: ClassVar[str] = "image"
 
     def __post_init__(self) -> None:
         super().__post_init__()
         root = self.root = Path(self.root)
-        contents = read_folder(root, self.caption_column)
+        contents = self.read()
         everything, flaws = contents.pairs, contents.flaws
         self._report_flaws(flaws, len(everything) + len(flaws), told_before=self.split == "heldout")
         if contents.passed_over and self.split != "heldout":
             log.warning("not read in %s: %s", root, few(contents.passed_over))
         names = [contents.first_names[name] for name, _ in everything]
-        chosen = split_of(names, self.split, self.heldout_fraction, f"image folder {root}")
+        chosen = split_of(names, self.split, self.heldout_fraction, f"{self.KIND} folder {root}")
         self.pairs = [everything[i] for i in chosen]
+
+    def read(self) -> Contents:
+        return read_folder(self.root, self.caption_column)
 
     def _report_flaws(self, flaws: list[str], of: int, told_before: bool) -> None:
         allowed = allowed_of(of, self.max_broken)
         if len(flaws) > allowed:
-            summary = f"{len(flaws)} of {of} images and captions in {self.root} are no pair"
+            summary = f"{len(flaws)} of {of} {self.KIND}s and captions in {self.root} are no pair"
             way = "repair them, or raise data.max_broken"
             raise ValueError(f"{summary}, and at most {allowed} may be passed over: {few(flaws)}; {way}")
         if flaws and not told_before:
-            log.warning("%d of %d images and captions in %s are passed over: %s", len(flaws), of, self.root, few(flaws))
+            counts = f"{len(flaws)} of {of} {self.KIND}s and captions"
+            log.warning("%s in %s are passed over: %s", counts, self.root, few(flaws))
 
     @cached_property
     def fingerprint(self) -> str:

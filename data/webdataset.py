@@ -17,17 +17,18 @@ import logging
 import tarfile
 import zlib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import PurePosixPath
+from typing import ClassVar
 
 from slimstep.data.folder import IMAGE_SUFFIXES, few
 from slimstep.data.sources import ASKED_AT_ONCE, expand, marks, open_at, unsigned
 from slimstep.data.streams import Entry, Stream
 from slimstep.data.tables import caption_column, caption_text
 
-SUFFIXES = (".tar", ".tar.gz", ".tgz")
+OF_TARS = (".tar", ".tar.gz", ".tgz")
 MOST_FILES = 100  # of one sample are read; more are many samples with a dot in what should be the key
 TORN = (tarfile.TarError, EOFError, zlib.error, gzip.BadGzipFile)
 PEEKED = 8  # tars are asked for their first key
@@ -42,9 +43,12 @@ class WebDatasetPairs(Stream):
     Raises ValueError for a source of nothing.
     """
 
+    KIND: ClassVar[str] = "image"
+    SUFFIXES: ClassVar[tuple[str, ...]] = IMAGE_SUFFIXES
+
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.parts = expand(self.source, SUFFIXES)
+        self.parts = expand(self.source, OF_TARS)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -79,10 +83,10 @@ class WebDatasetPairs(Stream):
         position = start - passed
         with open_at(self.parts[part], position) as file:
             try:
-                for key, end, files, counts in samples(file, position, images):
+                for key, end, files, counts in samples(file, position, images, self.is_image):
                     name = f"{tar_name}: {key}"
                     if flaw := repeated(counts):
-                        times = max((n for suffix, n in counts.items() if is_image(suffix)), default=1)
+                        times = max((n for suffix, n in counts.items() if self.is_image(suffix)), default=1)
                         steps = range(position + passed, position + min(times, tarfile.BLOCKSIZE))
                         for at in steps:
                             yield Entry(f"{prefix}{key}", name, at, end if at == steps[-1] else at + 1, flaw=flaw)
@@ -102,12 +106,16 @@ class WebDatasetPairs(Stream):
 
     def _image_of(self, files: dict[str, bytes | None]) -> str:
         target = self.image_column and self.image_column.lower()
-        matches = [suffix for suffix in files if suffix == target or (target is None and is_image(suffix))]
+        matches = [suffix for suffix in files if suffix == target or (target is None and self.is_image(suffix))]
         if len(matches) != 1:
             of_kind = f" of the kind {target}" if target else ""
             hint = " (a key ends at its first dot)" if any("." in suffix for suffix in files) else ""
-            raise ValueError(f"{'several images' if matches else 'no image'}{of_kind} among {few(list(files))}{hint}")
+            number = f"several {self.KIND}s" if matches else f"no {self.KIND}"
+            raise ValueError(f"{number}{of_kind} among {few(list(files))}{hint}")
         return matches[0]
+
+    def is_image(self, suffix: str) -> bool:
+        return f".{suffix}" in self.SUFFIXES
 
     def _caption_of(self, files: dict[str, bytes]) -> str:
         suffix = (self.caption_column or "txt").lower()
@@ -138,7 +146,9 @@ class Tar(tarfile.TarFile):
     tarinfo, whole = Header, False
 
 
-def samples(file, start: int, images: bool) -> Iterator[tuple[str, int, dict[str, bytes | None], Counter[str]]]:
+def samples(
+    file, start: int, images: bool, is_image: Callable[[str], bool]
+) -> Iterator[tuple[str, int, dict[str, bytes | None], Counter[str]]]:
     """(key, position of what follows, {suffix: content}, how often each suffix came) of every sample in a tar that is
     read from `start` on.
 
@@ -206,7 +216,3 @@ def split_name(name: str) -> tuple[str, str]:
     folder, slash, leaf = name.rpartition("/")
     key, _, suffix = leaf.partition(".")
     return f"{folder}{slash}{key}", suffix.lower()
-
-
-def is_image(suffix: str) -> bool:
-    return f".{suffix}" in IMAGE_SUFFIXES
