@@ -19,10 +19,19 @@ from slimstep.eval.inputs import Teacher, check_inputs, check_real_images
 from slimstep.eval.training import check_objective
 from slimstep.models.architecture import WHOLE
 from slimstep.models.denoiser import guidance_embed_dim, takes_guidance
+from slimstep.models.edm import is_edm, preconditioning_of
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.families.quantized import check_computes
 from slimstep.models.family import flow_of, schedule_for
-from slimstep.models.flow import FlowSteps, eulers, from_config, is_flow, prediction_type_of, stretched
+from slimstep.models.flow import (
+    FlowSteps,
+    eulers,
+    from_config,
+    is_continuous,
+    is_flow,
+    prediction_type_of,
+    stretched,
+)
 from slimstep.models.guidance import with_fixed_guidance, with_guidance_embedding
 from slimstep.models.networks import network_of, trained_steps_of
 from slimstep.models.noise_schedule import NoiseSchedule, are_among, schedule_of
@@ -40,9 +49,9 @@ SAME_IN_BOTH = ("in_channels", "out_channels", "cross_attention_dim", "joint_att
 
 @dataclass(frozen=True)
 class Distillation:
-    """The teacher samples by DDIM whose last step ends in clean latents, or, where it learnt a flow, by Euler's steps
-    with its own shift; `student` is the network that learns, as it is in its folder. `is_few_step`: whether it was
-    distilled before, to few steps or to take its guidance."""
+    """The teacher samples by DDIM whose last step ends in clean latents, or, where it learnt a flow or EDM's F, by
+    Euler's steps with its own shift or σ; `student` is the network that learns, as it is in its folder. `is_few_step`:
+    whether it was distilled before, to few steps or to take its guidance."""
 
     teacher: Teacher
     distillation: DistillationConfig
@@ -52,8 +61,13 @@ class Distillation:
 
     @property
     def is_flow(self) -> bool:
-        """Whether the teacher learnt a flow: its scheduler is that of all networks."""
+        """Whether the teacher learnt a flow."""
         return is_flow(self.teacher.pipeline.scheduler)
+
+    @property
+    def is_continuous(self) -> bool:
+        """Whether the teacher learnt a flow or EDM's F: its scheduler is that of all networks."""
+        return is_continuous(self.teacher.pipeline.scheduler)
 
     @property
     def flow(self) -> FlowSteps | None:
@@ -68,7 +82,7 @@ class Distillation:
     @property
     def scheduler(self) -> diffusers.SchedulerMixin:
         """What networks are trained and sampled with, as teachers too; ε-prediction has become v."""
-        if self.is_flow:
+        if self.is_continuous:
             return self.teacher.pipeline.scheduler
         changes = {} if self.predicts_v else {"prediction_type": "v_prediction"}
         return on_the_grid(self.distillation, diffusers.DDIMScheduler, self.teacher.pipeline.scheduler, **changes)
@@ -106,7 +120,7 @@ class Distillation:
 
     def student_scheduler(self, steps: int) -> Any:
         """The diffusers scheduler that a student of so many steps is exported with; each of them removes noise."""
-        if self.flow:
+        if self.is_continuous:
             return stretched(self.shifted, steps, self.flow)
         objective, options = self.teacher.config.objective, self.requires.sampler_options
         kwargs = {option: objective[key] for option, key in options.items() if key in objective}
@@ -160,8 +174,9 @@ class Distillation:
     def evaluated(self) -> tuple[str, ...]:
         """The models that are evaluated, in order: the teacher's samplers, the teacher converted to v, a student of
         another network before its distillation, the students of few steps."""
-        teachers = ["teacher"] + ([] if self.is_flow else ["teacher-dpm"]) + ([] if self.predicts_v else ["teacher-v"])
-        if self.flow and stretched(self.shifted, 2, self.flow) is not self.scheduler:
+        teachers = ["teacher"] + ([] if self.is_continuous else ["teacher-dpm"])
+        teachers += [] if self.predicts_v else ["teacher-v"]
+        if self.is_continuous and stretched(self.shifted, 2, self.flow) is not self.scheduler:
             teachers.append("teacher-stretched")
         undistilled = ["student"] if self.distillation.student and not self.is_few_step else []
         return *teachers, *undistilled, *(stage.name for stage in self.stages if stage.name.startswith("steps-"))
@@ -217,7 +232,7 @@ def distillation_of(teacher: Teacher) -> Distillation:
     stages = with_changes(stages, distillation.stages or {})
     pipeline = teacher.pipeline
     trained_N = schedule_for(pipeline).trained_N  # by its own scheduler
-    if is_flow(pipeline.scheduler):
+    if is_continuous(pipeline.scheduler):
         pipeline.register_modules(scheduler=eulers(pipeline.scheduler))
     else:
         pipeline.scheduler = on_the_grid(distillation, diffusers.DDIMScheduler, pipeline.scheduler)
@@ -235,7 +250,7 @@ def distillation_of(teacher: Teacher) -> Distillation:
 def check_few_step_teacher(job: Distillation, trained_N: Tensor) -> None:
     """ValueError where a teacher that was distilled to a few steps is asked for what it never learnt.
 
-    `trained_N` are its timesteps. It can make fewer steps of its own ones, by DDIM or, of a flow, by Euler's method.
+    `trained_N` are its timesteps. It can make fewer steps of its own ones, by DDIM or by Euler's method.
     """
     steps, grid = job.distillation.steps, job.schedule.grid(job.scheduler, job.distillation.steps[0])[:, 0]
     kind, why = get_class(job.teacher.config.objective["_target_"]).__name__, None
@@ -243,8 +258,8 @@ def check_few_step_teacher(job: Distillation, trained_N: Tensor) -> None:
         why = f"objective {kind} asks a teacher at all timesteps"
     elif not job.predicts_v:
         why = "it predicts ε: the conversion to v-prediction would train it on means of the data"
-    elif not are_among(grid, trained_N):
-        starts, learnt = ([round(float(t)) for t in times] for times in (grid, trained_N))
+    elif not are_among(grid, trained_N, job.schedule):
+        starts, learnt = ([float(f"{t:.3g}") for t in times.tolist()] for times in (grid, trained_N))
         why = f"distillation.steps={list(steps)} asks it at {starts}, where it learnt {learnt}"
     if why:
         few = f"{job.teacher.config.model.name_or_path} was distilled to {len(trained_N)} steps (model.trained_steps)"
@@ -276,13 +291,12 @@ def student_of(teacher: Teacher, distillation: DistillationConfig) -> tuple[Prun
     options = {key: value for key, value in model.items() if key not in ("_target_", "name_or_path")}
     student = load_pipeline(folder, **options if folder == model["name_or_path"] else {})
     network, scheduler = network_of(student), student.scheduler
-    if not is_flow(scheduler):
+    if not is_continuous(scheduler):
         scheduler = on_the_grid(distillation, diffusers.DDIMScheduler, scheduler)  # as the teacher's is
     of_student, of_teacher = (
         {
             "prediction_type": prediction_type_of(scheduler),
-            # α of every training timestep; of a flow, which has the same at all times, nothing.
-            "noise schedule": [] if is_flow(scheduler) else schedule_of(scheduler).alpha_T.tolist(),
+            "noise schedule": noise_schedule_of(scheduler),
             **{key: unet.config.get(key) for key in SAME_IN_BOTH},
         }
         for scheduler, unet in ((scheduler, network), (teacher.pipeline.scheduler, teacher.unet))
@@ -295,6 +309,14 @@ def student_of(teacher: Teacher, distillation: DistillationConfig) -> tuple[Prun
     set_resolution(student, native_pixels(teacher.pipeline), native_frames(teacher.pipeline))
     was_distilled = bool(trained_steps_of(student) or guidance_embed_dim(network))
     return network.requires_grad_(False).eval(), was_distilled
+
+
+def noise_schedule_of(scheduler: Any) -> Any:
+    """What teacher and student must have in common of it: α of every training timestep; EDM's σ_d; of a flow, which
+    has the same at all times, nothing."""
+    if is_edm(scheduler):
+        return preconditioning_of(scheduler)
+    return None if is_flow(scheduler) else schedule_of(scheduler).alpha_T.tolist()
 
 
 def check(job: Distillation) -> None:
@@ -356,8 +378,8 @@ def check_agreement(job: Distillation) -> None:
         if scale not in compared_at:
             way = f"curves.guidance={compared_at} needs it, for the teacher to compare with"
             raise ValueError(f"objective.guidance_scale={scale:g} is what students have in their weights; {way}")
-    if job.is_flow and requires.sampler:
-        needed = f"needs {requires.sampler}, which no flow has"
+    if job.is_continuous and requires.sampler:
+        needed = f"needs {requires.sampler}, which neither flows nor EDM's networks have"
         raise ValueError(f"objective {kind.__name__} {needed}; choose objective=steps")
     if requires.sampler == "LCMScheduler" and len(job.stages) > 1:
         raise ValueError(f"objective {kind.__name__} has one stage, as distillation.steps=[32,4]; it serves all steps")
@@ -375,13 +397,16 @@ def check_agreement(job: Distillation) -> None:
     if requires.guidance_embedding != bool(distillation.guidance_embed_dim):
         way = f"needs distillation.guidance_embed_dim{', as 256' if requires.guidance_embedding else '=0'}"
         raise ValueError(f"objective {kind.__name__} {way}")
-    if job.is_flow:
+    if job.is_continuous:
+        if distillation.shift and not job.is_flow:
+            what = f"distillation.shift={distillation.shift:g} is for flow matching"
+            raise ValueError(f"{what}, and the teacher's scheduler is {type(job.scheduler).__name__}")
         if distillation.shift and job.scheduler.config.use_dynamic_shifting:
             what = f"distillation.shift={distillation.shift:g}: the teacher's {type(job.scheduler).__name__}"
             raise ValueError(f"{what} takes its shift from the resolution; set base_shift and max_shift there")
         if distillation.sampler != DistillationConfig.sampler:
             what = f"distillation.sampler={distillation.sampler} is for models with betas"
-            raise ValueError(f"{what}; students of a flow leave with the teacher's {type(job.scheduler).__name__}")
+            raise ValueError(f"{what}; students of this teacher leave with its {type(job.scheduler).__name__}")
         return
     if distillation.shift:
         raise ValueError(f"distillation.shift={distillation.shift:g} is for flow matching, and the teacher has betas")

@@ -20,7 +20,7 @@ from slimstep.engine.checks import check_choice, check_fraction, check_minimum, 
 from slimstep.engine.objective import Batch, Cost, Metrics, Requirements
 from slimstep.models.conditioning import Conditioning, conditioning_of
 from slimstep.models.denoiser import Denoiser
-from slimstep.models.noise_schedule import Level, NoiseSchedule, add_noise, each
+from slimstep.models.noise_schedule import Level, NoiseSchedule, VarianceExploding, add_noise, each
 
 TANGENTS = ("difference", "jvp")
 NORM_FLOOR = 0.1  # c of g / (‖g‖ + c)
@@ -88,6 +88,8 @@ class ContinuousConsistency:
         starts_N = self.generation.bounds_N2[:, 0].to(t_B)
         start_B = starts_N[torch.randint(len(starts_N), (rows,), **draw)]
         t_B = torch.where(torch.rand(rows, **draw) < self.start_share, start_B, t_B)
+        if isinstance(self.schedule, VarianceExploding):  # its times are a logarithm: a share is no length of them
+            return t_B, self.schedule.time_at(self.schedule.share_at(t_B) - self.step)
         least = 0 if t_B.is_floating_point() else 1  # timestep
         return t_B, t_B - self.schedule.time_at(torch.full((rows,), self.step, device=t_B.device)).clamp(min=least)
 

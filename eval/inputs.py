@@ -117,7 +117,7 @@ def teacher_of(pipeline: DiffusionPipeline, config: Config, run: Run) -> Teacher
     """Raises ValueError for what is no pipeline, or has no noise schedule to train on."""
     if not isinstance(pipeline, DiffusionPipeline):
         raise ValueError(f"{config.model} is a UNet alone; it serves +experiment=latency_table only")
-    schedule_for(pipeline)  # ValueError for one without betas that is not flow matching's
+    schedule_for(pipeline)  # ValueError for one without betas that is neither flow matching's nor EDM's
     if not config.plan:
         check_weights(pipeline, config)
     if has_weights(pipeline):
@@ -140,7 +140,8 @@ def check_trained(teacher: Teacher, sampler: Sampler) -> None:
     """ValueError where a teacher that was distilled to a few steps is to be sampled at timesteps it never learnt."""
     if not (steps := trained_steps_of(teacher.pipeline)):
         return
-    if not are_among(sampler.starts, schedule_for(teacher.pipeline).trained_N):
+    schedule = schedule_for(teacher.pipeline)
+    if not are_among(sampler.starts, schedule.trained_N, schedule):
         raise ValueError(
             f"{sampler.steps} steps are not among the timesteps that {teacher.config.model.name_or_path} was distilled "
             f"to, model.trained_steps={steps}: set eval.steps, scoring.steps and latents.steps to {steps} and their "

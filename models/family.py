@@ -25,7 +25,7 @@ from slimstep.models.families.transformer.single_file import names_in
 from slimstep.models.families.unet2d import family as unet2d
 from slimstep.models.flow import FlowSteps, is_flow
 from slimstep.models.networks import DENOISERS, network_of, trained_steps_of
-from slimstep.models.noise_schedule import RectifiedFlow, VariancePreserving, schedule_of, trained_at_steps
+from slimstep.models.noise_schedule import AnySchedule, schedule_of, trained_at_steps
 from slimstep.models.sizes import sides_of
 
 
@@ -192,9 +192,7 @@ def denoiser_of(network: nn.Module, prediction_type: str = "epsilon") -> Denoise
     return family.denoiser(network, prediction_type, shape)
 
 
-def schedule_for(
-    pipeline: DiffusionPipeline, scheduler: Any = None, device: str | torch.device = "cpu"
-) -> VariancePreserving | RectifiedFlow:
+def schedule_for(pipeline: DiffusionPipeline, scheduler: Any = None, device: str | torch.device = "cpu") -> AnySchedule:
     """The noise schedule of a pipeline, or of another scheduler in it; ValueError as `schedule_of` raises it.
 
     Where the pipeline was distilled to a few steps, it is trained at the timesteps of these alone.

@@ -1,6 +1,8 @@
 """Flow matching's steps as diffusers' pipelines make them: FlowMatchEulerDiscreteScheduler and its shifts, and solvers
 of other kinds with flow matching's σ (`use_flow_sigmas`), as Sana's DPM-Solver.
 
+What else has continuous times, EDM's schedulers (models/edm.py), is asked here too for its steps.
+
 A shift s moves times towards noise: σ = s·u / (1 + (s − 1)·u) for u from 0 to 1 (Esser et al. 2024, equation 23). It is
 a number of the scheduler, or follows from an image's tokens, as the pipeline that calls the scheduler works it out.
 """
@@ -14,6 +16,8 @@ import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 from torch import Tensor
+
+from slimstep.models.edm import eulers_of, is_edm, stretched_edm
 
 
 @dataclass(frozen=True)
@@ -53,8 +57,16 @@ def is_flow_solver(scheduler: Any) -> bool:
     return bool(takes_flow) and config.get("prediction_type") == "flow_prediction"
 
 
+def is_continuous(scheduler: Any) -> bool:
+    """Whether its times are continuous: a flow's, or EDM's."""
+    return is_flow(scheduler) or is_edm(scheduler)
+
+
 def eulers(scheduler: Any) -> Any:
-    """The scheduler that makes Euler's steps on a flow, with the same shift: itself, or one in a solver's place."""
+    """The scheduler that makes Euler's steps on a flow, with the same shift, or on EDM's σ: itself, or one in a
+    solver's place."""
+    if is_edm(scheduler):
+        return eulers_of(scheduler)
     if not is_flow_solver(scheduler):
         return scheduler
     fields = {"num_train_timesteps": scheduler.config.num_train_timesteps, "shift": scheduler.config.flow_shift}
@@ -62,7 +74,9 @@ def eulers(scheduler: Any) -> Any:
 
 
 def prediction_type_of(scheduler: Any) -> str:
-    """What the scheduler's network predicts: `flow`, or what its configuration says."""
+    """What the scheduler's network predicts: `flow`, `edm`, or what its configuration says."""
+    if is_edm(scheduler):
+        return "edm"
     return "flow" if is_flow(scheduler) else scheduler.config.get("prediction_type")
 
 
@@ -95,13 +109,16 @@ def shift_of(scheduler: Any, flow: FlowSteps) -> float:
     return math.exp(mu) if scheduler.config.get("time_shift_type", "exponential") == "exponential" else mu
 
 
-def stretched(scheduler: Any, steps: int, flow: FlowSteps) -> Any:
+def stretched(scheduler: Any, steps: int, flow: FlowSteps | None) -> Any:
     """A scheduler of which each of so many steps removes noise: the last starts at the shifted 1/steps, or above.
 
     diffusers spends one step of any number on the last training time, or on the `shift_terminal` that a model has for
     many steps. The right one stretches σ in whatever pipeline, by configuration alone; one step has none, since
-    diffusers would make 0 / 0 of it. The same scheduler where it is so already.
+    diffusers would make 0 / 0 of it. The same scheduler where it is so already. EDM's has another σ_min. flow: None
+    for EDM's.
     """
+    if flow is None:
+        return stretched_edm(scheduler, steps)
     if steps == 1:
         return from_config(scheduler, shift_terminal=None) if scheduler.config.get("shift_terminal") else scheduler
     made = copy.deepcopy(scheduler)

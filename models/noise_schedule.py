@@ -2,7 +2,7 @@
 
 A `NoiseSchedule` gives α and σ at a time, and the times of training and of sampling. Everything else is a free function
 of a level, the pair (α, σ) of each row, and of what the network predicts, for samples of any number of axes: ε; v = α ε
-− σ x0 (Salimans & Ho 2022, section 4); the sample x0; or the flow ε − x0 (Liu et al. 2023).
+− σ x0 (Salimans & Ho 2022, section 4); the sample x0; the flow ε − x0 (Liu et al. 2023); or EDM's F (models/edm.py).
 
 Axes: B batch, T training timesteps, N steps of a sampler, K bounds of a step. z, x0, ε and predictions are [B, …].
 """
@@ -15,10 +15,22 @@ import torch
 from diffusers import EulerDiscreteScheduler, SchedulerMixin
 from torch import Tensor
 
+from slimstep.models.edm import (
+    Preconditioned,
+    Sigmas,
+    check_edm,
+    is_edm,
+    preconditioning_of,
+    sigma_at,
+    sigmas_of,
+    time_of,
+    times_of,
+)
 from slimstep.models.flow import FlowSteps, check_flow, is_flow, set_steps, shift_of, shifted, unshifted
 from slimstep.models.schedulers import check_noise_schedule
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # of schedules with betas; a rectified flow's is "flow"
+Prediction = str | Preconditioned  # the latter is EDM's
 Level = tuple[Tensor, Tensor]  # α and σ, [B] each
 LEAST_SIGMA = 0.025  # of noise at the start of a step: with less the step has next to nothing to do
 
@@ -27,7 +39,7 @@ class NoiseSchedule(Protocol):
     """How noisy samples are at each time; times may be whole timesteps or continuous."""
 
     @property
-    def prediction_type(self) -> str: ...
+    def prediction_type(self) -> Prediction: ...
 
     def alpha_sigma(self, t_B: Tensor) -> Level:
         """α and σ, each shaped as `t_B`."""
@@ -158,14 +170,69 @@ class RectifiedFlow:
         return times_NK
 
 
+@dataclass(frozen=True)
+class VarianceExploding:
+    """EDM's samples with noise as its networks see them, c_in (x0 + σ ε): α = c_in and σ = c_in σ, with the paper's σ
+    on the right (models/edm.py); c_in = 1 / √(σ² + σ_d²).
+
+    A time is c_noise, the timestep that a pipeline gives its network; −∞ is that of a sample. Training times are those
+    of a σ whose logarithm is normal, with this mean and deviation (Karras et al. 2022, table 1); or, where the network
+    was distilled to a few times, one of these, `trained_N`. As the target is F, the squared error is the paper's:
+    λ(σ) ‖D − x0‖² with λ = 1 / c_out².
+    """
+
+    prediction_type: Preconditioned
+    sigmas: Sigmas
+    log_mean: float = -1.2
+    log_std: float = 1.2
+    trained_N: Tensor | None = None
+
+    def alpha_sigma(self, t_B: Tensor) -> Level:
+        sigma_B = sigma_at(t_B)
+        c_in_B = (sigma_B**2 + self.prediction_type.sigma_data**2).rsqrt()
+        return c_in_B, c_in_B * sigma_B
+
+    def sample_times(self, size: int, generator: torch.Generator) -> Tensor:
+        if self.trained_N is not None:
+            return one_of(self.trained_N, size, generator)
+        normal_B = torch.randn(size, generator=generator, device=generator.device)
+        return (self.log_mean + self.log_std * normal_B) / 4
+
+    def time_at(self, share_B: Tensor) -> Tensor:
+        return time_of(self.sigmas.at(share_B))
+
+    def share_at(self, t_B: Tensor) -> Tensor:
+        return self.sigmas.shares(sigma_at(t_B))
+
+    def grid(self, scheduler: SchedulerMixin, steps: int) -> Tensor:
+        """Those of an EDM scheduler, which lands where the next step starts, and ends in a sample."""
+        scheduler = copy.deepcopy(scheduler)
+        scheduler.set_timesteps(steps)
+        times = times_of(scheduler)
+        return torch.stack([times[:-1], times[1:]], dim=1)
+
+    def within(self, bounds_N2: Tensor, parts: int) -> Tensor:
+        """[N, parts + 1]: each step, cut into so many equal shares of the way; the last as if it ended at σ_min."""
+        start_N1, end_N1 = self.share_at(bounds_N2).split(1, dim=1)
+        times_NK = self.time_at(start_N1 + (end_N1 - start_N1) * torch.linspace(0, 1, parts + 1))
+        times_NK[:, [0, -1]] = bounds_N2  # to the bit, as the student's scheduler has them
+        return times_NK
+
+
+AnySchedule = VariancePreserving | RectifiedFlow | VarianceExploding
+
+
 def schedule_of(
     scheduler: SchedulerMixin, device: str | torch.device = "cpu", flow: FlowSteps | None = None
-) -> "VariancePreserving | RectifiedFlow":
+) -> AnySchedule:
     """The schedule of any diffusers scheduler that carries `alphas_cumprod`, zero terminal SNR included, or is flow
-    matching's; `flow` is how the model's pipeline makes the steps of the latter.
+    matching's or EDM's; `flow` is how the model's pipeline makes the steps of a flow.
 
-    Raises ValueError for others (EDM), and for an unknown prediction type.
+    Raises ValueError for others, and for an unknown prediction type.
     """
+    if is_edm(scheduler):
+        check_edm(scheduler)
+        return VarianceExploding(preconditioning_of(scheduler), sigmas_of(scheduler))
     if is_flow(scheduler):
         check_flow(scheduler)
         flow = flow or FlowSteps()
@@ -178,16 +245,16 @@ def schedule_of(
     return VariancePreserving(alpha_T, sigma_T, scheduler.config.get("prediction_type"), final_alpha)
 
 
-def trained_at_steps(
-    schedule: "VariancePreserving | RectifiedFlow", scheduler: SchedulerMixin, steps: int
-) -> "VariancePreserving | RectifiedFlow":
+def trained_at_steps(schedule: AnySchedule, scheduler: SchedulerMixin, steps: int) -> AnySchedule:
     """The schedule of a network that learnt nothing but the timesteps at which `scheduler` starts so many steps."""
     return replace(schedule, trained_N=schedule.grid(scheduler, steps)[:, 0])
 
 
-def are_among(times_S: Tensor, trained_N: Tensor) -> bool:
-    """Whether each of these times is one of those that a network was trained at; a flow's are no whole numbers."""
-    return bool((times_S[:, None] - trained_N).abs().amin(dim=1).max() < 0.5)
+def are_among(times_S: Tensor, trained_N: Tensor, schedule: NoiseSchedule) -> bool:
+    """Whether each of these times is one of those that a network was trained at; but for betas they are no whole
+    numbers, and EDM's span less than 3."""
+    nearest = 1e-3 if isinstance(schedule, VarianceExploding) else 0.5
+    return bool((times_S[:, None] - trained_N).abs().amin(dim=1).max() < nearest)
 
 
 def one_of(times_N: Tensor, size: int, generator: torch.Generator) -> Tensor:
@@ -216,7 +283,7 @@ def add_noise(x0: Tensor, noise: Tensor, level: Level) -> Tensor:
     return alpha * x0 + sigma * noise
 
 
-def target_of(x0: Tensor, noise: Tensor, level: Level, prediction_type: str) -> Tensor:
+def target_of(x0: Tensor, noise: Tensor, level: Level, prediction_type: Prediction) -> Tensor:
     """What the network has to predict at this level."""
     alpha, sigma = (each(x_B, x0) for x_B in level)
     match prediction_type:
@@ -226,10 +293,12 @@ def target_of(x0: Tensor, noise: Tensor, level: Level, prediction_type: str) -> 
             return x0
         case "v_prediction":
             return alpha * noise - sigma * x0
+        case Preconditioned(sigma_data, sign):
+            return sign * (sigma / sigma_data * x0 - sigma_data * alpha * noise)
     return noise - x0
 
 
-def x0_of(pred: Tensor, z: Tensor, level: Level, prediction_type: str) -> Tensor:
+def x0_of(pred: Tensor, z: Tensor, level: Level, prediction_type: Prediction) -> Tensor:
     """The sample that a prediction at z stands for; infinite for ε-prediction where α = 0."""
     alpha, sigma = (each(x_B, z) for x_B in level)
     match prediction_type:
@@ -239,10 +308,12 @@ def x0_of(pred: Tensor, z: Tensor, level: Level, prediction_type: str) -> Tensor
             return pred
         case "v_prediction":
             return alpha * z - sigma * pred
+        case Preconditioned(sigma_data, sign):  # c_skip z / c_in + c_out F
+            return sigma_data * (sigma_data * alpha * z + sign * sigma * pred)
     return (z - sigma * pred) / (alpha + sigma)
 
 
-def eps_of(pred: Tensor, z: Tensor, level: Level, prediction_type: str) -> Tensor:
+def eps_of(pred: Tensor, z: Tensor, level: Level, prediction_type: Prediction) -> Tensor:
     """The noise that a prediction at z stands for; infinite for sample prediction where σ = 0."""
     alpha, sigma = (each(x_B, z) for x_B in level)
     match prediction_type:
@@ -252,10 +323,12 @@ def eps_of(pred: Tensor, z: Tensor, level: Level, prediction_type: str) -> Tenso
             return (z - alpha * pred) / sigma
         case "v_prediction":
             return sigma * z + alpha * pred
+        case Preconditioned(sigma_data, sign):
+            return sigma * z - sign * sigma_data * alpha * pred
     return (z + alpha * pred) / (alpha + sigma)
 
 
-def pred_of(x0: Tensor, z: Tensor, level: Level, prediction_type: str) -> Tensor:
+def pred_of(x0: Tensor, z: Tensor, level: Level, prediction_type: Prediction) -> Tensor:
     """What the network would have to predict at z to stand for x0; but for sample prediction σ must be above 0."""
     if prediction_type == "sample":
         return x0
@@ -263,7 +336,7 @@ def pred_of(x0: Tensor, z: Tensor, level: Level, prediction_type: str) -> Tensor
     return target_of(x0, (z - alpha * x0) / sigma, level, prediction_type)
 
 
-def ddim_step(pred: Tensor, z: Tensor, start: Level, end: Level, prediction_type: str) -> Tensor:
+def ddim_step(pred: Tensor, z: Tensor, start: Level, end: Level, prediction_type: Prediction) -> Tensor:
     """Where one deterministic step from z lands: α_s x̂ + σ_s ε̂ (Song et al. 2021, equation 12 with η = 0)."""
     alpha, sigma = (each(x_B, z) for x_B in end)
     return alpha * x0_of(pred, z, start, prediction_type) + sigma * eps_of(pred, z, start, prediction_type)
@@ -288,16 +361,16 @@ def nested_steps(
 ) -> Tensor:
     """[N, K]: row n holds the times of a student's step n: its start, the teacher's starts within, its end.
 
-    On a flow the teacher's starts lie within the student's steps, whatever its own grid; a last step that starts with
-    next to no noise is left out, for nothing is learnt of it. Raises ValueError where the student's starts are not
-    among the teacher's, or the teacher's number of steps is no multiple of the student's.
+    On a flow and on EDM's σ the teacher's starts lie within the student's steps, whatever its own grid; a last step
+    that starts with next to no noise is left out, for nothing is learnt of it. Raises ValueError where the student's
+    starts are not among the teacher's, or the teacher's number of steps is no multiple of the student's.
     """
-    if isinstance(schedule, RectifiedFlow):
+    if isinstance(schedule, RectifiedFlow | VarianceExploding):
         parts, left = divmod(teacher_steps, steps)
         if left or not parts:
             raise ValueError(f"a teacher's {teacher_steps} steps are no multiple of {steps}; it needs one, as 32 of 16")
         bounds_NK = schedule.within(schedule.grid(student_scheduler, steps), parts)
-        return bounds_NK[(bounds_NK[:, 0] >= LEAST_SIGMA * schedule.num_train_timesteps)]
+        return bounds_NK[schedule.alpha_sigma(bounds_NK[:, 0])[1] >= LEAST_SIGMA]
     starts_N, ends_N = schedule.grid(student_scheduler, steps).T
     teacher_starts, _ = schedule.grid(teacher_scheduler, teacher_steps).T
     per_step, left = divmod(teacher_steps, steps)

@@ -179,9 +179,9 @@ def check_noise_schedule(scheduler) -> None:
         why = f"has timestep_type={config.timestep_type}"
     if why:
         raise ValueError(
-            f"the model's {type(scheduler).__name__} {why}: EDM and flow matching are neither trained nor given "
-            "another model.scheduler yet, but for FlowMatchEulerDiscreteScheduler and solvers with use_flow_sigmas "
-            "and prediction_type=flow_prediction, which are trained; "
+            f"the model's {type(scheduler).__name__} {why}: EDM and flow matching are given no other model.scheduler, "
+            "and trained with EDMEulerScheduler, EDMDPMSolverMultistepScheduler, FlowMatchEulerDiscreteScheduler and "
+            "solvers with use_flow_sigmas and prediction_type=flow_prediction alone; "
             "+experiment=evaluate and benchmark take one that its stock pipeline samples"
         )
 

@@ -9,6 +9,8 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    EDMDPMSolverMultistepScheduler,
+    EDMEulerScheduler,
     EulerDiscreteScheduler,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
@@ -111,6 +113,15 @@ def tiny_sdxl_pipeline(prediction_type: str = "epsilon") -> StableDiffusionXLPip
         tokenizer_2=tiny_tokenizer(pad_token="!"), unet=unet.eval(), scheduler=scheduler, add_watermarker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def tiny_edm_pipeline(scheduler: EDMEulerScheduler | EDMDPMSolverMultistepScheduler) -> StableDiffusionXLPipeline:
+    """Playground v2.5: SDXL with EDM's scheduler, and a VAE that says its latents' mean and deviation."""
+    pipeline = tiny_sdxl_pipeline()
+    statistics = {"latents_mean": [-1.6, 1.1, -0.4, 0.2], "latents_std": [8.4, 6.1, 4.8, 5.6]}
+    pipeline.vae.register_to_config(scaling_factor=0.5, **statistics)
+    pipeline.register_modules(scheduler=scheduler)
     return pipeline
 
 

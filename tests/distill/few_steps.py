@@ -4,6 +4,7 @@ import copy
 from itertools import count
 
 import torch
+from diffusers import EDMEulerScheduler
 
 from slimstep.distill.dmd import DistributionMatching
 from slimstep.distill.generation import Generated, Generation
@@ -27,6 +28,10 @@ class World:
         if kind == "UNet":
             self.teacher = PrunableUNet2DConditionModel.from_unet(small_stock_unet())
             self.scheduler, self.schedule = scheduler(), schedule_of(scheduler())
+        elif kind == "EDM":
+            self.teacher = PrunableUNet2DConditionModel.from_unet(small_stock_unet())
+            self.schedule = schedule_of(EDMEulerScheduler())
+            self.scheduler = stretched(EDMEulerScheduler(), steps, None)
         else:
             self.teacher, pipeline = PRUNABLE[kind].from_unet(STOCK[kind]()), PIPELINES[kind]()
             pipeline.register_modules(transformer=self.teacher, scheduler=eulers(pipeline.scheduler))

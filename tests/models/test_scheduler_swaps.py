@@ -25,7 +25,8 @@ from diffusers import (
 )
 
 from slimstep.eval.sampling import Sampler
-from slimstep.models.flow import is_flow
+from slimstep.models.edm import Preconditioned, is_edm
+from slimstep.models.flow import is_continuous, is_flow
 from slimstep.models.noise_schedule import schedule_of
 from slimstep.models.pipeline import check_pipeline, load_pipeline
 from slimstep.models.schedulers import (
@@ -101,6 +102,8 @@ def test_a_schedule_is_read_off_betas_or_refused_in_one_line(name):
     else:
         if is_flow(scheduler):
             assert schedule.prediction_type == "flow"
+        elif is_edm(scheduler):
+            assert schedule.prediction_type == Preconditioned(sigma_data=0.5, sign=1)
         else:
             torch.testing.assert_close(schedule.alpha_T**2, scheduler.alphas_cumprod.float())
 
@@ -113,8 +116,9 @@ WITHOUT_BETAS = [
 
 
 @pytest.mark.parametrize("own", WITHOUT_BETAS, ids=lambda own: type(own).__name__)
-def test_what_was_not_trained_on_betas_is_given_no_other_scheduler_and_but_for_flow_matching_not_trained(own):
-    trained = [] if is_flow(own) else [schedule_of]
+def test_what_was_not_trained_on_betas_is_given_no_other_scheduler(own):
+    """Flow matching and EDM are trained all the same, others not."""
+    trained = [] if is_continuous(own) else [schedule_of]
     for refuse in (*trained, check_noise_schedule, lambda s: swapped_scheduler(s, "ddim")):
         with pytest.raises(ValueError, match=f"the model's {type(own).__name__} has .*EDM and flow matching"):
             refuse(own)

@@ -7,8 +7,8 @@ import pytest
 import torch
 from diffusers import (
     DiffusionPipeline,
-    EDMEulerScheduler,
     FlowMatchEulerDiscreteScheduler,
+    IPNDMScheduler,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
@@ -296,8 +296,8 @@ def test_it_is_counted():
 
 
 def test_a_scheduler_that_is_neither_flow_matchings_nor_of_betas_is_refused(pipeline):
-    with pytest.raises(ValueError, match="the model's EDMEulerScheduler has no noise schedule of betas"):
-        schedule_for(pipeline, EDMEulerScheduler())
+    with pytest.raises(ValueError, match="the model's IPNDMScheduler has no noise schedule of betas"):
+        schedule_for(pipeline, IPNDMScheduler())
 
 
 # ---- training

@@ -127,4 +127,4 @@ def test_objectives_that_a_flow_has_no_sampler_for_are_refused(place):
     scorer = ["scorer=openclip", f"scorer.model=local-dir:{place}/clip", "scorer.pretrained=null"]
     model = ["model=path", f"model.name_or_path={place}/model", f"root={place}/runs", "name=lcm", *scorer]
     done = run_job("+experiment=distill_steps", "objective=lcm", "distillation.steps=[32,4]", *model)
-    assert done.returncode == 1 and "needs LCMScheduler, which no flow has; choose objective=steps" in done.stderr
+    assert done.returncode == 1 and "needs LCMScheduler, which neither flows nor EDM" in done.stderr
