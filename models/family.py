@@ -19,6 +19,7 @@ from slimstep.models.denoiser import Denoiser
 from slimstep.models.families.ddpm import family as ddpm
 from slimstep.models.families.exported import Exported
 from slimstep.models.families.prunable import Prunable
+from slimstep.models.families.svd import family as svd
 from slimstep.models.families.transformer import cogvideox, flux, pixart, qwen, sana, sd3
 from slimstep.models.families.transformer.others import OTHERS, REFUSED
 from slimstep.models.families.transformer.single_file import names_in
@@ -131,6 +132,9 @@ FAMILIES: tuple[Family, ...] = (
 )  # fmt: skip
 
 
+ALONE: tuple[Any, ...] = (svd,)  # of networks whose pipelines no job drives: how they are called, and nothing else
+
+
 def family_at(name_or_path: str | Path) -> Family:
     """The family of a folder, hub id or single file. Raises ValueError for a pipeline of none."""
     if is_single_file(name_or_path):
@@ -167,9 +171,11 @@ def stored_flow(name_or_path: str | Path) -> FlowSteps | None:
 
 
 def without_a_job(network: str | None) -> str:
-    """What can be done with a transformer whose pipelines no job drives."""
-    if network in OTHERS:
-        return f". Blocks of a {network} can be removed without a job (docs/models.md, Other transformers)"
+    """What can be done with a network whose pipelines no job drives."""
+    alone = [family.NETWORK.STOCK.__name__ for family in ALONE]
+    if network in (*OTHERS, *alone):
+        section = "Stable Video Diffusion" if network in alone else "Other transformers"
+        return f". Blocks of a {network} can be removed without a job (docs/models.md, {section})"
     return f". Blocks of a {network} cannot be removed, either: {REFUSED[network]}" if network in REFUSED else ""
 
 
@@ -181,7 +187,7 @@ def family_of(model: DiffusionPipeline | nn.Module) -> Family:
     """The family of a pipeline that is loaded, or of a network, whatever it is wrapped in."""
     network = network_of(model) if isinstance(model, DiffusionPipeline) else model
     bare = extract_model_from_parallel(network, keep_torch_compile=False)
-    return next(family for family in FAMILIES if isinstance(bare, family.NETWORK.STOCK))
+    return next(family for family in (*FAMILIES, *ALONE) if isinstance(bare, family.NETWORK.STOCK))
 
 
 def denoiser_of(network: nn.Module, prediction_type: str = "epsilon") -> Denoiser:

@@ -4,6 +4,7 @@ import torch
 from diffusers import AutoencoderKL
 
 from slimstep.engine.seeding import seed_of
+from slimstep.models.families.svd.network import PrunableUNetSpatioTemporalConditionModel
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 
 SD15 = {
@@ -39,6 +40,8 @@ SDXL = {
     "projection_class_embeddings_input_dim": 2816,
 }
 CONFIGS = {"sd15": SD15, "sd21": SD21, "sdxl": SDXL}
+SVD_XT = {"sample_size": 96, "num_attention_heads": (5, 10, 20, 20), "num_frames": 25}
+VIDEO_CONFIGS = {"svd_xt": SVD_XT}
 # OpenAI's ViT-L/14, and the text halves of OpenCLIP's H/14 (SD-2, without its last layer) and bigG/14 (SDXL's second).
 CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12,
           "projection_dim": 768, "hidden_act": "quick_gelu"}  # fmt: skip
@@ -74,11 +77,13 @@ VAE_CONFIGS = {
 }
 
 
-def random_unet(name: str, seed: int = 0) -> PrunableUNet2DConditionModel:
+def random_unet(name: str, seed: int = 0) -> PrunableUNet2DConditionModel | PrunableUNetSpatioTemporalConditionModel:
     """A UNet of a known configuration with random weights, enough to time it; ValueError for an unknown name."""
-    if name not in CONFIGS:
-        raise ValueError(f"no UNet configuration is called {name!r}; choose from {list(CONFIGS)}")
+    if name not in (*CONFIGS, *VIDEO_CONFIGS):
+        raise ValueError(f"no UNet configuration is called {name!r}; choose from {[*CONFIGS, *VIDEO_CONFIGS]}")
     torch.manual_seed(seed_of("random unet", seed))
+    if name in VIDEO_CONFIGS:
+        return PrunableUNetSpatioTemporalConditionModel(**VIDEO_CONFIGS[name]).eval()
     return PrunableUNet2DConditionModel(**CONFIGS[name]).eval()
 
 

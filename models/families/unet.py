@@ -15,8 +15,9 @@ import torch
 from diffusers import ModelMixin
 from diffusers.models.attention import BasicTransformerBlock
 from diffusers.models.attention_processor import Attention
-from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.resnet import ResnetBlock2D, TemporalResnetBlock
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from diffusers.models.transformers.transformer_temporal import TransformerSpatioTemporalModel
 from torch import Tensor, nn
 
 from slimstep.models.architecture import Levels, unet_levels
@@ -107,10 +108,18 @@ class MaskedBlock:
         if self.running.mask_BN is None:
             return output
         y = output[0] if isinstance(output, tuple) else output
-        open_B = self.running.mask_BN[:, self.column]
         # where, not a product: 0 * inf in a closed branch would still be nan.
-        y = torch.where(open_B.view(-1, *[1] * (y.ndim - 1)), y, skipped(self, self.rule, x))
+        y = torch.where(open_rows(self, y), y, skipped(self, self.rule, x))
         return (y,) if isinstance(output, tuple) else y
+
+
+def open_rows(block: nn.Module, y: Tensor) -> Tensor:
+    """Whether a block is open in each row of features y, shaped to meet their axes; a video's frames are as many rows
+    of one sample."""
+    open_B = block.running.mask_BN[:, block.column]
+    if len(open_B) != len(y):
+        open_B = open_B.repeat_interleave(len(y) // len(open_B))
+    return open_B.view(-1, *[1] * (y.ndim - 1))
 
 
 class MaskedResnet(MaskedBlock, ResnetBlock2D):
@@ -147,7 +156,8 @@ class Removed(nn.Module):
 
     def __init__(self, removed: nn.Module, rule: str):
         super().__init__()
-        self.rule, self.is_transformer = rule, isinstance(removed, Transformer2DModel)
+        self.rule = rule
+        self.is_transformer = isinstance(removed, Transformer2DModel | TransformerSpatioTemporalModel)
         self.is_attention = isinstance(removed, Attention)
         self.out_channels = getattr(removed, "out_channels", None)
         if rule == "shortcut":
@@ -201,9 +211,9 @@ def skip_rule_choices(unet: ModelMixin, block: str) -> tuple[str, ...]:
 
 def silence(block: nn.Module) -> nn.Module:
     """Zero the last layer of each residual branch: the block becomes the identity."""
-    if isinstance(block, ResnetBlock2D):
+    if isinstance(block, ResnetBlock2D | TemporalResnetBlock):
         last = [block.conv2]
-    elif isinstance(block, Transformer2DModel):
+    elif isinstance(block, Transformer2DModel | TransformerSpatioTemporalModel):
         last = [block.proj_out]
     elif isinstance(block, Attention):
         last = [block.to_out[0]]
