@@ -19,6 +19,7 @@ from slimstep.models.edm import (
     Preconditioned,
     Sigmas,
     check_edm,
+    is_continuous_euler,
     is_edm,
     preconditioning_of,
     sigma_at,
@@ -32,6 +33,7 @@ from slimstep.models.schedulers import check_noise_schedule
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")  # of schedules with betas; a rectified flow's is "flow"
 Prediction = str | Preconditioned  # the latter is EDM's
 Level = tuple[Tensor, Tensor]  # α and σ, [B] each
+EDM_LOG_SIGMA, SVD_LOG_SIGMA = (-1.2, 1.2), (0.7, 1.6)  # mean and deviation of ln σ in training
 LEAST_SIGMA = 0.025  # of noise at the start of a step: with less the step has next to nothing to do
 
 
@@ -176,15 +178,16 @@ class VarianceExploding:
     on the right (models/edm.py); c_in = 1 / √(σ² + σ_d²).
 
     A time is c_noise, the timestep that a pipeline gives its network; −∞ is that of a sample. Training times are those
-    of a σ whose logarithm is normal, with this mean and deviation (Karras et al. 2022, table 1); or, where the network
+    of a σ whose logarithm is normal, with this mean and deviation (Karras et al. 2022, table 1; of videos Blattmann et
+    al. 2023b, Stable Video Diffusion); or, where the network
     was distilled to a few times, one of these, `trained_N`. As the target is F, the squared error is the paper's:
     λ(σ) ‖D − x0‖² with λ = 1 / c_out².
     """
 
     prediction_type: Preconditioned
     sigmas: Sigmas
-    log_mean: float = -1.2
-    log_std: float = 1.2
+    log_mean: float = EDM_LOG_SIGMA[0]
+    log_std: float = EDM_LOG_SIGMA[1]
     trained_N: Tensor | None = None
 
     def alpha_sigma(self, t_B: Tensor) -> Level:
@@ -232,7 +235,8 @@ def schedule_of(
     """
     if is_edm(scheduler):
         check_edm(scheduler)
-        return VarianceExploding(preconditioning_of(scheduler), sigmas_of(scheduler))
+        log_sigma = SVD_LOG_SIGMA if is_continuous_euler(scheduler) else EDM_LOG_SIGMA
+        return VarianceExploding(preconditioning_of(scheduler), sigmas_of(scheduler), *log_sigma)
     if is_flow(scheduler):
         check_flow(scheduler)
         flow = flow or FlowSteps()

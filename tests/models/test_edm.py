@@ -108,11 +108,12 @@ def test_targets_have_unit_variance_where_samples_have_the_deviation_that_is_sai
     torch.testing.assert_close(target_of(x0, noise, level, schedule.prediction_type).var(1), ones, rtol=0.03, atol=0)
 
 
-def test_training_sigmas_are_log_normal():
-    """ln σ ~ N(−1.2, 1.2²) (Karras et al. 2022, table 1)."""
-    t = schedule_of(KINDS["Euler"]).sample_times(4000, torch.Generator().manual_seed(0))
+@pytest.mark.parametrize(("kind", "mean", "std"), [("Euler", -1.2, 1.2), ("Stable Video Diffusion", 0.7, 1.6)])
+def test_training_sigmas_are_log_normal(kind, mean, std):
+    """As Karras et al. 2022, table 1, and Blattmann et al. 2023 have it."""
+    t = schedule_of(KINDS[kind]).sample_times(4000, torch.Generator().manual_seed(0))
     log_sigma = sigma_at(t).log()
-    assert abs(log_sigma.mean() + 1.2) < 0.08 and abs(log_sigma.std() - 1.2) < 0.06
+    assert abs(log_sigma.mean() - mean) < 0.08 and abs(log_sigma.std() - std) < 0.06
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 25])

@@ -12,16 +12,23 @@ from diffusers import (
     UNetSpatioTemporalConditionModel,
 )
 from PIL import Image
-from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
+from torch import nn
+from transformers import BatchFeature, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from slimstep.distill.recovery import Recovery
+from slimstep.distill.steps import StepDistillation
+from slimstep.distill.teaching import StepSchedule
 from slimstep.eval.config import LatencyConfig
+from slimstep.models.conditioning import Conditioning
 from slimstep.models.cost import count_activation_bytes, count_gflops, count_parameters
 from slimstep.models.families.svd.network import PrunableUNetSpatioTemporalConditionModel
 from slimstep.models.family import denoiser_of, family_at
+from slimstep.models.flow import stretched
 from slimstep.models.guidance import guided
 from slimstep.models.noise_schedule import add_noise, schedule_of, target_of
 from slimstep.models.reference import VIDEO_CONFIGS
 from slimstep.prune.latency import latency_table
+from slimstep.prune.stochastic_depth import StochasticDepth
 from tests.jobs import run_job
 from tests.tiny import slow
 
@@ -319,6 +326,53 @@ def test_stock_pipelines_draw_with_a_pruned_network_and_load_its_export(unet, tm
     loaded.set_progress_bar_config(disable=True)
     assert torch.equal(frames(loaded), drawn) and not torch.equal(drawn, whole)
     assert type(loaded.unet).__name__ == "PrunableUNetSpatioTemporalConditionModel"
+
+
+def test_what_is_called_here_draws_what_the_stock_pipeline_draws(unet):
+    """Its latents, from the same noise, by its scheduler, with the image's conditions and a scale for each frame."""
+    pipeline, (noise, _) = small_svd_pipeline(), torch.randn(2, 1, 4, FRAMES, 8, 8)
+    pipeline.register_modules(unet=unet)
+    image, plain = torch.rand(1, 3, 16, 16), {"noise_aug_strength": 0.0, "height": 16, "width": 16}
+    asked = {"num_inference_steps": 3, "output_type": "latent", "max_guidance_scale": 2.5, "fps": 8}
+    resized = nn.functional.interpolate(image, (224, 224))  # the pipeline resizes no tensors for its image encoder
+    pipeline.feature_extractor = lambda images, **_: BatchFeature({"pixel_values": resized})
+    stock = pipeline(image, latents=noise.transpose(1, 2), **asked, **plain).frames
+    with torch.no_grad():
+        embedding = pipeline.image_encoder(resized).image_embeds[:, None]
+        image_latents = pipeline.vae.encode(image * 2 - 1).latent_dist.mode()
+    ids = torch.tensor([[8.0 - 1, 127, 0]])
+    cond = Conditioning({"image": embedding, "image_latents": image_latents, "time_ids": ids})
+    empty = Conditioning({**{k: torch.zeros_like(v) for k, v in cond.tensors.items()}, "time_ids": ids})
+    scheduler, denoiser = copy.deepcopy(pipeline.scheduler), denoiser_of(unet)
+    scheduler.set_timesteps(3)
+    z = noise * scheduler.init_noise_sigma
+    for t in scheduler.timesteps:
+        with torch.no_grad():
+            pred, _ = guided(denoiser, unet, scheduler.scale_model_input(z, t), t, cond, empty, 2.5)
+        z = scheduler.step(pred, t, z, return_dict=False)[0]
+    torch.testing.assert_close(z.transpose(1, 2), stock, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", [StochasticDepth, Recovery, StepDistillation])
+def test_objectives_train_it_on_videos(unet, kind):
+    """Masks for each sample's frames, features of each level, and the steps of its own scheduler's students."""
+    scheduler = small_svd_pipeline().scheduler
+    schedule, denoiser, student = schedule_of(scheduler), denoiser_of(unet), copy.deepcopy(unet)
+    latents, _, cond = denoiser.example(unet, BATCH, generator=torch.Generator().manual_seed(0))
+    uncond = cond.rows([0]).map(torch.zeros_like)
+    students = stretched(scheduler, 2, None)
+    own = {
+        StochasticDepth: {"skip_prob": {"resnet": 0.3, "attention": 0.3}},
+        StepDistillation: {"step_schedule": StepSchedule(scheduler, 4, students, 2)},
+    }.get(kind, {})
+    teacher = copy.deepcopy(unet).requires_grad_(False)
+    objective = kind(denoiser=denoiser, schedule=schedule, uncond=uncond, teacher=teacher, **own)
+    batch = {"latents": latents, **cond.tensors, "progress": 0.5}
+    loss, _ = objective(student, batch, torch.Generator().manual_seed(0))
+    loss.backward()
+    gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
+    assert loss.isfinite() and all(g.isfinite().all() for g in gradients.values())
+    assert any(g.abs().sum() > 0 for name, g in gradients.items() if "temporal" in name)
 
 
 def test_its_pipeline_is_refused_with_what_can_be_done(tmp_path):
