@@ -9,6 +9,7 @@ import torch
 from slimstep.distill.generation import Noisy
 from slimstep.distill.scm import ContinuousConsistency, along, cos_sin, size
 from slimstep.models.conditioning import Conditioning
+from slimstep.models.noise_schedule import pred_of
 from tests.distill.few_steps import Gaussian, World, draw
 
 
@@ -16,22 +17,22 @@ class Exact(Gaussian):
     """Of a normal distribution around 0: the teacher gives E[x | z], the student where the ODE from z ends."""
 
     def __call__(self, network, z, t_B, cond, guidance_B=None):
+        level = self.schedule.alpha_sigma(t_B)
         if network == "teacher":
-            return super().__call__((0.0, 0.5), z, t_B, cond)
-        cos, sin = (x_B.view(-1, 1) for x_B in cos_sin(self.schedule.alpha_sigma(t_B)))
-        size_B = size(self.schedule.alpha_sigma(t_B))
-        return z / size_B[:, None] * 0.5 / (0.25 * cos**2 + sin**2).sqrt()
+            x0 = super().__call__((0.0, 0.5), z, t_B, cond)
+        else:
+            cos, sin = (x_B.view(-1, 1) for x_B in cos_sin(level))
+            x0 = z / size(level)[:, None] * 0.5 / (0.25 * cos**2 + sin**2).sqrt()
+        return pred_of(x0, z, level, self.schedule.prediction_type)
 
 
-@pytest.mark.parametrize("kind", ["UNet", "SD3"])
+@pytest.mark.parametrize("kind", ["UNet", "SD3", "EDM"])
 def test_the_solution_of_the_ode_is_where_continuous_consistency_rests(kind, monkeypatch):
     monkeypatch.setattr("slimstep.distill.generation.takes_guidance", lambda network: False)
     world = World(kind)
     objective = world.objective(ContinuousConsistency, guidance_scale=1.0, start_share=0.0, time_range=(0.1, 0.9))
-    schedule = replace(world.schedule, prediction_type="sample")
-    denoiser = Exact(schedule)
-    objective.schedule, objective.teacher = schedule, "teacher"
-    objective.generation = replace(objective.generation, denoiser=denoiser, schedule=schedule)
+    schedule, objective.teacher = world.schedule, "teacher"
+    objective.generation = replace(objective.generation, denoiser=Exact(schedule))
     objective.uncond = Conditioning()
     t_B, before_B = objective.times(512, draw())
     z, level = torch.randn(512, 1, generator=draw(1)), schedule.alpha_sigma(t_B)
