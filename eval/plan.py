@@ -17,6 +17,7 @@ from slimstep.eval.pages.tables import markdown_table
 from slimstep.eval.pages.text import count, size
 from slimstep.eval.throughput import hours
 from slimstep.models.cost import count_gflops
+from slimstep.models.family import denoiser_of, with_variance
 from slimstep.models.pipeline import networks
 
 TEACHER_ONCE = Cost(rows=1)
@@ -52,7 +53,9 @@ def training(
     checkpoints = min(config.keep_checkpoints, (config.steps - 1) // config.checkpoint_every)
     kept = CHECKPOINT_COPIES * (size + BYTES * cost.beside) * checkpoints
     summary = ", ".join(filter(None, [f"{config.steps} steps, {samples} samples", work]))
-    rows, trained = round(samples * cost.rows), round(samples * cost.trained_rows)
+    # A predicted variance is the teacher's wherever the student is trained (eval/variance.py).
+    of_variance = cost.trained_rows if with_variance(denoiser_of(teacher.unet)) else 0
+    rows, trained = round(samples * (cost.rows + of_variance)), round(samples * cost.trained_rows)
     return Stage(f"{stage}/weights.safetensors", summary, rows, size + kept, trained=trained)
 
 

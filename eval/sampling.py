@@ -27,12 +27,12 @@ from slimstep.eval.timing.precision import computing, products_on
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import decoded_images, has_statistics, scaling_of, statistics, unscaled
 from slimstep.models.denoiser import Denoiser, takes_guidance
-from slimstep.models.family import denoiser_of, family_of, flow_of
+from slimstep.models.family import denoiser_of, family_of, flow_of, with_variance
 from slimstep.models.flow import prediction_type_of, set_steps
 from slimstep.models.guidance import guided
 from slimstep.models.networks import network_of, sequence_length
 from slimstep.models.pipeline import encoders_on
-from slimstep.models.schedulers import check_sampling, keeps_past, used_spacing
+from slimstep.models.schedulers import check_sampling, keeps_past, reads_variance, used_spacing
 from slimstep.models.sizes import scale_factor
 
 TEXTS_PER_BATCH = 64  # cut by index, so that a prompt's state does not depend on who asks for it
@@ -71,6 +71,10 @@ class Sampler:
         if keeps_past(self.scheduler.step) and not keeps_past(type(pipeline).__call__):
             name = type(self.scheduler).__name__
             raise ValueError(f"{name} takes its last prediction in each step, which no {type(pipeline).__name__} keeps")
+        if reads_variance(self.scheduler) and with_variance(self.denoiser) is None:
+            named = f"DDPMScheduler has variance_type={self.scheduler.config.variance_type}"
+            kind = type(self.network).__name__
+            raise ValueError(f"{named}, and a {kind} predicts no variance here: model.scheduler=ddim")
         if scale > 1 and not (self.family.GUIDES or takes_guidance(self.network)):
             keys = "eval.guidance_scale, scoring.guidance_scale, latents.guidance_scale, curves.guidance"
             raise ValueError(
@@ -129,6 +133,12 @@ class Sampler:
     def denoiser(self) -> Denoiser:
         """How the pipeline's UNet, and any that takes its place, is called."""
         return denoiser_of(self.network, prediction_type_of(self.scheduler))
+
+    @property
+    def stepping_denoiser(self) -> Denoiser:
+        """The same, with the predicted variance, where the scheduler's step takes one."""
+        both = with_variance(self.denoiser) if reads_variance(self.scheduler) else None
+        return both or self.denoiser
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
@@ -214,7 +224,7 @@ class Sampler:
         """
         parameter = next(unet.parameters())
         place = parameter.device, parameter.dtype
-        denoiser, away = self.denoiser, None
+        denoiser, away = self.stepping_denoiser, None
         cond = cond.to(*place)
         if self.guides(unet):
             away = (self.unconditional if uncond is None else uncond).to(*place)

@@ -17,6 +17,7 @@ from slimstep.engine.loop import load_trained, train, trained
 from slimstep.engine.monitor import Monitor
 from slimstep.engine.objective import Objective, check_requirements, requirements
 from slimstep.eval.inputs import Teacher
+from slimstep.eval.variance import VarianceKept, recorder_of
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.family import denoiser_of
 from slimstep.models.pipeline import on_device
@@ -40,16 +41,21 @@ def train_stage(
     `teaching()` gives the network that the objective has as its teacher, by default the job's; of `offloadable` all
     others lie on the CPU, and the teacher, too, where its targets are cached. The UNet may lie on the CPU: it is on the
     device from the training on. `samples(objective)` gives what it learns from, by default the `pairs`; `monitor` looks
-    at it meanwhile. `kwargs` are further arguments of the objective.
+    at it meanwhile. `kwargs` are further arguments of the objective. A variance that the network predicts stays the
+    teacher's (eval/variance.py).
     """
     if trained(teacher.run, stage):
         return load_trained(unet.to(teacher.device), teacher.run, stage)
     with offloaded(offloadable):  # before copies are made: the device never has a network twice
         taught_by = teaching() if teaching else compute_copy(teacher.unet, teacher)
         uncond = pairs().unconditional.to(teacher.device)
-        objective = objective_of(description, teacher, taught_by, uncond, **kwargs)
+        recorder = recorder_of(teacher.unet, kwargs.get("schedule", teacher.schedule).prediction_type)
+        own = {**kwargs, "denoiser": recorder} if recorder else kwargs
+        objective = objective_of(description, teacher, taught_by, uncond, **own)
+        if recorder:
+            objective = VarianceKept(objective, recorder, taught_by)
         data = samples(objective) if samples else pairs()
-        if requirements(objective).cached_targets:
+        if requirements(objective).cached_targets and not recorder:
             taught_by.to("cpu")
         return train(unet.to(teacher.device), objective, data, config, teacher.run, stage, monitor)
 

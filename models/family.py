@@ -4,6 +4,7 @@ What lies in a family's folder is listed in models/families/README.md.
 """
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,6 +18,8 @@ from slimstep.models.checkpoint import is_single_file
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.denoiser import Denoiser
 from slimstep.models.families.ddpm import family as ddpm
+from slimstep.models.families.deepfloyd import family as deepfloyd
+from slimstep.models.families.deepfloyd.denoiser import DeepFloydDenoiser
 from slimstep.models.families.exported import Exported
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.families.svd import family as svd
@@ -53,6 +56,10 @@ class Family(Protocol):
 
     def matches(self, index: Mapping[str, Any]) -> bool:
         """Whether a pipeline with this model_index.json, which names a network PART, is of the family."""
+        ...
+
+    def owns(self, network: nn.Module) -> bool:
+        """Whether a network of NETWORK's class, or of diffusers' own, is of the family: several have one class."""
         ...
 
     def is_in(self, names: Collection[str]) -> bool:
@@ -128,7 +135,7 @@ class Family(Protocol):
 
 
 FAMILIES: tuple[Family, ...] = (
-    unet2d, ddpm, sd3.FAMILY, pixart.FAMILY, flux.FAMILY, sana.FAMILY, qwen.FAMILY, cogvideox.FAMILY,
+    unet2d, deepfloyd, ddpm, sd3.FAMILY, pixart.FAMILY, flux.FAMILY, sana.FAMILY, qwen.FAMILY, cogvideox.FAMILY,
 )  # fmt: skip
 
 
@@ -187,7 +194,8 @@ def family_of(model: DiffusionPipeline | nn.Module) -> Family:
     """The family of a pipeline that is loaded, or of a network, whatever it is wrapped in."""
     network = network_of(model) if isinstance(model, DiffusionPipeline) else model
     bare = extract_model_from_parallel(network, keep_torch_compile=False)
-    return next(family for family in (*FAMILIES, *ALONE) if isinstance(bare, family.NETWORK.STOCK))
+    families = (family for family in (*FAMILIES, *ALONE) if isinstance(bare, family.NETWORK.STOCK))
+    return next(family for family in families if family.owns(bare))
 
 
 def denoiser_of(network: nn.Module, prediction_type: str = "epsilon") -> Denoiser:
@@ -196,6 +204,11 @@ def denoiser_of(network: nn.Module, prediction_type: str = "epsilon") -> Denoise
     frames, sides = family.frames(bare), sides_of(bare)
     shape = (family.channels(bare), *([frames] if frames else []), *sides)
     return family.denoiser(network, prediction_type, shape)
+
+
+def with_variance(denoiser: Denoiser) -> Denoiser | None:
+    """The denoiser whose predictions have the variance behind them; None of networks that predict none."""
+    return replace(denoiser, keeps_variance=True) if isinstance(denoiser, DeepFloydDenoiser) else None
 
 
 def schedule_for(pipeline: DiffusionPipeline, scheduler: Any = None, device: str | torch.device = "cpu") -> AnySchedule:

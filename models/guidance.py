@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.denoiser import Denoiser, guidance_embed_dim, guidance_embedding
+from slimstep.models.families.deepfloyd import family as deepfloyd
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
+from slimstep.models.family import family_of
 
 
 def guided(
@@ -57,6 +59,9 @@ def with_guidance_embedding(unet: PrunableUNet2DConditionModel, width: int) -> P
         raise ValueError(f"distillation.guidance_embed_dim={width}, but the network's has {existing} numbers")
     if existing:
         return unet
+    if (family := family_of(unet)) is deepfloyd:
+        name = family.NAME.split(":")[0]
+        raise ValueError(f"distillation.guidance_embed_dim={width}, but {name} gives its UNet no guidance scale")
     if not isinstance(unet, UNet2DConditionModel):
         kind = type(unet).__name__.removeprefix("Prunable")
         raise ValueError(f"distillation.guidance_embed_dim={width}, but a {kind} takes no guidance embedding")

@@ -76,7 +76,7 @@ def readers_of_unet(unet: ModelMixin) -> dict[str, Reading]:
 def unet_shape(unet: ModelMixin) -> UNetShape:
     def layers(block) -> list[int]:
         attentions = getattr(block, "attentions", None) or [None] * len(block.resnets)
-        return [len(attention.transformer_blocks) if attention else 0 for attention in attentions]
+        return [len(getattr(attention, "transformer_blocks", ())) for attention in attentions]
 
     down = tuple(n for block in unet.down_blocks for n in layers(block))
     up = tuple(n for block in reversed(unet.up_blocks) for n in reversed(layers(block)))

@@ -45,6 +45,7 @@ READ_OR_NOT = (*LEFT_OUT, "rescale_betas_zero_snr", "trained_betas", "snr_shift_
 
 NO_SAMPLE = ("PNDMScheduler", "EulerAncestralDiscreteScheduler", "KDPM2DiscreteScheduler",
              "KDPM2AncestralDiscreteScheduler")  # fmt: skip  # they know ε and v
+LEARNED = ("learned", "learned_range")  # variance_type of networks that predict the variance, too
 KEEPS_PAST = "old_pred_original_sample"  # the last x̂, which CogVideoX's pipeline keeps for its DPM solver
 # What pipelines give to a scheduler's step, the last two to CogVideoX's alone.
 PIPELINES_GIVE = {"model_output", "timestep", "sample", "eta", "generator", KEEPS_PAST, "timestep_back"}
@@ -134,7 +135,15 @@ def fields_of(kind: type) -> set[str]:
     return set(inspect.signature(kind.__init__).parameters)
 
 
+def reads_variance(scheduler) -> bool:
+    """Whether its step takes a predicted variance behind the prediction."""
+    return isinstance(scheduler, diffusers.DDPMScheduler) and scheduler.config.variance_type in LEARNED
+
+
 def built(kind: type, config: dict[str, Any]):
+    if config.get("variance_type") in LEARNED and kind is not diffusers.DDPMScheduler:
+        # DeepFloyd IF's pipelines look whether it is a learned one, and split off the variance where it is none.
+        config = {**config, "variance_type": None}
     with quiet():  # diffusers warns of fields that the other class has not
         return kind.from_config(config)
 

@@ -35,7 +35,8 @@ class PrunableUNet(Prunable):
         (up path, where the incoming features have the output's width) passes them on and drops the skip connection. One
         rule for all blocks ('drop_skip' then means wherever it is possible), or {block: rule} for some.
     auto_map: so that diffusers' AutoModel finds the class's file beside the weights.
-    Every other removed block is the identity. ResNets that change channels cannot be copied.
+    Every other removed block is the identity. ResNets that change channels cannot be copied, nor can blocks that divide
+    the sum of input and branch (`resnet_out_scale_factor`), which no weights make the identity.
     """
 
     INPUT = "sample"
@@ -53,7 +54,7 @@ class PrunableUNet(Prunable):
         return skip_rule_choices(self, block) if changes_channels(module) else ()
 
     def can_be_copied(self, block: str) -> bool:
-        return block not in self.skip_rule_choices
+        return block not in self.skip_rule_choices and not divides(self.get_submodule(block))
 
     def remove_block(self, path: str) -> None:
         self.set_submodule(path, Removed(self.get_submodule(path), self.skip_rules.get(path, "identity")))
@@ -199,6 +200,12 @@ def find_blocks(unet: ModelMixin, classes: tuple[type[nn.Module], ...]) -> dict[
 
 def changes_channels(module: nn.Module) -> bool:
     return isinstance(module, ResnetBlock2D) and module.in_channels != module.out_channels
+
+
+def divides(module: nn.Module) -> bool:
+    """Whether a block gives its input and its branch, added up, over a factor."""
+    names = {ResnetBlock2D: "output_scale_factor", Attention: "rescale_output_factor"}
+    return any(isinstance(module, kind) and getattr(module, name) != 1 for kind, name in names.items())
 
 
 def skip_rule_choices(unet: ModelMixin, block: str) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 
 import torch
 from diffusers.models.attention import BasicTransformerBlock, FeedForward
+from diffusers.models.attention_processor import AttnAddedKVProcessor, AttnAddedKVProcessor2_0
 from diffusers.models.resnet import ResnetBlock2D
 from torch import Tensor, nn
 
@@ -80,7 +81,12 @@ def module_part(path: str, module: nn.Module) -> Part | None:
 
 
 def is_attention(module: nn.Module) -> bool:
-    """Whether this is an attention of equally many heads for queries, keys and values, each normalised by itself."""
+    """Whether this is an attention of equally many heads for queries, keys and values, each normalised by itself.
+
+    DeepFloyd IF's are none: diffusers takes their output for as wide as their input.
+    """
+    if isinstance(getattr(module, "processor", None), (AttnAddedKVProcessor, AttnAddedKVProcessor2_0)):
+        return False
     linears = [getattr(module, name, None) for name in ("to_q", "to_k", "to_v")]
     if not all(isinstance(layer, nn.Linear) for layer in linears) or not hasattr(module, "heads"):
         return False

@@ -30,6 +30,10 @@ def matches(index: Mapping[str, Any]) -> bool:
     return is_pixels and index["unet"][1] in (NETWORK.__name__, NETWORK.STOCK.__name__)
 
 
+def owns(network: nn.Module) -> bool:
+    return True
+
+
 # ---- loading and exporting ----
 
 

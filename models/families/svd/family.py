@@ -9,6 +9,10 @@ from slimstep.models.families.svd.network import PrunableUNetSpatioTemporalCondi
 NETWORK = PrunableUNetSpatioTemporalConditionModel
 
 
+def owns(network: nn.Module) -> bool:
+    return True
+
+
 def denoiser(network: nn.Module, prediction_type: str, sample_shape: tuple[int, ...]) -> Denoiser:
     return SpatioTemporalDenoiser(prediction_type, sample_shape)
 

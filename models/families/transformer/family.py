@@ -84,6 +84,9 @@ class TransformerFamily:
         names = (self.NETWORK.__name__, self.NETWORK.STOCK.__name__)
         return index.get("_class_name") in self.PIPELINES and index[self.PART][1] in names
 
+    def owns(self, network: nn.Module) -> bool:
+        return True
+
     # ---- loading and exporting ----
 
     def is_in(self, names: Collection[str]) -> bool:

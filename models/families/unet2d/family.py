@@ -16,6 +16,7 @@ from slimstep.models.checkpoint import is_single_file
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import has_statistics
 from slimstep.models.denoiser import Denoiser
+from slimstep.models.families.deepfloyd import family as deepfloyd
 from slimstep.models.families.exported import Exported, block_map
 from slimstep.models.families.unet2d.denoiser import UNet2DConditionDenoiser
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
@@ -35,7 +36,12 @@ check_single_file = single_file.check_single_file
 
 
 def matches(index: Mapping[str, Any]) -> bool:
-    return index["unet"][1] in (NETWORK.__name__, NETWORK.STOCK.__name__)
+    names = (NETWORK.__name__, NETWORK.STOCK.__name__)
+    return index["unet"][1] in names and not deepfloyd.matches(index)
+
+
+def owns(network: nn.Module) -> bool:
+    return not deepfloyd.owns(network)
 
 
 def is_in(names: Collection[str]) -> bool:

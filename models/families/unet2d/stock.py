@@ -24,14 +24,19 @@ def to_stock(unet: UNet2DConditionModel) -> UNet2DConditionModel:
 class UNet2DConditionPlan(StockPlan):
     """Levels may have different numbers of layers, and transformers in them; of the middle, one ResNet may stay."""
 
-    WITHOUT_ATTENTION = {"CrossAttnDownBlock2D": "DownBlock2D", "CrossAttnUpBlock2D": "UpBlock2D"}
+    WITHOUT_ATTENTION = {
+        "CrossAttnDownBlock2D": "DownBlock2D", "SimpleCrossAttnDownBlock2D": "ResnetDownsampleBlock2D",
+        "CrossAttnUpBlock2D": "UpBlock2D", "SimpleCrossAttnUpBlock2D": "ResnetUpsampleBlock2D",
+    }  # fmt: skip
 
     def mid_fields(self) -> dict:
         """All of the mid block, one ResNet of it, or none."""
         blocks, kept = self.middle()
         if not kept:
             return {"mid_block_type": None}
-        if kept != blocks and len(kept) == 1 and self.unet.kinds[kept[0]] == "resnet":
+        has_one = kept != blocks and len(kept) == 1 and self.unet.kinds[kept[0]] == "resnet"
+        # A stock mid block without attention has activations before its time projections, always.
+        if has_one and not self.unet.config.get("resnet_skip_time_act"):
             self.paths[kept[0]] = "mid_block.resnets.0"
             return {"mid_block_type": "UNetMidBlock2D"}
         for block in (s for s in blocks if s not in kept):

@@ -1,0 +1,75 @@
+"""The jobs on a small random DeepFloyd IF: its first stage is pruned, distilled in steps and evaluated."""
+
+import json
+from pathlib import Path
+
+import pytest
+from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, IFPipeline, UNet2DConditionModel
+
+from scripts.random_deepfloyd import small_if_pipeline, small_if_unet
+from tests.jobs import run_job
+from tests.tiny import write_tiny_clip
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> Path:
+    """A folder with `model` and `clip`."""
+    place = tmp_path_factory.mktemp("if")
+    small_if_pipeline(small_if_unet(levels=2, layers_per_block=1)).save_pretrained(place / "model")
+    (place / "clip").mkdir()
+    write_tiny_clip(place / "clip")
+    return place
+
+
+def run(experiment: str, place: Path, *overrides: str) -> Path:
+    """The job's folder."""
+    scorer = ["scorer=openclip", f"scorer.model=local-dir:{place}/clip", "scorer.pretrained=null", "scorer.force=true"]
+    small = ["data.pairs.size=16", "train.steps=2", "train.batch_size=4", "eval.prompts=4", "eval.pictures=2",
+             "eval.steps=2", "latency.iterations=3", "latency.text_length=20"]  # fmt: skip
+    model = ["model=path", f"model.name_or_path={place}/model", f"root={place}/runs", f"name={experiment}"]
+    done = run_job(f"+experiment={experiment}", *model, *scorer, *small, *overrides)
+    assert done.returncode in (0, 3), done.stderr
+    return place / "runs" / experiment
+
+
+def stock_pipeline(folder: Path) -> DiffusionPipeline:
+    """An export, which has drawn an image."""
+    is_stock = json.loads((folder / "export_report.json").read_text())["is_stock"]
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=not is_stock)
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline) is IFPipeline and pipeline.unet.config.out_channels == 6
+    assert pipeline("a b", num_inference_steps=2).images[0].size == (16, 16)
+    return pipeline
+
+
+def test_a_first_stage_is_pruned(place):
+    own = ["recovery.train.steps=2", "recovery.train.batch_size=4", "search.rounds=1", "search.target_fraction=0.8",
+           "scoring.prompts=4", "scoring.steps=2", "latency.additive_samples=2"]  # fmt: skip
+    path = run("prune_unet", place, *own)
+    decision = json.loads((path / "round-00/decision.json").read_text())
+    removed = [block for block, repeats in decision["after"].items() if repeats == 0]
+    scheduler = stock_pipeline(path / "export").scheduler
+    assert removed and type(scheduler) is DDPMScheduler
+    assert scheduler.config.variance_type == "learned_range" and scheduler.config.thresholding
+    logged = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
+    assert logged[-1]["stage"] == "recovery" and all(line["variance"] > 0 for line in logged)
+
+
+def test_a_first_stage_is_distilled_in_steps(place):
+    conversion = ["v_prediction.train.steps=2", "v_prediction.train.batch_size=4"]
+    curves = ["curves.steps=[2]", "curves.guidance=[3.0]"]
+    path = run("distill_steps", place, "distillation.steps=[4,2]", *curves, *conversion)
+    models = [point["model"] for point in json.loads((path / "evaluation.json").read_text())["points"]]
+    assert models == ["teacher", "teacher", "teacher-dpm", "teacher-v", "steps-2"]
+    student = stock_pipeline(path / "steps-2/export")
+    assert type(student.unet) is UNet2DConditionModel and type(student.scheduler) is DDIMScheduler
+    assert student.scheduler.config.prediction_type == "v_prediction"
+
+
+def test_first_stages_are_evaluated_by_their_own_scheduler(place):
+    models = f"models={{teacher: {{path: {place}/model, steps: [4, 2]}}}}"
+    path = run("evaluate", place, "curves.guidance=[3.0]", models)
+    teacher, fewer = json.loads((path / "evaluation.json").read_text())["points"]
+    assert teacher["metrics"]["clip"]["mean"] and fewer["metrics"]["psnr"]["mean"] > 0
