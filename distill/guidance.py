@@ -50,6 +50,7 @@ class GuidanceDistillation:
         schedule = self.schedule
         draw = draw_steps(batch, schedule, self.bounds_NK, conditioning_of(batch, like=self.uncond), generator)
         w_B = draw_guidance(len(draw.t_B), self.guidance_range, generator)
-        target = teacher_target(self.denoiser, self.teacher, schedule, draw, self.uncond, w_B)
+        given = draw, self.uncond, w_B, self.step_schedule.limit
+        target = teacher_target(self.denoiser, self.teacher, schedule, *given)
         pred_BCHW = self.denoiser(unet, draw.z_BCHW, draw.t_B, draw.cond, guidance_B=w_B)
         return error_in_x(pred_BCHW, target, draw, schedule, self.weighting), {}

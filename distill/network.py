@@ -43,6 +43,7 @@ log = logging.getLogger("slimstep")
 SOLVERS_OWN = (
     "use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas", "algorithm_type", "final_sigmas_type",
 )  # fmt: skip
+UNLIMITED = {"thresholding": False}
 SAME_IN_BOTH = ("in_channels", "out_channels", "cross_attention_dim", "joint_attention_dim", "pooled_projection_dim",
                 "caption_channels")  # fmt: skip
 
@@ -127,7 +128,7 @@ class Distillation:
         kind = getattr(diffusers, self.distillation.sampler)
         if self.renoises:  # by itself it would start steps of a grid of 50, between those that are trained
             kwargs["original_inference_steps"] = steps
-        return on_the_grid(self.distillation, kind, self.scheduler, **kwargs)
+        return on_the_grid(self.distillation, kind, self.scheduler, **kwargs, **UNLIMITED)
 
     @property
     def renoises(self) -> bool:
@@ -168,7 +169,13 @@ class Distillation:
         return is_teachers and self.training(stage.name).lora_rank > 0 and not self.distillation.guidance_embed_dim
 
     def step_schedule(self, stage: DistillationStage) -> StepSchedule:
-        return StepSchedule(self.scheduler, stage.teacher_steps, self.student_scheduler(stage.steps), stage.steps)
+        teacher = self.scheduler if self.is_continuous else self.of_a_teacher(stage.teacher)
+        return StepSchedule(teacher, stage.teacher_steps, self.student_scheduler(stage.steps), stage.steps)
+
+    def of_a_teacher(self, name: str) -> Any:
+        """The scheduler by whose steps a stage's teacher is followed: a student's knows no dynamic thresholding."""
+        changes = {} if name in ("teacher", "student") else UNLIMITED
+        return on_the_grid(self.distillation, diffusers.DDIMScheduler, self.scheduler, **changes)
 
     @property
     def evaluated(self) -> tuple[str, ...]:
@@ -272,13 +279,15 @@ def check_few_step_teacher(job: Distillation, trained_N: Tensor) -> None:
 def on_the_grid(distillation: DistillationConfig, kind: type, scheduler: Any, **changes: Any) -> Any:
     """A scheduler of this kind on the same noise schedule; x̂ is not clipped, for training does not clip it.
 
+    Dynamic thresholding stays: targets follow a teacher's steps with it, and so students, which land where these do,
+    are sampled without (UNLIMITED).
     Raises ValueError where there is no noise schedule, or this kind cannot keep it.
     """
     check_noise_schedule(scheduler)
     kind = class_for(kind, scheduler)
     kept = {key: value for key, value in stated(scheduler).items() if key not in SOLVERS_OWN}
     grid = {"timestep_spacing": distillation.timestep_spacing, "set_alpha_to_one": True}
-    return on_same_schedule(kind, scheduler, {**kept, "clip_sample": False, "thresholding": False, **grid, **changes})
+    return on_same_schedule(kind, scheduler, {**kept, "clip_sample": False, **grid, **changes})
 
 
 def student_of(teacher: Teacher, distillation: DistillationConfig) -> tuple[Prunable, bool]:

@@ -78,7 +78,8 @@ class StepDistillation:
             cond = drop_captions(batch, self.uncond, self.caption_dropout, guided_rows, generator)
             draw = draw_steps(batch, schedule, self.bounds_NK, cond, generator)
             w_G = self.draw_guidance(guided_rows, rows, generator)
-            target = teacher_target(self.denoiser, self.teacher, schedule, draw, self.uncond, w_G)
+            given = draw, self.uncond, w_G, self.step_schedule.limit
+            target = teacher_target(self.denoiser, self.teacher, schedule, *given)
         inputs = draw.z_BCHW, draw.t_B, draw.cond
         guided_BCHW, plain_BCHW = guided(self.denoiser, unet, *inputs, self.uncond, w_G)
         distillation = error_in_x(guided_BCHW, target, draw, schedule, self.weighting)
@@ -102,7 +103,8 @@ class StepDistillation:
     def compute_targets(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """The teacher target x̃ [B, C, H, W] of fixed draws, and the gap [B] of the teacher's own single step."""
         draw = self.cached_draw(batch)
-        target = teacher_target(self.denoiser, self.teacher, self.schedule, draw, self.uncond, self.unguided)
+        given = draw, self.uncond, self.unguided, self.step_schedule.limit
+        target = teacher_target(self.denoiser, self.teacher, self.schedule, *given)
         return target.x0_BCHW, target.gap_B
 
     def draw_guidance(self, guided_rows: int, rows: int, generator: torch.Generator) -> Tensor:

@@ -4,6 +4,7 @@ Axes: B batch, G guided rows, N steps of the student, K bounds of the teacher's 
 H and W latent size.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,6 +36,12 @@ class StepSchedule:
     teacher_steps: int
     student_scheduler: object
     steps: int
+
+    @property
+    def limit(self) -> Callable[[Tensor], Tensor]:
+        """What the teacher's sampler makes of an x̂: dynamic thresholding (Saharia et al. 2022, section 2.3), if any."""
+        scheduler = self.teacher_scheduler
+        return scheduler._threshold_sample if scheduler.config.get("thresholding") else lambda x0: x0
 
     def bounds(self, schedule: NoiseSchedule) -> Tensor:
         """[N, K]: start, inner times and end of every step of the student."""
@@ -93,18 +100,25 @@ class Target:
 
 @torch.no_grad()
 def teacher_target(
-    denoiser: Denoiser, teacher: nn.Module, schedule: NoiseSchedule, draw: Draw, uncond: Conditioning, w_G: Tensor
+    denoiser: Denoiser,
+    teacher: nn.Module,
+    schedule: NoiseSchedule,
+    draw: Draw,
+    uncond: Conditioning,
+    w_G: Tensor,
+    limit: Callable[[Tensor], Tensor] = lambda x0: x0,
 ) -> Target:
-    """Where the teacher's steps from z_t lead."""
+    """Where the teacher's steps from z_t lead. limit: what each step makes of its x̂; its ε̂ stays, as in diffusers."""
     z_BCHW, at_once_BCHW, kind = draw.z_BCHW, None, schedule.prediction_type
     for t_B, s_B in zip(draw.bounds_BK.T[:-1], draw.bounds_BK.T[1:], strict=True):
         if guidance_embed_dim(teacher):
             pred_BCHW = denoiser(teacher, z_BCHW, t_B, draw.cond, guidance_B=w_G)
         else:
             pred_BCHW, _ = guided(denoiser, teacher, z_BCHW, t_B, draw.cond, uncond, w_G)
+        here, there = schedule.alpha_sigma(t_B), schedule.alpha_sigma(s_B)
         if at_once_BCHW is None:
-            at_once_BCHW = x0_of(pred_BCHW, z_BCHW, schedule.alpha_sigma(t_B), kind)
-        z_BCHW = ddim_step(pred_BCHW, z_BCHW, schedule.alpha_sigma(t_B), schedule.alpha_sigma(s_B), kind)
+            at_once_BCHW = limit(x0_of(pred_BCHW, z_BCHW, here, kind))
+        z_BCHW = ddim_step(pred_BCHW, z_BCHW, here, there, kind, limit)
     start, end = schedule.alpha_sigma(draw.t_B), schedule.alpha_sigma(draw.end_B)
     x0_BCHW = x0_between(draw.z_BCHW, start, z_BCHW, end)
     return Target(x0_BCHW, squared_error(at_once_BCHW, x0_BCHW))

@@ -8,6 +8,7 @@ Axes: B batch, T training timesteps, N steps of a sampler, K bounds of a step. z
 """
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -340,10 +341,16 @@ def pred_of(x0: Tensor, z: Tensor, level: Level, prediction_type: Prediction) ->
     return target_of(x0, (z - alpha * x0) / sigma, level, prediction_type)
 
 
-def ddim_step(pred: Tensor, z: Tensor, start: Level, end: Level, prediction_type: Prediction) -> Tensor:
-    """Where one deterministic step from z lands: α_s x̂ + σ_s ε̂ (Song et al. 2021, equation 12 with η = 0)."""
+def ddim_step(
+    pred: Tensor, z: Tensor, start: Level, end: Level, prediction_type: Prediction,
+    limit: Callable[[Tensor], Tensor] = lambda x0: x0,
+) -> Tensor:  # fmt: skip
+    """Where one deterministic step from z lands: α_s x̂ + σ_s ε̂ (Song et al. 2021, equation 12 with η = 0).
+
+    limit: what a sampler makes of x̂, as by dynamic thresholding.
+    """
     alpha, sigma = (each(x_B, z) for x_B in end)
-    return alpha * x0_of(pred, z, start, prediction_type) + sigma * eps_of(pred, z, start, prediction_type)
+    return alpha * limit(x0_of(pred, z, start, prediction_type)) + sigma * eps_of(pred, z, start, prediction_type)
 
 
 def x0_between(z: Tensor, start: Level, z_end: Tensor, end: Level) -> Tensor:

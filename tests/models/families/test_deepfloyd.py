@@ -18,17 +18,18 @@ from slimstep.data.cache import cache_pairs
 from slimstep.distill.prediction import Denoising
 from slimstep.distill.recovery import Recovery
 from slimstep.distill.steps import StepDistillation
-from slimstep.distill.teaching import StepSchedule
+from slimstep.distill.teaching import Draw, StepSchedule, teacher_target
 from slimstep.engine.objective import STUDENT, as_objective
 from slimstep.engine.seeding import generator
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.variance import VarianceKept, recorder_of
+from slimstep.models.conditioning import conditioning_of
 from slimstep.models.cost import count_activation_bytes, count_gflops
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.families.unet2d.stock import stock_config, to_stock
 from slimstep.models.family import denoiser_of, family_of, with_variance
 from slimstep.models.guidance import with_guidance_embedding
-from slimstep.models.noise_schedule import schedule_of
+from slimstep.models.noise_schedule import add_noise, ddim_step, pred_of, schedule_of
 from slimstep.models.pipeline import check_pipeline, export_pipeline, load_pipeline, with_unet
 from slimstep.models.schedulers import reads_variance, swapped_scheduler
 from slimstep.prune.stochastic_depth import StochasticDepth
@@ -342,8 +343,8 @@ def batch(unet) -> dict:
     return {"latents": x_BCHW.clamp(-1, 1), "progress": 0.5, **cond.tensors}
 
 
-def trailing(prediction_type: str) -> DDIMScheduler:
-    return DDIMScheduler(prediction_type=prediction_type, clip_sample=False, timestep_spacing="trailing")
+def trailing(prediction_type: str, **fields) -> DDIMScheduler:
+    return DDIMScheduler(prediction_type=prediction_type, clip_sample=False, timestep_spacing="trailing", **fields)
 
 
 STEPS = StepSchedule(trailing("v_prediction"), 8, trailing("v_prediction"), 4)
@@ -390,6 +391,28 @@ def test_an_objective_sees_the_first_half_and_the_variance_is_added_to_it(name):
         assert same["variance"] == 0
     plain.backward()
     assert not unet.conv_out.weight.grad[3:].any()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_a_student_lands_where_the_teachers_thresholded_steps_land(unet, prediction_type):
+    limits = {"thresholding": True, "dynamic_thresholding_ratio": 0.9, "sample_max_value": 1.5}
+    scheduler, denoiser = trailing(prediction_type, **limits), denoiser_of(unet, prediction_type)
+    steps = StepSchedule(scheduler, 8, trailing(prediction_type), 4)
+    schedule, cond, draw = schedule_of(scheduler), batch(unet), torch.Generator().manual_seed(1)
+    x0, noise = (2 * torch.randn(4, 3, 16, 16, generator=draw) for _ in range(2))
+    times_BK = steps.bounds(schedule)[2].expand(4, -1)
+    start, end = (schedule.alpha_sigma(times_BK[:, k]) for k in (0, -1))
+    z = add_noise(x0, noise, start)
+    given = Draw(x0, noise, z, times_BK, conditioning_of(cond, like=denoiser.example(unet, 1)[2]))
+    target = teacher_target(denoiser, unet, schedule, given, given.cond, torch.zeros(0), steps.limit)
+    landed = ddim_step(pred_of(target.x0_BCHW, z, start, prediction_type), z, start, end, prediction_type)
+    scheduler.set_timesteps(8)
+    expected, unlimited = z, teacher_target(denoiser, unet, schedule, given, given.cond, torch.zeros(0))
+    for t in scheduler.timesteps[4:6]:
+        with torch.no_grad():
+            expected = scheduler.step(denoiser(unet, expected, t, given.cond), t, expected).prev_sample
+    torch.testing.assert_close(landed, expected, rtol=1e-3, atol=1e-3)
+    assert (target.x0_BCHW - unlimited.x0_BCHW).abs().max() > 0.1
 
 
 def test_a_network_that_predicts_no_variance_has_nothing_to_keep():
