@@ -76,8 +76,7 @@ class Benchmark:
         """A new pipeline, with parts of others where the case names them."""
         pipeline = self.models.load(case.model)
         unet = network_of(self.models.load(case.unet) if case.unet else pipeline)
-        vae = self.models.load(case.vae).vae if case.vae else pipeline.vae
-        return with_unet(pipeline, unet, vae=vae)
+        return with_unet(pipeline, unet, **({"vae": self.models.load(case.vae).vae} if case.vae else {}))
 
     def timed_pipeline(
         self, case: BenchmarkCase, batch: int, pipeline: DiffusionPipeline | None = None, **kwargs: Any

@@ -27,11 +27,12 @@ from slimstep.eval.timing.precision import computing, products_on
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import decoded_images, has_statistics, scaling_of, statistics, unscaled
 from slimstep.models.denoiser import Denoiser, takes_guidance
+from slimstep.models.families.deepfloyd.cascade import first_stage_of, refines, upscaled
 from slimstep.models.family import denoiser_of, family_of, flow_of, with_variance
 from slimstep.models.flow import prediction_type_of, set_steps
 from slimstep.models.guidance import guided
 from slimstep.models.networks import network_of, sequence_length
-from slimstep.models.pipeline import encoders_on
+from slimstep.models.pipeline import encoders_on, on_device
 from slimstep.models.schedulers import check_sampling, keeps_past, reads_variance, used_spacing
 from slimstep.models.sizes import scale_factor
 
@@ -121,6 +122,7 @@ class Sampler:
             "precision": self.weights_precision,
             **({"shift_terminal": terminal} if terminal else {}),
             **({"max_sequence_length": length} if length else {}),
+            **({"first_stage": first_stage_of(self.pipeline).protocol} if refines(self.pipeline) else {}),
         }
 
     @property
@@ -203,7 +205,32 @@ class Sampler:
     def latents_at(self, unet: nn.Module, cond: Conditioning, indices: Sequence[int], **options: Any) -> Tensor:
         """The latents of the images `indices`, whose conditioning is `cond`, each from its own noise."""
         noise_BCHW = torch.stack([self.noise(i) for i in indices])
+        cond = self.with_pictures(cond, indices)
         return self.latents(unet, cond, noise_BCHW, generators=self.generators(indices), **options)
+
+    def with_pictures(self, cond: Conditioning, indices: Sequence[int]) -> Conditioning:
+        """The conditioning of the images `indices`, and, of a second stage, the pictures that its first draws of the
+        same text states, each once (families/deepfloyd/cascade.py)."""
+        if not refines(self.pipeline) or "upscaled" in cond.tensors:
+            return cond
+        stage, text_BLE = first_stage_of(self.pipeline), cond.tensors["text"]
+        keys = [(self.seed, i, hash(text.float().numpy().tobytes())) for i, text in zip(indices, text_BLE, strict=True)]
+        rows = list({key: row for row, key in enumerate(keys) if (*key, self.precision) not in stage.pictures}.values())
+        if rows:
+            first = Sampler(stage.pipeline, stage.steps, stage.guidance_scale, self.seed, precision=self.precision)
+            first.__dict__["unconditional"] = self.unconditional  # it has no text encoder
+            with on_device(stage.pipeline.unet, next(self.network.parameters()).device) as network:
+                drawn = first.latents_at(network, cond.rows(rows), [indices[row] for row in rows]).cpu()
+            stage.pictures.update({(*keys[row], self.precision): x for row, x in zip(rows, drawn, strict=True)})
+        pictures = torch.stack([stage.pictures[(*key, self.precision)] for key in keys]).to(text_BLE.dtype)
+        noise = [torch.randn(self.latent_shape, generator=generator("upscaled", self.seed, i)) for i in indices]
+        level_B = torch.full((len(indices),), stage.noise_level)
+        shown = upscaled(self.pipeline, pictures, torch.stack(noise).to(pictures), level_B)
+        return Conditioning({**cond.tensors, **shown})
+
+    def conditions(self, prompts: Sequence[str], indices: Sequence[int]) -> Conditioning:
+        """What the images `indices` of the whole set `prompts` are conditioned on, on the CPU."""
+        return self.with_pictures(self.encode(prompts).rows(indices), indices)
 
     @torch.inference_mode()
     def denoise(
@@ -306,8 +333,8 @@ class Sampler:
 
         An index may come several times, with different masks: every ablation of a prompt starts from the same noise.
         """
-        cond = self.encode(prompts).rows(indices)
-        uncond = self.unconditional if self.guides(unet) else None  # here, not by as many threads as draw
+        cond = self.conditions(prompts, indices)  # here, not by as many threads as draw
+        uncond = self.unconditional if self.guides(unet) else None
 
         def draw(network: nn.Module, rows: list[int], block_mask_BN: Tensor | None) -> Tensor:
             options = {"block_mask_BN": block_mask_BN, "uncond": uncond}

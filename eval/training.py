@@ -17,8 +17,10 @@ from slimstep.engine.loop import load_trained, train, trained
 from slimstep.engine.monitor import Monitor
 from slimstep.engine.objective import Objective, check_requirements, requirements
 from slimstep.eval.inputs import Teacher
+from slimstep.eval.refinement import OfPictures
 from slimstep.eval.variance import VarianceKept, recorder_of
 from slimstep.models.conditioning import Conditioning
+from slimstep.models.families.deepfloyd.cascade import first_stage_of, refines
 from slimstep.models.family import denoiser_of
 from slimstep.models.pipeline import on_device
 
@@ -54,6 +56,8 @@ def train_stage(
         objective = objective_of(description, teacher, taught_by, uncond, **own)
         if recorder:
             objective = VarianceKept(objective, recorder, taught_by)
+        if refines(teacher.pipeline):
+            objective = OfPictures(objective, teacher.pipeline)
         data = samples(objective) if samples else pairs()
         if requirements(objective).cached_targets and not recorder:
             taught_by.to("cpu")
@@ -111,4 +115,9 @@ def check_objective(
     check(description, key)
     objective = objective_of(description, teacher, teacher.unet, Conditioning(), **kwargs)
     check_requirements(objective, training, teacher.run.accelerator, is_monitored)
+    if refines(teacher.pipeline):
+        first_stage_of(teacher.pipeline)  # ValueError for one without
+        if requirements(objective).cached_targets:
+            why = "a second stage's pictures are noised anew at every step"
+            raise ValueError(f"{key}.cached_draws: {why}; set 0")
     return objective

@@ -4,6 +4,8 @@
     "text_mask"   which of them are the caption's [B, L], 1 or 0, where the network asks
     "pooled"      SDXL's pooled text state [B, P]
     "time_ids"    SDXL's original size, crop and target size [B, 6]
+    "upscaled"    the picture of the stage before, at the size of this one, and noised [B, 3, H, W]
+    "noise_level" the timestep that says how much [B]
 
 An unconditional model has none of them. Under these names the latent cache keeps the tensors and the training loop's
 batches carry them; which argument of a network each becomes, its denoiser knows (models/denoiser.py).
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 TEXT, TEXT_MASK = "text", "text_mask"
+OF_PICTURES = ("upscaled", "noise_level")  # what no caption says, so that the empty one has it, too
 
 
 @dataclass(frozen=True)
@@ -47,14 +50,24 @@ class Conditioning:
         return self.map(lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None))
 
     def where(self, keep_B: Tensor, other: "Conditioning") -> "Conditioning":
-        """Own rows where `keep_B`, else those of `other`, which has as many or one: dropped captions."""
-        self._check(other)
+        """Own rows where `keep_B`, else those of `other`, which has as many or one: dropped captions. What is of
+        pictures stays."""
+        self.without_pictures._check(other)
 
         def chosen(name: str) -> Tensor:
             own = self.tensors[name]
             return torch.where(keep_B.view(-1, *[1] * (own.ndim - 1)), own, other.tensors[name])
 
-        return Conditioning({name: chosen(name) for name in self.tensors})
+        return Conditioning({**self.tensors, **{name: chosen(name) for name in other.tensors}})
+
+    @property
+    def without_pictures(self) -> "Conditioning":
+        return Conditioning({name: tensor for name, tensor in self.tensors.items() if name not in OF_PICTURES})
+
+    def emptied(self, uncond: "Conditioning") -> "Conditioning":
+        """As many rows of what guidance steers away from: `uncond`, of one row, beside what is of pictures."""
+        self.without_pictures._check(uncond)
+        return Conditioning({**self.tensors, **uncond.expand(len(self)).tensors})
 
     @staticmethod
     def cat(*parts: "Conditioning") -> "Conditioning":
@@ -82,5 +95,7 @@ def all_tokens(used_TE: Tensor, mask_L: Tensor) -> Tensor:
 
 
 def conditioning_of(batch: Mapping[str, Tensor], like: Conditioning) -> Conditioning:
-    """What a batch of the training loop is conditioned on: its tensors under the names that `like` has."""
-    return Conditioning({name: batch[name] for name in like.tensors})
+    """What a batch of the training loop is conditioned on: its tensors under the names that `like` has, and what is of
+    pictures, of which an empty caption says nothing."""
+    names = [*like.tensors, *(name for name in OF_PICTURES if name in batch)]
+    return Conditioning({name: batch[name] for name in names})

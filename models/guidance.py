@@ -40,7 +40,7 @@ def guided(
         """With the first rows once more, for ∅; a timestep of no axis is for all rows."""
         return torch.cat([x, x[:rows]]) if x.ndim else x
 
-    inputs = again(x_t), again(t_B), Conditioning.cat(cond, uncond.expand(rows))
+    inputs = again(x_t), again(t_B), Conditioning.cat(cond, cond.rows(slice(rows)).emptied(uncond))
     preds = denoiser(network, *inputs, block_mask_BN=None if block_mask_BN is None else again(block_mask_BN))
     plain, empty_G = preds.split([len(x_t), rows])
     if not isinstance(w, Tensor):

@@ -126,7 +126,8 @@ def without_memory(network: nn.Module) -> list[str]:
     return [name for name, weight in network.state_dict().items() if weight.is_meta]
 
 
-REMEMBERED = ("sequence_length", "block_origins", "trained_steps")  # by a pipeline, beside its components and options
+# By a pipeline, beside its components and options.
+REMEMBERED = ("sequence_length", "block_origins", "trained_steps", "first_stage")
 
 
 def with_unet(pipeline: DiffusionPipeline, unet: nn.Module, **parts) -> DiffusionPipeline:

@@ -83,6 +83,9 @@ def check_layout(pipeline: DiffusionPipeline) -> None:
         kind = type(network).__name__.removeprefix("Prunable")
         only = "single files are written of Stable Diffusion's UNets alone: hand its diffusers folder over instead"
         raise ValueError(f"this pipeline has a {kind}; {only}")
+    if not hasattr(pipeline, "vae"):
+        kind = type(pipeline).__name__
+        raise ValueError(f"this {kind} has no VAE, and the original layout one; hand its diffusers folder over instead")
     unet, vae = pipeline.unet, pipeline.vae
     reasons = []
     if pruned := sorted(getattr(unet, "architecture", {})):

@@ -18,6 +18,7 @@ from slimstep.engine.files import whole_folder, write_json
 from slimstep.engine.quiet import one_line, preview, quiet
 from slimstep.models.card import EXPORT_REPORT, Origin, Reading, origin_of, read_export_report, write_card
 from slimstep.models.checkpoint import is_single_file
+from slimstep.models.families.deepfloyd.cascade import load_first_stage
 from slimstep.models.families.exported import chained
 from slimstep.models.family import family_at, family_of, flow_of, schedule_for
 from slimstep.models.folder import check_pickles, check_variant, check_weights
@@ -75,6 +76,7 @@ def load_pipeline(
     max_sequence_length: int | None = None,
     timestep_spacing: str | None = None,
     trained_steps: int | None = None,
+    first_stage: Mapping[str, Any] | None = None,
 ) -> DiffusionPipeline:
     """A pipeline of a known family (models/family.py) whose `unet` is prunable, in eval mode on the CPU.
 
@@ -86,6 +88,8 @@ def load_pipeline(
     max_sequence_length: what the pipeline's call is to be given; None: what an export was made with, else its default.
     timestep_spacing: another than the scheduler's (`trailing`). trained_steps: the steps that a few-step model was
     distilled to, at whose timesteps alone it is trained on; None: those that an export's teacher was, else none.
+    first_stage: {path, steps, guidance_scale, noise_level} of what draws the pictures that DeepFloyd IF's second stage
+    makes larger (families/deepfloyd/cascade.py).
     Raises ValueError where one of them is none of these, or the pipeline has no such UNet.
     """
     check_pipeline(name_or_path, variant, allow_pickle, single_file_config, scheduler, loras, timestep_spacing)
@@ -107,6 +111,9 @@ def load_pipeline(
     blocks = (read_export_report(Path(name_or_path)) or {}).get("blocks", {}) if is_whole else {}
     with_trained_steps(pipeline, trained_steps or (origin and origin.trained_steps))
     check_trained_steps(pipeline)
+    if first_stage:
+        exact = dtype and getattr(torch, dtype)
+        pipeline.__dict__["first_stage"] = load_first_stage(pipeline, first_stage, exact, variant, allow_pickle)
     return with_block_origins(with_sequence_length(pipeline, length), blocks)
 
 

@@ -89,7 +89,7 @@ def evaluations_of_sampling(
     uncond = sampler.unconditional if sampler.guides(unet) else None
 
     def ask(indices: list[int]) -> Tensor:
-        cond = sampler.encode(texts).rows(indices)
+        cond = sampler.conditions(texts, indices)
 
         def draw(network: nn.Module, rows: list[int], _: Tensor | None) -> Tensor:
             inputs: list[tuple[Tensor, Tensor]] = []
@@ -98,7 +98,7 @@ def evaluations_of_sampling(
             columns = [end_BCHW]
             for x_BCHW, t in inputs:
                 t_B = t.expand(len(rows))
-                kinds = [own, *([uncond.expand(len(rows))] if uncond else [])]
+                kinds = [own, *([own.emptied(uncond)] if uncond else [])]
                 columns += [x_BCHW, *(sampler.predict(network, x_BCHW, t_B, kind) for kind in kinds), t_B[:, None]]
             return torch.cat([column.flatten(1).float() for column in columns], dim=1)
 
@@ -180,7 +180,7 @@ class LocalRecovery:
 
     @cached_property
     def cond(self) -> Conditioning:
-        return self.sampler.encode(self.prompts.prompts)
+        return self.sampler.conditions(self.prompts.prompts, range(len(self.prompts)))
 
     @cached_property
     def held(self) -> list[int]:

@@ -70,7 +70,7 @@ def screen_blocks(
 
     def whole(indices: list[int]) -> Tensor:
         """[B, 3·C·H·W + 1]: an input, the prediction there, the end of the sampling; and the input's timestep."""
-        cond = sampler.encode(texts).rows(indices)
+        cond = sampler.conditions(texts, indices)
 
         def draw(network: nn.Module, rows: list[int], _: Tensor | None) -> Tensor:
             inputs: list[tuple[Tensor, Tensor]] = []
@@ -89,7 +89,7 @@ def screen_blocks(
 
         def predictions(rows: list[int], block_mask_BN: Tensor | None) -> Tensor:
             own = [indices[row] for row in rows]
-            cond, x_BCHW = sampler.encode(texts).rows(own), inputs_PCHW[own]
+            cond, x_BCHW = sampler.conditions(texts, own), inputs_PCHW[own]
 
             def draw(network: nn.Module, part: list[int], mask_BN: Tensor | None) -> Tensor:
                 t_B = times_P[[own[row] for row in part]]

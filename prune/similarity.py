@@ -33,7 +33,7 @@ def block_similarities(
     unet = unet.eval()
 
     def measured(indices: list[int]) -> Tensor:
-        cond = sampler.encode(prompts.prompts).rows(indices)
+        cond = sampler.conditions(prompts.prompts, indices)
         with watched(unet) as seen:
             sampler.latents_at(unet, cond, indices)
         columns = [torch.stack(seen[block]).mean(0) for block in unet.kept_blocks]

@@ -1,7 +1,7 @@
-"""A small random DeepFloyd IF of the published one's kinds of blocks, built offline."""
+"""Small random stages of DeepFloyd IF, of the published ones' kinds of blocks, built offline."""
 
 import torch
-from diffusers import DDPMScheduler, IFPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, IFPipeline, IFSuperResolutionPipeline, UNet2DConditionModel
 
 from scripts.random_transformers import TEXT_WIDTH, alive, small_t5
 from scripts.tiny_tokenizer import tiny_tokenizer
@@ -32,5 +32,24 @@ def small_if_pipeline(unet: UNet2DConditionModel | None = None, **scheduler) -> 
     parts = {"tokenizer": tiny_tokenizer(), "text_encoder": small_t5(), "unet": unet or small_if_unet()}
     parts["tokenizer"].model_max_length = NUM_TOKENS
     pipeline = IFPipeline(scheduler=made, **parts, **WITHOUT)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def small_if_second_unet(levels: int = 3, **fields) -> UNet2DConditionModel:
+    """32×32 pixels beside a picture as large and its noise level; ResNets divide what they add up, as IF-II's do."""
+    divided = {"resnet_out_scale_factor": 2**0.5, "mid_block_scale_factor": 2**0.5, "resnet_skip_time_act": True}
+    own = {"sample_size": 32, "in_channels": 6, "class_embed_type": "timestep", "layers_per_block": 1}
+    return small_if_unet(levels, **{**divided, **own, **fields})
+
+
+def small_if_second_pipeline(unet: UNet2DConditionModel | None = None, **scheduler) -> IFSuperResolutionPipeline:
+    """What makes the pictures of `small_if_pipeline` twice as large."""
+    first = small_if_pipeline(sample_max_value=1.0, **scheduler)
+    parts = {name: getattr(first, name) for name in ("tokenizer", "text_encoder", "scheduler")}
+    noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
+    pipeline = IFSuperResolutionPipeline(
+        unet=unet or small_if_second_unet(), image_noising_scheduler=noising, **parts, **WITHOUT
+    )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

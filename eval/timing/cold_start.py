@@ -114,8 +114,8 @@ def main() -> None:
 
     pipeline = load(request["model"])
     network = network_of(load(request["unet"]) if request["unet"] else pipeline)
-    vae = load(request["vae"]).vae if request["vae"] else pipeline.vae
-    pipeline = with_unet(pipeline, network, vae=vae)
+    vae = {"vae": load(request["vae"]).vae} if request["vae"] else {}
+    pipeline = with_unet(pipeline, network, **vae)
     if "load" in request:
         load_artifacts(Path(request["load"]))
     kwargs = {key: request[key] for key in ("prompts", "steps", "guidance_scale", "batch", "seed")}

@@ -32,6 +32,7 @@ from slimstep.eval.timing.inference import CannotRunError, InferenceConfig, prep
 from slimstep.eval.timing.latency import interleaved_times, one_thread
 from slimstep.eval.timing.memory import MemoryFrom
 from slimstep.eval.timing.stage_timer import timed_components
+from slimstep.models.families.deepfloyd.cascade import first_stage_of, refines
 from slimstep.models.pipeline import networks
 
 RESAMPLES = 2000  # of neighbouring calls
@@ -61,7 +62,8 @@ class TimedPipeline:
     """A pipeline that is timed, in one inference config.
 
     `given` goes to the pipeline's call beside the prompts: another task's image, mask or control images. Where it is
-    empty, the noise of prompt i is a function of (seed, i). Raises CannotRunError where the config cannot run here.
+    empty, the noise of prompt i is a function of (seed, i). A second stage is timed behind its first, as
+    one pipeline. Raises CannotRunError where the config cannot run here.
     """
 
     pipeline: DiffusionPipeline
@@ -82,6 +84,8 @@ class TimedPipeline:
             raise CannotRunError("this VAE overflows in float16, and the CUDA graph does not upcast it")
         with running(self.inference):
             self.pipeline = prepare(self.pipeline, self.inference, self.device)
+        if refines(self.pipeline):
+            first_stage_of(self.pipeline).pipeline.to(self.device, self.inference.torch_dtype)
         if hasattr(self.pipeline, "safety_checker"):
             self.pipeline.safety_checker = None  # it is another network's time, and it may return a black image
         self.pipeline.set_progress_bar_config(disable=True)
@@ -105,12 +109,25 @@ class TimedPipeline:
             if self.inference.capture:
                 return self.captured.draw(prompts, self.noise(indices))
             noise, call = self.noise(indices).to(self.inference.torch_dtype), self.sampler.family.call
+            if refines(self.pipeline):
+                kwargs = self.before(prompts, self.sampler.generators(indices))
+                kwargs |= call(self.pipeline, self.guidance_scale)
+                return self.pipeline(num_inference_steps=self.steps, **kwargs).images
             if self.kwargs:
                 kwargs = {**call(self.pipeline, self.guidance_scale), **self.kwargs}
             else:
                 drawn = {"generator": self.sampler.generators(indices)}
                 kwargs = call(self.pipeline, self.guidance_scale, noise) | drawn
             return self.pipeline(prompt=prompts, num_inference_steps=self.steps, **kwargs).images
+
+    def before(self, prompts: Sequence[str], generators: list[torch.Generator]) -> dict[str, Any]:
+        """What a second stage's call is given in the place of prompts: text states, which its first stage shares, and
+        the pictures that this draws of them."""
+        stage, encode = first_stage_of(self.pipeline), self.pipeline.encode_prompt
+        text_BLE, empty_BLE = encode(list(prompts), device=self.device, clean_caption=True)
+        shared = {"prompt_embeds": text_BLE, "negative_prompt_embeds": empty_BLE, "generator": generators}
+        own = {"guidance_scale": stage.guidance_scale, "num_inference_steps": stage.steps, "output_type": "pt"}
+        return {"image": stage.pipeline(**own, **shared).images, "noise_level": stage.noise_level, **shared}
 
     def at(self, steps: int) -> "TimedPipeline":
         """The same pipeline, as it is prepared, with another number of steps."""

@@ -12,9 +12,10 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import nn
 
+from slimstep.models.families.deepfloyd.cascade import first_stage_of, refines
 from slimstep.models.networks import network_of, text_encoders
 
-PARTS = ("text encoder", "ControlNet", "UNet", "scheduler", "VAE", "host")
+PARTS = ("text encoder", "first stage", "ControlNet", "UNet", "scheduler", "VAE", "host")
 
 
 class StageTimer:
@@ -70,9 +71,12 @@ def timed_components(pipeline: DiffusionPipeline, device: torch.device) -> Itera
     if (controlnet := getattr(pipeline, "controlnet", None)) is not None:
         cut(controlnet, controlnet, "ControlNet", "scheduler")
     cut(network_of(pipeline), network_of(pipeline), "UNet", "scheduler")
-    vae = pipeline.vae
-    cut(vae.encoder, getattr(vae, "quant_conv", None) or vae.encoder, "VAE", "host")
-    cut(getattr(vae, "post_quant_conv", None) or vae.decoder, vae.decoder, "VAE", "host")
+    if (vae := getattr(pipeline, "vae", None)) is not None:
+        cut(vae.encoder, getattr(vae, "quant_conv", None) or vae.encoder, "VAE", "host")
+        cut(getattr(vae, "post_quant_conv", None) or vae.decoder, vae.decoder, "VAE", "host")
+    if refines(pipeline):
+        before = first_stage_of(pipeline).pipeline.unet
+        cut(before, before, "first stage", "scheduler")
     try:
         yield timer
     finally:

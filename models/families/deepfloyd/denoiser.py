@@ -6,6 +6,7 @@ equation 15): DDPM's scheduler with `variance_type=learned_range` reads it, and 
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import ModelMixin
@@ -17,7 +18,9 @@ from slimstep.models.denoiser import NUM_TOKENS
 
 @dataclass(frozen=True)
 class DeepFloydDenoiser:
-    """diffusers' UNet2DConditionModel as an IFPipeline has it, and its prunable subclass.
+    """diffusers' UNet2DConditionModel as an IFPipeline or IFSuperResolutionPipeline has it, and its prunable subclass.
+
+    The latter's takes the picture of the stage before beside x_t, and how noisy that is as its class.
 
     keeps_variance: whether a prediction is both halves of the output, or the first alone. Guidance leaves the variance
     as the text alone has it.
@@ -39,9 +42,14 @@ class DeepFloydDenoiser:
     ) -> Tensor:
         assert guidance_B is None, "its pipelines give no guidance embedding"
         dtype = next(network.parameters()).dtype
-        mask = {} if block_mask_BN is None else {"block_mask": block_mask_BN}
-        text = {"encoder_hidden_states": cond.to(dtype=dtype).tensors["text"]}
-        output = network(x_t.to(dtype), t_B, **text, return_dict=False, **mask)[0].to(x_t.dtype)
+        tensors, options = cond.to(dtype=dtype).tensors, dict[str, Any]()
+        if block_mask_BN is not None:
+            options["block_mask"] = block_mask_BN
+        inputs = x_t.to(dtype)
+        if "upscaled" in tensors:
+            inputs = torch.cat([inputs, tensors["upscaled"]], dim=1)
+            options["class_labels"] = tensors["noise_level"]
+        output = network(inputs, t_B, tensors["text"], return_dict=False, **options)[0].to(x_t.dtype)
         return output if self.keeps_variance else output[:, : x_t.shape[1]]
 
     def rescaled(self, guided: Tensor, plain: Tensor) -> Tensor:
@@ -58,5 +66,8 @@ class DeepFloydDenoiser:
             return torch.randn(batch, *shape, generator=generator).to(network.device, network.dtype)
 
         x_t = random(channels, *([side, side] if side else sides))
-        width = network.config.encoder_hid_dim or network.config.cross_attention_dim
-        return x_t, torch.full((batch,), 500, device=network.device), Conditioning({"text": random(tokens, width)})
+        width, t_B = network.config.encoder_hid_dim or network.config.cross_attention_dim, torch.full((batch,), 500)
+        tensors, t_B = {"text": random(tokens, width)}, t_B.to(network.device)
+        if network.config.in_channels > channels:
+            tensors |= {"upscaled": random(*x_t.shape[1:]), "noise_level": t_B // 2}
+        return x_t, t_B, Conditioning(tensors)

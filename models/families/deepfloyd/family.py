@@ -1,6 +1,7 @@
 """DeepFloyd IF: a UNet2DConditionModel that denoises pixels, conditioned on T5's states, and predicts its variance.
 
-The T5 encoder attends to a caption's own tokens; the UNet attends to all 77 that the pipeline pads it to.
+The T5 encoder attends to a caption's own tokens; the UNet attends to all 77 that the pipeline pads it to. A second
+stage also takes the first's picture, upscaled and noised (cascade.py).
 """
 
 from collections.abc import Collection, Mapping, Sequence
@@ -28,18 +29,19 @@ from slimstep.models.folder import (
 )
 from slimstep.models.networks import check_tokenizers, load_networks, with_unet
 
-NAME = "DeepFloyd IF: an IFPipeline with a UNet2DConditionModel"
+NAME = "DeepFloyd IF: an IFPipeline or IFSuperResolutionPipeline with a UNet2DConditionModel"
 PART = "unet"
 NETWORK = PrunableUNet2DConditionModel
 IS_CONDITIONAL = GUIDES = True
 DRAWS_VIDEOS = False
-PARTS = ("unet", "scheduler", "tokenizer", "text_encoder")
+PARTS, TEXT_PARTS = ("unet", "scheduler"), ("tokenizer", "text_encoder")
 RGB, RGB_AND_VARIANCE = 3, 6
+PIPELINES = {"IFPipeline": RGB, "IFSuperResolutionPipeline": 2 * RGB}  # and the channels that their networks take
 NOT_NEEDED = (*CHECKER, "watermarker")
 
 
 def matches(index: Mapping[str, Any]) -> bool:
-    return index.get("_class_name") == "IFPipeline" and index["unet"][1] in (NETWORK.__name__, NETWORK.STOCK.__name__)
+    return index.get("_class_name") in PIPELINES and index["unet"][1] in (NETWORK.__name__, NETWORK.STOCK.__name__)
 
 
 def owns(network: nn.Module) -> bool:
@@ -58,18 +60,29 @@ def check_single_file(file: str | Path, config: str | None, allow_pickle: bool) 
 
 
 def check(name_or_path: str | Path) -> None:
+    check_parts(name_or_path, (*PARTS, *TEXT_PARTS))
+
+
+def check_parts(name_or_path: str | Path, parts: Sequence[str]) -> None:
+    """The same, where so much is needed of the pipeline."""
     name = str(name_or_path)
     check_tables(name)
-    check_index(name, index := DiffusionPipeline.load_config(name), PARTS)
+    index = DiffusionPipeline.load_config(name)
+    refines = index.get("_class_name") == "IFSuperResolutionPipeline"
+    check_index(name, index, (*parts, "image_noising_scheduler") if refines else parts)
     folder = final_folder(name)
     if folder and (absent := [part for part in absent_parts(folder, index) if part not in NOT_NEEDED]):
         raise ValueError(f"model {name!r} is incomplete: its model_index.json names {absent}, which it lacks")
     fields = UNet2DConditionModel.load_config(name, subfolder="unet")
     taken, given = fields.get("in_channels", 4), fields.get("out_channels", 4)
-    if (taken, given) != (RGB, RGB_AND_VARIANCE):
+    if (taken, given) != (expected := (PIPELINES[index["_class_name"]], RGB_AND_VARIANCE)):
         channels = f"in_channels={taken} and out_channels={given}"
         raise ValueError(f"model {name!r} has a UNet with {channels}; only one of RGB images that predicts a variance "
-                         f"is supported, {RGB} and {RGB_AND_VARIANCE}")  # fmt: skip
+                         f"is supported in an {index['_class_name']}, {expected[0]} and {expected[1]}")  # fmt: skip
+    if refines and fields.get("class_embed_type") != "timestep":
+        kind = f"class_embed_type={fields.get('class_embed_type')}"
+        raise ValueError(f"model {name!r} has a UNet with {kind}; that of an IFSuperResolutionPipeline takes how noisy "
+                         "its picture is as a timestep")  # fmt: skip
 
 
 def read(
@@ -82,17 +95,24 @@ def read(
 ) -> DiffusionPipeline:
     if vae:
         raise ValueError(f"model.vae={vae} has no place in a model of pixels")
+    check_tokenizers(pipeline := read_without((), name_or_path, dtype, variant, allow_pickle))
+    return pipeline
+
+
+def read_without(
+    parts: Sequence[str], name_or_path: str | Path, dtype: torch.dtype | None, variant: str | None, allow_pickle: bool
+) -> DiffusionPipeline:
+    """The pipeline without some of its parts."""
     index = DiffusionPipeline.load_config(name_or_path)
     options = {"variant": variant, "dtype": dtype or stored_dtype(name_or_path, variant)}
     options["use_safetensors"] = None if allow_pickle else True
-    absent = lacking_checker(name_or_path)
-    if absent and "watermarker" in index:
+    absent = {**lacking_checker(name_or_path), **dict.fromkeys(parts)}
+    if "safety_checker" in absent and "watermarker" in index:
         absent["watermarker"] = None
     own = load_networks(name_or_path, index, NETWORK, {*absent}, **options)
     # Without these first: diffusers would look for the class files of an export of ours, and ask for trust.
     rest = DiffusionPipeline.from_pretrained(name_or_path, **{**dict.fromkeys(own), **absent}, **options)
-    check_tokenizers(pipeline := with_unet(rest, **own))
-    return pipeline
+    return with_unet(rest, **own)
 
 
 def exported(pipeline: DiffusionPipeline) -> Exported:

@@ -1,12 +1,26 @@
-"""The jobs on a small random DeepFloyd IF: its first stage is pruned, distilled in steps and evaluated."""
+"""The jobs on a small random DeepFloyd IF: both stages are pruned and distilled in steps, the first is evaluated, and
+the cascade timed."""
 
 import json
 from pathlib import Path
 
 import pytest
-from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline, IFPipeline, UNet2DConditionModel
+import torch
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    DiffusionPipeline,
+    IFPipeline,
+    IFSuperResolutionPipeline,
+    UNet2DConditionModel,
+)
 
-from scripts.random_deepfloyd import small_if_pipeline, small_if_unet
+from scripts.random_deepfloyd import (
+    small_if_pipeline,
+    small_if_second_pipeline,
+    small_if_second_unet,
+    small_if_unet,
+)
 from tests.jobs import run_job
 from tests.tiny import write_tiny_clip
 
@@ -73,3 +87,45 @@ def test_first_stages_are_evaluated_by_their_own_scheduler(place):
     path = run("evaluate", place, "curves.guidance=[3.0]", models)
     teacher, fewer = json.loads((path / "evaluation.json").read_text())["points"]
     assert teacher["metrics"]["clip"]["mean"] and fewer["metrics"]["psnr"]["mean"] > 0
+
+
+# ---- the second stage, behind the first
+
+
+@pytest.fixture(scope="module")
+def second(place) -> list[str]:
+    """Overrides that make the second stage the model."""
+    small_if_second_pipeline(small_if_second_unet(levels=2)).save_pretrained(place / "second")
+    return [f"model.name_or_path={place}/second", f"model.first_stage={{path: {place}/model, steps: 2}}"]
+
+
+def second_pipeline(folder: Path) -> DiffusionPipeline:
+    """An export, which has made a picture larger."""
+    is_stock = json.loads((folder / "export_report.json").read_text())["is_stock"]
+    pipeline = DiffusionPipeline.from_pretrained(folder, trust_remote_code=not is_stock)
+    pipeline.set_progress_bar_config(disable=True)
+    assert type(pipeline) is IFSuperResolutionPipeline
+    image = torch.zeros(1, 3, 16, 16)
+    assert pipeline("a b", image=image, num_inference_steps=2).images[0].size == (32, 32)
+    return pipeline
+
+
+def test_a_second_stage_is_pruned(place, second):
+    own = ["recovery.train.steps=2", "recovery.train.batch_size=4", "search.rounds=1", "search.target_fraction=0.8",
+           "scoring.prompts=4", "scoring.steps=2", "latency.additive_samples=2"]  # fmt: skip
+    path = run("prune_unet", place, *second, *own, "name=second")
+    assert second_pipeline(place / "runs/second/export").unet.config.in_channels == 6 and path
+
+
+def test_a_second_stage_is_distilled_in_steps(place, second):
+    conversion = ["v_prediction.train.steps=2", "v_prediction.train.batch_size=4"]
+    curves = ["distillation.steps=[4,2]", "curves.steps=[2]", "curves.guidance=[3.0]", "name=second-steps"]
+    run("distill_steps", place, *second, *curves, *conversion)
+    assert type(second_pipeline(place / "runs/second-steps/steps-2/export").scheduler) is DDIMScheduler
+
+
+def test_a_cascade_is_timed_as_one_pipeline(place, second):
+    few = ["benchmark.batches=[1]", "benchmark.tasks=[txt2img]", "benchmark.compile=[eager]", "benchmark.images=2"]
+    run("pipelines", place, *second, *few, "latency.seconds=1", "name=cascade")
+    (row,) = json.loads((place / "runs/cascade/results.json").read_text())["rows"]
+    assert row["cannot"] is None and row["parts_ms"]["first stage"] > 0 and row["parts_ms"]["UNet"] > 0
