@@ -77,7 +77,8 @@ def card_text(
     said = f" at guidance {origin.guidance_scale:g}{length.replace('=', ' ')}"
     guidance = f"{said}. Pass {'all' if length else 'both'}: diffusers' defaults are others."
     guidance = guidance if has_prompts else ". Pass them: diffusers' default is another."
-    call = f"num_inference_steps={origin.steps}"
+    frames = f", num_frames={configs[part]['sample_frames']}" if has_frames else ""
+    call = f"num_inference_steps={origin.steps}{frames}"
     guided = GUIDANCE.get(configs[part].get("_class_name", ""), "guidance_scale={:g}").format(origin.guidance_scale)
     call = f'"…", {call}, {guided}{length}' if has_prompts else call
     decoder = f"\n- VAE decoder: {decoder_line(configs['vae'])}" if has_prompts else ""

@@ -23,7 +23,7 @@ from slimstep.models.families.deepfloyd.denoiser import DeepFloydDenoiser
 from slimstep.models.families.exported import Exported
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.families.svd import family as svd
-from slimstep.models.families.transformer import cogvideox, flux, pixart, qwen, sana, sd3
+from slimstep.models.families.transformer import cogvideox, flux, pixart, qwen, sana, sd3, wan
 from slimstep.models.families.transformer.others import OTHERS, REFUSED
 from slimstep.models.families.transformer.single_file import names_in
 from slimstep.models.families.unet2d import family as unet2d
@@ -136,6 +136,7 @@ class Family(Protocol):
 
 FAMILIES: tuple[Family, ...] = (
     unet2d, deepfloyd, ddpm, sd3.FAMILY, pixart.FAMILY, flux.FAMILY, sana.FAMILY, qwen.FAMILY, cogvideox.FAMILY,
+    wan.FAMILY,
 )  # fmt: skip
 
 
@@ -201,7 +202,7 @@ def family_of(model: DiffusionPipeline | nn.Module) -> Family:
 def denoiser_of(network: nn.Module, prediction_type: str = "epsilon") -> Denoiser:
     """The denoiser of a network by its class; `prediction_type` is its scheduler's, and any where none is trained."""
     family, bare = family_of(network), extract_model_from_parallel(network, keep_torch_compile=False)
-    frames, sides = family.frames(bare), sides_of(bare)
+    frames, sides = family.frames(bare), sides_of(bare.config)
     shape = (family.channels(bare), *([frames] if frames else []), *sides)
     return family.denoiser(network, prediction_type, shape)
 

@@ -4,6 +4,7 @@ Of videos it is the number of frames, too: `sample_frames` in the network's conf
 """
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
@@ -24,9 +25,9 @@ def latent_side(network: ModelMixin, way: str) -> int:
     raise ValueError(f"{part}/config.json {reason}: {way} says which size to take")
 
 
-def sides_of(network: ModelMixin) -> tuple[Any, Any]:
-    """Height and width of what a network denoises; of none that has no size."""
-    size = network.config.get("sample_size")
+def sides_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Height and width of what a network of this configuration denoises; None where it does not say them."""
+    size = config.get("sample_size")
     height, width = size if isinstance(size, (list, tuple)) else (size, size)
     return height, width
 

@@ -140,7 +140,7 @@ def check(teacher: Teacher, search: Any) -> None:
         name, (scale, other) = config.model.name_or_path, (config.eval.guidance_scale, config.scoring.guidance_scale)
         takes = f"{name} takes its guidance scale as an input, and is pruned for one: eval.guidance_scale={scale:g}"
         raise ValueError(f"{takes}, which scoring.guidance_scale={other:g} must be, too")
-    known = (*unet.blocks, *unet.levels)
+    known = (*unet.all_blocks, *unet.levels)
     if unknown := sorted(set(search.named_blocks) - set(known)):
         raise ValueError(f"search.method names unknown blocks {unknown}; this network has {known}")
     if (decided := getattr(search, "skip_rule", None)) not in (None, skip_rule(config)):
@@ -148,7 +148,7 @@ def check(teacher: Teacher, search: Any) -> None:
     if config.search.blocks == "sublayers" and needs_similarity(search):
         raise ValueError("search=similarity compares the input and output of whole blocks: set search.blocks=whole")
     if unused := [pattern for pattern in config.search.keep if not fnmatch.filter(unet.blocks, pattern)]:
-        raise ValueError(f"search.keep={unused} names no block; this network has {unet.blocks}")
+        raise ValueError(f"search.keep={unused} names no block; this network has {unet.all_blocks}")
     if unet.blocks and not without_kept(unet.blocks, config.search.keep):
         raise ValueError(f"search.keep={list(config.search.keep)} names all blocks: there is nothing to prune")
     check_measurements(config, search)

@@ -6,6 +6,7 @@ from diffusers import (
     AutoencoderKL,
     AutoencoderKLCogVideoX,
     AutoencoderKLQwenImage,
+    AutoencoderKLWan,
     CogVideoXDDIMScheduler,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
@@ -23,6 +24,9 @@ from diffusers import (
     SchedulerMixin,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    UniPCMultistepScheduler,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
@@ -37,6 +41,8 @@ from transformers import (
     Qwen2Tokenizer,
     T5Config,
     T5EncoderModel,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 from scripts.tiny_tokenizer import MAX_TOKENS, tiny_tokenizer
@@ -255,6 +261,36 @@ def small_cogvideox_pipeline(scheduler: SchedulerMixin | None = None, **fields) 
     pipeline = CogVideoXPipeline(
         tokenizer=tiny_tokenizer(), text_encoder=small_t5(), vae=vae.eval(), transformer=small_cogvideox(**fields),
         scheduler=scheduler or CogVideoXDDIMScheduler(**published),
+    )  # fmt: skip
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def small_wan(num_layers: int = 4, **fields) -> WanTransformer3DModel:
+    """3×4×4 latents in 12 tokens, for videos of 9 frames; the width of a head that holds three axes."""
+    torch.manual_seed(0)
+    network = alive(WanTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=TEXT_WIDTH, freq_dim=16,
+        ffn_dim=32, num_layers=num_layers, rope_max_seq_len=32, **fields,
+    ))  # fmt: skip
+    network.register_to_config(sample_size=4, sample_frames=9, temporal_compression_ratio=4)
+    return network
+
+
+def small_wan_pipeline(scheduler: SchedulerMixin | None = None, **fields) -> WanPipeline:
+    """Videos of 16×16 pixels; the solver is the published one's."""
+    torch.manual_seed(5)
+    sizes = {"d_model": TEXT_WIDTH, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    text_encoder = UMT5EncoderModel(UMT5Config(vocab_size=len(tiny_tokenizer()), **sizes)).eval()
+    torch.manual_seed(2)
+    vae = AutoencoderKLWan(
+        base_dim=8, z_dim=4, dim_mult=[1, 1, 1], num_res_blocks=1, temperal_downsample=[True, True],
+        latents_mean=[0.1, -0.2, 0.3, 0.0], latents_std=[1.5, 0.7, 2.0, 1.1], scale_factor_spatial=4,
+    )  # fmt: skip
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction", "flow_shift": 3.0}
+    pipeline = WanPipeline(
+        tokenizer=tiny_tokenizer(), text_encoder=text_encoder, vae=vae.eval(), transformer=small_wan(**fields),
+        scheduler=scheduler or UniPCMultistepScheduler(**flow),
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

@@ -265,12 +265,6 @@ KINDS: dict[str, tuple[dict, dict]] = {
         dict(hidden_states=draw(2, 8, 16), timestep=draw(2), encoder_hidden_states=draw(2, 4, 16),
              global_hidden_states=draw(2, 12)),
     ),
-    "WanTransformer3DModel": (
-        dict(num_attention_heads=2, attention_head_dim=12, in_channels=4, out_channels=4, text_dim=16,
-             ffn_dim=32, rope_max_seq_len=32),
-        dict(hidden_states=draw(1, 4, 2, 16, 16), encoder_hidden_states=draw(1, 12, 16),
-             timestep=torch.tensor([44])),
-    ),
     "ZImageTransformer2DModel": (
         dict(dim=16, n_refiner_layers=1, n_heads=1, n_kv_heads=2, cap_feat_dim=16, axes_dims=[8, 4, 4],
              axes_lens=[256, 32, 32]),

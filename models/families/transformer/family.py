@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
@@ -53,7 +54,7 @@ class TransformerFamily:
     latent_frames: of what a network of this configuration makes, where that is videos.
     as_tokens: latents as the pipeline's call takes them. own_options: what the call is also given, at this guidance
     scale.
-    refused: fields of config.json that make other networks of the class, of pipelines of their own.
+    refused: fields of config.json, or of model_index.json, that make other networks of the class.
     single_file: names of weights that are all in a single file of this transformer and of no other, for each layout.
     """
 
@@ -114,10 +115,11 @@ class TransformerFamily:
         if (folder := final_folder(name)) and (absent := absent_parts(folder, index)):
             raise ValueError(f"model {name!r} is incomplete: its model_index.json names {absent}, which it lacks")
         fields = self.NETWORK.STOCK.load_config(name, subfolder=self.PART) if self.refused else {}
-        if differing := [field for field in self.refused if fields.get(field)]:
-            which = f"{self.PART}/config.json has {differing[0]}={json.dumps(fields[differing[0]])}"
-            raise ValueError(f"model {name!r}: its {which}, a network of another kind; supported is {self.NAME}, "
-                             "without it")  # fmt: skip
+        for file, values in {"model_index.json": index, f"{self.PART}/config.json": fields}.items():
+            if differing := [field for field in self.refused if values.get(field)]:
+                which = f"{file} has {differing[0]}={json.dumps(values[differing[0]])}"
+                raise ValueError(f"model {name!r}: its {which}, a network of another kind; supported is {self.NAME}, "
+                                 "without it")  # fmt: skip
 
     def read(
         self,
@@ -143,7 +145,8 @@ class TransformerFamily:
             own["vae"] = load_vae(vae, fields, dtype, allow_pickle)
         # diffusers has to be given the parts that a model_index.json says are not there, as T5 of a small SD3.
         absent = (part for part, value in index.items() if isinstance(value, (list, tuple)) and value[:1] == [None])
-        rest = DiffusionPipeline.from_pretrained(name_or_path, **dict.fromkeys([*own, *absent]), **options)
+        kind = getattr(diffusers, index["_class_name"])  # DiffusionPipeline would load a part that Wan's may lack
+        rest = kind.from_pretrained(name_or_path, **dict.fromkeys([*own, *absent]), **options)
         pipeline = with_unet(rest, own.pop(self.PART), **own)
         settle_sizes(pipeline)
         check_tokenizers(pipeline)
@@ -188,7 +191,7 @@ class TransformerFamily:
     def call(self, pipeline: DiffusionPipeline, guidance_scale: float, noise: Tensor | None = None) -> dict[str, Any]:
         length = sequence_length(pipeline)
         network: Any = network_of(pipeline)
-        height, width = (side * scale_factor(pipeline) for side in sides_of(network))
+        height, width = (side * scale_factor(pipeline) for side in sides_of(network.config))
         options = {"guidance_scale": guidance_scale, "height": height, "width": width}
         options |= self.own_options(guidance_scale)
         options |= {"num_frames": frames} if (frames := native_frames(pipeline)) else {}
@@ -206,13 +209,14 @@ class TransformerFamily:
 
     def patch(self, config: Mapping[str, Any]) -> int:
         """The latents along a side of what becomes one token."""
-        return self.packing if self.packing > 1 else config["patch_size"]
+        size = config["patch_size"] if self.packing == 1 else self.packing
+        return size if isinstance(size, int) else size[-1]  # of videos along the time, too
 
     def flow(self, config: Mapping[str, Any]) -> FlowSteps | None:
         if not self.is_flow:
             return None
-        side = (config.get("sample_size") or 0) // self.patch(config)
-        return FlowSteps(tokens=side**2, own_sigmas=self.own_sigmas)
+        height, width = ((side or 0) // self.patch(config) for side in sides_of(config))
+        return FlowSteps(tokens=height * width, own_sigmas=self.own_sigmas)
 
     def codec(self, pipeline: DiffusionPipeline) -> ModelMixin:
         return pipeline.vae

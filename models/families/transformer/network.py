@@ -25,7 +25,7 @@ from slimstep.models.families.prunable import Prunable, RunningMask, submodule
 # The last layers of residual branches, as blocks of diffusers name them.
 LAST_LAYERS = (
     "attn.to_out.0", "attn.to_add_out", "attn1.to_out.0", "attn2.to_out.0", "ff.net.2", "ff_context.net.2",
-    "ff.conv_point", "img_mlp.net.2", "txt_mlp.net.2", "proj_out",
+    "ff.conv_point", "ffn.net.2", "img_mlp.net.2", "txt_mlp.net.2", "proj_out",
 )  # fmt: skip
 
 

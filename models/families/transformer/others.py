@@ -1,7 +1,7 @@
 """Transformers of diffusers that no family drives: blocks are removed and masked in the network on its own.
 
-    network = prunable(WanTransformer3DModel.from_pretrained(DIR))
-    to_stock(network.with_architecture({"blocks.7": 0})).save_pretrained(OUT)       # stock.py: diffusers reads OUT
+    network = prunable(LTXVideoTransformer3DModel.from_pretrained(DIR))
+    to_stock(network.with_architecture({"transformer_blocks.7": 0})).save_pretrained(OUT)  # stock.py: diffusers' own
 
 What stands in `OTHERS` was found by running small networks of each class (tests/models/families/test_others.py): an
 export is the network in memory, and a closed mask is the removed block, to the bit.
@@ -21,10 +21,12 @@ from slimstep.models.families.transformer.networks.pixart import PrunablePixArtT
 from slimstep.models.families.transformer.networks.qwen import PrunableQwenImageTransformer2DModel
 from slimstep.models.families.transformer.networks.sana import PrunableSanaTransformer2DModel
 from slimstep.models.families.transformer.networks.sd3 import PrunableSD3Transformer2DModel
+from slimstep.models.families.transformer.networks.wan import PrunableWanTransformer3DModel
 
 OF_FAMILIES = {kind.STOCK.__name__: kind for kind in (
     PrunableSD3Transformer2DModel, PrunablePixArtTransformer2DModel, PrunableFluxTransformer2DModel,
     PrunableSanaTransformer2DModel, PrunableQwenImageTransformer2DModel, PrunableCogVideoXTransformer3DModel,
+    PrunableWanTransformer3DModel,
 )}  # fmt: skip
 
 
@@ -95,7 +97,6 @@ OTHERS: Mapping[str, Mapping[str, BlockList]] = {
     "SanaVideoTransformer3DModel": TRANSFORMER_BLOCKS,
     "SkyReelsV2Transformer3DModel": BLOCKS,
     "StableAudio3DiTModel": {"transformer_blocks": BlockList("depth")},
-    "WanTransformer3DModel": BLOCKS,
     "ZImageTransformer2DModel": {"layers": BlockList("n_layers", ("x",))},
 }
 COUPLED = "its blocks go with a second list, entry by entry: {}"

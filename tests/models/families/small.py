@@ -15,6 +15,8 @@ from scripts.random_transformers import (
     small_sana_pipeline,
     small_sd3,
     small_sd3_pipeline,
+    small_wan,
+    small_wan_pipeline,
 )
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.families.transformer.networks.cogvideox import PrunableCogVideoXTransformer3DModel
@@ -23,23 +25,26 @@ from slimstep.models.families.transformer.networks.pixart import PrunablePixArtT
 from slimstep.models.families.transformer.networks.qwen import PrunableQwenImageTransformer2DModel
 from slimstep.models.families.transformer.networks.sana import PrunableSanaTransformer2DModel
 from slimstep.models.families.transformer.networks.sd3 import PrunableSD3Transformer2DModel
+from slimstep.models.families.transformer.networks.wan import PrunableWanTransformer3DModel
 from slimstep.models.family import denoiser_of
 
 SD35 = {"dual_attention_layers": (0, 1, 3), "qk_norm": "rms_norm"}
 ROTARY = {"use_rotary_positional_embeddings": True}
 STOCK = {"SD3": small_sd3, "SD3.5": lambda: small_sd3(**SD35), "PixArt": small_pixart, "FLUX": small_flux,
          "Sana": small_sana, "Qwen-Image": small_qwen_image, "CogVideoX": small_cogvideox,
-         "CogVideoX 5B": lambda: small_cogvideox(**ROTARY)}  # fmt: skip
+         "CogVideoX 5B": lambda: small_cogvideox(**ROTARY), "Wan": small_wan}  # fmt: skip
 PIPELINES = {
     "SD3": small_sd3_pipeline, "SD3.5": lambda: small_sd3_pipeline(small_sd3(**SD35)), "PixArt": small_pixart_pipeline,
     "FLUX": small_flux_pipeline, "Sana": small_sana_pipeline, "Qwen-Image": small_qwen_image_pipeline,
     "CogVideoX": small_cogvideox_pipeline, "CogVideoX 5B": lambda: small_cogvideox_pipeline(**ROTARY),
+    "Wan": small_wan_pipeline,
 }  # fmt: skip
 PRUNABLE = {
     "SD3": PrunableSD3Transformer2DModel, "SD3.5": PrunableSD3Transformer2DModel,
     "PixArt": PrunablePixArtTransformer2DModel, "FLUX": PrunableFluxTransformer2DModel,
     "Sana": PrunableSanaTransformer2DModel, "Qwen-Image": PrunableQwenImageTransformer2DModel,
     "CogVideoX": PrunableCogVideoXTransformer3DModel, "CogVideoX 5B": PrunableCogVideoXTransformer3DModel,
+    "Wan": PrunableWanTransformer3DModel,
 }  # fmt: skip
 
 

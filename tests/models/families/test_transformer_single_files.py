@@ -57,7 +57,7 @@ def original_sd3(weights: dict[str, torch.Tensor], last: int) -> dict[str, torch
     return made
 
 
-@pytest.fixture(scope="module", params=["SD3", "SD3.5", "FLUX", "Sana", "Qwen-Image"])
+@pytest.fixture(scope="module", params=["SD3", "SD3.5", "FLUX", "Sana", "Qwen-Image", "Wan"])
 def saved(request, tmp_path_factory):
     """{family, folder, weights}: a pipeline, and its network's weights under diffusers' names."""
     folder = tmp_path_factory.mktemp("saved") / "model"
@@ -103,11 +103,12 @@ def test_a_file_in_the_original_layout_is_its_folder(family, tmp_path, caplog):
 def test_weights_of_another_size_are_an_error(saved, tmp_path):
     _, folder, weights = saved
     file, config = tmp_path / "model.safetensors", {"single_file_config": str(folder)}
-    last = max(name.split(".")[1] for name in weights if name.startswith("transformer_blocks."))
-    own = [name for name in weights if name.startswith(f"transformer_blocks.{last}.")]
+    blocks = next(iter(family_at(folder).NETWORK.LISTS))
+    last = max(name.split(".")[1] for name in weights if name.startswith(f"{blocks}."))
+    own = [name for name in weights if name.startswith(f"{blocks}.{last}.")]
     more = {name.replace(f".{last}.", f".{int(last) + 1}.", 1): weights[name].clone() for name in own}
     save_file({**weights, **more}, file)
-    with pytest.raises(ValueError, match=f"it holds {len(own)} more weights, transformer_blocks.{int(last) + 1}."):
+    with pytest.raises(ValueError, match=f"it holds {len(own)} more weights, {blocks}.{int(last) + 1}."):
         load_pipeline(file, **config)
     name = next(iter(weights))
     save_file({**weights, name: torch.zeros(3)}, file)

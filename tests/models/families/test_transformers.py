@@ -1,5 +1,5 @@
-"""PixArt, FLUX, Sana, Qwen-Image, CogVideoX: their blocks, their exports as stock, their sampling (test_sd3.py has all
-laws)."""
+"""PixArt, FLUX, Sana, Qwen-Image, CogVideoX, Wan: their blocks, their exports as stock, their sampling (test_sd3.py has
+all laws)."""
 
 import json
 
@@ -11,6 +11,7 @@ from diffusers import (
     FlowMatchEulerDiscreteScheduler,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
+    WanPipeline,
 )
 from torch import nn
 
@@ -42,6 +43,7 @@ BLOCKS = {
     "Qwen-Image": FOUR,
     "CogVideoX": FOUR,
     "CogVideoX 5B": FOUR,
+    "Wan": [f"blocks.{i}" for i in range(4)],
 }
 
 
@@ -60,26 +62,26 @@ def network(family):
 def test_open_masks_are_the_stock_transformer(network, family):
     stock = STOCK[family]()
     stock.register_to_config(sample_size=network.config.sample_size)
-    assert [*network.blocks] == BLOCKS[family] == [*network.copyable_blocks]
-    mask_BN = torch.ones(3, len(network.blocks), dtype=torch.bool)
+    assert [*network.all_blocks] == BLOCKS[family] == [*network.copyable_blocks]
+    mask_BN = torch.ones(3, len(network.all_blocks), dtype=torch.bool)
     assert torch.equal(run(network, block_mask_BN=mask_BN), run(stock)) and torch.equal(run(network), run(stock))
 
 
 def test_a_closed_mask_is_the_pruned_transformer_for_each_sample_alone(network):
-    mask_BN = torch.rand(3, len(network.blocks), generator=torch.Generator().manual_seed(2)) < 0.6
+    mask_BN = torch.rand(3, len(network.all_blocks), generator=torch.Generator().manual_seed(2)) < 0.6
     masked = run(network, block_mask_BN=mask_BN)
     for row, open_N in enumerate(mask_BN.tolist()):
-        closed = [block for block, is_open in zip(network.blocks, open_N, strict=True) if not is_open]
+        closed = [block for block, is_open in zip(network.all_blocks, open_N, strict=True) if not is_open]
         assert torch.equal(run(network.with_architecture(dict.fromkeys(closed, 0)))[row], masked[row])
 
 
 def test_a_fresh_copy_changes_nothing(network):
-    torch.testing.assert_close(run(network.with_architecture(dict.fromkeys(network.blocks, 2))), run(network))
+    torch.testing.assert_close(run(network.with_architecture(dict.fromkeys(network.all_blocks, 2))), run(network))
 
 
 def test_the_stock_transformer_has_the_pruned_ones_output(network):
-    for block in network.blocks:
-        other = next(b for b in network.blocks if b != block)
+    for block in network.all_blocks:
+        other = next(b for b in network.all_blocks if b != block)
         pruned = network.with_architecture({block: 0, other: 2}, copy_init="same")
         made = to_stock(pruned)
         assert type(made) is type(network).STOCK and torch.equal(run(made), run(pruned))
@@ -90,7 +92,7 @@ def test_a_mask_survives_gradient_checkpointing(network):
     own = network.with_architecture({}).train()
     denoiser = denoiser_of(own)
     inputs = denoiser.example(own, 3, tokens=7, generator=torch.Generator().manual_seed(0))
-    mask_BN = torch.rand(3, len(own.blocks), generator=torch.Generator().manual_seed(0)) < 0.5
+    mask_BN = torch.rand(3, len(own.all_blocks), generator=torch.Generator().manual_seed(0)) < 0.5
     grads = []
     for _ in range(2):
         own.zero_grad()
@@ -102,7 +104,7 @@ def test_a_mask_survives_gradient_checkpointing(network):
 
 
 def test_a_low_rank_update_is_merged_into_the_same_network(network):
-    own = network.with_architecture({network.blocks[0]: 0})
+    own = network.with_architecture({network.all_blocks[0]: 0})
     names, before = [*own.state_dict()], run(own)
     add_low_rank(own, 2, seed=0)
     assert torch.equal(run(own), before), "it is zero at first"
@@ -126,7 +128,7 @@ def test_packing_is_undone():
 
 def sides(pipeline) -> dict[str, int]:
     """The size of 8×8 latents, of videos 4×4."""
-    latents = 4 if isinstance(pipeline, CogVideoXPipeline) else 8
+    latents = 4 if isinstance(pipeline, (CogVideoXPipeline, WanPipeline)) else 8
     return dict.fromkeys(("height", "width"), latents * scale_factor(pipeline))
 
 
@@ -237,8 +239,8 @@ def test_an_export_draws_the_same_image_in_plain_diffusers(family, tmp_path):
     made = PIPELINES[family]()
     made.save_pretrained(tmp_path / "model")
     pipeline = load_pipeline(tmp_path / "model")
-    last = pipeline.transformer.blocks[-1]
-    student = with_unet(pipeline, pipeline.transformer.with_architecture({last: 0, "transformer_blocks.0": 2}))
+    first, *_, last = pipeline.transformer.all_blocks
+    student = with_unet(pipeline, pipeline.transformer.with_architecture({last: 0, first: 2}))
     export = export_pipeline(student, tmp_path / "export")
     assert export.load == f'DiffusionPipeline.from_pretrained("{tmp_path / "export"}")'
     stock = DiffusionPipeline.from_pretrained(tmp_path / "export")

@@ -1,13 +1,13 @@
-"""The jobs on a small random CogVideoX: pruned, distilled in steps and evaluated, from a folder to an export."""
+"""The jobs on small random CogVideoX and Wan: pruned, distilled in steps and evaluated, from a folder to an export."""
 
 import json
 from pathlib import Path
 
 import pytest
-from diffusers import CogVideoXPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
-from scripts.random_transformers import small_cogvideox_pipeline
+from scripts.random_transformers import small_cogvideox_pipeline, small_wan_pipeline
 from tests.jobs import run_job
 from tests.tiny import write_tiny_clip
 
@@ -16,11 +16,21 @@ SMALL = ["data.pairs.size=8", "train.steps=2", "train.batch_size=2", "eval.promp
          "eval.steps=2", "latency.iterations=3", "data=shapes_video"]  # fmt: skip
 
 
+PIPELINES = {"CogVideoX": small_cogvideox_pipeline, "Wan": small_wan_pipeline}
+
+SCHEDULERS = {"CogVideoX": "CogVideoXDDIMScheduler", "Wan": "FlowMatchEulerDiscreteScheduler"}
+
+
+@pytest.fixture(scope="module", params=PIPELINES)
+def family(request) -> str:
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def place(tmp_path_factory) -> Path:
+def place(family, tmp_path_factory) -> Path:
     """A folder with `model` and `clip`."""
     place = tmp_path_factory.mktemp("video")
-    small_cogvideox_pipeline().save_pretrained(place / "model")
+    PIPELINES[family]().save_pretrained(place / "model")
     (place / "clip").mkdir()
     write_tiny_clip(place / "clip")
     return place
@@ -35,11 +45,12 @@ def run(experiment: str, place: Path, *overrides: str) -> Path:
     return place / "runs" / experiment
 
 
-def stock_pipeline(folder: Path, frames: int) -> CogVideoXPipeline:
-    """Loaded without any flag; it has drawn a video of so many frames by itself."""
-    pipeline = CogVideoXPipeline.from_pretrained(folder)
+def stock_pipeline(folder: Path, family: str) -> DiffusionPipeline:
+    """Loaded without any flag; it has drawn a video."""
+    pipeline = DiffusionPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
-    assert pipeline("a b", num_inference_steps=2, output_type="np").frames.shape == (1, frames, 16, 16, 3)
+    size = {"height": 16, "width": 16, "num_frames": 9} if family == "Wan" else {}  # whose pipeline has its own
+    assert pipeline("a b", num_inference_steps=2, output_type="np", **size).frames.shape == (1, 9, 16, 16, 3)
     return pipeline
 
 
@@ -47,14 +58,14 @@ def metrics_of(path: Path) -> dict:
     return json.loads((path / "evaluation.json").read_text())["points"][-1]["metrics"]
 
 
-def test_a_video_transformer_is_pruned(place):
+def test_a_video_transformer_is_pruned(family, place):
     own = ["recovery.train.steps=2", "recovery.train.batch_size=2", "search.rounds=1", "search.target_fraction=0.7",
            "scoring.prompts=3", "scoring.steps=2", "latency.additive_samples=2", "data.frames=9"]  # fmt: skip
     path = run("prune_transformer", place, *own)
     decision = json.loads((path / "round-00/decision.json").read_text())
     removed = [block for block, repeats in decision["after"].items() if repeats == 0]
     assert removed and json.loads((path / "export/export_report.json").read_text())["is_stock"]
-    after = stock_pipeline(path / "export", 9).transformer
+    after = stock_pipeline(path / "export", family).transformer
     assert after.config.num_layers == 4 - len(removed)
     assert {"clip", "clip_worst_frame", "consistency", "motion", "psnr"} <= metrics_of(path).keys()
     with Image.open(path / "images/student/steps-2-guidance-2.5/000.png") as picture:
@@ -62,13 +73,13 @@ def test_a_video_transformer_is_pruned(place):
     assert ".frames" in (path / "export/README.md").read_text()
 
 
-def test_a_video_transformer_is_distilled_in_steps(place):
+def test_a_video_transformer_is_distilled_in_steps(family, place):
     own = ["distillation.steps=[8,4,2]", "curves.steps=[2]", "curves.guidance=[3.0]", "evaluation.real_images=4"]
     path = run("distill_steps", place, *own)
     names = [point["model"] for point in json.loads((path / "evaluation.json").read_text())["points"]]
     assert names[0] == "teacher" and names[-2:] == ["steps-4", "steps-2"]
-    scheduler = stock_pipeline(path / "steps-2/export", 9).scheduler
-    assert type(scheduler).__name__ == "CogVideoXDDIMScheduler" and scheduler.config.timestep_spacing == "trailing"
+    scheduler = stock_pipeline(path / "steps-2/export", family).scheduler
+    assert type(scheduler).__name__ == SCHEDULERS[family]
     assert metrics_of(path)["fd"]["features"].endswith("mean over frames")
 
 
