@@ -36,6 +36,8 @@ def package_of(sampler: Sampler, steps: Sequence[int], batch: int) -> Package:
     default. ValueError where the pipeline cannot be written as graphs and weighted sums."""
     pipeline, network = sampler.pipeline, sampler.network
     guides = sampler.guides(network)
+    if sampler.family.DRAWS_VIDEOS:
+        raise ValueError(f"a {type(pipeline).__name__} draws videos, which no package does yet")
     if guides and not is_plain_guidance(sampler):
         kind = type(pipeline).__name__
         raise ValueError(f"a {kind} rescales what is guided, which no package does: package.guidance_scale=1")
