@@ -131,9 +131,12 @@ def teacher_of(pipeline: DiffusionPipeline, config: Config, run: Run) -> Teacher
 
 
 def settle_frames(pipeline: DiffusionPipeline, data: DictConfig) -> None:
-    """Gives data of videos that leave it open as many frames as the pipeline draws."""
-    if "frames" in data and data.frames is None:
-        data.frames = native_frames(pipeline)
+    """Gives data of videos that leave it open as many frames as the pipeline draws. ValueError where that is images."""
+    if "frames" not in data:
+        return
+    if (own := native_frames(pipeline)) is None:
+        raise ValueError(f"the data are videos, and a {type(pipeline).__name__} draws images: choose data of images")
+    data.frames = data.frames or own
 
 
 def check_trained(teacher: Teacher, sampler: Sampler) -> None:

@@ -7,15 +7,18 @@ import pytest
 import torch
 from diffusers import CogVideoXDPMScheduler, DiffusionPipeline
 from diffusers.schedulers import scheduling_dpm_cogvideox
+from omegaconf import OmegaConf
 
 from scripts.random_transformers import small_cogvideox_pipeline, small_wan_pipeline
 from slimstep.data.encoding import encode_images
+from slimstep.eval.inputs import settle_frames
 from slimstep.eval.sampling import Sampler
 from slimstep.models.family import denoiser_of, family_of, schedule_for
 from slimstep.models.noise_schedule import ddim_step
 from slimstep.models.pipeline import check_pipeline, export_pipeline, load_pipeline, with_unet
 from slimstep.models.sizes import check_frames, native_frames, set_frames
 from tests.models.families.small import PIPELINES
+from tests.tiny import small_pipeline
 
 PROMPTS = ["a b", "c"]
 KINDS = ("CogVideoX", "CogVideoX 5B", "Wan")
@@ -113,6 +116,15 @@ def test_an_image_is_a_video_of_one_frame(kind, tmp_path):
     _, t_B, cond = denoiser.example(pipeline.transformer, 1)
     with torch.no_grad():
         assert denoiser(pipeline.transformer, latents, t_B, cond).shape == latents.shape
+
+
+def test_data_of_videos_have_as_many_frames_as_the_pipeline_draws_unless_they_say_others():
+    for stated, frames in {None: 9, 17: 17}.items():
+        data = OmegaConf.create({"frames": stated})
+        settle_frames(small_wan_pipeline(), data)
+        assert data.frames == frames
+    with pytest.raises(ValueError, match="the data are videos, and a StableDiffusionPipeline draws images"):
+        settle_frames(small_pipeline(), OmegaConf.create({"frames": None}))
 
 
 @pytest.mark.parametrize("kind", ["CogVideoX", "Wan"])
