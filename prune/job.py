@@ -147,9 +147,9 @@ def check(teacher: Teacher, search: Any) -> None:
         raise ValueError(f"search.method.architecture was decided with search.skip_rule={decided}; set it here")
     if config.search.blocks == "sublayers" and needs_similarity(search):
         raise ValueError("search=similarity compares the input and output of whole blocks: set search.blocks=whole")
-    if unused := [pattern for pattern in config.search.keep if not fnmatch.filter(unet.blocks, pattern)]:
+    if unused := [pattern for pattern in config.search.keep if not fnmatch.filter(unet.all_blocks, pattern)]:
         raise ValueError(f"search.keep={unused} names no block; this network has {unet.all_blocks}")
-    if unet.blocks and not without_kept(unet.blocks, config.search.keep):
+    if unet.all_blocks and not without_kept(unet.all_blocks, config.search.keep):
         raise ValueError(f"search.keep={list(config.search.keep)} names all blocks: there is nothing to prune")
     check_measurements(config, search)
     check_actions(teacher)
