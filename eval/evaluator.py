@@ -30,10 +30,12 @@ from slimstep.eval.metrics.compare import mean_and_error, relative_to
 from slimstep.eval.metrics.diversity import first_of_texts, further_seeds, mean_pairwise_distance, runs_of, stacked
 from slimstep.eval.metrics.metric import DistributionMetric, Kind, Metric, of_kind
 from slimstep.eval.metrics.video import features_of
+from slimstep.eval.pages.videos import write_animation
 from slimstep.eval.record import FILE, Evaluation, Key, Point, Values, read_evaluation
 from slimstep.eval.scorer_check import compare_teacher
 
 PARTIAL = "partial"  # where unfinished work lies, batch by batch
+IN_A_ROW = 9  # frames of a video in a picture
 Draw = Callable[[list[int]], Tensor]
 
 
@@ -272,11 +274,16 @@ def compared(point: Point, reference: Point) -> Point:
 
 
 def write_pictures(images_B3HW: Tensor, folder: Path) -> None:
-    """The images as FOLDER/000.png, 001.png, …; of a video [F, H, W, 3] its frames beside each other."""
+    """The images as FOLDER/000.png, 001.png, …; of a video [F, H, W, 3] 000.webp, and beside it some of its frames."""
     for i, image in enumerate(images_B3HW):
         picture(image).save(folder / f"{i:03d}.png")
+        if image.ndim == 4:
+            write_animation([to_pil_image(frame) for frame in image.permute(0, 3, 1, 2)], folder / f"{i:03d}.webp")
 
 
 def picture(image: Tensor) -> Image.Image:
-    """An image [3, H, W], or the frames of a video [F, H, W, 3] in a row."""
-    return to_pil_image(image if image.ndim == 3 else torch.cat([*image.permute(0, 3, 1, 2)], dim=2))
+    """An image [3, H, W], or of a video [F, H, W, 3] up to nine frames in a row, the first and the last among them."""
+    if image.ndim == 3:
+        return to_pil_image(image)
+    at = torch.linspace(0, len(image) - 1, min(len(image), IN_A_ROW)).round().long()
+    return to_pil_image(torch.cat([*image[at].permute(0, 3, 1, 2)], dim=2))

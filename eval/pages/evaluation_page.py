@@ -51,8 +51,11 @@ def columns(points: Sequence[Point]) -> dict[str, Callable[[Point], str]]:
         "denoiser evaluations": lambda p: str(p.facts.get("evaluations", "–")),
     }
     scores = dict.fromkeys(name for p in points for name in p.of_kind("per_image"))
+    by_ratio = {name for p in points for name, own in p.metrics.items() if own and own.get("compared_by_ratio")}
     for name in sorted(scores, key=lambda name: name != "clip"):
         shown |= score_columns(name)
+        if name in by_ratio:
+            shown[f"{name} over the reference's"] = partial(over_the_reference, metric=name)
         if name == "clip":
             shown |= {"PSNR, dB": lambda p: near(p, "psnr", ".1f"), "features": lambda p: near(p, "features", ".3f")}
     if "clip" not in scores:
@@ -66,9 +69,7 @@ def spread_columns(points: Sequence[Point]) -> dict[str, Callable[[Point], str]]
     shown: dict[str, Callable[[Point], str]] = {}
     if any(p.of_kind("per_prompt") for p in points):
         shown["diversity ± se"] = lambda p: score(p.metrics.get("diversity"), places=3)
-        shown["diversity over the reference's"] = lambda p: ratio(
-            (p.metrics.get("diversity") or {}).get("ratio_to_reference")
-        )
+        shown["diversity over the reference's"] = partial(over_the_reference, metric="diversity")
     measured = {key for p in points for values in p.of_kind("distribution").values() for key in values}
     if "fd" in measured:
         shown["FD ×100"] = lambda p: distance(p, "fd", 100)
@@ -79,6 +80,8 @@ def spread_columns(points: Sequence[Point]) -> dict[str, Callable[[Point], str]]
     if "fid" in measured:
         shown["FID"] = lambda p: distance(p, "fid", 1)
         shown["KID ×1000 ± sd"] = lambda p: distance(p, "kid", 1000)
+    if "fvd" in measured:
+        shown["FVD"] = lambda p: distance(p, "fvd", 1)
     return shown
 
 
@@ -100,6 +103,11 @@ def score_columns(name: str) -> dict[str, Callable[[Point], str]]:
         f"{heading} ± se": lambda p: score(p.metrics.get(name)),
         f"{versus}against the reference": lambda p: difference((p.metrics.get(name) or {}).get("versus_reference")),
     }
+
+
+def over_the_reference(point: Point, metric: str) -> str:
+    """A metric's mean over the reference's, with its interval; a dash for the reference itself."""
+    return ratio((point.metrics.get(metric) or {}).get("ratio_to_reference"))
 
 
 def near(point: Point, metric: str, form: str) -> str:

@@ -16,8 +16,8 @@ from slimstep.eval.pages.cautions import cautions
 from slimstep.eval.pages.figures import save_figures, themed
 from slimstep.eval.pages.runs import finite
 from slimstep.eval.pages.text import count, digits, percent, signed
-
-PICTURE = 256  # pixels on the page: larger images are scaled down, smaller ones have their pixels repeated
+from slimstep.eval.pages.videos import Videos, as_shown, videos_of
+from slimstep.eval.record import read_evaluation
 
 
 def write_page(
@@ -28,7 +28,7 @@ def write_page(
     saved_alone: Sequence[str] = (),
     **values: Any,
 ) -> Path:
-    """Makes `folder`/report/*.png and `folder`/report.html anew, with the run's own name and cautions.
+    """Makes `folder`/report/*.png and `folder`/report.html anew, with the run's own name, cautions and videos.
 
     `track` is called when the pictures are there; the page, which says that all is done, comes last. Figures of
     `saved_alone` are not on the page.
@@ -36,13 +36,14 @@ def write_page(
     save_figures(folder / "report", figures)
     track()
     drawn = {name: Markup(themed(figure, name)) for name, figure in figures.items() if name not in saved_alone}
-    own = {"name": folder.name, "cautions": cautions(folder), "figures": drawn}
+    videos = videos_of(folder, read_evaluation(folder))
+    own = {"name": folder.name, "cautions": cautions(folder), "figures": drawn, "videos": videos}
     write_text(folder / "report.html", render(template, **{**own, **values}))
     return folder / "report.html"
 
 
-def render(template: str, cautions: Sequence[str] = (), **values: Any) -> str:
-    """A page from eval/pages/templates, cautions at its head; text is escaped, figures are not."""
+def render(template: str, cautions: Sequence[str] = (), videos: Videos | None = None, **values: Any) -> str:
+    """A page from eval/pages/templates, cautions at its head, videos at its end; text is escaped, figures are not."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -51,7 +52,7 @@ def render(template: str, cautions: Sequence[str] = (), **values: Any) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"digits": or_dash(digits), "signed": or_dash(signed), "count": count, "percent": percent}
-    return environment.get_template(template).render(cautions=cautions, **values)
+    return environment.get_template(template).render(cautions=cautions, videos=videos, **values)
 
 
 def or_dash(form):
@@ -61,9 +62,6 @@ def or_dash(form):
 
 def data_uri(path: Path) -> str:
     """A PNG for an `<img>`, about as large as the page shows it."""
-    image = Image.open(path).convert("RGB")
-    image = image.resize([side * max(1, PICTURE // max(image.size)) for side in image.size], Image.Resampling.NEAREST)
-    image.thumbnail((PICTURE, PICTURE), Image.Resampling.LANCZOS)
     file = io.BytesIO()
-    image.save(file, "png")
+    as_shown(Image.open(path)).save(file, "png")
     return f"data:image/png;base64,{base64.b64encode(file.getvalue()).decode()}"

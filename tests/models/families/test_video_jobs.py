@@ -72,6 +72,8 @@ def test_a_video_transformer_is_pruned(family, place):
     assert {"clip", "clip_worst_frame", "consistency", "motion", "psnr"} <= metrics_of(path).keys()
     with Image.open(path / "images/student/steps-2-guidance-2.5/000.png") as picture:
         assert picture.size == (9 * 16, 16), "its frames beside each other"
+    models = len(json.loads((path / "evaluation.json").read_text())["points"])
+    assert (path / "report.html").read_text().count("data:image/webp") == models * 2 * 2, "two videos, still and moving"
     assert ".frames" in (path / "export/README.md").read_text()
 
 
