@@ -5,14 +5,17 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from slimstep.eval.evaluator import picture
+from slimstep.eval.pages.html import PICTURE
 from slimstep.eval.side_by_side import SideModel
 
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # which asks the network, and it may not be there
 
 import gradio as gr
+from PIL import Image
 
 HEAD = """# Side by side
 The same prompt and the same noise for every model, one after the other. The first draw loads the models."""
+HEIGHT = 440  # pixels of the page
 FONTS = ["system-ui", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]  # of the machine: the default's are fetched
 
 
@@ -29,7 +32,7 @@ def comparison_page(models: Sequence[SideModel]) -> gr.Blocks:
             first = first or seconds
             faster = "" if model is models[0] else f", {first / seconds:.1f} times as fast"
             label = f"{model.name}: {model.setting}, {1000 * seconds:.0f} ms{faster}"
-            yield {shown: gr.update(value=picture(image), label=label)}
+            yield {shown: gr.update(value=enlarged(picture(image)), label=label)}
 
     with gr.Blocks(title="slimstep: side by side") as page:
         gr.Markdown(HEAD)
@@ -38,9 +41,17 @@ def comparison_page(models: Sequence[SideModel]) -> gr.Blocks:
             seed = gr.Number(0, label="Seed", precision=0, minimum=0)
             button = gr.Button("Draw", variant="primary")
         with gr.Row():
-            pictures = [gr.Image(label=f"{model.name}: {model.setting}", format="png") for model in models]
+            pictures = [
+                gr.Image(label=f"{model.name}: {model.setting}", format="png", height=HEIGHT) for model in models
+            ]
         gr.on([button.click, prompt.submit], draw, [prompt, seed], pictures)
     return page
+
+
+def enlarged(image: Image.Image) -> Image.Image:
+    """Small pictures with their pixels repeated: those of the bundled models have 64."""
+    times = max(1, PICTURE // max(image.size))
+    return image.resize([times * side for side in image.size], Image.Resampling.NEAREST)
 
 
 def serve(models: Sequence[SideModel], port: int | None, is_waiting: bool = True) -> str:
