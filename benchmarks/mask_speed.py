@@ -82,7 +82,7 @@ def by_surgery(
         return torch.cat(found)
 
     whole_N = scores({})
-    return {block: float((whole_N - scores({block: 0})).mean()) for block in network.blocks}
+    return {block: float((whole_N - scores({block: 0})).mean()) for block in network.all_blocks}
 
 
 def timed(work: Callable[[], Losses]) -> dict:

@@ -266,8 +266,8 @@ def check_few_step_teacher(job: Distillation, trained_N: Tensor) -> None:
     elif not job.predicts_v:
         why = "it predicts ε: the conversion to v-prediction would train it on means of the data"
     elif not are_among(grid, trained_N, job.schedule):
-        starts, learnt = ([float(f"{t:.3g}") for t in times.tolist()] for times in (grid, trained_N))
-        why = f"distillation.steps={list(steps)} asks it at {starts}, where it learnt {learnt}"
+        starts, learnt = (", ".join(f"{t:.4g}" for t in times.tolist()) for times in (grid, trained_N))
+        why = f"distillation.steps={list(steps)} asks it at [{starts}], where it learnt [{learnt}]"
     if why:
         few = f"{job.teacher.config.model.name_or_path} was distilled to {len(trained_N)} steps (model.trained_steps)"
         raise ValueError(

@@ -3,6 +3,7 @@
 import csv
 import io
 import shutil
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
@@ -84,12 +85,12 @@ def fitting(names: list[int], others: list[int], header, rows, width: int) -> It
 
 
 def lines(facts: Sequence[str], width: int) -> str:
-    """Facts one after the other, in lines of `width` characters."""
+    """Facts one after the other, in lines of `width` characters; one that is longer goes on below."""
     text = [""]
     for fact in facts:
         joined = f"{text[-1]}; {fact}" if text[-1] else fact
         text[-1:] = [joined] if len(joined) < width or not text[-1] else [f"{text[-1]};", fact]
-    return "\n".join(text) + "\n"
+    return "\n".join(textwrap.fill(line, width, break_long_words=False, break_on_hyphens=False) for line in text) + "\n"
 
 
 def csv_table(rows: Sequence[Mapping[str, Any]]) -> str:

@@ -190,7 +190,7 @@ def test_the_page_holds_all_and_needs_nothing_beside_itself(tmp_path, evaluation
     table = compare_results(runs, tmp_path / "out")
     page = (tmp_path / "out/report.html").read_text()
     assert not re.findall(r'(?:src|href)="(?!data:|#)', page)
-    assert "url(http" not in page and "@import" not in page and "<script" not in page
+    assert "url(http" not in page and "@import" not in page and "<script src" not in page
     assert page.count('<img src="data:image/png;base64,') == len(MODELS) * len(PROMPTS)
     for said in ("pruned, tiny against teacher", "Not timed, and so not shown", "Every two models at 4 steps", "2.50×",
                  "CPU time of one thread", "DDIMScheduler", "f374cc813b38", *PROMPTS):  # fmt: skip

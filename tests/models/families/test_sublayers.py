@@ -25,7 +25,7 @@ from tests.other_transformers import KINDS
 SOURCES = {
     "attn": ("attn.to_out.0", "attn.to_add_out", "attn2.to_out.0", "attn.to_v"), "attn1": ("attn1.to_out.0",),
     "attn2": ("attn2.to_out.0",), "ff": ("ff.net.2", "ff_context.net.2", "ff.conv_point"), "proj_mlp": ("proj_mlp",),
-    "img_mlp": ("img_mlp.net.2", "txt_mlp.net.2"),
+    "ffn": ("ffn.net.2",), "img_mlp": ("img_mlp.net.2", "txt_mlp.net.2"),
 }  # fmt: skip
 
 
@@ -47,12 +47,12 @@ def network(family):
 
 
 def test_every_entry_has_its_sublayers_behind_it(network, family):
-    whole = [path for path in network.blocks if path not in network.parents]
-    assert whole == [*PRUNABLE[family].from_unet(STOCK[family]()).blocks]
+    whole = [path for path in network.all_blocks if path not in network.parents]
+    assert whole == [*PRUNABLE[family].from_unet(STOCK[family]()).all_blocks]
     for block in whole:
         own = [path for path, holder in network.parents.items() if holder == block]
-        at = network.blocks.index(block) + 1
-        assert len(own) >= 2 and list(network.blocks[at : at + len(own)]) == own
+        at = network.all_blocks.index(block) + 1
+        assert len(own) >= 2 and list(network.all_blocks[at : at + len(own)]) == own
         assert {network.kinds[path] for path in own} == {"sublayer"} and network.kinds[block] == "transformer"
     assert set(network.copyable_blocks) <= set(whole)
 
@@ -60,7 +60,7 @@ def test_every_entry_has_its_sublayers_behind_it(network, family):
 def test_open_masks_are_the_stock_transformer(network, family):
     stock = STOCK[family]()
     stock.register_to_config(sample_size=8)
-    mask_BN = torch.ones(3, len(network.blocks), dtype=torch.bool)
+    mask_BN = torch.ones(3, len(network.all_blocks), dtype=torch.bool)
     assert torch.equal(run(network), run(stock)) and torch.equal(run(network, block_mask_BN=mask_BN), run(stock))
 
 
@@ -82,15 +82,15 @@ def test_a_removed_sublayer_adds_nothing(network):
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_closed_mask_is_the_pruned_transformer_for_each_sample_alone(network, seed):
     draw = torch.Generator().manual_seed(seed)
-    mask_BN = torch.rand(3, len(network.blocks), generator=draw) < 0.7
+    mask_BN = torch.rand(3, len(network.all_blocks), generator=draw) < 0.7
     masked = run(network, block_mask_BN=mask_BN)
     for row, open_N in enumerate(mask_BN.tolist()):
-        closed = [block for block, is_open in zip(network.blocks, open_N, strict=True) if not is_open]
+        closed = [block for block, is_open in zip(network.all_blocks, open_N, strict=True) if not is_open]
         assert torch.equal(run(network.with_architecture(dict.fromkeys(closed, 0)))[row], masked[row])
 
 
 def test_what_is_pruned_takes_masks_and_is_put_back(network):
-    whole = [path for path in network.blocks if path not in network.parents]
+    whole = [path for path in network.all_blocks if path not in network.parents]
     sublayer = next(path for path, holder in network.parents.items() if holder == whole[1])
     pruned = network.with_architecture({sublayer: 0, whole[0]: 2}, copy_init="same")
     mask_BN = torch.ones(3, len(pruned.kept_blocks), dtype=torch.bool)
@@ -110,7 +110,7 @@ def test_the_sublayers_of_a_copy_go_with_the_copied_ones(network):
 
 
 def test_only_whole_blocks_leave_as_diffusers_own_class(network):
-    whole = [path for path in network.blocks if path not in network.parents]
+    whole = [path for path in network.all_blocks if path not in network.parents]
     pruned = network.with_architecture({whole[1]: 0})
     assert type(to_stock(pruned)) is network.STOCK and torch.equal(run(to_stock(pruned)), run(pruned))
     sublayer = next(iter(network.parents))
@@ -129,7 +129,7 @@ def test_an_export_carries_its_class_and_draws_the_same(family, tmp_path):
     assert not report.readers["ComfyUI"].reads and report.blocks[sublayers[1]] == []
     assert all(report.blocks[path] == [] for path in pruned.parts_of(sublayers[1])), "what goes with it"
     ours = load_pipeline(tmp_path / "export").transformer
-    assert ours.architecture == pruned.architecture and ours.blocks == pruned.blocks
+    assert ours.architecture == pruned.architecture and ours.all_blocks == pruned.all_blocks
     absent = {"text_encoder_3": None, "tokenizer_3": None} if family.startswith("SD3") else {}
     theirs = DiffusionPipeline.from_pretrained(tmp_path / "export", trust_remote_code=True, **absent).transformer
     for network in (ours, theirs, pruned):
@@ -145,8 +145,8 @@ def test_a_low_rank_update_does_not_open_a_mask(network):
     for name, parameter in own.named_parameters():
         if "lora_B" in name:
             nn.init.normal_(parameter, std=0.02)
-    mask_BN = torch.ones(3, len(own.blocks), dtype=torch.bool)
-    mask_BN[:, [own.blocks.index(block) for block in own.parents]] = False
+    mask_BN = torch.ones(3, len(own.all_blocks), dtype=torch.bool)
+    mask_BN[:, [own.all_blocks.index(block) for block in own.parents]] = False
     masked = run(own, block_mask_BN=mask_BN)
     merge_low_rank(own)
     torch.testing.assert_close(masked, run(own, block_mask_BN=mask_BN), rtol=1e-4, atol=1e-5)
@@ -172,7 +172,7 @@ def test_a_process_without_this_project_draws_from_an_export(tmp_path):
 
 
 def test_networks_whose_blocks_cannot_be_divided_say_so(network, family):
-    pruned = network.with_architecture({network.blocks[0]: 0})
+    pruned = network.with_architecture({network.all_blocks[0]: 0})
     with pytest.raises(ValueError, match="cannot be divided: it is pruned at"):
         pruned.divide_blocks()
 
