@@ -2,16 +2,13 @@
 
 import os
 from collections.abc import Iterator, Sequence
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 from slimstep.eval.evaluator import picture
-from slimstep.eval.pages.html import PICTURE
+from slimstep.eval.pages.videos import enlarged
 from slimstep.eval.side_by_side import SideModel
-
-os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")  # which asks the network, and it may not be there
-
-import gradio as gr
-from PIL import Image
 
 HEAD = """# Side by side
 The same prompt and the same noise for every model, one after the other. The first draw loads the models."""
@@ -19,15 +16,22 @@ HEIGHT = 440  # pixels of the page
 FONTS = ["system-ui", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]  # of the machine: the default's are fetched
 
 
-def comparison_page(models: Sequence[SideModel]) -> gr.Blocks:
-    """One column a model, the first the one that times are compared with."""
+def gradio() -> ModuleType:
+    """The library, which is optional, told to ask nothing of the network: it may not be there."""
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    return import_module("gradio")
+
+
+def comparison_page(models: Sequence[SideModel]) -> Any:
+    """Gradio's Blocks with one column a model, the first the one that times are compared with."""
+    gr = gradio()
 
     def draw(prompt: str, seed: float) -> Iterator[dict[Any, Any]]:
         if not prompt.strip():
             raise gr.Error("type a prompt first")
         first = None
         for model, shown in zip(models, pictures, strict=True):
-            assert model.has_drawn
+            model.warm_up()
             image, seconds = model.draw(prompt, int(seed))
             first = first or seconds
             faster = "" if model is models[0] else f", {first / seconds:.1f} times as fast"
@@ -48,16 +52,10 @@ def comparison_page(models: Sequence[SideModel]) -> gr.Blocks:
     return page
 
 
-def enlarged(image: Image.Image) -> Image.Image:
-    """Small pictures with their pixels repeated: those of the bundled models have 64."""
-    times = max(1, PICTURE // max(image.size))
-    return image.resize([times * side for side in image.size], Image.Resampling.NEAREST)
-
-
 def serve(models: Sequence[SideModel], port: int | None, is_waiting: bool = True) -> str:
     """Serves the page on this machine alone, until it is interrupted; its address. port: None for the first free one of
     Gradio's."""
-    page = comparison_page(models)
+    page, gr = comparison_page(models), gradio()
     theme = gr.themes.Default(font=FONTS, font_mono=["monospace"])
     _, address, _ = page.launch(
         server_name="127.0.0.1", server_port=port, prevent_thread_lock=not is_waiting, theme=theme, quiet=not is_waiting

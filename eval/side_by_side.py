@@ -40,12 +40,6 @@ class SideModel:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         return to_device(load_pipeline(self.path, max_sequence_length=self.max_sequence_length), device)
 
-    @cached_property
-    def has_drawn(self) -> bool:
-        """Draws once where it is asked first, so that no image pays for what is made once."""
-        self.draw("", 0)
-        return True
-
     def draw(self, prompt: str, seed: int) -> tuple[Tensor, float]:
         """The image uint8 [3, H, W], or a video [F, H, W, 3], from the seed's noise, which is that of every model with
         latents of this shape; and its seconds, from the prompt's text on."""
@@ -53,6 +47,11 @@ class SideModel:
         start = time.perf_counter()
         (image,) = sampler.images(network_of(self.pipeline), [prompt], [0]).cpu()  # waits for a GPU
         return image, time.perf_counter() - start
+
+    def warm_up(self) -> None:
+        """Loads the model and draws once, where that has not been, so that no image pays for what is made once."""
+        if "pipeline" not in vars(self):
+            self.draw("", 0)
 
 
 def side_models(paths: Sequence[Path]) -> list[SideModel]:

@@ -70,10 +70,16 @@ def page_frames(file: Path) -> list[Image.Image]:
         return [as_shown(frame) for frame in ImageSequence.Iterator(stored)]
 
 
+def enlarged(image: Image.Image) -> Image.Image:
+    """A small picture with its pixels repeated: those of the bundled models have 64."""
+    times = max(1, PICTURE // max(image.size))
+    return image.resize([times * side for side in image.size], Image.Resampling.NEAREST)
+
+
 def as_shown(image: Image.Image) -> Image.Image:
     """An image about as large as a page shows it."""
     image = image.convert("RGB")
-    image = image.resize([side * max(1, PICTURE // max(image.size)) for side in image.size], Image.Resampling.NEAREST)
+    image = enlarged(image)
     image.thumbnail((PICTURE, PICTURE), Image.Resampling.LANCZOS)
     return image
 

@@ -8,6 +8,7 @@ import torch
 
 from slimstep.commands.compare import main
 from slimstep.eval.sampling import Sampler
+from slimstep.eval.serving import serve  # without Gradio, too: it is in no environment of the tests
 from slimstep.eval.side_by_side import side_models
 from slimstep.models.networks import network_of
 from slimstep.models.pipeline import load_pipeline
@@ -59,8 +60,6 @@ def test_without_gradio_the_way_out_is_named(distilled, capsys, monkeypatch):
 def test_a_prompt_is_typed_and_all_models_answer(distilled):
     sync_api = pytest.importorskip("playwright.sync_api")
     gradio = pytest.importorskip("gradio")
-    from slimstep.eval.serving import serve
-
     models = side_models([distilled])
     address = serve(models, None, is_waiting=False)
     try:
