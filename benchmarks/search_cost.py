@@ -8,7 +8,7 @@ held-out prompts (hours on two cores; killed, it continues): the reference. Ever
 are drawn at random from these, many times, at every budget. Its regret is what the removals that it chooses lose by the
 reference, in sum, more than the reference's own choice, as if losses added up. Beside it stand the blocks that the
 reference is sure of: taken in 95 % of its bootstrap resamples, or left in 95 %, and how many of these a protocol has on
-that side. An evaluation is one row of the UNet; guidance counts twice. To --out go table.md and results.json.
+that side. An evaluation is one row of the network; guidance counts twice. To --out go table.md and results.json.
 """
 
 import argparse

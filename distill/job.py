@@ -15,8 +15,9 @@ from slimstep.data.folder import few
 from slimstep.data.prompts import PromptSet
 from slimstep.data.shards import CachedPairs
 from slimstep.distill.cached_targets import TargetInputs, with_targets
+from slimstep.distill.checks import check
 from slimstep.distill.config import Config
-from slimstep.distill.network import Distillation, check, distillation_of, in_low_precision
+from slimstep.distill.network import Distillation, distillation_of, in_low_precision
 from slimstep.distill.plan import distilling_stages, trained_beside, trainings
 from slimstep.distill.stages import DistillationStage
 from slimstep.engine.environment import environment

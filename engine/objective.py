@@ -150,3 +150,18 @@ def check_requirements(
     if unknown := sorted(set(config.learning_rates or {}) - set(names)):
         trains = ", ".join(names) or "nothing"
         raise ValueError(f"train.learning_rates names {unknown}; {name} trains {trains} beside the student")
+
+
+class ObjectiveAround:
+    """An objective that changes the batch or the loss of another one; which, a subclass says by its `loss`."""
+
+    def __init__(self, objective: Objective | PlainObjective):
+        self.objective = as_objective(objective)
+        self.requires = self.objective.requires
+
+    @property
+    def networks(self) -> Mapping[str, nn.Module]:
+        return self.objective.networks
+
+    def updates(self, step: int) -> Sequence[str]:
+        return self.objective.updates(step)

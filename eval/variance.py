@@ -5,14 +5,14 @@ the objective, the second half learns, by the squared error, what the teacher pr
 serves any number of steps: it says where between two bounds the variance lies, and these are a step's own.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from slimstep.engine.objective import STUDENT, Batch, Metrics, Objective, PlainObjective, as_objective
+from slimstep.engine.objective import STUDENT, Batch, Metrics, Objective, ObjectiveAround, PlainObjective
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.denoiser import Denoiser
 from slimstep.models.family import denoiser_of, with_variance
@@ -54,20 +54,13 @@ def recorder_of(network: nn.Module, prediction_type: str) -> VarianceRecorder | 
     return both and VarianceRecorder(both)
 
 
-class VarianceKept:
+class VarianceKept(ObjectiveAround):
     """An objective whose student also learns the variance that `teacher` predicts; the objective calls networks by
     `recorder`."""
 
     def __init__(self, objective: Objective | PlainObjective, recorder: VarianceRecorder, teacher: nn.Module):
-        self.objective, self.recorder, self.teacher = as_objective(objective), recorder, teacher
-        self.requires = self.objective.requires
-
-    @property
-    def networks(self) -> Mapping[str, nn.Module]:
-        return self.objective.networks
-
-    def updates(self, step: int) -> Sequence[str]:
-        return self.objective.updates(step)
+        super().__init__(objective)
+        self.recorder, self.teacher = recorder, teacher
 
     def loss(
         self, networks: Mapping[str, nn.Module], batch: Batch, generator: torch.Generator, update: str

@@ -69,7 +69,12 @@ class Look:
 
     @property
     def open_N(self) -> np.ndarray:
-        return (self.taken_N > OPEN) & (self.taken_N < 1 - OPEN)
+        return left_open(self.taken_N)
+
+
+def left_open(taken_N: np.ndarray) -> np.ndarray:
+    """Which changes are taken in some of the draws and left in others, as booleans [N]."""
+    return (taken_N > OPEN) & (taken_N < 1 - OPEN)
 
 
 def estimated(
@@ -124,10 +129,9 @@ def look(estimate: Estimate, choose: Choose, images: int, seed: int) -> Look:
 def first_drawn(taken_N: np.ndarray) -> np.ndarray:
     """Which changes the first look draws, as booleans [N], by what the screen leaves open: those that are, and of the
     others the nearest to it, up to AT_FIRST of all."""
-    is_open = Look(0, 0.0, taken_N).open_N
     nearest = np.argsort(np.abs(taken_N - 0.5), kind="stable")
     chosen = np.zeros(len(taken_N), dtype=bool)
-    chosen[nearest[: max(is_open.sum(), math.ceil(AT_FIRST * len(taken_N)))]] = True
+    chosen[nearest[: max(left_open(taken_N).sum(), math.ceil(AT_FIRST * len(taken_N)))]] = True
     return chosen
 
 

@@ -9,8 +9,9 @@ import pytest
 from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler, PNDMScheduler
 from omegaconf import OmegaConf
 
+from slimstep.distill.checks import check_agreement
 from slimstep.distill.config import DistillationConfig
-from slimstep.distill.network import Distillation, check_agreement, on_the_grid, student_of
+from slimstep.distill.network import Distillation, on_the_grid, student_of
 from slimstep.distill.stages import distillation_stages
 from slimstep.eval.inputs import Teacher
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
