@@ -51,11 +51,10 @@ def execute(config: DictConfig) -> int:
     """Runs one job, or a workflow of them, and returns its exit code, 1 after a mistake."""
     quiet_libraries()
     try:
-        if not config.stages:
-            return run_job(config)
-        # A stage has its own configuration and its own tracker; the workflow has neither.
-        accelerator = make_accelerator(config)
-        return Workflow(config, run_path(config), accelerator, run_job, planned_job, checked_config).execute()
+        code = run_job(config) if not config.stages else run_workflow(config)
+        if not config.plan:
+            traceback_file(config).unlink(missing_ok=True)  # an earlier try's, in whose run nothing is wrong any more
+        return code
     except (Preempted, Exception) as error:
         if was_preempted(error):
             if os.environ.get("RANK", "0") == "0":
@@ -72,6 +71,12 @@ def execute(config: DictConfig) -> int:
         forget_accelerator(processes=True)  # the next job of a multirun may want another precision
 
 
+def run_workflow(config: DictConfig) -> int:
+    """A stage has its own configuration and its own tracker; the workflow has neither."""
+    accelerator = make_accelerator(config)
+    return Workflow(config, run_path(config), accelerator, run_job, planned_job, checked_config).execute()
+
+
 def message_of(error: BaseException, config: DictConfig) -> str:
     """One line for what ended a job, and in which stage. The traceback of what nobody foresaw is kept in the run's
     directory."""
@@ -82,7 +87,7 @@ def message_of(error: BaseException, config: DictConfig) -> str:
         return f"error: {stage}{one_line(error)}  (debug=true shows where)"
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and is_lost_connection(error):
         return "stopped: another rank is gone; what it said of itself tells why. The same command continues"
-    kept = run_path(config) / f"{TRACEBACK}{os.environ.get('RANK', '0')}.txt"
+    kept = traceback_file(config)
     kept.parent.mkdir(parents=True, exist_ok=True)
     kept.write_text("".join(traceback.format_exception(error)))
     frames = traceback.extract_tb(error.__traceback__)
@@ -90,6 +95,11 @@ def message_of(error: BaseException, config: DictConfig) -> str:
     place = f"{Path(ours[-1].filename).relative_to(ROOT)}, line {ours[-1].lineno}"
     what = f"{stage}{type(error).__name__} in {place}: {one_line(error)}"
     return f"error: {what}  (not foreseen; its traceback is in {kept})"
+
+
+def traceback_file(config: DictConfig) -> Path:
+    """Where this rank keeps the traceback of what nobody foresaw."""
+    return run_path(config) / f"{TRACEBACK}{os.environ.get('RANK', '0')}.txt"
 
 
 def is_lost_connection(error: BaseException) -> bool:

@@ -2,16 +2,23 @@
 
 Inside training the next logged step writes a checkpoint, and then the signal takes its course; everywhere else it does
 so at once, for what is not whole yet is made again. The same command continues.
+
+What fails between the signal and the checkpoint is laid to the signal: it reaches other ranks and loaders as well, and
+those that leave first take the rest with them.
 """
 
+import logging
 import signal
 from collections.abc import Callable
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
+from slimstep.engine.quiet import one_line
+
 if TYPE_CHECKING:
     from accelerate import Accelerator
 
+log = logging.getLogger("slimstep")
 Handler = Callable[[int, FrameType | None], Any] | int | None  # what signal.signal takes and returns
 CONTINUE_ME = 75  # EX_TEMPFAIL of sysexits.h: failed for now, the caller is invited to try again
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)  # everybody's, and submitit's, which then puts the job back into the queue
@@ -39,7 +46,7 @@ def was_preempted(error: BaseException | None) -> bool:
 
 
 class NotedSignals:
-    """While the block runs, SIGNALS interrupt nothing; at its good end those that came go to their own handlers."""
+    """While the block runs, SIGNALS interrupt nothing; at its end those that came go to their own handlers."""
 
     def __init__(self) -> None:
         self.came: list[int] = []
@@ -52,10 +59,12 @@ class NotedSignals:
     def note(self, signum: int, frame: FrameType | None) -> None:
         self.came.append(signum)
 
-    def __exit__(self, error: type | None, *details: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, where: object) -> None:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
-        if error is None:
+        if isinstance(error, Exception) and self.came:
+            log.warning(f"after {signal.Signals(self.came[0]).name}: {type(error).__name__}: {one_line(error)}")
+        if error is None or isinstance(error, Exception):
             for signum in self.came:
                 signal.raise_signal(signum)
 
@@ -70,7 +79,7 @@ class NotedSignals:
     def take_course(self, came: list[int]) -> None:
         """Hands them over now. Returns where the handlers do: submitit, which waits for SIGUSR2, lets SIGTERM pass."""
         self.came = came
-        self.__exit__(None)
+        self.__exit__(None, None, None)
         self.came = []
         self.__enter__()
 

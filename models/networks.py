@@ -178,6 +178,16 @@ def learnt_places(encoder: nn.Module) -> int | None:
     return next((table.num_embeddings for table in tables), None)
 
 
+def forget_last_captions(pipeline: DiffusionPipeline) -> None:
+    """Tokenizers without the truncation and padding of their last call, which they would write into tokenizer.json: a
+    folder is to be the same whether or not a caption went through them before. Each call sets both anew."""
+    for part in pipeline.components.values():
+        tokenizer = getattr(getattr(part, "tokenizer", part), "backend_tokenizer", None)  # a processor's, or itself
+        if tokenizer is not None:
+            tokenizer.no_truncation()
+            tokenizer.no_padding()
+
+
 def check_tokenizers(pipeline: DiffusionPipeline) -> None:
     """ValueError where a tokenizer gives tokens, or as many of them, as its text encoder has no place for."""
     for part in ("", "_2"):

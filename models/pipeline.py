@@ -25,6 +25,7 @@ from slimstep.models.folder import check_pickles, check_variant, check_weights
 from slimstep.models.lora import check_loras, fuse_loras
 from slimstep.models.networks import (
     block_origins,
+    forget_last_captions,
     network_of,
     part_of,
     text_encoders,
@@ -234,6 +235,7 @@ def export_pipeline(
     went = chained(block_origins(pipeline), blocks)
     export = ExportReport(not obstacles, obstacles, load, origin, went, read_by)
     made = in_one_dtype(stock)
+    forget_last_captions(made)
     with whole_folder(folder) as aside, quiet():
         made.save_pretrained(aside, variant=variant)
         write_json(aside / EXPORT_REPORT, asdict(export))

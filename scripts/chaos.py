@@ -66,6 +66,9 @@ class Campaign:
                 return differing
             name = f"killed-{attempt}"
             self.kill_until_finished(name, kills, seconds)
+            for line in (self.folder / f"{name}.log").read_text(errors="replace").splitlines():
+                if "not foreseen" in line:
+                    print(line, flush=True)
             differing += differences(self.folder / "quiet", self.folder / name)
             shutil.rmtree(self.folder / name)
 

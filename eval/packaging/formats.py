@@ -24,7 +24,7 @@ from slimstep.engine.files import load_json, write_json, write_text
 from slimstep.engine.quiet import quiet
 from slimstep.eval.packaging import run_package
 from slimstep.eval.packaging.package import Package
-from slimstep.models.networks import part_of
+from slimstep.models.networks import forget_last_captions, part_of
 
 FORMATS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "aoti": ()}  # and the libraries that each needs
 RUNNER, MANIFEST = "run_package.py", "package.json"
@@ -42,6 +42,7 @@ def write_package(package: Package, format: str, folder: Path) -> None:
     programs = {name: graph.exported() for name, graph in package.graphs.items()}
     with quiet(), torch.no_grad():
         added = {"onnx": write_onnx, "aoti": write_aoti}[format](package, programs, folder)
+    forget_last_captions(package.pipeline)
     for tokenization in package.tokenizations:
         getattr(package.pipeline, tokenization.part).save_pretrained(folder / tokenization.part)
     if package.manifest["guides"]:

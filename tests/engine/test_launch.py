@@ -8,6 +8,7 @@ import pytest
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
+from slimstep.engine import execution
 from slimstep.engine.checked import ROOT, run_path
 from slimstep.engine.launch import check_overrides, named_by_what_is_swept
 from slimstep.engine.names import disk_name
@@ -55,6 +56,25 @@ def test_a_clean_up_that_fails_after_sigterm_is_no_mistake():
         finally:
             raise RuntimeError("trying to pop from empty mode stack")
     assert was_preempted(failed.value) and not was_preempted(RuntimeError("of its own"))
+
+
+def test_the_traceback_of_a_try_goes_with_the_run_that_ends_well(monkeypatch, tmp_path, capsys):
+    answers = iter([KeyError("nobody knew"), 0, 0])
+
+    def job(config):
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(execution, "run_job", job)
+    monkeypatch.setattr(execution, "run_path", lambda config: tmp_path)
+    config = OmegaConf.create({"stages": {}, "debug": False, "plan": False})
+    kept = tmp_path / "traceback-rank-0.txt"
+    assert execution.execute(config) == 1 and "nobody knew" in kept.read_text()
+    assert "not foreseen" in capsys.readouterr().err
+    assert execution.execute(OmegaConf.merge(config, {"plan": True})) == 0 and kept.exists()
+    assert execution.execute(config) == 0 and not kept.exists()
 
 
 def test_a_sweep_on_slurm_passes_the_check():

@@ -272,6 +272,23 @@ def test_sigterm_in_the_last_steps_leaves_with_the_finished_weights(tmp_path, ha
     assert sorted(os.listdir(tmp_path / "stage")) == ["weights.safetensors"]
 
 
+def test_what_fails_after_sigterm_is_laid_to_it(tmp_path, handlers, caplog):
+    """A neighbour that left first, for one."""
+    leave_on_sigterm()
+    signals = signalled(16, signal.SIGTERM)
+
+    def deserted(*args):
+        loss = signals(*args)
+        if next(steps) == 18:
+            raise RuntimeError("Connection closed by peer")
+        return loss
+
+    steps = iter(range(1, 10_000))
+    with pytest.raises(Preempted):
+        run_once(tmp_path, CONFIG, deserted)
+    assert "after SIGTERM: RuntimeError: Connection closed by peer" in caplog.text
+
+
 def test_a_signal_that_its_handler_lets_pass_changes_nothing(tmp_path, handlers):
     """As submitit's does with SIGTERM; its SIGUSR2 finds a checkpoint before the job goes back into the queue."""
     heard = []

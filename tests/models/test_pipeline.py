@@ -109,6 +109,18 @@ def test_an_exported_text_encoder_has_the_names_of_published_ones(pipeline, tmp_
         assert_equal_weights(load_pipeline(tmp_path / name), pipeline)
 
 
+def test_an_export_does_not_tell_what_went_through_it_before(pipeline, tmp_path):
+    """Tokenizers keep the truncation and padding of their last call and write them into tokenizer.json."""
+    student = with_architecture(pipeline, NO_MID)
+    contents = []
+    for _ in range(2):
+        export_pipeline(student, tmp_path / "export")
+        files = (path for path in (tmp_path / "export").rglob("*") if path.is_file())
+        contents.append({path.relative_to(tmp_path): path.read_bytes() for path in files})
+        student.tokenizer(["a", "b"], padding="max_length", max_length=8, truncation=True)
+    assert contents[0] == contents[1]
+
+
 def test_an_export_replaces_nothing_but_a_pipeline(pipeline, tmp_path):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(ValueError, match="holds something else than a pipeline"):
