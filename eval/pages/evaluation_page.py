@@ -11,10 +11,12 @@ from matplotlib.figure import Figure
 
 from slimstep.engine.files import write_text
 from slimstep.eval.pages.figures import MUTED, SERIES, canvas, grid_figure, styled
-from slimstep.eval.pages.html import write_page
+from slimstep.eval.pages.html import Pair, pairs, write_page
 from slimstep.eval.pages.tables import Table, csv_table
 from slimstep.eval.pages.text import count, difference, flatten, overlap_sentence, ratio, score
 from slimstep.eval.record import Evaluation, Point, read_evaluation
+
+MOST_PAIRS = 4  # of a model, on the page
 
 
 def write_evaluation_report(folder: str | Path, track: Callable[[], None] = lambda: None) -> Path:
@@ -32,6 +34,7 @@ def write_evaluation_report(folder: str | Path, track: Callable[[], None] = lamb
         reference=read.reference,
         seen=overlap_sentence(read.n, read.seen),
         table=table,
+        pairs=beside_the_reference(folder, read),
         facts=flatten({key: getattr(read, key) for key in ("models", "prompts", "n", "protocol", "environment")}),
     )
 
@@ -196,8 +199,20 @@ def curve_figure(points: Sequence[Point], x: str, other: str, label: str) -> Fig
 
 def images_figure(folder: Path, evaluation: Evaluation) -> Figure:
     """Rows are models at the first of their settings, columns prompts, each always from the same noise."""
+    return grid_figure(list(first_pictures(folder, evaluation).items()), evaluation.shown)
+
+
+def beside_the_reference(folder: Path, evaluation: Evaluation) -> dict[str, list[Pair]]:
+    """{model: its first pictures and the reference's}, of all models but the reference."""
+    pictures, reference = first_pictures(folder, evaluation), evaluation.reference["model"]
+    shown = {name: pairs({reference: pictures[reference], name: own}, evaluation.shown, MOST_PAIRS)
+             for name, own in pictures.items() if name != reference and reference in pictures}  # fmt: skip
+    return {name: own for name, own in shown.items() if own}
+
+
+def first_pictures(folder: Path, evaluation: Evaluation) -> dict[str, list[Path]]:
+    """The pictures that every model drew at the first of its settings."""
     places: dict[str, str] = {}
     for point in evaluation.points:
         places.setdefault(point.model, f"steps-{point.steps}-guidance-{point.guidance}")
-    pictures = {name: sorted((folder / "images" / name / place).glob("*.png")) for name, place in places.items()}
-    return grid_figure(list(pictures.items()), evaluation.shown)
+    return {name: sorted((folder / "images" / name / place).glob("*.png")) for name, place in places.items()}

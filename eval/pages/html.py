@@ -2,7 +2,9 @@
 
 import base64
 import io
+import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +60,27 @@ def render(template: str, cautions: Sequence[str] = (), videos: Videos | None = 
 def or_dash(form):
     """`form`, with a dash for what was not measured."""
     return lambda value: form(value) if finite(value) else "–"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A picture of a prompt by each of two models, from the same noise: their names, and the pictures as data URIs."""
+
+    prompt: str
+    names: tuple[str, str]
+    uris: tuple[str, str]
+
+
+def pairs(pictures: Mapping[str, Sequence[Path]], prompts: Sequence[str] = (), most: int | None = None) -> list[Pair]:
+    """The first pictures of two models beside each other; none where there are not two models, or one kept none. Those
+    without a prompt have a number."""
+    if len(pictures) != 2:
+        return []
+    files = list(itertools.islice(zip(*pictures.values(), strict=False), most))
+    titles = [*prompts, *(f"image {number}" for number in range(len(prompts) + 1, len(files) + 1))]
+    first, second = pictures
+    return [Pair(title, (first, second), (data_uri(one), data_uri(other)))
+            for title, (one, other) in zip(titles, files, strict=False)]  # fmt: skip
 
 
 def data_uri(path: Path) -> str:

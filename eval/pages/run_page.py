@@ -24,7 +24,7 @@ from slimstep.eval.pages.figures import (
     grid_figure,
     pareto_figure,
 )
-from slimstep.eval.pages.html import data_uri, write_page
+from slimstep.eval.pages.html import Pair, pairs, write_page
 from slimstep.eval.pages.runs import CLIP, Model, Round, RunRecord, ranked_by, read_run
 from slimstep.eval.pages.text import count, digits, display_name, flatten, overlap_sentence, percent, signed, tile
 from slimstep.eval.pages.unet_figure import unet_figure
@@ -205,11 +205,6 @@ def stages(run: RunRecord) -> list[Point]:
     ]
 
 
-def pictures(run: RunRecord) -> list[dict[str, Any]]:
-    """Per prompt: its text and the images of teacher and student as data URIs."""
-    names = [name for name in ("teacher", "student") if run.images.get(name)]
-    return [
-        {"prompt": prompt, "images": [(name, data_uri(path)) for name, path in zip(names, paths, strict=True)]}
-        for prompt, *paths in zip(run.prompts, *(run.images[name] for name in names), strict=False)
-        if paths
-    ]
+def pictures(run: RunRecord) -> list[Pair]:
+    """Teacher and student, prompt by prompt."""
+    return pairs({name: run.images[name] for name in ("teacher", "student") if run.images.get(name)}, run.prompts)

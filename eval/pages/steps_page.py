@@ -12,7 +12,7 @@ from matplotlib.ticker import FormatStrFormatter, NullFormatter
 from slimstep.eval.metrics.compare import paired_ratio
 from slimstep.eval.pages.evaluation_page import spread_columns
 from slimstep.eval.pages.figures import MUTED, SERIES, grid_figure, styled
-from slimstep.eval.pages.html import write_page
+from slimstep.eval.pages.html import Pair, pairs, write_page
 from slimstep.eval.pages.runs import read_json
 from slimstep.eval.pages.tables import Table, console_table
 from slimstep.eval.pages.text import difference, flatten, overlap_sentence, ratio, score
@@ -42,6 +42,7 @@ def write_steps_report(folder: str | Path, track: Callable[[], None] = lambda: N
         track,
         seen=overlap_sentence(evaluation.n, evaluation.seen),
         table=points_table(points),
+        pairs=teacher_and_student(folder, points, evaluation.shown),
         facts=flatten({"n": evaluation.n, **evaluation.protocol, **evaluation.environment}),
     )
 
@@ -201,6 +202,17 @@ def training_figure(stage: Path) -> Figure | None:
                                                    for k in range(MOST_ROWS)]  # fmt: skip
     rows = [(f"{int(time.name.removeprefix('step-'))} steps", sorted(time.glob("*.png"))) for time in shown]
     return grid_figure(rows, [""] * len(rows[0][1])) if rows else None
+
+
+def teacher_and_student(folder: Path, points: Sequence[Point], prompts: Sequence[str]) -> list[Pair]:
+    """The teacher's pictures at its most steps, and the last student's at its fewest, at one guidance scale."""
+    student = models(points)[-1]
+    few = min((point for point in points if point.model == student), key=key)
+    many = max((p for p in points if p.model == "teacher" and p.guidance == few.guidance), key=key, default=few)
+    shown = {f"{display(p.model)}, {p.steps} steps":
+             sorted((folder / f"images/{p.model}/steps-{p.steps}-guidance-{p.guidance}").glob("*.png"))
+             for p in (many, few)}  # fmt: skip
+    return pairs(shown, prompts)
 
 
 def images_figure(folder: Path, points: Sequence[Point], guidance: float) -> Figure:

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from slimstep.eval.pages.figures import MUTED, STUDENT, canvas, show_image, styled
-from slimstep.eval.pages.html import write_page
+from slimstep.eval.pages.html import Pair, pairs, write_page
 from slimstep.eval.pages.runs import read_json
 from slimstep.eval.pages.tables import Table
 from slimstep.eval.pages.text import count, difference, digits, flatten, overlap_sentence, ratio, score
@@ -38,6 +38,7 @@ def write_vae_report(folder: str | Path, track: Callable[[], None] = lambda: Non
         quality=quality_table(evaluation),
         times=time_table(read_times(folder)["rows"]),
         kinds=KINDS,
+        pairs={kind: side_by_side(folder, evaluation, kind) for kind in KINDS},
         facts=flatten({"n": evaluation.n, "n_real": evaluation.facts["n_real"], "protocol": evaluation.protocol,
                        "environment": evaluation.environment}),  # fmt: skip
     )
@@ -117,6 +118,13 @@ def crops_figure(folder: Path, evaluation: Evaluation, kind: str) -> Figure:
             if i == 0:
                 axes.set_title(title, fontsize=9)
     return figure
+
+
+def side_by_side(folder: Path, evaluation: Evaluation, kind: str) -> list[Pair]:
+    """Whole images of the teacher's decoder and of the student's, which is the last one."""
+    shown = {point.model: sorted(picture_folder(folder, point, kind).glob("*.png"))
+             for point in (evaluation.points[0], evaluation.points[-1])}  # fmt: skip
+    return pairs(shown, evaluation.shown if kind == "sampled" else (), SHOWN)
 
 
 def picture_folder(folder: Path, point: Point, kind: str) -> Path:

@@ -37,6 +37,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FORMER = ROOT / "tests/fixtures/former"
 PAGES = {"prune_unet": write_report, "prune_vae": write_vae_report, "distill_steps": write_steps_report,
          "evaluate": write_evaluation_report}  # fmt: skip
+SLIDERS = {"prune_unet": 1, "prune_vae": 2, "distill_steps": 1, "evaluate": 1}
 # What the runs were made with, in the words of that version.
 COMMON = [
     "root=runs", "threads=1", "model=path", "model.name_or_path=model", "data.resolution=16",
@@ -136,6 +137,7 @@ def test_the_page_of_a_run_is_drawn_anew(runs, job):
     page = PAGES[job](runs / job).read_text()
     for point in read_evaluation(runs / job).points:
         assert f"{point.clip['mean']:.2f}" in page
+    assert page.count('class="split"') == SLIDERS[job], "two models' pictures of a prompt have a slider between them"
 
 
 def test_runs_are_compared(runs, tmp_path):
