@@ -5,6 +5,7 @@ it is written in `data/shards.py`. A killed caching goes on at the shard it was 
 """
 
 import fcntl
+import json
 import logging
 import time
 from collections.abc import Iterator
@@ -21,6 +22,7 @@ from slimstep.data.shards import DTYPES, CachedPairs, cache_key, is_intact, writ
 from slimstep.data.stream_cache import PartShards
 from slimstep.data.streams import Stream
 from slimstep.models.decoding import STATISTICS, has_statistics
+from slimstep.models.families.svd.conditions import begins_with_frame, video_options
 from slimstep.models.family import family_of
 from slimstep.models.networks import network_of, sequence_length, text_encoders
 
@@ -105,6 +107,7 @@ def described_cache(pairs, pipeline, dtype: str, shard_size: int) -> dict[str, s
         **counted,
         "vae": module_hash(codec) if (codec := family_of(pipeline).codec(pipeline)) else "none: pixels",
         **text_hashes(pipeline),
+        **first_frame_hashes(pipeline),
         "dtype": dtype,
         "shard_size": shard_size,
     }
@@ -131,6 +134,15 @@ def text_hashes(pipeline) -> dict[str, str]:
         tokenizer = part.replace("text_encoder", "tokenizer")
         hashes |= {part: module_hash(encoder), tokenizer: tokenizer_hash(getattr(pipeline, tokenizer))}
     return hashes
+
+
+def first_frame_hashes(pipeline) -> dict[str, str]:
+    """What the conditions by a first frame depend on beside it."""
+    if not begins_with_frame(pipeline):
+        return {}
+    extractor = json.dumps(pipeline.feature_extractor.to_dict(), sort_keys=True, default=str)
+    time_ids = str(video_options(pipeline).time_ids)
+    return {"image_encoder": module_hash(pipeline.image_encoder), "feature_extractor": extractor, "time_ids": time_ids}
 
 
 def agree(folder: Path, world: int) -> None:

@@ -32,11 +32,13 @@ class CacheConfig:
 
 @dataclass
 class DataConfig:
-    """What every `data` group has, those of videos alone `frames`, of which null is the model's own; its other keys
-    belong to the constructors of its pairs and prompts."""
+    """What every `data` group has, those of videos alone `frames`, of which null is the model's own, and
+    `first_frames`, a folder of images, of which a model makes videos that begins with a frame (null: the first frames
+    of held-out videos); its other keys belong to the constructors of its pairs and prompts."""
 
     resolution: int | None = None
     frames: int | None = None
+    first_frames: str | None = None
     prompt_file: str | None = None
     prompt_column: str | None = None
     pairs: Any = None

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import encoded_images, has_statistics, scaled, scaling_of, statistics
+from slimstep.models.families.svd.conditions import begins_with_frame, conditions_of
 from slimstep.models.family import family_of
-from slimstep.models.networks import network_of, text_encoders
+from slimstep.models.networks import encoders, network_of
 from slimstep.models.sizes import check_frames, native_frames, scale_factor
 
 PIXELS_AT_ONCE = 4 * 512**2  # of an autoencoder: some 3 GB in float32 at the 256 channels of Stable Diffusion's
@@ -29,7 +30,8 @@ def encode_images(pipeline, images_BCHW: Tensor, device: torch.device) -> dict[s
     """What is kept of images uint8 [B, 3, H, W], or of videos [B, F, H, W, 3]: latents [B, C, h, w] or [B, C, f, h, w],
     the posterior's mean, scaled as the stock pipeline of this class unscales latents (models/decoding.py).
 
-    Without a VAE they are the pixels themselves, from -1 to 1. For a pipeline of videos an image is one frame.
+    Without a VAE they are the pixels themselves, from -1 to 1. For a pipeline of videos an image is one frame. Where it
+    makes videos of their first frame, what it is conditioned on by that is kept, too (families/svd/conditions.py).
     Raises ValueError where VAE and network cannot take the size or the frames, or the latents are not finite.
     """
     if native_frames(pipeline):
@@ -42,7 +44,11 @@ def encode_images(pipeline, images_BCHW: Tensor, device: torch.device) -> dict[s
     means = [encoded_images(vae, x_bCHW.to(device, vae.dtype) / 127.5 - 1) for x_bCHW in slices]
     mean_BChw = torch.cat(means)
     mean_std = [x.to(mean_BChw) for x in statistics(vae.config)] if has_statistics(pipeline) else None
-    return finite({"latents": scaled(mean_BChw, scaling_of(vae), mean_std)}, vae)
+    encoded = finite({"latents": scaled(mean_BChw, scaling_of(vae), mean_std)}, vae)
+    if not begins_with_frame(pipeline):
+        return {**encoded}
+    first = conditions_of(pipeline, list(images_BCHW[:, :, 0].movedim(1, -1)))
+    return {**encoded, **finite(first.tensors, encoder_of(pipeline))}
 
 
 def rows_at_once(*sides: int) -> int:
@@ -52,7 +58,10 @@ def rows_at_once(*sides: int) -> int:
 
 
 def encode_captions(pipeline, captions: Sequence[str], device: torch.device) -> Conditioning:
-    """What is kept of captions, a row for each."""
+    """What is kept of captions, a row for each; nothing where videos are made of their first frames, which
+    `encode_images` sees."""
+    if begins_with_frame(pipeline):
+        return Conditioning()
     return Conditioning(finite(family_of(pipeline).encode(pipeline, captions, device).tensors, encoder_of(pipeline)))
 
 
@@ -63,7 +72,7 @@ def encode_nothing(pipeline, device: torch.device) -> Conditioning:
 
 def encoder_of(pipeline) -> nn.Module:
     """What is to blame for conditioning that is not finite."""
-    return next(iter(text_encoders(pipeline).values()), network_of(pipeline))
+    return next(iter(encoders(pipeline).values()), network_of(pipeline))
 
 
 def is_truncated(pipeline, caption: str) -> bool:
@@ -102,8 +111,8 @@ def finite(encoded: Mapping[str, Tensor], module: nn.Module) -> Mapping[str, Ten
 
 @contextmanager
 def at_work(pipeline, device: torch.device) -> Iterator[None]:
-    """VAE and text encoders on `device`, in eval mode, without gradients; where and as they were afterwards."""
-    modules = [module for module in (family_of(pipeline).codec(pipeline), *text_encoders(pipeline).values()) if module]
+    """VAE and encoders of prompts on `device`, in eval mode, without gradients; where and as they were afterwards."""
+    modules = [module for module in (family_of(pipeline).codec(pipeline), *encoders(pipeline).values()) if module]
     before = [(module, next(module.parameters()).device, module.training) for module in modules]
     # These two warn of truncated captions one by one; the cache counts them.
     encoder = getattr(type(pipeline), "encode_prompt", type(pipeline))

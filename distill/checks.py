@@ -24,8 +24,9 @@ def check(job: Distillation) -> None:
     for stage in job.stages:
         training = job.training(stage.name)
         job.checked_objective(stage)
-        if training.keep_best and not config.scorer:
-            raise ValueError(f"train.keep_best=true of {stage.name} needs a scorer; it has scorer=none")
+        if training.keep_best and not (config.scorer and teacher.has_captions):
+            lacking = "captions, and the prompts have none" if config.scorer else "a scorer; it has scorer=none"
+            raise ValueError(f"train.keep_best=true of {stage.name} needs {lacking}")
         if job.is_few_step and (stage.teacher == "student" or job.objective(stage).get("teacher_mix")):
             where = f"distillation.student={job.distillation.student}"
             raise ValueError(f"{stage.name} asks {where} at all timesteps, and it learnt few of them")

@@ -72,7 +72,7 @@ def distill_steps(config: Config, run: Run) -> int | Plan:
         check_scorer(job.teacher.config, run, scorer)
     pairs = training_pairs(job.teacher, prompts)
     train = partial(trained_copy, job, pairs, [*offloadable(job.teacher.pipeline, scorer)])
-    monitor = partial(stage_monitor, job, calibrating, scorer)
+    monitor = partial(stage_monitor, job, calibrating, scorer if job.teacher.has_captions else None)
     unets = converted_to_v(job, train)
     if job.distillation.recover:
         recovery, teaching = config.recovery, partial(compute_copy, unets["teacher"], job.teacher)
@@ -227,7 +227,8 @@ def evaluated(
 
     features = {"features": FeatureSimilarity(scorer)} if scorer else {}
     near = {"psnr": Psnr(), **features, "latent_error": SampleError()}
-    metrics = {**load_metrics(config, scorer, teacher.device, teacher.is_conditional), **near}
+    of_prompts = teacher.is_conditional, teacher.has_captions
+    metrics = {**load_metrics(config, scorer, teacher.device, *of_prompts), **near}
     metrics = of_what_is_drawn({**metrics, **real_distance(config, scorer)}, teacher.draws_videos, scorer)
     reference = "teacher", job.distillation.steps[0]
     evaluator = Evaluator(config, run, candidate, prompts, metrics, scorer, reference)

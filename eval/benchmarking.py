@@ -54,12 +54,12 @@ class Benchmark:
                 way = "time it by itself, with model.… and eval.guidance_scale, or an export of it"
                 raise ValueError(f"models.{name} has {', '.join(own)}, which +experiment=evaluate alone reads: {way}")
         self.models.check()
-        if not self.models.is_conditional:
-            raise ValueError(f"{self.models.paths} take no prompts, and what is timed here begins with their encoding; "
-                             "a DDPM's UNet is timed by +experiment=prune_ddpm")  # fmt: skip
         if self.models.draws_videos:
             raise ValueError(f"{self.models.paths} draw videos, and no whole pipeline of videos is timed yet; their "
                              "networks are by +experiment=latency_table")  # fmt: skip
+        if not self.models.is_conditional:
+            raise ValueError(f"{self.models.paths} take no prompts, and what is timed here begins with their encoding; "
+                             "a DDPM's UNet is timed by +experiment=prune_ddpm")  # fmt: skip
         if (images := config.benchmark.images) > (prompts := config.eval.prompts):
             raise ValueError(f"benchmark.images={images} is more than eval.prompts={prompts}")
         self.config, self.run, self.device = copy.deepcopy(config), run, run.accelerator.device

@@ -15,7 +15,7 @@ from slimstep.engine.names import check_name, disk_name
 from slimstep.eval.config import Config
 from slimstep.eval.inputs import frozen, settle_frames
 from slimstep.models.described import is_described, no_weights
-from slimstep.models.family import family_at, stored_flow
+from slimstep.models.family import draws_from_frames, family_at, stored_flow
 from slimstep.models.flow import is_flow
 from slimstep.models.pipeline import check_pipeline, load_pipeline, stored_scheduler
 from slimstep.models.schedulers import check_sampling
@@ -87,6 +87,14 @@ class GivenModels:
         kinds = {path: family_at(path).DRAWS_VIDEOS for path in self.paths.values()}
         if len(set(kinds.values())) > 1:
             raise ValueError(f"models={self.paths}: some draw videos and some images, {kinds}; compare them apart")
+        return all(kinds.values())
+
+    @property
+    def begin_with_frames(self) -> bool:
+        """Whether first frames stand in the place of prompts. ValueError where that is so of some of the models."""
+        kinds = {path: draws_from_frames(family_at(path)) for path in self.paths.values()}
+        if len(set(kinds.values())) > 1:
+            raise ValueError(f"models={self.paths}: some make a video of its first frame, {kinds}; compare them apart")
         return all(kinds.values())
 
     @property

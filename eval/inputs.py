@@ -18,6 +18,7 @@ from torch.utils.data import Dataset
 from slimstep.data.cache import cache_pairs
 from slimstep.data.config import CacheConfig
 from slimstep.data.encoding import is_truncated
+from slimstep.data.first_frames import frames_in_folder, frames_of_videos
 from slimstep.data.folder import few
 from slimstep.data.pixels import shown
 from slimstep.data.prompts import PromptSet, disjoint_prompts, read_prompts
@@ -37,6 +38,7 @@ from slimstep.eval.timing.precision import settled
 from slimstep.models.denoiser import NUM_TOKENS
 from slimstep.models.described import no_weights
 from slimstep.models.families.prunable import Prunable
+from slimstep.models.families.svd.conditions import begins_with_frame, with_first_frames
 from slimstep.models.family import family_of, schedule_for
 from slimstep.models.networks import DENOISERS, network_of, trained_steps_of
 from slimstep.models.noise_schedule import NoiseSchedule, are_among
@@ -64,8 +66,18 @@ class Teacher:
 
     @property
     def is_conditional(self) -> bool:
-        """Whether there are prompts; else nothing can be said of how an image fits one."""
+        """Whether prompts are captions."""
         return family_of(self.pipeline).IS_CONDITIONAL
+
+    @property
+    def begins_with_frame(self) -> bool:
+        """Whether first frames stand in the place of prompts."""
+        return begins_with_frame(self.pipeline)
+
+    @property
+    def has_captions(self) -> bool:
+        """Whether it can be said how what is drawn fits a text: to prompts, or to the captions of first frames."""
+        return self.is_conditional or (self.begins_with_frame and not self.config.data.first_frames)
 
     @property
     def draws_videos(self) -> bool:
@@ -132,11 +144,23 @@ def teacher_of(pipeline: DiffusionPipeline, config: Config, run: Run) -> Teacher
 
 def settle_frames(pipeline: DiffusionPipeline, data: DictConfig) -> None:
     """Gives data of videos that leave it open as many frames as the pipeline draws. ValueError where that is images."""
+    if begins_with_frame(pipeline):
+        check_first_frames(data)
     if "frames" not in data:
         return
     if (own := native_frames(pipeline)) is None:
         raise ValueError(f"the data are videos, and a {type(pipeline).__name__} draws images: choose data of images")
     data.frames = data.frames or own
+
+
+def check_first_frames(data: DictConfig) -> None:
+    """ValueError for data of which no video can be made by its first frame."""
+    if "frames" not in data:
+        way = "data=videofolder data.root=DIR or data=webdataset_video data.source=GLOB"
+        raise ValueError(f"a model that makes a video of its first frame needs data of videos, not of images: {way}")
+    if data.prompt_file:
+        way = "data.first_frames=FOLDER has images to begin with"
+        raise ValueError(f"data.prompt_file={data.prompt_file} is for models that read captions: {way}")
 
 
 def check_trained(teacher: Teacher, sampler: Sampler) -> None:
@@ -188,11 +212,30 @@ def numbered_images(count: int) -> PromptSet:
     return PromptSet(tuple(f"image {i}" for i in range(count)), "numbers")
 
 
+def load_first_frames(config: Config, count: int) -> tuple[PromptSet, dict[str, Tensor]]:
+    """The names of at most so many first frames, and {name: uint8 [H, W, 3]}: the images of data.first_frames, or the
+    first frames of held-out videos, which are called by their captions."""
+    check_first_frames(config.data)
+    if folder := config.data.first_frames:
+        log.info(f"the images of data.first_frames={folder} have no captions: no CLIP score says how videos fit them")
+        frames = frames_in_folder(folder, config.data.resolution, count)
+        return PromptSet(tuple(frames), str(folder)), frames
+    frames = frames_of_videos(heldout_pairs(config, enough=count), count)
+    if not frames:
+        way = "a higher data.heldout_fraction, or data.first_frames=FOLDER"
+        raise ValueError(f"prompts are first frames of held-out videos, and none can be read: {way}")
+    return PromptSet(tuple(frames), "first frames"), frames
+
+
 def load_prompts(teacher: Teacher) -> tuple[PromptSet, PromptSet]:
     """The calibration prompts, which blocks are ranked on, and others, the eval prompts; of an unconditional model
-    numbers, each with its noise."""
+    numbers, each with its noise. First frames in the place of prompts are remembered by the pipeline."""
     config, counts = teacher.config, (teacher.config.scoring.prompts, teacher.config.eval.prompts)
-    prompts = read_prompt_set(config) if teacher.is_conditional else numbered_images(sum(counts))
+    if teacher.begins_with_frame and not config.plan:
+        prompts, frames = load_first_frames(config, sum(counts))
+        with_first_frames(teacher.pipeline, frames)
+    else:
+        prompts = read_prompt_set(config) if teacher.is_conditional else numbered_images(sum(counts))
     if cut := sum(is_truncated(teacher.pipeline, prompt) for prompt in prompts.prompts):
         log.warning(f"{cut} of {len(prompts)} prompts are longer than the text encoder takes, and are cut")
     return disjoint_prompts(prompts, *counts)
@@ -225,12 +268,14 @@ def load_scorer(config: Config, device: torch.device) -> ClipScorer | None:
 
 
 def load_metrics(
-    config: Config, scorer: ClipScorer | None, device: torch.device, is_conditional: bool = True
-) -> dict[str, Metric]:
+    config: Config, scorer: ClipScorer | None, device: torch.device, is_conditional: bool = True,
+    has_captions: bool = False,
+) -> dict[str, Metric]:  # fmt: skip
     """{name: metric}: clip, and those that `metrics` of the configuration describes.
 
     An unconditional model has no prompts that images could fit: in the place of clip are the error to the reference's
-    images and the distance to real ones. ValueError where there is no scorer, and prompts.
+    images and the distance to real ones. Where its first frames have captions, clip stands beside these. ValueError
+    where there is no scorer, and prompts.
     """
     if is_conditional and scorer is None:
         raise ValueError(WITHOUT_SCORER)
@@ -245,14 +290,16 @@ def load_metrics(
             for key, names in requested.items() for name in names or {}}  # fmt: skip
     if is_conditional:
         return {"clip": as_metric(scorer), **made}
-    return {"image_error": ImageError(), "fd": FeatureDistance(scorer) if scorer else PixelDistance(), **made}
+    clip = {"clip": as_metric(scorer)} if scorer and has_captions else {}
+    distances = {"image_error": ImageError(), "fd": FeatureDistance(scorer) if scorer else PixelDistance()}
+    return {**distances, **clip, **made}
 
 
 def of_what_is_drawn(metrics: Mapping[str, Metric], draws_videos: bool, scorer: ClipScorer | None) -> dict[str, Metric]:
     """The metrics; where videos are drawn, those of images as the mean over frames, and those of videos alone."""
     if not draws_videos:
         return dict(metrics)
-    return on_videos(metrics) | (video_metrics(scorer, metrics["clip"]) if scorer and "clip" in metrics else {})
+    return on_videos(metrics) | video_metrics(scorer, metrics.get("clip"))
 
 
 def real_distance(config: Config, scorer: ClipScorer | None) -> dict[str, Metric]:

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from diffusers import DiffusionPipeline
 from omegaconf import OmegaConf
+from torch import Tensor
 
 from slimstep.data.encoding import described
 from slimstep.data.prompts import PromptSet
@@ -25,6 +26,7 @@ from slimstep.eval.evaluator import Candidate, Evaluator, place
 from slimstep.eval.given import GivenModels, given_models, settle_size
 from slimstep.eval.inputs import (
     Teacher,
+    load_first_frames,
     load_metrics,
     load_scorer,
     numbered_images,
@@ -49,6 +51,7 @@ from slimstep.eval.timing.cold_start import compile_first
 from slimstep.eval.timing.inference import InferenceConfig, compile_networks
 from slimstep.eval.timing.precision import settled
 from slimstep.models.cost import count_parameters
+from slimstep.models.families.svd.conditions import with_first_frames
 from slimstep.models.networks import network_of
 from slimstep.models.pipeline import to_device
 
@@ -65,8 +68,8 @@ def evaluate(config: Config, run: Run) -> int | Plan:
     config = copy.deepcopy(config)
     settle_size(models, config.data)
     is_conditional, scorer = models.is_conditional, load_scorer(config, run.accelerator.device)
-    prompts = eval_prompts(config) if is_conditional else numbered_images(config.eval.prompts)
-    evaluator = evaluator_of(models, config, run, prompts, scorer)
+    prompts, frames = evaluated_prompts(models, config)
+    evaluator = evaluator_of(models, config, run, prompts, scorer, frames)
     has_images = is_conditional and (not config.data.prompt_file or config.evaluation.distribution)
     if config.plan:
         stages = [*(scorer_stage(run) if has_images else []), *evaluation_stages(models, config)]
@@ -113,14 +116,34 @@ def protocol(config: Config, scorer: ClipScorer | None) -> dict[str, Any]:
 # ---- prompts ----
 
 
+def evaluated_prompts(models: GivenModels, config: Config) -> tuple[PromptSet, dict[str, Tensor]]:
+    """The prompts, and the first frames that they name: of models that take none the numbers of noises."""
+    if models.is_conditional:
+        return eval_prompts(config), {}
+    if not models.begin_with_frames or config.plan:
+        return numbered_images(config.eval.prompts), {}
+    prompts, frames = load_first_frames(config, config.eval.prompts + len(calibration_prompts(config)))
+    return without_calibration(prompts, config), frames
+
+
 def eval_prompts(config: Config) -> PromptSet:
     """The requested prompts, without the calibration prompts of a pruned network."""
-    prompts, count = read_prompt_set(config), config.eval.prompts
-    if file := config.evaluation.calibration_prompts:
-        if not Path(file).is_file():
-            message = f"evaluation.calibration_prompts={file} does not exist"
-            raise FileNotFoundError(f"{message}; give prune_unet's prompts.json")
-        return prompts.without(read_calibration_prompts(Path(file)), count)
+    return without_calibration(read_prompt_set(config), config)
+
+
+def calibration_prompts(config: Config) -> list[str]:
+    if not (file := config.evaluation.calibration_prompts):
+        return []
+    if not Path(file).is_file():
+        message = f"evaluation.calibration_prompts={file} does not exist"
+        raise FileNotFoundError(f"{message}; give prune_unet's prompts.json")
+    return read_calibration_prompts(Path(file))
+
+
+def without_calibration(prompts: PromptSet, config: Config) -> PromptSet:
+    count = config.eval.prompts
+    if config.evaluation.calibration_prompts:
+        return prompts.without(calibration_prompts(config), count)
     fewer = f"eval.prompts={len(prompts)} or fewer, or " if len(prompts) > 1 else ""
     return prompts.take(count, way=f"{fewer}data.prompt_file=FILE with more")
 
@@ -138,13 +161,16 @@ def seen_in_training(config: Config, prompts: PromptSet) -> dict[str, int]:
 
 
 def evaluator_of(
-    models: GivenModels, config: Config, run: Run, prompts: PromptSet, scorer: ClipScorer | None
-) -> Evaluator:
+    models: GivenModels, config: Config, run: Run, prompts: PromptSet, scorer: ClipScorer | None,
+    frames: Mapping[str, Tensor],
+) -> Evaluator:  # fmt: skip
     """Raises ValueError, before anything is drawn, for a precision, metrics or real images that cannot be had."""
     device, evaluation = run.accelerator.device, config.evaluation
     precision = settled(config.sampling.precision, device)
     features = {"features": FeatureSimilarity(scorer)} if scorer else {}
-    metrics = {**load_metrics(config, scorer, device, models.is_conditional), "psnr": Psnr(), **features}
+    has_captions = models.is_conditional or (models.begin_with_frames and not config.data.first_frames)
+    of_prompts = models.is_conditional, has_captions
+    metrics = {**load_metrics(config, scorer, device, *of_prompts), "psnr": Psnr(), **features}
     metrics = of_what_is_drawn({**metrics, **real_distance(config, scorer)}, models.draws_videos, scorer)
     if evaluation.inception:
         metrics["fid"] = InceptionDistance(Inception(evaluation.inception, device))
@@ -154,7 +180,7 @@ def evaluator_of(
 
     @lru_cache(1)  # one model is in memory at a time
     def pipeline_of(name: str) -> DiffusionPipeline:
-        pipeline = to_device(models.load_named(name), device)
+        pipeline = with_first_frames(to_device(models.load_named(name), device), frames)
         if evaluation.compile:
             compared_at = models.compared_at(name, config.curves.guidance)
             scales = [models.guidance(name, scale) for scale in compared_at]

@@ -18,7 +18,7 @@ from slimstep.eval.pages.tables import markdown_table
 from slimstep.eval.pages.text import size
 from slimstep.models.cost import count_activation_bytes
 from slimstep.models.family import family_of
-from slimstep.models.networks import network_of, text_encoders
+from slimstep.models.networks import encoders, network_of, text_encoders
 from slimstep.models.pipeline import networks
 
 GPUS = (24, 40, 80)  # GB
@@ -85,7 +85,8 @@ def memory_lines(teacher: Teacher, trainings: list[TrainConfig], beside: int = 0
     fits = [next((name for name, step in steps if step.total <= gpu * 1e9), None) for gpu in GPUS]
     said = [f"{gpu} GB with {name}" if name else f"{gpu} GB with none of these"
             for gpu, name in zip(GPUS, fits, strict=True)]  # fmt: skip
-    apart = f"text encoders and VAE ({size(rest)} in float32) run before training and rest in the host's memory"
+    kind = "text encoders" if text_encoders(teacher.pipeline) else "image encoder"
+    apart = f"{kind} and VAE ({size(rest)} in float32) run before training and rest in the host's memory"
     return [line, f"           {apart}", "", table.strip("\n"), "", f"fits into  {'; '.join(said)}"]
 
 
@@ -96,9 +97,10 @@ def drawing_lines(pipeline: DiffusionPipeline) -> list[str]:
     drawing, said = sum(parts.values()), ", ".join(f"{size(value)} {name}" for name, value in parts.items() if value)
     half = ", half of it with model.dtype=bfloat16" if network.dtype == torch.float32 else ""
     lines = [f"drawing    {size(drawing)} of weights on the device: {said}{half}"]
-    if encoders := weight_bytes(text_encoders(pipeline).values()):
-        encoding = f"{size(drawing + encoders)} while prompts are encoded, once and before"
-        lines.append(f"           {encoding}: {size(encoders)} of text encoders then rest in the host's memory")
+    if resting := weight_bytes(encoders(pipeline).values()):
+        encoding = f"{size(drawing + resting)} while prompts are encoded, once and before"
+        kind = "text encoders" if text_encoders(pipeline) else "its image encoder"
+        lines.append(f"           {encoding}: {size(resting)} of {kind} then rest in the host's memory")
     return lines
 
 

@@ -12,7 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from typing import Any
 
@@ -28,6 +28,7 @@ from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import decoded_images, has_statistics, scaling_of, statistics, unscaled
 from slimstep.models.denoiser import Denoiser, takes_guidance
 from slimstep.models.families.deepfloyd.cascade import first_stage_of, refines, upscaled
+from slimstep.models.families.svd.conditions import begins_with_frame, video_options
 from slimstep.models.family import denoiser_of, family_of, flow_of, with_variance
 from slimstep.models.flow import prediction_type_of, set_steps
 from slimstep.models.guidance import guided
@@ -122,6 +123,7 @@ class Sampler:
             "precision": self.weights_precision,
             **({"shift_terminal": terminal} if terminal else {}),
             **({"max_sequence_length": length} if length else {}),
+            **({"video": asdict(video_options(self.pipeline))} if begins_with_frame(self.pipeline) else {}),
             **({"first_stage": first_stage_of(self.pipeline).protocol} if refines(self.pipeline) else {}),
         }
 
@@ -323,7 +325,8 @@ class Sampler:
         sides = (side * scale_factor(self.pipeline) for side in z_BCHW.shape[-2:])
         slices = z_BCHW.split(rows_at_once(*z_BCHW.shape[2:-2], *sides))
         with products_on(vae.device, self.precision):
-            return torch.cat([decoded_images(vae, z_bCHW) for z_bCHW in slices])
+            at_once = video_options(self.pipeline).decode_chunk_size
+            return torch.cat([decoded_images(vae, z_bCHW, at_once) for z_bCHW in slices])
 
     def images(
         self, unet: nn.Module, prompts: Sequence[str], indices: Sequence[int], block_mask_BN: Tensor | None = None

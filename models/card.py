@@ -13,7 +13,11 @@ from slimstep.models.architecture import as_architecture
 
 EXPORT_REPORT = "export_report.json"
 HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-GUIDANCE = {"QwenImageTransformer2DModel": 'negative_prompt=" ", true_cfg_scale={:g}'}  # where a pipeline calls it so
+GUIDANCE = {  # where a pipeline calls it so
+    "QwenImageTransformer2DModel": 'negative_prompt=" ", true_cfg_scale={:g}',
+    **dict.fromkeys(("UNetSpatioTemporalConditionModel", "PrunableUNetSpatioTemporalConditionModel"),
+                    "max_guidance_scale={:g}"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -25,6 +29,7 @@ class Origin:
     guidance_scale: float
     max_sequence_length: int | None = None  # None: the default of its pipeline, if that has one
     trained_steps: int | None = None  # those that its network was distilled to, None where it learnt all timesteps
+    video: Mapping[str, Any] | None = None  # what Stable Video Diffusion is called with beside a first frame
 
 
 @dataclass(frozen=True)
@@ -70,17 +75,24 @@ def card_text(
     trust = "" if is_stock else " The folder carries the classes of its networks, hence `trust_remote_code=True`."
     has_prompts = "vae" in configs  # models of pixels are unconditional
     part, name = ("unet", "UNet") if "unet" in configs else ("transformer", "Transformer")
-    has_frames = "sample_frames" in configs[part]
-    what, output = ("video", "frames") if has_frames else ("image", "images")
-    task = f"text-to-{what}" if has_prompts else "unconditional-image-generation"
+    count = configs[part].get("sample_frames") or configs[part].get("num_frames")
+    what, output = ("video", "frames") if count else ("image", "images")
+    task = f"{'image' if origin.video else 'text'}-to-{what}" if has_prompts else "unconditional-image-generation"
     length = f", max_sequence_length={origin.max_sequence_length}" if origin.max_sequence_length else ""
     said = f" at guidance {origin.guidance_scale:g}{length.replace('=', ' ')}"
-    guidance = f"{said}. Pass {'all' if length else 'both'}: diffusers' defaults are others."
+    guidance = f"{said}. Pass {'all' if length or origin.video else 'both'}: diffusers' defaults are others."
     guidance = guidance if has_prompts else ". Pass them: diffusers' default is another."
-    frames = f", num_frames={configs[part]['sample_frames']}" if has_frames else ""
+    frames = f", num_frames={count}" if count else ""
     call = f"num_inference_steps={origin.steps}{frames}"
     guided = GUIDANCE.get(configs[part].get("_class_name", ""), "guidance_scale={:g}").format(origin.guidance_scale)
-    call = f'"…", {call}, {guided}{length}' if has_prompts else call
+    first, needed, given = '"…"', "", ""
+    if origin.video:
+        first, needed = "image", "from diffusers.utils import load_image\n"
+        given = 'image = load_image("FIRST_FRAME.png")\n'
+        side = configs[part]["sample_size"] * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+        own = {"height": side, "width": side, **origin.video}
+        length = "".join(f", {option}={value}" for option, value in own.items() if value is not None)
+    call = f"{first}, {call}, {guided}{length}" if has_prompts else call
     decoder = f"\n- VAE decoder: {decoder_line(configs['vae'])}" if has_prompts else ""
     others = readers_line(read_by)
     measured = "\n".join(f"- {line}" for line in results) or "Nothing was measured on it yet."
@@ -96,8 +108,8 @@ pipeline_tag: {task}
 
 ```python
 from diffusers import DiffusionPipeline
-pipeline = DiffusionPipeline.from_pretrained("THIS_FOLDER"{options})
-{what} = pipeline({call}).{output}[0]
+{needed}pipeline = DiffusionPipeline.from_pretrained("THIS_FOLDER"{options})
+{given}{what} = pipeline({call}).{output}[0]
 ```
 Nothing but diffusers has to be installed.{trust}{others}
 

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, ModelMixin
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, ModelMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -21,18 +21,32 @@ STATISTICS = ("latents_mean", "latents_std")
 
 def encoded_images(vae: ModelMixin, x_BCHW: Tensor) -> Tensor:
     """What a VAE makes of images or videos from -1 to 1: the mean of its posterior, or, of one without, its only
-    answer."""
+    answer. A VAE of images encodes the frames of videos one by one."""
+    if x_BCHW.ndim == 5 and not takes_frames(vae):
+        frames = [encoded_images(vae, x_BCHW[:, :, f]) for f in range(x_BCHW.shape[2])]
+        return torch.stack(frames, dim=2)
     is_frame = takes_frames(vae) and x_BCHW.ndim == 4
     output = vae.encode(x_BCHW[:, :, None] if is_frame else x_BCHW)
     latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latent
     return latents[:, :, 0] if is_frame else latents
 
 
-def decoded_images(vae: ModelMixin, z_BCHW: Tensor) -> Tensor:
-    """The images or videos of what is not scaled any more (`unscaled`)."""
+def decoded_images(vae: ModelMixin, z_BCHW: Tensor, frames_at_once: int | None = None) -> Tensor:
+    """The images or videos of what is not scaled any more (`unscaled`). A decoder that sees neighbouring frames and has
+    a latent of each takes `frames_at_once` of them, all for None."""
+    if isinstance(vae, AutoencoderKLTemporalDecoder):
+        chunks = z_BCHW.split(frames_at_once or z_BCHW.shape[2], dim=2)
+        return torch.cat([decoded_frames(vae, z_BCfHW) for z_BCfHW in chunks], dim=2)
     if takes_frames(vae) and z_BCHW.ndim == 4:
         return vae.decode(z_BCHW[:, :, None], return_dict=False)[0][:, :, 0]
     return vae.decode(z_BCHW, return_dict=False)[0]
+
+
+def decoded_frames(vae: AutoencoderKLTemporalDecoder, z_BCFHW: Tensor) -> Tensor:
+    """The frames of latents that the decoder sees together: it has those of all videos behind one another."""
+    count = z_BCFHW.shape[2]
+    frames = vae.decode(z_BCFHW.transpose(1, 2).flatten(0, 1), num_frames=count, return_dict=False)[0]
+    return frames.unflatten(0, (-1, count)).transpose(1, 2)
 
 
 def takes_frames(vae: ModelMixin) -> bool:

@@ -1,4 +1,4 @@
-"""Published transformers at full size from their configurations alone, on the meta device: for plans, which need no
+"""Published models at full size from their configurations alone, on the meta device: for plans, which need no
 weights. The configurations are those of the files on their makers' hub pages.
 """
 
@@ -9,19 +9,41 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLTemporalDecoder,
+    DiffusionPipeline,
+    EulerDiscreteScheduler,
+    StableVideoDiffusionPipeline,
+)
 from diffusers.models.modeling_utils import no_init_weights
-from transformers import CLIPTextConfig, T5Config, T5EncoderModel, T5TokenizerFast
+from transformers import (
+    CLIPImageProcessor,
+    CLIPTextConfig,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5TokenizerFast,
+)
 
+from slimstep.models.families.svd.network import PrunableUNetSpatioTemporalConditionModel
 from slimstep.models.families.transformer.others import OF_FAMILIES
 from slimstep.models.known import clip_tokenizer
-from slimstep.models.reference import BIG_G, CLIP_L, VAE_CONFIGS
+from slimstep.models.reference import BIG_G, CLIP_L, VAE_CONFIGS, VIDEO_CONFIGS
 from slimstep.models.sizes import settle_sizes
 
 T5_XXL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_layers": 24, "num_heads": 64, "vocab_size": 32128,
           "feed_forward_proj": "gated-gelu"}  # fmt: skip
 CLIP, PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
 FLOW = "FlowMatchEulerDiscreteScheduler"
+SVD_VAE = {"block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
+           "layers_per_block": 2, "sample_size": 768, "scaling_factor": 0.18215, "force_upcast": True}  # fmt: skip
+VISION_H = {"hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 32, "num_attention_heads": 16,
+            "patch_size": 14, "image_size": 224, "projection_dim": 1024, "hidden_act": "gelu"}  # fmt: skip
+SVD_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "sigma_min": 0.002,
+                 "sigma_max": 700.0, "prediction_type": "v_prediction", "timestep_type": "continuous",
+                 "timestep_spacing": "leading", "steps_offset": 1, "use_karras_sigmas": True}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -72,9 +94,12 @@ DESCRIBED = {
 
 
 def described_pipeline(name_or_path: str) -> DiffusionPipeline:
-    """A pipeline of known configuration without weights, its transformer prunable. ValueError for an unknown name."""
+    """A pipeline of known configuration without weights, its network prunable. ValueError for an unknown name."""
+    if name_or_path in VIDEO_CONFIGS:
+        return described_svd(name_or_path)
     if name_or_path not in DESCRIBED:
-        raise ValueError(f"no full-size transformer is described as {name_or_path!r}; choose from {list(DESCRIBED)}")
+        names = [*DESCRIBED, *VIDEO_CONFIGS]
+        raise ValueError(f"no full-size model is described as {name_or_path!r}; choose from {names}")
     kind = DESCRIBED[name_or_path]
     class_name, fields = kind.network
     scheduler, own = kind.scheduler
@@ -84,6 +109,20 @@ def described_pipeline(name_or_path: str) -> DiffusionPipeline:
             place = f"_{n}" if n > 1 else ""
             parts |= {f"text_encoder{place}": text_encoder(encoder, config), f"tokenizer{place}": tokenizer(encoder)}
     pipeline = getattr(diffusers, kind.pipeline)(**parts, scheduler=getattr(diffusers, scheduler)(**own))
+    pipeline.set_progress_bar_config(disable=True)
+    settle_sizes(pipeline)
+    return pipeline
+
+
+def described_svd(name: str) -> StableVideoDiffusionPipeline:
+    with torch.device("meta"), no_init_weights():
+        unet = PrunableUNetSpatioTemporalConditionModel(**VIDEO_CONFIGS[name])
+        vae = AutoencoderKLTemporalDecoder(**SVD_VAE)
+        encoder = CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION_H))
+    pipeline = StableVideoDiffusionPipeline(  # diffusers makes what blends frames on the CPU
+        vae=vae.to("meta"), image_encoder=encoder, unet=unet, scheduler=EulerDiscreteScheduler(**SVD_SCHEDULER),
+        feature_extractor=CLIPImageProcessor(size=224, crop_size=224),
+    )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     settle_sizes(pipeline)
     return pipeline

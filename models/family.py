@@ -37,8 +37,8 @@ class Family(Protocol):
     """What a family's module `family` has.
 
     NAME: as errors list it. PART: what its pipelines call the network that denoises. NETWORK: the prunable network.
-    IS_CONDITIONAL: whether there are prompts. DRAWS_VIDEOS: whether it draws these, and not images. GUIDES: whether a
-    second prediction, for the empty prompt, guides.
+    IS_CONDITIONAL: whether prompts are captions. DRAWS_VIDEOS: whether it draws these, and not images. GUIDES: whether
+    a second prediction, for the empty prompt, guides.
     """
 
     @property
@@ -135,12 +135,9 @@ class Family(Protocol):
 
 
 FAMILIES: tuple[Family, ...] = (
-    unet2d, deepfloyd, ddpm, sd3.FAMILY, pixart.FAMILY, flux.FAMILY, sana.FAMILY, qwen.FAMILY, cogvideox.FAMILY,
+    unet2d, deepfloyd, ddpm, svd, sd3.FAMILY, pixart.FAMILY, flux.FAMILY, sana.FAMILY, qwen.FAMILY, cogvideox.FAMILY,
     wan.FAMILY,
 )  # fmt: skip
-
-
-ALONE: tuple[Any, ...] = (svd,)  # of networks whose pipelines no job drives: how they are called, and nothing else
 
 
 def family_at(name_or_path: str | Path) -> Family:
@@ -180,11 +177,14 @@ def stored_flow(name_or_path: str | Path) -> FlowSteps | None:
 
 def without_a_job(network: str | None) -> str:
     """What can be done with a network whose pipelines no job drives."""
-    alone = [family.NETWORK.STOCK.__name__ for family in ALONE]
-    if network in (*OTHERS, *alone):
-        section = "Stable Video Diffusion" if network in alone else "Other transformers"
-        return f". Blocks of a {network} can be removed without a job (docs/models.md, {section})"
+    if network in OTHERS:
+        return f". Blocks of a {network} can be removed without a job (docs/models.md, Other transformers)"
     return f". Blocks of a {network} cannot be removed, either: {REFUSED[network]}" if network in REFUSED else ""
+
+
+def draws_from_frames(family: Family) -> bool:
+    """Whether its pipelines make videos of their first frames."""
+    return family is svd
 
 
 def is_named(part: Any) -> bool:
@@ -195,7 +195,7 @@ def family_of(model: DiffusionPipeline | nn.Module) -> Family:
     """The family of a pipeline that is loaded, or of a network, whatever it is wrapped in."""
     network = network_of(model) if isinstance(model, DiffusionPipeline) else model
     bare = extract_model_from_parallel(network, keep_torch_compile=False)
-    families = (family for family in (*FAMILIES, *ALONE) if isinstance(bare, family.NETWORK.STOCK))
+    families = (family for family in FAMILIES if isinstance(bare, family.NETWORK.STOCK))
     return next(family for family in families if family.owns(bare))
 
 

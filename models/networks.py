@@ -38,6 +38,12 @@ def text_encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
     return {name: part for name in TEXT_ENCODERS if (part := getattr(pipeline, name, None)) is not None}
 
 
+def encoders(pipeline: DiffusionPipeline) -> dict[str, nn.Module]:
+    """{part: network} of what encodes prompts: text encoders, or, where prompts are images, that of images."""
+    image_encoder = getattr(pipeline, "image_encoder", None)
+    return text_encoders(pipeline) or ({} if image_encoder is None else {"image_encoder": image_encoder})
+
+
 def load_networks(
     name_or_path: str | Path, index: Mapping[str, Any], own: type[nn.Module], skipped: Iterable[str] = (), **options
 ) -> dict:
@@ -127,7 +133,7 @@ def without_memory(network: nn.Module) -> list[str]:
 
 
 # By a pipeline, beside its components and options.
-REMEMBERED = ("sequence_length", "block_origins", "trained_steps", "first_stage")
+REMEMBERED = ("sequence_length", "block_origins", "trained_steps", "first_stage", "video_options", "first_frames")
 
 
 def with_unet(pipeline: DiffusionPipeline, unet: nn.Module, **parts) -> DiffusionPipeline:

@@ -20,15 +20,16 @@ from slimstep.models.card import EXPORT_REPORT, Origin, Reading, origin_of, read
 from slimstep.models.checkpoint import is_single_file
 from slimstep.models.families.deepfloyd.cascade import load_first_stage
 from slimstep.models.families.exported import chained
+from slimstep.models.families.svd.conditions import begins_with_frame, with_video_options
 from slimstep.models.family import family_at, family_of, flow_of, schedule_for
 from slimstep.models.folder import check_pickles, check_variant, check_weights
 from slimstep.models.lora import check_loras, fuse_loras
 from slimstep.models.networks import (
     block_origins,
+    encoders,
     forget_last_captions,
     network_of,
     part_of,
-    text_encoders,
     trained_steps_of,
     with_block_origins,
     with_sequence_length,
@@ -78,6 +79,7 @@ def load_pipeline(
     timestep_spacing: str | None = None,
     trained_steps: int | None = None,
     first_stage: Mapping[str, Any] | None = None,
+    video: Mapping[str, Any] | None = None,
 ) -> DiffusionPipeline:
     """A pipeline of a known family (models/family.py) whose `unet` is prunable, in eval mode on the CPU.
 
@@ -90,7 +92,8 @@ def load_pipeline(
     timestep_spacing: another than the scheduler's (`trailing`). trained_steps: the steps that a few-step model was
     distilled to, at whose timesteps alone it is trained on; None: those that an export's teacher was, else none.
     first_stage: {path, steps, guidance_scale, noise_level} of what draws the pictures that DeepFloyd IF's second stage
-    makes larger (families/deepfloyd/cascade.py).
+    makes larger (families/deepfloyd/cascade.py). video: {fps, motion_bucket_id, noise_aug_strength, decode_chunk_size}
+    of Stable Video Diffusion (families/svd/conditions.py); None: what an export was made with, else its pipeline's.
     Raises ValueError where one of them is none of these, or the pipeline has no such UNet.
     """
     check_pipeline(name_or_path, variant, allow_pickle, single_file_config, scheduler, loras, timestep_spacing)
@@ -112,6 +115,7 @@ def load_pipeline(
     blocks = (read_export_report(Path(name_or_path)) or {}).get("blocks", {}) if is_whole else {}
     with_trained_steps(pipeline, trained_steps or (origin and origin.trained_steps))
     check_trained_steps(pipeline)
+    with_video_options(pipeline, video if video is not None else origin and origin.video)
     if first_stage:
         exact = dtype and getattr(torch, dtype)
         pipeline.__dict__["first_stage"] = load_first_stage(pipeline, first_stage, exact, variant, allow_pickle)
@@ -132,9 +136,10 @@ def check_trained_steps(pipeline: DiffusionPipeline) -> None:
 
 
 def upcast_vae(pipeline: DiffusionPipeline) -> None:
-    """Puts a VAE that overflows in float16 into float32, for those who ask it themselves: SDXL's pipelines do when
-    they are called, and want it as it was."""
-    if hasattr(pipeline, "upcast_vae") and pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
+    """Puts a VAE that overflows in float16 into float32, for those who ask it themselves: pipelines of SDXL and of
+    Stable Video Diffusion do when they are called, and want it as it was."""
+    upcasts = hasattr(pipeline, "upcast_vae") or begins_with_frame(pipeline)
+    if upcasts and pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
         pipeline.vae.float()
 
 
@@ -274,18 +279,18 @@ def on_device(module: nn.Module, device: str | torch.device) -> Iterator[nn.Modu
 
 
 def to_device(pipeline: DiffusionPipeline, device: str | torch.device) -> DiffusionPipeline:
-    """The pipeline with its networks on the device, but for text encoders: they are there while `encoders_on` runs."""
-    encoders = text_encoders(pipeline).values()
+    """The pipeline with its networks on the device, but for encoders of prompts: those while `encoders_on` runs."""
+    resting = encoders(pipeline).values()
     for network in networks(pipeline):
-        network.to("cpu" if network in encoders else device)
+        network.to("cpu" if network in resting else device)
     return pipeline
 
 
 @contextmanager
 def encoders_on(pipeline: DiffusionPipeline, device: str | torch.device) -> Iterator[None]:
-    """Text encoders on this device while the block runs; afterwards they are where they were."""
+    """Encoders of prompts on this device while the block runs; afterwards they are where they were."""
     with ExitStack() as stack:
-        for encoder in text_encoders(pipeline).values():
+        for encoder in encoders(pipeline).values():
             stack.enter_context(on_device(encoder, device))
         yield
 

@@ -1,6 +1,6 @@
 """The size that a pipeline draws by itself, however its configurations say it: elsewhere one number, of squares.
 
-Of videos it is the number of frames, too: `sample_frames` in the network's configuration.
+Of videos it is the number of frames, too: `sample_frames`, or `num_frames`, in the network's configuration.
 """
 
 import logging
@@ -91,7 +91,8 @@ def remember_size(pipeline: DiffusionPipeline) -> None:
 
 def native_frames(pipeline: DiffusionPipeline) -> int | None:
     """Frames of the videos that a pipeline draws by itself; None where it draws images."""
-    return network_of(pipeline).config.get("sample_frames")
+    config = network_of(pipeline).config
+    return config.get("sample_frames") or config.get("num_frames")
 
 
 def set_frames(pipeline: DiffusionPipeline, frames: int) -> None:
@@ -99,12 +100,14 @@ def set_frames(pipeline: DiffusionPipeline, frames: int) -> None:
     if native_frames(pipeline) is None:
         raise ValueError(f"data.frames={frames}: a {type(pipeline).__name__} draws images: choose data of images")
     check_frames(pipeline, frames)
-    network_of(pipeline).register_to_config(sample_frames=frames)
+    network: ModelMixin = network_of(pipeline)
+    name = "num_frames" if "num_frames" in network.config else "sample_frames"
+    network.register_to_config(**{name: frames})
 
 
 def check_frames(pipeline: DiffusionPipeline, frames: int) -> None:
     """ValueError for a number of frames that an autoencoder of videos does not give back as it took them."""
-    step, each = frames_step(pipeline), pipeline.vae_scale_factor_temporal
+    step, each = frames_step(pipeline), frames_at_once(pipeline)
     if frames < 1 or (frames - 1) % step:
         floor = max(0, frames - 1) // step * step + 1
         parity = ", and gives an odd number of them back as they were, so" if step > each else ", so"
@@ -117,6 +120,11 @@ def check_frames(pipeline: DiffusionPipeline, frames: int) -> None:
 
 def frames_step(pipeline: DiffusionPipeline) -> int:
     """What numbers of frames are multiples of, but for the first frame."""
-    compression = pipeline.vae_scale_factor_temporal
+    compression = frames_at_once(pipeline)
     # It decodes latents two at a time, the first of an odd number with them, and takes the first frame off these alone.
     return compression * (2 if isinstance(pipeline.vae, AutoencoderKLCogVideoX) else 1)
+
+
+def frames_at_once(pipeline: DiffusionPipeline) -> int:
+    """Frames that one latent stands for; 1 where each has its own."""
+    return getattr(pipeline, "vae_scale_factor_temporal", 1)

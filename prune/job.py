@@ -237,7 +237,8 @@ def evaluator_of(teacher: Teacher, unets: Mapping[str, Prunable], prompts: Promp
         reseeded = lambda seed: partial(sampler.reseeded(seed).images, unet, prompts.prompts)  # noqa: E731
         return Candidate(reseeded(sampler.seed), sampler.protocol, facts, reseeded=reseeded)
 
-    metrics = {**load_metrics(config, scorer, teacher.device, teacher.is_conditional), "psnr": Psnr()}
+    of_prompts = teacher.is_conditional, teacher.has_captions
+    metrics = {**load_metrics(config, scorer, teacher.device, *of_prompts), "psnr": Psnr()}
     metrics = of_what_is_drawn(metrics, teacher.draws_videos, scorer)
     return Evaluator(config, teacher.run, candidate, prompts, metrics, scorer, ("teacher", config.eval.steps))
 

@@ -163,10 +163,11 @@ def on_frames(metric: Metric) -> Metric:
     return FrameDistance(metric) if isinstance(metric, DistributionMetric) else OfFrames(metric)
 
 
-def video_metrics(scorer: ClipScorer, clip: Metric) -> dict[str, Metric]:
-    """What is measured of all videos that have prompts: `clip` is the scorer's metric of images."""
-    return {"clip": OfFrames(clip), "clip_worst_frame": OfFrames(clip, "worst"),
-            "consistency": TemporalConsistency(scorer), "motion": Motion()}  # fmt: skip
+def video_metrics(scorer: ClipScorer | None, clip: Metric | None) -> dict[str, Metric]:
+    """What is measured of all videos: `clip` is the scorer's metric of images, None where there are no captions."""
+    of_captions = {"clip": OfFrames(clip), "clip_worst_frame": OfFrames(clip, "worst")} if clip else {}
+    of_features = {"consistency": TemporalConsistency(scorer)} if scorer else {}
+    return {**of_captions, **of_features, "motion": Motion()}
 
 
 def features_of(scorer: ClipScorer, images: Tensor) -> Tensor:

@@ -5,24 +5,17 @@ import json
 
 import pytest
 import torch
-from diffusers import (
-    AutoencoderKLTemporalDecoder,
-    EulerDiscreteScheduler,
-    StableVideoDiffusionPipeline,
-    UNetSpatioTemporalConditionModel,
-)
+from diffusers import StableVideoDiffusionPipeline
 from PIL import Image
-from torch import nn
-from transformers import BatchFeature, CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWithProjection
 
+from scripts.random_svd import FRAMES, small_svd, small_svd_pipeline
 from slimstep.distill.recovery import Recovery
 from slimstep.distill.steps import StepDistillation
 from slimstep.distill.teaching import StepSchedule
 from slimstep.eval.config import LatencyConfig
-from slimstep.models.conditioning import Conditioning
 from slimstep.models.cost import count_activation_bytes, count_gflops, count_parameters
 from slimstep.models.families.svd.network import PrunableUNetSpatioTemporalConditionModel
-from slimstep.models.family import denoiser_of, family_at
+from slimstep.models.family import denoiser_of
 from slimstep.models.flow import stretched
 from slimstep.models.guidance import guided
 from slimstep.models.noise_schedule import add_noise, schedule_of, target_of
@@ -32,25 +25,8 @@ from slimstep.prune.stochastic_depth import StochasticDepth
 from tests.jobs import run_job
 from tests.tiny import slow
 
-BATCH, FRAMES = 2, 3
+BATCH = 2
 ATTENTION = "down_blocks.0.attentions.0"
-
-
-def small_svd(layers: int = 1) -> UNetSpatioTemporalConditionModel:
-    """Three levels, the innermost of which can go: widths are multiples of diffusers' 32 groups."""
-    torch.manual_seed(0)
-    unet = UNetSpatioTemporalConditionModel(
-        sample_size=8, in_channels=8, out_channels=4, block_out_channels=(32, 64, 64), layers_per_block=1,
-        down_block_types=(*["CrossAttnDownBlockSpatioTemporal"] * 2, "DownBlockSpatioTemporal"),
-        up_block_types=("UpBlockSpatioTemporal", *["CrossAttnUpBlockSpatioTemporal"] * 2),
-        cross_attention_dim=16, num_attention_heads=(2, 4, 4), addition_time_embed_dim=8, num_frames=FRAMES,
-        projection_class_embeddings_input_dim=24, transformer_layers_per_block=layers,
-    )  # fmt: skip
-    with torch.no_grad():  # α = ½ everywhere would hide a wrong blend
-        for name, parameter in unet.named_parameters():
-            if name.endswith("mix_factor"):
-                parameter.normal_()
-    return unet.eval()
 
 
 @pytest.fixture(scope="module")
@@ -283,29 +259,6 @@ def test_a_table_is_made_by_its_job(monkeypatch, tmp_path):
 # ---- in a pipeline
 
 
-def small_svd_pipeline() -> StableVideoDiffusionPipeline:
-    """16×16 images, three frames, with Stable Video Diffusion's scheduler."""
-    unet = small_svd()
-    torch.manual_seed(0)
-    vae = AutoencoderKLTemporalDecoder(
-        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, layers_per_block=1, sample_size=16,
-    )  # fmt: skip
-    vision = CLIPVisionConfig(
-        hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=56,
-        projection_dim=16,
-    )  # fmt: skip
-    scheduler = EulerDiscreteScheduler(
-        timestep_type="continuous", prediction_type="v_prediction", use_karras_sigmas=True, sigma_min=0.002,
-        sigma_max=700.0, timestep_spacing="leading", steps_offset=1, beta_schedule="scaled_linear",
-    )  # fmt: skip
-    pipeline = StableVideoDiffusionPipeline(
-        vae=vae.eval(), image_encoder=CLIPVisionModelWithProjection(vision).eval(), unet=unet, scheduler=scheduler,
-        feature_extractor=CLIPImageProcessor(crop_size=224, size=224),
-    )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
-
-
 def frames(pipeline):
     image = Image.fromarray((torch.rand(16, 16, 3, generator=torch.Generator().manual_seed(0)) * 255).byte().numpy())
     options = {"num_inference_steps": 2, "height": 16, "width": 16, "output_type": "pt"}
@@ -328,31 +281,6 @@ def test_stock_pipelines_draw_with_a_pruned_network_and_load_its_export(unet, tm
     assert type(loaded.unet).__name__ == "PrunableUNetSpatioTemporalConditionModel"
 
 
-def test_what_is_called_here_draws_what_the_stock_pipeline_draws(unet):
-    """Its latents, from the same noise, by its scheduler, with the image's conditions and a scale for each frame."""
-    pipeline, (noise, _) = small_svd_pipeline(), torch.randn(2, 1, 4, FRAMES, 8, 8)
-    pipeline.register_modules(unet=unet)
-    image, plain = torch.rand(1, 3, 16, 16), {"noise_aug_strength": 0.0, "height": 16, "width": 16}
-    asked = {"num_inference_steps": 3, "output_type": "latent", "max_guidance_scale": 2.5, "fps": 8}
-    resized = nn.functional.interpolate(image, (224, 224))  # the pipeline resizes no tensors for its image encoder
-    pipeline.feature_extractor = lambda images, **_: BatchFeature({"pixel_values": resized})
-    stock = pipeline(image, latents=noise.transpose(1, 2), **asked, **plain).frames
-    with torch.no_grad():
-        embedding = pipeline.image_encoder(resized).image_embeds[:, None]
-        image_latents = pipeline.vae.encode(image * 2 - 1).latent_dist.mode()
-    ids = torch.tensor([[8.0 - 1, 127, 0]])
-    cond = Conditioning({"image": embedding, "image_latents": image_latents, "time_ids": ids})
-    empty = Conditioning({**{k: torch.zeros_like(v) for k, v in cond.tensors.items()}, "time_ids": ids})
-    scheduler, denoiser = copy.deepcopy(pipeline.scheduler), denoiser_of(unet)
-    scheduler.set_timesteps(3)
-    z = noise * scheduler.init_noise_sigma
-    for t in scheduler.timesteps:
-        with torch.no_grad():
-            pred, _ = guided(denoiser, unet, scheduler.scale_model_input(z, t), t, cond, empty, 2.5)
-        z = scheduler.step(pred, t, z, return_dict=False)[0]
-    torch.testing.assert_close(z.transpose(1, 2), stock, rtol=1e-3, atol=1e-3)
-
-
 @pytest.mark.parametrize("kind", [StochasticDepth, Recovery, StepDistillation])
 def test_objectives_train_it_on_videos(unet, kind):
     """Masks for each sample's frames, features of each level, and the steps of its own scheduler's students."""
@@ -373,12 +301,6 @@ def test_objectives_train_it_on_videos(unet, kind):
     gradients = {name: p.grad for name, p in student.named_parameters() if p.grad is not None}
     assert loss.isfinite() and all(g.isfinite().all() for g in gradients.values())
     assert any(g.abs().sum() > 0 for name, g in gradients.items() if "temporal" in name)
-
-
-def test_its_pipeline_is_refused_with_what_can_be_done(tmp_path):
-    small_svd_pipeline().save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="Blocks of a UNetSpatioTemporalConditionModel can be removed without a job"):
-        family_at(tmp_path)
 
 
 def test_its_schedulers_times_are_edms(unet):
