@@ -9,6 +9,7 @@ from omegaconf import DictConfig, OmegaConf
 import slimstep.engine.config
 from slimstep.engine.checked import CONFIGS
 from slimstep.engine.checks import check_choice, check_minimum
+from slimstep.engine.resolution import sides
 
 STORAGE_DTYPES = ("float32", "float16")
 
@@ -32,11 +33,14 @@ class CacheConfig:
 
 @dataclass
 class DataConfig:
-    """What every `data` group has, those of videos alone `frames`, of which null is the model's own, and
-    `first_frames`, a folder of images, of which a model makes videos that begins with a frame (null: the first frames
-    of held-out videos); its other keys belong to the constructors of its pairs and prompts."""
+    """What every `data` group has; its other keys belong to the constructors of its pairs and prompts.
 
-    resolution: int | None = None
+    resolution: pixels, the side of a square or HEIGHTxWIDTH. Those of videos alone have `frames`, and `first_frames`,
+    a folder of images, of which a model makes videos that begins with a frame (null: the first frames of held-out
+    videos). Of resolution and frames null is the model's own.
+    """
+
+    resolution: Any = None
     frames: int | None = None
     first_frames: str | None = None
     prompt_file: str | None = None
@@ -46,9 +50,10 @@ class DataConfig:
     cache: CacheConfig = field(default_factory=CacheConfig)
 
     def __post_init__(self) -> None:
-        for name in ("resolution", "frames"):
-            if getattr(self, name) is not None:
-                check_minimum("data", self, 1, name)
+        if self.frames is not None:
+            check_minimum("data", self, 1, "frames")
+        if self.resolution is not None:
+            sides(self.resolution)  # ValueError
 
 
 @dataclass

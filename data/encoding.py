@@ -83,8 +83,12 @@ def is_truncated(pipeline, caption: str) -> bool:
 
 
 def check_size(pipeline, height: int, width: int) -> None:
-    """Sides must survive every halving by the VAE and the UNet, or be cut into a transformer's patches."""
-    vae_factor, network_factor = scale_factor(pipeline), family_of(pipeline).shrinks(network_of(pipeline))
+    """Sides must survive every halving by the VAE and the UNet, or be cut into a transformer's patches. ValueError."""
+    family = family_of(pipeline)
+    if height != width and not family.draws_rectangles(pipeline):
+        name = type(pipeline).__name__
+        raise ValueError(f"data.resolution={height}x{width}: a {name} draws squares: give one number")
+    vae_factor, network_factor = scale_factor(pipeline), family.shrinks(network_of(pipeline))
     name, step = "UNet" if hasattr(pipeline, "unet") else "transformer", vae_factor * network_factor
     factors = f"its VAE shrinks by {vae_factor} and its {name} by another {network_factor}"
     factors = factors if vae_factor > 1 else f"its {name} shrinks by {network_factor}"
@@ -92,7 +96,7 @@ def check_size(pipeline, height: int, width: int) -> None:
         floors = {side // step * step for side in (height, width)}
         nearest = sorted({max(step, floor + more) for floor in floors for more in (0, step)})
         raise ValueError(
-            f"images of {width}x{height} px do not fit this pipeline: {factors}, so sides must be multiples of "
+            f"images of {height}x{width} px do not fit this pipeline: {factors}, so sides must be multiples of "
             f"{step}; nearest: {', '.join(map(str, nearest))}"
         )
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from slimstep.data.folder import IMAGE_SUFFIXES
-from slimstep.data.pixels import cut_square, decode_rgb
+from slimstep.data.pixels import cut_out, decode_rgb
 from slimstep.data.streams import Pairs, readable
+from slimstep.engine.resolution import Resolution
 from slimstep.engine.seeding import generator
 
 
@@ -26,8 +27,8 @@ def frames_of_videos(pairs: Pairs, count: int) -> dict[str, Tensor]:
     return frames
 
 
-def frames_in_folder(folder: str | Path, resolution: int, count: int) -> dict[str, Tensor]:
-    """{path under the folder: uint8 [resolution, resolution, 3]}: the middles of `count` images, or of all where there
+def frames_in_folder(folder: str | Path, resolution: Resolution, count: int) -> dict[str, Tensor]:
+    """{path under the folder: uint8 [H, W, 3]}: the middles of `count` images, or of all where there
     are fewer, in a fixed shuffled order. ValueError for a folder without any."""
     folder = Path(folder)
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in IMAGE_SUFFIXES)
@@ -37,5 +38,5 @@ def frames_in_folder(folder: str | Path, resolution: int, count: int) -> dict[st
     frames = {}
     for path in islice((paths[i] for i in order), count):
         name = str(path.relative_to(folder))
-        frames[name] = cut_square(decode_rgb(path, name), resolution, "center", name).permute(1, 2, 0).contiguous()
+        frames[name] = cut_out(decode_rgb(path, name), resolution, "center", name).permute(1, 2, 0).contiguous()
     return frames

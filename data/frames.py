@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from slimstep.data.pixels import BrokenImageError, check_framing, cut_square, decode_rgb, flaw_of
+from slimstep.data.pixels import BrokenImageError, check_framing, cut_out, decode_rgb, flaw_of
+from slimstep.engine.resolution import Resolution
 
 EARLY = 1e-3  # seconds by which a frame may come too early for its turn: containers round times
 CONTAINERS = {"format_whitelist": "mov,matroska,webm,avi"}  # what data/folder.py VIDEO_SUFFIXES are
@@ -32,11 +33,11 @@ class BrokenVideoError(BrokenImageError):
 
 @dataclass(frozen=True)
 class Clip:
-    """What of a video is taken: `count` frames, `fps` a second (None: as it has them), and a square of each."""
+    """What of a video is taken: `count` frames, `fps` a second (None: as it has them), and what of each."""
 
     count: int
     fps: float | None
-    resolution: int
+    resolution: Resolution
     crop: str
 
     def __post_init__(self) -> None:
@@ -48,7 +49,7 @@ class Clip:
             raise ValueError(f"data.fps={self.fps} must be above 0, or null for every frame")
 
     def of_video(self, source: Path | bytes, name: str, crop_name: str) -> Tensor:
-        """uint8 [F, resolution, resolution, 3] of a video file. Raises BrokenVideoError."""
+        """uint8 [F, H, W, 3] of the resolution, of a video file. Raises BrokenVideoError."""
         return self._of(video_frames(source), name, crop_name, source)
 
     def of_pictures(self, files: Sequence[Path], rate: float | None, name: str, crop_name: str) -> Tensor:
@@ -62,7 +63,7 @@ class Clip:
         frames = []
         try:
             for image in islice(at_rate(shown, self.fps), self.count):
-                frames.append(cut_square(image, self.resolution, self.crop, crop_name).permute(1, 2, 0))
+                frames.append(cut_out(image, self.resolution, self.crop, crop_name).permute(1, 2, 0))
         except Exception as error:  # decoders of damaged files raise whatever they stumble over
             raise BrokenVideoError(f"{name} ({flaw_of_video(error, source)})") from None
         if len(frames) < self.count:

@@ -17,10 +17,11 @@ from typing import ClassVar
 from torch import Tensor
 
 from slimstep.data.folder import Contents, few, read_folder
-from slimstep.data.pixels import BrokenImageError, check_framing, cut_square, decode_rgb
+from slimstep.data.pixels import BrokenImageError, check_framing, cut_out, decode_rgb
 from slimstep.data.sources import is_url, read_whole
 from slimstep.data.tables import caption_column as find_caption_column
 from slimstep.data.tables import caption_text, existing_column
+from slimstep.engine.resolution import Resolution
 
 SPLITS = ("train", "heldout", "all")
 log = logging.getLogger("slimstep")
@@ -29,7 +30,7 @@ FEWEST_PROMPTS = 4  # two to rank blocks on, and two to evaluate on
 
 
 class CaptionedImages:
-    """What both sources share; item i: {"image": uint8 [3, resolution, resolution], "caption": str}."""
+    """What both sources share; item i: {"image": uint8 [3, H, W] of the resolution, "caption": str}."""
 
     def __post_init__(self) -> None:
         check_framing(self.resolution, self.crop)
@@ -41,7 +42,7 @@ class CaptionedImages:
 
     def __getitem__(self, index: int) -> dict[str, Tensor | str]:
         source, name = self.source(index)
-        image = cut_square(decode_rgb(source, name), self.resolution, self.crop, name)
+        image = cut_out(decode_rgb(source, name), self.resolution, self.crop, name)
         return {"image": image, "caption": self.caption(index)}
 
 
@@ -57,7 +58,7 @@ class ImageFolderPairs(CaptionedImages):
     """
 
     root: str | Path
-    resolution: int
+    resolution: Resolution
     split: str = "train"
     heldout_fraction: float = 0.1
     caption_column: str | None = None
@@ -122,7 +123,7 @@ class HubPairs(CaptionedImages):
     """
 
     name: str
-    resolution: int
+    resolution: Resolution
     split: str = "train"
     heldout_fraction: float = 0.1
     image_column: str = "image"

@@ -11,6 +11,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from slimstep.data.bare import bare
+from slimstep.engine.resolution import Resolution, sides
 from slimstep.engine.seeding import generator
 
 CROPS = ("center", "random")
@@ -88,18 +89,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def cut_square(image: Image.Image, resolution: int, crop: str, name: str) -> Tensor:
-    """uint8 [3, resolution, resolution]: the shorter side resized (antialiased), the longer one cropped.
+def cut_out(image: Image.Image, resolution: Resolution, crop: str, name: str) -> Tensor:
+    """uint8 [3, H, W] of this resolution: one side resized (antialiased), the one that is too long then cropped.
 
     `crop` "center" keeps the middle, "random" a place that depends on `name` alone.
     """
     place = (0.5, 0.5) if crop == "center" else tuple(torch.rand(2, generator=generator("crop", name)).tolist())
-    square = ImageOps.fit(image, (resolution, resolution), Image.Resampling.LANCZOS, centering=place)
-    return torch.from_numpy(np.array(square)).permute(2, 0, 1).contiguous()
+    height, width = sides(resolution)
+    cut = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS, centering=place)
+    return torch.from_numpy(np.array(cut)).permute(2, 0, 1).contiguous()
 
 
-def check_framing(resolution: int, crop: str) -> None:
-    if resolution < 1:
-        raise ValueError(f"resolution={resolution} is no size in pixels")
+def check_framing(resolution: Resolution, crop: str) -> None:
+    sides(resolution)
     if crop not in CROPS:
         raise ValueError(f"crop={crop!r} is unknown; choose from {', '.join(CROPS)}")

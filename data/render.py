@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from slimstep.data.scene import Scene
+from slimstep.engine.resolution import Resolution, sides
 
 RGB = {
     "red": (220, 40, 40),
@@ -57,17 +58,17 @@ def _paint(canvas_BCHW: Tensor, rows: Tensor, cover_nHW: Tensor, rgb_nC: Tensor)
     canvas_BCHW[rows] = torch.lerp(canvas_BCHW[rows], rgb_nC[:, :, None, None].expand_as(canvas_BCHW[rows]), cover)
 
 
-def render_scenes(scenes: Sequence[Scene], resolution: int = 64) -> Tensor:
-    """uint8 [B, 3, resolution, resolution]."""
-    ticks = (torch.arange(resolution) + 0.5) / resolution
-    y_HW, x_HW = torch.meshgrid(ticks, ticks, indexing="ij")
+def render_scenes(scenes: Sequence[Scene], resolution: Resolution = 64) -> Tensor:
+    """uint8 [B, 3, H, W]; what is no square shows the scene stretched."""
+    height, width = sides(resolution)
+    y_HW, x_HW = torch.meshgrid(*((torch.arange(side) + 0.5) / side for side in (height, width)), indexing="ij")
     colours = torch.tensor([[RGB[s.background[0]], RGB[s.background[-1]]] for s in scenes], dtype=torch.float32)
     right_half = (x_HW > 0.5)[None, None]
     canvas = torch.where(right_half, colours[:, 1, :, None, None], colours[:, 0, :, None, None])
     framed = [b for b, scene in enumerate(scenes) if scene.frame]
     if framed:
         edge_HW = torch.maximum((x_HW - 0.5).abs(), (y_HW - 0.5).abs()) - (0.5 - FRAME_WIDTH)
-        cover = (0.5 + edge_HW * resolution).clamp(0, 1).expand(len(framed), -1, -1)
+        cover = (0.5 + edge_HW * max(height, width)).clamp(0, 1).expand(len(framed), -1, -1)
         rgb = torch.tensor([RGB[scenes[b].frame] for b in framed], dtype=torch.float32)
         _paint(canvas, torch.tensor(framed), cover, rgb)
     for layer in range(max(len(scene.centres) for scene in scenes)):
@@ -81,6 +82,6 @@ def render_scenes(scenes: Sequence[Scene], resolution: int = 64) -> Tensor:
                 continue
             table = torch.tensor(drawn, dtype=torch.float32)
             x, y, r = (table[:, column, None, None] for column in (1, 2, 3))
-            cover = (0.5 - distance(x_HW - x, y_HW - y, r) * resolution).clamp(0, 1)
+            cover = (0.5 - distance(x_HW - x, y_HW - y, r) * max(height, width)).clamp(0, 1)
             _paint(canvas, table[:, 0].long(), cover, table[:, 4:])
     return canvas.round().to(torch.uint8)

@@ -14,6 +14,7 @@ import torch
 from slimstep.data.prompts import PromptSet
 from slimstep.data.render import render_scenes
 from slimstep.data.scene import REVERSED, Scene, Thing
+from slimstep.engine.resolution import Resolution, sides
 from slimstep.engine.seeding import seed_of
 
 SHAPES = ("circle", "square", "triangle", "cross", "ring")
@@ -185,12 +186,13 @@ def hard_negatives(scene: Scene, wording: Wording = Wording(), turn: int = 0) ->
 
 
 class ShapesPairs:
-    """The pair dataset of the shapes world: `ds[i]` is {"image": uint8 [3, resolution, resolution], "caption": str}."""
+    """The pair dataset of the shapes world: `ds[i]` is {"image": uint8 [3, H, W], "caption": str}."""
 
-    def __init__(self, split: str = "train", size: int = 100_000, seed: int = 0, resolution: int = 64) -> None:
+    def __init__(self, split: str = "train", size: int = 100_000, seed: int = 0, resolution: Resolution = 64) -> None:
         check_split(split)
         if size < 1:
             raise ValueError(f"data.pairs.size={size} must be at least 1")
+        sides(resolution)
         self.split, self.size, self.seed, self.resolution = split, size, seed, resolution
 
     @property
@@ -215,7 +217,7 @@ class ShapesPairs:
         return scene_at(self.split, self.seed, index)
 
     def images(self, indices: Iterable[int]) -> torch.Tensor:
-        """uint8 [len(indices), 3, resolution, resolution], drawn together: far faster than one by one."""
+        """uint8 [len(indices), 3, H, W], drawn together: far faster than one by one."""
         return render_scenes([self.scene(index)[0] for index in indices], self.resolution)
 
 

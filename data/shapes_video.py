@@ -22,6 +22,7 @@ from slimstep.data.render import render_scenes
 from slimstep.data.scene import Scene, Thing
 from slimstep.data.shapes import COLOURS, MOST_PROMPTS, SHAPES, check_split
 from slimstep.data.shapes_tokenizer import WORDS
+from slimstep.engine.resolution import Resolution, sides
 from slimstep.engine.seeding import seed_of
 
 DIRECTIONS = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}  # y points down, as in pictures
@@ -147,18 +148,19 @@ def motions(text: str) -> list[tuple[str, str, str]]:
 
 
 class ShapesVideoPairs:
-    """The videos: `ds[i]` is {"video": uint8 [frames, resolution, resolution, 3], "caption": str}."""
+    """The videos: `ds[i]` is {"video": uint8 [frames, H, W, 3], "caption": str}."""
 
     allowed_broken = 0
 
     def __init__(
-        self, split: str = "train", size: int = 10_000, seed: int = 0, resolution: int = 64, frames: int = 9
+        self, split: str = "train", size: int = 10_000, seed: int = 0, resolution: Resolution = 64, frames: int = 9
     ) -> None:
         check_split(split)
         if size < 1:
             raise ValueError(f"data.pairs.size={size} must be at least 1")
         if frames < 2:
             raise ValueError(f"data.frames={frames}: nothing moves in fewer than 2 frames")
+        sides(resolution)
         self.split, self.size, self.seed, self.resolution, self.frames = split, size, seed, resolution, frames
 
     @property
@@ -183,8 +185,8 @@ class ShapesVideoPairs:
         return scene_at(self.split, self.seed, index)
 
 
-def video_of(scene: MovingScene, frames: int, resolution: int = 64) -> Tensor:
-    """uint8 [frames, resolution, resolution, 3], equally far apart in time, the first and the last instant included."""
+def video_of(scene: MovingScene, frames: int, resolution: Resolution = 64) -> Tensor:
+    """uint8 [frames, H, W, 3], equally far apart in time, the first and the last instant included."""
     scenes = [scene.at(time) for time in torch.linspace(0, 1, frames).tolist()]
     return render_scenes(scenes, resolution).permute(0, 2, 3, 1).contiguous()
 

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from slimstep.data.folder import few
 from slimstep.data.images import allowed_of, check_split, is_held_out
-from slimstep.data.pixels import BrokenImageError, check_framing, cut_square, decode_rgb
+from slimstep.data.pixels import BrokenImageError, check_framing, cut_out, decode_rgb
+from slimstep.engine.resolution import Resolution
 from slimstep.engine.seeding import generator
 
 log = logging.getLogger("slimstep")
@@ -62,7 +63,7 @@ class Stream(ABC):
     """
 
     source: str | list[str]
-    resolution: int
+    resolution: Resolution
     split: str = "train"
     heldout_fraction: float = 0.1
     image_column: str | None = None
@@ -97,10 +98,10 @@ class Stream(ABC):
         return is_held_out(entry.key, self.heldout_fraction) == (self.split == "heldout")
 
     def sample(self, entry: Entry) -> dict[str, Tensor | str]:
-        """{"image": uint8 [3, resolution, resolution], "caption": str}. Raises BrokenImageError."""
+        """{"image": uint8 [3, H, W] of the resolution, "caption": str}. Raises BrokenImageError."""
         if entry.flaw:
             raise BrokenImageError(entry.complaint)
-        image = cut_square(decode_rgb(entry.image, entry.name), self.resolution, self.crop, entry.key)
+        image = cut_out(decode_rgb(entry.image, entry.name), self.resolution, self.crop, entry.key)
         return {"image": image, "caption": entry.caption}
 
     def scan(self, images: bool) -> Iterator[Entry]:

@@ -1,7 +1,7 @@
 """Anybody's videos with captions: a folder of them, of files or of frames as images, or WebDataset tars.
 
 The layouts, captions, splits and flaws are those of images (data/images.py, data/webdataset.py); what is taken of a
-video is in data/frames.py. Item i: {"video": uint8 [frames, resolution, resolution, 3], "caption": str}.
+video is in data/frames.py. Item i: {"video": uint8 [frames, H, W, 3], "caption": str}.
 """
 
 import hashlib
@@ -89,7 +89,7 @@ class WebDatasetVideos(WebDatasetPairs):
         return [*super().taken, "video", self.frames, self.fps]
 
     def sample(self, entry: Entry) -> dict[str, Tensor | str]:
-        """{"video": uint8 [frames, resolution, resolution, 3], "caption": str}. Raises BrokenVideoError."""
+        """{"video": uint8 [frames, H, W, 3], "caption": str}. Raises BrokenVideoError."""
         if entry.flaw:
             raise BrokenImageError(entry.complaint)
         return {"video": self.clip.of_video(entry.image, entry.name, entry.key), "caption": entry.caption}

@@ -9,6 +9,7 @@ from slimstep.data.shards import DTYPES, CachedPairs, cache_key, is_intact
 from slimstep.data.streams import Stream
 from slimstep.engine.components import component
 from slimstep.engine.planning import Plan
+from slimstep.engine.resolution import sides
 from slimstep.engine.run import Run
 from slimstep.eval.config import Config
 from slimstep.eval.inputs import Teacher, check_data, check_weights, load_teacher, storage, training_data
@@ -26,8 +27,7 @@ def cache_latents(config: Config, run: Run) -> int | Plan:
     teacher = load_teacher(config, run)
     check_weights(teacher.pipeline, config)  # a plan's, too: a cache is named by them
     check_data(teacher)
-    pixels = teacher.config.data.resolution
-    check_size(teacher.pipeline, pixels, pixels)
+    check_size(teacher.pipeline, *sides(teacher.config.data.resolution))
     if config.plan:
         return planned(teacher)
     summary = made(training_data(teacher))

@@ -11,23 +11,24 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from slimstep.engine.resolution import Resolution, by, sides
 from slimstep.eval.config import LatencyConfig
 from slimstep.eval.timing.latency import interleaved_times, one_thread
 from slimstep.models.decoding import ImageDecoder
 from slimstep.models.pipeline import quiet
 
 
-def decoder_gflops(vae: AutoencoderKL, latent_size: int) -> float:
-    """10⁹ floating point operations of decoding one image from latents of this height and width."""
+def decoder_gflops(vae: AutoencoderKL, latent_size: Resolution) -> float:
+    """10⁹ floating point operations of decoding one image from latents of this size."""
     with quiet(), torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
         on_meta = type(vae).from_config(dict(vae.config))
-        ImageDecoder(on_meta)(torch.empty(1, vae.config.latent_channels, latent_size, latent_size))
+        ImageDecoder(on_meta)(torch.empty(1, vae.config.latent_channels, *sides(latent_size)))
     return counter.get_total_flops() / 1e9
 
 
 def compare_decoders(
     vaes: Mapping[str, AutoencoderKL],
-    sizes: Sequence[int],
+    sizes: Sequence[Resolution],
     batches: Sequence[int],
     config: LatencyConfig,
     device: torch.device,
@@ -43,11 +44,11 @@ def compare_decoders(
     rows = []
     for mode, size, batch in product(("eager", "compiled") if config.compile else ("eager",), sizes, batches):
         case = {"mode": mode, "latent_size": size, "batch": batch}
-        z = torch.randn(batch, next(iter(vaes.values())).config.latent_channels, size, size)
+        z = torch.randn(batch, next(iter(vaes.values())).config.latent_channels, *sides(size))
         try:
             calls = {name: decode_call(vae, z, config, device, mode) for name, vae in vaes.items()}
             with one_thread(device):
-                times = interleaved_times(calls, config, device, f"decoders, {mode}, {size}×{size}, batch {batch}")
+                times = interleaved_times(calls, config, device, f"decoders, {mode}, {by(size)}, batch {batch}")
         except torch.OutOfMemoryError:
             rows.append({**case, "skipped": "out of memory"})
             continue

@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from slimstep.data.encoding import check_size
 from slimstep.engine.components import check
 from slimstep.engine.names import check_name, disk_name
+from slimstep.engine.resolution import Resolution, sides
 from slimstep.eval.config import Config
 from slimstep.eval.inputs import frozen, settle_frames
 from slimstep.models.described import is_described, no_weights
@@ -65,7 +66,7 @@ class GivenModels:
     models: Mapping[str, GivenModel]
     default_steps: tuple[int, ...]
     model: Mapping[str, Any]
-    pixels: int | None
+    pixels: Resolution | None
     frames: int | None = None
 
     @property
@@ -137,7 +138,7 @@ class GivenModels:
         """A pipeline as it was exported, its own scheduler included, at the resolution that is asked for."""
         pipeline = load_pipeline(path, **{**self.options(path), **own})
         if self.pixels:
-            check_size(pipeline, self.pixels, self.pixels)
+            check_size(pipeline, *sides(self.pixels))
             set_resolution(pipeline, self.pixels)
         if self.frames:
             set_frames(pipeline, self.frames)

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from slimstep.data.cache import cache_pairs
 from slimstep.data.config import CacheConfig
-from slimstep.data.encoding import is_truncated
+from slimstep.data.encoding import check_size, is_truncated
 from slimstep.data.first_frames import frames_in_folder, frames_of_videos
 from slimstep.data.folder import few
 from slimstep.data.pixels import shown
@@ -26,6 +26,7 @@ from slimstep.data.shards import CachedPairs
 from slimstep.data.streams import at_random_access, readable
 from slimstep.engine.checks import check_minimum
 from slimstep.engine.components import component
+from slimstep.engine.resolution import sides
 from slimstep.engine.run import Run
 from slimstep.engine.sharding import autocast_dtype
 from slimstep.eval.config import Config, LatencyConfig, SamplingConfig
@@ -138,6 +139,7 @@ def teacher_of(pipeline: DiffusionPipeline, config: Config, run: Run) -> Teacher
     if config.data.resolution is None:
         config.data.resolution = native_pixels(pipeline)
     settle_frames(pipeline, config.data)
+    check_size(pipeline, *sides(config.data.resolution))
     set_resolution(pipeline, config.data.resolution, config.data.get("frames"))
     return Teacher(frozen(pipeline), config, run)
 

@@ -121,6 +121,10 @@ class Family(Protocol):
         """Latents along the time of a video that the network makes; None of images."""
         ...
 
+    def draws_rectangles(self, pipeline: DiffusionPipeline) -> bool:
+        """Whether a stock pipeline of this class reads from its folder a size that is no square."""
+        ...
+
     def shrinks(self, network: nn.Module) -> int:
         """What sides of latents must be multiples of."""
         ...

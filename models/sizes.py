@@ -1,4 +1,5 @@
-"""The size that a pipeline draws by itself, however its configurations say it: elsewhere one number, of squares.
+"""The size that a pipeline draws by itself, however its configurations say it: elsewhere it is a resolution, a number
+or "HEIGHTxWIDTH" (engine/resolution.py).
 
 Of videos it is the number of frames, too: `sample_frames`, or `num_frames`, in the network's configuration.
 """
@@ -10,19 +11,18 @@ from typing import Any
 import diffusers
 from diffusers import AutoencoderKLCogVideoX, DiffusionPipeline, ModelMixin
 
+from slimstep.engine.resolution import Resolution, resolution_of, sides
 from slimstep.models.networks import network_of, part_of
 
 log = logging.getLogger("slimstep")
 
 
-def latent_side(network: ModelMixin, way: str) -> int:
-    """The side of the square of latents that a network makes by itself. ValueError, with a way out, where it has
-    none."""
-    if isinstance(size := network.config.get("sample_size"), int):
-        return size
-    reason = "has no sample_size" if size is None else f"has sample_size={list(size)}, and only squares can be drawn"
-    part = "unet" if hasattr(network, "down_blocks") else "transformer"
-    raise ValueError(f"{part}/config.json {reason}: {way} says which size to take")
+def latent_size(network: ModelMixin, way: str) -> Resolution:
+    """Height and width of the latents that a network makes by itself. ValueError, with a way out, where it has none."""
+    if network.config.get("sample_size") is None:
+        part = "unet" if hasattr(network, "down_blocks") else "transformer"
+        raise ValueError(f"{part}/config.json has no sample_size: {way} says which size to take")
+    return resolution_of(*sides_of(network.config))
 
 
 def sides_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -62,16 +62,18 @@ def scale_factor(pipeline: DiffusionPipeline) -> int:
     return next((getattr(pipeline, name) for name in names if hasattr(pipeline, name)), 1)
 
 
-def native_pixels(pipeline: DiffusionPipeline) -> int:
-    """The side of the images that a pipeline draws by itself. ValueError where these are no squares."""
-    return latent_side(network_of(pipeline), "data.resolution=PIXELS") * scale_factor(pipeline)
+def native_pixels(pipeline: DiffusionPipeline) -> Resolution:
+    """The size of the images that a pipeline draws by itself. ValueError where it has none."""
+    height, width = sides(latent_size(network_of(pipeline), "data.resolution=PIXELS"))
+    return resolution_of(height * scale_factor(pipeline), width * scale_factor(pipeline))
 
 
-def set_resolution(pipeline: DiffusionPipeline, pixels: int, frames: int | None = None) -> None:
-    """Makes squares of so many pixels what the pipeline draws by itself, also where its model was made for others; of
+def set_resolution(pipeline: DiffusionPipeline, pixels: Resolution, frames: int | None = None) -> None:
+    """Makes images of so many pixels what the pipeline draws by itself, also where its model was made for others; of
     videos, so many frames of them, None as many as it draws."""
     # Without the version a pipeline around weights of before diffusers 0.9 would take their size for a mistake.
-    size, version = pixels // scale_factor(pipeline), diffusers.__version__
+    height, width = (side // scale_factor(pipeline) for side in sides(pixels))
+    size, version = height if height == width else [height, width], diffusers.__version__
     network_of(pipeline).register_to_config(sample_size=size, _diffusers_version=version)
     remember_size(pipeline)
     if frames is not None:

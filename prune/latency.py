@@ -38,7 +38,7 @@ from slimstep.eval.timing.latency import (
 )
 from slimstep.models.architecture import WHOLE, holds
 from slimstep.models.families.prunable import Prunable
-from slimstep.models.sizes import latent_side
+from slimstep.models.sizes import latent_size
 from slimstep.prune.changes import Change, changes_in
 
 
@@ -124,7 +124,7 @@ def latency_table(
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name(),
         "dtype": config.dtype,
         "batch": config.batch,
-        "latent_size": config.latent_size or latent_side(unet, WAY),
+        "latent_size": config.latent_size or latent_size(unet, WAY),
         "mode": "compiled" if config.compile else "eager",
         "threads": 1 if device.type == "cpu" else None,
         "torch": torch.__version__,

@@ -29,6 +29,7 @@ from slimstep.engine.loop import load_trained, train, trained
 from slimstep.engine.objective import check_requirements
 from slimstep.engine.parallel import map_batches
 from slimstep.engine.planning import Plan
+from slimstep.engine.resolution import by, resolution_of
 from slimstep.engine.run import Run
 from slimstep.eval.config import LatentsConfig
 from slimstep.eval.decoders import compare_decoders
@@ -63,6 +64,7 @@ from slimstep.eval.training import make_objective, offloaded
 from slimstep.models.cost import count_parameters
 from slimstep.models.decoding import ImageDecoder, has_statistics
 from slimstep.models.pipeline import to_device, with_unet
+from slimstep.models.sizes import sides_of
 from slimstep.models.vae import NarrowAutoencoderKL
 from slimstep.prune.config import BY_ACTIVATIONS, Config, DecoderConfig
 from slimstep.prune.decoder import choose_channels, pruned_vae, pruned_widths
@@ -320,8 +322,8 @@ def nearness_on_real(
 
 def measure(job: DecoderPruning, student: NarrowAutoencoderKL) -> dict:
     """vae_ms.json: both decoders' milliseconds and the ratio, interleaved; rank 0 alone."""
-    native, run, teacher = job.teacher.unet.config.get("sample_size"), job.run, job.teacher
-    sizes = job.decoder.latent_sizes or [native, 2 * native]
+    native, run, teacher = sides_of(job.teacher.unet.config), job.run, job.teacher
+    sizes = job.decoder.latent_sizes or [resolution_of(*native), resolution_of(*(2 * side for side in native))]
 
     def make() -> dict:
         config = replace(teacher.latency, batch=1)
@@ -337,7 +339,7 @@ def results(evaluation: Evaluation, times: Values) -> Sequence[str]:
     row = times["rows"][0]
     faster = f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}] times as fast as the teacher's"
     where = f"on {times['environment']['device']}, {row['mode']}, {times['protocol']['dtype']}"
-    place = f"latents of {row['latent_size']}×{row['latent_size']}, batch {row['batch']}"
+    place = f"latents of {by(row['latent_size'])}, batch {row['batch']}"
     return [clip_line(evaluation.points[-1].clip), f"VAE decoder: {faster} ({place}, {where})"]
 
 

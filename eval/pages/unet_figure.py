@@ -13,6 +13,7 @@ from matplotlib.colors import FuncNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
+from slimstep.engine.resolution import Resolution, by, resolution_of, sides
 from slimstep.eval.pages.figures import INK, MUTED, STUDENT, canvas, styled
 from slimstep.eval.pages.runs import CLIP, Block, finite
 from slimstep.eval.pages.text import digits, signed
@@ -46,7 +47,7 @@ def unet_figure(
     blocks: Mapping[str, Block],
     architecture: Architecture,
     removed_in: Mapping[str, int] | None = None,
-    latent_size: int | None = None,
+    latent_size: Resolution | None = None,
     metric: str = CLIP,
 ) -> Figure:
     """Every block's value at its place in the U; removed ones struck out (with the round), copied ones doubled,
@@ -149,7 +150,9 @@ def rows_of(corners: Mapping[str, tuple[float, float]]) -> Spans:
     return spans
 
 
-def draw_wiring(axes: Axes, corners: Mapping[str, tuple[float, float]], levels: int, latent_size: int | None) -> None:
+def draw_wiring(
+    axes: Axes, corners: Mapping[str, tuple[float, float]], levels: int, latent_size: Resolution | None
+) -> None:
     """The order of execution down, through the middle and up; the skip connections; the resolution of each level."""
     spans = rows_of(corners)
 
@@ -158,7 +161,9 @@ def draw_wiring(axes: Axes, corners: Mapping[str, tuple[float, float]], levels: 
 
     for level in range(levels):
         y = -level * PITCH
-        size = f"{latent_size >> level}×{latent_size >> level}" if latent_size else f"level {level}"
+        size = f"level {level}"
+        if latent_size:
+            size = by(resolution_of(*(side >> level for side in sides(latent_size))))
         axes.text(-0.12, y + BOX_H / 2, size, ha="right", va="center", fontsize=8, color=MUTED)
         down, up = spans.get(("down_blocks", level)), spans.get(("up_blocks", level))
         if down and up:

@@ -21,7 +21,7 @@ from slimstep.eval.timing.graphs import CannotCaptureError, CapturedCall
 from slimstep.models.denoiser import NUM_TOKENS
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.family import denoiser_of
-from slimstep.models.sizes import latent_side
+from slimstep.models.sizes import latent_size
 
 WAY = "latency.latent_size=N"
 log = logging.getLogger("slimstep")
@@ -67,7 +67,9 @@ def forward_call(unet: Prunable, config: LatencyConfig) -> Callable[[], None]:
     Raises CannotCaptureError where it is to be a CUDA graph and cannot.
     """
     denoiser, draw = denoiser_of(unet), generator("latency", config.seed)
-    shape = {"side": config.latent_size or latent_side(unet, WAY), "tokens": config.text_length or NUM_TOKENS}
+    if not config.latent_size:
+        latent_size(unet, WAY)  # ValueError where it has none
+    shape = {"side": config.latent_size or None, "tokens": config.text_length or NUM_TOKENS}
     inputs = denoiser.example(unet, config.batch, **shape, generator=draw)
     if config.compile:
         torch.compiler.reset()  # every network is its own graph; more than eight of one class would be refused

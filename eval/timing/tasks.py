@@ -14,6 +14,7 @@ from diffusers import (
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from PIL import Image
 
+from slimstep.engine.resolution import sides
 from slimstep.engine.seeding import generator, seed_of
 from slimstep.eval.timing.inference import CannotRunError
 from slimstep.models.networks import sequence_length, with_sequence_length
@@ -33,7 +34,7 @@ def task_pipeline(pipeline: DiffusionPipeline, task: str, batch: int) -> tuple[D
     """
     if task not in TASKS:
         raise ValueError(f"task {task!r} is unknown; choose from {TASKS}")
-    size = native_pixels(pipeline)
+    size = sides(native_pixels(pipeline))
     try:
         made, kwargs = made_for(pipeline, task, batch, size)
     except ValueError as error:  # of diffusers, which has none of this class
@@ -41,15 +42,17 @@ def task_pipeline(pipeline: DiffusionPipeline, task: str, batch: int) -> tuple[D
     return with_sequence_length(made, sequence_length(pipeline)), kwargs
 
 
-def made_for(pipeline: DiffusionPipeline, task: str, batch: int, size: int) -> tuple[DiffusionPipeline, dict[str, Any]]:
-    pictures = [random_picture(size, index) for index in range(batch)]
+def made_for(
+    pipeline: DiffusionPipeline, task: str, batch: int, size: tuple[int, int]
+) -> tuple[DiffusionPipeline, dict[str, Any]]:
+    pictures = [random_picture(*size, index) for index in range(batch)]
     with quiet():
         if task == "txt2img":
             return pipeline, {}
         if task == "img2img":
             return AutoPipelineForImage2Image.from_pipe(pipeline), {"image": pictures, "strength": STRENGTH}
         if task == "inpaint":
-            masks = [half_mask(size)] * batch
+            masks = [half_mask(*size)] * batch
             kwargs = {"image": pictures, "mask_image": masks, "strength": STRENGTH}
             return AutoPipelineForInpainting.from_pipe(pipeline), kwargs
         if task == "controlnet":
@@ -73,13 +76,13 @@ def random_controlnet(pipeline: DiffusionPipeline, seed: int) -> ControlNetModel
     return controlnet.eval().requires_grad_(False)
 
 
-def random_picture(size: int, index: int) -> Image.Image:
-    pixels_HW3 = torch.randint(0, 256, (size, size, 3), generator=generator("picture", index), dtype=torch.uint8)
+def random_picture(height: int, width: int, index: int) -> Image.Image:
+    pixels_HW3 = torch.randint(0, 256, (height, width, 3), generator=generator("picture", index), dtype=torch.uint8)
     return Image.fromarray(pixels_HW3.numpy())
 
 
-def half_mask(size: int) -> Image.Image:
+def half_mask(height: int, width: int) -> Image.Image:
     """White, to be repainted, on the right half."""
-    mask = Image.new("L", (size, size))
-    mask.paste(255, (size // 2, 0, size, size))
+    mask = Image.new("L", (width, height))
+    mask.paste(255, (width // 2, 0, width, height))
     return mask

@@ -45,6 +45,14 @@ def test_scenes_drawn_together_equal_scenes_drawn_alone():
         assert torch.equal(together[index], pairs[index]["image"])
 
 
+def test_a_rectangle_shows_the_scene_stretched():
+    pairs, wide = ShapesPairs(size=4), ShapesPairs(size=4, resolution="64x128")
+    for index in range(4):
+        image, stretched = (p[index]["image"].float() for p in (pairs, wide))
+        assert stretched.shape == (3, 64, 128)
+        assert (stretched.unflatten(2, (64, 2)).mean(3) - image).abs().mean() < 3
+
+
 def test_held_out_combinations_never_occur_in_training():
     train = {scene.combination() for scene, _ in scenes_of("train", 3000)}
     heldout = {scene.combination() for scene, _ in scenes_of("heldout", 1000)}

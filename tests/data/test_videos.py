@@ -14,7 +14,7 @@ from PIL import Image
 
 from slimstep.data.frames import Clip, at_rate, check_pyav, in_order
 from slimstep.data.images import is_held_out
-from slimstep.data.pixels import BrokenImageError, cut_square
+from slimstep.data.pixels import BrokenImageError, cut_out
 from slimstep.data.prompts import heldout_prompts
 from slimstep.data.videos import VideoFolderPairs, WebDatasetVideos
 from tests.data.clips import clip_bytes, frames_of_greys, numbers, turned, write_video_folder
@@ -52,7 +52,8 @@ def test_every_frame_is_cut_as_an_image_of_it_is():
     for crop in ("center", "random"):
         video = clip(3, crop=crop).of_video(wide, "a", "key")
         for frame, image in zip(video, stored, strict=False):
-            assert torch.equal(frame.permute(2, 0, 1), cut_square(image, 16, crop, "key"))
+            assert torch.equal(frame.permute(2, 0, 1), cut_out(image, 16, crop, "key"))
+    assert clip(3, resolution="16x24").of_video(wide, "a", "key").shape == (3, 16, 24, 3)
 
 
 def test_a_video_of_a_phone_held_upright_is_shown_upright():

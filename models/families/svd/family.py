@@ -138,6 +138,10 @@ def frames(network: nn.Module) -> int:
     return network.config.num_frames
 
 
+def draws_rectangles(pipeline: DiffusionPipeline) -> bool:
+    return True
+
+
 def shrinks(network: nn.Module) -> int:
     return 2 ** (len(network.config.block_out_channels) - 1)
 

@@ -204,6 +204,9 @@ class TransformerFamily:
     def frames(self, network: nn.Module) -> int | None:
         return self.latent_frames(network.config) if self.latent_frames else None
 
+    def draws_rectangles(self, pipeline: DiffusionPipeline) -> bool:
+        return self.DRAWS_VIDEOS  # those of images have the side of a square in their configurations
+
     def shrinks(self, network: nn.Module) -> int:
         return self.patch(network.config)
 

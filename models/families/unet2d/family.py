@@ -136,6 +136,10 @@ def frames(network: nn.Module) -> int | None:
     return None
 
 
+def draws_rectangles(pipeline: DiffusionPipeline) -> bool:
+    return hasattr(pipeline, "_is_unet_config_sample_size_int")  # StableDiffusionPipeline; others multiply the list
+
+
 def shrinks(network: nn.Module) -> int:
     return 2 ** (len(network.config.block_out_channels) - 1)
 

@@ -10,6 +10,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor
 
 from slimstep.models.conditioning import Conditioning
+from slimstep.models.sizes import sides_of
 
 ONE_IMAGE = {"num_images_per_prompt": 1}
 
@@ -32,8 +33,8 @@ def named(pipeline: DiffusionPipeline, text_BLE: Tensor, pooled_BP: Tensor | Non
         return Conditioning({"text": text_BLE})
     if (width := pooled_BP.shape[1]) != (expected := pooled_width(pipeline.unet)):
         raise ValueError(f"{type(pipeline).__name__} pools {width} numbers of a caption, its UNet takes {expected}")
-    size = pipeline.unet.config.sample_size * pipeline.vae_scale_factor
-    time_ids_B6 = text_BLE.new_tensor([size, size, 0, 0, size, size]).expand(len(text_BLE), -1)
+    size = [side * pipeline.vae_scale_factor for side in sides_of(pipeline.unet.config)]
+    time_ids_B6 = text_BLE.new_tensor([*size, 0, 0, *size]).expand(len(text_BLE), -1)
     return Conditioning({"text": text_BLE, "pooled": pooled_BP.to(text_BLE.dtype), "time_ids": time_ids_B6})
 
 

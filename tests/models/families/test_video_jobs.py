@@ -78,7 +78,8 @@ def test_a_video_transformer_is_pruned(family, place):
 
 
 def test_a_video_transformer_is_distilled_in_steps(family, place):
-    own = ["distillation.steps=[8,4,2]", "curves.steps=[2]", "curves.guidance=[3.0]", "evaluation.real_images=4"]
+    own = ["distillation.steps=[8,4,2]", "curves.steps=[2]", "curves.guidance=[3.0]", "evaluation.real_images=4",
+           "data.resolution=16x32"]  # fmt: skip
     path = run("distill_steps", place, *own)
     names = [point["model"] for point in json.loads((path / "evaluation.json").read_text())["points"]]
     assert names[0] == "teacher" and names[-2:] == ["steps-4", "steps-2"]
@@ -87,12 +88,12 @@ def test_a_video_transformer_is_distilled_in_steps(family, place):
     assert metrics_of(path)["fd"]["features"].endswith("mean over frames")
 
 
-def test_videos_are_evaluated_at_the_frames_that_the_data_have(place):
+def test_videos_are_evaluated_at_the_frames_and_the_size_that_the_data_have(place):
     own = [f"models={{teacher: {place}/model}}", "curves.steps=[2]", "curves.guidance=[3.0]", "data.frames=17",
-           "evaluation.real_images=4"]  # fmt: skip
+           "evaluation.real_images=4", "data.resolution=16x32"]  # fmt: skip
     path = run("evaluate", place, *own)
     point = json.loads((path / "evaluation.json").read_text())["points"][0]
-    assert point["protocol"]["latents"] == [4, 5, 4, 4]
+    assert point["protocol"]["latents"] == [4, 5, 4, 8]
     worst, mean = (point["metrics"][name]["mean"] for name in ("clip_worst_frame", "clip"))
     assert worst < mean
 
