@@ -30,7 +30,6 @@ from slimstep.eval.packaging import run_package
 EAGER, COMPILED, KEPT = "eager", "compiled", "compiled, cache kept"
 ROWS = (EAGER, COMPILED, KEPT, "onnx", "aoti")
 PROMPT = "a red circle above a blue square"
-STEADY = 5  # calls in a child
 
 
 def main() -> None:
@@ -38,12 +37,17 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=Path("assets/shapes"), help="the pipeline's folder")
     parser.add_argument("--packages", type=Path, help="the run of +experiment=package, with onnx/ and aoti/")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=5, help="later evaluations and images in each process")
     parser.add_argument("--only", nargs="*", default=ROWS, choices=ROWS)
     parser.add_argument("--child", help=argparse.SUPPRESS)
+    parser.add_argument("--inputs", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--steady", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/package-speed"), help="where the results go")
     options = parser.parse_args()
-    if options.child:
+    if options.child == "inputs":
+        write_inputs(options)
+        print("{}")
+    elif options.child:
         print(json.dumps(cold(options.child, options)))
     elif options.steady:
         print(json.dumps(steady(options)))
@@ -57,7 +61,7 @@ def main() -> None:
 def called(row: str, options: argparse.Namespace) -> tuple[Callable[[], Any], Callable[[], Any]]:
     """One evaluation of the denoiser at the package's own inputs, and one whole image; what they need is loaded."""
     manifest = run_package.read_manifest(options.packages / ("aoti" if row == "aoti" else "onnx"))
-    inputs = example(manifest, options.packages / "onnx")
+    inputs = dict(np.load(options.inputs))
     if row in ("onnx", "aoti"):
         package = run_package.Package(options.packages / row, manifest)
         request = argparse.Namespace(prompt=PROMPT, seed=0, count=1, steps=None, guidance=None, noise=None)
@@ -80,14 +84,14 @@ def called(row: str, options: argparse.Namespace) -> tuple[Callable[[], Any], Ca
     return evaluation, lambda: pipeline(PROMPT, **call)
 
 
-def example(manifest: dict, folder: Path) -> dict[str, np.ndarray]:
-    """What the denoiser is given for one image."""
+def write_inputs(options: argparse.Namespace) -> None:
+    """What the denoiser is given for one image, the same for every row: by a process of its own, whose memory goes."""
+    manifest = run_package.read_manifest(options.packages / "onnx")
     rows = 2 if manifest["guides"] else 1
-    draw = np.random.default_rng(0)
-    uncond = np.load(folder / "unconditional.npz") if manifest["guides"] else {}
-    text = {name: np.repeat(uncond[name], rows, axis=0) for name in manifest["conditioning"]}
-    noise = draw.standard_normal((rows, *manifest["latents"]), np.float32)
-    return {"sample": noise, "timestep": np.array([500.0], np.float32), **text}
+    text = run_package.Package(options.packages / "onnx", manifest).encode(PROMPT)
+    noise = np.random.default_rng(0).standard_normal((rows, *manifest["latents"]), np.float32)
+    inputs = {"sample": noise, "timestep": np.array([500.0], np.float32)}
+    np.savez(options.inputs, **inputs, **{name: np.repeat(row, rows, axis=0) for name, row in text.items()})
 
 
 def cold(row: str, options: argparse.Namespace) -> dict[str, float]:
@@ -100,10 +104,10 @@ def cold(row: str, options: argparse.Namespace) -> dict[str, float]:
     evaluated = time.perf_counter()
     image()
     drawn = time.perf_counter()
-    again = [seconds(evaluation) for _ in range(STEADY)]
+    again = [seconds(evaluation) for _ in range(options.repeats)]
     return {
         "load_s": loaded - start, "first_evaluation_s": evaluated - start, "first_image_s": drawn - start,
-        "evaluation_s": statistics.median(again), "image_s": statistics.median(seconds(image) for _ in range(STEADY)),
+        "evaluation_s": statistics.median(again), "image_s": statistics.median(seconds(image) for _ in range(options.repeats)),
         "peak_bytes": peak_bytes(),
     }  # fmt: skip
 
@@ -155,14 +159,9 @@ def measure(options: argparse.Namespace) -> None:
     from slimstep.eval.pages.tables import Table
 
     found: dict[str, list[dict[str, float]]] = {row: [] for row in options.only}
-    for _ in range(options.rounds):
-        with tempfile.TemporaryDirectory() as cache:
-            for row in options.only:
-                with tempfile.TemporaryDirectory() as unused:
-                    keeps = cache if row in (COMPILED, KEPT) else unused
-                    found[row].append(child(options, keeps, "--child", row))
-    with tempfile.TemporaryDirectory() as unused:
-        times = child(options, unused, "--steady")
+    with tempfile.TemporaryDirectory() as place:
+        options.inputs = Path(place) / "inputs.npz"
+        times = measured(options, found)
     base = COMPILED if COMPILED in times else options.only[0]
     against = {row: [b / a for a, b in zip(times[row], times[base], strict=True)] for row in times}
     middle = lambda row, key: statistics.median(one[key] for one in found[row])  # noqa: E731
@@ -182,8 +181,23 @@ def measure(options: argparse.Namespace) -> None:
     print(table.console)
 
 
+def measured(options: argparse.Namespace, found: dict[str, list[dict[str, float]]]) -> dict[str, list[float]]:
+    """Fills in what each row's processes took; the CPU seconds of steady evaluations."""
+    with tempfile.TemporaryDirectory() as unused:
+        child(options, unused, "--child", "inputs")
+    for _ in range(options.rounds):
+        with tempfile.TemporaryDirectory() as cache:
+            for row in options.only:
+                with tempfile.TemporaryDirectory() as unused:
+                    keeps = cache if row in (COMPILED, KEPT) else unused
+                    found[row].append(child(options, keeps, "--child", row))
+    with tempfile.TemporaryDirectory() as unused:
+        return child(options, unused, "--steady")
+
+
 def child(options: argparse.Namespace, cache: str, *words: str) -> dict[str, Any]:
     own = ["--model", str(options.model), "--packages", str(options.packages), "--rounds", str(options.rounds)]
+    own += ["--inputs", str(options.inputs), "--repeats", str(options.repeats)]
     command = [sys.executable, __file__, *own, *words, *(["--only", *options.only] if "--steady" in words else [])]
     kept = {"TORCHINDUCTOR_CACHE_DIR": cache, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env={**os.environ, **kept}, capture_output=True, text=True)
