@@ -226,8 +226,9 @@ class ExportConfig:
 
 @dataclass
 class PackageConfig:
-    """Packages of an export: a folder for each of `formats`, onnx and aoti. `steps` are numbers of sampling steps, the
-    first by default, and `guidance_scale` the scale; empty and null are the export's own. `batch`: most images at once.
+    """Packages of an export: a folder for each of `formats`: onnx, aoti, executorch, coreml. `steps` are numbers of
+    sampling steps, the first by default, and `guidance_scale` the scale; empty and null are the export's own. `batch`:
+    most images at once, for executorch and coreml one.
     """
 
     formats: list[str] = field(default_factory=lambda: ["onnx", "aoti"])
@@ -236,8 +237,11 @@ class PackageConfig:
     batch: int = 1
 
     def __post_init__(self) -> None:
-        if not self.formats or not set(self.formats) <= {"onnx", "aoti"}:
-            raise ValueError(f"package.formats={list(self.formats)} must be some of onnx, aoti")
+        if not self.formats or not set(self.formats) <= {"onnx", "aoti", "executorch", "coreml"}:
+            raise ValueError(f"package.formats={list(self.formats)} must be some of onnx, aoti, executorch, coreml")
+        if self.batch > 1 and (single := {"executorch", "coreml"} & set(self.formats)):
+            names = " and ".join(sorted(single))
+            raise ValueError(f"package.batch={self.batch}: {names} packages draw one image at a time: package.batch=1")
         if not all(steps >= 1 for steps in self.steps):
             raise ValueError(f"package.steps={list(self.steps)} must be numbers from 1 up")
         if self.guidance_scale is not None and self.guidance_scale < 0:

@@ -6,6 +6,8 @@
     unconditional.npz       what guidance steers away from, where it does
     model.pt2               AOTInductor: encode, denoise and decode, compiled, with their weights
     text_encoder/, unet/ or transformer/, vae_decoder/      ONNX: a model.onnx each, in optimum's folder layout
+    model.pte               ExecuTorch: encode, denoise and decode, with their weights (mobile.py)
+    encode.mlpackage, …     Core ML: a package for each (mobile.py)
 """
 
 import importlib.util
@@ -23,10 +25,15 @@ from torch.fx import GraphModule
 from slimstep.engine.files import load_json, write_json, write_text
 from slimstep.engine.quiet import quiet
 from slimstep.eval.packaging import run_package
+from slimstep.eval.packaging.mobile import write_coreml, write_executorch
 from slimstep.eval.packaging.package import Package
 from slimstep.models.networks import forget_last_captions, part_of
 
-FORMATS = {"onnx": ("onnx", "onnxscript", "onnxruntime"), "aoti": ()}  # and the libraries that each needs
+# and the libraries that each needs
+FORMATS = {
+    "onnx": ("onnx", "onnxscript", "onnxruntime"), "aoti": (), "executorch": ("executorch",),
+    "coreml": ("coremltools",),
+}  # fmt: skip
 RUNNER, MANIFEST = "run_package.py", "package.json"
 LARGEST_FILE = 1_800_000_000  # bytes of weights: an ONNX file of more than 2 GB keeps them beside it
 MOST_DIFFERENCE = {torch.float32: 1e-3}  # of a graph's outputs from its network's, in units of the largest
@@ -41,7 +48,7 @@ def write_package(package: Package, format: str, folder: Path) -> None:
     """Fills an empty folder. ValueError where a network is no single graph, or its graph gives something else."""
     programs = {name: graph.exported() for name, graph in package.graphs.items()}
     with quiet(), torch.no_grad():
-        added = {"onnx": write_onnx, "aoti": write_aoti}[format](package, programs, folder)
+        added = WRITERS[format](package, programs, folder)
     forget_last_captions(package.pipeline)
     for tokenization in package.tokenizations:
         getattr(package.pipeline, tokenization.part).save_pretrained(folder / tokenization.part)
@@ -51,7 +58,8 @@ def write_package(package: Package, format: str, folder: Path) -> None:
         np.savez(folder / "unconditional.npz", allow_pickle=False, **row)
     shutil.copy(run_package.__file__, folder / RUNNER)
     write_json(folder / MANIFEST, {"format": format, **package.manifest, **added})
-    check_graphs(package, folder)
+    if run_package.runs_here(format):
+        check_graphs(package, folder)
 
 
 def check_graphs(package: Package, folder: Path) -> None:
@@ -154,3 +162,6 @@ def as_onnx_means_it(program: ExportedProgram) -> None:
                     )
                 plain.meta = {**node.meta, "val": node.meta["val"].contiguous()}
                 node.replace_all_uses_with(plain, delete_user_cb=lambda user, plain=plain: user is not plain)
+
+
+WRITERS = {"onnx": write_onnx, "aoti": write_aoti, "executorch": write_executorch, "coreml": write_coreml}

@@ -4,7 +4,8 @@
     python run_package.py "a red circle" --package FOLDER --seed 3 --count 4
 
 Needs numpy, Pillow and tokenizers, and for a package of ONNX files onnxruntime, for one of AOTInductor's the torch that
-it was made with. By default the package is the folder that this file lies in.
+it was made with, for one of ExecuTorch's executorch, for one of Core ML's macOS and coremltools. By default the package
+is the folder that this file lies in.
 """
 
 import argparse
@@ -57,7 +58,8 @@ class Package:
 
     def __init__(self, folder: Path, manifest: dict):
         self.folder, self.manifest = folder, manifest
-        self.call = {"onnx": onnx_graphs, "aoti": aoti_graphs}[manifest["format"]](folder, manifest)
+        kinds = {"onnx": onnx_graphs, "aoti": aoti_graphs, "executorch": executorch_graphs, "coreml": coreml_graphs}
+        self.call = kinds[manifest["format"]](folder, manifest)
 
     def draw(self, options: argparse.Namespace) -> tuple[np.ndarray, list[float]]:
         """Pixels [images, 3, H, W], and the seconds of every batch."""
@@ -202,6 +204,45 @@ def processor_features() -> list[str]:
     flags = next((line.partition(":")[2].split() for line in lines if line.startswith(("flags", "Features"))), [])
     used = ("avx", "amx", "fma", "f16c", "sse", "bmi", "sve", "asimd")
     return sorted(flag for flag in flags if flag.startswith(used))
+
+
+def executorch_graphs(folder: Path, manifest: dict) -> Call:
+    try:
+        import torch
+        from executorch.runtime import Runtime
+    except ImportError:
+        sys.exit(f"this package needs executorch: pip install executorch=={manifest['executorch']}")
+    programs = {file: Runtime.get().load_program(folder / file) for file in set(manifest["graphs"].values())}
+    methods = {name: programs[file].load_method(name) for name, file in manifest["graphs"].items()}
+
+    def call(name: str, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        given = [torch.from_numpy(np.ascontiguousarray(array)) for array in inputs.values()]
+        return [tensor.numpy() for tensor in methods[name].execute(given)]
+
+    return call
+
+
+def coreml_graphs(folder: Path, manifest: dict) -> Call:
+    if not runs_here("coreml"):
+        sys.exit(f"{folder}: Core ML runs on macOS alone, and this is {platform.system()}")
+    try:
+        import coremltools
+    except ImportError:
+        sys.exit("this package needs coremltools: pip install coremltools")
+    models = {name: coremltools.models.MLModel(str(folder / file)) for name, file in manifest["graphs"].items()}
+
+    def call(name: str, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+        # Core ML's integers have 32 bits.
+        given = {key: array.astype(np.int32) if array.dtype == np.int64 else array for key, array in inputs.items()}
+        answer = models[name].predict(given)
+        return [answer[key] for key in manifest["outputs"][name]]
+
+    return call
+
+
+def runs_here(format: str) -> bool:
+    """Whether this system runs packages of the format at all."""
+    return format != "coreml" or platform.system() == "Darwin"
 
 
 def save(pixels: np.ndarray, file: Path) -> None:

@@ -17,6 +17,7 @@ from slimstep.eval.package_job import unit_noises
 from slimstep.eval.packaging import run_package
 from slimstep.eval.packaging.coefficients import sampler_coefficients
 from slimstep.eval.packaging.formats import check_graphs, write_package
+from slimstep.eval.packaging.mobile import check_interfaces, check_operations
 from slimstep.eval.packaging.package import package_of
 from slimstep.eval.packaging.tokenization import tokenizations_of
 from slimstep.eval.sampling import Sampler
@@ -67,6 +68,14 @@ def packaged(pipeline, folder: Path, steps: int, guidance: float, format: str = 
     (folder / "package").mkdir()
     write_package(package_of(sampler, [steps], batch), format, folder / "package")
     return sampler
+
+
+def pruned(unet):
+    """Of two levels, with a removed block, a copied one and narrower ones."""
+    removed = next(block for block in unet.kept_blocks if "attentions" in block)
+    narrower = {"up_blocks.0.resnets.0": {"channels": 0.5}, "mid_block.attentions.0": {"attn1": 0, "ff": 0.25}}
+    table = {block: {"widths": widths} for block, widths in narrower.items()}
+    return unet.with_architecture({unet.copyable_blocks[0]: 2, removed: 0, **table})
 
 
 # ---- samplers ----
@@ -218,10 +227,7 @@ def test_students_are_packaged(kind, tiny_pipeline_folder, tmp_path):
         first, second = unet.mergeable_blocks[:2]
         student = unet.with_architecture({first: {"dtype": "int8"}, second: {"merge": 0.5}})
     else:
-        removed = next(block for block in unet.kept_blocks if "attentions" in block)
-        narrower = {"up_blocks.0.resnets.0": {"channels": 0.5}, "mid_block.attentions.0": {"attn1": 0, "ff": 0.25}}
-        table = {block: {"widths": widths} for block, widths in narrower.items()}
-        student = unet.with_architecture({unet.copyable_blocks[0]: 2, removed: 0, **table})
+        student = pruned(unet)
     folder = tmp_path / "export"
     export_pipeline(with_unet(pipeline, student), folder)
     sampler = Sampler(load_pipeline(folder), 2, 2.5, seed=1)
@@ -236,3 +242,54 @@ def test_students_are_packaged(kind, tiny_pipeline_folder, tmp_path):
     if kind == "guidance_embedding":
         other = drawn_alone(package, noises(sampler, 2, manifest), "--guidance", "6")
         assert np.abs(other - found).max() > 1e-3
+
+
+# ---- phones ----
+
+
+@pytest.mark.slow
+def test_a_pruned_student_is_packaged_for_executorch(tiny_pipeline_folder, tmp_path):
+    pytest.importorskip("executorch")
+    pipeline = load_pipeline(tiny_pipeline_folder)
+    sampler = packaged(with_unet(pipeline, pruned(pipeline.unet)), tmp_path, 2, 2.5, "executorch")
+    manifest = json.loads((tmp_path / "package/package.json").read_text())
+    assert manifest["graphs"] == dict.fromkeys(["denoise", "decode", "encode"], "model.pte")
+    found = drawn_alone(tmp_path / "package", noises(sampler, 2, manifest), without=("onnxruntime",))
+    np.testing.assert_allclose(found, drawn_here(sampler, 2), atol=1e-4)
+
+
+@pytest.mark.slow
+def test_a_pruned_student_is_packaged_for_core_ml(tiny_pipeline_folder, tmp_path):
+    """Converted, and read again with the inputs and outputs of its graphs; run on a Mac alone."""
+    pytest.importorskip("coremltools")
+    pipeline = load_pipeline(tiny_pipeline_folder)
+    sampler = packaged(with_unet(pipeline, pruned(pipeline.unet)), tmp_path, 2, 2.5, "coreml")
+    package = package_of(sampler, [2], 1)
+    check_interfaces(package, tmp_path / "package")
+    package.graphs["decode"].inputs["latent_sample"] = torch.randn(1, 4, 4, 4)
+    with pytest.raises(ValueError, match=r"coreml's decode takes and gives .*latent_sample', \[1, 4, 8, 8\]"):
+        check_interfaces(package, tmp_path / "package")
+    if not run_package.runs_here("coreml"):
+        with pytest.raises(SystemExit, match="Core ML runs on macOS alone"):
+            run_package.Package(tmp_path / "package", json.loads((tmp_path / "package/package.json").read_text()))
+        return
+    manifest = json.loads((tmp_path / "package/package.json").read_text())
+    found = drawn_alone(tmp_path / "package", noises(sampler, 2, manifest))
+    np.testing.assert_allclose(found, drawn_here(sampler, 2), atol=1e-3)
+
+
+def test_what_no_phone_converter_takes_is_refused_by_its_blocks(tiny_pipeline_folder):
+    pipeline = load_pipeline(tiny_pipeline_folder)
+    first, second = pipeline.unet.mergeable_blocks[:2]
+    student = with_unet(pipeline, pipeline.unet.with_architecture({first: {"merge": 0.5}, second: {"dtype": "int8"}}))
+    program = package_of(Sampler(student, 1, 1.0), [1], 1).graphs["denoise"].exported()
+    with pytest.raises(ValueError, match=rf"coreml has no operation for {first}.*\(merge\), {second}.*\(dtype: int8\)"):
+        check_operations({"denoise": program}, "coreml")
+
+
+def test_formats_for_phones_name_what_they_lack(leave, tiny_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "executorch", None)
+    code, error = leave("+experiment=package", *tiny_model, "package.formats=[executorch]")
+    assert code == 1 and "package.formats=executorch needs executorch: pip install -e '.[executorch]'" in error
+    code, error = leave("+experiment=package", *tiny_model, "package.formats=[coreml]", "package.batch=2")
+    assert code == 1 and "package.batch=2: coreml packages draw one image at a time: package.batch=1" in error
