@@ -27,6 +27,7 @@ from slimstep.data.tables import (
 from slimstep.engine.seeding import generator
 
 log = logging.getLogger("slimstep")
+MORE_PROMPTS = "data.prompt_file=FILE gives others, of which no image is needed"
 
 
 @dataclass(frozen=True)
@@ -84,14 +85,16 @@ class PromptSet:
             )
         return PromptSet(self.prompts[offset : offset + n], f"{self.name}[{offset}:{offset + n}]")
 
-    def without(self, texts: Collection[str], n: int) -> "PromptSet":
+    def without(
+        self, texts: Collection[str], n: int, way: str = "data.prompt_file=FILE gives others"
+    ) -> "PromptSet":  # fmt: skip
         """The first n distinct prompts that are not among `texts`; where there are fewer, they are repeated with other
-        noise. Raises ValueError where fewer than two are left.
+        noise. Raises ValueError, with the `way` out, where fewer than two are left.
         """
         left = [prompt for prompt in self.distinct if prompt not in texts][:n]
         if len(left) < 2:
             message = f"{self.name!r} has {len(left)} prompts that blocks were not ranked on, and two are needed"
-            raise ValueError(f"{message}: data.prompt_file=FILE gives others")
+            raise ValueError(f"{message}: {way}")
         if len(left) < n:
             log.warning("%d distinct prompts of %r are left to evaluate on, and repeated with other noise to make %d",
                         len(left), self.name, n)  # fmt: skip
@@ -196,17 +199,19 @@ READERS = {
 }
 
 
-def disjoint_prompts(prompts: PromptSet, first: int, second: int) -> tuple[PromptSet, PromptSet]:
+def disjoint_prompts(
+    prompts: PromptSet, first: int, second: int, way: str = MORE_PROMPTS
+) -> tuple[PromptSet, PromptSet]:
     """`first` and `second` prompts that share no text: to rank blocks on, and to evaluate the outcome on.
 
     Where there are fewer distinct texts, they are cut in that proportion and each part is repeated: prompt i meets
     noise i, so a repeated prompt is drawn from other noise, and counts once in the statistics (`by_text`).
-    Raises ValueError for fewer than four distinct prompts.
+    Raises ValueError, with the `way` out, for fewer than four distinct prompts.
     """
     texts = tuple(dict.fromkeys(prompts))
     if len(texts) < 4:
         message = f"{prompts.name!r} has {len(texts)} distinct prompts, and calibration and evaluation need two each"
-        raise ValueError(f"{message}: data.prompt_file=FILE gives others, of which no image is needed")
+        raise ValueError(f"{message}: {way}")
     cut = first
     if len(texts) < first + second:
         cut = min(len(texts) - 2, max(2, round(len(texts) * first / (first + second))))

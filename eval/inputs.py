@@ -21,7 +21,7 @@ from slimstep.data.encoding import check_size, is_truncated
 from slimstep.data.first_frames import frames_in_folder, frames_of_videos
 from slimstep.data.folder import few
 from slimstep.data.pixels import shown
-from slimstep.data.prompts import PromptSet, disjoint_prompts, read_prompts
+from slimstep.data.prompts import MORE_PROMPTS, PromptSet, disjoint_prompts, read_prompts
 from slimstep.data.shards import CachedPairs
 from slimstep.data.streams import at_random_access, readable
 from slimstep.engine.checks import check_minimum
@@ -48,6 +48,7 @@ from slimstep.models.sizes import native_frames, native_pixels, set_resolution
 
 log = logging.getLogger("slimstep")
 TRAINED_ON = "trained_on.json"
+MORE_FRAMES = "data.first_frames=FOLDER gives others, of which no video is needed"
 
 
 @dataclass(frozen=True)
@@ -240,7 +241,7 @@ def load_prompts(teacher: Teacher) -> tuple[PromptSet, PromptSet]:
         prompts = read_prompt_set(config) if teacher.is_conditional else numbered_images(sum(counts))
     if cut := sum(is_truncated(teacher.pipeline, prompt) for prompt in prompts.prompts):
         log.warning(f"{cut} of {len(prompts)} prompts are longer than the text encoder takes, and are cut")
-    return disjoint_prompts(prompts, *counts)
+    return disjoint_prompts(prompts, *counts, way=MORE_FRAMES if teacher.begins_with_frame else MORE_PROMPTS)
 
 
 def note_trained_on(run: Run, prompts: PromptSet, captions: Iterable[str]) -> None:

@@ -25,6 +25,7 @@ from slimstep.eval.config import Config
 from slimstep.eval.evaluator import Candidate, Evaluator, place
 from slimstep.eval.given import GivenModels, given_models, settle_size
 from slimstep.eval.inputs import (
+    MORE_FRAMES,
     Teacher,
     load_first_frames,
     load_metrics,
@@ -123,12 +124,13 @@ def evaluated_prompts(models: GivenModels, config: Config) -> tuple[PromptSet, d
     if not models.begin_with_frames or config.plan:
         return numbered_images(config.eval.prompts), {}
     prompts, frames = load_first_frames(config, config.eval.prompts + len(calibration_prompts(config)))
-    return without_calibration(prompts, config), frames
+    return without_calibration(prompts, config, MORE_FRAMES, MORE_FRAMES), frames
 
 
 def eval_prompts(config: Config) -> PromptSet:
     """The requested prompts, without the calibration prompts of a pruned network."""
-    return without_calibration(read_prompt_set(config), config)
+    ways = "data.prompt_file=FILE gives others", "data.prompt_file=FILE with more"
+    return without_calibration(read_prompt_set(config), config, *ways)
 
 
 def calibration_prompts(config: Config) -> list[str]:
@@ -140,12 +142,13 @@ def calibration_prompts(config: Config) -> list[str]:
     return read_calibration_prompts(Path(file))
 
 
-def without_calibration(prompts: PromptSet, config: Config) -> PromptSet:
+def without_calibration(prompts: PromptSet, config: Config, others: str, more: str) -> PromptSet:
+    """others, more: the ways out where too few are left, or there."""
     count = config.eval.prompts
     if config.evaluation.calibration_prompts:
-        return prompts.without(calibration_prompts(config), count)
+        return prompts.without(calibration_prompts(config), count, way=others)
     fewer = f"eval.prompts={len(prompts)} or fewer, or " if len(prompts) > 1 else ""
-    return prompts.take(count, way=f"{fewer}data.prompt_file=FILE with more")
+    return prompts.take(count, way=f"{fewer}{more}")
 
 
 def seen_in_training(config: Config, prompts: PromptSet) -> dict[str, int]:

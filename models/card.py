@@ -89,8 +89,9 @@ def card_text(
     if origin.video:
         first, needed = "image", "from diffusers.utils import load_image\n"
         given = 'image = load_image("FIRST_FRAME.png")\n'
-        side = configs[part]["sample_size"] * 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-        own = {"height": side, "width": side, **origin.video}
+        size, pixels = configs[part]["sample_size"], 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
+        height, width = size if isinstance(size, list) else (size, size)
+        own = {"height": height * pixels, "width": width * pixels, **origin.video}
         length = "".join(f", {option}={value}" for option, value in own.items() if value is not None)
     call = f"{first}, {call}, {guided}{length}" if has_prompts else call
     decoder = f"\n- VAE decoder: {decoder_line(configs['vae'])}" if has_prompts else ""

@@ -7,6 +7,7 @@
     "upscaled"    the picture of the stage before, at the size of this one, and noised [B, 3, H, W]
     "noise_level" the timestep that says how much [B]
 
+Those of Stable Video Diffusion are in families/svd/conditions.py.
 An unconditional model has none of them. Under these names the latent cache keeps the tensors and the training loop's
 batches carry them; which argument of a network each becomes, its denoiser knows (models/denoiser.py).
 

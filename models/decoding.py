@@ -35,6 +35,7 @@ def decoded_images(vae: ModelMixin, z_BCHW: Tensor, frames_at_once: int | None =
     """The images or videos of what is not scaled any more (`unscaled`). A decoder that sees neighbouring frames and has
     a latent of each takes `frames_at_once` of them, all for None."""
     if isinstance(vae, AutoencoderKLTemporalDecoder):
+        # diffusers cuts across the ends of videos (findings/frames_of_two_videos_are_decoded_together.sh).
         chunks = z_BCHW.split(frames_at_once or z_BCHW.shape[2], dim=2)
         return torch.cat([decoded_frames(vae, z_BCfHW) for z_BCfHW in chunks], dim=2)
     if takes_frames(vae) and z_BCHW.ndim == 4:

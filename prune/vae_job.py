@@ -128,7 +128,8 @@ def decoder_pruning(teacher: Teacher) -> DecoderPruning:
     decoder, latents = OmegaConf.to_object(config.decoder), OmegaConf.to_object(config.latents)
     if type(vae) is not AutoencoderKL:
         kind = type(vae).__name__
-        raise ValueError(f"the model's VAE is {kind}; a decoder is pruned from diffusers' own AutoencoderKL")
+        way = "the denoiser is pruned without it, by +experiment=prune_unet and its kin"
+        raise ValueError(f"the model's VAE is {kind}; a decoder is pruned from diffusers' own AutoencoderKL: {way}")
     widths = pruned_widths(vae, decoder.width, decoder.norm_groups)
     check_data(teacher)
     data = heldout_pairs(config, config.eval.prompts), training_prompts(config)

@@ -12,14 +12,15 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 FRAMES = 3
 
 
-def small_svd(layers: int = 1) -> UNetSpatioTemporalConditionModel:
-    """Three levels, the innermost of which can go: widths are multiples of diffusers' 32 groups."""
+def small_svd(layers: int = 1, levels: int = 3) -> UNetSpatioTemporalConditionModel:
+    """Levels, the innermost of which can go: widths are multiples of diffusers' 32 groups."""
     torch.manual_seed(0)
     unet = UNetSpatioTemporalConditionModel(
-        sample_size=8, in_channels=8, out_channels=4, block_out_channels=(32, 64, 64), layers_per_block=1,
-        down_block_types=(*["CrossAttnDownBlockSpatioTemporal"] * 2, "DownBlockSpatioTemporal"),
-        up_block_types=("UpBlockSpatioTemporal", *["CrossAttnUpBlockSpatioTemporal"] * 2),
-        cross_attention_dim=16, num_attention_heads=(2, 4, 4), addition_time_embed_dim=8, num_frames=FRAMES,
+        sample_size=8, in_channels=8, out_channels=4, block_out_channels=(32, 64, 64)[:levels],
+        layers_per_block=1, num_attention_heads=(2, 4, 4)[:levels],
+        down_block_types=(*["CrossAttnDownBlockSpatioTemporal"] * (levels - 1), "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", *["CrossAttnUpBlockSpatioTemporal"] * (levels - 1)),
+        cross_attention_dim=16, addition_time_embed_dim=8, num_frames=FRAMES,
         projection_class_embeddings_input_dim=24, transformer_layers_per_block=layers,
     )  # fmt: skip
     with torch.no_grad():  # α = ½ everywhere would hide a wrong blend
@@ -29,9 +30,9 @@ def small_svd(layers: int = 1) -> UNetSpatioTemporalConditionModel:
     return unet.eval()
 
 
-def small_svd_pipeline() -> StableVideoDiffusionPipeline:
+def small_svd_pipeline(levels: int = 3) -> StableVideoDiffusionPipeline:
     """16×16 images, three frames, with Stable Video Diffusion's scheduler."""
-    unet = small_svd()
+    unet = small_svd(levels=levels)
     torch.manual_seed(0)
     vae = AutoencoderKLTemporalDecoder(
         block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, layers_per_block=1, sample_size=16,

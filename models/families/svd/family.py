@@ -90,7 +90,7 @@ def exported(pipeline: DiffusionPipeline) -> Exported:
     one has no place for a layer without its temporal half."""
     unet = pipeline.unet
     changed = tuple(getattr(unet, "architecture", {}))
-    obstacles = tuple(f"{block} is changed, which no {NETWORK.STOCK.__name__} can be" for block in changed)
+    obstacles = tuple(f"{block} (is changed, which no stock UNet of this kind can be)" for block in changed)
     made = unet if changed else stock_unet(unet)
     return Exported(with_unet(pipeline, made), obstacles, block_map(unet, {}))
 

@@ -13,6 +13,7 @@ from slimstep.data.first_frames import frames_in_folder, frames_of_videos
 from slimstep.data.shapes_video import ShapesVideoPairs
 from slimstep.eval.inputs import check_first_frames, load_metrics, of_what_is_drawn
 from slimstep.eval.sampling import Sampler
+from slimstep.models.card import Origin
 from slimstep.models.conditioning import conditioning_of
 from slimstep.models.decoding import decoded_images, encoded_images
 from slimstep.models.described import described_pipeline
@@ -25,7 +26,7 @@ from slimstep.models.families.svd.conditions import (
 )
 from slimstep.models.family import family_at, family_of
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
-from slimstep.models.sizes import check_frames, native_frames, set_frames
+from slimstep.models.sizes import check_frames, native_frames, set_frames, set_resolution
 from tests.tiny import small_pipeline
 
 NAMES = ["one", "two"]
@@ -133,6 +134,24 @@ def test_latents_are_scaled_and_those_of_the_first_frame_are_not(folder):
     torch.testing.assert_close(encoded["latents"][:, :, 0], scaled, rtol=1e-4, atol=1e-5)
 
 
+def test_a_rectangle_of_another_length_is_the_stock_pipelines_and_its_card_says_how_to_draw_it(folder, tmp_path):
+    pipeline = load(folder)
+    set_resolution(pipeline, "16x32", frames=4)
+    frame = torch.randint(256, (16, 32, 3), generator=torch.Generator().manual_seed(2), dtype=torch.uint8)
+    with_first_frames(pipeline, {"wide": frame})
+    sampler, picture = Sampler(pipeline, 2, 3.0), Image.fromarray(frame.numpy())
+    (video,) = sampler.images(pipeline.unet, ["wide"], [0])
+    options = family_of(pipeline).call(pipeline, 3.0, sampler.noise(0)[None])
+    steps = {"num_inference_steps": 2, "output_type": "np", "generator": noise_source(picture)}
+    stock = pipeline(picture, **steps, **options).frames[0]
+    assert video.shape == (4, 16, 32, 3) and (video - 255 * torch.from_numpy(stock)).abs().max() <= 0.51
+    options = {"fps": 7, "motion_bucket_id": 127, "noise_aug_strength": 0.02, "decode_chunk_size": None}
+    export_pipeline(pipeline, tmp_path / "wide", origin=Origin("teacher", 2, 3.0, video=options))
+    card = (tmp_path / "wide/README.md").read_text()
+    assert "num_frames=4, max_guidance_scale=3, height=16, width=32, fps=7, motion_bucket_id=127" in card
+    assert 'image = load_image("FIRST_FRAME.png")' in card and "decode_chunk_size" not in card
+
+
 def test_any_number_of_frames_will_do(folder):
     pipeline = load(folder)
     check_frames(pipeline, 4)
@@ -147,7 +166,7 @@ def test_a_whole_network_is_exported_as_diffusers_own_and_a_pruned_one_with_its_
     assert type(stock.unet) is type(pipeline.unet).STOCK
     slim = pipeline.unet.with_architecture({"mid_block.resnets.0.temporal_res_block": 0})
     report = export_pipeline(with_unet(pipeline, slim), tmp_path / "slim")
-    assert not report.is_stock and "mid_block.resnets.0.temporal_res_block is changed" in report.obstacles[0]
+    assert not report.is_stock and "mid_block.resnets.0.temporal_res_block (is changed" in report.obstacles[0]
     assert report.blocks["mid_block.resnets.0.temporal_res_block"] == []
     again, here = load(tmp_path / "slim"), Sampler(with_unet(pipeline, slim), 2, 2.0)
     with_video_options(again, {"motion_bucket_id": 30})
