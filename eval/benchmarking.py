@@ -26,12 +26,12 @@ from slimstep.eval.inputs import load_scorer
 from slimstep.eval.job import eval_prompts
 from slimstep.eval.metrics.clip import psnr
 from slimstep.eval.metrics.compare import mean_and_error, paired_difference
-from slimstep.eval.plan import image_rows
+from slimstep.eval.metrics.metric import as_metric
+from slimstep.eval.metrics.video import on_frames
 from slimstep.eval.timing.cold_start import compile_cost
 from slimstep.eval.timing.inference import InferenceConfig, combinations
 from slimstep.eval.timing.speed import BenchmarkCase, TimedPipeline, matmul_peak_tflops, measure, reason
 from slimstep.models.cost import count_gflops
-from slimstep.models.denoiser import guidance_embed_dim
 from slimstep.models.family import family_of
 from slimstep.models.networks import network_of
 from slimstep.models.pipeline import with_unet
@@ -54,9 +54,9 @@ class Benchmark:
                 way = "time it by itself, with model.… and eval.guidance_scale, or an export of it"
                 raise ValueError(f"models.{name} has {', '.join(own)}, which +experiment=evaluate alone reads: {way}")
         self.models.check()
-        if self.models.draws_videos:
-            raise ValueError(f"{self.models.paths} draw videos, and no whole pipeline of videos is timed yet; their "
-                             "networks are by +experiment=latency_table")  # fmt: skip
+        if self.models.draws_videos and not self.models.is_conditional:
+            raise ValueError(f"{self.models.paths} make videos of first frames, and what is timed here begins with "
+                             "prompts; their networks are timed by +experiment=latency_table")  # fmt: skip
         if not self.models.is_conditional:
             raise ValueError(f"{self.models.paths} take no prompts, and what is timed here begins with their encoding; "
                              "a DDPM's UNet is timed by +experiment=prune_ddpm")  # fmt: skip
@@ -68,7 +68,7 @@ class Benchmark:
         self.inference_configs = combinations(**{name: list(config.benchmark[name]) for name in CHOICES})
         self.prompts, self.scorer = eval_prompts(self.config), load_scorer(config, self.device)
         self.peaks: dict[str, float] = {}  # what was measured once, by dtype
-        self.row_gflops: dict[str, float] = {}  # what was counted once, by the UNet's configuration
+        self.counted: dict[str, float] = {}  # what was counted once, by the UNet's configuration
 
     # ---- pipelines ----
 
@@ -112,7 +112,7 @@ class Benchmark:
         row = measure(timed, others, OmegaConf.to_object(self.config.latency))
         # One CUDA graph of the whole loop has no parts, and the peak of quantized products is not measured.
         if "UNet" in row["parts_ms"] and timed.inference.quantize == "none":
-            achieved = self.unet_gflops(timed) * row["unet_calls"] / row["parts_ms"]["UNet"]  # 10⁹/ms is 10¹²/s
+            achieved = self.row_gflops(timed.pipeline) * row["unet_rows"] / row["parts_ms"]["UNet"]  # 10⁹/ms is 10¹²/s
             peak = self.peak_tflops(timed.inference)
             row |= {"unet_tflops": achieved, "peak_tflops": peak, "share_of_peak": achieved / peak}
         return row if reference is None else {**row, **self.quality(timed.images(len(reference)), reference)}
@@ -125,19 +125,18 @@ class Benchmark:
         request = {**asdict(case), "batch": batch, "guidance_scale": config.guidance_scale, "seed": config.seed,
                    "prompts": list(self.prompts.prompts[:batch]), "device": str(self.device),
                    "options": {where: self.models.options(where) for where in parts if where},
-                   "resolution": self.models.pixels}  # fmt: skip
+                   "resolution": self.models.pixels, "frames": self.models.frames}  # fmt: skip
         free_memory()  # the processes want it
         return self.run.json(name, lambda: compile_cost(request, self.run.path / f"artifacts/{file}.bin"))
 
-    def unet_gflops(self, timed: TimedPipeline) -> float:
-        """10⁹ operations of one step of the whole batch."""
-        network = network_of(timed.pipeline)
+    def row_gflops(self, pipeline: DiffusionPipeline) -> float:
+        """10⁹ operations of one evaluation of the denoiser for one row."""
+        network = network_of(pipeline)
         unet = getattr(network, "_orig_mod", network)  # without torch.compile around it
-        guided = 1 if guidance_embed_dim(unet) else image_rows(1, timed.guidance_scale)
         key = str(dict(unet.config))
-        if key not in self.row_gflops:
-            self.row_gflops[key] = count_gflops(unet, None, 1, family_of(timed.pipeline).tokens(timed.pipeline))
-        return self.row_gflops[key] * timed.batch * guided
+        if key not in self.counted:
+            self.counted[key] = count_gflops(unet, None, 1, family_of(pipeline).tokens(pipeline))
+        return self.counted[key]
 
     def peak_tflops(self, inference: InferenceConfig) -> float:
         """What this device reaches in matrix products of a number format, measured once."""
@@ -146,10 +145,11 @@ class Benchmark:
         return self.peaks[inference.dtype]
 
     def quality(self, images: Tensor, reference: Tensor) -> dict[str, Any]:
-        """PSNR in dB to the reference's images from the same noise, and CLIP score, paired with theirs."""
-        prompts = self.prompts.prompts[: len(images)]
-        text = self.scorer.text(prompts)
-        scores, base = (self.scorer.score(x, text).tolist() for x in (images, reference))
+        """PSNR in dB to the reference's images from the same noise, and CLIP score, paired with theirs; of videos the
+        means over frames."""
+        prompts, clip = self.prompts.prompts[: len(images)], as_metric(self.scorer)
+        metric = on_frames(clip) if self.models.draws_videos else clip
+        scores, base = (metric(drawn, prompts).tolist() for drawn in (images, reference))
         near = psnr(images, reference).tolist() if images.shape == reference.shape else None
         return {
             "psnr": near and asdict(mean_and_error(near)),

@@ -26,7 +26,7 @@ from slimstep.eval.timing.inference import CannotRunError, InferenceConfig
 from slimstep.eval.timing.speed import TimedPipeline
 from slimstep.models.networks import network_of
 from slimstep.models.pipeline import load_pipeline, with_unet
-from slimstep.models.sizes import set_resolution
+from slimstep.models.sizes import set_frames, set_resolution
 
 log = logging.getLogger("slimstep")
 CACHES = ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR")
@@ -110,6 +110,8 @@ def main() -> None:
         loaded = load_pipeline(where, **request["options"][where])
         if request["resolution"]:
             set_resolution(loaded, request["resolution"])
+        if request["frames"]:
+            set_frames(loaded, request["frames"])
         return loaded
 
     pipeline = load(request["model"])

@@ -129,6 +129,8 @@ def prepare(pipeline: DiffusionPipeline, inference: InferenceConfig, device: tor
         raise CannotRunError("diffusers marks no steps for the CUDA graphs of several ControlNets")
     denoiser = network_of(pipeline)
     for network in (denoiser, *nets, *decoders):
+        if inference.memory_format == "channels_last" and any(weight.ndim == 5 for weight in network.parameters()):
+            raise CannotRunError(f"torch has no channels_last for the 3-D convolutions of {kind_of(network)}")
         network.to(memory_format=FORMATS[inference.memory_format])
     for network in (denoiser, *nets):
         if inference.attention == "vanilla":

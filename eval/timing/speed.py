@@ -33,6 +33,7 @@ from slimstep.eval.timing.latency import interleaved_times, one_thread
 from slimstep.eval.timing.memory import MemoryFrom
 from slimstep.eval.timing.stage_timer import timed_components
 from slimstep.models.families.deepfloyd.cascade import first_stage_of, refines
+from slimstep.models.family import family_of
 from slimstep.models.pipeline import networks
 
 RESAMPLES = 2000  # of neighbouring calls
@@ -77,7 +78,7 @@ class TimedPipeline:
     kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if self.inference.capture and self.kwargs:
+        if self.inference.capture and (self.kwargs or self.draws_videos):
             raise CannotRunError("only txt2img is captured as one CUDA graph")
         upcast = hasattr(self.pipeline, "upcast_vae") and self.pipeline.vae.config.force_upcast
         if self.inference.capture and self.inference.dtype == "float16" and upcast:
@@ -89,6 +90,10 @@ class TimedPipeline:
         if hasattr(self.pipeline, "safety_checker"):
             self.pipeline.safety_checker = None  # it is another network's time, and it may return a black image
         self.pipeline.set_progress_bar_config(disable=True)
+
+    @property
+    def draws_videos(self) -> bool:
+        return family_of(self.pipeline).DRAWS_VIDEOS
 
     @cached_property
     def sampler(self) -> Sampler:
@@ -102,8 +107,8 @@ class TimedPipeline:
     def noise(self, indices: Sequence[int]) -> Tensor:
         return torch.stack([self.sampler.noise(index) for index in indices])
 
-    def draw(self, indices: Sequence[int]) -> list[Image.Image]:
-        """The images of these prompts."""
+    def draw(self, indices: Sequence[int]) -> list[Image.Image] | list[list[Image.Image]]:
+        """The images of these prompts, or the frames of their videos."""
         prompts = [self.prompts[i % len(self.prompts)] for i in indices]
         with running(self.inference):
             if self.inference.capture:
@@ -118,6 +123,8 @@ class TimedPipeline:
             else:
                 drawn = {"generator": self.sampler.generators(indices)}
                 kwargs = call(self.pipeline, self.guidance_scale, noise) | drawn
+            if self.draws_videos:
+                return self.pipeline(prompts, num_inference_steps=self.steps, output_type="pil", **kwargs).frames
             return self.pipeline(prompt=prompts, num_inference_steps=self.steps, **kwargs).images
 
     def before(self, prompts: Sequence[str], generators: list[torch.Generator]) -> dict[str, Any]:
@@ -141,9 +148,12 @@ class TimedPipeline:
         self.draw(range(self.batch))
 
     def images(self, count: int) -> Tensor:
-        """uint8 [count, 3, H, W], always in batches of the same size: no graph is made for another."""
-        rows = [image for i in range(0, count, self.batch) for image in self.draw(range(i, i + self.batch))]
-        return torch.stack([pil_to_tensor(image) for image in rows[:count]])
+        """uint8 images [count, 3, H, W], or videos [count, F, H, W, 3], always in batches of the same size: no graph is
+        made for another."""
+        rows = [drawn for i in range(0, count, self.batch) for drawn in self.draw(range(i, i + self.batch))][:count]
+        if self.draws_videos:
+            return torch.from_numpy(np.stack([np.stack([np.asarray(frame) for frame in frames]) for frames in rows]))
+        return torch.stack([pil_to_tensor(image) for image in rows])
 
 
 def measure(timed: TimedPipeline, others: Mapping[str, TimedPipeline], config: LatencyConfig) -> dict[str, Any]:
@@ -152,7 +162,7 @@ def measure(timed: TimedPipeline, others: Mapping[str, TimedPipeline], config: L
     On a CPU times are one thread's CPU time; on a GPU they are wall time. `parts_of_whole` compares the parts' sum with
     calls without a stage timer. Raises what torch raises where the device cannot run it.
     """
-    device, parts, unet_calls = timed.device, [], []
+    device, parts, unet_calls, unet_rows = timed.device, [], [], []
     with one_thread(device):
         for other in others.values():
             other.call()  # compiled ones may have to be made again
@@ -166,6 +176,7 @@ def measure(timed: TimedPipeline, others: Mapping[str, TimedPipeline], config: L
             with timed_components(timed.pipeline, device) as timer:
                 parts.append(timer.time(timed.call))
                 unet_calls.append([part for part, _ in timer.marks].count("UNet"))
+                unet_rows.append(timer.rows)
 
         calls = {name: other.call for name, other in others.items()} | {"this": timed.call}
         times = interleaved_times(calls if timed.inference.capture else calls | {"parts": watch_parts}, config, device)
@@ -174,6 +185,7 @@ def measure(timed: TimedPipeline, others: Mapping[str, TimedPipeline], config: L
         "ms": spread(whole),
         **together(parts[-len(whole) :], whole),  # the others warmed up
         "unet_calls": unet_calls[-1] if unet_calls else timed.steps,
+        "unet_rows": unet_rows[-1] if unet_rows else None,
         "speedup": {name: speedup(times[name], whole) for name in others},
         "images_per_s": 1e3 * timed.batch / statistics.median(whole),
         **needed,

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 from diffusers import DiffusionPipeline
-from torch import nn
+from torch import Tensor, nn
 
 from slimstep.models.families.deepfloyd.cascade import first_stage_of, refines
 from slimstep.models.networks import network_of, text_encoders
@@ -25,6 +25,7 @@ class StageTimer:
         self.on_gpu = device.type == "cuda"
         self.marks: list[tuple[str, torch.cuda.Event | float]] = []
         self.between = "host"
+        self.rows = 0  # of all evaluations of the denoiser: guidance runs two an image, in one call or in two
 
     def mark(self, part: str) -> None:
         """The time since the last mark belongs to `part`."""
@@ -38,7 +39,7 @@ class StageTimer:
     def time(self, call: Callable[[], None]) -> dict[str, float]:
         """Milliseconds of the parts of one call; what lies between the first denoising network's end and the VAE is the
         scheduler's, guidance included, and all else between networks the host's."""
-        self.marks, self.between = [], "host"
+        self.marks, self.between, self.rows = [], "host", 0
         self.mark("")
         call()
         self.mark("host")
@@ -66,6 +67,11 @@ def timed_components(pipeline: DiffusionPipeline, device: torch.device) -> Itera
         handles.append(first.register_forward_pre_hook(enter))
         handles.append(last.register_forward_hook(leave))
 
+    def count(network: nn.Module, args: tuple, kwargs: dict) -> None:
+        tensors = (value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+        timer.rows += len(next(tensor for tensor in tensors if tensor.ndim > 2))  # x_t, and not a timestep
+
+    handles.append(network_of(pipeline).register_forward_pre_hook(count, with_kwargs=True))
     for encoder in text_encoders(pipeline).values():
         cut(encoder, encoder, "text encoder", "host")
     if (controlnet := getattr(pipeline, "controlnet", None)) is not None:

@@ -98,8 +98,19 @@ def test_videos_are_evaluated_at_the_frames_and_the_size_that_the_data_have(plac
     assert worst < mean
 
 
+def test_whole_pipelines_of_videos_are_timed(family, place):
+    own = ["benchmark.dtype=[float32]", "benchmark.compile=[eager]", "benchmark.batches=[1]", "benchmark.images=2",
+           "benchmark.memory_format=[contiguous,channels_last]", "latency.warmup=1", "latency.seconds=1"]  # fmt: skip
+    path = run("benchmark", place, *own)
+    timed, refused = json.loads((path / "results.json").read_text())["rows"]
+    assert set(timed["parts_ms"]) == {"text encoder", "UNet", "scheduler", "VAE", "host"}
+    assert timed["unet_calls"] == (4 if family == "Wan" else 2) and timed["unet_rows"] == 4
+    assert timed["psnr"]["mean"] > 50 and timed["clip_difference"]["mean"] == 0 and timed["share_of_peak"] > 0
+    assert "no channels_last for the 3-D convolutions of " in refused["cannot"]
+
+
 @pytest.mark.parametrize(("experiment", "reason"), [
-    ("package", "draws videos, which no package does yet"), ("benchmark", "no whole pipeline of videos is timed yet"),
+    ("package", "draws videos, which no package does yet"),
     ("prune_vae", "a decoder is pruned from diffusers' own AutoencoderKL"),
 ])  # fmt: skip
 def test_jobs_that_know_no_videos_say_so_in_one_line(experiment, reason, place):
