@@ -21,7 +21,7 @@ from slimstep.data.range_cache import RangeShards
 from slimstep.data.shards import DTYPES, CachedPairs, cache_key, is_intact, write_index
 from slimstep.data.stream_cache import PartShards
 from slimstep.data.streams import Stream
-from slimstep.models.decoding import STATISTICS, has_statistics
+from slimstep.models.decoding import STATISTICS, has_statistics, is_tiled
 from slimstep.models.families.svd.conditions import begins_with_frame, video_options
 from slimstep.models.family import family_of
 from slimstep.models.networks import network_of, sequence_length, text_encoders
@@ -106,6 +106,7 @@ def described_cache(pairs, pipeline, dtype: str, shard_size: int) -> dict[str, s
         "pairs": pairs.fingerprint,
         **counted,
         "vae": module_hash(codec) if (codec := family_of(pipeline).codec(pipeline)) else "none: pixels",
+        **({"vae_tiling": True} if is_tiled(codec) else {}),
         **text_hashes(pipeline),
         **first_frame_hashes(pipeline),
         "dtype": dtype,

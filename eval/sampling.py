@@ -25,7 +25,7 @@ from slimstep.engine.seeding import generator
 from slimstep.eval.cpu_parts import Draw, can_be_parted, draw_in_parts
 from slimstep.eval.timing.precision import computing, products_on
 from slimstep.models.conditioning import Conditioning
-from slimstep.models.decoding import decoded_images, has_statistics, scaling_of, statistics, unscaled
+from slimstep.models.decoding import decoded_images, has_statistics, is_tiled, scaling_of, statistics, unscaled
 from slimstep.models.denoiser import Denoiser, takes_guidance
 from slimstep.models.families.deepfloyd.cascade import first_stage_of, refines, upscaled
 from slimstep.models.families.svd.conditions import begins_with_frame, video_options
@@ -122,6 +122,7 @@ class Sampler:
             "latents": list(self.latent_shape),
             "precision": self.weights_precision,
             **({"shift_terminal": terminal} if terminal else {}),
+            **({"vae_tiling": True} if is_tiled(self.codec) else {}),
             **({"max_sequence_length": length} if length else {}),
             **({"video": asdict(video_options(self.pipeline))} if begins_with_frame(self.pipeline) else {}),
             **({"first_stage": first_stage_of(self.pipeline).protocol} if refines(self.pipeline) else {}),

@@ -12,7 +12,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, ModelMixin
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -28,6 +28,7 @@ def encoded_images(vae: ModelMixin, x_BCHW: Tensor) -> Tensor:
     is_frame = takes_frames(vae) and x_BCHW.ndim == 4
     output = vae.encode(x_BCHW[:, :, None] if is_frame else x_BCHW)
     latents = output.latent_dist.mode() if hasattr(output, "latent_dist") else output.latent
+    check_tiles(vae, x_BCHW, latents)
     return latents[:, :, 0] if is_frame else latents
 
 
@@ -38,9 +39,40 @@ def decoded_images(vae: ModelMixin, z_BCHW: Tensor, frames_at_once: int | None =
         # diffusers cuts across the ends of videos (findings/frames_of_two_videos_are_decoded_together.sh).
         chunks = z_BCHW.split(frames_at_once or z_BCHW.shape[2], dim=2)
         return torch.cat([decoded_frames(vae, z_BCfHW) for z_BCfHW in chunks], dim=2)
-    if takes_frames(vae) and z_BCHW.ndim == 4:
-        return vae.decode(z_BCHW[:, :, None], return_dict=False)[0][:, :, 0]
-    return vae.decode(z_BCHW, return_dict=False)[0]
+    is_frame = takes_frames(vae) and z_BCHW.ndim == 4
+    images = vae.decode(z_BCHW[:, :, None] if is_frame else z_BCHW, return_dict=False)[0]
+    check_tiles(vae, images, z_BCHW)
+    return images[:, :, 0] if is_frame else images
+
+
+def code_in_tiles(pipeline: DiffusionPipeline) -> None:
+    """From now on its autoencoder codes what is larger than a tile, whose size is diffusers' own, in tiles that overlap
+    and are blended: less memory, and slightly other images. ValueError where there is none, or none that can."""
+    vae = getattr(pipeline, "vae", None)
+    if not can_tile(vae):
+        why = f"its {type(vae).__name__} has no tiles" if vae else "it has no autoencoder"
+        raise ValueError(f"model.vae_tiling=true: a {type(pipeline).__name__} cannot be coded so, for {why}")
+    vae.enable_tiling()
+
+
+def can_tile(vae: ModelMixin | None) -> bool:
+    return hasattr(vae, "use_tiling")
+
+
+def is_tiled(vae: ModelMixin | None) -> bool:
+    return can_tile(vae) and vae.use_tiling
+
+
+def check_tiles(vae: ModelMixin, images: Tensor, latents: Tensor) -> None:
+    """ValueError where tiles do not fit together: diffusers rounds by how much they overlap to whole pixels and latents
+    apart."""
+    if not is_tiled(vae):
+        return
+    shrinks = getattr(vae, "spatial_compression_ratio", None) or 2 ** (len(vae.config.block_out_channels) - 1)
+    if images.shape[-2:] != tuple(shrinks * side for side in latents.shape[-2:]):
+        height, width = images.shape[-2:]
+        raise ValueError(f"model.vae_tiling=true: tiles of this {type(vae).__name__} do not fit together for images of "
+                         f"{width}x{height} px: set it to false")  # fmt: skip
 
 
 def decoded_frames(vae: AutoencoderKLTemporalDecoder, z_BCFHW: Tensor) -> Tensor:

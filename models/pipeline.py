@@ -18,6 +18,7 @@ from slimstep.engine.files import whole_folder, write_json
 from slimstep.engine.quiet import one_line, preview, quiet
 from slimstep.models.card import EXPORT_REPORT, Origin, Reading, origin_of, read_export_report, write_card
 from slimstep.models.checkpoint import is_single_file
+from slimstep.models.decoding import code_in_tiles
 from slimstep.models.families.deepfloyd.cascade import load_first_stage
 from slimstep.models.families.exported import chained
 from slimstep.models.families.svd.conditions import begins_with_frame, with_video_options
@@ -80,6 +81,7 @@ def load_pipeline(
     trained_steps: int | None = None,
     first_stage: Mapping[str, Any] | None = None,
     video: Mapping[str, Any] | None = None,
+    vae_tiling: bool = False,
 ) -> DiffusionPipeline:
     """A pipeline of a known family (models/family.py) whose `unet` is prunable, in eval mode on the CPU.
 
@@ -94,6 +96,7 @@ def load_pipeline(
     first_stage: {path, steps, guidance_scale, noise_level} of what draws the pictures that DeepFloyd IF's second stage
     makes larger (families/deepfloyd/cascade.py). video: {fps, motion_bucket_id, noise_aug_strength, decode_chunk_size}
     of Stable Video Diffusion (families/svd/conditions.py); None: what an export was made with, else its pipeline's.
+    vae_tiling: the autoencoder codes in tiles (models/decoding.py).
     Raises ValueError where one of them is none of these, or the pipeline has no such UNet.
     """
     check_pipeline(name_or_path, variant, allow_pickle, single_file_config, scheduler, loras, timestep_spacing)
@@ -107,6 +110,8 @@ def load_pipeline(
         module.eval()
         own_memory(module)
     pipeline.set_progress_bar_config(disable=True)
+    if vae_tiling:
+        code_in_tiles(pipeline)
     origin = origin_of(name_or_path)
     length = max_sequence_length or (origin and origin.max_sequence_length)
     if length and "max_sequence_length" not in inspect.signature(type(pipeline).__call__).parameters:

@@ -2,6 +2,7 @@
 blocks)."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,9 +11,12 @@ from diffusers.schedulers import scheduling_dpm_cogvideox
 from omegaconf import OmegaConf
 
 from scripts.random_transformers import small_cogvideox_pipeline, small_wan_pipeline
+from slimstep.data.cache import described_cache
 from slimstep.data.encoding import encode_images
+from slimstep.data.shapes_video import ShapesVideoPairs
 from slimstep.eval.inputs import settle_frames
 from slimstep.eval.sampling import Sampler
+from slimstep.models.decoding import code_in_tiles, decoded_images, encoded_images
 from slimstep.models.family import denoiser_of, family_of, schedule_for
 from slimstep.models.noise_schedule import ddim_step
 from slimstep.models.pipeline import check_pipeline, export_pipeline, load_pipeline, with_unet
@@ -103,6 +107,56 @@ def test_latents_of_videos_are_as_the_pipeline_decodes_them(kind, tmp_path):
         own = pipeline.vae(videos.permute(0, 4, 1, 2, 3) / 127.5 - 1).sample
     assert latents.shape == (2, 4, 3, 4, 4)
     torch.testing.assert_close(Sampler(pipeline, 1, 1.0).pixels(latents), own, rtol=1e-4, atol=1e-5)
+
+
+TILES = {"CogVideoX": (24, 20), "Wan": (24, 20, 20, 16)}  # height, width, and strides
+
+
+@pytest.mark.parametrize("kind", ["CogVideoX", "Wan"])
+def test_videos_apart_or_in_chunks_are_the_same_and_tiles_nearly(kind, tmp_path):
+    """A video that is no larger than a tile is the same to the bit."""
+    pairs = ShapesVideoPairs(size=2, resolution=48, frames=9)
+    x_BCFHW = torch.stack([pairs[i]["video"] for i in range(2)]).movedim(-1, 1)[..., :40].float() / 127.5 - 1
+    vae = load(tmp_path, kind).vae
+    with torch.no_grad():
+        whole = encoded_images(vae, x_BCFHW)
+        drawn = decoded_images(vae, whole)
+        for each, joined in ((encoded_images, whole), (decoded_images, drawn)):
+            of = x_BCFHW if each is encoded_images else whole
+            apart = torch.cat([each(vae, one) for one in of.split(1)])
+            torch.testing.assert_close(apart, joined, rtol=0, atol=1e-3)
+        vae.enable_tiling(*TILES[kind])
+        tiled, small = (encoded_images(vae, x_BCFHW), decoded_images(vae, whole)), whole[..., :5, :4]
+        in_a_tile = decoded_images(vae, small)
+        vae.disable_tiling()
+        assert torch.equal(decoded_images(vae, small), in_a_tile)
+    for ours, theirs in zip(tiled, (whole, drawn), strict=True):
+        far = (ours - theirs).abs()
+        assert 0 < far.mean() < 0.4 * theirs.std(), "norms see their own tile alone"
+
+
+def test_tiling_is_an_option_of_a_model_that_caches_and_protocols_know(tmp_path):
+    small_wan_pipeline().save_pretrained(tmp_path / "model")
+    whole, tiled = load_pipeline(tmp_path / "model"), load_pipeline(tmp_path / "model", vae_tiling=True)
+    pairs = ShapesVideoPairs(size=2, resolution=16, frames=9)
+    made_from = [described_cache(pairs, pipeline, "float32", 2) for pipeline in (whole, tiled)]
+    assert made_from[1] == {**made_from[0], "vae_tiling": True}
+    protocols = [Sampler(pipeline, 2, 1.0).protocol for pipeline in (whole, tiled)]
+    assert protocols[1] == {**protocols[0], "vae_tiling": True}
+
+
+def test_tiles_that_do_not_fit_together_are_an_error(tmp_path):
+    """diffusers would give a video of another size back."""
+    small_cogvideox_pipeline().save_pretrained(tmp_path / "model")
+    vae = load_pipeline(tmp_path / "model", vae_tiling=True).vae
+    for code, shape in ((encoded_images, (1, 3, 1, 16, 16)), (decoded_images, (1, 4, 1, 4, 4))):
+        with torch.no_grad(), pytest.raises(ValueError, match="model.vae_tiling=true: tiles of this .* do not fit"):
+            code(vae, torch.zeros(shape))
+
+
+def test_what_has_no_autoencoder_has_no_tiles():
+    with pytest.raises(ValueError, match="model.vae_tiling=true: a SimpleNamespace .* it has no autoencoder"):
+        code_in_tiles(SimpleNamespace())
 
 
 @pytest.mark.parametrize("kind", KINDS)
