@@ -4,8 +4,9 @@ drawing images needs for weights.
 Counted, not measured: allocators and libraries take some GB more.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,26 +17,33 @@ from slimstep.engine.config import TrainConfig
 from slimstep.eval.inputs import Teacher
 from slimstep.eval.pages.tables import markdown_table
 from slimstep.eval.pages.text import size
-from slimstep.models.cost import count_activation_bytes
-from slimstep.models.family import family_of
+from slimstep.models.decoding import can_tile
+from slimstep.models.families.svd.conditions import begins_with_frame
+from slimstep.models.family import denoiser_of, family_of
+from slimstep.models.memory import Needed, decoding_bytes, evaluation_bytes, training_need
 from slimstep.models.networks import encoders, network_of, text_encoders
 from slimstep.models.pipeline import networks
+from slimstep.models.sizes import frames_field, frames_step, native_frames
 
 GPUS = (24, 40, 80)  # GB
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}  # of a weight (engine/optimizers.py)
 FLOAT32, HALF = 4, 2
 LAST_OF_ONE = "train.batch_size=1, the rest by train.accumulation"
+MOST_GPUS = "+hardware=fsdp on 8 GPUs"
+EIGHT_BITS, NO_EMA = "train.optimizer=adamw8bit", "train.ema_decay=0"
+
+
+Sample = Callable[[bool, bool], Needed]
 
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes on one device. Parameters, and activations of one sample in float32 (all, and with checkpointing), and
+    """Bytes on one device. Parameters, and what one sample needs (with checkpointing or not, by autocast or not), and
     what the settings make of them; `beside`: parameters of networks that are trained beside the student; `shards`: GPUs
-    of FSDP."""
+    of FSDP; `shorter`: about half the frames of a video, and what one of so many needs."""
 
     parameters: int
-    activations: int
-    checkpointed: int
+    sample: Sample
     batch: int
     optimizer: str
     has_ema: bool
@@ -44,6 +52,7 @@ class MemoryNeed:
     lora_rank: int = 0
     beside: int = 0
     shards: int = 1
+    shorter: tuple[int, Sample] | None = None
 
     @property
     def parts(self) -> dict[str, float]:
@@ -51,13 +60,21 @@ class MemoryNeed:
                       "EMA": FLOAT32 * self.has_ema}  # fmt: skip
         if self.lora_rank:  # what the low-rank update itself needs is next to nothing
             per_weight = {"weights, gradients": FLOAT32, "optimizer": 0, "EMA": 0}
-        kept = self.batch * (self.checkpointed if self.checkpointing else self.activations)
         return {
             **{name: self.parameters * per / self.shards for name, per in per_weight.items()},
             **({"beside the student": self.beside * self.of_a_trained_weight} if self.beside else {}),
             "teacher": self.parameters * (HALF if self.is_half else FLOAT32),  # whole on every GPU
-            "activations": kept / (2 if self.is_half else 1),
+            "activations": self.running,
         }
+
+    @property
+    def running(self) -> float:
+        """Activations, and in mixed precision the copies that autocast makes of the weights: of those that are trained
+        it keeps them until a forward is over, and without checkpointing the backward needs them all."""
+        need = self.sample(self.checkpointing, self.is_half)
+        copies = HALF * self.parameters / self.shards if self.is_half else 0
+        forward = self.batch * need.forward + (0 if self.lora_rank and self.checkpointing else copies)
+        return max(forward, self.batch * need.step + (0 if self.checkpointing else copies))
 
     @property
     def of_a_trained_weight(self) -> int:
@@ -101,6 +118,22 @@ def drawing_lines(pipeline: DiffusionPipeline) -> list[str]:
         encoding = f"{size(drawing + resting)} while prompts are encoded, once and before"
         kind = "text encoders" if text_encoders(pipeline) else "its image encoder"
         lines.append(f"           {encoding}: {size(resting)} of {kind} then rest in the host's memory")
+    return [*lines, *running_lines(pipeline)]
+
+
+def running_lines(pipeline: DiffusionPipeline) -> list[str]:
+    """What lives beside the weights while one image or video is drawn, and decoded."""
+    network, codec = network_of(pipeline), family_of(pipeline).codec(pipeline)
+    what, shape = ("video" if native_frames(pipeline) else "image"), denoiser_of(network).sample_shape
+    evaluation = evaluation_bytes(network, family_of(pipeline).tokens(pipeline)) * network.dtype.itemsize / FLOAT32
+    lines = [f"           beside it {size(evaluation)} for an evaluation of one {what}, guided twice that"]
+    if codec:
+        ways = {"": {}, **({" with model.vae_tiling=true": {"is_tiled": True}} if can_tile(codec) else {})}
+        if begins_with_frame(pipeline):
+            ways |= {f" with 'model.video={{decode_chunk_size: {n}}}'": {"frames_at_once": n} for n in (8, 2)}
+        per = codec.dtype.itemsize / FLOAT32
+        each = [f"{size(decoding_bytes(codec, shape, **how) * per)}{way}" for way, how in ways.items()]
+        lines.append(f"           or to decode one {what} {', '.join(each)}")
     return lines
 
 
@@ -111,33 +144,56 @@ def weight_bytes(networks: Iterable[nn.Module]) -> int:
 def configured(teacher: Teacher, config: TrainConfig, beside: int = 0) -> MemoryNeed:
     """What a training needs as it is configured."""
     unet, tokens = teacher.unet, teacher.text_length
-    activations = count_activation_bytes(unet, 1, tokens)
-    # The inputs of all blocks, and all that one of them keeps while it is run again.
-    inputs = count_activation_bytes(unet, 1, tokens, checkpointing=True)
-    again = (activations - inputs) // max(1, len(unet.kept_blocks))
     half = teacher.run.accelerator.mixed_precision in ("bf16", "fp16")
     return MemoryNeed(
-        parameters=unet.num_parameters(), activations=activations, checkpointed=inputs + again, batch=config.batch_size,
+        parameters=unet.num_parameters(), sample=partial(training_need, unet, tokens), batch=config.batch_size,
         optimizer=config.optimizer, has_ema=config.ema_decay > 0, checkpointing=config.gradient_checkpointing,
-        is_half=half, lora_rank=config.lora_rank, beside=beside,
+        is_half=half, lora_rank=config.lora_rank, beside=beside, shorter=half_as_long(teacher),
     )  # fmt: skip
 
 
+def half_as_long(teacher: Teacher) -> tuple[int, Sample] | None:
+    """Of a pipeline of videos: about half its frames, and what a sample of so many needs."""
+    if not (frames := native_frames(teacher.pipeline)):
+        return None
+    step = frames_step(teacher.pipeline)
+    fewer = (frames - 1) // 2 // step * step + 1
+    field = frames_field(teacher.unet, fewer)
+    return fewer, partial(training_need, teacher.unet, teacher.text_length, **field)
+
+
 def smaller(need: MemoryNeed) -> Iterator[tuple[str, MemoryNeed]]:
-    """The settings that need less, one after the other, with what they are called on the command line."""
+    """The settings that need less, one after the other, with what they are called on the command line; some stand for
+    themselves, and say what they do not go with."""
     yield "as configured", need
     fsdp = {f"+hardware=fsdp on {gpus} GPUs": {"shards": gpus} for gpus in (2, 4, 8)}
     changes: dict[str, dict[str, Any]] = {
         "train.gradient_checkpointing=true": {"checkpointing": True},
         "mixed_precision=bf16": {"is_half": True},
         LAST_OF_ONE: {"batch": 1},
-        "train.optimizer=adamw8bit": {"optimizer": "adamw8bit"},
-        "train.ema_decay=0": {"has_ema": False},
+        EIGHT_BITS: {"optimizer": "adamw8bit"},
+        NO_EMA: {"has_ema": False},
         **({"objective.fake_lora_rank=64": {"beside": 0}} if need.beside else fsdp),
     }
     without = need
     for name, change in changes.items():
         without = replace(without, **change)
         yield name, without
-        if name == LAST_OF_ONE and not need.lora_rank:
-            yield "train.lora_rank=64 (not with +hardware=fsdp)", replace(without, lora_rank=64)
+        if not need.lora_rank:
+            yield from instead(name, without)
+
+
+def instead(name: str, need: MemoryNeed) -> Iterator[tuple[str, MemoryNeed]]:
+    """What can follow a setting without what else follows it."""
+    apart = "(not with +hardware=fsdp)"
+    if name == LAST_OF_ONE:
+        low_rank = replace(need, lora_rank=64)
+        yield f"train.lora_rank=64 {apart}", low_rank
+        if need.shorter:
+            frames, sample = need.shorter
+            yield f"train.lora_rank=64 data.frames={frames} {apart}", replace(low_rank, sample=sample)
+    if name == NO_EMA and not need.beside:
+        yield f"train.optimizer=adafactor {apart}", replace(need, optimizer="adafactor")
+    if name == MOST_GPUS and need.shorter:
+        frames, sample = need.shorter
+        yield f"{MOST_GPUS} data.frames={frames}", replace(need, sample=sample)

@@ -6,7 +6,6 @@ from functools import cache
 import torch
 from diffusers import UNet2DConditionModel
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from slimstep.models.denoiser import NUM_TOKENS
@@ -33,31 +32,3 @@ def gflops_of(kind: type[UNet2DConditionModel], config: str, latent_size: int | 
         denoiser = denoiser_of(unet)
         denoiser(unet, *denoiser.example(unet, batch, side=latent_size, tokens=tokens))
     return counter.get_total_flops() / 1e9
-
-
-def count_activation_bytes(
-    unet: UNet2DConditionModel, batch: int, tokens: int = NUM_TOKENS, checkpointing: bool = False
-) -> int:
-    """Bytes in float32 that a forward of `batch` samples keeps for its backward, parameters not counted.
-
-    Counted on fake CPU tensors, every storage once: the meta device would take the attention that keeps its matrix.
-    checkpointing: with gradient checkpointing, what is kept from the forward, and not what is computed again. Mixed
-    precision keeps half.
-    """
-    kept = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        kept[storage._cdata] = storage  # held, so that no other gets its address
-        return tensor
-
-    denoiser = denoiser_of(unet)
-    with FakeTensorMode():
-        fake = type(unet).from_config(dict(unet.config)).train()
-        if checkpointing:
-            fake.enable_gradient_checkpointing()
-        inputs = denoiser.example(fake, batch, tokens=tokens)
-        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            denoiser(fake, *inputs)
-    weights = {parameter.untyped_storage()._cdata for parameter in fake.parameters()}
-    return sum(storage.nbytes() for address, storage in kept.items() if address not in weights)

@@ -10,7 +10,6 @@ import diffusers
 import torch
 import transformers
 from diffusers import (
-    AutoencoderKL,
     AutoencoderKLTemporalDecoder,
     DiffusionPipeline,
     EulerDiscreteScheduler,
@@ -35,6 +34,7 @@ from slimstep.models.sizes import settle_sizes
 
 T5_XXL = {"d_model": 4096, "d_ff": 10240, "d_kv": 64, "num_layers": 24, "num_heads": 64, "vocab_size": 32128,
           "feed_forward_proj": "gated-gelu"}  # fmt: skip
+VAE = "AutoencoderKL"
 CLIP, PROJECTED, T5 = "CLIPTextModel", "CLIPTextModelWithProjection", "T5EncoderModel"
 FLOW = "FlowMatchEulerDiscreteScheduler"
 SVD_VAE = {"block_out_channels": (128, 256, 512, 512), "down_block_types": ("DownEncoderBlock2D",) * 4,
@@ -48,14 +48,14 @@ SVD_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "sca
 
 @dataclass(frozen=True)
 class Described:
-    """A pipeline. network: the class of its transformer, and the fields that are not the class's defaults.
+    """A pipeline. network and vae: their classes, and the fields that are not the class's defaults.
 
     texts: for each text encoder its class and configuration. scheduler: its class and fields.
     """
 
     pipeline: str
     network: tuple[str, Mapping[str, Any]]
-    vae: Mapping[str, Any]
+    vae: tuple[str, Mapping[str, Any]]
     texts: tuple[tuple[str, Mapping[str, Any]], ...]
     scheduler: tuple[str, Mapping[str, Any]]
 
@@ -64,7 +64,7 @@ DESCRIBED = {
     "flux_dev": Described(
         "FluxPipeline",
         ("FluxTransformer2DModel", {"guidance_embeds": True}),
-        VAE_CONFIGS["flux"],
+        (VAE, VAE_CONFIGS["flux"]),
         ((CLIP, CLIP_L), (T5, T5_XXL)),
         (FLOW, {"shift": 3.0, "use_dynamic_shifting": True}),
     ),
@@ -75,7 +75,7 @@ DESCRIBED = {
             {"sample_size": 128, "num_layers": 38, "num_attention_heads": 38, "attention_head_dim": 64,
              "out_channels": 16, "caption_projection_dim": 2432, "pos_embed_max_size": 192, "qk_norm": "rms_norm"},
         ),
-        {**VAE_CONFIGS["flux"], "scaling_factor": 1.5305, "shift_factor": 0.0609},
+        (VAE, {**VAE_CONFIGS["flux"], "scaling_factor": 1.5305, "shift_factor": 0.0609}),
         ((PROJECTED, CLIP_L), (PROJECTED, BIG_G), (T5, T5_XXL)),
         (FLOW, {"shift": 3.0}),
     ),
@@ -86,9 +86,27 @@ DESCRIBED = {
             {"sample_size": 128, "caption_channels": 4096, "interpolation_scale": 2,
              "use_additional_conditions": False},
         ),
-        VAE_CONFIGS["sdxl"],
+        (VAE, VAE_CONFIGS["sdxl"]),
         ((T5, T5_XXL),),
         ("DPMSolverMultistepScheduler", {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}),
+    ),
+    "cogvideox_5b": Described(
+        "CogVideoXPipeline",
+        (
+            "CogVideoXTransformer3DModel",
+            {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True},
+        ),
+        (
+            "AutoencoderKLCogVideoX",
+            {"block_out_channels": (128, 256, 256, 512), "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+             "up_block_types": ("CogVideoXUpBlock3D",) * 4, "scaling_factor": 0.7},
+        ),
+        ((T5, T5_XXL),),
+        (
+            "CogVideoXDDIMScheduler",
+            {"beta_end": 0.012, "beta_start": 0.00085, "clip_sample": False, "prediction_type": "v_prediction",
+             "rescale_betas_zero_snr": True, "snr_shift_scale": 1.0, "timestep_spacing": "trailing"},
+        ),
     ),
 }  # fmt: skip
 
@@ -102,9 +120,11 @@ def described_pipeline(name_or_path: str) -> DiffusionPipeline:
         raise ValueError(f"no full-size model is described as {name_or_path!r}; choose from {names}")
     kind = DESCRIBED[name_or_path]
     class_name, fields = kind.network
+    vae_class, vae_fields = kind.vae
     scheduler, own = kind.scheduler
     with torch.device("meta"), no_init_weights():
-        parts = {"transformer": OF_FAMILIES[class_name](**fields), "vae": AutoencoderKL(**kind.vae)}
+        vae = getattr(diffusers, vae_class)(**vae_fields)
+        parts = {"transformer": OF_FAMILIES[class_name](**fields), "vae": vae}
         for n, (encoder, config) in enumerate(kind.texts, 1):
             place = f"_{n}" if n > 1 else ""
             parts |= {f"text_encoder{place}": text_encoder(encoder, config), f"tokenizer{place}": tokenizer(encoder)}
@@ -125,6 +145,7 @@ def described_svd(name: str) -> StableVideoDiffusionPipeline:
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     settle_sizes(pipeline)
+    unet.register_to_config(sample_size=[72, 128])  # 576×1024 pixels, which its pipeline's call has
     return pipeline
 
 

@@ -32,6 +32,18 @@ def sides_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
     return height, width
 
 
+def is_square(pipeline: DiffusionPipeline) -> bool:
+    """Whether what a pipeline draws by itself is one, as far as it says what that is."""
+    height, width = sides_of(network_of(pipeline).config)
+    return height == width
+
+
+def native_sides(pipeline: DiffusionPipeline) -> tuple[int, int]:
+    """Height and width in pixels of what a pipeline draws by itself."""
+    height, width = (side * scale_factor(pipeline) for side in sides_of(network_of(pipeline).config))
+    return height, width
+
+
 def settle_sizes(pipeline: DiffusionPipeline) -> None:
     """Makes one number of sizes that UNet and VAE have as [height, width] of a square, and gives a UNet without any its
     VAE's, with a line of the log.
@@ -103,8 +115,12 @@ def set_frames(pipeline: DiffusionPipeline, frames: int) -> None:
         raise ValueError(f"data.frames={frames}: a {type(pipeline).__name__} draws images: choose data of images")
     check_frames(pipeline, frames)
     network: ModelMixin = network_of(pipeline)
-    name = "num_frames" if "num_frames" in network.config else "sample_frames"
-    network.register_to_config(**{name: frames})
+    network.register_to_config(**frames_field(network, frames))
+
+
+def frames_field(network: ModelMixin, frames: int) -> dict[str, int]:
+    """What a network's configuration has so many frames as."""
+    return {"num_frames" if "num_frames" in network.config else "sample_frames": frames}
 
 
 def check_frames(pipeline: DiffusionPipeline, frames: int) -> None:

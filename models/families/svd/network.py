@@ -10,6 +10,7 @@ frames are [B·F, …], the frames of a sample behind one another.
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from diffusers import ModelMixin, UNetSpatioTemporalConditionModel  # noqa: F401  (diffusers looks for ModelMixin here)
@@ -161,17 +162,19 @@ class DividedTransformer(TransformerSpatioTemporalModel):
             numbers = torch.arange(frames, device=x.device).repeat(rows // frames)
             place_in_time = self.time_pos_embed(self.time_proj(numbers).to(h_LE.dtype))[:, None, :]
         for spatial, temporal in zip(self.transformer_blocks, self.temporal_transformer_blocks, strict=True):
-            if torch.is_grad_enabled() and self.gradient_checkpointing:
-                h_LE = self._gradient_checkpointing_func(spatial, h_LE, None, text, None)
-            else:
-                h_LE = spatial(h_LE, encoder_hidden_states=text)
+            h_LE = self.run_block(spatial, h_LE, None, text, None)
             if isinstance(temporal, RemovedTime):
                 continue
-            moved_LE = temporal(h_LE + place_in_time, num_frames=frames, encoder_hidden_states=text_of_places)
+            moved_LE = self.run_block(temporal, h_LE + place_in_time, frames, text_of_places)
             blend = {"x_spatial": h_LE, "x_temporal": moved_LE}
             h_LE = chosen(temporal, self.time_mixer(**blend, image_only_indicator=image_only_indicator), h_LE)
         h_LE = self.proj_out(h_LE)
         return (h_LE.reshape(rows, height, width, -1).permute(0, 3, 1, 2).contiguous() + x,)
+
+    def run_block(self, block: nn.Module, *inputs: Any) -> Tensor:
+        """The stock forward runs spatial layers again in the backward, but keeps all of the temporal ones."""
+        again = torch.is_grad_enabled() and self.gradient_checkpointing
+        return self._gradient_checkpointing_func(block, *inputs) if again else block(*inputs)
 
 
 def chosen(temporal: nn.Module, blended: Tensor, spatial: Tensor) -> Tensor:

@@ -24,11 +24,12 @@ from slimstep.engine.seeding import generator
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.variance import VarianceKept, recorder_of
 from slimstep.models.conditioning import conditioning_of
-from slimstep.models.cost import count_activation_bytes, count_gflops
+from slimstep.models.cost import count_gflops
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.families.unet2d.stock import stock_config, to_stock
 from slimstep.models.family import denoiser_of, family_of, with_variance
 from slimstep.models.guidance import with_guidance_embedding
+from slimstep.models.memory import training_need
 from slimstep.models.noise_schedule import add_noise, ddim_step, pred_of, schedule_of
 from slimstep.models.pipeline import check_pipeline, export_pipeline, load_pipeline, with_unet
 from slimstep.models.schedulers import reads_variance, swapped_scheduler
@@ -128,7 +129,7 @@ def test_a_mask_survives_gradient_checkpointing():
 
 def test_it_is_counted(unet):
     assert count_gflops(unet) > count_gflops(unet.with_architecture({MID[1]: 0})) > 0
-    assert count_activation_bytes(unet, 2) > 0
+    assert training_need(unet).step > 0
 
 
 # ---- what a stock UNet can express
