@@ -108,6 +108,11 @@ def memory_lines(teacher: Teacher, trainings: list[TrainConfig], beside: int = 0
 
 
 def drawing_lines(pipeline: DiffusionPipeline) -> list[str]:
+    """What a model takes while it draws images."""
+    return [*weight_lines(pipeline), *running_lines(pipeline)]
+
+
+def weight_lines(pipeline: DiffusionPipeline) -> list[str]:
     """What the weights of a model take while it draws images, as they are loaded, and which are off the device then."""
     network, codec = network_of(pipeline), family_of(pipeline).codec(pipeline)
     parts = {"denoiser": weight_bytes([network]), "VAE": weight_bytes([codec] if codec else [])}
@@ -118,7 +123,7 @@ def drawing_lines(pipeline: DiffusionPipeline) -> list[str]:
         encoding = f"{size(drawing + resting)} while prompts are encoded, once and before"
         kind = "text encoders" if text_encoders(pipeline) else "its image encoder"
         lines.append(f"           {encoding}: {size(resting)} of {kind} then rest in the host's memory")
-    return [*lines, *running_lines(pipeline)]
+    return lines
 
 
 def running_lines(pipeline: DiffusionPipeline) -> list[str]:

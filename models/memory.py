@@ -90,7 +90,9 @@ def of_evaluation(kind: type[ModelMixin], config: str, tokens: int) -> int:
 
 
 @cache
-def of_decoding(kind: type[ModelMixin], config: str, shape: tuple[int, ...], is_tiled: bool, at_once: int | None) -> int:
+def of_decoding(
+    kind: type[ModelMixin], config: str, shape: tuple[int, ...], is_tiled: bool, at_once: int | None
+) -> int:
     with FakeTensorMode(), torch.no_grad():
         codec, latents = made(kind, config), torch.zeros(1, *shape)
         if is_tiled:

@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 from slimstep.eval.given import given_models
-from slimstep.eval.memory_plan import GPUS, MemoryNeed, drawing_lines, smaller
+from slimstep.eval.memory_plan import GPUS, MemoryNeed, smaller, weight_lines
 from slimstep.models.cost import count_parameters
 from slimstep.models.described import DESCRIBED, described_pipeline
 from slimstep.models.family import denoiser_of, family_of
@@ -55,13 +55,13 @@ def test_memory_is_what_each_weight_and_sample_takes():
 
 
 def test_drawing_takes_the_weights_and_text_encoders_only_while_they_encode():
-    lines = drawing_lines(described_pipeline("flux_dev"))
+    lines = weight_lines(described_pipeline("flux_dev"))
     denoiser, vae, texts = 4 * 11.90, 0.335, 4 * (4.76 + 0.123)  # T5-XXL's encoder and CLIP-L, in 10⁹ parameters
     assert lines[0].startswith(f"drawing    {denoiser + vae:.1f} GB of weights on the device: {denoiser:.1f} GB den")
     assert f"{denoiser + vae + texts:.1f} GB while prompts are encoded" in lines[1]
     assert f"{texts:.1f} GB of text encoders then rest in the host's memory" in lines[1]
-    half = drawing_lines(small_pipeline().to(dtype=torch.float16))
-    whole = drawing_lines(small_pipeline())
+    half = weight_lines(small_pipeline().to(dtype=torch.float16))
+    whole = weight_lines(small_pipeline())
     assert "half of it with model.dtype=bfloat16" in whole[0] and "half" not in half[0]
 
 
@@ -99,3 +99,4 @@ def test_a_plan_needs_no_weights():
     assert "how long they take is measured where the weights are" in done.stdout
     assert "fits into  24 GB with" in done.stdout and "train.gradient_checkpointing=true" in done.stdout
     assert "drawing    2.78 GB of weights" in done.stdout and "19 GB of text encoders then rest" in done.stdout
+    assert "for an evaluation of one image" in done.stdout and "with model.vae_tiling=true" in done.stdout
