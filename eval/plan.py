@@ -19,7 +19,6 @@ from slimstep.eval.throughput import hours
 from slimstep.models.cost import count_gflops
 from slimstep.models.family import denoiser_of, with_variance
 from slimstep.models.pipeline import networks
-from slimstep.models.sizes import is_square, native_sides
 
 TEACHER_ONCE = Cost(rows=1)
 CHECKPOINT_COPIES, BYTES = 4, 4  # a checkpoint holds weights, two moments of AdamW and the EMA
@@ -116,9 +115,6 @@ def estimates(
         f"{count_gflops(unet, tokens=teacher.text_length):.2f} GFLOPs a forward",
         time,
     ]
-    if isinstance(teacher.pipeline, DiffusionPipeline) and not is_square(teacher.pipeline):
-        sides = "×".join(map(str, native_sides(teacher.pipeline)))
-        lines.insert(2, f"size       {sides} px can be planned alone: jobs train squares, of data.resolution=PIXELS")
     if trainings:
         lines += memory_lines(teacher, list(trainings), beside)
     if isinstance(teacher.pipeline, DiffusionPipeline):

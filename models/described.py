@@ -145,7 +145,6 @@ def described_svd(name: str) -> StableVideoDiffusionPipeline:
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     settle_sizes(pipeline)
-    unet.register_to_config(sample_size=[72, 128])  # 576×1024 pixels, which its pipeline's call has
     return pipeline
 
 

@@ -32,18 +32,6 @@ def sides_of(config: Mapping[str, Any]) -> tuple[Any, Any]:
     return height, width
 
 
-def is_square(pipeline: DiffusionPipeline) -> bool:
-    """Whether what a pipeline draws by itself is one, as far as it says what that is."""
-    height, width = sides_of(network_of(pipeline).config)
-    return height == width
-
-
-def native_sides(pipeline: DiffusionPipeline) -> tuple[int, int]:
-    """Height and width in pixels of what a pipeline draws by itself."""
-    height, width = (side * scale_factor(pipeline) for side in sides_of(network_of(pipeline).config))
-    return height, width
-
-
 def settle_sizes(pipeline: DiffusionPipeline) -> None:
     """Makes one number of sizes that UNet and VAE have as [height, width] of a square, and gives a UNet without any its
     VAE's, with a line of the log.
