@@ -55,6 +55,7 @@ ADDED = {
     "distillation.quantize": None,
     "scoring.recovery_steps": 0, "scoring.recovery_learning_rate": 1e-4,
     "package.formats": ["onnx", "aoti"], "package.steps": [], "package.batch": 1,
+    "package.sizes": [], "package.weights": "inside",
     "model.timestep_spacing": None, "model.trained_steps": None, "recovery.objective.denoising_weight": 1.0,
     "model.first_stage": None, "model.video": None, "data.first_frames": None,
     "model.vae_tiling": False,

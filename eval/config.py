@@ -6,6 +6,7 @@ from typing import Any
 
 import slimstep.data.config
 from slimstep.engine.checks import as_table, check_choice, check_minimum
+from slimstep.eval.packaging.sizes import sizes_from
 
 PRECISIONS = ("float32", "tf32", "bfloat16")
 
@@ -228,20 +229,37 @@ class ExportConfig:
 class PackageConfig:
     """Packages of an export: a folder for each of `formats`: onnx, aoti, executorch, coreml. `steps` are numbers of
     sampling steps, the first by default, and `guidance_scale` the scale; empty and null are the export's own. `batch`:
-    most images at once, for executorch and coreml one.
+    most images at once, for executorch and coreml one. `sizes`: beside the model's own, in pixels, HEIGHTxWIDTH; a side
+    may be a range, MIN-MAX. `weights`: inside the graphs' files, beside them, or, of aoti, another package's
+    weights.safetensors, of which it uses what it can. executorch and coreml have neither choice.
     """
 
     formats: list[str] = field(default_factory=lambda: ["onnx", "aoti"])
     steps: list[int] = field(default_factory=list)
     guidance_scale: float | None = None
     batch: int = 1
+    sizes: list[str] = field(default_factory=list)
+    weights: str = "inside"
 
     def __post_init__(self) -> None:
+        for size in self.sizes:
+            sizes_from(size)
+        if self.weights not in ("inside", "beside"):
+            if not self.weights.endswith(".safetensors"):
+                ways = "inside, beside, or the weights.safetensors of another package"
+                raise ValueError(f"package.weights={self.weights} must be {ways}")
+            if self.formats != ["aoti"]:
+                reason = "onnxruntime reads weights from the folder of their graph alone"
+                raise ValueError(f"package.weights={self.weights} is for package.formats=[aoti]: {reason}")
         if not self.formats or not set(self.formats) <= {"onnx", "aoti", "executorch", "coreml"}:
             raise ValueError(f"package.formats={list(self.formats)} must be some of onnx, aoti, executorch, coreml")
-        if self.batch > 1 and (single := {"executorch", "coreml"} & set(self.formats)):
-            names = " and ".join(sorted(single))
-            raise ValueError(f"package.batch={self.batch}: {names} packages draw one image at a time: package.batch=1")
+        if single := " and ".join(sorted({"executorch", "coreml"} & set(self.formats))):
+            if self.batch > 1:
+                way = "package.batch=1"
+                raise ValueError(f"package.batch={self.batch}: {single} packages draw one image at a time: {way}")
+            if self.sizes or self.weights != "inside":
+                key = "sizes" if self.sizes else "weights"
+                raise ValueError(f"package.{key}: {single} packages have one size, and weights inside; leave it out")
         if not all(steps >= 1 for steps in self.steps):
             raise ValueError(f"package.steps={list(self.steps)} must be numbers from 1 up")
         if self.guidance_scale is not None and self.guidance_scale < 0:

@@ -18,12 +18,14 @@ from slimstep.engine.run import Run
 from slimstep.eval.config import Config
 from slimstep.eval.inputs import Teacher, check_trained, load_teacher, numbered_images, read_prompt_set
 from slimstep.eval.packaging.formats import MANIFEST, RUNNER, missing_libraries, write_package
-from slimstep.eval.packaging.package import package_of
+from slimstep.eval.packaging.package import BESIDE, INSIDE, package_of
 from slimstep.eval.packaging.run_package import runs_here
+from slimstep.eval.packaging.sizes import Sizes, corners, sizes_from
 from slimstep.eval.pages.tables import Table
 from slimstep.eval.sampling import Sampler
 from slimstep.models.card import origin_of
 from slimstep.models.networks import network_of
+from slimstep.models.sizes import drawing, scale_factor
 
 log = logging.getLogger("slimstep")
 MOST_DIFFERENCE = {torch.float32: 1e-2}  # of an image's pixels, from -1 to 1; rounding to 8 bits is 0.004
@@ -36,6 +38,9 @@ def package_student(config: Config, run: Run) -> int | Plan:
     for format in settings.formats:
         if missing := missing_libraries(format):
             raise ValueError(f"package.formats={format} needs {', '.join(missing)}: pip install -e '.[{format}]'")
+    if settings.weights not in (INSIDE, BESIDE) and not Path(settings.weights).is_file():
+        raise ValueError(f"package.weights={settings.weights} is not there: a package made with package.weights=beside "
+                         f"has one")  # fmt: skip
     teacher = load_teacher(config, run)
     samplers = [sampler_of(teacher, steps) for steps in steps_of(config)]
     if config.plan:
@@ -82,7 +87,8 @@ def packaged(teacher: Teacher, samplers: Sequence[Sampler], format: str) -> dict
         start = time.perf_counter()
         teacher.pipeline.to(device)
         with whole_folder(folder) as aside:
-            write_package(package_of(samplers[0], steps, batch), format, aside)
+            weights = teacher.config.package.weights
+            write_package(package_of(samplers[0], steps, batch, sizes_of(teacher), weights), format, aside)
             write_text(aside / "README.md", readme(teacher, format, steps[0]))
         log.info(f"{format}: written in {time.perf_counter() - start:.0f} s: {folder}")
 
@@ -90,8 +96,13 @@ def packaged(teacher: Teacher, samplers: Sequence[Sampler], format: str) -> dict
     return run.json(f"{format}.json", lambda: {"format": format, **verified(teacher, samplers[0], folder)})
 
 
+def sizes_of(teacher: Teacher) -> list[Sizes]:
+    return [sizes_from(size) for size in teacher.config.package.sizes]
+
+
 def readme(teacher: Teacher, format: str, steps: int) -> str:
-    libraries = {"onnx": "onnxruntime", "aoti": f"torch {torch.__version__}", "executorch": "executorch",
+    with_weights = "" if teacher.config.package.weights == INSIDE else " with safetensors"
+    libraries = {"onnx": "onnxruntime", "aoti": f"torch {torch.__version__}{with_weights}", "executorch": "executorch",
                  "coreml": "coremltools, on macOS"}  # fmt: skip
     needs = f"numpy, Pillow, tokenizers and {libraries[format]}"
     return f"""# {Path(str(teacher.config.model.name_or_path)).name}, packaged
@@ -104,20 +115,39 @@ Needs {needs}; neither diffusers nor slimstep.
 
 
 def verified(teacher: Teacher, sampler: Sampler, folder: Path) -> dict[str, Any]:
-    """What the package's own program draws, in a new process, beside what the pipeline draws; and the seconds of that.
-    ValueError where these are two images. Of a format that this system does not run, the size alone."""
+    """What the package's own program draws, in new processes, beside what the pipeline draws; and the seconds of that.
+    Three images of its own size, one of each corner of other sizes. ValueError where these are two images. Of a format
+    that this system does not run, the bytes alone."""
     size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     if not runs_here(load_json(folder / MANIFEST)["format"]):
         log.warning(f"{folder} was not run, which takes another system; its inputs' and outputs' shapes were checked")
         return {"bytes": size, "difference": None}
+    row, factor = drawn_beside(teacher, sampler, folder, 3), scale_factor(sampler.pipeline)
+    sides = [side * factor for side in sampler.latent_shape[1:]]
+    for height, width in corners(sizes_of(teacher)):
+        if [height, width] != sides:
+            with drawing(sampler.pipeline, height, width):
+                other = drawn_beside(teacher, resized(sampler), folder, 1, f"{height}x{width}")
+            row["difference"] = max(row["difference"], other["difference"])
+    return {"bytes": size, **row}
+
+
+def resized(sampler: Sampler) -> Sampler:
+    """The same for the size that its pipeline draws now."""
+    return Sampler(sampler.pipeline, sampler.steps, sampler.guidance_scale, sampler.seed, precision=sampler.precision)
+
+
+def drawn_beside(teacher: Teacher, sampler: Sampler, folder: Path, count: int, size: str = "") -> dict[str, Any]:
+    """So many images of a size, of the package's own where none is named."""
     images = teacher.run.path / "images"
     images.mkdir(parents=True, exist_ok=True)
     prompts = (read_prompt_set(teacher.config) if teacher.is_conditional else numbered_images(2)).prompts[:1]
     coefficients = load_json(folder / MANIFEST)["samplers"][str(sampler.steps)]
-    pixels, noise = (images / f"{folder.name}-{what}.npy" for what in ("pixels", "noise"))
-    np.save(noise, np.stack([unit_noises(sampler, i, len(coefficients["latents"]["noises"])) for i in range(3)]))
+    name = f"{folder.name}-{size}" if size else folder.name
+    pixels, noise = (images / f"{name}-{what}.npy" for what in ("pixels", "noise"))
+    np.save(noise, np.stack([unit_noises(sampler, i, len(coefficients["latents"]["noises"])) for i in range(count)]))
     command = [sys.executable, "-I", str(folder / RUNNER), prompts[0], "--noise", str(noise), "--pixels", str(pixels),
-               "--out", str(images / f"{folder.name}.png")]  # fmt: skip
+               "--out", str(images / f"{name}.png"), *(["--size", size] if size else [])]  # fmt: skip
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     wall = time.perf_counter() - start
@@ -130,10 +160,11 @@ def verified(teacher: Teacher, sampler: Sampler, folder: Path) -> dict[str, Any]
     difference = float(np.abs(torch.cat(drawn).numpy() - found).max())
     limit = MOST_DIFFERENCE.get(network.dtype, MOST_OF_HALVES)
     if not difference <= limit:
-        raise ValueError(f"{folder} draws {prompts[0]!r} as another image than the pipeline: {difference:.2g} apart")
+        what = f"{prompts[0]!r} at {size}" if size else repr(prompts[0])
+        raise ValueError(f"{folder} draws {what} as another image than the pipeline: {difference:.2g} apart")
     for file in (pixels, noise):
         file.unlink()
-    return {"bytes": size, "difference": difference, "process_s": wall, **said}
+    return {"difference": difference, "process_s": wall, **said}
 
 
 def unit_noises(sampler: Sampler, index: int, count: int) -> np.ndarray:

@@ -5,7 +5,8 @@ Of videos it is the number of frames, too: `sample_frames`, or `num_frames`, in 
 """
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import diffusers
@@ -78,6 +79,20 @@ def set_resolution(pipeline: DiffusionPipeline, pixels: Resolution, frames: int 
     remember_size(pipeline)
     if frames is not None:
         set_frames(pipeline, frames)
+
+
+@contextmanager
+def drawing(pipeline: DiffusionPipeline, height: int, width: int) -> Iterator[None]:
+    """While this runs, images of this height and width in pixels are what the pipeline draws by itself."""
+    network, factor = network_of(pipeline), scale_factor(pipeline)
+    own = network.config.sample_size
+    network.register_to_config(sample_size=[height // factor, width // factor])
+    remember_size(pipeline)
+    try:
+        yield
+    finally:
+        network.register_to_config(sample_size=own)
+        remember_size(pipeline)
 
 
 def remember_size(pipeline: DiffusionPipeline) -> None:

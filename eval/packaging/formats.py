@@ -5,7 +5,9 @@
     tokenizer*/             as diffusers' folders have them
     unconditional.npz       what guidance steers away from, where it does
     model.pt2               AOTInductor: encode, denoise and decode, compiled, with their weights
-    text_encoder/, unet/ or transformer/, vae_decoder/      ONNX: a model.onnx each, in optimum's folder layout
+    weights.safetensors     or these on their own (weights.py)
+    text_encoder/, unet/ or transformer/, vae_decoder/      ONNX: a model.onnx each, in optimum's folder layout, and
+                            with weights on their own, or of more than 2 GB, a model.onnx.data
     model.pte               ExecuTorch: encode, denoise and decode, with their weights (mobile.py)
     encode.mlpackage, …     Core ML: a package for each (mobile.py)
 """
@@ -21,12 +23,14 @@ import numpy as np
 import torch
 from torch.export import ExportedProgram
 from torch.fx import GraphModule
+from transformers import CLIPTokenizer
 
 from slimstep.engine.files import load_json, write_json, write_text
 from slimstep.engine.quiet import quiet
 from slimstep.eval.packaging import run_package
 from slimstep.eval.packaging.mobile import write_coreml, write_executorch
-from slimstep.eval.packaging.package import Package
+from slimstep.eval.packaging.package import BESIDE, INSIDE, Package
+from slimstep.eval.packaging.weights import write_weights
 from slimstep.models.networks import forget_last_captions, part_of
 
 # and the libraries that each needs
@@ -51,7 +55,10 @@ def write_package(package: Package, format: str, folder: Path) -> None:
         added = WRITERS[format](package, programs, folder)
     forget_last_captions(package.pipeline)
     for tokenization in package.tokenizations:
-        getattr(package.pipeline, tokenization.part).save_pretrained(folder / tokenization.part)
+        tokenizer = getattr(package.pipeline, tokenization.part)
+        tokenizer.save_pretrained(folder / tokenization.part)
+        if isinstance(tokenizer, CLIPTokenizer):  # transformers before 5, which optimum wants, reads these instead
+            tokenizer.backend_tokenizer.model.save(str(folder / tokenization.part))
     if package.manifest["guides"]:
         names, uncond = package.manifest["conditioning"], package.sampler.unconditional.tensors.values()
         row = {name: tensor.float().numpy() for name, tensor in zip(names, uncond, strict=True)}
@@ -68,15 +75,16 @@ def check_graphs(package: Package, folder: Path) -> None:
     call = run_package.Package(folder, manifest).call
     limit = MOST_DIFFERENCE.get(next(package.sampler.network.parameters()).dtype, MOST_OF_HALVES)
     for name, graph in package.graphs.items():
-        with torch.no_grad():
-            answer = graph.module(*graph.inputs.values())
-        expected = [tensor.cpu().numpy() for tensor in (answer if isinstance(answer, tuple) else (answer,))]
-        found = call(name, {key: tensor.cpu().numpy() for key, tensor in graph.inputs.items()})
-        for one, other in zip(expected, found, strict=True):
-            worst = float(np.abs(one - other).max() / (np.abs(one).max() or 1))
-            if not worst <= limit:
-                which = f"{manifest['format']}'s {name}"
-                raise ValueError(f"{which} is not the network: it differs by {worst:.2g} of its size")
+        for inputs in [graph.at(*sides) for sides in package.latent_sides] if graph.spans else [graph.inputs]:
+            with torch.no_grad():
+                answer = graph.module(*inputs.values())
+            expected = [tensor.cpu().numpy() for tensor in (answer if isinstance(answer, tuple) else (answer,))]
+            found = call(name, {key: tensor.cpu().numpy() for key, tensor in inputs.items()})
+            for one, other in zip(expected, found, strict=True):
+                worst = float(np.abs(one - other).max() / (np.abs(one).max() or 1))
+                if not worst <= limit:
+                    which = f"{manifest['format']}'s {name}"
+                    raise ValueError(f"{which} is not the network: it differs by {worst:.2g} of its size")
 
 
 # ---- AOTInductor ----
@@ -87,16 +95,25 @@ def write_aoti(package: Package, programs: Mapping[str, ExportedProgram], folder
     from torch._inductor import aot_compile
     from torch._inductor.package import package_aoti
 
-    options = {"aot_inductor.package": True}
+    options: dict[str, Any] = {"aot_inductor.package": True}
+    if package.weights != INSIDE:
+        kept = {"package_constants_in_so": False, "package_constants_on_disk_format": "pickle_weights"}
+        options |= {f"aot_inductor.{name}": value for name, value in kept.items()}
     compiled: dict[str, Any] = {
-        name: aot_compile(program.module(), program.example_inputs[0], options=options)
+        name: aot_compile(program.module(check_guards=False), program.example_inputs[0], options=options)
         for name, program in programs.items()
     }
-    package_aoti(str(folder / "model.pt2"), compiled)
+    # Beside the names of files inductor gives {name: (tensor, where it lay)}, with that format.
+    constants = {name: {key: tensor for part in parts if isinstance(part, dict) for key, (tensor, _) in part.items()}
+                 for name, parts in compiled.items()}  # fmt: skip
+    files: Any = {name: [part for part in parts if isinstance(part, str)] for name, parts in compiled.items()}
+    package_aoti(str(folder / "model.pt2"), files)
+    shared = None if package.weights == BESIDE else Path(package.weights)
+    beside = {} if package.weights == INSIDE else write_weights(constants, folder, shared)
     return {
         "graphs": dict.fromkeys(programs, "model.pt2"), "device": package.sampler.network.device.type,
         "torch": torch.__version__.partition("+")[0], "machine": platform.machine(),
-        "processor": run_package.processor_features(),
+        "processor": run_package.processor_features(), **beside,
     }  # fmt: skip
 
 
@@ -117,7 +134,7 @@ def write_onnx(package: Package, programs: Mapping[str, ExportedProgram], folder
             optimize=False, custom_translation_table=translations(),
         )  # fmt: skip
         weights = sum(tensor.nbytes for tensor in program.state_dict.values())
-        written.save(str(file), external_data=weights > LARGEST_FILE)
+        written.save(str(file), external_data=package.weights == BESIDE or weights > LARGEST_FILE)
     pipeline.save_config(folder)
     pipeline.scheduler.save_pretrained(folder / "scheduler")
     for name, place in {part: part, "text_encoder": "text_encoder", "vae": "vae_decoder"}.items():

@@ -5,6 +5,7 @@ Axes: R rows of the network (two for a guided image), B images, C channels, H an
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline, ModelMixin
@@ -26,23 +27,45 @@ INPUT_NAMES = {"text": "encoder_hidden_states", "pooled": "text_embeds"}
 @dataclass(frozen=True)
 class Graph:
     """A module that is called with tensors alone, `forward(*inputs)`. inputs: examples by name. outputs: their names.
-    rows: any number up to this may be given at once, 0 where it is fixed; `timestep` is one for all rows."""
+    rows: any number up to this may be given at once, 0 where it is fixed; `timestep` is one for all rows. spans:
+    heights and widths that the first input may have, where these are latents."""
 
     module: nn.Module
     inputs: Mapping[str, Tensor]
     outputs: Sequence[str]
     rows: int = 0
+    spans: tuple[range, ...] = ()
 
     @torch.no_grad()
     def exported(self) -> torch.export.ExportedProgram:
         """ValueError where the network cannot be written as one graph."""
-        rows = torch.export.Dim("rows", min=1, max=self.rows) if self.rows else None
-        free = [{0: rows} if rows and name != "timestep" else None for name in self.inputs]
-        inputs = tuple(self.inputs.values())
+        rows = {0: torch.export.Dim("rows", min=1, max=self.rows)} if self.rows else {}
+        free = [{} if name == "timestep" else dict(rows) for name in self.inputs]
+        free[0] |= {axis: dimension(axis, span) for axis, span in enumerate(self.spans, 2) if len(span) > 1}
+        inputs = tuple(self.at(*self.other_sides()).values()) if self.spans else tuple(self.inputs.values())
         try:
             return torch.export.export(self.module, inputs, dynamic_shapes=(tuple(free),), strict=False)
         except Exception as error:  # torch's have no common kind
             raise ValueError(f"{type(self.module).__name__.lower()} is no single graph: {one_line(error)}") from error
+
+    def other_sides(self) -> list[int]:
+        """An example that a graph does not take for all sizes: no single step, behind which dimensions of 1 are, no
+        square, and, as far as there are others, not the network's own, of which it may have tables."""
+        own, (heights, widths) = next(iter(self.inputs.values())).shape[2:], self.spans
+        height = min(reversed(heights), key=lambda n: (n == heights.step, n == own[0]))
+        return [height, min(reversed(widths), key=lambda n: (n == widths.step, n == height, n == own[1]))]
+
+    def at(self, height: int, width: int) -> dict[str, Tensor]:
+        """Examples of inputs whose latents have this size."""
+        (name, x), *others = self.inputs.items()
+        return {name: torch.randn(*x.shape[:2], height, width).to(x), **dict(others)}
+
+
+def dimension(axis: int, span: range) -> Any:
+    """What torch.export calls a side that may be any number of `span`."""
+    step = span.step
+    free = torch.export.Dim({2: "height", 3: "width"}[axis], min=span[0] // step, max=span[-1] // step)
+    return step * free if step > 1 else free
 
 
 class Encode(nn.Module):
@@ -90,9 +113,11 @@ class Decode(nn.Module):
 
 
 def graphs_of(
-    pipeline: DiffusionPipeline, tokenizations: Sequence[Tokenization], cond: Conditioning, guides: bool, batch: int
-) -> dict[str, Graph]:
-    """{encode, denoise, decode}, as far as the pipeline has them. cond: of one caption. batch: most images at once."""
+    pipeline: DiffusionPipeline, tokenizations: Sequence[Tokenization], cond: Conditioning, guides: bool, batch: int,
+    spans: tuple[range, ...] = (),
+) -> dict[str, Graph]:  # fmt: skip
+    """{encode, denoise, decode}, as far as the pipeline has them. cond: of one caption. batch: most images at once.
+    spans: heights and widths in latents, where there is more than the pipeline's own."""
     network, codec = network_of(pipeline), family_of(pipeline).codec(pipeline)
     denoiser = denoiser_of(network, prediction_type_of(pipeline.scheduler))
     rows, names = batch * (2 if guides else 1), tuple(cond.tensors)
@@ -103,13 +128,14 @@ def graphs_of(
         inputs["guidance"] = torch.full((rows,), 2.0)
     device = next(network.parameters()).device
 
-    def graph(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], rows: int = 0) -> Graph:
-        return Graph(module, {name: x.contiguous().to(device) for name, x in inputs.items()}, outputs, rows)
+    def graph(module: nn.Module, inputs: Mapping[str, Tensor], outputs: Sequence[str], *free: Any) -> Graph:
+        return Graph(module, {name: x.contiguous().to(device) for name, x in inputs.items()}, outputs, *free)
 
-    graphs = {"denoise": graph(Denoise(network, denoiser, names), inputs, ["out_sample"], rows if batch > 1 else 0)}
+    free = (rows if batch > 1 else 0), spans
+    graphs = {"denoise": graph(Denoise(network, denoiser, names), inputs, ["out_sample"], *free)}
     if codec is not None:
         latents = {"latent_sample": x_t[:batch].clone()}
-        graphs["decode"] = graph(Decode(codec), latents, ["sample"], batch if batch > 1 else 0)
+        graphs["decode"] = graph(Decode(codec), latents, ["sample"], batch if batch > 1 else 0, spans)
     if tokenizations:
         ids = {name: torch.ones(1, kind.length, dtype=torch.int64) for kind in tokenizations for name in kind.inputs}
         graphs["encode"] = graph(Encode(pipeline, tokenizations), ids, ["last_hidden_state", *names[1:]])

@@ -11,10 +11,16 @@ from tokenizers import Tokenizer
 from slimstep import __version__
 from slimstep.eval.packaging.coefficients import sampler_coefficients
 from slimstep.eval.packaging.graphs import Graph, graphs_of
+from slimstep.eval.packaging.sizes import Sizes, check_multiples, corners, spans
 from slimstep.eval.packaging.tokenization import Tokenization, tokenizations_of
 from slimstep.eval.sampling import Sampler
 from slimstep.models.decoding import has_statistics, scaling_of, statistics
 from slimstep.models.denoiser import takes_guidance
+from slimstep.models.flow import FlowSteps
+from slimstep.models.sizes import scale_factor
+
+INSIDE, BESIDE = "inside", "beside"  # where a package has its weights
+MOST_AREAS = 1000  # numbers of latents, each with coefficients of its own in package.json
 
 
 @dataclass(frozen=True)
@@ -25,15 +31,20 @@ class Package:
     tokenizations: tuple[Tokenization, ...]
     graphs: Mapping[str, Graph]
     manifest: Mapping[str, Any]
+    latent_sides: Sequence[tuple[int, int]]  # at which graphs are checked
+    weights: str  # INSIDE the files of graphs, BESIDE them, or in another package's file
 
     @property
     def pipeline(self) -> DiffusionPipeline:
         return self.sampler.pipeline
 
 
-def package_of(sampler: Sampler, steps: Sequence[int], batch: int) -> Package:
+def package_of(
+    sampler: Sampler, steps: Sequence[int], batch: int, sizes: Sequence[Sizes] = (), weights: str = INSIDE
+) -> Package:
     """The package of a sampler's pipeline, at its guidance scale, for these numbers of sampling steps, the first by
-    default. ValueError where the pipeline cannot be written as graphs and weighted sums."""
+    default, and these sizes beside the pipeline's own. ValueError where the pipeline cannot be written as graphs and
+    weighted sums, or draws no such size."""
     pipeline, network = sampler.pipeline, sampler.network
     guides = sampler.guides(network)
     if sampler.family.DRAWS_VIDEOS:
@@ -45,15 +56,71 @@ def package_of(sampler: Sampler, steps: Sequence[int], batch: int) -> Package:
     for tokenization in tokenizations:
         check_tokenizer(pipeline, tokenization)
     cond = sampler.encode_batch(["a caption"], 0)
-    graphs = graphs_of(pipeline, tokenizations, cond, guides, batch)
-    samplers = {str(n): asdict(sampler_coefficients(sampler.scheduler, n, sampler.flow)) for n in steps}
+    pixels = scale_factor(pipeline)
+    every = all_sizes(sampler, sizes)
+    latents = [one.shrunk(pixels) for one in every]
+    step = sampler.family.shrinks(network)
+    graphs = graphs_of(pipeline, tokenizations, cond, guides, batch, spans(latents, step) if sizes else ())
     manifest = {
         "slimstep": __version__, "steps": steps[0], "guidance_scale": sampler.guidance_scale, "guides": guides,
         "takes_guidance": takes_guidance(network), "batch": batch, "latents": list(sampler.latent_shape),
         "conditioning": conditioning_names(graphs, cond), "decode": unscaling(sampler),
-        "tokenizers": [tokenizer_entry(pipeline, tokenization) for tokenization in tokenizations], "samplers": samplers,
+        "tokenizers": [tokenizer_entry(pipeline, tokenization) for tokenization in tokenizations],
+        "samplers": coefficients(sampler, steps), "sizes": [one.sides for one in every],
+        "pixels_per_latent": pixels, "multiples_of": step * pixels,
     }  # fmt: skip
-    return Package(sampler, tokenizations, graphs, manifest)
+    if depends_on_size(sampler):
+        manifest["samplers_of_areas"] = coefficients_of_areas(sampler, steps, every[1:], step)
+    return Package(sampler, tokenizations, graphs, manifest, corners(latents), weights)
+
+
+# ---- sizes ----
+
+
+def all_sizes(sampler: Sampler, sizes: Sequence[Sizes]) -> list[Sizes]:
+    """The pipeline's own size and those asked for. ValueError for one that its network does not take."""
+    network: Any = sampler.network
+    pixels = scale_factor(sampler.pipeline)
+    height, width = (side * pixels for side in sampler.latent_shape[1:])
+    most = network.config.get("pos_embed_max_size")  # of Stable Diffusion 3's table of positions, in tokens
+    for one in sizes:
+        check_multiples(one, sampler.family.shrinks(network) * pixels)
+        if most and max(one.height[1], one.width[1]) > (longest := most * network.config.patch_size * pixels):
+            raise ValueError(f"package.sizes={one}: the network's positions end at {longest} px (pos_embed_max_size)")
+    merging = [block for block, spec in network.architecture.items() if spec.merge]
+    if sizes and merging:
+        reason = f"{', '.join(merging)} merge tokens, a number of one size"
+        raise ValueError(f"package.sizes: {reason}; leave it out, and choose the size with data.resolution")
+    return [Sizes((height, height), (width, width)), *sizes]
+
+
+def depends_on_size(sampler: Sampler) -> bool:
+    """Whether the scheduler shifts its times by the number of an image's tokens, as FLUX's."""
+    return sampler.flow is not None and bool(sampler.scheduler.config.get("use_dynamic_shifting"))
+
+
+def coefficients(sampler: Sampler, steps: Sequence[int], flow: FlowSteps | None = None) -> dict[str, Any]:
+    """Those of so many sampling steps each."""
+    return {str(n): asdict(sampler_coefficients(sampler.scheduler, n, flow or sampler.flow)) for n in steps}
+
+
+def coefficients_of_areas(
+    sampler: Sampler, steps: Sequence[int], sizes: Sequence[Sizes], step: int
+) -> dict[str, dict[str, Any]]:
+    """Those of every number of latents that an image of these sizes has."""
+    pixels = scale_factor(sampler.pipeline)
+    pairs = [(h // pixels, w // pixels) for one in sizes for h, w in one.every(step * pixels)]
+    areas = {h * w: [h, w] for h, w in pairs}
+    if len(areas) > MOST_AREAS:
+        kind = type(sampler.scheduler).__name__
+        raise ValueError(
+            f"package.sizes={', '.join(map(str, sizes))}: the {kind} shifts its times by an image's area, and these "
+            f"are {len(areas)} areas; name single sizes, or ranges with at most {MOST_AREAS}"
+        )
+    network: Any = sampler.network
+    config = network.config
+    flows = {area: sampler.family.flow({**config, "sample_size": sides}) for area, sides in areas.items()}
+    return {str(area): coefficients(sampler, steps, flow) for area, flow in flows.items()}
 
 
 def is_plain_guidance(sampler: Sampler) -> bool:

@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--count", type=int, default=1, help="images")
     parser.add_argument("--steps", type=int, help="sampling steps, one of those that the package was made for")
+    parser.add_argument("--size", help="HEIGHTxWIDTH in pixels, one of those that the package was made for")
     parser.add_argument("--guidance", type=float, help="guidance scale; by default the model's own")
     parser.add_argument("--noise", type=Path, help="unit noise [images, noises, C, H, W] as .npy, in place of a seed's")
     parser.add_argument("--pixels", type=Path, help="also write the pixels [images, 3, H, W] from -1 to 1 as .npy")
@@ -67,8 +68,10 @@ class Package:
         steps = str(options.steps or manifest["steps"])
         if steps not in manifest["samplers"]:
             sys.exit(f"--steps {steps}: the package was made for {', '.join(manifest['samplers'])}")
-        coefficients = manifest["samplers"][steps]
-        noise = unit_noise(options, coefficients, manifest["latents"])
+        latents = latent_shape(options.size, manifest)
+        samplers = manifest.get("samplers_of_areas", {}).get(str(latents[1] * latents[2]), manifest["samplers"])
+        coefficients = samplers[steps]
+        noise = unit_noise(options, coefficients, latents)
         scale = manifest["guidance_scale"] if options.guidance is None else options.guidance
         if scale > 1 and not (manifest["guides"] or manifest["takes_guidance"]):
             sys.exit(f"--guidance {scale:g}: the package was made without guidance")
@@ -86,6 +89,9 @@ class Package:
         uncond = np.load(self.folder / "unconditional.npz") if manifest["guides"] else {}
         conds = {name: np.concatenate([repeated(row, count), *([repeated(uncond[name], count)] if uncond else [])])
                  for name, row in cond.items()}  # fmt: skip
+        if "time_ids" in conds:  # SDXL's original size, crop and target size, in pixels
+            height, width = (side * manifest["pixels_per_latent"] for side in noise.shape[-2:])
+            conds["time_ids"][:] = height, width, 0, 0, height, width
         if manifest["takes_guidance"]:
             conds["guidance"] = np.full(count, scale, np.float32)
         noises = [noise[:, n].astype(np.float64) for n in range(noise.shape[1])]
@@ -116,6 +122,21 @@ class Package:
             for name, values in zip(said["inputs"], (encoded.ids, encoded.attention_mask), strict=False):
                 inputs[name] = np.array([values], np.int64)
         return dict(zip(self.manifest["conditioning"], self.call("encode", inputs), strict=True))
+
+
+def latent_shape(size: str | None, manifest: dict) -> list[int]:
+    """C, H and W of what is denoised for an image of this size."""
+    channels, *own = manifest["latents"]
+    if size is None:
+        return [channels, *own]
+    height, by, width = size.partition("x")
+    sides = [int(side) for side in (height, width)] if by and height.isdigit() and width.isdigit() else [0, 0]
+    step, pixels = manifest["multiples_of"], manifest["pixels_per_latent"]
+    fits = [low <= sides[0] <= high and left <= sides[1] <= right for (low, high), (left, right) in manifest["sizes"]]
+    if not any(fits) or any(side % step for side in sides):
+        known = ["x".join("-".join(map(str, dict.fromkeys(side))) for side in one) for one in manifest["sizes"]]
+        sys.exit(f"--size {size}: the package draws HEIGHTxWIDTH of {', '.join(known)}, in multiples of {step}")
+    return [channels, *(side // pixels for side in sides)]
 
 
 def unit_noise(options: argparse.Namespace, coefficients: dict, latents: list[int]) -> np.ndarray:
@@ -170,14 +191,40 @@ def aoti_graphs(folder: Path, manifest: dict) -> Call:
     from torch._inductor.package import load_package
 
     graphs = {name: load_package(str(folder / file), name) for name, file in manifest["graphs"].items()}
+    tensors = weights_beside(folder, manifest)
+    for name, keys in manifest.get("constants", {}).items():
+        constants = {constant: tensors[key] for constant, key in keys.items()}
+        graphs[name].load_constants(constants, check_full_update=True, user_managed=True)
 
-    def call(name: str, inputs: Mapping[str, np.ndarray]) -> list[np.ndarray]:
+    def call(name: str, inputs: Mapping[str, np.ndarray], kept: dict = tensors) -> list[np.ndarray]:
         with torch.inference_mode():
             given = [torch.from_numpy(np.ascontiguousarray(array)).to(manifest["device"]) for array in inputs.values()]
             answer = graphs[name](*given)
         return [tensor.cpu().numpy() for tensor in (answer if isinstance(answer, (tuple, list)) else [answer])]
 
     return call
+
+
+def weights_beside(folder: Path, manifest: dict) -> dict:
+    """Tensors of a package's files by their keys, on a CPU mapped from these, so that processes share their memory;
+    they live as long as the graphs that use them."""
+    files = [folder / name for name in manifest.get("weights", [])]
+    if missing := [str(file) for file in files if not file.is_file()]:
+        sys.exit(f"{', '.join(missing)} is not there: the weights of {folder} are in it")
+    if not files:
+        return {}
+    try:
+        from safetensors import safe_open
+    except ImportError:
+        sys.exit("this package has its weights in a file of their own: pip install safetensors")
+    keys = {key for named in manifest["constants"].values() for key in named.values()}
+    tensors: dict = {}
+    for file in files:
+        with safe_open(str(file), framework="pt", device=manifest["device"]) as opened:
+            tensors |= {key: opened.get_tensor(key) for key in keys & set(opened.keys())}
+    if len(tensors) < len(keys):
+        sys.exit(f"{', '.join(map(str, files))} lacks {len(keys - tensors.keys())} weights of {folder}")
+    return tensors
 
 
 def compile_no_probe() -> None:

@@ -4,28 +4,37 @@ import copy
 import json
 import subprocess
 import sys
+import zipfile
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from PIL import Image
 from torch import nn
 
 from scripts import random_transformers
-from slimstep.eval.package_job import unit_noises
+from slimstep.eval.config import PackageConfig
+from slimstep.eval.package_job import resized, unit_noises
 from slimstep.eval.packaging import run_package
 from slimstep.eval.packaging.coefficients import sampler_coefficients
 from slimstep.eval.packaging.formats import check_graphs, write_package
 from slimstep.eval.packaging.mobile import check_interfaces, check_operations
 from slimstep.eval.packaging.package import package_of
+from slimstep.eval.packaging.sizes import sizes_from
 from slimstep.eval.packaging.tokenization import tokenizations_of
+from slimstep.eval.packaging.weights import write_weights
 from slimstep.eval.sampling import Sampler
 from slimstep.models.card import Origin
+from slimstep.models.family import family_of
 from slimstep.models.guidance import with_guidance_embedding
-from slimstep.models.networks import with_unet
+from slimstep.models.networks import network_of, with_unet
 from slimstep.models.pipeline import export_pipeline, load_pipeline
 from slimstep.models.schedulers import SHORT
+from slimstep.models.sizes import drawing, scale_factor
 from tests.jobs import run_job
 from tests.tiny import slow, tiny_sdxl_pipeline
 
@@ -61,12 +70,16 @@ def noises(sampler: Sampler, count: int, manifest: dict) -> np.ndarray:
     return np.stack([unit_noises(sampler, i, drawn) for i in range(count)])
 
 
-def packaged(pipeline, folder: Path, steps: int, guidance: float, format: str = "onnx", batch: int = 1) -> Sampler:
+def packaged(
+    pipeline, folder: Path, steps: int, guidance: float, format: str = "onnx", batch: int = 1,
+    sizes: Sequence[str] = (), weights: str = "inside",
+) -> Sampler:  # fmt: skip
     """Writes a package of what was saved and loaded; its sampler."""
     pipeline.save_pretrained(folder / "model")
     sampler = Sampler(load_pipeline(folder / "model"), steps, guidance, seed=1)
     (folder / "package").mkdir()
-    write_package(package_of(sampler, [steps], batch), format, folder / "package")
+    package = package_of(sampler, [steps], batch, [sizes_from(size) for size in sizes], weights)
+    write_package(package, format, folder / "package")
     return sampler
 
 
@@ -76,6 +89,17 @@ def pruned(unet):
     narrower = {"up_blocks.0.resnets.0": {"channels": 0.5}, "mid_block.attentions.0": {"attn1": 0, "ff": 0.25}}
     table = {block: {"widths": widths} for block, widths in narrower.items()}
     return unet.with_architecture({unet.copyable_blocks[0]: 2, removed: 0, **table})
+
+
+def check_sizes(sampler: Sampler, folder: Path, *sizes: tuple[int, int]) -> None:
+    """A package draws these sizes as the pipeline does."""
+    manifest = json.loads((folder / "package.json").read_text())
+    for height, width in sizes:
+        with drawing(sampler.pipeline, height, width):
+            other = resized(sampler)
+            noise, expected = noises(other, 2, manifest), drawn_here(other, 2)
+        assert expected.shape[-2:] == (height, width)
+        np.testing.assert_allclose(drawn_alone(folder, noise, "--size", f"{height}x{width}"), expected, atol=1e-4)
 
 
 # ---- samplers ----
@@ -122,7 +146,8 @@ def test_captions_are_watched_and_the_tokenizers_are_put_back(tiny_pipeline_fold
 def test_a_job_packages_an_export(tiny_pipeline_folder, tmp_path):
     pytest.importorskip("onnxscript")
     words = [f"model.name_or_path={tiny_pipeline_folder}", f"root={tmp_path}", "name=made", "eval.steps=2"]
-    done = run_job("+experiment=package", *words, "package.formats=[onnx]", "package.batch=2")
+    options = "package.formats=[onnx]", "package.batch=2", "package.sizes=[12-24x16]", "package.weights=beside"
+    done = run_job("+experiment=package", *words, *options)
     assert done.returncode == 0, done.stderr
     folder = tmp_path / "made/onnx"
     manifest = json.loads((folder / "package.json").read_text())
@@ -131,6 +156,27 @@ def test_a_job_packages_an_export(tiny_pipeline_folder, tmp_path):
     found = drawn_alone(folder, noises(sampler, 3, manifest), without=("torch",))
     np.testing.assert_allclose(found, drawn_here(sampler, 3), atol=1e-4)
     assert (tmp_path / "made/images/onnx-0.png").is_file() and "pixels differ by" in done.stdout
+    weight = sampler.network.conv_in.weight.detach().numpy().tobytes()
+    files = {file.name: file.read_bytes().count(weight) for file in (folder / "unet").glob("model.onnx*")}
+    assert files == {"model.onnx": 0, "model.onnx.data": 1}
+    # The smallest and the largest were drawn by the job; this is another, and its neighbours are none.
+    assert Image.open(tmp_path / "made/images/onnx-24x16.png").size == (16, 24)
+    check_sizes(sampler, folder, (20, 16))
+    for size in ("28x16", "18x16", "16x20", "16"):
+        with pytest.raises(SystemExit, match=f"{size}: the package draws .* of 16x16, 12-24x16, in multiples of 4"):
+            run_package.latent_shape(size, manifest)
+
+
+@pytest.mark.parametrize("text", ["512", "512x", "0x512", "512x1024-768", "512 x 768", "512x768x3"])
+def test_sizes_that_are_none_are_refused(text):
+    with pytest.raises(ValueError, match=f"package.sizes={text} must be HEIGHTxWIDTH in pixels"):
+        PackageConfig(sizes=["512x768", text])
+
+
+def test_sizes_between_the_networks_steps_are_refused(tiny_pipeline_folder):
+    sampler = Sampler(load_pipeline(tiny_pipeline_folder), 1, 1.0)
+    with pytest.raises(ValueError, match="package.sizes=18x16-30: .* multiples of 4 px; nearest: 16x16-32"):
+        package_of(sampler, [1], 1, [sizes_from("18x16-30")])
 
 
 def test_steps_that_a_student_never_learnt_are_refused(tiny_pipeline_folder, tmp_path):
@@ -153,11 +199,70 @@ def test_a_graph_that_is_not_its_network_is_found(tiny_pipeline_folder, tmp_path
 
 
 @pytest.mark.slow
-def test_a_compiled_package_draws_the_same(tiny_pipeline_folder, tmp_path):
-    sampler = packaged(load_pipeline(tiny_pipeline_folder), tmp_path, 2, 2.5, "aoti", batch=2)
-    manifest = json.loads((tmp_path / "package/package.json").read_text())
-    found = drawn_alone(tmp_path / "package", noises(sampler, 3, manifest), without=("onnxruntime",))
+def test_a_compiled_package_draws_the_same_and_shares_its_weights(tiny_pipeline_folder, tmp_path):
+    pipeline, options = load_pipeline(tiny_pipeline_folder), {"batch": 2, "sizes": ["8-24x16-32"]}
+    sampler = packaged(pipeline, tmp_path, 2, 2.5, "aoti", **options, weights="beside")
+    folder = tmp_path / "package"
+    check_sizes(sampler, folder, (8, 32), (20, 16))
+    manifest = json.loads((folder / "package.json").read_text())
+    found = drawn_alone(folder, noises(sampler, 3, manifest), without=("onnxruntime",))
     np.testing.assert_allclose(found, drawn_here(sampler, 3), atol=1e-4)
+
+    weight = sampler.codec.decoder.conv_in.weight.detach().numpy().tobytes()
+    shared, copies = folder / "weights.safetensors", {}
+    for place in ("beside", "inside", str(shared)):  # of the decoder alone, which is compiled soonest
+        whole, alone = package_of(sampler, [2], 1, weights=place), tmp_path / Path(place).name
+        alone.mkdir()
+        write_package(replace(whole, graphs={"decode": whole.graphs["decode"]}), "aoti", alone)
+        copies[place] = {file.name: contents(file).count(weight) for file in alone.iterdir()}
+    assert shared.read_bytes().count(weight) == 1 and not contents(folder / "model.pt2").count(weight)
+    assert copies["beside"]["model.pt2"] == copies[str(shared)]["model.pt2"] == 0
+    assert copies["beside"]["weights.safetensors"] == copies["inside"]["model.pt2"] == 1
+    assert "weights.safetensors" not in copies[str(shared)] and "weights.safetensors" not in copies["inside"]
+
+
+def contents(file: Path) -> bytes:
+    """A file's bytes, of an archive what is in it."""
+    if not zipfile.is_zipfile(file):
+        return file.read_bytes() if file.is_file() else b""
+    with zipfile.ZipFile(file) as archive:
+        return b"".join(archive.read(name) for name in archive.namelist())
+
+
+def test_a_weight_is_written_once_for_all_graphs_and_packages(tmp_path):
+    one, two, three = torch.randn(3, 4), torch.ones(2, dtype=torch.bfloat16), torch.arange(5)
+    first, second, alien = (tmp_path / name for name in ("first", "second", "alien"))
+    for folder in (first, second, alien):
+        folder.mkdir()
+    here = {"device": "cpu"}
+    made = write_weights({"encode": {"a": one, "tied": one.clone()}, "denoise": {"b": one, "c": two}}, first, None)
+    assert made["weights"] == ["weights.safetensors"]
+    keys = made["constants"]["denoise"]
+    assert made["constants"]["encode"] == {"a": keys["b"], "tied": keys["b"]}
+    assert len(run_package.weights_beside(first, {**made, **here})) == 2
+
+    more = write_weights({"denoise": {"b": one, "size": three}}, second, first / "weights.safetensors")
+    assert more["weights"] == ["../first/weights.safetensors", "weights.safetensors"]
+    found = run_package.weights_beside(second, {**more, **here})
+    assert torch.equal(found[more["constants"]["denoise"]["b"]], one)
+    assert torch.equal(found[more["constants"]["denoise"]["size"]], three) and len(found) == 2
+    with pytest.raises(ValueError, match="has no weight of this model"):
+        write_weights({"denoise": {"b": one.double()}}, alien, first / "weights.safetensors")
+    with pytest.raises(ValueError, match="strides .* package.weights=inside"):
+        write_weights({"denoise": {"b": one.T}}, alien, None)
+    (first / "weights.safetensors").unlink()
+    with pytest.raises(SystemExit, match="first/weights.safetensors is not there: the weights of .*second"):
+        run_package.weights_beside(second, {**more, **here})
+
+
+def test_weights_of_another_package_are_for_compiled_ones():
+    with pytest.raises(ValueError, match=r"package.weights=a.safetensors is for package.formats=\[aoti\]"):
+        PackageConfig(weights="a.safetensors")
+    with pytest.raises(ValueError, match="package.weights=outside must be inside, beside, or"):
+        PackageConfig(weights="outside")
+    with pytest.raises(ValueError, match="package.sizes: coreml and executorch packages have one size"):
+        PackageConfig(formats=["onnx", "executorch", "coreml"], sizes=["8x8"])
+    assert PackageConfig(formats=["aoti"], weights="a.safetensors").batch == 1
 
 
 def test_a_compiled_package_refuses_other_machines():
@@ -182,17 +287,27 @@ def test_transformers_are_packaged_or_refused_by_name(name, guidance, tmp_path):
     check_onnx(pipeline, tmp_path, 3, guidance)
 
 
-def check_onnx(pipeline, folder: Path, steps: int, guidance: float) -> None:
-    sampler = packaged(pipeline, folder, steps, guidance)
+def check_onnx(pipeline, folder: Path, steps: int, guidance: float) -> Sampler:
+    """Of the pipeline's own size, and of half its height by twice its width."""
+    step = family_of(pipeline).shrinks(network_of(pipeline)) * scale_factor(pipeline)
+    sampler = packaged(pipeline, folder, steps, guidance, batch=2, sizes=[f"{step}x{step}-{6 * step}"])
     manifest = json.loads((folder / "package/package.json").read_text())
     found = drawn_alone(folder / "package", noises(sampler, 2, manifest), without=("torch",))
     np.testing.assert_allclose(found, drawn_here(sampler, 2), atol=1e-4)
+    check_sizes(sampler, folder / "package", (step, 3 * step))
+    return sampler
 
 
 @pytest.mark.slow
-def test_sdxl_is_packaged(tmp_path):
+def test_sdxl_is_packaged_and_told_the_size(tmp_path):
     pytest.importorskip("onnxscript")
-    check_onnx(tiny_sdxl_pipeline(), tmp_path, 2, 2.5)
+    pipeline = check_onnx(tiny_sdxl_pipeline(), tmp_path, 2, 2.5).pipeline
+    noise = np.random.default_rng(0).standard_normal((1, 1, 4, 4, 16), np.float32)
+    found = drawn_alone(tmp_path / "package", noise, "--size", "8x32")
+    options = {"num_inference_steps": 2, "guidance_scale": 2.5, "latents": torch.from_numpy(noise[:, 0]), "height": 8,
+               "width": 32, "output_type": "pt"}  # fmt: skip
+    expected = pipeline(PROMPT, **options).images.numpy() * 2 - 1
+    np.testing.assert_allclose(found.clip(-1, 1), expected, atol=1e-4)
 
 
 @pytest.mark.slow

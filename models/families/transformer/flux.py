@@ -30,7 +30,7 @@ class FluxDenoiser(TransformerDenoiser):
         ids_HW3[..., 1] += torch.arange(height, device=x_t.device)[:, None]
         ids_HW3[..., 2] += torch.arange(width, device=x_t.device)
         if network.config.guidance_embeds and guidance_B is None:
-            guidance_B = torch.full((len(x_t),), GUIDANCE, device=x_t.device)
+            guidance_B = torch.full((x_t.shape[0],), GUIDANCE, device=x_t.device)
         return {
             "hidden_states": packed(x_t),
             "timestep": t_B.to(x_t.dtype) / 1000,
@@ -58,8 +58,8 @@ def packed(x_BCHW: Tensor) -> Tensor:
 
 def unpacked(tokens: Tensor, height: int, width: int) -> Tensor:
     """The inverse of `packed`."""
-    parts = tokens.view(len(tokens), height // 2, width // 2, tokens.shape[2] // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
-    return parts.reshape(len(tokens), -1, height, width)
+    parts = tokens.view(tokens.shape[0], height // 2, width // 2, tokens.shape[2] // 4, 2, 2).permute(0, 3, 1, 4, 2, 5)
+    return parts.reshape(tokens.shape[0], -1, height, width)
 
 
 def encoded(

@@ -34,8 +34,10 @@ class PixArtDenoiser(TransformerDenoiser):
         if not network.config.use_additional_conditions:
             return {"resolution": None, "aspect_ratio": None}
         height, width = (PIXELS_PER_LATENT * side for side in x_t.shape[-2:])
-        resolution_B2 = x_t.new_tensor([[height, width]]).expand(len(x_t), -1)
-        return {"resolution": resolution_B2, "aspect_ratio": x_t.new_full((len(x_t), 1), height / width)}
+        # By columns: a list of sides would be one size for every graph that is made of it.
+        height_B1, width_B1 = (x_t.new_full((x_t.shape[0], 1), side) for side in (height, width))
+        aspect_ratio_B1 = x_t.new_full((x_t.shape[0], 1), height / width)
+        return {"resolution": torch.cat([height_B1, width_B1], 1), "aspect_ratio": aspect_ratio_B1}
 
     def prediction(self, output: Tensor, x_t: Tensor) -> Tensor:
         return output[:, : x_t.shape[1]]

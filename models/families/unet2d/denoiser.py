@@ -38,7 +38,7 @@ class UNet2DConditionDenoiser:
         if "pooled" in tensors:
             options["added_cond_kwargs"] = {"text_embeds": tensors["pooled"], "time_ids": tensors["time_ids"]}
         if guidance_B is None and self.guidance is not None:
-            guidance_B = torch.full((len(x_t),), self.guidance, device=x_t.device)
+            guidance_B = torch.full((x_t.shape[0],), self.guidance, device=x_t.device)
         if guidance_B is not None:
             options["timestep_cond"] = guidance_embedding(guidance_B, guidance_embed_dim(network)).to(dtype)
         if block_mask_BN is not None:
