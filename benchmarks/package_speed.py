@@ -64,7 +64,7 @@ def called(row: str, options: argparse.Namespace) -> tuple[Callable[[], Any], Ca
     inputs = dict(np.load(options.inputs))
     if row in ("onnx", "aoti"):
         package = run_package.Package(options.packages / row, manifest)
-        request = argparse.Namespace(prompt=PROMPT, seed=0, count=1, steps=None, guidance=None, noise=None)
+        request = run_package.asked([PROMPT])
         return lambda: package.call("denoise", inputs), lambda: package.draw(request)
     import torch
     from diffusers import DiffusionPipeline

@@ -22,7 +22,8 @@ import numpy as np
 Call = Callable[[str, Mapping[str, np.ndarray]], list[np.ndarray]]  # a graph's name and its inputs → its outputs
 
 
-def main() -> None:
+def asked(words: list[str] | None = None) -> argparse.Namespace:
+    """What a command line asks for, by default that of this process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("prompt", nargs="?", default="", help="what to draw; nothing for a model without prompts")
     parser.add_argument("--package", type=Path, default=Path(__file__).resolve().parent, help="its folder")
@@ -34,7 +35,11 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, help="guidance scale; by default the model's own")
     parser.add_argument("--noise", type=Path, help="unit noise [images, noises, C, H, W] as .npy, in place of a seed's")
     parser.add_argument("--pixels", type=Path, help="also write the pixels [images, 3, H, W] from -1 to 1 as .npy")
-    options = parser.parse_args()
+    return parser.parse_args(words)
+
+
+def main() -> None:
+    options = asked()
     manifest = read_manifest(options.package)
     start = time.perf_counter()
     package = Package(options.package, manifest)
