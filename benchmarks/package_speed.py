@@ -210,7 +210,7 @@ def spread(ratios: list[float]) -> str:
     """The median, and the quartiles of a ratio within a round."""
     if len(ratios) < 2:
         return f"{ratios[0]:.2f}×"
-    low, _, high = statistics.quantiles(ratios, n=4)
+    low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")  # exclusive ones of two lie outside them
     return f"{statistics.median(ratios):.3g}× [{low:.3g}, {high:.3g}]"
 
 
