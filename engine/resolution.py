@@ -13,7 +13,7 @@ def sides(resolution: Resolution) -> tuple[int, int]:
     return int(found["height"]), int(found["width"] or found["height"])
 
 
-def by(resolution: Resolution) -> str:
+def printed(resolution: Resolution) -> str:
     """As it is printed: 480×720."""
     return "×".join(map(str, sides(resolution)))
 

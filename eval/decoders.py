@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from slimstep.engine.resolution import Resolution, by, sides
+from slimstep.engine.resolution import Resolution, printed, sides
 from slimstep.eval.config import LatencyConfig
 from slimstep.eval.timing.latency import interleaved_times, one_thread
 from slimstep.models.decoding import ImageDecoder
@@ -48,7 +48,7 @@ def compare_decoders(
         try:
             calls = {name: decode_call(vae, z, config, device, mode) for name, vae in vaes.items()}
             with one_thread(device):
-                times = interleaved_times(calls, config, device, f"decoders, {mode}, {by(size)}, batch {batch}")
+                times = interleaved_times(calls, config, device, f"decoders, {mode}, {printed(size)}, batch {batch}")
         except torch.OutOfMemoryError:
             rows.append({**case, "skipped": "out of memory"})
             continue

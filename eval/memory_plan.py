@@ -119,10 +119,10 @@ def weight_lines(pipeline: DiffusionPipeline) -> list[str]:
     drawing, said = sum(parts.values()), ", ".join(f"{size(value)} {name}" for name, value in parts.items() if value)
     half = ", half of it with model.dtype=bfloat16" if network.dtype == torch.float32 else ""
     lines = [f"drawing    {size(drawing)} of weights on the device: {said}{half}"]
-    if resting := weight_bytes(encoders(pipeline).values()):
-        encoding = f"{size(drawing + resting)} while prompts are encoded, once and before"
+    if encoding_bytes := weight_bytes(encoders(pipeline).values()):
+        encoding = f"{size(drawing + encoding_bytes)} while prompts are encoded, once and before"
         kind = "text encoders" if text_encoders(pipeline) else "its image encoder"
-        lines.append(f"           {encoding}: {size(resting)} of {kind} then rest in the host's memory")
+        lines.append(f"           {encoding}: {size(encoding_bytes)} of {kind} then rest in the host's memory")
     return lines
 
 

@@ -40,7 +40,7 @@ def package_student(config: Config, run: Run) -> int | Plan:
             raise ValueError(f"package.formats={format} needs {', '.join(missing)}: pip install -e '.[{format}]'")
     if settings.weights not in (INSIDE, BESIDE) and not Path(settings.weights).is_file():
         raise ValueError(f"package.weights={settings.weights} is not there: a package made with package.weights=beside "
-                         f"has one")  # fmt: skip
+                         "has one")  # fmt: skip
     teacher = load_teacher(config, run)
     samplers = [sampler_of(teacher, steps) for steps in steps_of(config)]
     if config.plan:

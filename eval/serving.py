@@ -17,7 +17,7 @@ FONTS = ["system-ui", "Segoe UI", "Helvetica Neue", "Arial", "sans-serif"]  # of
 
 
 def gradio() -> ModuleType:
-    """The library, which is optional, told to ask nothing of the network: it may not be there."""
+    """The library, which is optional, set to ask nothing of the network: it may not be there."""
     os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
     return import_module("gradio")
 

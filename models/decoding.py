@@ -72,7 +72,7 @@ def check_tiles(vae: ModelMixin, images: Tensor, latents: Tensor) -> None:
     if images.shape[-2:] != tuple(shrinks * side for side in latents.shape[-2:]):
         height, width = images.shape[-2:]
         raise ValueError(f"model.vae_tiling=true: tiles of this {type(vae).__name__} do not fit together for images of "
-                         f"{width}x{height} px: set it to false")  # fmt: skip
+                         f"{height}x{width} px: set it to false")  # fmt: skip
 
 
 def decoded_frames(vae: AutoencoderKLTemporalDecoder, z_BCFHW: Tensor) -> Tensor:

@@ -185,8 +185,8 @@ def learnt_places(encoder: nn.Module) -> int | None:
 
 
 def forget_last_captions(pipeline: DiffusionPipeline) -> None:
-    """Tokenizers without the truncation and padding of their last call, which they would write into tokenizer.json: a
-    folder is to be the same whether or not a caption went through them before. Each call sets both anew."""
+    """Clears the truncation and padding of the tokenizers' last call, which they would write into tokenizer.json: a
+    folder is to be the same whether or not a caption went through before. Each call sets both anew."""
     for part in pipeline.components.values():
         tokenizer = getattr(getattr(part, "tokenizer", part), "backend_tokenizer", None)  # a processor's, or itself
         if tokenizer is not None:

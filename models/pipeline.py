@@ -285,9 +285,9 @@ def on_device(module: nn.Module, device: str | torch.device) -> Iterator[nn.Modu
 
 def to_device(pipeline: DiffusionPipeline, device: str | torch.device) -> DiffusionPipeline:
     """The pipeline with its networks on the device, but for encoders of prompts: those while `encoders_on` runs."""
-    resting = encoders(pipeline).values()
+    kept_on_host = encoders(pipeline).values()
     for network in networks(pipeline):
-        network.to("cpu" if network in resting else device)
+        network.to("cpu" if network in kept_on_host else device)
     return pipeline
 
 

@@ -128,7 +128,7 @@ def frames_field(network: ModelMixin, frames: int) -> dict[str, int]:
 
 def check_frames(pipeline: DiffusionPipeline, frames: int) -> None:
     """ValueError for a number of frames that an autoencoder of videos does not give back as it took them."""
-    step, each = frames_step(pipeline), frames_at_once(pipeline)
+    step, each = frames_step(pipeline), frames_per_latent(pipeline)
     if frames < 1 or (frames - 1) % step:
         floor = max(0, frames - 1) // step * step + 1
         parity = ", and gives an odd number of them back as they were, so" if step > each else ", so"
@@ -141,11 +141,11 @@ def check_frames(pipeline: DiffusionPipeline, frames: int) -> None:
 
 def frames_step(pipeline: DiffusionPipeline) -> int:
     """What numbers of frames are multiples of, but for the first frame."""
-    compression = frames_at_once(pipeline)
+    compression = frames_per_latent(pipeline)
     # It decodes latents two at a time, the first of an odd number with them, and takes the first frame off these alone.
     return compression * (2 if isinstance(pipeline.vae, AutoencoderKLCogVideoX) else 1)
 
 
-def frames_at_once(pipeline: DiffusionPipeline) -> int:
+def frames_per_latent(pipeline: DiffusionPipeline) -> int:
     """Frames that one latent stands for; 1 where each has its own."""
     return getattr(pipeline, "vae_scale_factor_temporal", 1)

@@ -29,7 +29,7 @@ from slimstep.engine.loop import load_trained, train, trained
 from slimstep.engine.objective import check_requirements
 from slimstep.engine.parallel import map_batches
 from slimstep.engine.planning import Plan
-from slimstep.engine.resolution import by, resolution_of
+from slimstep.engine.resolution import printed, resolution_of
 from slimstep.engine.run import Run
 from slimstep.eval.config import LatentsConfig
 from slimstep.eval.decoders import compare_decoders
@@ -128,7 +128,7 @@ def decoder_pruning(teacher: Teacher) -> DecoderPruning:
     decoder, latents = OmegaConf.to_object(config.decoder), OmegaConf.to_object(config.latents)
     if type(vae) is not AutoencoderKL:
         kind = type(vae).__name__
-        way = "the denoiser is pruned without it, by +experiment=prune_unet and its kin"
+        way = "the denoiser is pruned without it, by +experiment=prune_unet, prune_transformer or prune_svd"
         raise ValueError(f"the model's VAE is {kind}; a decoder is pruned from diffusers' own AutoencoderKL: {way}")
     widths = pruned_widths(vae, decoder.width, decoder.norm_groups)
     check_data(teacher)
@@ -340,7 +340,7 @@ def results(evaluation: Evaluation, times: Values) -> Sequence[str]:
     row = times["rows"][0]
     faster = f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}] times as fast as the teacher's"
     where = f"on {times['environment']['device']}, {row['mode']}, {times['protocol']['dtype']}"
-    place = f"latents of {by(row['latent_size'])}, batch {row['batch']}"
+    place = f"latents of {printed(row['latent_size'])}, batch {row['batch']}"
     return [clip_line(evaluation.points[-1].clip), f"VAE decoder: {faster} ({place}, {where})"]
 
 

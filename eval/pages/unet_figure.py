@@ -13,7 +13,7 @@ from matplotlib.colors import FuncNorm, LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from slimstep.engine.resolution import Resolution, by, resolution_of, sides
+from slimstep.engine.resolution import Resolution, printed, resolution_of, sides
 from slimstep.eval.pages.figures import INK, MUTED, STUDENT, canvas, styled
 from slimstep.eval.pages.runs import CLIP, Block, finite
 from slimstep.eval.pages.text import digits, signed
@@ -163,7 +163,7 @@ def draw_wiring(
         y = -level * PITCH
         size = f"level {level}"
         if latent_size:
-            size = by(resolution_of(*(side >> level for side in sides(latent_size))))
+            size = printed(resolution_of(*(side >> level for side in sides(latent_size))))
         axes.text(-0.12, y + BOX_H / 2, size, ha="right", va="center", fontsize=8, color=MUTED)
         down, up = spans.get(("down_blocks", level)), spans.get(("up_blocks", level))
         if down and up:

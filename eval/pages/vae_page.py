@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from PIL import Image
 
-from slimstep.engine.resolution import by
+from slimstep.engine.resolution import printed
 from slimstep.eval.pages.figures import MUTED, STUDENT, canvas, show_image, styled
 from slimstep.eval.pages.html import Pair, pairs, write_page
 from slimstep.eval.pages.runs import read_json
@@ -80,7 +80,7 @@ def time_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         return [digits(row["ms"]["teacher"]), digits(row["ms"]["student"]), *ratio(row).split(" ", 1),
                 f"{row['flop_ratio']:.2f}", f"{row['of_flops']:.0%}"]  # fmt: skip
 
-    cases = [[row["mode"], by(row["latent_size"]), str(row["batch"])] for row in rows]
+    cases = [[row["mode"], printed(row["latent_size"]), str(row["batch"])] for row in rows]
     return Table(header, [[*case, *times(row)] for case, row in zip(cases, rows, strict=True)], labels=3)
 
 
