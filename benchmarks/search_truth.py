@@ -9,7 +9,8 @@ searches. Each starts from that round's weights, is recovered by the same traini
 nothing was chosen on. Against the CLIP score after recovery stand what can be known before: sums of block scores, of
 pictures' errors, of scores after local recovery (--recovered-scores), of similarities and of squared weights,
 parameters, and the CLIP score right after the cut. To --out go table.md and results.json, with Spearman's correlations
-and the regret of each predictor's choice, intervals by bootstrap over networks. Killed, it continues; --count may grow.
+and the regret of each predictor's choice, intervals by bootstrap over networks. Killed, it continues; --count may grow. On several cores, one process for each
+--lane 0/2, 1/2, then one without it that gathers what they have made.
 """
 
 import argparse
@@ -193,6 +194,13 @@ def correlation(a: np.ndarray, b: np.ndarray) -> str:
     return f"{spearman(a, b):.2f} [{low:.2f}, {high:.2f}]"
 
 
+def lane(text: str) -> tuple[int, int]:
+    share, of = map(int, text.split("/"))
+    if not 0 <= share < of:
+        raise argparse.ArgumentTypeError(f"--lane {text} is not one of 0/{of} to {of - 1}/{of}")
+    return share, of
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, required=True, help="a pruning run with the scores of its first round")
@@ -204,6 +212,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/search-truth"), help="where the results go")
     parser.add_argument("--fraction", type=float, default=0.7, help="of the teacher's latency")
     parser.add_argument("--count", type=int, default=60, help="of networks beside the searches' choices")
+    parser.add_argument("--lane", type=lane, default=(0, 1), metavar="K/N",
+                        help="make the K-th of N shares of the networks and no table: 0/2")  # fmt: skip
     parser.add_argument("--steps", type=int, default=100, help="of recovery")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("overrides", nargs="*", help="further overrides of the experiment, for all runs")
@@ -212,11 +222,13 @@ def main() -> None:
     options.skip_rule = measured.skip_rule if isinstance(measured.skip_rule, str) else "shortcut"
     options.root.mkdir(parents=True, exist_ok=True)
     per_block = block_predictors(options.run, measured.values, options.similarities, options.recovered_scores)
-    every, found = networks(measured.values, measured.teacher_ms, options.fraction, options.count), []
+    share, of = options.lane
+    every = networks(measured.values, measured.teacher_ms, options.fraction, options.count)[share::of]
+    found: list[Found] = []
     for network in every:
         evaluation = recovered(network, options.root / every[0].name if found else None, options)
         found.append(found_of(network, evaluation, per_block))
-        if len(found) >= 8:
+        if of == 1 and len(found) >= 8:
             write_results(found, evaluation, options)
 
 
