@@ -9,8 +9,8 @@ searches. Each starts from that round's weights, is recovered by the same traini
 nothing was chosen on. Against the CLIP score after recovery stand what can be known before: sums of block scores, of
 pictures' errors, of scores after local recovery (--recovered-scores), of similarities and of squared weights,
 parameters, and the CLIP score right after the cut. To --out go table.md and results.json, with Spearman's correlations
-and the regret of each predictor's choice, intervals by bootstrap over networks. Killed, it continues; --count may grow. On several cores, one process for each
---lane 0/2, 1/2, then one without it that gathers what they have made.
+and the regret of each predictor's choice, intervals by bootstrap over networks. Killed, it continues; --count may grow.
+On several cores, one process for each --lane 0/2, 1/2, then one without it that gathers what they have made.
 """
 
 import argparse
