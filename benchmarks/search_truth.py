@@ -20,6 +20,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
@@ -41,6 +42,7 @@ NOISE = (0.0, 0.05, 0.15, 0.3, 0.6, math.inf)  # of the ranks, in units of the n
 NEAR = 0.02  # below the fraction: a set that cannot be met so closely is drawn anew
 AFTER, RIGHT_AFTER = "student", "round-00"
 RESAMPLES = 2000
+SkipRule = str | dict[str, str] | None
 
 
 @dataclass(frozen=True)
@@ -97,22 +99,27 @@ def networks(values: Sequence[BlockValue], teacher_ms: float, fraction: float, c
 # ---- their truth ----
 
 
-def recovered(network: Network, first: Path | None, options: argparse.Namespace) -> Evaluation:
-    """Runs or continues the network's job, from the first round's weights and with its latencies."""
-    path, source = options.root / network.name, options.run / "round-00"
+def recovered(
+    name: str, architecture: Mapping[str, Any], skip_rule: SkipRule, first: Path | None, options: argparse.Namespace
+) -> Evaluation:
+    """Runs or continues the job of a network, from the first round's weights and with its latencies. The teacher's
+    images are those of `first`, another network's run."""
+    path, source = options.root / name, options.run / "round-00"
     if not (path / "round-00").exists():
         with whole_folder(path / "round-00") as aside:
-            for name in ("weights.safetensors", "latency.json"):
-                shutil.copyfile(source / name, aside / name)
-    if first and first != path:
+            for file in ("weights.safetensors", "latency.json"):
+                shutil.copyfile(source / file, aside / file)
+    if first:
         share_teacher(first, path)
-    table = options.root / f"{network.name}.json"
-    write_json(table, dict.fromkeys(network.removed, 0))
+    table = options.root / f"{name}.json"
+    write_json(table, architecture)
+    if isinstance(skip_rule, dict):
+        skip_rule = f"{{{','.join(f'{block}:{rule}' for block, rule in skip_rule.items())}}}"
     run_job(f"prune_{options.of}", [
-        f"root={options.root}", f"name={network.name}", "search=manual", f"search.method.architecture={table}",
-        f"search.skip_rule={options.skip_rule}", f"recovery.train.steps={options.steps}",
-        f"recovery.train.batch_size={options.batch}", "eval.prompts=192", "eval.steps=8", "latency.iterations=3",
-        "latency.additive_samples=1", *options.overrides,
+        f"root={options.root}", f"name={name}", "search=manual", f"search.method.architecture={table}",
+        f"search.skip_rule={skip_rule or 'shortcut'}",
+        f"recovery.train.steps={options.steps}", f"recovery.train.batch_size={options.batch}", "eval.prompts=192",
+        "eval.steps=8", "latency.iterations=3", "latency.additive_samples=1", *options.overrides,
     ])  # fmt: skip
     evaluation = read_evaluation(path)
     assert evaluation, f"{path} has no evaluation"
@@ -194,6 +201,19 @@ def correlation(a: np.ndarray, b: np.ndarray) -> str:
     return f"{spearman(a, b):.2f} [{low:.2f}, {high:.2f}]"
 
 
+def add_recovery(parser: argparse.ArgumentParser, root: Path, out: Path) -> None:
+    """Of which networks, and how they are recovered; shared with search_budgets.py."""
+    parser.add_argument("--run", type=Path, required=True, help="a pruning run with the scores of its first round")
+    parser.add_argument("--of", choices=("unet", "transformer"), default="unet", help="what is pruned")
+    parser.add_argument("--root", type=Path, default=root, help="where the runs go")
+    parser.add_argument("--out", type=Path, default=out, help="where the results go")
+    parser.add_argument("--lane", type=lane, default=(0, 1), metavar="K/N",
+                        help="make the K-th of N shares of the networks and no table: 0/2")  # fmt: skip
+    parser.add_argument("--steps", type=int, default=100, help="of recovery")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("overrides", nargs="*", help="further overrides of the experiment, for all runs")
+
+
 def lane(text: str) -> tuple[int, int]:
     share, of = map(int, text.split("/"))
     if not 0 <= share < of:
@@ -203,30 +223,22 @@ def lane(text: str) -> tuple[int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, required=True, help="a pruning run with the scores of its first round")
-    parser.add_argument("--of", choices=("unet", "transformer"), default="unet", help="what is pruned")
     parser.add_argument("--similarities", type=Path, help="round-00/similarities.json of a run of search=similarity")
     parser.add_argument("--recovered-scores", type=Path,
                         help="round-00/scores.json of a run with scoring.recovery_steps above 0")  # fmt: skip
-    parser.add_argument("--root", type=Path, default=Path("runs/truth"), help="where the runs go")
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/search-truth"), help="where the results go")
     parser.add_argument("--fraction", type=float, default=0.7, help="of the teacher's latency")
     parser.add_argument("--count", type=int, default=60, help="of networks beside the searches' choices")
-    parser.add_argument("--lane", type=lane, default=(0, 1), metavar="K/N",
-                        help="make the K-th of N shares of the networks and no table: 0/2")  # fmt: skip
-    parser.add_argument("--steps", type=int, default=100, help="of recovery")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("overrides", nargs="*", help="further overrides of the experiment, for all runs")
+    add_recovery(parser, Path("runs/truth"), Path("benchmarks/search-truth"))
     options = parser.parse_args()
     measured = read_first_round(options.run)
-    options.skip_rule = measured.skip_rule if isinstance(measured.skip_rule, str) else "shortcut"
     options.root.mkdir(parents=True, exist_ok=True)
     per_block = block_predictors(options.run, measured.values, options.similarities, options.recovered_scores)
     share, of = options.lane
     every = networks(measured.values, measured.teacher_ms, options.fraction, options.count)[share::of]
     found: list[Found] = []
     for network in every:
-        evaluation = recovered(network, options.root / every[0].name if found else None, options)
+        first, removed = options.root / every[0].name if found else None, dict.fromkeys(network.removed, 0)
+        evaluation = recovered(network.name, removed, measured.skip_rule, first, options)
         found.append(found_of(network, evaluation, per_block))
         if of == 1 and len(found) >= 8:
             write_results(found, evaluation, options)

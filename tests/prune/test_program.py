@@ -9,8 +9,9 @@ import sys
 import numpy as np
 import pytest
 
+from benchmarks import search_budgets
 from slimstep.models.architecture import BlockSpec, nested
-from slimstep.prune.budgets import choices, read_first_round
+from slimstep.prune.budgets import Measured, choices, read_first_round
 from slimstep.prune.evolve import BlockValue, choose_removals, record_json
 from slimstep.prune.interactions import Interaction, beyond_sum
 from slimstep.prune.program import AdditiveProgram, cheapest_cover, program_removals
@@ -52,6 +53,13 @@ def test_no_set_is_cheaper_and_nothing_lies_within_what_is_chosen(seed):
 
     sets = itertools.chain.from_iterable(itertools.combinations(values, k) for k in range(len(values) + 1))
     assert fits(chosen) and price(chosen) == pytest.approx(min(map(price, filter(fits, sets))), abs=1e-4)
+
+
+def test_budgets_compare_greedy_removal_of_whole_blocks_with_the_program_over_all_changes():
+    values = (value("a", 4.0, 5.0), value("a", 0.5, 4.0, part="ff", share=0.5), value("b", 3.0, 4.0))
+    chosen = search_budgets.chosen(Measured(values, {}, 20.0, {}, "drop_skip"), 0.8)
+    labels = {search: [action.change.label for action in made.actions] for search, made in chosen.items()}
+    assert labels == {"snapfusion": ["b"], "program": ["a:ff@0.5"]}
 
 
 def test_what_cannot_meet_the_target_goes_as_far_as_it_can():
