@@ -58,7 +58,7 @@ ADDED = {
     "package.sizes": [], "package.weights": "inside",
     "model.timestep_spacing": None, "model.trained_steps": None, "recovery.objective.denoising_weight": 1.0,
     "model.first_stage": None, "model.video": None, "data.first_frames": None,
-    "model.vae_tiling": False,
+    "model.vae_tiling": False, "objective.temporal": 0.0,
     "objective.skip_prob.transformer": 0.1, "objective.skip_prob.sublayer": 0.1,
     **{f"{stage}train.{key}": value for stage in ("", "recovery.", "v_prediction.")
        for key, value in (("lora_rank", 0), ("evaluate_every", 0), ("keep_best", False))},

@@ -1,21 +1,25 @@
 """Latents that a pipeline samples from prompts, made once and cached: what a decoder is going to meet.
 
-Axes: B batch, C channels, H and W latent size.
+Axes: B batch, C channels, H and W latent size. What is written BCHW is BCFHW of videos.
 """
 
 from collections.abc import Iterable, Iterator
+from hashlib import sha256
 from itertools import count as count_up
 from itertools import takewhile
 from pathlib import Path
+from typing import Any
 
+from diffusers import DiffusionPipeline
 from torch import nn
 
-from slimstep.data.cache import agree, alone, text_hashes
+from slimstep.data.cache import agree, alone, first_frame_hashes, text_hashes
 from slimstep.data.encoding import module_hash
 from slimstep.data.prompts import PromptSet
 from slimstep.data.shards import CachedPairs, cache_key, is_intact, shard_tensors, write_index, write_shard
 from slimstep.engine.progress import progress
 from slimstep.eval.sampling import Sampler
+from slimstep.models.families.svd.conditions import begins_with_frame, first_frames
 
 FORMAT = 1
 
@@ -31,12 +35,13 @@ def sampled_latents(
     settings = {name: str(value) for name, value in sampler.protocol.items()}
     if settings["precision"] == "float32":
         del settings["precision"]  # as of caches that were made before there was a choice
-    made_from = {
+    made_from: dict[str, Any] = {
         "format": FORMAT,
         "unet": module_hash(unet),
         **text_hashes(sampler.pipeline),
         "scheduler": cache_key({k: v for k, v in sampler.scheduler.config.items() if not k.startswith("_")}),
         **settings,
+        **frames_hashes(sampler.pipeline, prompts),
         "prompts": prompts.hash,
         "batch_size": batch_size,
     }
@@ -61,6 +66,16 @@ def sampled_latents(
             write_index(folder, made_from, list(whole))
     accelerator.wait_for_everyone()
     return CachedPairs(folder)
+
+
+def frames_hashes(pipeline: DiffusionPipeline, prompts: PromptSet) -> dict[str, Any]:
+    """What the conditions by first frames depend on beside their names; nothing of models that begin without."""
+    if not begins_with_frame(pipeline):
+        return {}
+    frames = sha256()
+    for frame in first_frames(pipeline, prompts.distinct):
+        frames.update(frame.numpy().tobytes())
+    return {"vae": module_hash(pipeline.vae), "first_frames": frames.hexdigest(), **first_frame_hashes(pipeline)}
 
 
 def shard_paths(folder: Path, numbers: Iterable[int]) -> Iterator[Path]:

@@ -15,7 +15,7 @@ from slimstep.models.checkpoint import check_file, is_single_file, read_weights
 from slimstep.models.conversion import converted
 from slimstep.models.decoding import STATISTICS
 from slimstep.models.networks import load_network
-from slimstep.models.vae import NarrowAutoencoderKL
+from slimstep.models.vae import NarrowAutoencoderKL, NarrowDecoder
 
 KINDS = {kind.__name__: kind for kind in (AutoencoderKL, NarrowAutoencoderKL)}
 PREFIX, ORIGINAL = "first_stage_model.", "decoder.mid.block_1.conv1.weight"
@@ -86,16 +86,16 @@ def vae_of_folder(source: str, dtype: torch.dtype, allow_pickle: bool) -> Autoen
 
 def stock_vae(vae: nn.Module) -> nn.Module:
     """Diffusers' own class where the decoder has the encoder's widths; any other VAE as it is."""
-    if not isinstance(vae, NarrowAutoencoderKL) or vae.is_pruned:
+    if not isinstance(vae, NarrowDecoder) or vae.is_pruned:
         return vae
     own = ("decoder_block_out_channels", "decoder_norm_groups", "auto_map")
-    stock = AutoencoderKL.from_config({k: v for k, v in vae.config.items() if k not in own})
+    stock = vae.STOCK.from_config({k: v for k, v in vae.config.items() if k not in own})
     stock.load_state_dict(vae.state_dict())
     return stock.to(vae.device, vae.dtype).eval()
 
 
 def vae_obstacles(vae: nn.Module) -> tuple[str, ...]:
     """Why an autoencoder is not one of diffusers' own class."""
-    if not isinstance(vae, NarrowAutoencoderKL):
+    if not isinstance(vae, NarrowDecoder):
         return ()
     return (f"vae.decoder: its widths {vae.decoder_widths} are not its encoder's",)

@@ -1,5 +1,5 @@
 """Between images or videos and a pipeline's latents: VAEs of every kind, what latents are scaled by, and the decoding
-half of an AutoencoderKL as one network.
+half of a VAE as one network.
 
 Axes: B batch, C channels, F frames, H and W height and width in latents. What is written BCHW of images is BCFHW of
 videos; a VAE of videos takes an image as one frame.
@@ -151,7 +151,7 @@ class ImageDecoder(nn.Module):
 
     def __init__(self, vae: AutoencoderKL, normalised: bool = False):
         super().__init__()
-        self.post_quant_conv, self.decoder = vae.post_quant_conv, vae.decoder
+        self.post_quant_conv, self.decoder = getattr(vae, "post_quant_conv", None), vae.decoder
         self.scaling = vae.config.scaling_factor
         mean, std = statistics(vae.config) if normalised else (None, None)
         place = vae.decoder.conv_in.weight.device
@@ -173,3 +173,22 @@ class ImageDecoder(nn.Module):
 
     def disable_gradient_checkpointing(self) -> None:
         self.decoder.gradient_checkpointing = False
+
+
+class VideoDecoder(ImageDecoder):
+    """The same of an AutoencoderKLTemporalDecoder: from latents [B, C, F, H, W] to videos [B, 3, F, H, W], whose frames
+    the decoder sees all together."""
+
+    def forward(self, latents_BCFHW: Tensor) -> Tensor:
+        z_BCFHW = self.inputs(latents_BCFHW)
+        videos, _, frames = z_BCFHW.shape[:3]
+        none_BF = z_BCFHW.new_zeros(videos, frames)  # which are images alone, without neighbours
+        z_bCHW = z_BCFHW.transpose(1, 2).flatten(0, 1)
+        frames_b3HW = self.decoder(z_bCHW, num_frames=frames, image_only_indicator=none_BF)
+        return frames_b3HW.unflatten(0, (videos, frames)).transpose(1, 2)
+
+
+def decoder_of(vae: ModelMixin, normalised: bool = False) -> ImageDecoder:
+    """The decoding half of an AutoencoderKL or an AutoencoderKLTemporalDecoder as one network; `normalised` is
+    ImageDecoder's."""
+    return (VideoDecoder if isinstance(vae, AutoencoderKLTemporalDecoder) else ImageDecoder)(vae, normalised)

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 
 from slimstep.engine.quiet import one_line, preview
 from slimstep.models.folder import final_folder, folder_of, is_pickled, parts_of, variant_of, weight_files
-from slimstep.models.vae import NarrowAutoencoderKL
+from slimstep.models.vae import NARROW
 
 log = logging.getLogger("slimstep")
 EMBEDDED = ".base_layer."  # PEFT's name for what an adapter wraps
@@ -62,8 +62,8 @@ def load_networks(
         fields = AutoencoderKL.load_config(name_or_path, subfolder="vae")
         if "sample_size" in fields and fields["sample_size"] is None:
             raise ValueError("vae/config.json has sample_size=null, with which diffusers makes none: write its pixels")
-        if fields.get("_class_name") == NarrowAutoencoderKL.__name__:
-            kinds["vae"] = NarrowAutoencoderKL
+        if fields.get("_class_name") in NARROW:
+            kinds["vae"] = NARROW[fields["_class_name"]]
     return {part: load_network(name_or_path, part, kinds[part], **options) for part in networks if kinds[part]}
 
 

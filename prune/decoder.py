@@ -4,9 +4,10 @@ torch-pruning finds the channels that go together: those of a residual stream wi
 reads from it, those between the two convolutions of a ResNet, those inside the attention. Each such group is named by
 one of its convolutions. What a GroupNorm normalises together stays together ('whole': whole groups stay or go, and the
 statistics of those that stay do not change), or channels go per group ('per_group': every one of its groups keeps the
-same share of its channels).
+same share of its channels). In a temporal decoder, Stable Video Diffusion's, convolutions over time belong to the same
+residual streams.
 
-Axes: B batch, C channels of a group, H and W latent size.
+Axes: B batch, C channels of a group, F frames, H and W latent size. What is written BCHW of latents is BCFHW of videos.
 """
 
 import copy
@@ -16,35 +17,47 @@ from contextlib import contextmanager
 
 import torch
 import torch_pruning as tp
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, ModelMixin
 from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 from torch import Tensor, nn
 
-from slimstep.models.decoding import ImageDecoder
+from slimstep.models.decoding import decoder_of
 from slimstep.models.pipeline import quiet
-from slimstep.models.vae import NarrowAutoencoderKL
+from slimstep.models.vae import NarrowAutoencoderKL, NarrowAutoencoderKLTemporalDecoder, NarrowDecoder
 from slimstep.prune.config import BY_ACTIVATIONS, IMPORTANCE
 
 Channels = dict[str, list[int]]
+# {diffusers' class: the class of its pruned ones}
+PRUNABLE: dict[type[ModelMixin], type[NarrowDecoder]] = {
+    AutoencoderKL: NarrowAutoencoderKL, AutoencoderKLTemporalDecoder: NarrowAutoencoderKLTemporalDecoder
+}  # fmt: skip
+TEMPORAL_GROUPS = 32  # of every norm of a temporal decoder: diffusers has the number in its code, not in a config.json
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 
 
-def pruned_widths(vae: AutoencoderKL, width: float | Sequence[float], norm_groups: str = "whole") -> tuple[int, ...]:
+def pruned_widths(vae: ModelMixin, width: float | Sequence[float], norm_groups: str = "whole") -> tuple[int, ...]:
     """The decoder's channels per level, in the order of `block_out_channels`, for the share `width` that stays of each.
 
     Raises ValueError for shares that the norm groups do not take, and where levels that are one residual stream get
     different widths.
     """
-    stock, groups = tuple(vae.config.block_out_channels), vae.config.norm_num_groups
+    stock, groups = tuple(vae.config.block_out_channels), vae.config.get("norm_num_groups") or TEMPORAL_GROUPS
+    is_temporal = isinstance(vae, AutoencoderKLTemporalDecoder)
+    if is_temporal and vae.config.layers_per_block < 2:
+        why = "diffusers never runs the attention of such a decoder, so that nothing says which of its channels go"
+        raise ValueError(f"vae/config.json has layers_per_block={vae.config.layers_per_block}: {why}")
     shares = list(width) if isinstance(width, Sequence) else [width] * len(stock)
     if len(shares) != len(stock):
         raise ValueError(
             f"decoder.width={shares} has {len(shares)} values; this decoder has {len(stock)} levels: {stock}"
         )
     for level, (share, channels) in enumerate(zip(shares, stock, strict=True)):
-        parts = groups if norm_groups == "whole" else channels // groups
+        # diffusers' code makes a temporal decoder of no other widths than multiples of its groups.
+        parts = groups if norm_groups == "whole" and not is_temporal else channels // groups
         if not any(math.isclose(share, count / parts, abs_tol=1e-4) for count in range(1, parts + 1)):
             possible = ", ".join(f"{count / parts:.4g}" for count in range(1, parts + 1))
             rule = "whole groups stay or go" if norm_groups == "whole" else "every group keeps the same share"
+            rule = f"diffusers makes it of multiples of {groups} channels alone" if is_temporal else rule
             raise ValueError(
                 f"decoder.width={share} is impossible at level {level}: its {channels} channels are normalised in "
                 f"{groups} groups, and {rule}: {possible}"
@@ -60,7 +73,7 @@ def pruned_widths(vae: AutoencoderKL, width: float | Sequence[float], norm_group
 
 
 def choose_channels(
-    vae: AutoencoderKL,
+    vae: ModelMixin,
     widths: Sequence[int],
     importance: str,
     latents_BCHW: Tensor | None = None,
@@ -112,8 +125,8 @@ def best_groups(values_C: Tensor, keep: int, parts: int) -> list[int]:
 
 
 def pruned_vae(
-    vae: AutoencoderKL, channels: Channels, widths: Sequence[int], norm_groups: str = "whole"
-) -> NarrowAutoencoderKL:
+    vae: ModelMixin, channels: Channels, widths: Sequence[int], norm_groups: str = "whole"
+) -> NarrowDecoder:
     """The VAE with these channels of its decoder; everything else is a copy, bit for bit.
 
     Attention logits become sums over fewer channels with a larger 1/√width: queries are scaled so that the pruned
@@ -131,7 +144,7 @@ def pruned_vae(
             for parameter in attention.to_q.parameters():
                 parameter *= math.sqrt(inner / attention.inner_dim)
     config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
-    pruned = NarrowAutoencoderKL.from_config(
+    pruned = PRUNABLE[type(vae)].from_config(
         {**config, "decoder_block_out_channels": list(widths), "decoder_norm_groups": norm_groups}
     )
     others = {key: value for key, value in vae.state_dict().items() if not key.startswith("decoder.")}
@@ -144,17 +157,22 @@ def pruned_vae(
 # ---- torch-pruning's view of the decoder ----
 
 
-def traced(vae: AutoencoderKL) -> tuple[nn.Module, tp.DependencyGraph]:
+def traced(vae: ModelMixin) -> tuple[nn.Module, tp.DependencyGraph]:
     """A float32 copy of the decoder on the CPU and its dependency graph, in which attention is plain arithmetic."""
     decoder = copy.deepcopy(vae.decoder).to("cpu", torch.float32).requires_grad_().eval()
+    example = {"sample": torch.randn(1, vae.config.latent_channels, 8, 8)}
+    if isinstance(vae, AutoencoderKLTemporalDecoder):
+        example |= {"num_frames": 1, "image_only_indicator": torch.zeros(1, 1)}
     with torch.enable_grad(), processor(decoder, AttnProcessor()):
-        graph = tp.DependencyGraph().build_dependency(decoder, torch.randn(1, vae.config.latent_channels, 8, 8))
+        # Not verbose: it would warn of what blends space and time, which are single numbers, and stay.
+        graph = tp.DependencyGraph().build_dependency(decoder, example, verbose=False)
     return decoder, graph
 
 
 def all_groups(graph: tp.DependencyGraph, decoder: nn.Module) -> Iterator[tp.Group]:
     """Every set of channels that go together, but the image's own."""
-    yield from graph.get_all_groups(ignored_layers=[decoder.conv_out], root_module_types=[nn.Conv2d, nn.Linear])
+    own = [layer for name in ("conv_out", "time_conv_out") if (layer := getattr(decoder, name, None)) is not None]
+    yield from graph.get_all_groups(ignored_layers=own, root_module_types=[*CONVOLUTIONS, nn.Linear])
 
 
 def name_of(decoder: nn.Module, group: tp.Group) -> str:
@@ -170,7 +188,7 @@ def level_of(name: str, levels: int) -> int:
 def writers(group: tp.Group) -> list[nn.Module]:
     """The convolutions and linear layers that write a group's channels."""
     layers = [item.dep.target.module for item in group if item.dep.handler in OUT_CHANNELS]
-    return list(dict.fromkeys(layer for layer in layers if isinstance(layer, (nn.Conv2d, nn.Linear))))
+    return list(dict.fromkeys(layer for layer in layers if isinstance(layer, (*CONVOLUTIONS, nn.Linear))))
 
 
 OUT_CHANNELS = (tp.prune_conv_out_channels, tp.prune_linear_out_channels)
@@ -183,7 +201,7 @@ def num_parts(group: tp.Group) -> int:
 
 
 def out_channels(layer: nn.Module) -> int:
-    return layer.out_channels if isinstance(layer, nn.Conv2d) else layer.out_features
+    return layer.out_channels if isinstance(layer, CONVOLUTIONS) else layer.out_features
 
 
 def mid_attentions(decoder: nn.Module) -> list[nn.Module]:
@@ -206,7 +224,7 @@ def processor(decoder: nn.Module, kind) -> Iterator[None]:
 
 
 def activation_values(
-    vae: AutoencoderKL,
+    vae: ModelMixin,
     decoder: nn.Module,
     groups: Mapping[str, tp.Group],
     importance: str,
@@ -229,11 +247,11 @@ def activation_values(
         seen[layer] = output
 
     handles = [layer.register_forward_hook(keep) for layer in layers]
-    draw, decoder = torch.Generator().manual_seed(seed), decoder.to(vae.device)
-    image_decoder = ImageDecoder(vae, normalised)
+    draw, whole = torch.Generator().manual_seed(seed), decoder_of(vae, normalised)
+    whole.decoder = decoder.to(vae.device)
     with torch.set_grad_enabled(importance == "taylor"):
         for z_CHW in latents_BCHW:
-            image = decoder(image_decoder.inputs(z_CHW[None].to(vae.device)).float())
+            image = whole(z_CHW[None].to(vae.device))
             if importance == "taylor":
                 image.backward(torch.randn(image.shape, generator=draw).to(image.device))
             change = {name: torch.zeros_like(value) for name, value in values.items()}
@@ -252,5 +270,5 @@ def activation_values(
 
 
 def channels_first(layer: nn.Module, x: Tensor) -> Tensor:
-    """[C, everything else] of what one sample makes a layer write."""
-    return x[0].flatten(1) if isinstance(layer, nn.Conv2d) else x[0].T
+    """[C, everything else] of what one sample, or each of its frames, makes a layer write."""
+    return x.movedim(1 if isinstance(layer, CONVOLUTIONS) else -1, 0).flatten(1)

@@ -1,6 +1,9 @@
 """The decoder job (SnapFusion, section 3.2): channels of the VAE decoder go, and the rest learns its images again.
 
-Axes: P latents, C channels, H and W height and width.
+A model that makes videos of their first frames has those in the place of prompts; its latents are of whole videos, and
+are decoded in chunks of frames, as its pipeline does.
+
+Axes: P latents, C channels, F frames, H and W height and width. What is written P3HW of images is PFHW3 of videos.
 """
 
 import copy
@@ -13,13 +16,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import ModelMixin
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from slimstep.data.encoding import encode_images
+from slimstep.data.first_frames import frames_of_videos
 from slimstep.data.latents import LatentMix
+from slimstep.data.pixels import shown
 from slimstep.data.prompts import PromptSet, heldout_prompts, read_prompts
 from slimstep.data.streams import readable
 from slimstep.engine import components
@@ -46,6 +51,7 @@ from slimstep.eval.inputs import (
     load_scorer,
     load_teacher,
     note_trained_on,
+    numbered_images,
     offloadable,
     seen_prompts,
     training_data,
@@ -53,24 +59,27 @@ from slimstep.eval.inputs import (
 from slimstep.eval.latents import sampled_latents
 from slimstep.eval.metrics.compare import mean_and_error
 from slimstep.eval.metrics.metric import FeatureSimilarity, Metric, Psnr, Ssim
+from slimstep.eval.metrics.video import OfFrames, TemporalError, on_videos, video_metrics
 from slimstep.eval.pages.vae_page import quality_table, vae_table, write_vae_report
 from slimstep.eval.plan import BYTES, CHECKPOINT_COPIES, Stage, image_rows, planned, scorer_stage
 from slimstep.eval.plan import export as export_stage
-from slimstep.eval.record import Evaluation, Values
+from slimstep.eval.record import Evaluation, Point, Values
 from slimstep.eval.reporting import report, track_table
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import check_scorer
 from slimstep.eval.training import make_objective, offloaded
 from slimstep.models.cost import count_parameters
-from slimstep.models.decoding import ImageDecoder, has_statistics
+from slimstep.models.decoding import decoder_of, has_statistics
+from slimstep.models.families.svd.conditions import video_options, with_first_frames
 from slimstep.models.pipeline import to_device, with_unet
-from slimstep.models.sizes import sides_of
-from slimstep.models.vae import NarrowAutoencoderKL
+from slimstep.models.sizes import native_frames, sides_of
+from slimstep.models.vae import NarrowDecoder
 from slimstep.prune.config import BY_ACTIVATIONS, Config, DecoderConfig
-from slimstep.prune.decoder import choose_channels, pruned_vae, pruned_widths
+from slimstep.prune.decoder import PRUNABLE, choose_channels, pruned_vae, pruned_widths
 
 log = logging.getLogger("slimstep")
 HELDOUT = "heldout.safetensors"
+TRAINING = "training video: "  # before the caption of one whose first frame latents are sampled from
 
 
 def prune_vae(config: Config, run: Run) -> int | Plan:
@@ -82,8 +91,9 @@ def prune_vae(config: Config, run: Run) -> int | Plan:
     check(job)
     (_, prompts), scorer = load_prompts(teacher), load_scorer(config, run.accelerator.device)
     if config.plan:
-        return planned(teacher, [*scorer_stage(run), *decoder_stages(job)], [])
-    check_scorer(teacher.config, run, scorer)
+        return planned(teacher, [*(scorer_stage(run) if teacher.is_conditional else []), *decoder_stages(job)], [])
+    if teacher.is_conditional:
+        check_scorer(teacher.config, run, scorer)
     data = cache(partial(training_data, teacher))
     pruned = pruned_decoder(job, data)
     vaes = {"teacher": teacher.pipeline.vae, "pruned": pruned}
@@ -97,7 +107,7 @@ def prune_vae(config: Config, run: Run) -> int | Plan:
     held = heldout(job, prompts)
     run.folder("images/real", partial(write_pictures, held["images"][: config.eval.pictures]))
     widths = {"teacher": list(teacher.pipeline.vae.config.block_out_channels), "student": list(job.widths)}
-    protocol = {**scorer.protocol, **teacher.sampler(config.eval).protocol}
+    protocol = {**(scorer.protocol if scorer else {}), **teacher.sampler(config.eval).protocol}
     evaluation = evaluator.evaluate(points, dict(zip(vaes, vaes, strict=True)), protocol, seen_prompts(run),
                                     n_real=len(held["real"]), widths=widths)  # fmt: skip
     write_results(run, "export", results(evaluation, times))
@@ -114,25 +124,32 @@ class DecoderPruning:
 
     teacher: Teacher
     run: Run
-    vae: AutoencoderKL
+    vae: ModelMixin
     decoder: DecoderConfig
     latents: LatentsConfig
     widths: tuple[int, ...]
     heldout_pairs: Dataset
     prompts: PromptSet | None
 
+    @property
+    def frames_at_once(self) -> int | None:
+        """Frames that are decoded together; None of images."""
+        if (count := native_frames(self.teacher.pipeline)) is None:
+            return None
+        return min(video_options(self.teacher.pipeline).decode_chunk_size or count, count)
+
 
 def decoder_pruning(teacher: Teacher) -> DecoderPruning:
     """Raises ValueError for a decoder that cannot be pruned, or not so, and for data that cannot be had."""
     config, vae = teacher.config, teacher.pipeline.vae
     decoder, latents = OmegaConf.to_object(config.decoder), OmegaConf.to_object(config.latents)
-    if type(vae) is not AutoencoderKL:
-        kind = type(vae).__name__
+    if type(vae) not in PRUNABLE:
+        kind, known = type(vae).__name__, " or ".join(kind.__name__ for kind in PRUNABLE)
         way = "the denoiser is pruned without it, by +experiment=prune_unet, prune_transformer or prune_svd"
-        raise ValueError(f"the model's VAE is {kind}; a decoder is pruned from diffusers' own AutoencoderKL: {way}")
+        raise ValueError(f"the model's VAE is {kind}; a decoder is pruned from diffusers' own {known}: {way}")
     widths = pruned_widths(vae, decoder.width, decoder.norm_groups)
     check_data(teacher)
-    data = heldout_pairs(config, config.eval.prompts), training_prompts(config)
+    data = heldout_pairs(config, config.eval.prompts), training_prompts(teacher)
     return DecoderPruning(teacher, teacher.run, vae, decoder, latents, widths, *data)
 
 
@@ -143,21 +160,43 @@ def parts(latents: LatentsConfig, r: int) -> tuple[int, int]:
     return total - real, real
 
 
-def training_prompts(config: Config) -> PromptSet | None:
-    """The captions of training images, or those of a file; None where no latents are sampled."""
-    latents: LatentsConfig = OmegaConf.to_object(config.latents)
+def training_prompts(teacher: Teacher) -> PromptSet | None:
+    """The captions of training images, or those of a file, or first frames; None where no latents are sampled."""
+    config, latents = teacher.config, OmegaConf.to_object(teacher.config.latents)
     if parts(latents, latents.rounds - 1)[0] == 0:
         return None
+    if teacher.begins_with_frame:
+        return training_frames(teacher, latents)
     if latents.prompt_file:
         prompts = read_prompts(latents.prompt_file, latents.prompt_column, "latents.prompt_column")
         return prompts.take(latents.prompts, way=f"latents.prompts={len(prompts)} or fewer, or a longer file")
     return heldout_prompts(components.component(config, "data.pairs"), latents.prompts, name="training captions")
 
 
+def training_frames(teacher: Teacher, latents: LatentsConfig) -> PromptSet:
+    """The first frames of training videos, which the pipeline remembers."""
+    if latents.prompt_file:
+        why = "this model makes videos of first frames, those of training videos"
+        raise ValueError(f"latents.prompt_file={latents.prompt_file} has captions, and {why}")
+    if teacher.config.plan:
+        return numbered_images(latents.prompts)
+    frames = frames_of_videos(components.component(teacher.config, "data.pairs"), latents.prompts)
+    if len(frames) < latents.prompts:
+        few = f"latents.prompts={latents.prompts} first frames were asked for, of videos with captions of their own"
+        raise ValueError(f"{few}, and {len(frames)} can be read: latents.prompts={max(1, len(frames))} or fewer")
+    # A held-out video may have the caption of one of these.
+    own = {f"{TRAINING}{caption}": frame for caption, frame in frames.items()}
+    with_first_frames(teacher.pipeline, own)
+    return PromptSet(tuple(own), "first frames of training videos")
+
+
 def check(job: DecoderPruning) -> None:
     """ValueError, before anything is made, for latents, data or an objective that will not do."""
     config = job.teacher.config
     components.check(config.objective, "objective")
+    if config.train.channels_last and job.frames_at_once:
+        why = f"torch has none for the 3-D convolutions of {type(job.vae).__name__}"
+        raise ValueError(f"train.channels_last=true: {why}; set it to false")
     check_requirements(objective_of(job), config.train, job.run.accelerator)
     if job.teacher.latency.iterations < 2:
         raise ValueError("latency.iterations=1: a ratio needs quartiles, of 2 timings and more")
@@ -184,7 +223,7 @@ def latent_mix(job: DecoderPruning, r: int, data: Callable[[], Dataset]) -> Late
 
 def heldout(job: DecoderPruning, prompts: PromptSet) -> dict[str, Tensor]:
     """What decoders are evaluated on: `sampled` latents of the eval prompts, `real` ones of held-out images, and those
-    images, uint8 [P, 3, H, W]."""
+    images, uint8 [P, 3, H, W], or videos [P, F, H, W, 3]."""
     run, teacher, config = job.run, job.teacher, job.teacher.config.eval
 
     def make() -> dict[str, Tensor]:
@@ -206,7 +245,7 @@ def heldout(job: DecoderPruning, prompts: PromptSet) -> dict[str, Tensor]:
 def heldout_images(job: DecoderPruning, count: int) -> dict[str, Tensor]:
     """Up to `count` held-out images that can be read, in a fixed shuffled order, and their latents."""
     teacher, pairs = job.teacher, readable(job.heldout_pairs, "held-out images")
-    images = [pair["image"] for pair in islice(pairs, count)]
+    images = [shown(pair) for pair in islice(pairs, count)]
     if len(images) < 2:
         reason = f"{len(images)} held-out images can be read; a decoder is evaluated on 2 and more"
         raise ValueError(f"{reason}: repair them, or a higher data.heldout_fraction")
@@ -221,7 +260,7 @@ def heldout_images(job: DecoderPruning, count: int) -> dict[str, Tensor]:
 # ---- the pruned decoder ----
 
 
-def pruned_decoder(job: DecoderPruning, data: Callable[[], Dataset]) -> NarrowAutoencoderKL:
+def pruned_decoder(job: DecoderPruning, data: Callable[[], Dataset]) -> NarrowDecoder:
     """The chosen channels of the teacher's decoder, untrained; the choice is in channels.json."""
     decoder, run, vae, statistics = job.decoder, job.run, job.vae, has_statistics(job.teacher.pipeline)
 
@@ -231,6 +270,8 @@ def pruned_decoder(job: DecoderPruning, data: Callable[[], Dataset]) -> NarrowAu
             return None
         # Channels are chosen by the first latents that training sees.
         latents = mix and torch.stack([mix[i]["latents"] for i in range(min(decoder.samples, len(mix)))])
+        if mix and job.frames_at_once:
+            latents = latents[:, :, : job.frames_at_once]
         return choose_channels(vae, job.widths, decoder.importance, latents, run.seed, decoder.norm_groups, statistics)
 
     channels = run.json("channels.json", choose)
@@ -240,13 +281,13 @@ def pruned_decoder(job: DecoderPruning, data: Callable[[], Dataset]) -> NarrowAu
 
 
 def distilled(
-    job: DecoderPruning, pruned: NarrowAutoencoderKL, prompts: PromptSet, data: Callable[[], Dataset],
+    job: DecoderPruning, pruned: NarrowDecoder, prompts: PromptSet, data: Callable[[], Dataset],
     offloadable: Sequence[nn.Module],
-) -> NarrowAutoencoderKL:  # fmt: skip
+) -> NarrowDecoder:  # fmt: skip
     """Trained round by round, each a training of its own on more latents; a finished round is loaded."""
     run, config = job.run, job.teacher.config
     vae = copy.deepcopy(pruned).requires_grad_(False)
-    student = ImageDecoder(vae, has_statistics(job.teacher.pipeline))
+    student = decoder_of(vae, has_statistics(job.teacher.pipeline))
     student.decoder.requires_grad_(True)
     for r in range(job.latents.rounds):
         stage = f"round-{r:02d}"
@@ -254,7 +295,7 @@ def distilled(
             load_trained(student, run, stage)
             continue
         objective, mix = objective_of(job), latent_mix(job, r, data)
-        note_trained_on(run, prompts, job.prompts or ())
+        note_trained_on(run, prompts, [prompt.removeprefix(TRAINING) for prompt in job.prompts or ()])
         with offloaded(offloadable):  # the decoder that teaches is a copy
             train(student, objective, mix, config.train, run, stage)
     return vae.requires_grad_(False).eval()
@@ -265,23 +306,24 @@ def objective_of(job: DecoderPruning) -> Any:
     # Autoencoders are known to overflow in float16: there the teacher's stays in float32.
     teacher, config = job.teacher, job.teacher.config
     dtype = torch.bfloat16 if teacher.compute_dtype == torch.bfloat16 else torch.float32
-    decoder = ImageDecoder(copy.deepcopy(job.vae), has_statistics(teacher.pipeline)).to(teacher.device, dtype)
+    decoder = decoder_of(copy.deepcopy(job.vae), has_statistics(teacher.pipeline)).to(teacher.device, dtype)
     if config.train.channels_last:
         decoder.to(memory_format=torch.channels_last)
     if config.train.compile:
         decoder.compile(dynamic=False)
-    return make_objective(config.objective, teacher=decoder)
+    own = {"frames_at_once": job.frames_at_once} if job.frames_at_once else {}
+    return make_objective(config.objective, teacher=decoder, **own)
 
 
 # ---- what it is worth ----
 
 
-def evaluator_of(job: DecoderPruning, vaes: dict[str, AutoencoderKL], prompts: PromptSet, scorer: Any) -> Evaluator:
+def evaluator_of(job: DecoderPruning, vaes: dict[str, ModelMixin], prompts: PromptSet, scorer: Any) -> Evaluator:
     """Every decoder on the same latents: sampled ones by the evaluator, real ones beside it. `vaes` grows while the
     job goes on."""
     teacher, config = job.teacher, job.teacher.config.eval
     held = cache(lambda: heldout(job, prompts))
-    near = {"psnr": Psnr(), "ssim": Ssim(), "features": FeatureSimilarity(scorer)}
+    near = nearness(teacher, scorer)
 
     def candidate(name: str, *_: Any) -> Candidate:
         sampler, latents = sampler_with(job, vaes[name]), held()  # here, by all ranks: a batch is of one alone
@@ -289,8 +331,27 @@ def evaluator_of(job: DecoderPruning, vaes: dict[str, AutoencoderKL], prompts: P
         return Candidate(lambda indices: sampler.decode(latents["sampled"][indices]), sampler.protocol, facts,
                          more=lambda: nearness_on_real(job, name, sampler, latents, near))  # fmt: skip
 
-    metrics = {**load_metrics(teacher.config, scorer, teacher.device), **near}
+    metrics = {**of_images(teacher, scorer), **near}
     return Evaluator(teacher.config, teacher.run, candidate, prompts, metrics, scorer, ("teacher", config.steps))
+
+
+def of_images(teacher: Teacher, scorer: Any) -> dict[str, Metric]:
+    """The metrics of what a decoder gives by itself. Of videos there are none to real ones: all decoders have the same
+    latents."""
+    own = teacher.is_conditional, teacher.has_captions
+    metrics = load_metrics(teacher.config, scorer, teacher.device, *own)
+    if not teacher.draws_videos:
+        return metrics
+    metrics = {name: metric for name, metric in metrics.items() if name not in ("image_error", "fd")}
+    return on_videos(metrics) | video_metrics(scorer, metrics.get("clip"))
+
+
+def nearness(teacher: Teacher, scorer: Any) -> dict[str, Metric]:
+    """How near a decoder's image, or video, is to another of the same latents."""
+    near = {"psnr": Psnr(), "ssim": Ssim(), **({"features": FeatureSimilarity(scorer)} if scorer else {})}
+    if not teacher.draws_videos:
+        return near
+    return {**on_videos(near), "psnr_worst_frame": OfFrames(Psnr(), "worst"), "temporal_error": TemporalError()}
 
 
 def sampler_with(job: DecoderPruning, vae: nn.Module) -> Sampler:
@@ -321,15 +382,16 @@ def nearness_on_real(
     return {key: None if is_reference and key.startswith("real_") else value for key, value in summaries.items()}
 
 
-def measure(job: DecoderPruning, student: NarrowAutoencoderKL) -> dict:
+def measure(job: DecoderPruning, student: NarrowDecoder) -> dict:
     """vae_ms.json: both decoders' milliseconds and the ratio, interleaved; rank 0 alone."""
-    native, run, teacher = sides_of(job.teacher.unet.config), job.run, job.teacher
-    sizes = job.decoder.latent_sizes or [resolution_of(*native), resolution_of(*(2 * side for side in native))]
+    native, run, teacher, frames = sides_of(job.teacher.unet.config), job.run, job.teacher, job.frames_at_once
+    twice = [] if frames else [resolution_of(*(2 * side for side in native))]
+    sizes = job.decoder.latent_sizes or [resolution_of(*native), *twice]
 
     def make() -> dict:
         config = replace(teacher.latency, batch=1)
         vaes = {"teacher": job.vae, "student": student}
-        rows = compare_decoders(vaes, sizes, job.decoder.batches, config, teacher.device)
+        rows = compare_decoders(vaes, sizes, job.decoder.batches, config, teacher.device, frames)
         return {"rows": rows, "protocol": asdict(config), "environment": environment()}
 
     return run.json("vae_ms.json", lambda: run.of_rank_0(make))
@@ -340,8 +402,17 @@ def results(evaluation: Evaluation, times: Values) -> Sequence[str]:
     row = times["rows"][0]
     faster = f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}] times as fast as the teacher's"
     where = f"on {times['environment']['device']}, {row['mode']}, {times['protocol']['dtype']}"
-    place = f"latents of {printed(row['latent_size'])}, batch {row['batch']}"
-    return [clip_line(evaluation.points[-1].clip), f"VAE decoder: {faster} ({place}, {where})"]
+    together = f", {row['frames']} frames together" if "frames" in row else ""
+    place = f"latents of {printed(row['latent_size'])}{together}, batch {row['batch']}"
+    return [quality_line(evaluation.points[-1]), f"VAE decoder: {faster} ({place}, {where})"]
+
+
+def quality_line(student: Point) -> str:
+    """The decoder's CLIP score, or, where there are no captions, how near the frames of its videos are."""
+    if "clip" in student.metrics:
+        return clip_line(student.clip)
+    mean, worst = (f"{student.mean(name):.2f}" for name in ("psnr", "psnr_worst_frame"))
+    return f"PSNR of frames to the teacher decoder's: {mean} dB, of the worst frame of each video {worst} dB"
 
 
 # ---- the plan ----

@@ -30,12 +30,13 @@ def small_svd(layers: int = 1, levels: int = 3) -> UNetSpatioTemporalConditionMo
     return unet.eval()
 
 
-def small_svd_pipeline(levels: int = 3) -> StableVideoDiffusionPipeline:
+def small_svd_pipeline(levels: int = 3, vae_width: int = 32) -> StableVideoDiffusionPipeline:
     """16×16 images, three frames, with Stable Video Diffusion's scheduler."""
     unet = small_svd(levels=levels)
     torch.manual_seed(0)
     vae = AutoencoderKLTemporalDecoder(
-        block_out_channels=(32, 32), down_block_types=("DownEncoderBlock2D",) * 2, layers_per_block=1, sample_size=16,
+        block_out_channels=(vae_width,) * 2, down_block_types=("DownEncoderBlock2D",) * 2, layers_per_block=2,
+        sample_size=16,
     )  # fmt: skip
     vision = CLIPVisionConfig(
         hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=224, patch_size=56,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from slimstep.eval.metrics.clip import ClipScorer
 from slimstep.eval.metrics.distribution import frechet_distance, kernel_distance
-from slimstep.eval.metrics.metric import DistributionMetric, Metric, covered
+from slimstep.eval.metrics.metric import DistributionMetric, Metric, PairedMetric, covered
 from slimstep.eval.metrics.video_features import I3DFeatures, VideoFeatures, VideoMAE
 
 Reduction = Literal["mean", "worst"]
@@ -92,6 +92,19 @@ class Motion(Metric):
     def __call__(self, videos_BFHW3: Tensor, prompts: Sequence[str], reference: Tensor | None = None) -> Tensor:
         check_neighbours(videos_BFHW3)
         return torch.stack([motion(video) for video in videos_BFHW3]).cpu()
+
+
+class TemporalError(PairedMetric):
+    """The mean absolute difference between how neighbouring frames differ and how the reference's do, in percent of the
+    range: 0 for the same video, and for one with the same error in every frame. Flicker alone counts."""
+
+    of = "videos"
+    better = "low"
+
+    def compare(self, images: Tensor, reference: Tensor) -> Tensor:
+        check_neighbours(images)
+        errors = (one.short() - other.short() for one, other in zip(images, reference, strict=True))
+        return torch.stack([100 / 255 * (error[1:] - error[:-1]).abs().float().mean() for error in errors]).cpu()
 
 
 def motion(video_FHW3: Tensor) -> Tensor:

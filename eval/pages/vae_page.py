@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,20 @@ from slimstep.eval.pages.html import Pair, pairs, write_page
 from slimstep.eval.pages.runs import read_json
 from slimstep.eval.pages.tables import Table
 from slimstep.eval.pages.text import count, difference, digits, flatten, overlap_sentence, ratio, score
-from slimstep.eval.record import Evaluation, Point, read_evaluation
+from slimstep.eval.record import Evaluation, Point, Values, read_evaluation
 
 FORMER = {"teacher": "wide", "pruned": "sliced", "student": "narrow"}  # decoders as earlier versions called them
 PREFIXES = {"sampled": "", "real": "real_"}  # of metrics
 KINDS = {"sampled": "sampled latents", "real": "latents of real images"}
 CROP, AMPLIFIED, SHOWN = 128, 8, 4
+# {metric: (its heading, how its mean is shown)}; the third and the fifth are of videos alone.
+MEASURES: dict[str, tuple[str, Callable[[Values], str]]] = {
+    "psnr": ("PSNR", score),
+    "ssim": ("SSIM", lambda measured: f"{measured['mean']:.4f}"),
+    "psnr_worst_frame": ("PSNR, worst frame", score),
+    "features": ("features", lambda measured: f"{measured['mean']:.4f}"),
+    "temporal_error": ("flicker, %", lambda measured: digits(measured["mean"])),
+}
 
 
 def write_vae_report(folder: str | Path, track: Callable[[], None] = lambda: None) -> Path:
@@ -35,6 +44,7 @@ def write_vae_report(folder: str | Path, track: Callable[[], None] = lambda: Non
         figures,
         track,
         widths=evaluation.facts["widths"],
+        has_frames=any("temporal_error" in point.metrics for point in evaluation.points),
         seen=overlap_sentence(evaluation.n, evaluation.seen),
         quality=quality_table(evaluation),
         times=time_table(read_times(folder)["rows"]),
@@ -52,22 +62,27 @@ def vae_table(folder: Path) -> str:
 
 
 def quality_table(evaluation: Evaluation) -> Table:
-    """A line per decoder; means over the held-out latents."""
-    header = ["decoder", "parameters", "CLIP ± se", "against the teacher's", "sampled: PSNR", "SSIM", "features",
-              "real: PSNR", "SSIM", "features", "to the real image: PSNR", "SSIM", "features"]  # fmt: skip
-    return Table(header, [
-        [p.model, count(p.facts["parameters"]["decoder"]), score(p.clip), difference(p.versus_reference),
-         *measures(p, ""), *measures(p, "real_"), *measures(p, "image_")]
-        for p in evaluation.points
-    ])  # fmt: skip
+    """A line per decoder; means over the held-out latents. What no decoder was measured by has no column."""
+    of_clip = {"CLIP ± se": lambda p: score(p.clip), "against the teacher's": lambda p: difference(p.versus_reference)}
+    columns = {
+        "decoder": lambda p: p.model,
+        "parameters": lambda p: count(p.facts["parameters"]["decoder"]),
+        **(of_clip if evaluation.has_prompts else {}),
+    }
+    for prefix, words in {"": "sampled", "real_": "real", "image_": "to the real ones"}.items():
+        for name, (heading, shown) in MEASURES.items():
+            if any(point.metrics.get(f"{prefix}{name}") for point in evaluation.points):
+                columns[f"{words}: {heading}"] = partial(measure, f"{prefix}{name}", shown)
+    return Table.of(columns, evaluation.points)
 
 
 def measures(point: Point, prefix: str) -> list[str]:
-    """PSNR ± standard error in dB, SSIM, cosine of features."""
-    if not point.metrics.get(f"{prefix}psnr"):
-        return ["–"] * 3
-    psnr, ssim, features = (point.metrics[f"{prefix}{name}"] for name in ("psnr", "ssim", "features"))
-    return [score(psnr), f"{ssim['mean']:.4f}", f"{features['mean']:.4f}"]
+    """PSNR ± standard error in dB, SSIM, cosine of features, of images."""
+    return [measure(f"{prefix}{name}", MEASURES[name][1], point) for name in ("psnr", "ssim", "features")]
+
+
+def measure(name: str, shown: Callable[[Values], str], point: Point) -> str:
+    return shown(measured) if (measured := point.metrics.get(name)) else "–"
 
 
 def time_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -80,8 +95,13 @@ def time_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         return [digits(row["ms"]["teacher"]), digits(row["ms"]["student"]), *ratio(row).split(" ", 1),
                 f"{row['flop_ratio']:.2f}", f"{row['of_flops']:.0%}"]  # fmt: skip
 
-    cases = [[row["mode"], printed(row["latent_size"]), str(row["batch"])] for row in rows]
+    cases = [[row["mode"], latents_of(row), str(row["batch"])] for row in rows]
     return Table(header, [[*case, *times(row)] for case, row in zip(cases, rows, strict=True)], labels=3)
+
+
+def latents_of(row: Mapping[str, Any]) -> str:
+    """The size of the latents, and, of videos, how many frames of them were decoded together."""
+    return f"{row['frames']} × {printed(row['latent_size'])}" if "frames" in row else printed(row["latent_size"])
 
 
 @styled

@@ -5,14 +5,15 @@ import copy
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from torch import nn
 
 from slimstep.distill.decoder import DecoderDistillation
 from slimstep.eval.decoders import decoder_gflops
-from slimstep.models.decoding import ImageDecoder
+from slimstep.models.decoding import ImageDecoder, decoder_of
+from slimstep.models.described import SVD_VAE
 from slimstep.models.reference import VAE_CONFIGS
-from slimstep.models.vae import NarrowAutoencoderKL
+from slimstep.models.vae import NarrowAutoencoderKL, NarrowAutoencoderKLTemporalDecoder
 from slimstep.prune.config import IMPORTANCE, NORM_GROUPS
 from slimstep.prune.decoder import all_groups, choose_channels, name_of, pruned_vae, pruned_widths, traced, writers
 
@@ -22,12 +23,26 @@ SMALL = {"block_out_channels": (8, 16, 32, 32), "norm_num_groups": 4, "layers_pe
 def vae_like(name: str, **changes) -> AutoencoderKL:
     """A published autoencoder's configuration at small widths, with random weights; norms that are not the identity."""
     torch.manual_seed(0)
-    vae = AutoencoderKL(**{**VAE_CONFIGS[name], **SMALL, **changes}).eval().requires_grad_(False)
-    for module in vae.modules():
+    return with_other_norms(AutoencoderKL(**{**VAE_CONFIGS[name], **SMALL, **changes}))
+
+
+def with_other_norms(vae: nn.Module) -> nn.Module:
+    for module in vae.eval().requires_grad_(False).modules():
         if isinstance(module, nn.GroupNorm):
             module.weight.copy_(1 + 0.2 * torch.randn_like(module.weight))
             module.bias.copy_(0.2 * torch.randn_like(module.bias))
     return vae
+
+
+def temporal_vae(widths: tuple[int, ...] = (64, 128, 128)) -> AutoencoderKLTemporalDecoder:
+    """Stable Video Diffusion's at small widths; blends of time and space that are not all alike."""
+    torch.manual_seed(0)
+    levels = ("DownEncoderBlock2D",) * len(widths)
+    vae = AutoencoderKLTemporalDecoder(block_out_channels=widths, down_block_types=levels, layers_per_block=2)
+    for name, parameter in vae.named_parameters():
+        if name.endswith("mix_factor"):
+            nn.init.normal_(parameter)
+    return with_other_norms(vae)
 
 
 class ThinnedNorm(nn.Module):
@@ -52,7 +67,7 @@ class MaskedNorm(nn.Module):
         self.norm, self.mask = norm, torch.zeros(norm.num_channels).index_fill_(0, torch.tensor(kept), 1.0)
 
     def forward(self, x):
-        return self.norm(x) * (self.mask[:, None, None] if x.dim() == 4 else self.mask[:, None])
+        return self.norm(x) * self.mask.view(-1, *[1] * (x.dim() - 2))
 
 
 def masked(vae: AutoencoderKL, channels, norm_groups: str) -> nn.Module:
@@ -65,9 +80,9 @@ def masked(vae: AutoencoderKL, channels, norm_groups: str) -> nn.Module:
     for group in list(all_groups(graph, decoder)):
         kept = channels[name_of(decoder, group)]
         for layer in writers(group):
-            is_convolution = isinstance(layer, nn.Conv2d)
+            axes = len(layer.kernel_size) if isinstance(layer, (nn.Conv2d, nn.Conv3d)) else 0
             keep = torch.zeros(len(group[0].idxs)).index_fill_(0, torch.tensor(kept), 1.0)
-            keep = keep[:, None, None] if is_convolution else keep
+            keep = keep.view(-1, *[1] * axes)
             layer.register_forward_hook(lambda module, inputs, output, keep=keep: output * keep)
         norms = {item.dep.target.module for item in group if isinstance(item.dep.target.module, nn.GroupNorm)}
         for path, module in list(decoder.named_modules()):
@@ -90,6 +105,36 @@ def test_the_pruned_decoder_is_the_teacher_decoder_with_the_other_channels_maske
         inputs = ImageDecoder(vae).inputs(z)
         assert torch.allclose(pruned.decoder(inputs), masked(vae, channels, norm_groups)(inputs), atol=1e-5)
         assert not torch.allclose(pruned.decoder(inputs), vae.decoder(inputs), atol=1e-2)
+
+
+@pytest.mark.parametrize("norm_groups", NORM_GROUPS)
+@pytest.mark.parametrize("choice", ["magnitude", "taylor", "activation_energy"])
+def test_so_is_a_pruned_temporal_decoder_in_space_and_time(choice, norm_groups, tmp_path):
+    """Also where two pruned levels come out equal: the shortcut between them stays."""
+    vae = temporal_vae()
+    z = torch.randn(2, 4, 3, 4, 4)
+    widths = pruned_widths(vae, [1.0, 0.5, 0.5], norm_groups)
+    channels = choose_channels(vae, widths, choice, z, norm_groups=norm_groups)
+    assert {".spatial_res_block.", ".temporal_res_block."} <= {f".{name.split('.')[-2]}." for name in channels}
+    pruned = pruned_vae(vae, channels, widths, norm_groups)
+    pruned.save_pretrained(tmp_path)
+    again = NarrowAutoencoderKLTemporalDecoder.from_pretrained(tmp_path, disable_mmap=True)
+    teacher, student, loaded = (decoder_of(one) for one in (vae, pruned, again))
+    teacher.decoder = masked(vae, channels, norm_groups)
+    with torch.no_grad():
+        assert torch.allclose(student(z), teacher(z), atol=1e-5)
+        assert not torch.allclose(student(z), decoder_of(vae)(z), atol=1e-2)
+        assert torch.equal(loaded(z), student(z))
+    assert torch.equal(again.encode(x := torch.randn(1, 3, 16, 16))[0].mean, vae.encode(x)[0].mean)
+
+
+def test_a_temporal_decoder_has_widths_that_diffusers_can_make_alone():
+    assert pruned_widths(temporal_vae(), 0.5) == (32, 64, 64)
+    with pytest.raises(ValueError, match="diffusers makes it of multiples of 32 channels alone: 0.5, 1"):
+        pruned_widths(temporal_vae(), 0.25)
+    (vae := temporal_vae()).register_to_config(layers_per_block=1)
+    with pytest.raises(ValueError, match="layers_per_block=1: diffusers never runs the attention"):
+        pruned_widths(vae, 0.5)
 
 
 def test_all_channels_kept_is_the_wide_decoder_bit_for_bit():
@@ -182,6 +227,16 @@ def test_half_of_stable_diffusions_decoder_has_a_quarter_of_its_parameters():
     counts = [sum(p.numel() for p in vae.decoder.parameters()) for vae in (teacher, pruned)]
     assert counts == [49_490_179, 12_387_459]
     assert decoder_gflops(teacher, 64) / decoder_gflops(pruned, 64) == pytest.approx(3.94, abs=0.01)
+
+
+def test_half_of_stable_video_diffusions_decoder_has_a_quarter_of_its_parameters():
+    with torch.device("meta"):
+        teacher = AutoencoderKLTemporalDecoder(**SVD_VAE)
+        widths = pruned_widths(teacher, 0.5)
+        pruned = NarrowAutoencoderKLTemporalDecoder(**SVD_VAE, decoder_block_out_channels=widths)
+    counts = [sum(p.numel() for p in vae.decoder.parameters()) for vae in (teacher, pruned)]
+    assert widths == (64, 128, 256, 256) and counts[0] / counts[1] == pytest.approx(4, abs=0.02)
+    assert decoder_gflops(teacher, 16, 2) / decoder_gflops(pruned, 16, 2) == pytest.approx(3.9, abs=0.1)
 
 
 @pytest.mark.parametrize("name", VAE_CONFIGS)

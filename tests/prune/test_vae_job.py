@@ -16,7 +16,7 @@ from torchvision.models import VGG16_Weights, vgg16
 
 from slimstep.data.latents import LatentMix
 from slimstep.data.prompts import PromptSet
-from slimstep.distill.decoder import DecoderDistillation
+from slimstep.distill.decoder import DecoderDistillation, one_chunk
 from slimstep.engine.loop import WEIGHTS
 from slimstep.eval.evaluator import place
 from slimstep.eval.latents import sampled_latents
@@ -134,8 +134,9 @@ def test_other_ways_to_train_it(tmp_path, tiny_model, overrides):
         (["latency.iterations=1"], "latency.iterations=1: a ratio needs quartiles"),
         (["latents.steps=0"], "latents: steps=0 must be at least 1"),
         (["decoder.importance=best"], "decoder.importance='best' is unknown; choose from"),
-        (["objective.mse=0"], "all of mse, l1, gradient and lpips are 0"),
+        (["objective.mse=0"], "all of mse, l1, gradient, lpips and temporal are 0"),
         (["objective.mse=-1"], "objective.mse=-1 must be at least 0"),
+        (["objective.temporal=1"], "objective.temporal=1 compares neighbouring frames, and a decoder of images"),
         (["objective.lpips=1"], "objective.lpips needs VGG-16's weights: put https://.*vgg16"),
         (["latents.real_share=2"], "latents.real_share=2.0 must lie between 0 and 1"),
         (["latents.count=0"], "latents: count=0 must be at least 1"),
@@ -178,6 +179,14 @@ def test_the_losses_are_what_their_names_say():
         loss, metrics = DecoderDistillation(Plain(), **weights)(Plain(0.5), {"latents": x}, None)
         torch.testing.assert_close(loss, expected)
         assert set(metrics) == {name for name, weight in weights.items() if weight}
+
+
+def test_videos_are_learned_in_the_chunks_in_which_they_are_decoded():
+    z, draw = torch.arange(25.0)[None, None, :, None, None], torch.Generator().manual_seed(0)
+    starts = {tuple(one_chunk(z, 8, draw).flatten().tolist()) for _ in range(64)}
+    assert starts == {tuple(range(start, start + 8)) for start in (0, 8, 16, 17)}
+    for frames_at_once in (None, 40):
+        assert torch.equal(one_chunk(z, frames_at_once, draw), z)
 
 
 @pytest.mark.slow

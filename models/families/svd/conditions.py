@@ -76,18 +76,24 @@ def with_video_options(pipeline: DiffusionPipeline, described: Mapping[str, Any]
 
 
 def with_first_frames(pipeline: DiffusionPipeline, frames: Mapping[str, Tensor]) -> DiffusionPipeline:
-    """The same pipeline, which remembers first frames, uint8 [H, W, 3], by the names that stand for prompts."""
-    pipeline.__dict__["first_frames"] = dict(frames)
+    """The same pipeline, which remembers these first frames too, uint8 [H, W, 3], by the names that stand for
+    prompts."""
+    pipeline.__dict__["first_frames"] = {**pipeline.__dict__.get("first_frames", {}), **frames}
     return pipeline
 
 
 def conditions_of_names(pipeline: DiffusionPipeline, names: Sequence[str]) -> Conditioning:
     """A row for each first frame, by its name."""
+    return conditions_of(pipeline, first_frames(pipeline, names))
+
+
+def first_frames(pipeline: DiffusionPipeline, names: Sequence[str]) -> list[Tensor]:
+    """Those that the pipeline remembers by these names, uint8 [H, W, 3]. ValueError for a name of none."""
     frames = pipeline.__dict__.get("first_frames", {})
     if unknown := [name for name in names if name not in frames]:
         raise ValueError(f"a {type(pipeline).__name__} begins with a frame, and none is called {unknown[0]!r}: "
                          "data.first_frames=FOLDER has images, and with_first_frames names them")  # fmt: skip
-    return conditions_of(pipeline, [frames[name] for name in names])
+    return [frames[name] for name in names]
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin, UNetSpatioTemporalConditionModel
 from torch import Tensor, nn
 
+from slimstep.models.autoencoder import stock_vae, vae_obstacles
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.denoiser import Denoiser
 from slimstep.models.families.exported import Exported, block_map
@@ -88,11 +89,11 @@ def read(
 def exported(pipeline: DiffusionPipeline) -> Exported:
     """Of diffusers' own class where nothing is changed; else the class travels along, for a configuration of the own
     one has no place for a layer without its temporal half."""
-    unet = pipeline.unet
+    unet, vae = pipeline.unet, stock_vae(pipeline.vae)
     changed = tuple(getattr(unet, "architecture", {}))
     obstacles = tuple(f"{block} (is changed, which no stock UNet of this kind can be)" for block in changed)
     made = unet if changed else stock_unet(unet)
-    return Exported(with_unet(pipeline, made), obstacles, block_map(unet, {}))
+    return Exported(with_unet(pipeline, made, vae=vae), (*obstacles, *vae_obstacles(vae)), block_map(unet, {}))
 
 
 def stock_unet(unet: UNetSpatioTemporalConditionModel) -> UNetSpatioTemporalConditionModel:

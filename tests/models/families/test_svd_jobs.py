@@ -97,7 +97,6 @@ def test_it_is_evaluated_by_captions_only_where_there_are_some(of_folder, place)
 @pytest.mark.parametrize(("experiment", "overrides", "reason"), [
     ("package", ["data=shapes_video"], "draws videos, which no package does yet"),
     ("benchmark", ["data=shapes_video"], "what is timed here begins with prompts"),
-    ("prune_vae", ["data=shapes_video", "scorer=none"], "from diffusers' own AutoencoderKL: the denoiser is pruned"),
     ("prune_svd", ["search.metric=clip"], "search.metric=clip scores no single images; choose from ['image_error'"),
     ("prune_svd", ["data=shapes"], "needs data of videos, not of images"),
     ("prune_svd", ["data.prompt_file=prompts.txt"], "is for models that read captions"),
