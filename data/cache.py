@@ -22,8 +22,8 @@ from slimstep.data.shards import DTYPES, CachedPairs, cache_key, is_intact, writ
 from slimstep.data.stream_cache import PartShards
 from slimstep.data.streams import Stream
 from slimstep.models.decoding import STATISTICS, has_statistics, is_tiled
-from slimstep.models.families.svd.conditions import begins_with_frame, video_options
 from slimstep.models.family import family_of
+from slimstep.models.first_frames import begins_with_frame, video_options
 from slimstep.models.networks import network_of, sequence_length, text_encoders
 
 FORMAT = 1
@@ -141,6 +141,8 @@ def first_frame_hashes(pipeline) -> dict[str, str]:
     """What the conditions by a first frame depend on beside it."""
     if not begins_with_frame(pipeline):
         return {}
+    if family_of(pipeline).PART != "unet":
+        return {"first_frame": f"a draw of the posterior, noise {video_options(pipeline).noise_aug_strength:g}"}
     extractor = json.dumps(pipeline.feature_extractor.to_dict(), sort_keys=True, default=str)
     time_ids = str(video_options(pipeline).time_ids)
     return {"image_encoder": module_hash(pipeline.image_encoder), "feature_extractor": extractor, "time_ids": time_ids}

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import encoded_images, has_statistics, scaled, scaling_of, statistics
-from slimstep.models.families.svd.conditions import begins_with_frame, conditions_of
-from slimstep.models.family import family_of
+from slimstep.models.family import conditions_of_captions, conditions_of_frames, family_of
+from slimstep.models.first_frames import begins_with_frame
 from slimstep.models.networks import encoders, network_of
-from slimstep.models.sizes import check_frames, native_frames, scale_factor
+from slimstep.models.sizes import check_frames, latents_before, native_frames, scale_factor
 
 PIXELS_AT_ONCE = 4 * 512**2  # of an autoencoder: some 3 GB in float32 at the 256 channels of Stable Diffusion's
 # Written by the libraries into every config; they do not change what a model computes.
@@ -44,11 +44,19 @@ def encode_images(pipeline, images_BCHW: Tensor, device: torch.device) -> dict[s
     means = [encoded_images(vae, x_bCHW.to(device, vae.dtype) / 127.5 - 1) for x_bCHW in slices]
     mean_BChw = torch.cat(means)
     mean_std = [x.to(mean_BChw) for x in statistics(vae.config)] if has_statistics(pipeline) else None
-    encoded = finite({"latents": scaled(mean_BChw, scaling_of(vae), mean_std)}, vae)
+    latents = with_latents_before(pipeline, scaled(mean_BChw, scaling_of(vae), mean_std))
+    encoded = finite({"latents": latents}, vae)
     if not begins_with_frame(pipeline):
         return {**encoded}
-    first = conditions_of(pipeline, list(images_BCHW[:, :, 0].movedim(1, -1)))
+    first = conditions_of_frames(pipeline, list(images_BCHW[:, :, 0].movedim(1, -1)))
     return {**encoded, **finite(first.tensors, encoder_of(pipeline))}
+
+
+def with_latents_before(pipeline, latents: Tensor) -> Tensor:
+    """The latents, and before those of videos as many of its first as the network is given (models/sizes.py)."""
+    if latents.ndim == 4 or not (count := latents_before(network_of(pipeline).config, latents.shape[2])):
+        return latents
+    return torch.cat([latents[:, :, :1].expand(-1, -1, count, -1, -1), latents], dim=2)
 
 
 def rows_at_once(*sides: int) -> int:
@@ -58,11 +66,9 @@ def rows_at_once(*sides: int) -> int:
 
 
 def encode_captions(pipeline, captions: Sequence[str], device: torch.device) -> Conditioning:
-    """What is kept of captions, a row for each; nothing where videos are made of their first frames, which
+    """What is kept of captions, a row for each; nothing where videos are made of their first frames alone, which
     `encode_images` sees."""
-    if begins_with_frame(pipeline):
-        return Conditioning()
-    return Conditioning(finite(family_of(pipeline).encode(pipeline, captions, device).tensors, encoder_of(pipeline)))
+    return Conditioning(finite(conditions_of_captions(pipeline, captions, device).tensors, encoder_of(pipeline)))
 
 
 def encode_nothing(pipeline, device: torch.device) -> Conditioning:

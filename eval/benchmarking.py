@@ -54,7 +54,7 @@ class Benchmark:
                 way = "time it by itself, with model.… and eval.guidance_scale, or an export of it"
                 raise ValueError(f"models.{name} has {', '.join(own)}, which +experiment=evaluate alone reads: {way}")
         self.models.check()
-        if self.models.draws_videos and not self.models.is_conditional:
+        if self.models.begin_with_frames:
             raise ValueError(f"{self.models.paths} make videos of first frames, and what is timed here begins with "
                              "prompts; their networks are timed by +experiment=latency_table")  # fmt: skip
         if not self.models.is_conditional:

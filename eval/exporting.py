@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -13,7 +12,7 @@ from slimstep.engine.run import FINISHED, Run
 from slimstep.eval.inputs import Teacher
 from slimstep.eval.record import Point, Values
 from slimstep.models.card import Origin, origin_of, write_card
-from slimstep.models.families.svd.conditions import begins_with_frame, video_options
+from slimstep.models.first_frames import begins_with_frame, call_options
 from slimstep.models.networks import part_of, sequence_length, trained_steps_of
 from slimstep.models.pipeline import export_pipeline
 
@@ -31,7 +30,7 @@ def export(
     sampling = teacher.config.eval
     scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
     length, trained = sequence_length(student), trained_steps_of(student) and (steps or trained_steps_of(student))
-    video = asdict(video_options(student)) if begins_with_frame(student) else None
+    video = call_options(student) if begins_with_frame(student) else None
     origin = Origin(str(teacher.config.model.name_or_path), steps or sampling.steps, scale, length, trained, video)
 
     def write(folder: Path) -> None:

@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from slimstep.data.cache import cache_pairs
 from slimstep.data.config import CacheConfig
 from slimstep.data.encoding import check_size, is_truncated
-from slimstep.data.first_frames import frames_in_folder, frames_of_videos
+from slimstep.data.first_frames import captioned_frames_in_folder, frames_in_folder, frames_of_videos
 from slimstep.data.folder import few
 from slimstep.data.pixels import shown
 from slimstep.data.prompts import MORE_PROMPTS, PromptSet, disjoint_prompts, read_prompts
@@ -39,8 +39,8 @@ from slimstep.eval.timing.precision import settled
 from slimstep.models.denoiser import NUM_TOKENS
 from slimstep.models.described import no_weights
 from slimstep.models.families.prunable import Prunable
-from slimstep.models.families.svd.conditions import begins_with_frame, with_first_frames
 from slimstep.models.family import family_of, schedule_for
+from slimstep.models.first_frames import begins_with_frame, with_first_frames
 from slimstep.models.networks import DENOISERS, network_of, trained_steps_of
 from slimstep.models.noise_schedule import NoiseSchedule, are_among
 from slimstep.models.pipeline import networks, to_device, upcast_vae
@@ -163,7 +163,7 @@ def check_first_frames(data: DictConfig) -> None:
         raise ValueError(f"a model that makes a video of its first frame needs data of videos, not of images: {way}")
     if data.prompt_file:
         way = "data.first_frames=FOLDER has images to begin with"
-        raise ValueError(f"data.prompt_file={data.prompt_file} is for models that read captions: {way}")
+        raise ValueError(f"data.prompt_file={data.prompt_file} is for models that read captions alone: {way}")
 
 
 def check_trained(teacher: Teacher, sampler: Sampler) -> None:
@@ -215,11 +215,15 @@ def numbered_images(count: int) -> PromptSet:
     return PromptSet(tuple(f"image {i}" for i in range(count)), "numbers")
 
 
-def load_first_frames(config: Config, count: int) -> tuple[PromptSet, dict[str, Tensor]]:
+def load_first_frames(config: Config, count: int, reads: bool) -> tuple[PromptSet, dict[str, Tensor]]:
     """The names of at most so many first frames, and {name: uint8 [H, W, 3]}: the images of data.first_frames, or the
-    first frames of held-out videos, which are called by their captions."""
+    first frames of held-out videos, which are called by their captions. reads: whether the model does read captions,
+    so that images have to have some."""
     check_first_frames(config.data)
-    if folder := config.data.first_frames:
+    if (folder := config.data.first_frames) and reads:
+        frames = captioned_frames_in_folder(folder, config.data.resolution, count)
+        return PromptSet(tuple(frames), str(folder)), frames
+    if folder:
         log.info(f"the images of data.first_frames={folder} have no captions: no CLIP score says how videos fit them")
         frames = frames_in_folder(folder, config.data.resolution, count)
         return PromptSet(tuple(frames), str(folder)), frames
@@ -235,7 +239,7 @@ def load_prompts(teacher: Teacher) -> tuple[PromptSet, PromptSet]:
     numbers, each with its noise. First frames in the place of prompts are remembered by the pipeline."""
     config, counts = teacher.config, (teacher.config.scoring.prompts, teacher.config.eval.prompts)
     if teacher.begins_with_frame and not config.plan:
-        prompts, frames = load_first_frames(config, sum(counts))
+        prompts, frames = load_first_frames(config, sum(counts), teacher.is_conditional)
         with_first_frames(teacher.pipeline, frames)
     else:
         prompts = read_prompt_set(config) if teacher.is_conditional else numbered_images(sum(counts))

@@ -52,7 +52,7 @@ from slimstep.eval.timing.cold_start import compile_first
 from slimstep.eval.timing.inference import InferenceConfig, compile_networks
 from slimstep.eval.timing.precision import settled
 from slimstep.models.cost import count_parameters
-from slimstep.models.families.svd.conditions import with_first_frames
+from slimstep.models.first_frames import with_first_frames
 from slimstep.models.networks import network_of
 from slimstep.models.pipeline import to_device
 
@@ -119,11 +119,10 @@ def protocol(config: Config, scorer: ClipScorer | None) -> dict[str, Any]:
 
 def evaluated_prompts(models: GivenModels, config: Config) -> tuple[PromptSet, dict[str, Tensor]]:
     """The prompts, and the first frames that they name: of models that take none the numbers of noises."""
-    if models.is_conditional:
-        return eval_prompts(config), {}
     if not models.begin_with_frames or config.plan:
-        return numbered_images(config.eval.prompts), {}
-    prompts, frames = load_first_frames(config, config.eval.prompts + len(calibration_prompts(config)))
+        return eval_prompts(config) if models.is_conditional else numbered_images(config.eval.prompts), {}
+    count = config.eval.prompts + len(calibration_prompts(config))
+    prompts, frames = load_first_frames(config, count, models.is_conditional)
     return without_calibration(prompts, config, MORE_FRAMES, MORE_FRAMES), frames
 
 

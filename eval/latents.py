@@ -19,7 +19,7 @@ from slimstep.data.prompts import PromptSet
 from slimstep.data.shards import CachedPairs, cache_key, is_intact, shard_tensors, write_index, write_shard
 from slimstep.engine.progress import progress
 from slimstep.eval.sampling import Sampler
-from slimstep.models.families.svd.conditions import begins_with_frame, first_frames
+from slimstep.models.first_frames import begins_with_frame, first_frames
 
 FORMAT = 1
 

@@ -5,12 +5,13 @@ Counted, not measured: allocators and libraries take some GB more.
 """
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKLTemporalDecoder, DiffusionPipeline
 from torch import nn
 
 from slimstep.engine.config import TrainConfig
@@ -18,12 +19,11 @@ from slimstep.eval.inputs import Teacher
 from slimstep.eval.pages.tables import markdown_table
 from slimstep.eval.pages.text import size
 from slimstep.models.decoding import can_tile
-from slimstep.models.families.svd.conditions import begins_with_frame
 from slimstep.models.family import denoiser_of, family_of
 from slimstep.models.memory import Needed, decoding_bytes, evaluation_bytes, training_need
 from slimstep.models.networks import encoders, network_of, text_encoders
 from slimstep.models.pipeline import networks
-from slimstep.models.sizes import frames_field, frames_step, native_frames
+from slimstep.models.sizes import frames_field, frames_step, has_own_positions, native_frames
 
 GPUS = (24, 40, 80)  # GB
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "adafactor": 0}  # of a weight (engine/optimizers.py)
@@ -134,10 +134,13 @@ def running_lines(pipeline: DiffusionPipeline) -> list[str]:
     lines = [f"           beside it {size(evaluation)} for an evaluation of one {what}, guided twice that"]
     if codec:
         ways = {"": {}, **({" with model.vae_tiling=true": {"is_tiled": True}} if can_tile(codec) else {})}
-        if begins_with_frame(pipeline):
+        if isinstance(codec, AutoencoderKLTemporalDecoder):
             ways |= {f" with 'model.video={{decode_chunk_size: {n}}}'": {"frames_at_once": n} for n in (8, 2)}
         per = codec.dtype.itemsize / FLOAT32
-        each = [f"{size(decoding_bytes(codec, shape, **how) * per)}{way}" for way, how in ways.items()]
+        each = []
+        for way, how in ways.items():
+            with suppress(ValueError):  # of tiles that do not fit together, which are no way
+                each.append(f"{size(decoding_bytes(codec, shape, **how) * per)}{way}")
         lines.append(f"           or to decode one {what} {', '.join(each)}")
     return lines
 
@@ -158,8 +161,8 @@ def configured(teacher: Teacher, config: TrainConfig, beside: int = 0) -> Memory
 
 
 def half_as_long(teacher: Teacher) -> tuple[int, Sample] | None:
-    """Of a pipeline of videos: about half its frames, and what a sample of so many needs."""
-    if not (frames := native_frames(teacher.pipeline)):
+    """Of a pipeline of videos that may be shorter: about half its frames, and what a sample of so many needs."""
+    if not (frames := native_frames(teacher.pipeline)) or has_own_positions(teacher.unet):
         return None
     step = frames_step(teacher.pipeline)
     fewer = (frames - 1) // 2 // step * step + 1

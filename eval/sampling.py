@@ -12,7 +12,7 @@ import inspect
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -28,14 +28,14 @@ from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import decoded_images, has_statistics, is_tiled, scaling_of, statistics, unscaled
 from slimstep.models.denoiser import Denoiser, takes_guidance
 from slimstep.models.families.deepfloyd.cascade import first_stage_of, refines, upscaled
-from slimstep.models.families.svd.conditions import begins_with_frame, video_options
 from slimstep.models.family import denoiser_of, family_of, flow_of, with_variance
+from slimstep.models.first_frames import call_options, video_options
 from slimstep.models.flow import prediction_type_of, set_steps
 from slimstep.models.guidance import guided
 from slimstep.models.networks import network_of, sequence_length
 from slimstep.models.pipeline import encoders_on, on_device
 from slimstep.models.schedulers import check_sampling, keeps_past, reads_variance, used_spacing
-from slimstep.models.sizes import scale_factor
+from slimstep.models.sizes import frames_per_latent, latents_before, native_frames, scale_factor
 
 TEXTS_PER_BATCH = 64  # cut by index, so that a prompt's state does not depend on who asks for it
 
@@ -124,7 +124,7 @@ class Sampler:
             **({"shift_terminal": terminal} if terminal else {}),
             **({"vae_tiling": True} if is_tiled(self.codec) else {}),
             **({"max_sequence_length": length} if length else {}),
-            **({"video": asdict(video_options(self.pipeline))} if begins_with_frame(self.pipeline) else {}),
+            **({"video": options} if (options := call_options(self.pipeline)) else {}),
             **({"first_stage": first_stage_of(self.pipeline).protocol} if refines(self.pipeline) else {}),
         }
 
@@ -320,7 +320,7 @@ class Sampler:
         """Images [B, 3, H, W] or videos [B, 3, F, H, W] from -1 to 1, as the VAE gives them."""
         if (vae := self.codec) is None:
             return latents_BCHW
-        z_BCHW = latents_BCHW.to(vae.device, vae.dtype)
+        z_BCHW = self.of_video(latents_BCHW).to(vae.device, vae.dtype)
         mean_std = (self.statistic(0, z_BCHW), self.statistic(1, z_BCHW)) if has_statistics(self.pipeline) else None
         z_BCHW = unscaled(z_BCHW, scaling_of(vae), mean_std)
         sides = (side * scale_factor(self.pipeline) for side in z_BCHW.shape[-2:])
@@ -328,6 +328,14 @@ class Sampler:
         with products_on(vae.device, self.precision):
             at_once = video_options(self.pipeline).decode_chunk_size
             return torch.cat([decoded_images(vae, z_bCHW, at_once) for z_bCHW in slices])
+
+    def of_video(self, latents_BCHW: Tensor) -> Tensor:
+        """The latents without those that the network was given before a video's own (models/sizes.py)."""
+        if not (frames := native_frames(self.pipeline)):
+            return latents_BCHW
+        network: Any = self.network
+        count = (frames - 1) // frames_per_latent(self.pipeline) + 1
+        return latents_BCHW[:, :, latents_before(network.config, count) :]
 
     def images(
         self, unet: nn.Module, prompts: Sequence[str], indices: Sequence[int], block_mask_BN: Tensor | None = None

@@ -29,7 +29,7 @@ class Origin:
     guidance_scale: float
     max_sequence_length: int | None = None  # None: the default of its pipeline, if that has one
     trained_steps: int | None = None  # those that its network was distilled to, None where it learnt all timesteps
-    video: Mapping[str, Any] | None = None  # what Stable Video Diffusion is called with beside a first frame
+    video: Mapping[str, Any] | None = None  # what is said beside a first frame, where the pipeline is given one
 
 
 @dataclass(frozen=True)
@@ -77,22 +77,23 @@ def card_text(
     part, name = ("unet", "UNet") if "unet" in configs else ("transformer", "Transformer")
     count = configs[part].get("sample_frames") or configs[part].get("num_frames")
     what, output = ("video", "frames") if count else ("image", "images")
-    task = f"{'image' if origin.video else 'text'}-to-{what}" if has_prompts else "unconditional-image-generation"
+    has_frame = origin.video is not None
+    task = f"{'image' if has_frame else 'text'}-to-{what}" if has_prompts else "unconditional-image-generation"
     length = f", max_sequence_length={origin.max_sequence_length}" if origin.max_sequence_length else ""
     said = f" at guidance {origin.guidance_scale:g}{length.replace('=', ' ')}"
-    guidance = f"{said}. Pass {'all' if length or origin.video else 'both'}: diffusers' defaults are others."
+    guidance = f"{said}. Pass {'all' if length or has_frame else 'both'}: diffusers' defaults are others."
     guidance = guidance if has_prompts else ". Pass them: diffusers' default is another."
     frames = f", num_frames={count}" if count else ""
     call = f"num_inference_steps={origin.steps}{frames}"
     guided = GUIDANCE.get(configs[part].get("_class_name", ""), "guidance_scale={:g}").format(origin.guidance_scale)
     first, needed, given = '"…"', "", ""
-    if origin.video:
-        first, needed = "image", "from diffusers.utils import load_image\n"
+    if origin.video is not None:
+        first, needed = "image" if part == "unet" else 'image, "…"', "from diffusers.utils import load_image\n"
         given = 'image = load_image("FIRST_FRAME.png")\n'
         size, pixels = configs[part]["sample_size"], 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
         height, width = size if isinstance(size, list) else (size, size)
         own = {"height": height * pixels, "width": width * pixels, **origin.video}
-        length = "".join(f", {option}={value}" for option, value in own.items() if value is not None)
+        length += "".join(f", {option}={value}" for option, value in own.items() if value is not None)
     call = f"{first}, {call}, {guided}{length}" if has_prompts else call
     decoder = f"\n- VAE decoder: {decoder_line(configs['vae'])}" if has_prompts else ""
     others = readers_line(read_by)

@@ -6,6 +6,7 @@
     "time_ids"    SDXL's original size, crop and target size [B, 6]
     "upscaled"    the picture of the stage before, at the size of this one, and noised [B, 3, H, W]
     "noise_level" the timestep that says how much [B]
+    "first_frame" latents of a video's first frame [B, C, h, w], as CogVideoX is given them
 
 Those of Stable Video Diffusion are in families/svd/conditions.py.
 An unconditional model has none of them. Under these names the latent cache keeps the tensors and the training loop's
@@ -21,7 +22,7 @@ import torch
 from torch import Tensor
 
 TEXT, TEXT_MASK = "text", "text_mask"
-OF_PICTURES = ("upscaled", "noise_level")  # what no caption says, so that the empty one has it, too
+OF_PICTURES = ("upscaled", "noise_level", "first_frame")  # what no caption says, so that the empty one has it, too
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,15 @@ SVD_SCHEDULER = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "sca
                  "sigma_max": 700.0, "prediction_type": "v_prediction", "timestep_type": "continuous",
                  "timestep_spacing": "leading", "steps_offset": 1, "use_karras_sigmas": True}  # fmt: skip
 
+COGVIDEOX_5B = {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True}
+COGVIDEOX_VAE = {"block_out_channels": (128, 256, 256, 512), "down_block_types": ("CogVideoXDownBlock3D",) * 4,
+                 "up_block_types": ("CogVideoXUpBlock3D",) * 4, "scaling_factor": 0.7}  # fmt: skip
+COGVIDEOX_SCHEDULER = (
+    "CogVideoXDDIMScheduler",
+    {"beta_end": 0.012, "beta_start": 0.00085, "clip_sample": False, "prediction_type": "v_prediction",
+     "rescale_betas_zero_snr": True, "snr_shift_scale": 1.0, "timestep_spacing": "trailing"},
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Described:
@@ -92,21 +101,20 @@ DESCRIBED = {
     ),
     "cogvideox_5b": Described(
         "CogVideoXPipeline",
+        ("CogVideoXTransformer3DModel", COGVIDEOX_5B),
+        ("AutoencoderKLCogVideoX", COGVIDEOX_VAE),
+        ((T5, T5_XXL),),
+        COGVIDEOX_SCHEDULER,
+    ),
+    "cogvideox_5b_i2v": Described(
+        "CogVideoXImageToVideoPipeline",
         (
             "CogVideoXTransformer3DModel",
-            {"num_attention_heads": 48, "num_layers": 42, "use_rotary_positional_embeddings": True},
+            {**COGVIDEOX_5B, "in_channels": 32, "use_learned_positional_embeddings": True},
         ),
-        (
-            "AutoencoderKLCogVideoX",
-            {"block_out_channels": (128, 256, 256, 512), "down_block_types": ("CogVideoXDownBlock3D",) * 4,
-             "up_block_types": ("CogVideoXUpBlock3D",) * 4, "scaling_factor": 0.7},
-        ),
+        ("AutoencoderKLCogVideoX", {**COGVIDEOX_VAE, "invert_scale_latents": True}),
         ((T5, T5_XXL),),
-        (
-            "CogVideoXDDIMScheduler",
-            {"beta_end": 0.012, "beta_start": 0.00085, "clip_sample": False, "prediction_type": "v_prediction",
-             "rescale_betas_zero_snr": True, "snr_shift_scale": 1.0, "timestep_spacing": "trailing"},
-        ),
+        COGVIDEOX_SCHEDULER,
     ),
 }  # fmt: skip
 

@@ -23,10 +23,12 @@ from slimstep.models.families.deepfloyd.denoiser import DeepFloydDenoiser
 from slimstep.models.families.exported import Exported
 from slimstep.models.families.prunable import Prunable
 from slimstep.models.families.svd import family as svd
+from slimstep.models.families.svd.conditions import conditions_of
 from slimstep.models.families.transformer import cogvideox, flux, pixart, qwen, sana, sd3, wan
 from slimstep.models.families.transformer.others import OTHERS, REFUSED
 from slimstep.models.families.transformer.single_file import names_in
 from slimstep.models.families.unet2d import family as unet2d
+from slimstep.models.first_frames import video_options
 from slimstep.models.flow import FlowSteps, is_flow
 from slimstep.models.networks import DENOISERS, network_of, trained_steps_of
 from slimstep.models.noise_schedule import AnySchedule, schedule_of, trained_at_steps
@@ -139,8 +141,8 @@ class Family(Protocol):
 
 
 FAMILIES: tuple[Family, ...] = (
-    unet2d, deepfloyd, ddpm, svd, sd3.FAMILY, pixart.FAMILY, flux.FAMILY, sana.FAMILY, qwen.FAMILY, cogvideox.FAMILY,
-    wan.FAMILY,
+    unet2d, deepfloyd, ddpm, svd, sd3.FAMILY, pixart.FAMILY, flux.FAMILY, sana.FAMILY, qwen.FAMILY,
+    cogvideox.OF_IMAGES, cogvideox.FAMILY, wan.FAMILY,
 )  # fmt: skip
 
 
@@ -188,7 +190,23 @@ def without_a_job(network: str | None) -> str:
 
 def draws_from_frames(family: Family) -> bool:
     """Whether its pipelines make videos of their first frames."""
-    return family is svd
+    return family in (svd, cogvideox.OF_IMAGES)
+
+
+def conditions_of_frames(pipeline: DiffusionPipeline, frames: Sequence[Tensor]) -> Conditioning:
+    """What the first frames of training videos, uint8 [H, W, 3], say to the network, a row for each."""
+    if family_of(pipeline) is svd:
+        return conditions_of(pipeline, frames)
+    return cogvideox.frame_latents(pipeline, frames, noise=video_options(pipeline).noise_aug_strength)
+
+
+def conditions_of_captions(
+    pipeline: DiffusionPipeline, captions: Sequence[str], device: torch.device | None = None
+) -> Conditioning:
+    """What the captions of training images or videos say, a row for each, beside what first frames do."""
+    if (family := family_of(pipeline)) is svd:
+        return Conditioning()
+    return (cogvideox.FAMILY if family is cogvideox.OF_IMAGES else family).encode(pipeline, captions, device)
 
 
 def is_named(part: Any) -> bool:

@@ -21,8 +21,8 @@ from slimstep.models.checkpoint import is_single_file
 from slimstep.models.decoding import code_in_tiles
 from slimstep.models.families.deepfloyd.cascade import load_first_stage
 from slimstep.models.families.exported import chained
-from slimstep.models.families.svd.conditions import begins_with_frame, with_video_options
 from slimstep.models.family import family_at, family_of, flow_of, schedule_for
+from slimstep.models.first_frames import SVD, with_video_options
 from slimstep.models.folder import check_pickles, check_variant, check_weights
 from slimstep.models.lora import check_loras, fuse_loras
 from slimstep.models.networks import (
@@ -143,7 +143,7 @@ def check_trained_steps(pipeline: DiffusionPipeline) -> None:
 def upcast_vae(pipeline: DiffusionPipeline) -> None:
     """Puts a VAE that overflows in float16 into float32, for those who ask it themselves: pipelines of SDXL and of
     Stable Video Diffusion do when they are called, and want it as it was."""
-    upcasts = hasattr(pipeline, "upcast_vae") or begins_with_frame(pipeline)
+    upcasts = hasattr(pipeline, "upcast_vae") or type(pipeline).__name__ == SVD
     if upcasts and pipeline.vae.config.force_upcast and pipeline.vae.dtype == torch.float16:
         pipeline.vae.float()
 

@@ -72,10 +72,14 @@ def native_pixels(pipeline: DiffusionPipeline) -> Resolution:
 def set_resolution(pipeline: DiffusionPipeline, pixels: Resolution, frames: int | None = None) -> None:
     """Makes images of so many pixels what the pipeline draws by itself, also where its model was made for others; of
     videos, so many frames of them, None as many as it draws."""
+    network = network_of(pipeline)
+    if has_own_positions(network) and pixels != (native := native_pixels(pipeline)):
+        raise ValueError(f"data.resolution={pixels}: this {kind_of(network)} learnt the positions of {native} alone: "
+                         "set that, or null")  # fmt: skip
     # Without the version a pipeline around weights of before diffusers 0.9 would take their size for a mistake.
     height, width = (side // scale_factor(pipeline) for side in sides(pixels))
     size, version = height if height == width else [height, width], diffusers.__version__
-    network_of(pipeline).register_to_config(sample_size=size, _diffusers_version=version)
+    network.register_to_config(sample_size=size, _diffusers_version=version)
     remember_size(pipeline)
     if frames is not None:
         set_frames(pipeline, frames)
@@ -106,6 +110,10 @@ def remember_size(pipeline: DiffusionPipeline) -> None:
 # ---- videos ----
 
 
+def kind_of(network: ModelMixin) -> str:
+    return type(network).__name__.removeprefix("Prunable")
+
+
 def native_frames(pipeline: DiffusionPipeline) -> int | None:
     """Frames of the videos that a pipeline draws by itself; None where it draws images."""
     config = network_of(pipeline).config
@@ -118,7 +126,28 @@ def set_frames(pipeline: DiffusionPipeline, frames: int) -> None:
         raise ValueError(f"data.frames={frames}: a {type(pipeline).__name__} draws images: choose data of images")
     check_frames(pipeline, frames)
     network: ModelMixin = network_of(pipeline)
+    if has_own_positions(network) and frames != (own := native_frames(pipeline)):
+        raise ValueError(f"data.frames={frames}: this {kind_of(network)} learnt the positions of {own} frames alone: "
+                         "set that, or null")  # fmt: skip
     network.register_to_config(**frames_field(network, frames))
+
+
+def latents_before(config: Mapping[str, Any], count: int) -> int:
+    """Latents that the pipeline puts before the `count` of a video, where a network makes tokens of several along the
+    time (CogVideoX 1.5)."""
+    return -count % (config.get("patch_size_t") or 1)
+
+
+def has_own_positions(network: ModelMixin) -> bool:
+    """Whether a network learnt the positions of one size and length of videos, those that it was made for. diffusers
+    gives a video of another length other positions, which it never learnt, and refuses other sizes."""
+    return bool(network.config.get("use_learned_positional_embeddings"))
+
+
+def only_text_length(network: ModelMixin) -> int | None:
+    """The tokens of a prompt, where a network adds positions to so many alone; None where it takes any number."""
+    adds = not network.config.get("use_rotary_positional_embeddings", True)
+    return network.config.max_text_seq_length if adds or has_own_positions(network) else None
 
 
 def frames_field(network: ModelMixin, frames: int) -> dict[str, int]:

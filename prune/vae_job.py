@@ -70,7 +70,7 @@ from slimstep.eval.scorer_check import check_scorer
 from slimstep.eval.training import make_objective, offloaded
 from slimstep.models.cost import count_parameters
 from slimstep.models.decoding import decoder_of, has_statistics
-from slimstep.models.families.svd.conditions import video_options, with_first_frames
+from slimstep.models.first_frames import video_options, with_first_frames
 from slimstep.models.pipeline import to_device, with_unet
 from slimstep.models.sizes import native_frames, sides_of
 from slimstep.models.vae import NarrowDecoder

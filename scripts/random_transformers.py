@@ -8,6 +8,7 @@ from diffusers import (
     AutoencoderKLQwenImage,
     AutoencoderKLWan,
     CogVideoXDDIMScheduler,
+    CogVideoXImageToVideoPipeline,
     CogVideoXPipeline,
     CogVideoXTransformer3DModel,
     DPMSolverMultistepScheduler,
@@ -235,30 +236,42 @@ def small_qwen_image_pipeline(**scheduler) -> QwenImagePipeline:
     return pipeline
 
 
+# Of CogVideoX 5B and 1.5 that begin with a frame, as their published configurations have it.
+FIRST_FRAME = {"in_channels": 8, "use_rotary_positional_embeddings": True, "use_learned_positional_embeddings": True}
+OF_15 = {"use_rotary_positional_embeddings": True, "patch_size_t": 2, "sample_width": 8, "sample_height": 8}
+FIRST_FRAME_15 = {**OF_15, "in_channels": 8, "ofs_embed_dim": 16}
+
+
 def small_cogvideox(num_layers: int = 4, **fields) -> CogVideoXTransformer3DModel:
-    """3×4×4 latents in 12 tokens, for videos of 9 frames. `use_rotary_positional_embeddings` makes it one of 5B."""
+    """3×4×4 latents in 12 tokens, for videos of 9 frames. `use_rotary_positional_embeddings` makes it one of 5B, and 8
+    `in_channels` one of first frames."""
     torch.manual_seed(0)
-    fields = {"sample_frames": 9, "attention_head_dim": 16, **fields}
+    fields = {"sample_frames": 9, "attention_head_dim": 16, "in_channels": 4, "sample_width": 4, "sample_height": 4,
+              **fields}  # fmt: skip
     return alive(CogVideoXTransformer3DModel(
-        num_attention_heads=2, in_channels=4, out_channels=4, time_embed_dim=16, text_embed_dim=TEXT_WIDTH,
-        num_layers=num_layers, sample_width=4, sample_height=4, **fields,
+        num_attention_heads=2, out_channels=4, time_embed_dim=16, text_embed_dim=TEXT_WIDTH,
+        num_layers=num_layers, **fields,
     ))  # fmt: skip
 
 
-def small_cogvideox_pipeline(scheduler: SchedulerMixin | None = None, **fields) -> CogVideoXPipeline:
-    """Videos of 16×16 pixels; the scheduler is the published one's."""
+def small_cogvideox_pipeline(
+    scheduler: SchedulerMixin | None = None, **fields
+) -> CogVideoXPipeline | CogVideoXImageToVideoPipeline:
+    """Videos of 16×16 pixels; the scheduler is the published one's. With FIRST_FRAME or FIRST_FRAME_15 it is one of
+    first frames."""
+    takes_frame = fields.get("in_channels") == 8
     torch.manual_seed(2)
     vae = AutoencoderKLCogVideoX(
         down_block_types=("CogVideoXDownBlock3D",) * 3, up_block_types=("CogVideoXUpBlock3D",) * 3, latent_channels=4,
         block_out_channels=(8, 8, 8), layers_per_block=1, norm_num_groups=2, temporal_compression_ratio=4,
-        sample_height=16, sample_width=16, scaling_factor=0.7,
+        sample_height=16, sample_width=16, scaling_factor=0.7, invert_scale_latents=takes_frame,
     )  # fmt: skip
     published = {
         "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False,
         "prediction_type": "v_prediction", "rescale_betas_zero_snr": True, "set_alpha_to_one": True,
         "snr_shift_scale": 3.0, "timestep_spacing": "linspace",
     }  # fmt: skip
-    pipeline = CogVideoXPipeline(
+    pipeline = (CogVideoXImageToVideoPipeline if takes_frame else CogVideoXPipeline)(
         tokenizer=tiny_tokenizer(), text_encoder=small_t5(), vae=vae.eval(), transformer=small_cogvideox(**fields),
         scheduler=scheduler or CogVideoXDDIMScheduler(**published),
     )  # fmt: skip

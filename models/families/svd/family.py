@@ -1,7 +1,6 @@
 """Stable Video Diffusion: a UNet that makes a video of its first frame, in time and space apart, in EDM's steps."""
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,10 @@ from slimstep.models.conditioning import Conditioning
 from slimstep.models.denoiser import Denoiser
 from slimstep.models.families.exported import Exported, block_map
 from slimstep.models.families.stock import public_fields
-from slimstep.models.families.svd.conditions import conditions_of_names, nothing, video_options
+from slimstep.models.families.svd.conditions import conditions_of_names, nothing
 from slimstep.models.families.svd.denoiser import SpatioTemporalDenoiser
 from slimstep.models.families.svd.network import PrunableUNetSpatioTemporalConditionModel
+from slimstep.models.first_frames import call_options
 from slimstep.models.folder import absent_parts, check_index, check_tables, final_folder, stored_dtype
 from slimstep.models.networks import load_networks, with_unet
 from slimstep.models.sizes import scale_factor, settle_sizes, sides_of
@@ -127,7 +127,7 @@ def call(pipeline: DiffusionPipeline, guidance_scale: float, noise: Tensor | Non
     height, width = (side * scale_factor(pipeline) for side in sides_of(pipeline.unet.config))
     shape = {"num_frames": frames(pipeline.unet), "height": height, "width": width}
     latents = {} if noise is None else {"latents": noise.transpose(1, 2)}
-    return {"max_guidance_scale": guidance_scale, **shape, **asdict(video_options(pipeline)), **latents}
+    return {"max_guidance_scale": guidance_scale, **shape, **call_options(pipeline), **latents}
 
 
 def channels(network: nn.Module) -> int:

@@ -3,6 +3,7 @@
 import torch
 
 from scripts.random_transformers import (
+    OF_15,
     small_cogvideox,
     small_cogvideox_pipeline,
     small_flux,
@@ -37,7 +38,7 @@ PIPELINES = {
     "SD3": small_sd3_pipeline, "SD3.5": lambda: small_sd3_pipeline(small_sd3(**SD35)), "PixArt": small_pixart_pipeline,
     "FLUX": small_flux_pipeline, "Sana": small_sana_pipeline, "Qwen-Image": small_qwen_image_pipeline,
     "CogVideoX": small_cogvideox_pipeline, "CogVideoX 5B": lambda: small_cogvideox_pipeline(**ROTARY),
-    "Wan": small_wan_pipeline,
+    "CogVideoX 1.5": lambda: small_cogvideox_pipeline(**OF_15), "Wan": small_wan_pipeline,
 }  # fmt: skip
 PRUNABLE = {
     "SD3": PrunableSD3Transformer2DModel, "SD3.5": PrunableSD3Transformer2DModel,

@@ -17,14 +17,9 @@ from slimstep.models.card import Origin
 from slimstep.models.conditioning import conditioning_of
 from slimstep.models.decoding import decoded_images, encoded_images
 from slimstep.models.described import described_pipeline
-from slimstep.models.families.svd.conditions import (
-    VideoOptions,
-    conditions_of,
-    noise_source,
-    with_first_frames,
-    with_video_options,
-)
+from slimstep.models.families.svd.conditions import conditions_of
 from slimstep.models.family import family_at, family_of
+from slimstep.models.first_frames import VideoOptions, noise_source, with_first_frames, with_video_options
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 from slimstep.models.sizes import check_frames, native_frames, set_frames, set_resolution
 from tests.tiny import small_pipeline

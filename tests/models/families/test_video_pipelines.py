@@ -206,7 +206,7 @@ def test_an_export_of_other_frames_draws_them(kind, tmp_path):
     assert (ours - 255 * torch.from_numpy(theirs)).abs().max() <= 0.51
 
 
-@pytest.mark.parametrize(("field", "value"), [("patch_size_t", 2), ("use_learned_positional_embeddings", True)])
+@pytest.mark.parametrize(("field", "value"), [("ofs_embed_dim", 2), ("use_learned_positional_embeddings", True)])
 def test_networks_of_other_versions_are_refused_by_name(field, value, tmp_path):
     small_cogvideox_pipeline().save_pretrained(tmp_path)
     config = tmp_path / "transformer/config.json"
