@@ -81,7 +81,7 @@ def card_text(
     task = f"{'image' if has_frame else 'text'}-to-{what}" if has_prompts else "unconditional-image-generation"
     length = f", max_sequence_length={origin.max_sequence_length}" if origin.max_sequence_length else ""
     said = f" at guidance {origin.guidance_scale:g}{length.replace('=', ' ')}"
-    guidance = f"{said}. Pass {'all' if length or has_frame else 'both'}: diffusers' defaults are others."
+    guidance = f"{said}. Pass {'all' if length or count else 'both'}: diffusers' defaults are others."
     guidance = guidance if has_prompts else ". Pass them: diffusers' default is another."
     frames = f", num_frames={count}" if count else ""
     call = f"num_inference_steps={origin.steps}{frames}"
@@ -90,10 +90,9 @@ def card_text(
     if origin.video is not None:
         first, needed = "image" if part == "unet" else 'image, "…"', "from diffusers.utils import load_image\n"
         given = 'image = load_image("FIRST_FRAME.png")\n'
-        size, pixels = configs[part]["sample_size"], 2 ** (len(configs["vae"]["block_out_channels"]) - 1)
-        height, width = size if isinstance(size, list) else (size, size)
-        own = {"height": height * pixels, "width": width * pixels, **origin.video}
-        length += "".join(f", {option}={value}" for option, value in own.items() if value is not None)
+    # Of videos the size, too: Wan's pipeline and Stable Video Diffusion's do not ask the network for it.
+    own = {**(size_of(configs[part], configs["vae"]) if count else {}), **(origin.video or {})}
+    length += "".join(f", {option}={value}" for option, value in own.items() if value is not None)
     call = f"{first}, {call}, {guided}{length}" if has_prompts else call
     decoder = f"\n- VAE decoder: {decoder_line(configs['vae'])}" if has_prompts else ""
     others = readers_line(read_by)
@@ -119,6 +118,14 @@ Nothing but diffusers has to be installed.{trust}{others}
 
 {measured}
 """
+
+
+def size_of(config: Mapping[str, Any], vae: Mapping[str, Any]) -> dict[str, int]:
+    """Height and width in pixels of the videos that a network of this configuration draws."""
+    size = config["sample_size"]
+    height, width = size if isinstance(size, list) else (size, size)
+    pixels = vae.get("scale_factor_spatial") or 2 ** (len(vae["block_out_channels"]) - 1)
+    return {"height": height * pixels, "width": width * pixels}
 
 
 def readers_line(read_by: Mapping[str, Reading]) -> str:

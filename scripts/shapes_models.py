@@ -47,10 +47,13 @@ class VAEWithPosterior(nn.Module):
         self.vae = vae
 
     def forward(self, images_BCHW: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Reconstructions [B, C, H, W] in [-1, 1] and the KL divergence to N(0, 1) per latent number."""
+        """Reconstructions [B, C, H, W] in [-1, 1], or of videos, and the KL divergence to N(0, 1) per latent number."""
         posterior = self.vae.encode(images_BCHW).latent_dist
-        latents_BCHW = posterior.sample(generator)
-        return self.vae.decode(latents_BCHW).sample, posterior.kl().mean() / latents_BCHW[0].numel()
+        kl = (posterior.mean.square() + posterior.var - 1 - posterior.logvar).mean() / 2
+        return self.painted(posterior.sample(generator)), kl
+
+    def painted(self, latents_BCHW: Tensor) -> Tensor:
+        return self.vae.decode(latents_BCHW).sample
 
 
 class TextToImage(nn.Module):

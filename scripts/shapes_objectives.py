@@ -96,7 +96,7 @@ class AutoencoderObjective:
         draw = {"generator": generator, "device": generator.device}
         if torch.rand((), **draw) < self.crop_share:
             top, left = torch.randint(images_BCHW.shape[-1] - self.crop + 1, (2,), **draw).tolist()
-            images_BCHW = images_BCHW[:, :, top : top + self.crop, left : left + self.crop]
+            images_BCHW = images_BCHW[..., top : top + self.crop, left : left + self.crop]
         target_BCHW = to_unit_range(images_BCHW)
         painted_BCHW, kl = model(target_BCHW, generator)
         mse, l1 = F.mse_loss(painted_BCHW, target_BCHW), F.l1_loss(painted_BCHW, target_BCHW)

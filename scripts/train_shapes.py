@@ -1,4 +1,4 @@
-"""Trains the embedded world from nothing: VAE, scorer, text encoder, UNet and transformer, and writes them to assets/.
+"""Trains the embedded world from nothing: VAE, scorer, text encoder, UNet, transformer, and the model of videos.
 
 python scripts/train_shapes.py                      # every stage, one process
 python scripts/train_shapes.py stage=vae            # one stage; the same command continues a killed one
@@ -21,7 +21,8 @@ from slimstep.engine.launch import fail
 from slimstep.engine.quiet import one_line
 
 STAGES = ("vae", "scorer", "latents", "text", "unet", "export", "evaluate",
-          "transformer", "export_transformer", "evaluate_transformer")  # fmt: skip
+          "transformer", "export_transformer", "evaluate_transformer",
+          "video_vae", "video_text", "video_latents", "video", "export_video", "evaluate_video")  # fmt: skip
 
 
 @hydra.main(config_path="../configs", config_name="train_shapes", version_base=None)
@@ -31,10 +32,10 @@ def main(config: DictConfig) -> None:
             raise ValueError(f"stage={config.stage} is unknown; choose all or one of {', '.join(STAGES)}")
         import torch  # here, since --help and a misspelt stage need none of this
 
-        from scripts.shapes_recipe import Recipe
+        from scripts.shapes_video_recipe import VideoRecipe
 
         torch.set_num_threads(config.threads)
-        recipe = Recipe(config)
+        recipe = VideoRecipe(config)
         for stage in STAGES if config.stage == "all" else [config.stage]:
             getattr(recipe, stage)()
     except USER_ERRORS as error:

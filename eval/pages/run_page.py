@@ -131,8 +131,13 @@ def facts(run: RunRecord) -> dict[str, dict[str, Any]]:
     """Protocols and environment: title -> {name: value}, nested values flattened."""
     scores = next((r.scores for r in reversed(run.rounds) if r.scores), None)
     ranking = (
-        {**scores["protocol"], "agreement of halves (ρ)": scores.get("rank_agreement_of_halves"),
-         **({"local recovery": scores["recovery"]} if "recovery" in scores else {})} if scores else {}
+        {
+            **scores["protocol"],
+            "agreement of halves (ρ)": scores.get("rank_agreement_of_halves"),
+            **({"local recovery": scores["recovery"]} if "recovery" in scores else {}),
+        }
+        if scores
+        else {}
     )
     left_out, done = ("sites", "narrower", "samples"), run.evaluation
     evaluated = {**done.protocol, "prompts_hash": done.prompts_hash, "n": done.n, **done.seen} if done else {}

@@ -1,11 +1,14 @@
 """The model card of an export says what was done, how it is sampled, and what was measured, and hubs can read it."""
 
+import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 
+from scripts.random_transformers import small_cogvideox_pipeline, small_wan_pipeline
 from slimstep.models.card import Origin, origin_of, write_card
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
-from slimstep.models.pipeline import export_pipeline, with_unet
+from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
+from slimstep.models.sizes import set_resolution
 
 DEPTHS = {"down_blocks.0.attentions.1": 0, "mid_block.attentions.0": 3}
 
@@ -46,3 +49,15 @@ def test_the_report_of_an_earlier_versions_export_is_read(student, tmp_path):
     assert origin_of(tmp_path / "export") == origin
     write_card(tmp_path / "export", ["CLIP score 1.00 ± 0.10"])
     assert "CLIP score 1.00" in (tmp_path / "export/README.md").read_text()
+
+
+@pytest.mark.parametrize("make", [small_cogvideox_pipeline, small_wan_pipeline])
+def test_the_call_on_a_card_draws_videos_of_the_models_own_size(make, tmp_path):
+    made = make()
+    set_resolution(made, "16x32", frames=9)
+    made.save_pretrained(tmp_path / "model")
+    export_pipeline(load_pipeline(tmp_path / "model"), tmp_path / "export", origin=Origin("maker/videos", 2, 2.5))
+    code = (tmp_path / "export/README.md").read_text().split("```")[1].removeprefix("python")
+    names: dict = {}
+    exec(code.replace("THIS_FOLDER", str(tmp_path / "export")), names)
+    assert np.asarray(names["video"]).shape == (9, 16, 32, 3)
