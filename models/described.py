@@ -26,6 +26,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
+from slimstep.models.families.svd.family import draw_as_the_call
 from slimstep.models.families.svd.network import PrunableUNetSpatioTemporalConditionModel
 from slimstep.models.families.transformer.others import OF_FAMILIES
 from slimstep.models.known import clip_tokenizer
@@ -153,6 +154,7 @@ def described_svd(name: str) -> StableVideoDiffusionPipeline:
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     settle_sizes(pipeline)
+    draw_as_the_call(pipeline)
     return pipeline
 
 

@@ -46,6 +46,7 @@ from slimstep.models.schedulers import (
     scheduler_class,
     swapped_scheduler,
 )
+from slimstep.models.sizes import only_text_length
 
 DType = Literal["float32", "float16", "bfloat16"]
 
@@ -116,6 +117,10 @@ def load_pipeline(
     length = max_sequence_length or (origin and origin.max_sequence_length)
     if length and "max_sequence_length" not in inspect.signature(type(pipeline).__call__).parameters:
         raise ValueError(f"model.max_sequence_length={length}: a {type(pipeline).__name__} has no such argument")
+    if length and (only := only_text_length(network_of(pipeline))) not in (None, length):
+        kind = type(network_of(pipeline)).__name__.removeprefix("Prunable")
+        raise ValueError(f"model.max_sequence_length={length}: this {kind} adds positions to prompts of {only} tokens "
+                         "alone: set that, or null")  # fmt: skip
     is_whole = not getattr(network_of(pipeline), "architecture", None)  # a table is of the full model's own blocks
     blocks = (read_export_report(Path(name_or_path)) or {}).get("blocks", {}) if is_whole else {}
     with_trained_steps(pipeline, trained_steps or (origin and origin.trained_steps))

@@ -1,5 +1,6 @@
 """Stable Video Diffusion: a UNet that makes a video of its first frame, in time and space apart, in EDM's steps."""
 
+import logging
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from diffusers import DiffusionPipeline, ModelMixin, UNetSpatioTemporalCondition
 from torch import Tensor, nn
 
 from slimstep.models.autoencoder import stock_vae, vae_obstacles
+from slimstep.models.card import origin_of
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.denoiser import Denoiser
 from slimstep.models.families.exported import Exported, block_map
@@ -19,13 +21,15 @@ from slimstep.models.families.svd.network import PrunableUNetSpatioTemporalCondi
 from slimstep.models.first_frames import call_options
 from slimstep.models.folder import absent_parts, check_index, check_tables, final_folder, stored_dtype
 from slimstep.models.networks import load_networks, with_unet
-from slimstep.models.sizes import scale_factor, settle_sizes, sides_of
+from slimstep.models.sizes import scale_factor, set_resolution, settle_sizes, sides_of
 
 NAME = "Stable Video Diffusion: a StableVideoDiffusionPipeline with a UNetSpatioTemporalConditionModel"
 PART = "unet"
 NETWORK = PrunableUNetSpatioTemporalConditionModel
 IS_CONDITIONAL = False  # on no captions
 GUIDES = DRAWS_VIDEOS = True
+STATED, OWN = 768, "576x1024"  # pixels that published configurations state, and that their pipeline's call draws
+log = logging.getLogger("slimstep")
 PARTS = ("unet", "vae", "image_encoder", "feature_extractor", "scheduler")
 
 
@@ -83,7 +87,18 @@ def read(
     rest = DiffusionPipeline.from_pretrained(name_or_path, **dict.fromkeys(own), **options)
     pipeline = with_unet(rest, **own)
     settle_sizes(pipeline)
+    if origin_of(name_or_path) is None:  # students say what they draw
+        draw_as_the_call(pipeline)
     return pipeline
+
+
+def draw_as_the_call(pipeline: DiffusionPipeline) -> None:
+    """Makes what the pipeline's call draws by default the size of a published model, whose configuration states another
+    one."""
+    if sides_of(pipeline.unet.config) == (STATED // scale_factor(pipeline),) * 2:
+        set_resolution(pipeline, OWN)
+        log.info(f"unet/config.json states {STATED}x{STATED} px, and the call of its pipeline draws {OWN}, the default "
+                 "here, too")  # fmt: skip
 
 
 def exported(pipeline: DiffusionPipeline) -> Exported:

@@ -23,6 +23,7 @@ from slimstep.models.pipeline import check_pipeline, export_pipeline, load_pipel
 from slimstep.models.sizes import set_resolution
 
 NAMES = ["a red square", "b"]
+ROTARY = {"use_rotary_positional_embeddings": True}
 KINDS = {"5B": FIRST_FRAME, "1.5": FIRST_FRAME_15}
 
 
@@ -173,6 +174,18 @@ def test_networks_of_channels_that_do_not_fit_and_options_of_others_are_refused_
         check_pipeline(tmp_path)
     with pytest.raises(ValueError, match=r"has \['fps'\]; it may have noise_aug_strength$"):
         load_pipeline(folders["5B"], video={"fps": 7})
+
+
+def test_prompts_have_the_one_length_that_positions_are_added_to(folders, tmp_path):
+    """CogVideoX-2B's too; rotary positions are of the video alone."""
+    for kind, fields in {"2B": {}, "text 5B": ROTARY}.items():
+        small_cogvideox_pipeline(**fields).save_pretrained(tmp_path / kind)
+    for folder in (tmp_path / "2B", folders["5B"]):
+        with pytest.raises(ValueError, match="max_sequence_length=20: this .* of 226 tokens alone: set that, or null"):
+            load_pipeline(folder, max_sequence_length=20)
+        assert load_pipeline(folder, max_sequence_length=226)
+    for folder in (tmp_path / "text 5B", folders["1.5"]):
+        assert load_pipeline(folder, max_sequence_length=20)
 
 
 def test_images_to_begin_with_have_captions(tmp_path):

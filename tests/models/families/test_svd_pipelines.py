@@ -21,7 +21,7 @@ from slimstep.models.families.svd.conditions import conditions_of
 from slimstep.models.family import family_at, family_of
 from slimstep.models.first_frames import VideoOptions, noise_source, with_first_frames, with_video_options
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
-from slimstep.models.sizes import check_frames, native_frames, set_frames, set_resolution
+from slimstep.models.sizes import check_frames, native_frames, native_pixels, set_frames, set_resolution
 from tests.tiny import small_pipeline
 
 NAMES = ["one", "two"]
@@ -216,7 +216,18 @@ def test_the_published_one_is_described_without_weights():
     assert family_of(pipeline).NAME.startswith("Stable Video Diffusion") and native_frames(pipeline) == 25
     assert all(p.device.type == "meta" for part in (pipeline.unet, pipeline.vae) for p in part.parameters())
     parameters = sum(p.numel() for p in pipeline.unet.parameters())
-    assert round(parameters / 1e9, 2) == 1.52
+    assert round(parameters / 1e9, 2) == 1.52 and native_pixels(pipeline) == "576x1024"
+
+
+def test_the_size_of_the_pipelines_call_is_the_default_and_a_students_own_is_kept(folder, tmp_path):
+    """The published configurations state 768×768, which nobody draws."""
+    pipeline = small_svd_pipeline()
+    pipeline.unet.register_to_config(sample_size=384)  # its autoencoder shrinks by two
+    pipeline.save_pretrained(tmp_path / "published")
+    assert native_pixels(load_pipeline(tmp_path / "published")) == "576x1024"
+    assert native_pixels(load_pipeline(folder)) == 16
+    export_pipeline(pipeline, tmp_path / "student", origin=Origin("teacher", 2, 3.0, video={}))
+    assert native_pixels(load_pipeline(tmp_path / "student")) == 768
 
 
 def test_a_folder_is_of_the_family(folder):
