@@ -1,4 +1,4 @@
-"""How far are images from untiled ones that an autoencoder codes in tiles? The bundled one, on pictures larger than a tile.
+"""How far are images that an autoencoder codes in tiles from others? The bundled one, on pictures larger than a tile.
 
     python benchmarks/vae_tiling.py
 
@@ -32,7 +32,7 @@ ROOT, TILE = Path(__file__).resolve().parents[1], 64
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--count", type=int, default=32, help="pictures of each kind and size")
+    parser.add_argument("--count", type=int, default=16, help="pictures of each kind and size")
     parser.add_argument("--sides", type=int, nargs="+", default=[128, 256])
     options = parser.parse_args()
     vae = AutoencoderKL.from_pretrained(ROOT / "assets/shapes/vae").eval().requires_grad_(False)
