@@ -279,13 +279,16 @@ def named(config: DictConfig) -> DictConfig:
     return config
 
 
+DRAWN = ("slimstep.data.shapes.ShapesPairs", "slimstep.data.shapes_video.ShapesVideoPairs")
+
+
 def check_chosen(config: DictConfig) -> None:
     """ValueError for own images or prompts without a word of the model and the scorer: those that stand where none is
     named know drawn shapes alone, and what they make and say of photographs is noise."""
     keys = {parsed(override).key_or_group for override in HydraConfig.get().overrides.task}
     asks: Sequence[str] = ASKING.get(str(config.job), () if config.job else ("model", "scorer"))
     asks = [part for part in asks if part != "scorer" or config.scorer]  # some experiments take none
-    if OmegaConf.select(config.data, "pairs._target_") != "slimstep.data.shapes.ShapesPairs":
+    if OmegaConf.select(config.data, "pairs._target_") not in DRAWN:
         chosen_data = f"data={HydraConfig.get().runtime.choices.get('data')}"
     else:
         chosen_data, asks = f"data.prompt_file={config.data.prompt_file}", [part for part in asks if part == "scorer"]

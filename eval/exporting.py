@@ -1,7 +1,7 @@
 """Students as diffusers folders, with what is said of them."""
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from diffusers import DiffusionPipeline
@@ -63,10 +63,17 @@ def result_line(point: Point) -> str:
     """A student's CLIP score, or, of an unconditional model, how far its images are from the teacher's and from real
     ones."""
     if "clip" in point.metrics:
-        return clip_line(point.clip)
+        return "; ".join([clip_line(point.clip), *ratio_lines(point)])
     error, distance = point.metrics["image_error"], point.metrics["fd"]
     near = f"squared error to the teacher's images {error['mean']:.3g} ± {error['se']:.1g} % of the range"
     return f"{near}; Fréchet distance to {distance['n_real']} real images {distance['fd']:.3g} ({distance['features']})"
+
+
+def ratio_lines(point: Point) -> Iterator[str]:
+    """Of metrics whose ratio to the teacher's is known, as motion, that ratio."""
+    for name, own in point.metrics.items():
+        if own and (over := own.get("ratio_to_reference")):
+            yield f"{name} {over['ratio']:.2f} [{over['low']:.2f}, {over['high']:.2f}] times the teacher's"
 
 
 def clip_line(clip: Mapping[str, Values]) -> str:

@@ -86,10 +86,14 @@ def to_unit_range(images: Tensor) -> Tensor:
 
 
 class AutoencoderObjective:
-    """Squared error, a little absolute error for crisp edges, and a light KL term."""
+    """Squared error, a little absolute error for crisp edges, and a light KL term.
 
-    def __init__(self, kl_weight: float, crop: int, crop_share: float) -> None:
+    Where shapes are small the absolute error holds a network at the background alone, which is its minimum.
+    """
+
+    def __init__(self, kl_weight: float, crop: int, crop_share: float, absolute_weight: float = 0.1) -> None:
         self.kl_weight, self.crop, self.crop_share = kl_weight, crop, crop_share
+        self.absolute_weight = absolute_weight
 
     def __call__(self, model: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         images_BCHW = batch["image"]
@@ -100,7 +104,7 @@ class AutoencoderObjective:
         target_BCHW = to_unit_range(images_BCHW)
         painted_BCHW, kl = model(target_BCHW, generator)
         mse, l1 = F.mse_loss(painted_BCHW, target_BCHW), F.l1_loss(painted_BCHW, target_BCHW)
-        return mse + 0.1 * l1 + self.kl_weight * kl, {"mse": mse, "kl": kl}
+        return mse + self.absolute_weight * l1 + self.kl_weight * kl, {"mse": mse, "kl": kl}
 
 
 class ScorerObjective:

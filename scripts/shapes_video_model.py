@@ -22,6 +22,7 @@ from slimstep.data.shapes_tokenizer import build_tokenizer
 from slimstep.data.shapes_video import VIDEO_WORDS
 
 FRAMES, LATENT_SIZE, COMPRESSION = 9, 4, 2  # of videos of 32×32 px; of time
+LOG_VARIANCE = -6.0  # of the latents' noise, when training begins
 PIXELS, PATCH_SIZE = 4, 2  # of one position of the VAE; latents of one token
 
 
@@ -35,11 +36,14 @@ def build_video_tokenizer(max_tokens: int) -> CLIPTokenizer:
 def build_video_vae(config: DictConfig) -> AutoencoderKLWan:
     """A latent of each 8×8 pixels of the first frame and of every two others: 4×4 pixels are channels, and one level
     halves height, width and time. Wan 2.2 makes channels of pixels, too."""
-    return AutoencoderKLWan(
+    vae = AutoencoderKLWan(
         in_channels=3 * PIXELS**2, out_channels=3 * PIXELS**2, patch_size=PIXELS, temperal_downsample=[True],
         latents_mean=[0.0] * config.z_dim, latents_std=[1.0] * config.z_dim, scale_factor_temporal=COMPRESSION,
         scale_factor_spatial=2 * PIXELS, **plain(config),
     )  # fmt: skip
+    # With noise of unit variance it learns the background, which all latents tell alike, and then nothing more.
+    nn.init.constant_(vae.quant_conv.bias[config.z_dim :], LOG_VARIANCE)
+    return vae
 
 
 class VideoVAEWithPosterior(VAEWithPosterior):

@@ -99,7 +99,7 @@ class VideoRecipe(Recipe):
         config, run = self.config.video_vae, self.run("video_vae")
         torch.manual_seed(self.config.seed)
         model = VideoVAEWithPosterior(build_video_vae(config.model))
-        objective = AutoencoderObjective(config.kl_weight, config.crop, config.crop_share)
+        objective = AutoencoderObjective(config.kl_weight, config.crop, config.crop_share, absolute_weight=0.0)
         scenes = MovingScenes(self.video_pairs("train", config.scenes, self.config.seed))
         for stage in ("train", "decay"):
             train(model, objective, scenes, TrainConfig(**plain(config[stage])), run, stage)

@@ -295,6 +295,8 @@ def test_overrides_without_an_experiment_run_nothing_and_say_so(leave):
         (["data=hub", "data.source=NAME", "scorer=shapes"], "data=hub wants model= beside it, as model=sd15"),
         (["data.prompt_file=/captions.txt", "model=sd15"], "data.prompt_file=/captions.txt wants scorer= beside it"),
         (["data=imagefolder", "data.root=/nowhere", "model=shapes", "scorer=shapes"], "/nowhere does not exist"),
+        (["data=shapes_video"], "the data are videos, and a StableDiffusionPipeline draws images"),
+        (["data=shapes_video", "data.prompt_file=/captions.txt"], "data.prompt_file=/captions.txt wants scorer= besi"),
     ],
 )
 def test_own_data_ask_for_the_model_and_the_scorer(leave, tmp_path, overrides, said):

@@ -9,6 +9,7 @@ from markupsafe import Markup
 from slimstep.engine.files import write_text
 from slimstep.eval.metrics.compare import paired_difference
 from slimstep.eval.pages.cautions import cautions_of
+from slimstep.eval.pages.evaluation_page import by_ratio, over_the_reference
 from slimstep.eval.pages.figures import SERIES, TEACHER, Point, pareto_figure, save_png, themed
 from slimstep.eval.pages.html import render
 from slimstep.eval.pages.run_page import facts
@@ -23,8 +24,10 @@ COLUMNS = ["parameters", "GFLOPs", "denoiser ms", "of teacher", "CLIP ± se", "a
 def run_table(folder: str | Path) -> str:
     """The models of one finished run as a table for a terminal: the teacher, every round, the student."""
     models = finished_run(folder).models
-    rows = [cells(display_name(model.model), model, models[0], model.versus_reference) for model in models]
-    return Table(["model", *COLUMNS], rows).console
+    ratios = by_ratio(models)
+    rows = [[*cells(display_name(model.model), model, models[0], model.versus_reference),
+             *(over_the_reference(model, name) for name in ratios)] for model in models]  # fmt: skip
+    return Table(["model", *COLUMNS, *(f"{name} over teacher's" for name in ratios)], rows).console
 
 
 def compare_runs(folders: Sequence[str | Path], out: str | Path) -> str:

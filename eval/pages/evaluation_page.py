@@ -53,18 +53,32 @@ def columns(points: Sequence[Point]) -> dict[str, Callable[[Point], str]]:
         "denoiser, decoder": sizes,
         "denoiser evaluations": lambda p: str(p.facts.get("evaluations", "–")),
     }
-    scores = dict.fromkeys(name for p in points for name in p.of_kind("per_image"))
-    by_ratio = {name for p in points for name, own in p.metrics.items() if own and own.get("compared_by_ratio")}
-    for name in sorted(scores, key=lambda name: name != "clip"):
-        shown |= score_columns(name)
-        if name in by_ratio:
-            shown[f"{name} over the reference's"] = partial(over_the_reference, metric=name)
-        if name == "clip":
-            shown |= {"PSNR, dB": lambda p: near(p, "psnr", ".1f"), "features": lambda p: near(p, "features", ".3f")}
-    if "clip" not in scores:
+    has_clip = any("clip" in p.metrics for p in points)
+    if has_clip:
+        shown |= score_columns("clip")
+        shown |= {"PSNR, dB": lambda p: near(p, "psnr", ".1f"), "features": lambda p: near(p, "features", ".3f")}
+    shown |= further_scores(points)
+    if not has_clip:
         paired = dict.fromkeys(name for p in points for name in p.of_kind("paired"))
         shown |= {f"{name} to the reference": partial(near, metric=name, form=".3g") for name in paired}
     return shown | spread_columns(points)
+
+
+def further_scores(points: Sequence[Point]) -> dict[str, Callable[[Point], str]]:
+    """Of every per-image metric but CLIP score its mean and paired difference, and the ratio of those that have one."""
+    names = dict.fromkeys(name for p in points for name in p.of_kind("per_image") if name != "clip")
+    shown: dict[str, Callable[[Point], str]] = {}
+    for name in names:
+        shown |= score_columns(name)
+        if name in by_ratio(points):
+            shown[f"{name} over the reference's"] = partial(over_the_reference, metric=name)
+    return shown
+
+
+def by_ratio(points: Sequence[Point]) -> list[str]:
+    """The metrics by whose ratio models are compared, as motion."""
+    named = (name for p in points for name, own in p.metrics.items() if own and own.get("compared_by_ratio"))
+    return list(dict.fromkeys(named))
 
 
 def spread_columns(points: Sequence[Point]) -> dict[str, Callable[[Point], str]]:

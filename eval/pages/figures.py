@@ -276,10 +276,17 @@ def show_image(axes: Axes, image: np.ndarray | None) -> None:
 
 
 @styled
-def grid_figure(rows: Sequence[tuple[str, Sequence[Path | None]]], prompts: Sequence[str], columns: int = 8) -> Figure:
-    """Rows of images, one row per model, each column one prompt and one noise; None leaves a cell empty."""
-    columns = min(columns, len(prompts), *(len(paths) for _, paths in rows))
-    figure = Figure(figsize=(1.5 * columns + 0.4, 1.5 * len(rows) + 0.75), layout="constrained")
+def grid_figure(
+    rows: Sequence[tuple[str, Sequence[Path | None]]], prompts: Sequence[str], columns: int | None = None
+) -> Figure:
+    """Rows of images, one row per model, each column one prompt and one noise; None leaves a cell empty. Without
+    `columns` there are up to 8, or 2 of wide images, as rows of frames."""
+    first = next(path for _, paths in rows for path in paths if path)
+    width, height = Image.open(first).size
+    is_wide = width > 2 * height
+    columns = min(columns or (2 if is_wide else 8), len(prompts), *(len(paths) for _, paths in rows))
+    size = (5.0, 5.0 * height / width) if is_wide else (1.5, 1.5)
+    figure = Figure(figsize=(size[0] * columns + 0.4, size[1] * len(rows) + 0.75), layout="constrained")
     cells = figure.subplots(len(rows), columns, squeeze=False)
     for (name, paths), line in zip(rows, cells, strict=True):
         for path, axes in zip(paths, line, strict=False):

@@ -72,15 +72,20 @@ class Pair:
 
 
 def pairs(pictures: Mapping[str, Sequence[Path]], prompts: Sequence[str] = (), most: int | None = None) -> list[Pair]:
-    """The first pictures of two models beside each other; none where there are not two models, or one kept none. Those
-    without a prompt have a number."""
-    if len(pictures) != 2:
+    """The first pictures of two models beside each other; none where there are not two models, one kept none, or they
+    are rows of the frames of videos, which a page shows as such. Those without a prompt have a number."""
+    if len(pictures) != 2 or any(map(is_of_video, itertools.chain(*pictures.values()))):
         return []
     files = list(itertools.islice(zip(*pictures.values(), strict=False), most))
     titles = [*prompts, *(f"image {number}" for number in range(len(prompts) + 1, len(files) + 1))]
     first, second = pictures
     return [Pair(title, (first, second), (data_uri(one), data_uri(other)))
             for title, (one, other) in zip(titles, files, strict=False)]  # fmt: skip
+
+
+def is_of_video(picture: Path) -> bool:
+    """Whether it is a row of frames of a video, which lies beside it."""
+    return picture.with_suffix(".webp").exists()
 
 
 def data_uri(path: Path) -> str:

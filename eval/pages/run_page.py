@@ -11,6 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from slimstep.eval.pages.evaluation_page import by_ratio, further_scores
 from slimstep.eval.pages.figures import (
     STEP,
     STUDENT,
@@ -40,6 +41,7 @@ def write_report(folder: str | Path) -> Path:
     Raises FileNotFoundError where `folder` is no run.
     """
     run = read_run(folder)
+    further = further_scores(run.models)
     return write_page(
         run.path,
         "run.html.j2",
@@ -49,6 +51,7 @@ def write_report(folder: str | Path) -> Path:
         headline=headline(run),
         seen=overlap_sentence(run.evaluation.n, run.evaluation.seen) if run.evaluation else "",
         tiles=tiles(run),
+        further=further,
         rows=[model_row(model, run.models[0], run.predicted if run.ranked_by == CLIP else {}) for model in run.models],
         pictures=pictures(run),
         recovered=recovered_sentence(run),
@@ -111,7 +114,17 @@ def tiles(run: RunRecord) -> list[dict[str, str]]:
           for label, of, form, unit in shares),
         tile("blocks kept", f"{num_kept} / {len(blocks)}", f"{copied} copied{changed}"),
         tile("CLIP, paired", signed(versus["mean"]), interval),
+        *(ratio_tile(name, student) for name in by_ratio(run.models)),
     ]  # fmt: skip
+
+
+def ratio_tile(metric: str, student: Model) -> dict[str, str]:
+    over = student.metrics[metric]["ratio_to_reference"]
+    return tile(
+        f"{metric}, of the teacher's",
+        percent(over["ratio"]),
+        f"{percent(over['low'])} to {percent(over['high'])} (95 %)",
+    )
 
 
 def model_row(model: Model, teacher: Model, predicted: Mapping[str, float]) -> dict[str, Any]:
@@ -123,6 +136,7 @@ def model_row(model: Model, teacher: Model, predicted: Mapping[str, float]) -> d
         "psnr": model.mean("psnr"),
         "versus_teacher": model.versus_reference,
         "predicted": predicted.get(model.model),
+        "model": model,
         **{key: getattr(model, key) for key in ("parameters", "gflops", "ms", "clip")},
     }
 

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FormatStrFormatter, NullFormatter
 
 from slimstep.eval.metrics.compare import paired_ratio
-from slimstep.eval.pages.evaluation_page import spread_columns
+from slimstep.eval.pages.evaluation_page import further_scores, spread_columns
 from slimstep.eval.pages.figures import MUTED, SERIES, grid_figure, styled
 from slimstep.eval.pages.html import Pair, pairs, write_page
 from slimstep.eval.pages.runs import read_json
@@ -92,7 +92,7 @@ def points_table(points: Sequence[TimedPoint]) -> Table:
     ratios = ["over teacher's", *(OTHER_SAMPLERS[name] for name in samplers)]
     header = ["model", "guidance", "steps", "denoiser evaluations", "denoiser ms", "CLIP ± se", "against teacher",
               "latent error", *ratios, "PSNR, dB", "features"]  # fmt: skip
-    by_key, rows, more = {key(p): p for p in points}, [], spread_columns(points)
+    by_key, rows, more = {key(p): p for p in points}, [], further_scores(points) | spread_columns(points)
     for p in points:
         over = [ratio(error_ratio(p, by_key.get((p.guidance, sampler, p.steps)))) for sampler in ("teacher", *samplers)]
         rows.append([

@@ -2,13 +2,15 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from slimstep.commands.report import main
-from slimstep.eval.pages.comparison import compare_runs
+from slimstep.eval.pages.comparison import compare_runs, run_table
 from slimstep.eval.pages.run_page import write_report
 from slimstep.eval.pages.runs import read_run, run_names
 from slimstep.eval.pages.text import count, flatten
@@ -41,6 +43,30 @@ def test_the_page_tells_the_outcome_and_how_it_was_measured(finished):
     for said in (f"{student.clip['mean']:.2f}", "round 1", "26 / 38", "2.09 M", "ba9876543210", "in_place_hooks",
                  "trust_remote_code=True", "its neighbours are not", "shapes-clip", *PROMPTS):  # fmt: skip
         assert said in page, said
+
+
+def test_a_student_that_moves_less_shows_in_table_page_and_terminal(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "videos")
+    content = json.loads((folder / "evaluation.json").read_text())
+    for point in content["points"]:
+        over = None if point["model"] == "teacher" else {"ratio": 0.25, "low": 0.21, "high": 0.29, "n": 64}
+        measured = {"kind": "per_image", "mean": 3.0, "se": 0.1, "per_prompt": [3.0] * 64, "versus_reference": None}
+        point["metrics"]["motion"] = {**measured, "compared_by_ratio": True, "ratio_to_reference": over}
+    (folder / "evaluation.json").write_text(json.dumps(content))
+    page = write_report(folder).read_text()
+    assert "motion over the reference" in page and page.count("0.25 [0.21, 0.29]") == 3
+    assert "21 % to 29 % (95 %)" in page
+    assert "motion over teacher's" in run_table(folder) and run_table(folder).count("0.25 [0.21, 0.29]") == 3
+
+
+def test_rows_of_frames_are_not_squeezed_into_squares(finished, tmp_path):
+    folder = shutil.copytree(finished, tmp_path / "videos")
+    for picture in (folder / "images").rglob("*.png"):
+        Image.new("RGB", (144, 16)).save(picture)
+        Image.new("RGB", (16, 16)).save(picture.with_suffix(".webp"))
+    assert "side by side" not in write_report(folder).read_text()
+    with Image.open(folder / "report/images.png") as drawn:
+        assert drawn.width > 2 * drawn.height
 
 
 def test_the_pictures_lie_beside_the_page(finished):
