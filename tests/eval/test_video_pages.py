@@ -13,6 +13,7 @@ from PIL import Image, ImageSequence
 from slimstep.data.shapes_video import ShapesVideoPairs
 from slimstep.eval.evaluator import picture, write_pictures
 from slimstep.eval.pages.evaluation_page import models_table, write_evaluation_report
+from slimstep.eval.pages.steps_page import TimedPoint, points_table
 from slimstep.eval.pages.videos import PICTURE, videos_of
 from slimstep.eval.record import Evaluation, Point
 from tests.eval.run_stub import write
@@ -67,6 +68,15 @@ class Page(HTMLParser):
 
 def decoded(element: dict) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(element["src"].partition("base64,")[2])))
+
+
+def test_the_table_of_a_distillation_says_how_much_its_students_move():
+    over = {"ratio": 0.5, "low": 0.4, "high": 0.6, "n": 2}
+    points = [TimedPoint(**{**vars(point(name, own)), "facts": {"evaluations": 8}}, unet_ms=3.0)
+              for name, own in (("teacher", None), ("steps-4", over))]  # fmt: skip
+    table = points_table(points)
+    column = table.header.index("motion over the reference's")
+    assert [row[column] for row in table.rows] == ["–", "0.50 [0.40, 0.60]"]
 
 
 def test_a_small_video_is_kept_without_loss(run):
