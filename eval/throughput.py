@@ -10,7 +10,9 @@ from slimstep.engine.config import TrainConfig
 from slimstep.eval.inputs import Teacher
 from slimstep.eval.timing.latency import wall_ms
 from slimstep.eval.timing.precision import computing
+from slimstep.models.decoding import decoder_of
 from slimstep.models.family import denoiser_of
+from slimstep.models.first_frames import video_options
 
 SECONDS, CALLS = 4.0, 3  # about as long a timed call may take, and how many there are
 
@@ -74,13 +76,15 @@ def training_rate(teacher: Teacher, training: TrainConfig) -> float:
 
 def decoding_rate(teacher: Teacher, training: TrainConfig) -> float:
     """The teacher decoder's forward and backward: more than the pruned one's and the teacher's forward."""
-    vae, shape = teacher.pipeline.vae, denoiser_of(teacher.unet).sample_shape
+    decoder, (channels, *sides) = decoder_of(teacher.pipeline.vae), denoiser_of(teacher.unet).sample_shape
+    if len(sides) == 3:  # of videos: frames that are decoded together
+        sides[0] = min(video_options(teacher.pipeline).decode_chunk_size or sides[0], sides[0])
 
     def forward(rows: int) -> Callable[[], Tensor]:
-        latents = torch.randn(rows, *shape, device=teacher.device)
-        return lambda: vae.decoder(latents)
+        latents = torch.randn(rows, channels, *sides, device=teacher.device)
+        return lambda: decoder(latents)
 
-    return backward_rate(teacher, vae.decoder, forward, training.batch_size)
+    return backward_rate(teacher, decoder.decoder, forward, training.batch_size)
 
 
 def backward_rate(

@@ -197,6 +197,9 @@ def check(job: DecoderPruning) -> None:
     if config.train.channels_last and job.frames_at_once:
         why = f"torch has none for the 3-D convolutions of {type(job.vae).__name__}"
         raise ValueError(f"train.channels_last=true: {why}; set it to false")
+    if job.frames_at_once == 2 and job.teacher.device.type == "cpu" and job.teacher.compute_dtype == torch.bfloat16:
+        why = "torch's gradient of convolutions over two frames is garbage in bfloat16 on a CPU"
+        raise ValueError(f"mixed_precision=bf16: {why}; decode another number of frames at once, or set no")
     check_requirements(objective_of(job), config.train, job.run.accelerator)
     if job.teacher.latency.iterations < 2:
         raise ValueError("latency.iterations=1: a ratio needs quartiles, of 2 timings and more")

@@ -2,15 +2,19 @@
 export decodes with in chunks of frames, as the stock pipeline does."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKLTemporalDecoder, DiffusionPipeline
 
 from scripts.random_svd import small_svd_pipeline
 from slimstep.eval.export_job import joined
 from slimstep.eval.metrics.video import TemporalError
 from slimstep.eval.record import read_evaluation
+from slimstep.eval.throughput import decoding_rate
+from slimstep.models.first_frames import with_video_options
 from slimstep.models.pipeline import export_pipeline, load_pipeline, with_unet
 from slimstep.models.vae import NarrowAutoencoderKLTemporalDecoder
 from slimstep.prune.decoder import choose_channels, pruned_vae, pruned_widths
@@ -80,6 +84,15 @@ def test_a_temporal_decoder_is_pruned_and_learns_the_teachers_frames(teacher, tm
     assert again.returncode == 0 and "nothing was made anew" in again.stderr
 
 
+def test_a_plan_measures_frames_that_are_decoded_together(teacher):
+    pipeline = with_video_options(with_unet(teacher, teacher.unet), {"decode_chunk_size": 2})
+    job = SimpleNamespace(pipeline=pipeline, unet=pipeline.unet, device=torch.device("cpu"),
+                          run=SimpleNamespace(accelerator=Accelerator(cpu=True)))  # fmt: skip
+    assert decoding_rate(job, SimpleNamespace(batch_size=1)) > 0
+    assert not any(parameter.requires_grad for parameter in pipeline.vae.decoder.parameters())
+
+
+@pytest.mark.slow
 def test_an_export_decodes_where_this_project_is_unknown(teacher, tmp_path, elsewhere):
     student = narrowed(teacher)
     report = export_pipeline(student, tmp_path / "export")
@@ -106,6 +119,7 @@ def test_a_narrow_decoder_goes_into_another_student_and_one_of_full_width_leaves
     (["decoder.width=0.25"], "diffusers makes it of multiples of 32 channels alone: 0.5, 1"),
     (["train.channels_last=true"], "torch has none for the 3-D convolutions of AutoencoderKLTemporalDecoder"),
     (["objective.temporal=1", "model.video={decode_chunk_size: 1}"], "model.video.decode_chunk_size=1 decodes each"),
+    (["mixed_precision=bf16"], "convolutions over two frames is garbage in bfloat16 on a CPU"),
     (["data=shapes"], "needs data of videos, not of images"),
 ])  # fmt: skip
 def test_what_does_not_fit_is_refused_in_one_line(overrides, reason, teacher, tmp_path):
