@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError
 from yaml import YAMLError
 
+from slimstep.engine.quiet import one_line
+
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -71,7 +73,7 @@ def unwritable(path: Path) -> Iterator[None]:
         yield
     except (SafetensorError, RuntimeError) as error:
         path.unlink(missing_ok=True) if path.is_file() else shutil.rmtree(path, ignore_errors=True)
-        raise OSError(f"{path} cannot be written: {str(error).splitlines()[0]}") from error
+        raise OSError(f"{path} cannot be written: {one_line(error)}") from error
 
 
 def flush(path: Path) -> None:

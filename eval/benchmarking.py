@@ -50,9 +50,13 @@ class Benchmark:
             raise ValueError("times are those of one process: start the benchmark without accelerate launch's others")
         self.models = given_models(config, [config.eval.steps], "time")
         for name, model in self.models.models.items():
-            if own := [*model.options, *(["guidance"] if model.guidance is not None else [])]:
+            own = [key for key in model.options if key != "first_stage"]
+            if own := [*own, *(["guidance"] if model.guidance is not None else [])]:
                 way = "time it by itself, with model.… and eval.guidance_scale, or an export of it"
                 raise ValueError(f"models.{name} has {', '.join(own)}, which +experiment=evaluate alone reads: {way}")
+            if model.options and [*self.models.paths.values()].count(model.path) > 1:
+                way = "models of one path have one first_stage here: time them in runs of their own"
+                raise ValueError(f"models.{name} is {model.path}, as another is: {way}")
         self.models.check()
         if self.models.begin_with_frames:
             raise ValueError(f"{self.models.paths} make videos of first frames, and what is timed here begins with "

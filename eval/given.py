@@ -16,6 +16,7 @@ from slimstep.engine.resolution import Resolution, sides
 from slimstep.eval.config import Config
 from slimstep.eval.inputs import frozen, settle_frames
 from slimstep.models.described import is_described, no_weights
+from slimstep.models.families.deepfloyd.cascade import check_cascade
 from slimstep.models.family import draws_from_frames, family_at, stored_flow
 from slimstep.models.flow import is_flow
 from slimstep.models.pipeline import check_pipeline, load_pipeline, stored_scheduler
@@ -24,6 +25,7 @@ from slimstep.models.sizes import native_pixels, set_frames, set_resolution
 
 LONGEST_NAME = 200  # bytes of a model's: steps and guidance scale follow it in names of files
 ITS_OWN = ("variant", "scheduler", "timestep_spacing", "loras", "vae")  # keys of `model` that are of this one model
+OWN = (*ITS_OWN, "first_stage")  # what each of `models` may have of its own; model.first_stage is the others', too
 CHECKED = ("variant", "allow_pickle", "single_file_config", "scheduler", "timestep_spacing", "loras")
 
 
@@ -43,9 +45,9 @@ class GivenModel:
         if not isinstance(value, Mapping):
             return cls(str(value))
         steps, guidance = value.get("steps", []), value.get("guidance")
-        options = {key: option for key, option in value.items() if key in ITS_OWN}
-        if set(value) - {"path", "steps", "guidance", *ITS_OWN} or not value.get("path") or not isinstance(steps, list):
-            more = f"; it may also have {', '.join(ITS_OWN)}, as model has them"
+        options = {key: option for key, option in value.items() if key in OWN}
+        if set(value) - {"path", "steps", "guidance", *OWN} or not value.get("path") or not isinstance(steps, list):
+            more = f"; it may also have {', '.join(OWN)}, as model has them"
             way = f"must be a path, or {{path: FOLDER, steps: [4], guidance: 0}}{more}"
             raise ValueError(f"models.{name}={value} {way}")
         if not all(isinstance(n, int) and n >= 1 for n in steps):
@@ -121,10 +123,14 @@ class GivenModels:
     def options(self, path: str) -> dict[str, Any]:
         """How a model is loaded: as `model` says, where it is that one; other models share but the way of reading.
 
-        So nothing is fused into a student that its teacher is fused with; prompts have the length of each pipeline.
+        So nothing is fused into a student that its teacher is fused with; prompts have the length of each pipeline. Of
+        a cascade the first stage is what the one of `models` that lies there says, else what `model` says.
         """
         others = () if path == self.model["name_or_path"] else (*ITS_OWN, "max_sequence_length", "trained_steps")
-        return {key: value for key, value in self.model.items() if key not in ("_target_", "name_or_path", *others)}
+        options = {key: value for key, value in self.model.items() if key not in ("_target_", "name_or_path", *others)}
+        there = [model.options for model in self.models.values() if model.path == path]
+        own = there[0] if len(there) == 1 else {}
+        return {**options, **({"first_stage": own["first_stage"]} if "first_stage" in own else {})}
 
     def options_of(self, name: str) -> dict[str, Any]:
         """How the model of this name is loaded: as its path is, but for options of its own."""
@@ -154,6 +160,7 @@ class GivenModels:
         for name, path in self.paths.items():
             options = self.options_of(name)
             check_pipeline(path, **{key: value for key, value in options.items() if key in CHECKED})
+            check_cascade(path, options.get("first_stage"))
             scheduler = stored_scheduler(path, options.get("scheduler"), options.get("timestep_spacing"))
             flow = stored_flow(path) if scheduler and is_flow(scheduler) else None
             for steps in self.steps(name) if scheduler else ():

@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import torch
 from accelerate import Accelerator
 
-from slimstep.engine.files import whole_folder, write_text
+from slimstep.engine.files import whole_folder, write_tensors, write_text
 from slimstep.engine.run import Run, differences
 
 
@@ -83,3 +84,10 @@ def test_a_sealed_folders_model_card_may_change(run):
     for text in ("made later", "edited"):
         write_text(folder / "README.md", text)
         assert run.sealed_folder("export", lambda path: pytest.fail("made twice")) == folder
+
+
+def test_what_cannot_be_written_is_said(tmp_path):
+    """safetensors' message begins with an empty line."""
+    weight = torch.zeros(2)
+    with pytest.raises(OSError, match=r"cannot be written: Some tensors share memory"):
+        write_tensors(tmp_path / "tied.safetensors", {"a": weight, "b": weight})

@@ -13,8 +13,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from slimstep.engine.quiet import quiet
+from slimstep.models.checkpoint import is_single_file
 from slimstep.models.families.deepfloyd.family import NOT_NEEDED, PARTS, TEXT_PARTS, check_parts, matches, read_without
 
+SECOND = "IFSuperResolutionPipeline"
 DEFAULTS = {"steps": 50, "guidance_scale": 7.0, "noise_level": 250}  # the last is IFSuperResolutionPipeline's
 
 
@@ -43,19 +45,10 @@ def load_first_stage(
     allow_pickle: bool,
 ) -> FirstStage:  # fmt: skip
     """The first stage of a pipeline, without its text encoder. ValueError where the two do not go together."""
-    unknown = sorted({*described} - {"path", *DEFAULTS})
-    if unknown or "path" not in described:
-        which = f"has {unknown}" if unknown else "lacks a path"
-        raise ValueError(f"model.first_stage={dict(described)} {which}; it is {{path: FOLDER_OR_ID}} with {DEFAULTS}")
-    options = {**DEFAULTS, **described}
+    kind = type(second).__name__
+    options = checked_options(kind, described)
     path, steps, noise_level = options["path"], options["steps"], options["noise_level"]
-    name, kind = f"model.first_stage.path={path}", type(second).__name__
-    if not refines(second):
-        raise ValueError(f"{name}: a {kind} has no stage before it; it is for an IFSuperResolutionPipeline")
-    index = DiffusionPipeline.load_config(path)
-    if not matches(index) or index["_class_name"] != "IFPipeline":
-        raise ValueError(f"{name} is a {index.get('_class_name')}; the first stage is an IFPipeline")
-    check_parts(path, PARTS)
+    name = f"model.first_stage.path={path}"
     with quiet():
         pipeline = read_without((*TEXT_PARTS, *NOT_NEEDED), path, dtype, variant, allow_pickle)
     widths = [p.unet.config.encoder_hid_dim or p.unet.config.cross_attention_dim for p in (pipeline, second)]
@@ -70,9 +63,42 @@ def load_first_stage(
     return FirstStage(str(path), pipeline, steps, options["guidance_scale"], noise_level)
 
 
+def checked_options(kind: str, described: Mapping[str, Any]) -> dict[str, Any]:
+    """What `described` says of the stage before a pipeline of this class, with defaults. ValueError where that is no
+    first stage."""
+    unknown = sorted({*described} - {"path", *DEFAULTS})
+    if unknown or "path" not in described:
+        which = f"has {unknown}" if unknown else "lacks a path"
+        raise ValueError(f"model.first_stage={dict(described)} {which}; it is {{path: FOLDER_OR_ID}} with {DEFAULTS}")
+    path = described["path"]
+    name = f"model.first_stage.path={path}"
+    if kind != SECOND:
+        raise ValueError(f"{name}: a {kind} has no stage before it; it is for an {SECOND}")
+    index = DiffusionPipeline.load_config(path)
+    if not matches(index) or index["_class_name"] != "IFPipeline":
+        raise ValueError(f"{name} is a {index.get('_class_name')}; the first stage is an IFPipeline")
+    check_parts(path, PARTS)
+    return {**DEFAULTS, **described}
+
+
+def check_cascade(name_or_path: str, first_stage: Mapping[str, Any] | None) -> None:
+    """ValueError, before anything is loaded, for a second stage without a first, and a first that is none or is for
+    another kind of pipeline."""
+    kind = "single file" if is_single_file(name_or_path) else DiffusionPipeline.load_config(name_or_path)["_class_name"]
+    if first_stage:
+        checked_options(kind, first_stage)
+    elif kind == SECOND:
+        raise no_first_stage()
+
+
+def no_first_stage() -> ValueError:
+    way = "model.first_stage={path: FOLDER, steps: 50, guidance_scale: 7} names the IFPipeline that draws them"
+    return ValueError(f"an {SECOND} makes pictures larger: {way}")
+
+
 def refines(pipeline: DiffusionPipeline) -> bool:
     """Whether it is a second stage."""
-    return type(pipeline).__name__ == "IFSuperResolutionPipeline"
+    return type(pipeline).__name__ == SECOND
 
 
 def upscaled(pipeline: DiffusionPipeline, pictures: Tensor, noise: Tensor, level_B: Tensor) -> dict[str, Tensor]:
@@ -94,7 +120,6 @@ def degraded(pipeline: DiffusionPipeline, side: int, images: Tensor, generator: 
 def first_stage_of(pipeline: DiffusionPipeline) -> FirstStage:
     """ValueError for a second stage that was loaded without one."""
     if (stage := pipeline.__dict__.get("first_stage")) is None:
-        way = "model.first_stage={path: FOLDER, steps: 50, guidance_scale: 7} names the IFPipeline that draws them"
-        raise ValueError(f"an IFSuperResolutionPipeline makes pictures larger: {way}")
+        raise no_first_stage()
     return stage
 

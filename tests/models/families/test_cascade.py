@@ -10,6 +10,7 @@ from scripts.random_deepfloyd import small_if_pipeline, small_if_second_pipeline
 from slimstep.distill.recovery import Recovery
 from slimstep.engine.objective import STUDENT
 from slimstep.engine.seeding import generator
+from slimstep.eval.given import GivenModel, GivenModels
 from slimstep.eval.refinement import OfPictures
 from slimstep.eval.sampling import Sampler
 from slimstep.eval.variance import VarianceKept, recorder_of
@@ -156,6 +157,25 @@ def test_what_is_no_first_stage_is_refused(folders, changes, reason):
 def test_a_first_stage_has_none_before_it(folders):
     with pytest.raises(ValueError, match="a IFPipeline has no stage before it"):
         load_pipeline(folders["first"], first_stage={"path": folders["first"]})
+
+
+def test_each_of_several_models_has_the_first_stage_that_is_said_of_it_or_the_models(folders):
+    """Of `models` of an evaluation or a benchmark, which are checked before anything is loaded."""
+    first, path = folders["first"], folders["second"]
+    named = {"teacher": path, "slow": {"path": path, "first_stage": {"path": first, "steps": 9}}}
+
+    def given(named, first_stage) -> GivenModels:
+        models = {name: GivenModel.of(name, value) for name, value in named.items()}
+        return GivenModels(models, (2,), {"name_or_path": path, "first_stage": first_stage}, None)
+
+    models = given(named, {"path": first, "steps": 3})
+    models.check()
+    assert [first_stage_of(models.load_named(name)).steps for name in named] == [3, 9]
+    with pytest.raises(ValueError, match="makes pictures larger: model.first_stage={path"):
+        given(named, None).check()
+    with pytest.raises(ValueError, match="a IFPipeline has no stage before it"):
+        given({"first": {"path": first, "first_stage": {"path": first}}}, None).check()
+    assert first_stage_of(given({"slow": named["slow"]}, None).load(path)).steps == 9  # what a benchmark times
 
 
 def test_a_second_stage_without_noise_levels_is_refused(tmp_path):

@@ -1,5 +1,5 @@
-"""The jobs on a small random DeepFloyd IF: both stages are pruned and distilled in steps, the first is evaluated, and
-the cascade timed."""
+"""The jobs on a small cascade of DeepFloyd IF's kind, as its recipe makes it: both stages are pruned and distilled in
+steps, the first and the cascade are evaluated, and cascades timed."""
 
 import json
 from pathlib import Path
@@ -14,24 +14,32 @@ from diffusers import (
     IFSuperResolutionPipeline,
     UNet2DConditionModel,
 )
+from hydra import compose, initialize_config_dir
 
-from scripts.random_deepfloyd import (
-    small_if_pipeline,
-    small_if_second_pipeline,
-    small_if_second_unet,
-    small_if_unet,
-)
+from scripts.shapes_cascade import FOLDERS, STAGES, CascadeRecipe
 from tests.jobs import run_job
 from tests.tiny import write_tiny_clip
 
 pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """A folder with `model` and `clip`."""
+    """A folder with `clip` and a cascade of the recipe's, trained for two steps: `model` and `second`."""
     place = tmp_path_factory.mktemp("if")
-    small_if_pipeline(small_if_unet(levels=2, layers_per_block=1)).save_pretrained(place / "model")
+    small = ["text.model={d_model:32,d_kv:8,d_ff:16,num_layers:1,num_heads:2}", "first.model.sample_size=16",
+             "second.model.sample_size=32", "second.crop=16"]  # fmt: skip
+    for stage in ("first", "second"):
+        small += [f"{stage}.model.block_out_channels=[8,16]", f"{stage}.model.attends=[false,true]",
+                  f"{stage}.model.attention_head_dim=8"]  # fmt: skip
+    small += [f"{stage}.train.{key}" for stage in ("text", "first", "second") for key in ("steps=2", "batch_size=4")]
+    with initialize_config_dir(str(ROOT / "configs"), version_base=None):
+        recipe = CascadeRecipe(compose("shapes_cascade", [f"root={place}/recipe", *small]))
+    for stage in STAGES[:-1]:
+        getattr(recipe, stage)()
+    for stage, name in {"first": "model", "second": "second"}.items():
+        (recipe.root / FOLDERS[stage]).rename(place / name)
     (place / "clip").mkdir()
     write_tiny_clip(place / "clip")
     return place
@@ -95,7 +103,6 @@ def test_first_stages_are_evaluated_by_their_own_scheduler(place):
 @pytest.fixture(scope="module")
 def second(place) -> list[str]:
     """Overrides that make the second stage the model."""
-    small_if_second_pipeline(small_if_second_unet(levels=2)).save_pretrained(place / "second")
     return [f"model.name_or_path={place}/second", f"model.first_stage={{path: {place}/model, steps: 2}}"]
 
 
@@ -124,8 +131,20 @@ def test_a_second_stage_is_distilled_in_steps(place, second):
     assert type(second_pipeline(place / "runs/second-steps/steps-2/export").scheduler) is DDIMScheduler
 
 
-def test_a_cascade_is_timed_as_one_pipeline(place, second):
+def cascade(place: Path, steps: int) -> str:
+    return f"{{path: {place}/second, first_stage: {{path: {place}/model, steps: {steps}}}}}"
+
+
+def test_cascades_are_evaluated_each_behind_its_own_first_stage(place):
+    models = f"models={{few: {cascade(place, 2)}, fewer: {cascade(place, 1)}}}"
+    path = run("evaluate", place, models, "curves.steps=[2]", "curves.guidance=[1]", "name=cascades")
+    few, fewer = json.loads((path / "evaluation.json").read_text())["points"]
+    assert [point["protocol"]["first_stage"]["steps"] for point in (few, fewer)] == [2, 1]
+    assert fewer["metrics"]["psnr"]["mean"] < 60
+
+
+def test_a_cascade_is_timed_as_one_pipeline(place):
     few = ["benchmark.batches=[1]", "benchmark.tasks=[txt2img]", "benchmark.compile=[eager]", "benchmark.images=2"]
-    run("pipelines", place, *second, *few, "latency.seconds=1", "name=cascade")
+    run("pipelines", place, f"models={{two: {cascade(place, 2)}}}", *few, "latency.seconds=1", "name=cascade")
     (row,) = json.loads((place / "runs/cascade/results.json").read_text())["rows"]
     assert row["cannot"] is None and row["parts_ms"]["first stage"] > 0 and row["parts_ms"]["UNet"] > 0
