@@ -137,8 +137,8 @@ def cascade(place: Path, steps: int) -> str:
 
 def test_cascades_are_evaluated_each_behind_its_own_first_stage(place):
     models = f"models={{few: {cascade(place, 2)}, fewer: {cascade(place, 1)}}}"
-    path = run("evaluate", place, models, "curves.steps=[2]", "curves.guidance=[1]", "name=cascades")
-    few, fewer = json.loads((path / "evaluation.json").read_text())["points"]
+    run("evaluate", place, models, "curves.steps=[2]", "curves.guidance=[1]", "name=cascades")
+    few, fewer = json.loads((place / "runs/cascades/evaluation.json").read_text())["points"]
     assert [point["protocol"]["first_stage"]["steps"] for point in (few, fewer)] == [2, 1]
     assert fewer["metrics"]["psnr"]["mean"] < 60
 
