@@ -55,15 +55,16 @@ from slimstep.models.conditioning import Conditioning
 from slimstep.models.denoiser import NUM_TOKENS
 from slimstep.models.families.deepfloyd.cascade import degraded, refines
 from slimstep.models.families.deepfloyd.denoiser import DeepFloydDenoiser
-from slimstep.models.noise_schedule import add_noise, schedule_of
+from slimstep.models.noise_schedule import add_noise, eps_of, schedule_of, target_of
 from slimstep.models.pipeline import load_pipeline
 
 STAGES = ("text", "first", "second", "export", "evaluate")
 FOLDERS = {"first": "IF-I", "second": "IF-II"}
 BOUND_WEIGHT = 1e-3  # of the variational bound (Nichol & Dhariwal 2021, section 3.1)
-# The published stages' schedulers: DeepFloyd/IF-I-M-v1.0 and IF-II-M-v1.0.
+# The published stages' schedulers, but that these predict the noise: after as short a training as this one x_0 is then
+# wrong where there is most of it, for it is divided by α, and a second stage hardly looks at the first one's picture.
 SCHEDULER = {"beta_schedule": "squaredcos_cap_v2", "variance_type": "learned_range", "thresholding": True,
-             "dynamic_thresholding_ratio": 0.95}  # fmt: skip
+             "dynamic_thresholding_ratio": 0.95, "prediction_type": "v_prediction"}  # fmt: skip
 WITHOUT = {"safety_checker": None, "feature_extractor": None, "watermarker": None, "requires_safety_checker": False}
 
 
@@ -140,8 +141,8 @@ def step_divergence(scheduler: DDPMScheduler, error_BCHW: Tensor, variance_BCHW:
 
 
 class HybridDenoising:
-    """A stage's noise, and its variance by the variational bound, which moves the variance alone (Nichol & Dhariwal
-    2021, equation 16). Some captions are emptied, for classifier-free guidance.
+    """A stage's prediction, and its variance by the variational bound, which moves that alone (Nichol & Dhariwal 2021,
+    equation 16). Some captions are emptied, for classifier-free guidance.
 
     The pipeline's own T5 encodes. A second stage sees the pictures small and noised, as in the pruning jobs; `crop`
     pixels of them in `crop_share` of the batches, for most of what it does is local.
@@ -154,7 +155,7 @@ class HybridDenoising:
         self.caption_dropout, self.crop, self.crop_share = caption_dropout, crop, crop_share
         self.schedule = schedule_of(pipeline.scheduler)
         side = pipeline.unet.config.sample_size
-        self.denoiser = DeepFloydDenoiser("epsilon", (3, side, side), keeps_variance=True)
+        self.denoiser = DeepFloydDenoiser(self.schedule.prediction_type, (3, side, side), keeps_variance=True)
 
     def __call__(self, unet: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         draw = {"generator": generator, "device": generator.device}
@@ -170,10 +171,11 @@ class HybridDenoising:
             x0_BCHW = F.interpolate(x0_BCHW, (self.first_side, self.first_side), mode="area")
         t_B = self.schedule.sample_times(len(x0_BCHW), generator)
         noise_BCHW = torch.randn(x0_BCHW.shape, **draw)
-        x_t = add_noise(x0_BCHW, noise_BCHW, self.schedule.alpha_sigma(t_B))
+        level, kind = self.schedule.alpha_sigma(t_B), self.schedule.prediction_type
+        x_t = add_noise(x0_BCHW, noise_BCHW, level)
         pred_BCHW, variance_BCHW = self.denoiser(unet, x_t, t_B, Conditioning(tensors)).chunk(2, dim=1)
-        simple = F.mse_loss(pred_BCHW, noise_BCHW)
-        error_BCHW = pred_BCHW.detach() - noise_BCHW
+        simple = F.mse_loss(pred_BCHW, target_of(x0_BCHW, noise_BCHW, level, kind))
+        error_BCHW = eps_of(pred_BCHW.detach(), x_t, level, kind) - noise_BCHW
         bound = step_divergence(self.pipeline.scheduler, error_BCHW, variance_BCHW, t_B).mean()
         metrics = {"simple": simple, "bound": bound}
         return simple + BOUND_WEIGHT * len(self.schedule) * bound, metrics  # the bound sums over all timesteps
