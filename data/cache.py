@@ -98,9 +98,11 @@ def described_cache(pairs, pipeline, dtype: str, shard_size: int) -> dict[str, s
         raise ValueError(f"the data set {pairs.fingerprint} holds no pairs")
     sized = {SIZED: network_of(pipeline).config.get("sample_size")} if len(text_encoders(pipeline)) > 1 else {}
     cut = {"max_sequence_length": length} if (length := sequence_length(pipeline)) else {}
+    padded = {"patch_size_t": size} if (size := network_of(pipeline).config.get("patch_size_t")) else {}
     return {
         **sized,
         **cut,
+        **padded,
         **scale_of_latents(pipeline),
         "format": FORMAT,
         "pairs": pairs.fingerprint,

@@ -9,7 +9,7 @@ from diffusers import CogVideoXImageToVideoPipeline
 from PIL import Image
 
 from scripts.random_transformers import FIRST_FRAME, FIRST_FRAME_15, OF_15, small_cogvideox_pipeline
-from slimstep.data.cache import cache_pairs
+from slimstep.data.cache import cache_pairs, described_cache
 from slimstep.data.encoding import encode_images
 from slimstep.data.first_frames import captioned_frames_in_folder
 from slimstep.data.shapes_video import ShapesVideoPairs
@@ -208,6 +208,9 @@ def test_a_text_pipeline_of_15_has_a_latent_before_its_video(tmp_path):
     with torch.no_grad():
         latents = encode_images(pipeline, video, torch.device("cpu"))["latents"]
         own = pipeline.vae(video.permute(0, 4, 1, 2, 3) / 127.5 - 1).sample
+    pairs, other = ShapesVideoPairs(size=1, resolution=32, frames=9), small_cogvideox_pipeline(**ROTARY)
+    made_from = [described_cache(pairs, one, "float32", 2) for one in (pipeline, other)]
+    assert made_from[0] == {**made_from[1], "patch_size_t": 2}
     sampler = Sampler(pipeline, 1, 1.0)
     assert sampler.latent_shape == latents.shape[1:] == (4, 4, 8, 8)
     torch.testing.assert_close(sampler.pixels(latents), own, rtol=1e-4, atol=1e-5)
