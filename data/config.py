@@ -37,7 +37,7 @@ class DataConfig:
 
     resolution: pixels, the side of a square or HEIGHTxWIDTH. Those of videos alone have `frames`, and `first_frames`,
     a folder of images, of which a model makes videos that begins with a frame (null: the first frames of held-out
-    videos). Of resolution and frames null is the model's own.
+    videos); where the model reads captions, too, images need some. Of resolution and frames null is the model's own.
     """
 
     resolution: Any = None

@@ -96,7 +96,8 @@ def load_pipeline(
     distilled to, at whose timesteps alone it is trained on; None: those that an export's teacher was, else none.
     first_stage: {path, steps, guidance_scale, noise_level} of what draws the pictures that DeepFloyd IF's second stage
     makes larger (families/deepfloyd/cascade.py). video: {fps, motion_bucket_id, noise_aug_strength, decode_chunk_size}
-    of Stable Video Diffusion (families/svd/conditions.py); None: what an export was made with, else its pipeline's.
+    of Stable Video Diffusion, or {noise_aug_strength} of a CogVideoX that begins with a frame (models/first_frames.py);
+    None: what an export was made with, else its pipeline's.
     vae_tiling: the autoencoder codes in tiles (models/decoding.py).
     Raises ValueError where one of them is none of these, or the pipeline has no such UNet.
     """
