@@ -26,11 +26,19 @@ from scripts.shapes_video_model import (
     build_video_vae,
 )
 from slimstep.data.shapes import COLOURS, SHAPES, SIZES
-from slimstep.data.shapes_video import DIRECTIONS, MotionWording, MovingScene, ShapesVideoPairs, caption
+from slimstep.data.shapes_video import (
+    DIRECTIONS,
+    MotionWording,
+    MovingScene,
+    ShapesVideoPairs,
+    caption,
+    video_of,
+)
 from slimstep.engine.config import TrainConfig
 from slimstep.engine.files import write_json, write_tensors
 from slimstep.engine.loop import train
 from slimstep.engine.parallel import map_batches
+from slimstep.engine.seeding import generator
 from slimstep.models.decoding import encoded_images
 from slimstep.models.noise_schedule import schedule_of
 
@@ -52,10 +60,10 @@ def motion_attributes(scene: MovingScene) -> list[int]:
 
 
 class MovingScenes(torch.utils.data.Dataset):
-    """Videos drawn as they are needed, uint8 [B, C, F, H, W]."""
+    """Videos drawn as they are needed, uint8 [B, C, F, H, W]; their shapes up to `enlarged` times as large."""
 
-    def __init__(self, pairs: ShapesVideoPairs) -> None:
-        self.pairs = pairs
+    def __init__(self, pairs: ShapesVideoPairs, enlarged: float = 1.0) -> None:
+        self.pairs, self.enlarged = pairs, enlarged
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -64,7 +72,13 @@ class MovingScenes(torch.utils.data.Dataset):
         return index
 
     def collate(self, indices: list[int]) -> Batch:
-        return {"image": torch.stack([self.pairs[index]["video"] for index in indices]).permute(0, 4, 1, 2, 3)}
+        return {"image": torch.stack([self.video(index) for index in indices]).permute(0, 4, 1, 2, 3)}
+
+    def video(self, index: int) -> Tensor:
+        scene, _ = self.pairs.scene(index)
+        times = 1 + (self.enlarged - 1) * torch.rand((), generator=generator("enlarged", index)).item()
+        moves = tuple(replace(move, radius=times * move.radius) for move in scene.moves)
+        return video_of(replace(scene, moves=moves), self.pairs.frames, self.pairs.resolution)
 
 
 class MotionReading(MovingScenes):
@@ -100,7 +114,7 @@ class VideoRecipe(Recipe):
         torch.manual_seed(self.config.seed)
         model = VideoVAEWithPosterior(build_video_vae(config.model))
         objective = AutoencoderObjective(config.kl_weight, config.crop, config.crop_share, absolute_weight=0.0)
-        scenes = MovingScenes(self.video_pairs("train", config.scenes, self.config.seed))
+        scenes = MovingScenes(self.video_pairs("train", config.scenes, self.config.seed), config.enlarged)
         for stage in ("train", "decay"):
             train(model, objective, scenes, TrainConfig(**plain(config[stage])), run, stage)
         run.json("vae.json", lambda: self.measured_video_vae(model.vae))
