@@ -61,10 +61,9 @@ from slimstep.models.pipeline import load_pipeline
 STAGES = ("text", "first", "second", "export", "evaluate")
 FOLDERS = {"first": "IF-I", "second": "IF-II"}
 BOUND_WEIGHT = 1e-3  # of the variational bound (Nichol & Dhariwal 2021, section 3.1)
-# The published stages' schedulers, but that these predict the noise: after as short a training as this one x_0 is then
-# wrong where there is most of it, for it is divided by α, and a second stage hardly looks at the first one's picture.
+# The published stages' schedulers: DeepFloyd/IF-I-M-v1.0 and IF-II-M-v1.0.
 SCHEDULER = {"beta_schedule": "squaredcos_cap_v2", "variance_type": "learned_range", "thresholding": True,
-             "dynamic_thresholding_ratio": 0.95, "prediction_type": "v_prediction"}  # fmt: skip
+             "dynamic_thresholding_ratio": 0.95}  # fmt: skip
 WITHOUT = {"safety_checker": None, "feature_extractor": None, "watermarker": None, "requires_safety_checker": False}
 
 
@@ -224,10 +223,11 @@ class CascadeRecipe:
         unet = build_unet(self.config[stage].model, self.config.text.model.d_model, stage == "second")
         load_newest(unet, self.root / stage / "train")
         parts = {"tokenizer": self.tokenizer, "text_encoder": text_encoder, "unet": unet, **WITHOUT}
+        fields = {**SCHEDULER, "prediction_type": self.config.prediction_type}
         if stage == "first":
-            return IFPipeline(scheduler=DDPMScheduler(**SCHEDULER, sample_max_value=1.5), **parts)
+            return IFPipeline(scheduler=DDPMScheduler(**fields, sample_max_value=1.5), **parts)
         noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
-        scheduler = DDPMScheduler(**SCHEDULER, sample_max_value=1.0)
+        scheduler = DDPMScheduler(**fields, sample_max_value=1.0)
         return IFSuperResolutionPipeline(scheduler=scheduler, image_noising_scheduler=noising, **parts)
 
     def denoising(self, stage: str) -> None:

@@ -15,7 +15,7 @@ from slimstep.data.shapes_tokenizer import WORDS
 
 @pytest.mark.parametrize("t", [1, 20, 500, 998])
 def test_the_bound_is_the_divergence_of_stock_ddpms_step_from_the_posterior(t):
-    scheduler = DDPMScheduler(**{**SCHEDULER, "thresholding": False, "prediction_type": "epsilon"}, clip_sample=False)
+    scheduler = DDPMScheduler(**{**SCHEDULER, "thresholding": False}, clip_sample=False)
     draw = torch.Generator().manual_seed(0)
     x_t, noise, error = (torch.randn(1, 3, 2, 2, generator=draw) for _ in range(3))
     variance = torch.rand(1, 3, 2, 2, generator=draw) * 2 - 1

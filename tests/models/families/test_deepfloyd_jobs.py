@@ -29,7 +29,7 @@ def place(tmp_path_factory) -> Path:
     """A folder with `clip` and a cascade of the recipe's, trained for two steps: `model` and `second`."""
     place = tmp_path_factory.mktemp("if")
     small = ["text.model={d_model:32,d_kv:8,d_ff:16,num_layers:1,num_heads:2}", "first.model.sample_size=16",
-             "second.model.sample_size=32", "second.crop=16"]  # fmt: skip
+             "second.model.sample_size=32", "second.crop=16", "prediction_type=epsilon"]  # fmt: skip
     for stage in ("first", "second"):
         small += [f"{stage}.model.block_out_channels=[8,16]", f"{stage}.model.attends=[false,true]",
                   f"{stage}.model.attention_head_dim=8"]  # fmt: skip
