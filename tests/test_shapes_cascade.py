@@ -9,7 +9,7 @@ from diffusers import DDPMScheduler
 from torch.distributions import Normal, kl_divergence
 from transformers import T5Config, T5EncoderModel, T5TokenizerFast
 
-from scripts.shapes_cascade import SCHEDULER, CaptionReader, build_t5_tokenizer, step_divergence
+from scripts.shapes_cascade_recipe import SCHEDULER, CaptionReader, build_t5_tokenizer, step_divergence
 from slimstep.data.shapes_tokenizer import WORDS
 
 

@@ -53,9 +53,10 @@ def test_a_decoder_trains_on_the_captions_its_latents_are_sampled_from(tmp_path)
     file.write_text("a fish\nx\n")
     latents = LatentsConfig(count=8, prompts=2, prompt_file=str(file))
     config = OmegaConf.create({"latents": OmegaConf.structured(latents)})
-    assert among(PROMPTS, training_prompts(config)) == ["a fish"]
+    teacher = SimpleNamespace(config=config, begins_with_frame=False)
+    assert among(PROMPTS, training_prompts(teacher)) == ["a fish"]
     config.latents.real_share = 1.0
-    assert training_prompts(config) is None
+    assert training_prompts(teacher) is None
 
 
 @pytest.mark.parametrize("key", ["calibration_prompts", "ranked_on"])  # now, and in earlier versions

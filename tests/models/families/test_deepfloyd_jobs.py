@@ -16,7 +16,8 @@ from diffusers import (
 )
 from hydra import compose, initialize_config_dir
 
-from scripts.shapes_cascade import FOLDERS, STAGES, CascadeRecipe
+from scripts.shapes_cascade import STAGES
+from scripts.shapes_cascade_recipe import FOLDERS, CascadeRecipe
 from tests.jobs import run_job
 from tests.tiny import write_tiny_clip
 
