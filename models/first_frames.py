@@ -16,7 +16,8 @@ from torch import Tensor
 
 from slimstep.engine.seeding import generator
 
-SVD, COGVIDEOX = PIPELINES = ("StableVideoDiffusionPipeline", "CogVideoXImageToVideoPipeline")
+SVD = "StableVideoDiffusionPipeline"
+PIPELINES = (SVD, "CogVideoXImageToVideoPipeline")
 NOISE = "noise_aug_strength"
 
 

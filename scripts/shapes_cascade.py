@@ -7,6 +7,7 @@ python scripts/shapes_cascade.py stage=second       # one stage; the same comman
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -14,29 +15,21 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import hydra
 from omegaconf import DictConfig
 
-from slimstep.engine.checked import USER_ERRORS
+from scripts.shapes_stages import run_stages
 from slimstep.engine.console import open_console
-from slimstep.engine.launch import fail
-from slimstep.engine.quiet import one_line
 
 STAGES = ("text", "first", "second", "export", "evaluate")
 
 
+def recipe(config: DictConfig) -> Any:
+    from scripts.shapes_cascade_recipe import CascadeRecipe
+
+    return CascadeRecipe(config)
+
+
 @hydra.main(config_path="../configs", config_name="shapes_cascade", version_base=None)
 def main(config: DictConfig) -> None:
-    try:
-        if config.stage != "all" and config.stage not in STAGES:
-            raise ValueError(f"stage={config.stage} is unknown; choose all or one of {', '.join(STAGES)}")
-        import torch  # here, since --help and a misspelt stage need none of this
-
-        from scripts.shapes_cascade_recipe import CascadeRecipe
-
-        torch.set_num_threads(config.threads)
-        recipe = CascadeRecipe(config)
-        for stage in STAGES if config.stage == "all" else [config.stage]:
-            getattr(recipe, stage)()
-    except USER_ERRORS as error:
-        fail(one_line(error))
+    run_stages(config, STAGES, recipe)
 
 
 if __name__ == "__main__":

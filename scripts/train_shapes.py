@@ -8,6 +8,7 @@ ACCELERATE_USE_CPU=true torchrun --nproc_per_node=2 scripts/train_shapes.py stag
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -15,31 +16,23 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import hydra
 from omegaconf import DictConfig
 
-from slimstep.engine.checked import USER_ERRORS
+from scripts.shapes_stages import run_stages
 from slimstep.engine.console import open_console
-from slimstep.engine.launch import fail
-from slimstep.engine.quiet import one_line
 
 STAGES = ("vae", "scorer", "latents", "text", "unet", "export", "evaluate",
           "transformer", "export_transformer", "evaluate_transformer",
           "video_vae", "video_text", "video_latents", "video", "export_video", "evaluate_video")  # fmt: skip
 
 
+def recipe(config: DictConfig) -> Any:
+    from scripts.shapes_video_recipe import VideoRecipe
+
+    return VideoRecipe(config)
+
+
 @hydra.main(config_path="../configs", config_name="train_shapes", version_base=None)
 def main(config: DictConfig) -> None:
-    try:
-        if config.stage != "all" and config.stage not in STAGES:
-            raise ValueError(f"stage={config.stage} is unknown; choose all or one of {', '.join(STAGES)}")
-        import torch  # here, since --help and a misspelt stage need none of this
-
-        from scripts.shapes_video_recipe import VideoRecipe
-
-        torch.set_num_threads(config.threads)
-        recipe = VideoRecipe(config)
-        for stage in STAGES if config.stage == "all" else [config.stage]:
-            getattr(recipe, stage)()
-    except USER_ERRORS as error:
-        fail(one_line(error))
+    run_stages(config, STAGES, recipe)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,15 @@
 """Packages: folders that draw a pipeline's images without diffusers and without us (run_package.py).
 
-package.json            what run_package.py has to know: samplers, tokenizers, scaling, the machine it was made for
-run_package.py          draws an image from a prompt
-tokenizer*/             as diffusers' folders have them
-unconditional.npz       what guidance steers away from, where it does
-model.pt2               AOTInductor: encode, denoise and decode, compiled, with their weights
-weights.safetensors     or these on their own (weights.py)
-text_encoder/, unet/ or transformer/, vae_decoder/      ONNX: a model.onnx each, in optimum's folder layout, and
-                        with weights on their own, or of more than 2 GB, a model.onnx.data
-model.pte               ExecuTorch: encode, denoise and decode, with their weights (mobile.py)
-encode.mlpackage, …     Core ML: a package for each (mobile.py)
+    package.json            what run_package.py has to know: samplers, tokenizers, scaling, the machine it was made for
+    run_package.py          draws an image from a prompt
+    tokenizer*/             as diffusers' folders have them
+    unconditional.npz       what guidance steers away from, where it does
+    model.pt2               AOTInductor: encode, denoise and decode, compiled, with their weights
+    weights.safetensors     or these on their own (weights.py)
+    text_encoder/, unet/ or transformer/, vae_decoder/      ONNX: a model.onnx each, in optimum's folder layout, and
+                            with weights on their own, or of more than 2 GB, a model.onnx.data
+    model.pte               ExecuTorch: encode, denoise and decode, with their weights (mobile.py)
+    encode.mlpackage, …     Core ML: a package for each (mobile.py)
 """
 
 import importlib.util

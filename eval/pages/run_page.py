@@ -120,11 +120,8 @@ def tiles(run: RunRecord) -> list[dict[str, str]]:
 
 def ratio_tile(metric: str, student: Model) -> dict[str, str]:
     over = student.metrics[metric]["ratio_to_reference"]
-    return tile(
-        f"{metric}, of the teacher's",
-        percent(over["ratio"]),
-        f"{percent(over['low'])} to {percent(over['high'])} (95 %)",
-    )
+    within = f"{percent(over['low'])} to {percent(over['high'])} (95 %)"
+    return tile(f"{metric}, of the teacher's", percent(over["ratio"]), within)
 
 
 def model_row(model: Model, teacher: Model, predicted: Mapping[str, float]) -> dict[str, Any]:
@@ -145,13 +142,8 @@ def facts(run: RunRecord) -> dict[str, dict[str, Any]]:
     """Protocols and environment: title -> {name: value}, nested values flattened."""
     scores = next((r.scores for r in reversed(run.rounds) if r.scores), None)
     ranking = (
-        {
-            **scores["protocol"],
-            "agreement of halves (ρ)": scores.get("rank_agreement_of_halves"),
-            **({"local recovery": scores["recovery"]} if "recovery" in scores else {}),
-        }
-        if scores
-        else {}
+        {**scores["protocol"], "agreement of halves (ρ)": scores.get("rank_agreement_of_halves"),
+         **({"local recovery": scores["recovery"]} if "recovery" in scores else {})} if scores else {}
     )
     left_out, done = ("sites", "narrower", "samples"), run.evaluation
     evaluated = {**done.protocol, "prompts_hash": done.prompts_hash, "n": done.n, **done.seen} if done else {}

@@ -20,12 +20,8 @@ from slimstep.eval.record import Point, read_evaluation
 
 OTHER_SAMPLERS = {"teacher-dpm": "over DPM++'s", "teacher-stretched": "over stretched Euler's"}  # {model: its column}
 MOST_ROWS = 8
-NAMES = {
-    "teacher-dpm": "teacher, DPM++ 2M",
-    "teacher-stretched": "teacher, stretched",
-    "teacher-v": "teacher, v",
-    "student": "student, undistilled",
-}
+NAMES = {"teacher-dpm": "teacher, DPM++ 2M", "teacher-stretched": "teacher, stretched", "teacher-v": "teacher, v",
+         "student": "student, undistilled"}
 
 
 def write_steps_report(folder: str | Path, track: Callable[[], None] = lambda: None) -> Path:

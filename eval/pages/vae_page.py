@@ -50,14 +50,8 @@ def write_vae_report(folder: str | Path, track: Callable[[], None] = lambda: Non
         times=time_table(read_times(folder)["rows"]),
         kinds=KINDS,
         pairs={kind: side_by_side(folder, evaluation, kind) for kind in KINDS},
-        facts=flatten(
-            {
-                "n": evaluation.n,
-                "n_real": evaluation.facts["n_real"],
-                "protocol": evaluation.protocol,
-                "environment": evaluation.environment,
-            }
-        ),  # fmt: skip
+        facts=flatten({"n": evaluation.n, "n_real": evaluation.facts["n_real"], "protocol": evaluation.protocol,
+                       "environment": evaluation.environment}),  # fmt: skip
     )
 
 

@@ -20,7 +20,7 @@ from slimstep.eval.job import seen_in_training
 from slimstep.eval.overlap import among, known_captions
 from slimstep.eval.pages.run_page import write_report
 from slimstep.eval.pages.text import overlap_sentence
-from slimstep.prune.vae_job import training_prompts
+from slimstep.prune.vae_latents import training_prompts
 from tests.data.tars import picture, write_tar
 from tests.eval.run_stub import write_run
 from tests.tiny import small_pipeline

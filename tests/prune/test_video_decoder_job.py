@@ -48,7 +48,7 @@ def teacher():
     return small_svd_pipeline(levels=2, vae_width=64)
 
 
-def narrowed(pipeline, width: float = 0.5):
+def with_narrow_decoder(pipeline, width: float = 0.5):
     widths = pruned_widths(pipeline.vae, width)
     vae = pruned_vae(pipeline.vae, choose_channels(pipeline.vae, widths, "magnitude"), widths)
     return with_unet(pipeline, pipeline.unet, vae=vae)
@@ -94,7 +94,7 @@ def test_a_plan_measures_frames_that_are_decoded_together(teacher):
 
 @pytest.mark.slow
 def test_an_export_decodes_where_this_project_is_unknown(teacher, tmp_path, elsewhere):
-    student = narrowed(teacher)
+    student = with_narrow_decoder(teacher)
     report = export_pipeline(student, tmp_path / "export")
     assert report.obstacles == ("vae.decoder: its widths (32, 32) are not its encoder's",)
     elsewhere(tmp_path, ELSEWHERE)
@@ -107,9 +107,9 @@ def test_an_export_decodes_where_this_project_is_unknown(teacher, tmp_path, else
 
 
 def test_a_narrow_decoder_goes_into_another_student_and_one_of_full_width_leaves_as_diffusers_own(teacher, tmp_path):
-    student = narrowed(teacher)
+    student = with_narrow_decoder(teacher)
     assert joined(teacher, student, "export.vae=DIR").vae is student.vae
-    report = export_pipeline(narrowed(teacher, 1.0), tmp_path)
+    report = export_pipeline(with_narrow_decoder(teacher, 1.0), tmp_path)
     assert report.is_stock and type(DiffusionPipeline.from_pretrained(tmp_path).vae) is AutoencoderKLTemporalDecoder
 
 

@@ -149,27 +149,19 @@ class ImageFamily(TransformerFamily):
         return Conditioning({**text.tensors, **frame.tensors})
 
 
+SHARED: dict[str, Any] = {
+    "NETWORK": PrunableCogVideoXTransformer3DModel, "DENOISER": CogVideoXDenoiser, "encoded": encoded,
+    "max_tokens": 226, "as_tokens": frames_first, "latent_frames": frames, "is_flow": False,
+}  # fmt: skip
 FAMILY = TransformerFamily(
     NAME="CogVideoX: a CogVideoXPipeline with a CogVideoXTransformer3DModel",
-    NETWORK=PrunableCogVideoXTransformer3DModel,
     PIPELINES=("CogVideoXPipeline",),
-    DENOISER=CogVideoXDenoiser,
-    encoded=encoded,
-    max_tokens=226,
-    as_tokens=frames_first,
-    latent_frames=frames,
-    is_flow=False,
     refused=("ofs_embed_dim", "use_learned_positional_embeddings"),
     single_file=(("patch_embed.proj.weight", "patch_embed.text_proj.weight", "time_embedding.linear_1.weight"),),
+    **SHARED,
 )
 OF_IMAGES = ImageFamily(
     NAME="CogVideoX of first frames: a CogVideoXImageToVideoPipeline with a CogVideoXTransformer3DModel",
-    NETWORK=PrunableCogVideoXTransformer3DModel,
     PIPELINES=("CogVideoXImageToVideoPipeline",),
-    DENOISER=CogVideoXDenoiser,
-    encoded=encoded,
-    max_tokens=226,
-    as_tokens=frames_first,
-    latent_frames=frames,
-    is_flow=False,
+    **SHARED,
 )
