@@ -25,6 +25,7 @@ from scripts.shapes_video_model import (
     build_video_tokenizer,
     build_video_vae,
 )
+from slimstep.data.render import render_scenes
 from slimstep.data.shapes import COLOURS, SHAPES, SIZES
 from slimstep.data.shapes_video import (
     DIRECTIONS,
@@ -75,10 +76,21 @@ class MovingScenes(torch.utils.data.Dataset):
         return {"image": torch.stack([self.video(index) for index in indices]).permute(0, 4, 1, 2, 3)}
 
     def video(self, index: int) -> Tensor:
+        return video_of(self.scene(index), self.pairs.frames, self.pairs.resolution)
+
+    def scene(self, index: int) -> MovingScene:
         scene, _ = self.pairs.scene(index)
         times = 1 + (self.enlarged - 1) * torch.rand((), generator=generator("enlarged", index)).item()
-        moves = tuple(replace(move, radius=times * move.radius) for move in scene.moves)
-        return video_of(replace(scene, moves=moves), self.pairs.frames, self.pairs.resolution)
+        return replace(scene, moves=tuple(replace(move, radius=times * move.radius) for move in scene.moves))
+
+
+class MovingFrames(MovingScenes):
+    """One frame of each video, from a random instant: [B, C, 1, H, W]."""
+
+    def collate(self, indices: list[int]) -> Batch:
+        times = [torch.rand((), generator=generator("instant", index)).item() for index in indices]
+        scenes = [self.scene(index).at(time) for index, time in zip(indices, times, strict=True)]
+        return {"image": render_scenes(scenes, self.pairs.resolution)[:, :, None]}
 
 
 class MotionReading(MovingScenes):
@@ -114,9 +126,10 @@ class VideoRecipe(Recipe):
         torch.manual_seed(self.config.seed)
         model = VideoVAEWithPosterior(build_video_vae(config.model))
         objective = AutoencoderObjective(config.kl_weight, config.crop, config.crop_share, absolute_weight=0.0)
-        scenes = MovingScenes(self.video_pairs("train", config.scenes, self.config.seed), config.enlarged)
-        for stage in ("train", "decay"):
-            train(model, objective, scenes, TrainConfig(**plain(config[stage])), run, stage)
+        pairs = self.video_pairs("train", config.scenes, self.config.seed)
+        frames, videos = (kind(pairs, config.enlarged) for kind in (MovingFrames, MovingScenes))
+        for stage, data in (("frames", frames), ("train", videos), ("decay", MovingScenes(pairs))):
+            train(model, objective, data, TrainConfig(**plain(config[stage])), run, stage)
         run.json("vae.json", lambda: self.measured_video_vae(model.vae))
 
     @torch.no_grad()
@@ -138,7 +151,7 @@ class VideoRecipe(Recipe):
         """The VAE as far as it is trained, with the statistics of its latents."""
         model = VideoVAEWithPosterior(build_video_vae(self.config.video_vae.model))
         folder = self.root / "video_vae"
-        for stage in ("train", "decay"):
+        for stage in ("frames", "train", "decay"):
             load_newest(model, folder / stage)
         if (folder / "vae.json").exists():
             measured = json.loads((folder / "vae.json").read_text())
