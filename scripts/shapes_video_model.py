@@ -9,7 +9,7 @@ Axes: B batch, C channels, F frames, H and W pixels or latents, L text tokens, E
 
 import torch
 from diffusers import AutoencoderKLWan, WanPipeline, WanTransformer3DModel
-from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 from diffusers.models.transformers.transformer_wan import WanAttention, WanAttnProcessor
 from omegaconf import DictConfig
 from torch import Tensor, nn
@@ -44,6 +44,20 @@ def build_video_vae(config: DictConfig) -> AutoencoderKLWan:
     # With noise of unit variance it learns the background, which all latents tell alike, and then nothing more.
     nn.init.constant_(vae.quant_conv.bias[config.z_dim :], LOG_VARIANCE)
     return vae
+
+
+@torch.no_grad()
+def begin_with_still_pictures(vae: AutoencoderKLWan) -> None:
+    """After a training on single frames, which uses no tap of the past and no convolution of time alone: what is coded
+    is the last of two frames by itself, twice."""
+    for module in vae.modules():
+        if isinstance(module, WanCausalConv3d) and module.kernel_size == (3, 3, 3):
+            module.weight[:, :, :-1] = 0
+        elif isinstance(module, WanCausalConv3d) and module.kernel_size == (3, 1, 1):
+            module.weight.zero_()
+            module.bias.zero_()
+            times = module.out_channels // module.in_channels
+            module.weight[:, :, -1, 0, 0] = torch.eye(module.in_channels).repeat(times, 1)
 
 
 class VideoVAEWithPosterior(VAEWithPosterior):

@@ -21,6 +21,7 @@ from scripts.shapes_video_model import (
     CaptionReader,
     TextToVideoFlow,
     VideoVAEWithPosterior,
+    begin_with_still_pictures,
     build_video_pipeline,
     build_video_tokenizer,
     build_video_vae,
@@ -129,6 +130,8 @@ class VideoRecipe(Recipe):
         pairs = self.video_pairs("train", config.scenes, self.config.seed)
         frames, videos = (kind(pairs, config.enlarged) for kind in (MovingFrames, MovingScenes))
         for stage, data in (("frames", frames), ("train", videos), ("decay", MovingScenes(pairs))):
+            if stage == "train":
+                begin_with_still_pictures(model.vae)
             train(model, objective, data, TrainConfig(**plain(config[stage])), run, stage)
         run.json("vae.json", lambda: self.measured_video_vae(model.vae))
 
