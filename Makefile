@@ -43,7 +43,7 @@ test: setup $(SOURCES)  ## the fast tests, on CPU, without network, two files at
 slow: setup $(SOURCES)  ## the slow tests (minutes each), on CPU, two files at a time
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "slow and not gpu and not huge"
 
-huge: setup  ## ten minutes and 15 GB of memory: steps of every training of a random Stable Diffusion 1.5
+huge: setup  ## ten minutes and 20 GB of memory: steps of every training of a random Stable Diffusion 1.5
 	$(BIN)/python -m pytest -m huge
 
 lint: setup  ## ruff

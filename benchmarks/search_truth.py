@@ -14,6 +14,8 @@ On several cores, one process for each --lane 0/2, 1/2, then one without it that
 """
 
 import argparse
+import filecmp
+import json
 import math
 import shutil
 import sys
@@ -103,16 +105,19 @@ def recovered(
     name: str, architecture: Mapping[str, Any], skip_rule: SkipRule, first: Path | None, options: argparse.Namespace
 ) -> Evaluation:
     """Runs or continues the job of a network, from the first round's weights and with its latencies. The teacher's
-    images are those of `first`, another network's run."""
-    path, source = options.root / name, options.run / "round-00"
+    images are those of `first`, another network's run. ValueError where the folder is of another network."""
+    path, source, files = options.root / name, options.run / "round-00", ("weights.safetensors", "latency.json")
+    table, described = options.root / f"{name}.json", json.dumps(architecture, indent=1)
     if not (path / "round-00").exists():
+        write_text(table, described)
         with whole_folder(path / "round-00") as aside:
-            for file in ("weights.safetensors", "latency.json"):
+            for file in files:
                 shutil.copyfile(source / file, aside / file)
+    same = all(filecmp.cmp(source / file, path / "round-00" / file, shallow=False) for file in files)
+    if not same or table.read_text() != described:
+        raise ValueError(f"{path} is of another network or of another run than {options.run}: give another --root")
     if first:
         share_teacher(first, path)
-    table = options.root / f"{name}.json"
-    write_json(table, architecture)
     if isinstance(skip_rule, dict):
         skip_rule = f"{{{','.join(f'{block}:{rule}' for block, rule in skip_rule.items())}}}"
     run_job(f"prune_{options.of}", [

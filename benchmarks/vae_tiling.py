@@ -33,8 +33,10 @@ ROOT, TILE = Path(__file__).resolve().parents[1], 64
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=16, help="pictures of each kind and size")
-    parser.add_argument("--sides", type=int, nargs="+", default=[128, 256])
+    parser.add_argument("--sides", type=int, nargs="+", default=[128, 256], help=f"multiples of {TILE} px")
     options = parser.parse_args()
+    if bad := [side for side in options.sides if side < TILE or side % TILE]:
+        parser.error(f"--sides {bad}: multiples of {TILE}, the side of a tile")
     vae = AutoencoderKL.from_pretrained(ROOT / "assets/shapes/vae").eval().requires_grad_(False)
     kinds = {"mosaic of scenes": mosaic, "one large scene": large_scene}
     rows = [

@@ -242,6 +242,7 @@ def start(config: DictConfig) -> int:
     try:
         checked = named(checked_config(config))
         check_chosen(checked)
+        check_text_length(checked)
         check_launcher(os.environ, checked)
     except USER_ERRORS as error:  # the same on every rank, and printed by one
         if config.debug:
@@ -302,6 +303,19 @@ def check_chosen(config: DictConfig) -> None:
             f"{chosen_data} wants {' and '.join(f'{part}=' for part in absent)} beside it, as "
             f"{' '.join(ways[part] for part in absent)}: what is taken where none is named knows drawn shapes alone "
             f"({' '.join(f'{part}=shapes' for part in absent)} takes it nevertheless)"
+        )
+
+
+def check_text_length(config: DictConfig) -> None:
+    """ValueError for another model in the place of a bundled one that cuts prompts, without a word of the length."""
+    keys = {parsed(override).key_or_group for override in HydraConfig.get().overrides.task}
+    if "model.name_or_path" not in keys or keys & {"model", "model.max_sequence_length"}:
+        return
+    if length := config.model.get("max_sequence_length"):
+        model = HydraConfig.get().runtime.choices.get("model")
+        raise ValueError(
+            f"model.name_or_path={config.model.name_or_path} stands in the place of model={model}, which cuts prompts to "
+            f"model.max_sequence_length={length}: give model=path beside it (or model={model}, if it is one of its kind)"
         )
 
 

@@ -58,7 +58,7 @@ class Benchmark:
                 way = "models of one path have one first_stage here: time them in runs of their own"
                 raise ValueError(f"models.{name} is {model.path}, as another is: {way}")
         self.models.check()
-        if self.models.begin_with_frames:
+        if self.models.draws_videos and self.models.begin_with_frames:
             raise ValueError(f"{self.models.paths} make videos of first frames, and what is timed here begins with "
                              "prompts; their networks are timed by +experiment=latency_table")  # fmt: skip
         if not self.models.is_conditional:

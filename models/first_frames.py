@@ -6,7 +6,7 @@ Axes: H and W pixels.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -70,13 +70,19 @@ class VideoOptions:
     decode_chunk_size: int | None = None
 
     @classmethod
+    def default(cls, pipeline: str) -> "VideoOptions":
+        """Of a pipeline of this class."""
+        return cls() if pipeline == SVD else cls(noise_aug_strength=0.0)
+
+    @classmethod
     def of(cls, described: Mapping[str, Any], pipeline: str = SVD) -> "VideoOptions":
         """ValueError for what `model.video` of a pipeline of this class cannot be."""
         names = asdict(cls()) if pipeline == SVD else (NOISE,)
         if unknown := sorted({*described} - {*names}):
             raise ValueError(f"model.video={dict(described)} has {unknown}; it may have {', '.join(names)}")
-        options = cls(**described)
-        counts = {"fps": options.fps, "decode_chunk_size": options.decode_chunk_size or 1}
+        options = replace(cls.default(pipeline), **described)
+        chunk = options.decode_chunk_size
+        counts = {"fps": options.fps, "decode_chunk_size": 1 if chunk is None else chunk}
         if low := [f"{name}={value}" for name, value in counts.items() if value < 1]:
             raise ValueError(f"model.video.{low[0]} must be at least 1")
         strengths = {"motion_bucket_id": options.motion_bucket_id, "noise_aug_strength": options.noise_aug_strength}
@@ -91,8 +97,7 @@ class VideoOptions:
 
 
 def video_options(pipeline: DiffusionPipeline) -> VideoOptions:
-    default = VideoOptions() if type(pipeline).__name__ == SVD else VideoOptions(noise_aug_strength=0.0)
-    return pipeline.__dict__.get("video_options") or default
+    return pipeline.__dict__.get("video_options") or VideoOptions.default(type(pipeline).__name__)
 
 
 def call_options(pipeline: DiffusionPipeline) -> dict[str, Any]:

@@ -217,9 +217,12 @@ class CascadeRecipe:
         return IFSuperResolutionPipeline(scheduler=scheduler, image_noising_scheduler=noising, **parts)
 
     def denoising(self, stage: str) -> None:
+        if not (text := self.root / "text/train/weights.safetensors").exists():
+            raise FileNotFoundError(f"{text} does not exist; make it with stage=text")
         config, pipeline = self.config[stage], self.pipeline(stage)
         side = self.config.first.model.sample_size
-        objective = HybridDenoising(pipeline, side, config.caption_dropout, config.crop, config.crop_share)
+        crop = config.get("crop"), config.get("crop_share", 0.0)
+        objective = HybridDenoising(pipeline, side, config.caption_dropout, *crop)
         self.train(pipeline.unet, objective, Scenes(self.pairs(stage)), stage)
 
     def first(self) -> None:

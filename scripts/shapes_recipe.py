@@ -249,7 +249,7 @@ class CachedScenes(Dataset):
 
     def __init__(self, path: Path) -> None:
         if not path.exists():
-            raise FileNotFoundError(f"{path} does not exist; make it with stage=latents")
+            raise FileNotFoundError(f"{path} does not exist; make it with stage={path.parent.name}")
         tensors = load_file(path)
         self.latents, self.ids = tensors["latents"], tensors["ids"]
 

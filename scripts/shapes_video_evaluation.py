@@ -26,12 +26,16 @@ def shares(videos_BFHW3: Tensor, prompts: Sequence[str]) -> dict[str, float]:
     return {name: round(sum(values) / len(values), 3) for name, values in each.items() if values}
 
 
+def side_of(pipeline: WanPipeline) -> int:
+    """In pixels, of the model's own videos."""
+    return pipeline.transformer.config.sample_size * pipeline.vae_scale_factor_spatial
+
+
 def draw(pipeline: WanPipeline, prompts: Sequence[str], steps: int, guidance: float, seed: int, tokens: int) -> Tensor:
     """A video for each prompt by the stock pipeline's own call, uint8 [B, F, H, W, 3]; tokens: max_sequence_length."""
-    config, videos = pipeline.transformer.config, []
+    config, side, videos = pipeline.transformer.config, side_of(pipeline), []
     frames = (config.sample_frames - 1) // config.temporal_compression_ratio + 1
     shape = (config.in_channels, frames, config.sample_size, config.sample_size)
-    side = config.sample_size * pipeline.vae_scale_factor_spatial
     for indices in torch.arange(len(prompts)).split(BATCH):
         noise = torch.stack([torch.randn(shape, generator=generator("sample", seed, n)) for n in indices.tolist()])
         drawn = pipeline(
@@ -62,7 +66,7 @@ def evaluate_video(folder: Path, config: Mapping, pictures: Path) -> dict:
     """Every figure of the model of videos; `pictures` receives strips of frames for each setting."""
     pipeline = WanPipeline.from_pretrained(folder, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
-    pairs = ShapesVideoPairs("heldout", config["prompts"], config["seed"])
+    pairs = ShapesVideoPairs("heldout", config["prompts"], config["seed"], side_of(pipeline))
     prompts = shapes_video_prompts("heldout", config["prompts"], config["seed"]).prompts
     real = torch.stack([pairs[index]["video"] for index in range(len(pairs))])
     shown = {"real": real, "real through VAE": through_video_vae(pipeline, real)}

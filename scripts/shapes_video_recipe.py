@@ -13,7 +13,14 @@ from torch import Tensor
 from transformers import CLIPTokenizer
 
 from scripts.shapes_models import plain, save_pipeline
-from scripts.shapes_objectives import UNLABELLED, AutoencoderObjective, Batch, FlowObjective, ReadingObjective
+from scripts.shapes_objectives import (
+    UNLABELLED,
+    AutoencoderObjective,
+    Batch,
+    FlowObjective,
+    ReadingObjective,
+    to_unit_range,
+)
 from scripts.shapes_recipe import CachedScenes, Recipe, load_newest
 from scripts.shapes_transformer import build_flow_scheduler
 from scripts.shapes_video_evaluation import evaluate_video
@@ -141,7 +148,7 @@ class VideoRecipe(Recipe):
         scenes = MovingScenes(self.video_pairs("heldout", 128, 1))
         psnrs, latents = [], []
         for indices in torch.arange(len(scenes)).split(32):
-            batch = scenes.collate(indices.tolist())["image"].float() / 127.5 - 1
+            batch = to_unit_range(scenes.collate(indices.tolist())["image"]).to(vae.device)
             latents.append(encoded_images(vae, batch))
             error_B = ((vae.decode(latents[-1]).sample - batch) / 2).square().mean((1, 2, 3, 4))
             psnrs.append(-10 * error_B.log10())
@@ -173,6 +180,8 @@ class VideoRecipe(Recipe):
         config, run, device = self.config.video_latents, self.run("video_latents"), self.accelerator.device
         if run.made("latents.safetensors"):
             return
+        if not (measured := self.root / "video_vae/vae.json").exists():
+            raise FileNotFoundError(f"{measured} does not exist; make it with stage=video_vae")
         vae = self.trained_video_vae().to(device)
         mean, std = (torch.tensor(vae.config[name]).view(-1, 1, 1, 1) for name in ("latents_mean", "latents_std"))
         pairs = self.video_pairs("train", config.scenes, self.config.seed)
@@ -180,7 +189,7 @@ class VideoRecipe(Recipe):
 
         @torch.no_grad()
         def encode(indices: list[int]) -> Tensor:
-            videos = scenes.collate(indices)["image"].float() / 127.5 - 1
+            videos = to_unit_range(scenes.collate(indices)["image"])
             return ((encoded_images(vae, videos.to(device)).cpu() - mean) / std).half()
 
         keep = run.path / "parts"

@@ -304,6 +304,14 @@ def test_own_data_ask_for_the_model_and_the_scorer(leave, tmp_path, overrides, s
     assert not (tmp_path / "runs/prune_unet").exists()
 
 
+def test_another_model_does_not_take_the_length_of_the_bundled_ones_prompts(leave, tmp_path):
+    error = error_line(*leave("+experiment=prune_transformer", f"model.name_or_path={tmp_path}/sd3"))
+    assert "cuts prompts to model.max_sequence_length=1: give model=path beside it" in error
+    for word in ("model=path", "model.max_sequence_length=77"):
+        error = error_line(*leave("+experiment=prune_transformer", f"model.name_or_path={tmp_path}/sd3", word))
+        assert "cuts prompts" not in error and f"{tmp_path}/sd3" in error
+
+
 def test_a_failed_start_leaves_no_folder_and_what_was_there(leave, tiny_model, tmp_path):
     error_line(*leave(*JOB, *tiny_model, "search=manual", "search.method.remove=[mid]"))
     assert not (tmp_path / "runs/prune_unet").exists()

@@ -51,9 +51,10 @@ def direction_of(centre_F2: Tensor) -> str | None:
 
 def halfway(centre_F2: Tensor) -> float:
     """The frame from which on it is nearer to its end than to its beginning."""
-    seen_N2 = centre_F2[~centre_F2.isnan().any(1)]
+    places_N = (~centre_F2.isnan().any(1)).nonzero().flatten()
+    seen_N2 = centre_F2[places_N]
     from_start, to_end = ((seen_N2 - seen_N2[place]).norm(dim=1) for place in (0, -1))
-    return float((from_start < to_end).sum())
+    return float(places_N[from_start >= to_end][0])
 
 
 def shape_of(mask_HW: Tensor) -> str | None:

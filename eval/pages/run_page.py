@@ -114,12 +114,12 @@ def tiles(run: RunRecord) -> list[dict[str, str]]:
           for label, of, form, unit in shares),
         tile("blocks kept", f"{num_kept} / {len(blocks)}", f"{copied} copied{changed}"),
         tile("CLIP, paired", signed(versus["mean"]), interval),
-        *(ratio_tile(name, student) for name in by_ratio(run.models)),
+        *(ratio_tile(name, over) for name in by_ratio(run.models)
+          if (over := (student.metrics[name] or {}).get("ratio_to_reference"))),
     ]  # fmt: skip
 
 
-def ratio_tile(metric: str, student: Model) -> dict[str, str]:
-    over = student.metrics[metric]["ratio_to_reference"]
+def ratio_tile(metric: str, over: Mapping[str, float]) -> dict[str, str]:
     within = f"{percent(over['low'])} to {percent(over['high'])} (95 %)"
     return tile(f"{metric}, of the teacher's", percent(over["ratio"]), within)
 

@@ -7,7 +7,7 @@ import torch
 
 from scripts.shapes_video_evaluation import shares
 from slimstep.data.shapes_video import ShapesVideoPairs, caption, shapes_video_prompts, video_of
-from slimstep.eval.metrics.moving_shapes import FollowedDirections, followed
+from slimstep.eval.metrics.moving_shapes import FollowedDirections, followed, seen_as
 
 
 def one_of(shapes: int, split: str = "heldout"):
@@ -48,6 +48,15 @@ def test_another_shape_or_order_is_noticed():
     scene, text = one_of(2)
     right = followed(video_of(replace(scene, moves=scene.moves[::-1]), 9), text)
     assert right["directions"] and not right["order"]
+
+
+def test_what_is_lost_for_some_frames_keeps_its_place_in_time():
+    scene, text = one_of(2)
+    video, move = video_of(scene, 9), scene.moves[1]
+    bare = video_of(replace(scene, moves=scene.moves[:1]), 9)
+    video[1:6] = bare[1:6]  # the one that waits is not seen while the other goes
+    right = followed(video, text)
+    assert seen_as(video, move.thing.colour)[1:6].sum() == 0 and right["order"]
 
 
 def test_the_metric_counts_the_shapes_that_go_where_the_caption_says():

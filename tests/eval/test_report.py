@@ -45,14 +45,27 @@ def test_the_page_tells_the_outcome_and_how_it_was_measured(finished):
         assert said in page, said
 
 
+def with_motion(folder: Path, over: dict | None) -> Path:
+    """The run as one of videos, whose students' motion is so much of the teacher's."""
+
+    def change(content: dict) -> None:
+        for point in content["points"]:
+            measured = {"kind": "per_image", "mean": 3.0, "se": 0.1, "per_prompt": [3.0] * 64, "versus_reference": None}
+            ratio = None if point["model"] == "teacher" else over
+            point["metrics"]["motion"] = {**measured, "compared_by_ratio": True, "ratio_to_reference": ratio}
+
+    edit(folder / "evaluation.json", change)
+    return folder
+
+
+def test_a_teacher_whose_videos_stand_still_has_a_page(finished, tmp_path):
+    folder = with_motion(shutil.copytree(finished, tmp_path / "still"), None)
+    assert "motion" in write_report(folder).read_text()
+
+
 def test_a_student_that_moves_less_shows_in_table_page_and_terminal(finished, tmp_path):
-    folder = shutil.copytree(finished, tmp_path / "videos")
-    content = json.loads((folder / "evaluation.json").read_text())
-    for point in content["points"]:
-        over = None if point["model"] == "teacher" else {"ratio": 0.25, "low": 0.21, "high": 0.29, "n": 64}
-        measured = {"kind": "per_image", "mean": 3.0, "se": 0.1, "per_prompt": [3.0] * 64, "versus_reference": None}
-        point["metrics"]["motion"] = {**measured, "compared_by_ratio": True, "ratio_to_reference": over}
-    (folder / "evaluation.json").write_text(json.dumps(content))
+    over = {"ratio": 0.25, "low": 0.21, "high": 0.29, "n": 64}
+    folder = with_motion(shutil.copytree(finished, tmp_path / "videos"), over)
     page = write_report(folder).read_text()
     assert "motion over the reference" in page and page.count("0.25 [0.21, 0.29]") == 3
     assert "21 % to 29 % (95 %)" in page

@@ -194,10 +194,16 @@ def test_without_captions_no_clip_score_is_asked_for_and_motion_always_is():
 @pytest.mark.parametrize(("options", "reason"), [
     ({"frames": 3}, r"has \['frames'\]; it may have fps"), ({"fps": 0}, "fps=0 must be at least 1"),
     ({"decode_chunk_size": -1}, "decode_chunk_size=-1 must be"), ({"noise_aug_strength": -0.1}, "at least 0"),
+    ({"decode_chunk_size": 0}, "decode_chunk_size=0 must be"),
 ])  # fmt: skip
 def test_what_a_video_cannot_be_made_with_is_said_in_one_line(options, reason):
     with pytest.raises(ValueError, match=reason):
         VideoOptions.of(options)
+
+
+def test_what_is_not_said_of_a_first_frame_is_its_pipelines_own():
+    assert VideoOptions.of({}) == VideoOptions()
+    assert VideoOptions.of({}, "CogVideoXImageToVideoPipeline").noise_aug_strength == 0
 
 
 def test_models_of_images_have_no_video_options_and_data_of_images_make_no_videos(folder):
