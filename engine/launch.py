@@ -312,10 +312,10 @@ def check_text_length(config: DictConfig) -> None:
     if "model.name_or_path" not in keys or keys & {"model", "model.max_sequence_length"}:
         return
     if length := config.model.get("max_sequence_length"):
-        model = HydraConfig.get().runtime.choices.get("model")
+        model, path = HydraConfig.get().runtime.choices.get("model"), config.model.name_or_path
         raise ValueError(
-            f"model.name_or_path={config.model.name_or_path} stands in the place of model={model}, which cuts prompts to "
-            f"model.max_sequence_length={length}: give model=path beside it (or model={model}, if it is one of its kind)"
+            f"model.name_or_path={path} stands in the place of model={model}, which cuts prompts to "
+            f"model.max_sequence_length={length}: give model=path beside it, or model={model} for one of its kind"
         )
 
 
