@@ -49,7 +49,7 @@ class Budget:
 
 def chosen(measured: Measured, fraction: float) -> dict[str, Choice]:
     """Greedy removal chooses among whole blocks, and the program among all changes."""
-    whole = replace(measured, values=tuple(value for value in measured.values if value.part is None))
+    whole = replace(measured, values=measured.removals)
     return {GREEDY: choice(whole, fraction, GREEDY), PROGRAM: choice(measured, fraction, PROGRAM)}
 
 

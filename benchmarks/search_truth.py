@@ -237,9 +237,9 @@ def main() -> None:
     options = parser.parse_args()
     measured = read_first_round(options.run)
     options.root.mkdir(parents=True, exist_ok=True)
-    per_block = block_predictors(options.run, measured.values, options.similarities, options.recovered_scores)
+    per_block = block_predictors(options.run, measured.removals, options.similarities, options.recovered_scores)
     share, of = options.lane
-    every = networks(measured.values, measured.teacher_ms, options.fraction, options.count)[share::of]
+    every = networks(measured.removals, measured.teacher_ms, options.fraction, options.count)[share::of]
     found: list[Found] = []
     for network in every:
         first, removed = options.root / every[0].name if found else None, dict.fromkeys(network.removed, 0)

@@ -35,6 +35,11 @@ class Measured:
     pairs: Mapping[Interaction, np.ndarray] = field(default_factory=dict)
     raced: bool = False
 
+    @property
+    def removals(self) -> tuple[BlockValue, ...]:
+        """What removing whole blocks gives, without the other changes."""
+        return tuple(value for value in self.values if value.part is None)
+
     def changed(self, search: str, target_ms: float) -> list[Action]:
         """What a search would change; of sets nothing is measured here, and evolution's answer is the program's."""
         if search == "snapfusion":
