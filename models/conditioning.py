@@ -15,12 +15,16 @@ batches carry them; which argument of a network each becomes, its denoiser knows
 Axes: B batch, L tokens, T tokens of all captions that their masks have, E text width, P pooled width.
 """
 
+import functools
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from diffusers.utils import is_bs4_available, is_ftfy_available
 from torch import Tensor
 
+log = logging.getLogger("slimstep")
 TEXT, TEXT_MASK = "text", "text_mask"
 OF_PICTURES = ("upscaled", "noise_level", "first_frame")  # what no caption says, so that the empty one has it, too
 
@@ -101,3 +105,13 @@ def conditioning_of(batch: Mapping[str, Tensor], like: Conditioning) -> Conditio
     pictures, of which an empty caption says nothing."""
     names = [*like.tensors, *(name for name in OF_PICTURES if name in batch)]
     return Conditioning({name: batch[name] for name in names})
+
+
+@functools.cache
+def cleans_captions() -> bool:
+    """Whether captions lose their markup and addresses before T5 reads them: as in the calls of the stock pipelines,
+    where the packages for it are there. Without these the stock pipelines say so for every caption."""
+    packages = {"beautifulsoup4": is_bs4_available(), "ftfy": is_ftfy_available()}
+    if missing := [name for name, is_there in packages.items() if not is_there]:
+        log.info(f"captions are encoded as they stand; with {' and '.join(missing)} installed they are cleaned first")
+    return not missing

@@ -32,6 +32,7 @@ from slimstep.eval.timing.inference import CannotRunError, InferenceConfig, prep
 from slimstep.eval.timing.latency import interleaved_times, one_thread
 from slimstep.eval.timing.memory import MemoryFrom
 from slimstep.eval.timing.stage_timer import timed_components
+from slimstep.models.conditioning import cleans_captions
 from slimstep.models.families.deepfloyd.cascade import first_stage_of, refines
 from slimstep.models.family import family_of
 from slimstep.models.pipeline import networks
@@ -131,7 +132,7 @@ class TimedPipeline:
         """What a second stage's call is given in the place of prompts: text states, which its first stage shares, and
         the pictures that this draws of them."""
         stage, encode = first_stage_of(self.pipeline), self.pipeline.encode_prompt
-        text_BLE, empty_BLE = encode(list(prompts), device=self.device, clean_caption=True)
+        text_BLE, empty_BLE = encode(list(prompts), device=self.device, clean_caption=cleans_captions())
         shared = {"prompt_embeds": text_BLE, "negative_prompt_embeds": empty_BLE, "generator": generators}
         own = {"guidance_scale": stage.guidance_scale, "num_inference_steps": stage.steps, "output_type": "pt"}
         return {"image": stage.pipeline(**own, **shared).images, "noise_level": stage.noise_level, **shared}

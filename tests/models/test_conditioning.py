@@ -5,7 +5,8 @@ import torch
 
 from slimstep.data.encoding import encode_captions, encode_nothing
 from slimstep.eval.sampling import Sampler
-from slimstep.models.conditioning import Conditioning, conditioning_of
+from slimstep.models import conditioning
+from slimstep.models.conditioning import Conditioning, cleans_captions, conditioning_of
 from slimstep.models.families.unet2d.network import PrunableUNet2DConditionModel
 from slimstep.models.families.unet2d.text import encode_prompts
 from slimstep.models.family import denoiser_of
@@ -109,3 +110,13 @@ def test_the_denoiser_calls_as_diffusers_calls(make):
         assert torch.equal(denoiser(prunable, x_t, t_B[0], cond), stock)
         half = denoiser(prunable.to(torch.bfloat16), x_t, t_B, cond)
     assert half.dtype == torch.float32 and not torch.equal(half, stock)
+
+
+def test_captions_are_cleaned_where_the_packages_for_it_are_and_else_that_is_said_once(monkeypatch, caplog):
+    for there in (True, False):
+        monkeypatch.setattr(conditioning, "is_bs4_available", lambda there=there: there)
+        cleans_captions.cache_clear()
+        with caplog.at_level("INFO", logger="slimstep"):
+            assert [cleans_captions(), cleans_captions()] == [there, there]
+    assert caplog.text.count("beautifulsoup4") == 1
+    cleans_captions.cache_clear()

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
-from slimstep.models.conditioning import Conditioning
+from slimstep.models.conditioning import Conditioning, cleans_captions
 from slimstep.models.denoiser import NUM_TOKENS, Denoiser
 from slimstep.models.families.deepfloyd.denoiser import DeepFloydDenoiser
 from slimstep.models.families.exported import Exported, block_map
@@ -141,7 +141,7 @@ def encoded(
 ) -> tuple[Tensor, Tensor | None]:
     """T5's states [B, 77, E] of prompts, and those of the empty one, by the pipeline's own `encode_prompt`."""
     device = device or pipeline.text_encoder.device
-    return pipeline.encode_prompt(prompts, guides, device=device, clean_caption=True)  # as the pipeline's call has it
+    return pipeline.encode_prompt(prompts, guides, device=device, clean_caption=cleans_captions())
 
 
 def tokens(pipeline: DiffusionPipeline) -> int:

@@ -12,7 +12,7 @@ import torch
 from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
-from slimstep.models.conditioning import Conditioning
+from slimstep.models.conditioning import Conditioning, cleans_captions
 from slimstep.models.families.transformer.denoiser import TransformerDenoiser
 from slimstep.models.families.transformer.family import TransformerFamily
 from slimstep.models.families.transformer.networks.pixart import PrunablePixArtTransformer2DModel
@@ -50,7 +50,7 @@ def encoded(
     pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device, is_negative: bool, length: int
 ) -> Conditioning:
     """T5's states [B, L, E], and which of them are the caption's [B, L], 1 or 0."""
-    options = {"device": device, "clean_caption": True, "max_sequence_length": length}
+    options = {"device": device, "clean_caption": cleans_captions(), "max_sequence_length": length}
     states = pipeline.encode_prompt(prompts, is_negative, **options)
     text_BLE, mask_BL = states[2:4] if is_negative else states[:2]
     return Conditioning({"text": text_BLE, "text_mask": mask_BL.to(text_BLE.dtype)})
