@@ -13,6 +13,8 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
     StableDiffusionPipeline,
+    WanPipeline,
+    WanTransformer3DModel,
 )
 from diffusers.models.resnet import ResnetBlock2D
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
@@ -20,9 +22,13 @@ from torch.nn import functional as F
 
 from scripts.shapes_evaluation import distinguished, heldout_scenes, sample, through_vae, top1_of_100
 from scripts.shapes_transformer_evaluation import draw
+from scripts.shapes_video_evaluation import draw as draw_videos
+from scripts.shapes_video_evaluation import shares, through_video_vae
 from slimstep.data.prompts import PromptSet
 from slimstep.data.shapes import caption
+from slimstep.data.shapes_video import ShapesVideoPairs, motions, shapes_video_prompts
 from slimstep.eval.metrics.clip import ClipScorer, psnr
+from slimstep.eval.metrics.moving_shapes import centres, direction_of, seen_as
 from slimstep.eval.sampling import Sampler
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -51,7 +57,9 @@ def test_the_unet_has_the_blocks_of_stable_diffusion_1_5(pipeline):
     assert sum(isinstance(module, Transformer2DModel) for module in pipeline.unet.modules()) == 16
 
 
-@pytest.mark.parametrize(("folders", "most"), [(("shapes", "shapes-clip"), 15e6), (("shapes-dit",), 12e6)])
+@pytest.mark.parametrize(
+    ("folders", "most"), [(("shapes", "shapes-clip"), 15e6), (("shapes-dit",), 12e6), (("shapes-video",), 6e6)]
+)
 def test_weights_are_safetensors_and_small(folders, most):
     files = [path for folder in folders for path in (ASSETS / folder).rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) <= most
@@ -91,6 +99,42 @@ def test_the_transformers_samples_keep_95_percent_of_the_score_of_real_images(
     text_ND = scorer.text(prompts)
     ours = scorer.score(draw(flow_pipeline, prompts, 16, 2.5, 11, max_sequence_length), text_ND).mean()
     assert ours >= 0.95 * scorer.score(through_vae(flow_pipeline, images), text_ND).mean()
+
+
+@pytest.fixture(scope="module")
+def video_pipeline() -> WanPipeline:
+    pipeline = DiffusionPipeline.from_pretrained(ASSETS / "shapes-video", dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def test_the_model_of_videos_is_wan_by_plain_diffusers(video_pipeline):
+    assert type(video_pipeline) is WanPipeline
+    assert type(video_pipeline.transformer) is WanTransformer3DModel
+    size = {"height": 32, "width": 32, "num_frames": 9, "max_sequence_length": 20}
+    drawn = video_pipeline("a large red circle moves left", num_inference_steps=2, output_type="np", **size).frames
+    assert drawn.shape == (1, 9, 32, 32, 3)
+
+
+def test_the_autoencoder_of_videos_gives_held_out_ones_back_moving_as_they_did(video_pipeline):
+    pairs = ShapesVideoPairs("heldout", 32, seed=11, resolution=32)
+    real = torch.stack([pairs[index]["video"] for index in range(len(pairs))])
+    painted = through_video_vae(video_pipeline, real)
+    error_B = ((painted.float() - real.float()) / 255).square().mean((1, 2, 3, 4))
+    assert (-10 * error_B.log10()).mean() >= 24
+    prompts = shapes_video_prompts("heldout", 32, seed=11).prompts
+    assert shares(painted, prompts)["directions"] >= 0.9
+
+
+@pytest.mark.slow
+def test_what_is_drawn_of_videos_has_the_named_colours_and_moves(video_pipeline):
+    """It does not tell left from right (docs/toy-model.md)."""
+    prompts = shapes_video_prompts("heldout", 32, seed=11).prompts
+    videos = draw_videos(video_pipeline, prompts, 16, 2.5, 11, 20)
+    assert shares(videos, prompts)["colours"] >= 0.5
+    seen = [centres(seen_as(video, colour)) for video, text in zip(videos, prompts, strict=True)
+            for colour, _, _ in motions(text)]  # fmt: skip
+    assert sum(direction_of(track) is not None for track in seen) >= 0.6 * len(seen)
 
 
 def test_the_scheduler_starts_from_pure_noise_and_ends_at_the_image(pipeline):
