@@ -35,7 +35,7 @@ from slimstep.models.guidance import with_fixed_guidance
 from slimstep.models.networks import network_of, trained_steps_of
 from slimstep.models.noise_schedule import NoiseSchedule, are_among, schedule_of
 from slimstep.models.pipeline import load_pipeline, one_line
-from slimstep.models.schedulers import check_noise_schedule, class_for, on_same_schedule, stated
+from slimstep.models.schedulers import ThresholdedDDIM, check_noise_schedule, class_for, on_same_schedule, stated
 from slimstep.models.sizes import native_frames, native_pixels, set_resolution
 
 log = logging.getLogger("slimstep")
@@ -286,7 +286,10 @@ def on_the_grid(distillation: DistillationConfig, kind: type, scheduler: Any, **
     kind = class_for(kind, scheduler)
     kept = {key: value for key, value in stated(scheduler).items() if key not in SOLVERS_OWN}
     grid = {"timestep_spacing": distillation.timestep_spacing, "set_alpha_to_one": True}
-    return on_same_schedule(kind, scheduler, {**kept, "clip_sample": False, **grid, **changes})
+    config = {**kept, "clip_sample": False, **grid, **changes}
+    if kind is diffusers.DDIMScheduler and config.get("thresholding"):
+        kind = ThresholdedDDIM
+    return on_same_schedule(kind, scheduler, config)
 
 
 def student_of(teacher: Teacher, distillation: DistillationConfig) -> tuple[Prunable, bool]:

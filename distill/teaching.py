@@ -38,10 +38,10 @@ class StepSchedule:
     steps: int
 
     @property
-    def limit(self) -> Callable[[Tensor], Tensor]:
+    def limit(self) -> Callable[[Tensor], Tensor] | None:
         """What the teacher's sampler makes of an x̂: dynamic thresholding (Saharia et al. 2022, section 2.3), if any."""
         scheduler = self.teacher_scheduler
-        return scheduler._threshold_sample if scheduler.config.get("thresholding") else lambda x0: x0
+        return scheduler._threshold_sample if scheduler.config.get("thresholding") else None
 
     def bounds(self, schedule: NoiseSchedule) -> Tensor:
         """[N, K]: start, inner times and end of every step of the student."""
@@ -106,9 +106,9 @@ def teacher_target(
     draw: Draw,
     uncond: Conditioning,
     w_G: Tensor,
-    limit: Callable[[Tensor], Tensor] = lambda x0: x0,
+    limit: Callable[[Tensor], Tensor] | None = None,
 ) -> Target:
-    """Where the teacher's steps from z_t lead. limit: what each step makes of its x̂; its ε̂ stays, as in diffusers."""
+    """Where the teacher's steps from z_t lead. limit: what each step makes of its x̂."""
     z_BCHW, at_once_BCHW, kind = draw.z_BCHW, None, schedule.prediction_type
     for t_B, s_B in zip(draw.bounds_BK.T[:-1], draw.bounds_BK.T[1:], strict=True):
         if guidance_embed_dim(teacher):
@@ -117,7 +117,8 @@ def teacher_target(
             pred_BCHW, _ = guided(denoiser, teacher, z_BCHW, t_B, draw.cond, uncond, w_G)
         here, there = schedule.alpha_sigma(t_B), schedule.alpha_sigma(s_B)
         if at_once_BCHW is None:
-            at_once_BCHW = limit(x0_of(pred_BCHW, z_BCHW, here, kind))
+            x0_BCHW = x0_of(pred_BCHW, z_BCHW, here, kind)
+            at_once_BCHW = limit(x0_BCHW) if limit else x0_BCHW
         z_BCHW = ddim_step(pred_BCHW, z_BCHW, here, there, kind, limit)
     start, end = schedule.alpha_sigma(draw.t_B), schedule.alpha_sigma(draw.end_B)
     x0_BCHW = x0_between(draw.z_BCHW, start, z_BCHW, end)

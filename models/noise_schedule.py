@@ -343,14 +343,18 @@ def pred_of(x0: Tensor, z: Tensor, level: Level, prediction_type: Prediction) ->
 
 def ddim_step(
     pred: Tensor, z: Tensor, start: Level, end: Level, prediction_type: Prediction,
-    limit: Callable[[Tensor], Tensor] = lambda x0: x0,
+    limit: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:  # fmt: skip
     """Where one deterministic step from z lands: α_s x̂ + σ_s ε̂ (Song et al. 2021, equation 12 with η = 0).
 
-    limit: what a sampler makes of x̂, as by dynamic thresholding.
+    limit: what a sampler makes of x̂, as by dynamic thresholding; ε̂ is then the noise that this x̂ leaves of z.
     """
     alpha, sigma = (each(x_B, z) for x_B in end)
-    return alpha * limit(x0_of(pred, z, start, prediction_type)) + sigma * eps_of(pred, z, start, prediction_type)
+    x0 = x0_of(pred, z, start, prediction_type)
+    if limit is None:
+        return alpha * x0 + sigma * eps_of(pred, z, start, prediction_type)
+    limited, (alpha_t, sigma_t) = limit(x0), (each(x_B, z) for x_B in start)
+    return alpha * limited + sigma * (z - alpha_t * limited) / sigma_t
 
 
 def x0_between(z: Tensor, start: Level, z_end: Tensor, end: Level) -> Tensor:

@@ -155,6 +155,9 @@ def tell(what: str, stored, swapped) -> None:
         log.warning(f"{what} spaces its timesteps {used}, always; the model's own sampler uses {spacing}")
     if lost := [key for key in LEFT_OUT if stated(stored).get(key) and key not in fields_of(type(swapped))]:
         log.warning(f"{what} has no {', '.join(lost)}, which the model's own sampler uses")
+    if type(swapped) is diffusers.DDIMScheduler and swapped.config.thresholding:
+        log.warning(f"{what} thresholds x̂ and keeps the guided noise: with guidance more steps make worse images "
+                    "(findings/thresholded_ddim_breaks_with_more_steps.sh); dpmsolver++ does not")  # fmt: skip
     if (end := final_sigma(swapped)) > 0:
         log.warning(f"{what} ends at σ = {end:.3g}, not in clean latents: at few steps images keep that noise")
 
@@ -232,6 +235,22 @@ def on_same_schedule(kind: type, scheduler, config: dict[str, Any]):
             return made
     words = schedule_in_words(scheduler)
     raise ValueError(f"{kind.__name__} cannot keep the noise schedule of the model's scheduler ({words})")
+
+
+class ThresholdedDDIM(diffusers.DDIMScheduler):
+    """DDIM for dynamic thresholding: the noise of a step is what the thresholded x̂ leaves.
+
+    diffusers' own keeps the noise that the network predicted, unless the call says otherwise, which pipelines cannot:
+    with guidance pictures break, the more steps the sooner (findings/thresholded_ddim_breaks_with_more_steps.sh).
+    """
+
+    def step(
+        self, model_output, timestep, sample, eta=0.0, use_clipped_model_output=True, generator=None,
+        variance_noise=None, return_dict=True,
+    ):  # fmt: skip
+        return super().step(
+            model_output, timestep, sample, eta, use_clipped_model_output, generator, variance_noise, return_dict
+        )
 
 
 # ---- sampling

@@ -214,6 +214,13 @@ def test_another_spacing_is_said(name, caplog):
     assert message in caplog.text and swapped.config.timestep_spacing == own != "leading"
 
 
+def test_thresholding_that_keeps_the_guided_noise_is_said(caplog):
+    for name, thresholds in (("ddim", True), ("ddim", False), ("dpmsolver++", True)):
+        caplog.clear()
+        swapped_scheduler(DDPMScheduler(**BETAS, thresholding=thresholds), name)
+        assert ("keeps the guided noise" in caplog.text) is (name == "ddim" and thresholds)
+
+
 def test_what_the_own_sampler_does_and_the_other_cannot_is_said(caplog):
     own = DPMSolverMultistepScheduler(**BETAS, use_karras_sigmas=True, thresholding=True)
     swapped_scheduler(own, "euler_a")

@@ -32,7 +32,7 @@ from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.memory import training_need
 from slimstep.models.noise_schedule import add_noise, ddim_step, pred_of, schedule_of
 from slimstep.models.pipeline import check_pipeline, export_pipeline, load_pipeline, with_unet
-from slimstep.models.schedulers import reads_variance, swapped_scheduler
+from slimstep.models.schedulers import ThresholdedDDIM, reads_variance, swapped_scheduler
 from slimstep.prune.stochastic_depth import StochasticDepth
 from tests.models.families.test_ddpm import Pictures
 
@@ -411,9 +411,27 @@ def test_a_student_lands_where_the_teachers_thresholded_steps_land(unet, predict
     expected, unlimited = z, teacher_target(denoiser, unet, schedule, given, given.cond, torch.zeros(0))
     for t in scheduler.timesteps[4:6]:
         with torch.no_grad():
-            expected = scheduler.step(denoiser(unet, expected, t, given.cond), t, expected).prev_sample
+            pred = denoiser(unet, expected, t, given.cond)
+            expected = scheduler.step(pred, t, expected, use_clipped_model_output=True).prev_sample
     torch.testing.assert_close(landed, expected, rtol=1e-3, atol=1e-3)
     assert (target.x0_BCHW - unlimited.x0_BCHW).abs().max() > 0.1
+
+
+def test_the_teachers_thresholded_steps_end_at_what_is_asked_for():
+    """By the exact network for pixels of −1 and 1, guided; diffusers' own steps end at the picture's negative."""
+    draw, found = torch.Generator().manual_seed(0), {}
+    asked, start = torch.randn(1, 3, 32, 32, generator=draw).sign(), torch.randn(1, 3, 32, 32, generator=draw)
+    for kind in (ThresholdedDDIM, DDIMScheduler):
+        scheduler = kind(beta_schedule="squaredcos_cap_v2", thresholding=True, timestep_spacing="trailing")
+        scheduler.set_timesteps(16)
+        sample = start
+        for t in scheduler.timesteps:
+            alpha, sigma = schedule_of(scheduler).alpha_sigma(t.view(1))
+            x0, guide = (torch.tanh(sample * alpha / sigma**2 + belief) for belief in (0, asked))
+            guided = (sample - alpha * (x0 + 4 * (guide - x0))) / sigma
+            sample = scheduler.step(guided, t, sample).prev_sample
+        found[kind] = float((sample.sign() == asked).float().mean())
+    assert found[ThresholdedDDIM] > 0.95 and found[DDIMScheduler] < 0.1
 
 
 def test_a_network_that_predicts_no_variance_has_nothing_to_keep():
