@@ -75,20 +75,25 @@ class Workflow:
 
     def __post_init__(self) -> None:
         self.run = Run(self.path, self.accelerator)
-        self.stages = [self.stage(name) for name in self.config.stages]
+        self.stages = [self.stage(name) for name in self.names]
         self.configs: dict[str, DictConfig] = {}
+
+    @property
+    def names(self) -> list[str]:
+        """Of the stages, but for those that are left out, as by stages.prune_vae=null."""
+        return [name for name, table in self.config.stages.items() if table is not None]
 
     def stage(self, name: str) -> Stage:
         """What the configuration says of a stage, as a command."""
         table = self.config.stages[name]
         if not OmegaConf.is_dict(table):
-            raise ValueError(f"stages.{name}={table} must be a table of what changes in +experiment={name}")
+            raise ValueError(f"stages.{name}={table} must be a table of what changes in +experiment={name}, or null")
         content = as_dict(table)
         prefix = f"{self.path}/"
         inputs = tuple(dict.fromkeys(text.removeprefix(prefix) for text in strings(content) if text.startswith(prefix)))
         if placed := {"root", "name"} & set(content):
             raise ValueError(f"stages.{name}.{min(placed)}: a stage lies under its workflow, in {self.path / name}")
-        before = list(self.config.stages)[: list(self.config.stages).index(name)]
+        before = self.names[: self.names.index(name)]
         for artifact in inputs:
             if artifact.split("/")[0] not in before and not (self.path / artifact).exists():
                 raise ValueError(f"stages.{name} is made from {self.path / artifact}, which no stage before it makes")
@@ -108,8 +113,8 @@ class Workflow:
 
     def execute(self) -> int:
         """Makes what is not made; returns the exit code: the highest of the stages'."""
-        if self.config.restart is not None and self.config.restart not in [stage.name for stage in self.stages]:
-            raise ValueError(f"restart={self.config.restart} is no stage; there are {', '.join(self.config.stages)}")
+        if self.config.restart is not None and self.config.restart not in self.names:
+            raise ValueError(f"restart={self.config.restart} is no stage; there are {', '.join(self.names)}")
         self.configs = {stage.name: self.composed(stage) for stage in self.stages}
         if self.config.plan:
             return self.plan()
@@ -143,7 +148,7 @@ class Workflow:
 
     def restarted(self) -> list[str]:
         """The stages from `restart` on, where they have not begun anew already."""
-        names, first = [stage.name for stage in self.stages], self.config.restart
+        names, first = self.names, self.config.restart
         begun = self.run.agreed(self.restart_file.is_file() and json.loads(self.restart_file.read_text()) == [first])
         return [] if first is None or begun else names[names.index(first) :]
 

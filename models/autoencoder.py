@@ -49,13 +49,16 @@ def load_vae(source: str, config: Mapping[str, Any], dtype: torch.dtype, allow_p
     return vae
 
 
-def latents_meaning(vae: AutoencoderKL) -> dict[str, Any]:
-    """What two autoencoders must agree in for the latents of one to be latents of the other."""
-    fields = {field: vae.config.get(field) for field in ("latent_channels", "scaling_factor", "shift_factor")}
+def latents_meaning(vae: nn.Module) -> dict[str, Any]:
+    """What two autoencoders, of pictures or of videos, must agree in for the latents of one to be latents of the
+    other."""
+    names = ("latent_channels", "z_dim", "scaling_factor", "shift_factor", "in_channels", "out_channels")
+    fields = {field: vae.config.get(field) for field in names}
     lists = {field: vae.config.get(field) for field in STATISTICS}
     lists = {field: values and list(values) for field, values in lists.items()}
-    shapes = {"shrinking factor": 2 ** (len(vae.config.block_out_channels) - 1), "in_channels": vae.config.in_channels}
-    return {**fields, **lists, **shapes, "out_channels": vae.config.out_channels}
+    levels = vae.config.get("block_out_channels")
+    factor = 2 ** (len(levels) - 1) if levels else vae.config.get("scale_factor_spatial")  # Wan's says it
+    return {**fields, **lists, "shrinking factor": factor}
 
 
 def vae_of_file(file: str, own: AutoencoderKL, dtype: torch.dtype) -> AutoencoderKL:

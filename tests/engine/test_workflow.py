@@ -66,9 +66,9 @@ def workflow(monkeypatch, capfd, tmp_path):
     plan = lambda config, strict=False: Plan(run_path(config).name, 1.0)  # noqa: E731
     monkeypatch.setattr(slimstep.engine.execution, "planned_job", plan)
 
-    def run(*overrides):
+    def run(*overrides, experiment="snapfusion"):
         ran.clear()
-        monkeypatch.setattr(sys, "argv", ["train.py", "+experiment=snapfusion", "root=.", *overrides])
+        monkeypatch.setattr(sys, "argv", ["train.py", f"+experiment={experiment}", "root=.", *overrides])
         with pytest.raises(SystemExit) as leaving:
             main()
         said = capfd.readouterr()
@@ -85,6 +85,15 @@ def test_stages_run_in_turn_and_only_once(workflow, tmp_path):
     assert workflow()[:2] == (3, [])
     record = json.loads((tmp_path / "snapfusion/stages/distill_steps.json").read_text())
     assert list(record["inputs"]) == ["prune_unet/export"] and "+experiment=distill_steps" in record["command"]
+
+
+def test_a_model_of_videos_keeps_its_decoder(workflow, tmp_path):
+    model = ["model=shapes_video", "data=shapes_video"]
+    code, ran, configs, stderr = workflow(*model, experiment="snapfusion_video")
+    assert (code, ran) == (3, [name for name in STAGES if name != "prune_vae"]), stderr
+    assert [*configs["evaluate"].models] == ["teacher", "evolved", "repaired", "narrow_decoder", "distilled", "student"]
+    assert configs["evaluate"].models.narrow_decoder is None and configs["prune_unet"].model.max_sequence_length == 20
+    assert workflow(*model, "restart=prune_vae", experiment="snapfusion_video")[0] == 1
 
 
 def test_words_without_a_stage_are_for_all_and_those_with_one_for_it(workflow):
@@ -217,6 +226,7 @@ def test_a_sweep_runs_a_chain_for_every_value(workflow, tmp_path):
     ("restart=prune", "restart=prune is no stage"),
     ("stages.prune_vae.name=other", "stages.prune_vae.name: a stage lies under its workflow"),
     ("~stages.prune_vae", "no stage before it makes"),
+    ("stages.prune_vae=null", "no stage before it makes"),
     ("stages.distill_steps.distillation.steps=[]", "distillation.steps"),
 ])  # fmt: skip
 def test_a_mistake_in_a_stage_is_one_line_before_anything_runs(workflow, wrong, culprit):

@@ -9,6 +9,7 @@ import torch
 from diffusers import AutoencoderKL, StableDiffusionImg2ImgPipeline, StableDiffusionXLImg2ImgPipeline
 from safetensors.torch import save_file
 
+from scripts.random_transformers import small_cogvideox_pipeline, small_wan_pipeline
 from slimstep.data.cache import described_cache
 from slimstep.data.encoding import encode_images
 from slimstep.eval.export_job import joined
@@ -172,6 +173,16 @@ def test_another_vae_whose_latents_mean_something_else_is_refused(pipeline_with,
         load_vae(str(tmp_path), own, torch.float32, False)
     load_vae(str(tmp_path), dict(other.vae.config), torch.float32, False)
     with pytest.raises(ValueError, match=f"reads other latents than the model's: .*{next(iter(fields))}"):
+        joined(pipeline, other, "export.vae=x")
+
+
+@pytest.mark.parametrize("make", [small_wan_pipeline, small_cogvideox_pipeline])
+def test_autoencoders_of_videos_are_exchanged_where_their_latents_are_the_same(make):
+    pipeline, other = make(), make()
+    assert joined(pipeline, other, "export.vae=x").vae is other.vae
+    named = "latents_mean" if "latents_mean" in other.vae.config else "scaling_factor"
+    other.vae.register_to_config(**{named: [0.0] * 4 if named == "latents_mean" else 0.1})
+    with pytest.raises(ValueError, match=f"reads other latents than the model's: .*{named}"):
         joined(pipeline, other, "export.vae=x")
 
 
