@@ -6,6 +6,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from transformers import VideoMAEConfig, VideoMAEForVideoClassification, VideoMAEImageProcessor
 
+from slimstep import ROOT
 from slimstep.data.shapes_video import ShapesVideoPairs
 from slimstep.eval.inputs import load_metrics
 from slimstep.eval.metrics.clip import ClipScorer
@@ -103,10 +104,11 @@ def test_a_video_that_stands_still_has_motion_0_and_consistency_1(scorer):
     torch.testing.assert_close(TemporalConsistency(scorer)(still, prompts()), torch.ones(B))
 
 
-def test_shuffled_frames_are_less_consistent_and_move_more(scorer):
-    shown = videos()
+def test_shuffled_frames_are_less_consistent_and_move_more():
+    """By the bundled scorer: features of random weights differ by less than a machine's rounding."""
+    shown, consistency = videos(), TemporalConsistency(ClipScorer(f"local-dir:{ROOT}/assets/shapes-clip"))
     mixed = shown[:, SHUFFLED]
-    assert (TemporalConsistency(scorer)(mixed, prompts()) < TemporalConsistency(scorer)(shown, prompts())).all()
+    assert (consistency(mixed, prompts()) < consistency(shown, prompts()) - 0.01).all()
     assert (Motion()(mixed, prompts()) > Motion()(shown, prompts())).all()
 
 
