@@ -35,11 +35,16 @@ ASSETS = Path(__file__).parents[1] / "assets"
 N = 200
 
 
-@pytest.fixture(scope="module")
-def pipeline() -> StableDiffusionPipeline:
-    pipeline = StableDiffusionPipeline.from_pretrained(ASSETS / "shapes", dtype=torch.float32)
+def loaded(folder: str) -> DiffusionPipeline:
+    """A pipeline of the assets, by plain diffusers."""
+    pipeline = DiffusionPipeline.from_pretrained(ASSETS / folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> StableDiffusionPipeline:
+    return loaded("shapes")
 
 
 @pytest.fixture(scope="module")
@@ -69,9 +74,7 @@ def test_weights_are_safetensors_and_small(folders, most):
 
 @pytest.fixture(scope="module")
 def flow_pipeline() -> StableDiffusion3Pipeline:
-    pipeline = DiffusionPipeline.from_pretrained(ASSETS / "shapes-dit", dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return loaded("shapes-dit")
 
 
 def test_the_transformer_is_stable_diffusion_3_by_plain_diffusers(flow_pipeline):
@@ -103,9 +106,7 @@ def test_the_transformers_samples_keep_95_percent_of_the_score_of_real_images(
 
 @pytest.fixture(scope="module")
 def video_pipeline() -> WanPipeline:
-    pipeline = DiffusionPipeline.from_pretrained(ASSETS / "shapes-video", dtype=torch.float32)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline
+    return loaded("shapes-video")
 
 
 def test_the_model_of_videos_is_wan_by_plain_diffusers(video_pipeline):
