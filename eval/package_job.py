@@ -16,14 +16,24 @@ from slimstep.engine.files import load_json, whole_folder, write_text
 from slimstep.engine.planning import Plan
 from slimstep.engine.run import Run
 from slimstep.eval.config import Config
-from slimstep.eval.inputs import Teacher, check_trained, load_teacher, numbered_images, read_prompt_set
+from slimstep.eval.inputs import (
+    Teacher,
+    check_trained,
+    load_first_frames,
+    load_teacher,
+    numbered_images,
+    read_prompt_set,
+)
 from slimstep.eval.packaging.formats import MANIFEST, RUNNER, missing_libraries, write_package
 from slimstep.eval.packaging.package import BESIDE, INSIDE, package_of
+from slimstep.eval.packaging.pictures import chosen
 from slimstep.eval.packaging.run_package import runs_here
 from slimstep.eval.packaging.sizes import Sizes, corners, sizes_from
 from slimstep.eval.pages.tables import Table
 from slimstep.eval.sampling import Sampler
 from slimstep.models.card import origin_of
+from slimstep.models.family import family_at
+from slimstep.models.first_frames import with_first_frames
 from slimstep.models.networks import network_of
 from slimstep.models.sizes import drawing, scale_factor
 
@@ -35,6 +45,10 @@ MOST_OF_HALVES = 0.5
 def package_student(config: Config, run: Run) -> int | Plan:
     """Writes a folder for every format, or says that it would; returns exit code 0."""
     settings = config.package
+    phones = [format for format in settings.formats if format not in ("onnx", "aoti")]
+    if phones and family_at(config.model.name_or_path).DRAWS_VIDEOS:
+        reason = "ExecuTorch has no convolution over time, and Core ML was not tried"
+        raise ValueError(f"package.formats={phones}: videos are packaged as onnx or aoti: {reason}")
     for format in settings.formats:
         if missing := missing_libraries(format):
             raise ValueError(f"package.formats={format} needs {', '.join(missing)}: pip install -e '.[{format}]'")
@@ -123,7 +137,7 @@ def verified(teacher: Teacher, sampler: Sampler, folder: Path) -> dict[str, Any]
         log.warning(f"{folder} was not run, which takes another system; its inputs' and outputs' shapes were checked")
         return {"bytes": size, "difference": None}
     row, factor = drawn_beside(teacher, sampler, folder, 3), scale_factor(sampler.pipeline)
-    sides = [side * factor for side in sampler.latent_shape[1:]]
+    sides = [side * factor for side in sampler.latent_shape[-2:]]
     for height, width in corners(sizes_of(teacher)):
         if [height, width] != sides:
             with drawing(sampler.pipeline, height, width):
@@ -141,34 +155,50 @@ def drawn_beside(teacher: Teacher, sampler: Sampler, folder: Path, count: int, s
     """So many images of a size, of the package's own where none is named."""
     images = teacher.run.path / "images"
     images.mkdir(parents=True, exist_ok=True)
-    prompts = (read_prompt_set(teacher.config) if teacher.is_conditional else numbered_images(2)).prompts[:1]
-    coefficients = load_json(folder / MANIFEST)["samplers"][str(sampler.steps)]
+    prompt, manifest = prompt_of(teacher), load_json(folder / MANIFEST)
+    noises = len(manifest["samplers"][str(sampler.steps)]["latents"]["noises"])
     name = f"{folder.name}-{size}" if size else folder.name
-    pixels, noise = (images / f"{name}-{what}.npy" for what in ("pixels", "noise"))
-    np.save(noise, np.stack([unit_noises(sampler, i, len(coefficients["latents"]["noises"])) for i in range(count)]))
-    command = [sys.executable, "-I", str(folder / RUNNER), prompts[0], "--noise", str(noise), "--pixels", str(pixels),
-               "--out", str(images / f"{name}.png"), *(["--size", size] if size else [])]  # fmt: skip
+    out = images / f"{name}.{'webp' if manifest['frames_per_second'] else 'png'}"
+    arrays = {"noise": np.stack([unit_noises(sampler, i, noises) for i in range(count)])}
+    if manifest["picture"]:
+        arrays |= dict(zip(("image", "image-noise"), (x.numpy() for x in chosen(sampler, prompt)), strict=True))
+    files = {what: images / f"{name}-{what}.npy" for what in (*arrays, "pixels")}
+    for what, array in arrays.items():
+        np.save(files[what], array)
+    words = [word for what, file in files.items() for word in (f"--{what}", str(file))]
+    command = [sys.executable, "-I", str(folder / RUNNER), prompt, "--out", str(out), *words,
+               *(["--size", size] if size else [])]  # fmt: skip
     start = time.perf_counter()
     done = subprocess.run(command, capture_output=True, text=True)
     wall = time.perf_counter() - start
     if done.returncode:
         raise ValueError(f"{folder}: {RUNNER} ended with {done.stderr.strip().splitlines()[-1:]}")
-    said, found = json.loads(done.stdout.splitlines()[-1]), np.load(pixels)
-    cond = sampler.encode(prompts).rows([0])
+    said, found = json.loads(done.stdout.splitlines()[-1]), np.load(files["pixels"])
+    cond = sampler.conditions([prompt], [0])
     network = network_of(teacher.pipeline)
     drawn = [sampler.pixels(sampler.latents_at(network, cond, [i])).float().cpu() for i in range(len(found))]
     difference = float(np.abs(torch.cat(drawn).numpy() - found).max())
     limit = MOST_DIFFERENCE.get(network.dtype, MOST_OF_HALVES)
     if not difference <= limit:
-        what = f"{prompts[0]!r} at {size}" if size else repr(prompts[0])
+        what = f"{prompt!r} at {size}" if size else repr(prompt)
         raise ValueError(f"{folder} draws {what} as another image than the pipeline: {difference:.2g} apart")
-    for file in (pixels, noise):
+    for file in files.values():
         file.unlink()
     return {"difference": difference, "process_s": wall, **said}
 
 
+def prompt_of(teacher: Teacher) -> str:
+    """What is drawn to compare; a first frame is remembered by its pipeline."""
+    if teacher.begins_with_frame:
+        prompts, frames = load_first_frames(teacher.config, 1, teacher.is_conditional)
+        with_first_frames(teacher.pipeline, frames)
+        return prompts.prompts[0]
+    return (read_prompt_set(teacher.config) if teacher.is_conditional else numbered_images(2)).prompts[0]
+
+
 def unit_noises(sampler: Sampler, index: int, count: int) -> np.ndarray:
-    """[count, C, H, W]: the noise that an image begins with, and those that a stochastic scheduler adds to it."""
+    """[count, C, H, W], or [count, C, F, H, W] of a video: the noise that it begins with, and those that a stochastic
+    scheduler adds."""
     (generator,), shape = sampler.generators([index]), (1, *sampler.latent_shape)
     added = [torch.randn(shape, generator=generator) for _ in range(count - 1)]
     return torch.cat([sampler.noise(index)[None], *added]).numpy()

@@ -1,9 +1,9 @@
-"""Packages: folders that draw a pipeline's images without diffusers and without us (run_package.py).
+"""Packages: folders that draw a pipeline's images or videos without diffusers and without us (run_package.py).
 
     package.json            what run_package.py has to know: samplers, tokenizers, scaling, the machine it was made for
-    run_package.py          draws an image from a prompt
+    run_package.py          draws an image or a video
     tokenizer*/             as diffusers' folders have them
-    unconditional.npz       what guidance steers away from, where it does
+    unconditional.npz       what guidance steers away from, where it does, but for what is of a picture
     model.pt2               AOTInductor: encode, denoise and decode, compiled, with their weights
     weights.safetensors     or these on their own (weights.py)
     text_encoder/, unet/ or transformer/, vae_decoder/      ONNX: a model.onnx each, in optimum's folder layout, and
@@ -28,6 +28,7 @@ from transformers import CLIPTokenizer
 from slimstep.engine.files import load_json, write_json, write_text
 from slimstep.engine.quiet import quiet
 from slimstep.eval.packaging import run_package
+from slimstep.eval.packaging.graphs import INPUT_NAMES
 from slimstep.eval.packaging.mobile import write_coreml, write_executorch
 from slimstep.eval.packaging.package import BESIDE, INSIDE, Package
 from slimstep.eval.packaging.weights import write_weights
@@ -60,8 +61,8 @@ def write_package(package: Package, format: str, folder: Path) -> None:
         if isinstance(tokenizer, CLIPTokenizer):  # transformers before 5, which optimum wants, reads these instead
             tokenizer.backend_tokenizer.model.save(str(folder / tokenization.part))
     if package.manifest["guides"]:
-        names, uncond = package.manifest["conditioning"], package.sampler.unconditional.tensors.values()
-        row = {name: tensor.float().numpy() for name, tensor in zip(names, uncond, strict=True)}
+        uncond = package.sampler.unconditional.tensors
+        row = {INPUT_NAMES.get(name, name): tensor.float().numpy() for name, tensor in uncond.items()}
         np.savez(folder / "unconditional.npz", allow_pickle=False, **row)
     shutil.copy(run_package.__file__, folder / RUNNER)
     write_json(folder / MANIFEST, {"format": format, **package.manifest, **added})

@@ -1,6 +1,8 @@
-"""The networks of a pipeline as functions of tensors: encode (ids to text states), denoise, decode (latents to pixels).
+"""The networks of a pipeline as functions of tensors: encode (ids and pictures to what is conditioned on), denoise,
+decode (latents to pixels).
 
-Axes: R rows of the network (two for a guided image), B images, C channels, H and W height and width, L tokens.
+Axes: R rows of the network (two for a guided image), B images, C channels, H and W height and width, L tokens. What is
+written CHW of images is CFHW of videos, with F frames.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,13 +14,15 @@ from diffusers import DiffusionPipeline, ModelMixin
 from torch import Tensor, nn
 
 from slimstep.engine.quiet import one_line
+from slimstep.eval.packaging.pictures import Picture
 from slimstep.eval.packaging.tokenization import Tokenization, tokenizer_stubs
+from slimstep.eval.sampling import Sampler
 from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import decoded_images
 from slimstep.models.denoiser import Denoiser, takes_guidance
-from slimstep.models.family import denoiser_of, family_of
-from slimstep.models.flow import prediction_type_of
-from slimstep.models.networks import network_of, text_encoders
+from slimstep.models.family import conditions_of_captions
+from slimstep.models.first_frames import video_options
+from slimstep.models.networks import text_encoders
 
 # What diffusers and optimum call the inputs of a UNet; others keep the names of conditioning.py.
 INPUT_NAMES = {"text": "encoder_hidden_states", "pooled": "text_embeds"}
@@ -69,21 +73,29 @@ def dimension(axis: int, span: range) -> Any:
 
 
 class Encode(nn.Module):
-    """One caption's ids, and masks, for each tokenizer → its conditioning, in float32."""
+    """One caption's ids, and masks, for each tokenizer, and one picture [1, 3, H, W] from −1 to 1 with its noise, as
+    far as a pipeline takes them → its conditioning, in float32, in the order of `names`."""
 
-    def __init__(self, pipeline: DiffusionPipeline, tokenizations: Sequence[Tokenization]):
+    def __init__(
+        self, pipeline: DiffusionPipeline, tokenizations: Sequence[Tokenization], picture: Picture | None,
+        names: Sequence[str],
+    ):  # fmt: skip
         super().__init__()
-        self.encoders = nn.ModuleDict(text_encoders(pipeline))
-        self.pipeline, self.tokenizations = pipeline, tokenizations
+        self.encoders = nn.ModuleDict(text_encoders(pipeline) if tokenizations else {})
+        self.of_picture = nn.ModuleDict(picture.modules if picture else {})
+        self.pipeline, self.tokenizations, self.picture, self.names = pipeline, tokenizations, picture, names
 
-    def forward(self, *ids: Tensor) -> tuple[Tensor, ...]:
-        left = list(ids)
-        with tokenizer_stubs(self.pipeline) as placed:
-            for tokenization in self.tokenizations:
-                stub = next(one for one in placed if one.part == tokenization.part)
-                stub.given = tuple(left.pop(0) for _ in tokenization.inputs)
-            cond = family_of(self.pipeline).encode(self.pipeline, [""])
-        return tuple(tensor.float() for tensor in cond.tensors.values())
+    def forward(self, *given: Tensor) -> tuple[Tensor, ...]:
+        left, tensors = list(given), dict[str, Tensor]()
+        if self.tokenizations:
+            with tokenizer_stubs(self.pipeline) as placed:
+                for tokenization in self.tokenizations:
+                    stub = next(one for one in placed if one.part == tokenization.part)
+                    stub.given = tuple(left.pop(0) for _ in tokenization.inputs)
+                tensors |= conditions_of_captions(self.pipeline, [""]).tensors
+        if self.picture:
+            tensors |= self.picture.conditions(*left)
+        return tuple(tensors[name].float() for name in self.names)
 
 
 class Denoise(nn.Module):
@@ -102,25 +114,25 @@ class Denoise(nn.Module):
 
 
 class Decode(nn.Module):
-    """What is not scaled any more [B, C, H, W] → images [B, 3, H, W] from −1 to 1."""
+    """What is not scaled any more [B, C, H, W] → images [B, 3, H, W] from −1 to 1; frames_at_once: decoded_images'."""
 
-    def __init__(self, vae: ModelMixin):
+    def __init__(self, vae: ModelMixin, frames_at_once: int | None = None):
         super().__init__()
-        self.vae = vae
+        self.vae, self.frames_at_once = vae, frames_at_once
 
     def forward(self, *inputs: Tensor) -> Tensor:
-        return decoded_images(self.vae, inputs[0].to(next(self.vae.parameters()).dtype)).float()
+        dtype = next(self.vae.parameters()).dtype
+        return decoded_images(self.vae, inputs[0].to(dtype), self.frames_at_once).float()
 
 
 def graphs_of(
-    pipeline: DiffusionPipeline, tokenizations: Sequence[Tokenization], cond: Conditioning, guides: bool, batch: int,
+    sampler: Sampler, tokenizations: Sequence[Tokenization], picture: Picture | None, cond: Conditioning, batch: int,
     spans: tuple[range, ...] = (),
 ) -> dict[str, Graph]:  # fmt: skip
-    """{encode, denoise, decode}, as far as the pipeline has them. cond: of one caption. batch: most images at once.
-    spans: heights and widths in latents, where there is more than the pipeline's own."""
-    network, codec = network_of(pipeline), family_of(pipeline).codec(pipeline)
-    denoiser = denoiser_of(network, prediction_type_of(pipeline.scheduler))
-    rows, names = batch * (2 if guides else 1), tuple(cond.tensors)
+    """{encode, denoise, decode}, as far as the pipeline has them. cond: of one caption and picture. batch: most images
+    at once. spans: heights and widths in latents, where there is more than the pipeline's own."""
+    pipeline, network, denoiser = sampler.pipeline, sampler.network, sampler.stepping_denoiser
+    rows, names = batch * (2 if sampler.guides(network) else 1), tuple(cond.tensors)
     x_t, cond_R = torch.randn(rows, *denoiser.sample_shape), cond.expand(rows)
     inputs = {"sample": x_t, "timestep": torch.tensor([500.0])}
     inputs |= {INPUT_NAMES.get(name, name): tensor.float() for name, tensor in cond_R.tensors.items()}
@@ -133,10 +145,14 @@ def graphs_of(
 
     free = (rows if batch > 1 else 0), spans
     graphs = {"denoise": graph(Denoise(network, denoiser, names), inputs, ["out_sample"], *free)}
-    if codec is not None:
-        latents = {"latent_sample": x_t[:batch].clone()}
-        graphs["decode"] = graph(Decode(codec), latents, ["sample"], batch if batch > 1 else 0, spans)
-    if tokenizations:
-        ids = {name: torch.ones(1, kind.length, dtype=torch.int64) for kind in tokenizations for name in kind.inputs}
-        graphs["encode"] = graph(Encode(pipeline, tokenizations), ids, ["last_hidden_state", *names[1:]])
+    if sampler.codec is not None:
+        decode = Decode(sampler.codec, video_options(pipeline).decode_chunk_size)
+        latents = {"latent_sample": sampler.of_video(x_t[:batch]).clone()}
+        graphs["decode"] = graph(decode, latents, ["sample"], batch if batch > 1 else 0, spans)
+    if names:
+        given = {name: torch.ones(1, kind.length, dtype=torch.int64) for kind in tokenizations for name in kind.inputs}
+        if picture:
+            given |= {"picture": torch.zeros(1, 3, *picture.sides), "picture_noise": torch.randn(1, *picture.noise)}
+        outputs = ["last_hidden_state", *names[1:]] if names[0] == "text" else names
+        graphs["encode"] = graph(Encode(pipeline, tokenizations, picture, names), given, outputs)
     return graphs

@@ -9,17 +9,24 @@ from diffusers import DiffusionPipeline
 from tokenizers import Tokenizer
 
 from slimstep import __version__
+from slimstep.engine.resolution import sides
 from slimstep.eval.packaging.coefficients import sampler_coefficients
-from slimstep.eval.packaging.graphs import Graph, graphs_of
+from slimstep.eval.packaging.graphs import INPUT_NAMES, Graph, graphs_of
+from slimstep.eval.packaging.pictures import Picture, picture_of
 from slimstep.eval.packaging.sizes import Sizes, check_multiples, corners, spans
 from slimstep.eval.packaging.tokenization import Tokenization, tokenizations_of
 from slimstep.eval.sampling import Sampler
+from slimstep.models.conditioning import Conditioning
 from slimstep.models.decoding import has_statistics, scaling_of, statistics
 from slimstep.models.denoiser import takes_guidance
+from slimstep.models.families.deepfloyd.cascade import refines
+from slimstep.models.first_frames import begins_with_frame, call_options, with_first_frames
 from slimstep.models.flow import FlowSteps
-from slimstep.models.sizes import scale_factor
+from slimstep.models.sizes import native_pixels, scale_factor
 
 INSIDE, BESIDE = "inside", "beside"  # where a package has its weights
+FRAMES_PER_SECOND = 8  # of a video whose pipeline is told none, as diffusers' examples write it
+CAPTION = "a caption"
 MOST_AREAS = 1000  # numbers of latents, each with coefficients of its own in package.json
 
 
@@ -47,24 +54,23 @@ def package_of(
     weighted sums, or draws no such size."""
     pipeline, network = sampler.pipeline, sampler.network
     guides = sampler.guides(network)
-    if sampler.family.DRAWS_VIDEOS:
-        raise ValueError(f"a {type(pipeline).__name__} draws videos, which no package does yet")
-    if guides and not is_plain_guidance(sampler):
-        kind = type(pipeline).__name__
-        raise ValueError(f"a {kind} rescales what is guided, which no package does: package.guidance_scale=1")
+    shares = guidance_shares(sampler) if guides else []
     tokenizations = tokenizations_of(pipeline) if sampler.family.IS_CONDITIONAL else ()
     for tokenization in tokenizations:
         check_tokenizer(pipeline, tokenization)
-    cond = sampler.encode_batch(["a caption"], 0)
+    picture, cond = picture_of(sampler), example_conditions(sampler)
     pixels = scale_factor(pipeline)
     every = all_sizes(sampler, sizes)
     latents = [one.shrunk(pixels) for one in every]
     step = sampler.family.shrinks(network)
-    graphs = graphs_of(pipeline, tokenizations, cond, guides, batch, spans(latents, step) if sizes else ())
+    graphs = graphs_of(sampler, tokenizations, picture, cond, batch, spans(latents, step) if sizes else ())
     manifest = {
         "slimstep": __version__, "steps": steps[0], "guidance_scale": sampler.guidance_scale, "guides": guides,
-        "takes_guidance": takes_guidance(network), "batch": batch, "latents": list(sampler.latent_shape),
-        "conditioning": conditioning_names(graphs, cond), "decode": unscaling(sampler),
+        "guidance_shares": shares, "takes_guidance": takes_guidance(network), "batch": batch,
+        "latents": list(sampler.latent_shape), "latents_before": latents_before_video(sampler),
+        "frames_per_second": frames_per_second(sampler), "picture": picture_entry(picture),
+        "conditioning": [INPUT_NAMES.get(name, name) for name in cond.tensors],
+        "decode": unscaling(sampler),
         "tokenizers": [tokenizer_entry(pipeline, tokenization) for tokenization in tokenizations],
         "samplers": coefficients(sampler, steps), "sizes": [one.sides for one in every],
         "pixels_per_latent": pixels, "multiples_of": step * pixels,
@@ -81,7 +87,11 @@ def all_sizes(sampler: Sampler, sizes: Sequence[Sizes]) -> list[Sizes]:
     """The pipeline's own size and those asked for. ValueError for one that its network does not take."""
     network: Any = sampler.network
     pixels = scale_factor(sampler.pipeline)
-    height, width = (side * pixels for side in sampler.latent_shape[1:])
+    height, width = (side * pixels for side in sampler.latent_shape[-2:])
+    if sizes and (sampler.family.DRAWS_VIDEOS or refines(sampler.pipeline)):
+        kind = type(sampler.pipeline).__name__
+        way = "leave it out, and choose the size with data.resolution"
+        raise ValueError(f"package.sizes={', '.join(map(str, sizes))}: a package of a {kind} has one size; {way}")
     most = network.config.get("pos_embed_max_size")  # of Stable Diffusion 3's table of positions, in tokens
     for one in sizes:
         check_multiples(one, sampler.family.shrinks(network) * pixels)
@@ -123,14 +133,45 @@ def coefficients_of_areas(
     return {str(area): coefficients(sampler, steps, flow) for area, flow in flows.items()}
 
 
-def is_plain_guidance(sampler: Sampler) -> bool:
-    led, plain = torch.full((1, *sampler.latent_shape), 2.0), torch.ones(1, *sampler.latent_shape)
-    return torch.equal(sampler.denoiser.rescaled(led, plain), led)
+def guidance_shares(sampler: Sampler) -> list[float]:
+    """How much of what is guided the frames of a video take, each by itself; nothing where all take it whole.
+    ValueError where what is guided is rescaled otherwise."""
+    source = torch.Generator().manual_seed(0)
+    led, plain = torch.randn(2, 1, *sampler.latent_shape, generator=source)
+    rescaled = sampler.denoiser.rescaled(led, plain)
+    if torch.equal(rescaled, led):
+        return []
+    if len(sampler.latent_shape) == 4:
+        shares_F = sampler.denoiser.rescaled(torch.ones_like(led), torch.zeros_like(led))[0, 0, :, 0, 0]
+        if torch.allclose(rescaled, plain + shares_F[:, None, None] * (led - plain), atol=1e-5):
+            return shares_F.tolist()
+    kind = type(sampler.pipeline).__name__
+    raise ValueError(f"a {kind} rescales what is guided, which no package does: package.guidance_scale=1")
 
 
-def conditioning_names(graphs: Mapping[str, Graph], cond: Any) -> list[str]:
-    """What the denoiser's graph calls the encoder's outputs, in their order."""
-    return [*graphs["denoise"].inputs][2 : 2 + len(cond.tensors)]
+def example_conditions(sampler: Sampler) -> Conditioning:
+    """Of some caption, and some picture of the pipeline's size."""
+    if begins_with_frame(sampler.pipeline):
+        grey = torch.full((*sides(native_pixels(sampler.pipeline)), 3), 128, dtype=torch.uint8)
+        with_first_frames(sampler.pipeline, {CAPTION: grey})
+    return sampler.conditions([CAPTION], [0])
+
+
+def picture_entry(picture: Picture | None) -> dict[str, Any] | None:
+    return picture and {"what": picture.what, "sides": list(picture.sides), "noise": list(picture.noise)}
+
+
+def latents_before_video(sampler: Sampler) -> int:
+    """Those that the network makes before a video's own, which are not decoded."""
+    example = torch.zeros(1, *sampler.latent_shape)
+    return example.shape[2] - sampler.of_video(example).shape[2] if sampler.family.DRAWS_VIDEOS else 0
+
+
+def frames_per_second(sampler: Sampler) -> float | None:
+    """Of a video as a file; None of images."""
+    if not sampler.family.DRAWS_VIDEOS:
+        return None
+    return call_options(sampler.pipeline).get("fps", FRAMES_PER_SECOND)
 
 
 def unscaling(sampler: Sampler) -> dict[str, list[float]]:
@@ -150,7 +191,7 @@ def unscaling(sampler: Sampler) -> dict[str, list[float]]:
 def tokenizer_entry(pipeline: DiffusionPipeline, tokenization: Tokenization) -> dict[str, Any]:
     tokenizer = getattr(pipeline, tokenization.part)
     padding = {"pad_id": tokenizer.pad_token_id, "pad_token": tokenizer.pad_token, "direction": tokenizer.padding_side}
-    said = {"length": tokenization.length, "before": tokenization.before, "after": tokenization.after}
+    said = {name: value for name, value in asdict(tokenization).items() if name not in ("part", "masked")}
     return {"file": f"{tokenization.part}/tokenizer.json", "inputs": tokenization.inputs, "padding": padding, **said}
 
 

@@ -1,7 +1,8 @@
 """How a pipeline's tokenizers are called, found by watching one caption go through it.
 
 A package carries each tokenizer.json and, in numbers, what the pipeline adds: the length that captions are filled up
-to, the words it writes around them, and whether the text encoder gets the mask of the ids that are the caption's.
+to, the words it writes around them, what becomes of capitals and spaces, and whether the text encoder gets the mask of
+the ids that are the caption's.
 """
 
 from collections.abc import Iterator, Mapping
@@ -14,21 +15,25 @@ from diffusers import DiffusionPipeline
 from torch import Tensor
 from transformers import BatchEncoding
 
-from slimstep.models.family import family_of
+from slimstep.models.family import conditions_of_captions
 
-PROBE = "caption"
+PROBE, SPACED = "caption", " Two  Words "
 
 
 @dataclass(frozen=True)
 class Tokenization:
     """What becomes of a caption before a text encoder: `before` + caption + `after`, as `length` ids of the tokenizer
-    that the pipeline calls `part`. `masked`: whether the encoder takes the mask of these ids, too."""
+    that the pipeline calls `part`. `masked`: whether the encoder takes the mask of these ids, too. A caption before it
+    `lowers` to small letters, `strips` of spaces around it, and `joins_spaces` within it to one."""
 
     part: str
     length: int
     before: str
     after: str
     masked: bool
+    lowers: bool
+    strips: bool
+    joins_spaces: bool
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -87,15 +92,24 @@ def tokenizer_stubs(pipeline: DiffusionPipeline) -> Iterator[list[TokenizerStub]
         vars(pipeline).update(own)
 
 
+@torch.no_grad()
 def tokenizations_of(pipeline: DiffusionPipeline) -> tuple[Tokenization, ...]:
-    """How each tokenizer is called, of those that are. ValueError where more than words are added to a caption."""
-    with tokenizer_stubs(pipeline) as placed, torch.no_grad():
-        family_of(pipeline).encode(pipeline, [PROBE])
-        return tuple(tokenization_of(stub) for stub in placed if stub.length)
+    """How each tokenizer is called, of those that are. ValueError where more is done to a caption than is said here."""
+    with tokenizer_stubs(pipeline) as placed:
+        conditions_of_captions(pipeline, [PROBE])
+        plain = [one.texts[:1] for one in placed]
+        conditions_of_captions(pipeline, [SPACED])
+        return tuple(tokenization_of(stub, *texts) for stub, texts in zip(placed, plain, strict=True) if texts)
 
 
-def tokenization_of(stub: TokenizerStub) -> Tokenization:
-    before, found, after = stub.texts[0].partition(PROBE)
-    if not found:
-        raise ValueError(f"the {stub.part} was given {stub.texts[0]!r} for the caption {PROBE!r}")
-    return Tokenization(stub.part, stub.length, before, after, stub.masked)
+def tokenization_of(stub: TokenizerStub, text: str) -> Tokenization:
+    """text: what it was given for PROBE, before it was given SPACED."""
+    before, found, after = text.partition(PROBE)
+    spaced = stub.texts[0].removeprefix(before).removesuffix(after)
+    ways = {SPACED: (False, False), SPACED.strip(): (True, False), " ".join(SPACED.split()): (True, True)}
+    known = {shown: (lowers, *way) for kept, way in ways.items() for lowers, shown in enumerate((kept, kept.lower()))}
+    if not found or spaced not in known:
+        caption, given = (PROBE, text) if not found else (SPACED, stub.texts[0])
+        raise ValueError(f"the {stub.part} was given {given!r} for the caption {caption!r}")
+    lowers, strips, joins = known[spaced]
+    return Tokenization(stub.part, stub.length, before, after, stub.masked, bool(lowers), strips, joins)

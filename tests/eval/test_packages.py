@@ -2,17 +2,22 @@
 
 import copy
 import json
-import subprocess
 import sys
 import zipfile
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    DPMSolverMultistepScheduler,
+    LCMScheduler,
+    UNet2DModel,
+)
 from PIL import Image
 from torch import nn
 
@@ -27,60 +32,18 @@ from slimstep.eval.packaging.package import package_of
 from slimstep.eval.packaging.sizes import sizes_from
 from slimstep.eval.packaging.tokenization import tokenizations_of
 from slimstep.eval.packaging.weights import write_weights
-from slimstep.eval.sampling import Sampler
+from slimstep.eval.sampling import Sampler, next_latents
 from slimstep.models.card import Origin
 from slimstep.models.family import family_of
+from slimstep.models.flow import set_steps
 from slimstep.models.guidance import with_guidance_embedding
 from slimstep.models.networks import network_of, with_unet
 from slimstep.models.pipeline import export_pipeline, load_pipeline
-from slimstep.models.schedulers import SHORT
+from slimstep.models.schedulers import SHORT, reads_variance
 from slimstep.models.sizes import drawing, scale_factor
 from tests.jobs import run_job
+from tests.packaged import PROMPT, drawn_alone, drawn_here, noises, packaged
 from tests.tiny import slow, tiny_sdxl_pipeline
-
-PROMPT = "a red circle"
-# A new process in which none of these can be imported.
-ALONE = """
-import runpy, sys
-sys.modules.update(dict.fromkeys({without!r}))
-sys.argv = {argv!r}
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def drawn_alone(folder: Path, noise: np.ndarray, *options: str, without: tuple[str, ...] = ()) -> np.ndarray:
-    """The pixels of a package's own program in a process without diffusers, transformers and slimstep."""
-    np.save(folder / "noise.npy", noise)
-    argv = [str(folder / "run_package.py"), PROMPT, "--noise", str(folder / "noise.npy"), "--pixels",
-            str(folder / "pixels.npy"), "--out", str(folder / "image.png"), *options]  # fmt: skip
-    code = ALONE.format(without=("diffusers", "transformers", "slimstep", *without), argv=argv)
-    done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["images"] == len(noise)
-    return np.load(folder / "pixels.npy")
-
-
-def drawn_here(sampler: Sampler, count: int) -> np.ndarray:
-    cond, network = sampler.encode([PROMPT]).rows([0]), sampler.network
-    return torch.cat([sampler.pixels(sampler.latents_at(network, cond, [i])) for i in range(count)]).numpy()
-
-
-def noises(sampler: Sampler, count: int, manifest: dict) -> np.ndarray:
-    drawn = len(manifest["samplers"][str(sampler.steps)]["latents"]["noises"])
-    return np.stack([unit_noises(sampler, i, drawn) for i in range(count)])
-
-
-def packaged(
-    pipeline, folder: Path, steps: int, guidance: float, format: str = "onnx", batch: int = 1,
-    sizes: Sequence[str] = (), weights: str = "inside",
-) -> Sampler:  # fmt: skip
-    """Writes a package of what was saved and loaded; its sampler."""
-    pipeline.save_pretrained(folder / "model")
-    sampler = Sampler(load_pipeline(folder / "model"), steps, guidance, seed=1)
-    (folder / "package").mkdir()
-    package = package_of(sampler, [steps], batch, [sizes_from(size) for size in sizes], weights)
-    write_package(package, format, folder / "package")
-    return sampler
 
 
 def pruned(unet):
@@ -126,9 +89,49 @@ def test_weighted_sums_are_what_a_scheduler_does(name, tiny_pipeline_folder):
         torch.testing.assert_close(coefficients.latents.of(noise, predictions), expected, rtol=1e-3, atol=1e-3)
 
 
-def test_a_scheduler_that_clips_has_no_coefficients():
-    with pytest.raises(ValueError, match="DDIMScheduler are no weighted sums of its inputs, by clip_sample"):
-        sampler_coefficients(DDIMScheduler(clip_sample=True), 4)
+class Bent(DDIMScheduler):
+    def step(self, model_output, *given, **options):
+        return super().step(model_output.tanh(), *given, **options)
+
+
+def test_a_scheduler_whose_steps_are_no_weighted_sums_is_refused():
+    with pytest.raises(ValueError, match="Bent are no weighted sums of its inputs, with clip_sample: set another"):
+        sampler_coefficients(Bent(clip_sample=True), 4)
+
+
+CLIPPING = {
+    "clipped DDIM": DDIMScheduler(),
+    "thresholded DDIM": DDIMScheduler(thresholding=True, sample_max_value=1.5),
+    "clipped DDPM": DDPMScheduler(clip_sample_range=0.8),
+    "DeepFloyd's DDPM": DDPMScheduler(
+        beta_schedule="squaredcos_cap_v2", thresholding=True, sample_max_value=1.5, variance_type="learned_range"
+    ),
+    "thresholded DPM-Solver": DPMSolverMultistepScheduler(thresholding=True, sample_max_value=1.5),
+    "clipped LCM": LCMScheduler(clip_sample=True),
+}
+
+
+@pytest.mark.parametrize("kind", CLIPPING)
+def test_clipped_samples_and_predicted_variances_are_followed(kind):
+    """By the terms of a package's program, for any network, here one that bends its input."""
+    scheduler, generators = CLIPPING[kind], [torch.Generator().manual_seed(2)]
+    coefficients = json.loads(json.dumps(asdict(sampler_coefficients(scheduler, 5))))
+    assert coefficients["clip"] and bool(coefficients["deviations"]) == reads_variance(scheduler)
+    noise = torch.randn(1, 3, 4, 4, generator=torch.Generator().manual_seed(1))
+    added = [torch.randn(noise.shape, generator=generators[0]) for _ in coefficients["latents"]["noises"][1:]]
+    terms = run_package.Terms(torch.stack([noise, *added], dim=1).numpy(), coefficients)
+
+    def network(x: torch.Tensor, t: float) -> torch.Tensor:
+        return 3 * torch.cat([(x + t / 1000).sin(), x.cos() / 3], dim=1)
+
+    walked, generators, z = copy.deepcopy(scheduler), [torch.Generator().manual_seed(2)], noise
+    set_steps(walked, 5, None)
+    for weights, t in zip(coefficients["inputs"], walked.timesteps, strict=True):
+        np.testing.assert_allclose(terms.sum(weights), z, atol=1e-4)
+        prediction = network(z, float(t))
+        terms.add(prediction[:, :3].numpy(), prediction[:, 3:].numpy())
+        z = next_latents(walked, prediction if reads_variance(walked) else prediction[:, :3], t, z, generators)
+    np.testing.assert_allclose(terms.sum(coefficients["latents"]), z, atol=1e-4)
 
 
 def test_captions_are_watched_and_the_tokenizers_are_put_back(tiny_pipeline_folder):
@@ -137,6 +140,7 @@ def test_captions_are_watched_and_the_tokenizers_are_put_back(tiny_pipeline_fold
     (tokenization,) = tokenizations_of(pipeline)
     assert (tokenization.part, tokenization.length) == ("tokenizer", tokenizer.model_max_length)
     assert (tokenization.before, tokenization.after, tokenization.masked) == ("", "", False)
+    assert not (tokenization.lowers or tokenization.strips or tokenization.joins_spaces)
     assert pipeline.tokenizer is tokenizer
 
 
@@ -318,8 +322,7 @@ def test_a_model_of_pixels_is_packaged(tmp_path):
         sample_size=8, block_out_channels=(8, 16), norm_num_groups=4, attention_head_dim=2, layers_per_block=1,
         down_block_types=("DownBlock2D", "AttnDownBlock2D"), up_block_types=("AttnUpBlock2D", "UpBlock2D"),
     )  # fmt: skip
-    scheduler = DDPMScheduler(clip_sample=False)
-    sampler = packaged(DDPMPipeline(unet=unet, scheduler=scheduler), tmp_path, 3, 1.0)
+    sampler = packaged(DDPMPipeline(unet=unet, scheduler=DDPMScheduler()), tmp_path, 3, 1.0)
     manifest = json.loads((tmp_path / "package/package.json").read_text())
     found = drawn_alone(tmp_path / "package", noises(sampler, 2, manifest))
     cond = sampler.encode(["image 0"]).rows([0])

@@ -110,16 +110,20 @@ def frame_latents(pipeline: DiffusionPipeline, frames: Sequence[Tensor], noise: 
     """A row for each frame, uint8 [H, W, 3], with unit noise times `noise`; one by one, so that its bits do not depend
     on the others."""
     vae = pipeline.vae
-    scale = 1 / scaling_of(vae) if vae.config.invert_scale_latents else scaling_of(vae)
 
     def of(frame: Tensor) -> Tensor:
         picture = Image.fromarray(frame.cpu().numpy())
         pixels_13HW = with_noise(pipeline, picture, noise, generator("first frame's noise", picture.tobytes().hex()))
         posterior = vae.encode(pixels_13HW[:, :, None].to(vae.device, vae.dtype)).latent_dist
         check_tiles(vae, pixels_13HW, posterior.mean)
-        return scale * posterior.sample(noise_source(picture))[:, :, 0]
+        return frame_scaling(vae) * posterior.sample(noise_source(picture))[:, :, 0]
 
     return Conditioning({FRAME: torch.cat([of(frame) for frame in frames])})
+
+
+def frame_scaling(vae: Any) -> float:
+    """What the latents of a first frame are multiplied by."""
+    return 1 / scaling_of(vae) if vae.config.invert_scale_latents else scaling_of(vae)
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,12 @@ def test_a_second_stage_is_distilled_in_steps(place, second):
     assert type(second_pipeline(place / "runs/second-steps/steps-2/export").scheduler) is DDIMScheduler
 
 
+def test_a_second_stage_is_packaged_and_tried_on_what_the_first_draws(place, second):
+    pytest.importorskip("onnxscript")
+    run("package", place, *second, "package.formats=[onnx]", "package.steps=[2]", "package.guidance_scale=2")
+    assert json.loads((place / "runs/package/onnx.json").read_text())["difference"] < 1e-3
+
+
 def cascade(place: Path, steps: int) -> str:
     return f"{{path: {place}/second, first_stage: {{path: {place}/model, steps: {steps}}}}}"
 

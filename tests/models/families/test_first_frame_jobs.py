@@ -79,7 +79,6 @@ def test_it_is_distilled_in_steps_and_evaluated_by_images_of_a_folder(place):
 
 
 @pytest.mark.parametrize(("experiment", "overrides", "reason"), [
-    ("package", [], "draws videos, which no package does yet"),
     ("benchmark", [], "what is timed here begins with prompts"),
     ("prune_vae", [], "the model's VAE is AutoencoderKLCogVideoX; a decoder is pruned from diffusers' own"),
     ("prune_transformer", ["data=shapes"], "needs data of videos, not of images"),

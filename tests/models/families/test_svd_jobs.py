@@ -94,8 +94,18 @@ def test_it_is_evaluated_by_captions_only_where_there_are_some(of_folder, place)
     assert point["metrics"]["image_error"]["mean"] > 0
 
 
+@pytest.mark.slow
+def test_it_is_packaged_and_tried_on_a_first_frame(place):
+    pytest.importorskip("onnxscript")
+    path = run("package", place, "model=path", "data=shapes_video", "package.formats=[onnx]", "package.steps=[2]",
+               "package.guidance_scale=3")  # fmt: skip
+    assert json.loads((path / "onnx.json").read_text())["difference"] < 1e-3
+    with Image.open(path / "images/onnx-0.webp") as video:
+        assert (video.n_frames, video.size) == (3, (16, 16))
+
+
 @pytest.mark.parametrize(("experiment", "overrides", "reason"), [
-    ("package", ["data=shapes_video"], "draws videos, which no package does yet"),
+    ("package", ["data=shapes_video", "package.formats=[coreml]"], "videos are packaged as onnx or aoti"),
     ("benchmark", ["data=shapes_video"], "what is timed here begins with prompts"),
     ("prune_svd", ["search.metric=clip"], "search.metric=clip scores no single images; choose from ['image_error'"),
     ("prune_svd", ["data=shapes"], "needs data of videos, not of images"),

@@ -110,7 +110,6 @@ def test_whole_pipelines_of_videos_are_timed(family, place):
 
 
 @pytest.mark.parametrize(("experiment", "reason"), [
-    ("package", "draws videos, which no package does yet"),
     ("prune_vae", "a decoder is pruned from diffusers' own AutoencoderKL"),
 ])  # fmt: skip
 def test_jobs_that_know_no_videos_say_so_in_one_line(experiment, reason, place):
