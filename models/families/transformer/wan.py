@@ -3,16 +3,19 @@
 It learns a flow, which its pipeline samples with UniPC. The size and the frames that it draws by itself are its
 pipeline's, 480×832 pixels and 81 frames.
 
-Axes: B batch.
+Axes: B batch, L tokens, E text width.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from diffusers import ModelMixin
+import torch
+from diffusers import DiffusionPipeline, ModelMixin
+from diffusers.pipelines.wan.pipeline_wan import prompt_clean
 from torch import Tensor, nn
 
-from slimstep.models.families.transformer.cogvideox import encoded, frames
+from slimstep.models.conditioning import Conditioning
+from slimstep.models.families.transformer.cogvideox import frames
 from slimstep.models.families.transformer.denoiser import TransformerDenoiser
 from slimstep.models.families.transformer.family import TransformerFamily
 from slimstep.models.families.transformer.networks.wan import PrunableWanTransformer3DModel
@@ -27,6 +30,18 @@ class WanDenoiser(TransformerDenoiser):
 
     def shapes(self, network: ModelMixin, tokens: int) -> dict[str, tuple[int, ...]]:
         return {"text": (tokens, network.config.text_dim)}
+
+
+def encoded(
+    pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device, is_negative: bool, length: int
+) -> Conditioning:
+    """UMT5's states [B, L, E] of captions, and zeros behind each. They are those of the pipeline's `encode_prompt`,
+    which cuts each caption to a length of its own and fills it up again; compiled graphs have no such lengths."""
+    options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
+    tokens = pipeline.tokenizer([prompt_clean(prompt) for prompt in prompts], return_attention_mask=True, **options)
+    mask_BL = tokens.attention_mask.to(device)
+    states_BLE = pipeline.text_encoder(tokens.input_ids.to(device), mask_BL).last_hidden_state
+    return Conditioning({"text": states_BLE * mask_BL[..., None].to(states_BLE.dtype)})
 
 
 FAMILY = TransformerFamily(
