@@ -13,7 +13,7 @@ from torchvision.models import VGG16_Weights
 
 from slimstep.engine.checks import check_not_negative
 from slimstep.engine.objective import Batch, Metrics
-from slimstep.models.decoding import VideoDecoder
+from slimstep.models.decoding import CausalDecoder, VideoDecoder, WanDecoder
 
 
 class DecoderDistillation:
@@ -23,8 +23,9 @@ class DecoderDistillation:
     pixels (edges), `temporal` that of the differences between neighbouring frames (flicker), `lpips` the learned
     perceptual distance (Zhang et al. 2018, VGG-16), of videos frame by frame.
 
-    A step learns from one of the chunks of frames in which a video is decoded, `frames_at_once` of them, all for None;
-    where the last is shorter, from as many frames at the end.
+    A step learns from one of the chunks of latents in which a video is decoded, `latents_at_once` of them, all for
+    None; where the last is shorter, from as many at the end. Where a decoder sees the frames before (CogVideoX, Wan) it
+    is the first chunk alone.
 
     Raises ValueError where no weight is above zero, where `lpips` is and VGG-16's weights are not in torch's cache, or
     `temporal` is and no two frames are decoded together.
@@ -32,23 +33,26 @@ class DecoderDistillation:
 
     def __init__(
         self, teacher: nn.Module, mse: float = 1.0, l1: float = 0.0, gradient: float = 0.0, lpips: float = 0.0,
-        temporal: float = 0.0, frames_at_once: int | None = None,
+        temporal: float = 0.0, latents_at_once: int | None = None,
     ):  # fmt: skip
         self.weights = {"mse": mse, "l1": l1, "gradient": gradient, "lpips": lpips, "temporal": temporal}
         check_not_negative("objective", **self.weights)
         if not any(self.weights.values()):
             raise ValueError("objective: all of mse, l1, gradient, lpips and temporal are 0; nothing would be learned")
-        if temporal and (frames_at_once == 1 or not isinstance(teacher, VideoDecoder)):
+        self.from_first = isinstance(teacher, (CausalDecoder, WanDecoder))
+        if temporal and (latents_at_once == 1 or not isinstance(teacher, VideoDecoder)):
             alone = "model.video.decode_chunk_size=1" if isinstance(teacher, VideoDecoder) else "a decoder of images"
             raise ValueError(f"objective.temporal={temporal:g} compares neighbouring frames, and {alone} decodes each "
                              "alone: set 0")  # fmt: skip
-        self.teacher, self.frames_at_once = teacher, frames_at_once
+        self.teacher, self.latents_at_once = teacher, latents_at_once
         self.lpips = lpips_network().to(next(teacher.parameters()).device) if lpips else None
 
     def __call__(self, decoder: nn.Module, batch: Batch, generator: torch.Generator) -> tuple[Tensor, Metrics]:
         z_BCHW = batch["latents"]
-        if z_BCHW.ndim == 5:
-            z_BCHW = one_chunk(z_BCHW, self.frames_at_once, generator)
+        if self.from_first:
+            z_BCHW = z_BCHW[:, :, : self.latents_at_once]
+        elif z_BCHW.ndim == 5:
+            z_BCHW = one_chunk(z_BCHW, self.latents_at_once, generator)
         with torch.no_grad(), torch.autocast(z_BCHW.device.type, enabled=False):
             target_B3HW = self.teacher(z_BCHW).float()
         image_B3HW = decoder(z_BCHW).float()
@@ -72,10 +76,10 @@ class DecoderDistillation:
         return self.lpips(images, targets).mean()
 
 
-def one_chunk(z_BCFHW: Tensor, frames_at_once: int | None, generator: torch.Generator) -> Tensor:
+def one_chunk(z_BCFHW: Tensor, latents_at_once: int | None, generator: torch.Generator) -> Tensor:
     """The frames of a random one of the chunks in which videos are decoded; all chunks are of one size."""
     frames = z_BCFHW.shape[2]
-    size = min(frames_at_once or frames, frames)
+    size = min(latents_at_once or frames, frames)
     chunk = int(torch.randint(-(-frames // size), (1,), generator=generator, device=generator.device))
     start = min(chunk * size, frames - size)
     return z_BCFHW[:, :, start : start + size]

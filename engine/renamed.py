@@ -57,7 +57,7 @@ ADDED = {
     "package.formats": ["onnx", "aoti"], "package.steps": [], "package.batch": 1,
     "package.sizes": [], "package.weights": "inside",
     "model.timestep_spacing": None, "model.trained_steps": None, "recovery.objective.denoising_weight": 1.0,
-    "model.first_stage": None, "model.video": None, "data.first_frames": None,
+    "model.first_stage": None, "model.video": None, "data.first_frames": None, "decoder.frames": None,
     "model.vae_tiling": False, "objective.temporal": 0.0,
     "objective.skip_prob.transformer": 0.1, "objective.skip_prob.sublayer": 0.1,
     **{f"{stage}train.{key}": value for stage in ("", "recovery.", "v_prediction.")

@@ -55,7 +55,7 @@ def sampled_latents(
         for k in progress(missing, desc="sampling latents", unit="batch", disable=rank > 0 or not missing):
             indices = list(range(k * batch_size, (k + 1) * batch_size))
             cond = sampler.encode_rows(prompts.prompts, [i % len(prompts) for i in indices])
-            latents_BCHW = sampler.latents_at(unet, cond, indices).float()
+            latents_BCHW = sampler.of_video(sampler.latents_at(unet, cond, indices)).float()
             record = {"samples": len(indices), "truncated": 0, "broken": []}
             captions = [""] * len(indices)
             write_shard(shards[k], shard_tensors({"latents": latents_BCHW.cpu()}, {}, indices, captions), record)

@@ -35,7 +35,7 @@ from slimstep.models.guidance import guided
 from slimstep.models.networks import network_of, sequence_length
 from slimstep.models.pipeline import encoders_on, on_device
 from slimstep.models.schedulers import check_sampling, keeps_past, reads_variance, used_spacing
-from slimstep.models.sizes import frames_per_latent, latents_before, native_frames, scale_factor
+from slimstep.models.sizes import frames_per_latent, native_frames, scale_factor
 
 TEXTS_PER_BATCH = 64  # cut by index, so that a prompt's state does not depend on who asks for it
 
@@ -330,12 +330,11 @@ class Sampler:
             return torch.cat([decoded_images(vae, z_bCHW, at_once) for z_bCHW in slices])
 
     def of_video(self, latents_BCHW: Tensor) -> Tensor:
-        """The latents without those that the network was given before a video's own (models/sizes.py)."""
+        """The latents without those that the network was given before a video's own (models/sizes.py), if any."""
         if not (frames := native_frames(self.pipeline)):
             return latents_BCHW
-        network: Any = self.network
         count = (frames - 1) // frames_per_latent(self.pipeline) + 1
-        return latents_BCHW[:, :, latents_before(network.config, count) :]
+        return latents_BCHW[:, :, -count:]
 
     def images(
         self, unet: nn.Module, prompts: Sequence[str], indices: Sequence[int], block_mask_BN: Tensor | None = None

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from slimstep.engine.config import TrainConfig
@@ -12,7 +13,7 @@ from slimstep.eval.timing.latency import wall_ms
 from slimstep.eval.timing.precision import computing
 from slimstep.models.decoding import decoder_of
 from slimstep.models.family import denoiser_of
-from slimstep.models.first_frames import video_options
+from slimstep.models.sizes import latents_together
 
 SECONDS, CALLS = 4.0, 3  # about as long a timed call may take, and how many there are
 
@@ -77,8 +78,8 @@ def training_rate(teacher: Teacher, training: TrainConfig) -> float:
 def decoding_rate(teacher: Teacher, training: TrainConfig) -> float:
     """The teacher decoder's forward and backward: more than the pruned one's and the teacher's forward."""
     decoder, (channels, *sides) = decoder_of(teacher.pipeline.vae), denoiser_of(teacher.unet).sample_shape
-    if len(sides) == 3:  # of videos: frames that are decoded together
-        sides[0] = min(video_options(teacher.pipeline).decode_chunk_size or sides[0], sides[0])
+    if count := latents_together(teacher.pipeline, OmegaConf.select(teacher.config, "decoder.frames")):
+        sides[0] = count
 
     def forward(rows: int) -> Callable[[], Tensor]:
         latents = torch.randn(rows, channels, *sides, device=teacher.device)

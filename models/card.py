@@ -162,8 +162,13 @@ def widths_text(widths: Mapping[str, float]) -> str:
 
 
 def decoder_line(config: Mapping[str, Any]) -> str:
-    if "block_out_channels" not in config:
+    if "base_dim" in config:  # Wan's
+        base = config["base_dim"]
+        whole, widths = ([n * factor for factor in config["dim_mult"]]
+                         for n in (base, config.get("decoder_base_dim") or base))  # fmt: skip
+    elif "block_out_channels" in config:
+        whole = list(config["block_out_channels"])
+        widths = list(config.get("decoder_block_out_channels") or whole)
+    else:
         return "as the teacher's."  # of another kind, of which none is pruned
-    whole = list(config["block_out_channels"])
-    widths = list(config.get("decoder_block_out_channels") or whole)
     return "as the teacher's." if widths == whole else f"{widths} channels per level, where the teacher's has {whole}."

@@ -12,7 +12,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, DiffusionPipeline, ModelMixin
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLTemporalDecoder,
+    AutoencoderKLWan,
+    DiffusionPipeline,
+    ModelMixin,
+)
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -88,6 +96,10 @@ def takes_frames(vae: ModelMixin) -> bool:
     return isinstance(getattr(first, "conv", first), nn.Conv3d)  # CogVideoX has it in a module that pads the past
 
 
+def latent_channels(vae: ModelMixin) -> int:
+    return vae.config.get("latent_channels") or vae.config["z_dim"]  # of Wan's
+
+
 def scaling_of(vae: ModelMixin) -> float:
     return vae.config.get("scaling_factor") or 1.0
 
@@ -112,7 +124,7 @@ def statistics(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     if config.get("latents_mean") is None and config.get("shift_factor"):
         return torch.full((1, 1, 1, 1), float(config["shift_factor"])), torch.ones(1, 1, 1, 1)
     for name in STATISTICS:
-        values, count = config[name], config.get("latent_channels") or config["z_dim"]  # of videos' VAEs
+        values, count = config[name], config.get("latent_channels") or config["z_dim"]
         is_list = isinstance(values, (list, tuple)) and all(type(value) in (int, float) for value in values)
         if not is_list or len(values) != count or not all(map(math.isfinite, values)):
             raise ValueError(f"the VAE's {name}={values} must be {count} numbers, one per latent channel")
@@ -152,16 +164,16 @@ class ImageDecoder(nn.Module):
     def __init__(self, vae: AutoencoderKL, normalised: bool = False):
         super().__init__()
         self.post_quant_conv, self.decoder = getattr(vae, "post_quant_conv", None), vae.decoder
-        self.scaling = vae.config.scaling_factor
+        self.scaling = scaling_of(vae)
         mean, std = statistics(vae.config) if normalised else (None, None)
-        place = vae.decoder.conv_in.weight.device
+        place = next(vae.decoder.parameters()).device
         self.register_buffer("latents_mean", mean if mean is None else mean.to(place), persistent=False)
         self.register_buffer("latents_std", std if std is None else std.to(place), persistent=False)
 
     def inputs(self, latents_BCHW: Tensor) -> Tensor:
         """What the decoder itself sees of them, in its dtype."""
         mean_std = None if self.latents_std is None else (self.latents_mean, self.latents_std)
-        z_BCHW = unscaled(latents_BCHW, self.scaling, mean_std).to(self.decoder.conv_in.weight.dtype)
+        z_BCHW = unscaled(latents_BCHW, self.scaling, mean_std).to(next(self.decoder.parameters()).dtype)
         return self.post_quant_conv(z_BCHW) if self.post_quant_conv is not None else z_BCHW
 
     def forward(self, latents_BCHW: Tensor) -> Tensor:
@@ -188,7 +200,73 @@ class VideoDecoder(ImageDecoder):
         return frames_b3HW.unflatten(0, (videos, frames)).transpose(1, 2)
 
 
+class CausalDecoder(VideoDecoder):
+    """The same of an AutoencoderKLCogVideoX, in diffusers' chunks of latents: norms see one chunk, and convolutions the
+    last frames of the chunk before it."""
+
+    def __init__(self, vae: AutoencoderKLCogVideoX, normalised: bool = False):
+        super().__init__(vae, normalised)
+        self.latents_at_once = vae.num_latent_frames_batch_size
+
+    def forward(self, latents_BCFHW: Tensor) -> Tensor:
+        z_BCFHW, cache, videos = self.inputs(latents_BCFHW), None, []
+        first = z_BCFHW.shape[2] % self.latents_at_once + self.latents_at_once  # takes those that are left over
+        begin_BCfHW, rest_BCfHW = z_BCFHW[:, :, :first], z_BCFHW[:, :, first:]
+        for z_BCfHW in (begin_BCfHW, *rest_BCfHW.split(self.latents_at_once, dim=2)):
+            if z_BCfHW.shape[2]:
+                frames_B3fHW, cache = self.decoder(z_BCfHW, conv_cache=cache)
+                videos.append(frames_B3fHW)
+        return torch.cat(videos, dim=2)
+
+
+class WanDecoder(VideoDecoder):
+    """The same of an AutoencoderKLWan: latent by latent with the past of every convolution, as diffusers has it, and
+    for a gradient, which needs all of them anyway, at once, to the same frames but for rounding."""
+
+    def forward(self, latents_BCFHW: Tensor) -> Tensor:
+        z_BCFHW = self.inputs(latents_BCFHW)
+        if torch.is_grad_enabled():
+            return decoded_at_once(self.decoder, z_BCFHW)
+        past = [None] * sum(isinstance(layer, WanCausalConv3d) for layer in self.decoder.modules())
+        latents = z_BCFHW.split(1, dim=2)
+        videos = [self.decoder(z_BC1HW, feat_cache=past, feat_idx=[0], first_chunk=z_BC1HW is latents[0])
+                  for z_BC1HW in latents]  # fmt: skip
+        return torch.cat(videos, dim=2)
+
+
+def decoded_at_once(decoder: nn.Module, z_BCFHW: Tensor) -> Tensor:
+    """What a WanDecoder3d makes of all latents of a video, before it is clamped."""
+    saves = torch.is_grad_enabled() and decoder.gradient_checkpointing
+    run = partial(checkpoint, use_reentrant=False) if saves else lambda layer, x: layer(x)
+    x = run(decoder.mid_block, decoder.conv_in(z_BCFHW))
+    for block in decoder.up_blocks:
+        for resnet in block.resnets:
+            x = run(resnet, x)
+        for upsampler in block.upsamplers or ():
+            x = run(upsampler if upsampler.mode == "upsample2d" else partial(upsampled_in_time, upsampler), x)
+    return decoder.conv_out(decoder.nonlinearity(decoder.norm_out(x)))
+
+
+def upsampled_in_time(upsampler: nn.Module, x_BCFHW: Tensor) -> Tensor:
+    """Each frame but the first becomes two, by a convolution that sees no first one; then all are enlarged."""
+    first, rest = x_BCFHW[:, :, :1], x_BCFHW[:, :, 1:]
+    if rest.shape[2]:
+        both = upsampler.time_conv(rest).unflatten(1, (2, -1))
+        x_BCFHW = torch.cat([first, both.movedim(1, 3).flatten(2, 3)], dim=2)
+    return upsampler(x_BCFHW)
+
+
+def is_causal(vae: ModelMixin) -> bool:
+    """Whether its decoder sees the frames before, so that a video is decoded from its first frame on."""
+    return isinstance(vae, AutoencoderKLCogVideoX | AutoencoderKLWan)
+
+
+DECODERS: dict[type[ModelMixin], type[ImageDecoder]] = {
+    AutoencoderKLTemporalDecoder: VideoDecoder, AutoencoderKLCogVideoX: CausalDecoder, AutoencoderKLWan: WanDecoder
+}  # fmt: skip
+
+
 def decoder_of(vae: ModelMixin, normalised: bool = False) -> ImageDecoder:
-    """The decoding half of an AutoencoderKL or an AutoencoderKLTemporalDecoder as one network; `normalised` is
-    ImageDecoder's."""
-    return (VideoDecoder if isinstance(vae, AutoencoderKLTemporalDecoder) else ImageDecoder)(vae, normalised)
+    """The decoding half of an autoencoder as one network; `normalised` is ImageDecoder's."""
+    kinds = (decoder for kind, decoder in DECODERS.items() if isinstance(vae, kind))
+    return next(kinds, ImageDecoder)(vae, normalised)

@@ -13,6 +13,7 @@ import diffusers
 from diffusers import AutoencoderKLCogVideoX, DiffusionPipeline, ModelMixin
 
 from slimstep.engine.resolution import Resolution, resolution_of, sides
+from slimstep.models.first_frames import video_options
 from slimstep.models.networks import network_of, part_of
 
 log = logging.getLogger("slimstep")
@@ -178,3 +179,16 @@ def frames_step(pipeline: DiffusionPipeline) -> int:
 def frames_per_latent(pipeline: DiffusionPipeline) -> int:
     """Frames that one latent stands for; 1 where each has its own."""
     return getattr(pipeline, "vae_scale_factor_temporal", 1)
+
+
+def latents_together(pipeline: DiffusionPipeline, frames: int | None = None) -> int | None:
+    """The latents, along the time of a video, that its decoder learns from and is timed on together; None of images.
+
+    frames: of a decoder that begins at the first frame, so many from there on, None for all. One that has a latent of
+    each frame takes those of a chunk.
+    """
+    if (count := native_frames(pipeline)) is None:
+        return None
+    if frames_per_latent(pipeline) == 1:
+        return min(video_options(pipeline).decode_chunk_size or count, count)
+    return ((frames or count) - 1) // frames_per_latent(pipeline) + 1

@@ -9,8 +9,14 @@ import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, ModelMixin  # ModelMixin: diffusers looks for it here
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLTemporalDecoder,
+    ModelMixin,  # diffusers looks for it here
+)
 from diffusers.configuration_utils import register_to_config
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXDecoder3D
 from diffusers.models.autoencoders.autoencoder_kl_temporal_decoder import TemporalDecoder
 from diffusers.models.autoencoders.vae import Decoder
 from torch import nn
@@ -105,11 +111,33 @@ class NarrowAutoencoderKLTemporalDecoder(NarrowDecoder, AutoencoderKLTemporalDec
         )
 
 
-NARROW = {kind.__name__: kind for kind in (NarrowAutoencoderKL, NarrowAutoencoderKLTemporalDecoder)}
+class NarrowAutoencoderKLCogVideoX(NarrowDecoder, AutoencoderKLCogVideoX):
+    """CogVideoX's. Levels that differ in the stock decoder differ in it, too, or diffusers' blocks have no shortcut."""
+
+    STOCK = AutoencoderKLCogVideoX
+
+    def decoder_of(self, widths: Sequence[int], is_whole: bool) -> CogVideoXDecoder3D:
+        return CogVideoXDecoder3D(
+            in_channels=self.config.latent_channels,
+            out_channels=self.config.out_channels,
+            up_block_types=self.config.up_block_types,
+            block_out_channels=widths,
+            layers_per_block=self.config.layers_per_block,
+            act_fn=self.config.act_fn,
+            norm_eps=self.config.norm_eps,
+            norm_num_groups=1 if is_whole else self.config.norm_num_groups,
+            temporal_compression_ratio=self.config.temporal_compression_ratio,
+        )
+
+
+KINDS = NarrowAutoencoderKL, NarrowAutoencoderKLTemporalDecoder, NarrowAutoencoderKLCogVideoX
+NARROW = {kind.__name__: kind for kind in KINDS}
 
 
 def keep_shortcuts(decoder: nn.Module, stock_widths: Sequence[int], widths: Sequence[int]) -> None:
     """Where two levels of the stock decoder differ and those of the pruned one do not: the shortcut between them."""
+    if isinstance(decoder, CogVideoXDecoder3D):
+        return
     for i, block in enumerate(decoder.up_blocks[1:], start=1):
         level = len(stock_widths) - 1 - i
         first = block.resnets[0]

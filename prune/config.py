@@ -82,7 +82,8 @@ class DecoderConfig:
     `block_out_channels`. `importance` is the criterion: magnitude, taylor, activation_energy, random or first, where
     taylor and activation_energy look at `samples` latents. `norm_groups`: whole groups of its norms stay or go (whole),
     or every group keeps the same share of its channels (per_group). The decoder is timed on `latent_sizes` (null: the
-    model's own and twice that) and `batches`.
+    model's own and twice that) and `batches`. `frames`: of each video CogVideoX's and Wan's decoders learn from and are
+    timed on so many, from the first on (null: all).
     """
 
     width: Any = 0.5
@@ -91,6 +92,7 @@ class DecoderConfig:
     samples: int = 32
     latent_sizes: list[int] | None = None
     batches: list[int] = field(default_factory=lambda: [1, 4])
+    frames: int | None = None
 
     def __post_init__(self) -> None:
         check_minimum("decoder", self, 1, "samples")

@@ -4,8 +4,8 @@ torch-pruning finds the channels that go together: those of a residual stream wi
 reads from it, those between the two convolutions of a ResNet, those inside the attention. Each such group is named by
 one of its convolutions. What a GroupNorm normalises together stays together ('whole': whole groups stay or go, and the
 statistics of those that stay do not change), or channels go per group ('per_group': every one of its groups keeps the
-same share of its channels). In a temporal decoder, Stable Video Diffusion's, convolutions over time belong to the same
-residual streams.
+same share of its channels). In a decoder of videos convolutions over time belong to the same residual streams, and in
+CogVideoX's what scales and shifts a norm by the latents. Wan's norms divide by the length of all channels that stay.
 
 Axes: B batch, C channels of a group, F frames, H and W latent size. What is written BCHW of latents is BCFHW of videos.
 """
@@ -14,25 +14,45 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 import torch_pruning as tp
-from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder, ModelMixin
-from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
+from diffusers import (
+    AutoencoderKL,
+    AutoencoderKLCogVideoX,
+    AutoencoderKLTemporalDecoder,
+    AutoencoderKLWan,
+    ModelMixin,
+)
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0
+from diffusers.models.autoencoders.autoencoder_kl_cogvideox import CogVideoXCausalConv3d
 from torch import Tensor, nn
 
-from slimstep.models.decoding import decoder_of
+from slimstep.models.decoding import decoded_at_once, decoder_of, latent_channels
 from slimstep.models.pipeline import quiet
-from slimstep.models.vae import NarrowAutoencoderKL, NarrowAutoencoderKLTemporalDecoder, NarrowDecoder
+from slimstep.models.vae import NarrowAutoencoderKL, NarrowAutoencoderKLCogVideoX, NarrowAutoencoderKLTemporalDecoder
 from slimstep.prune.config import BY_ACTIVATIONS, IMPORTANCE
+from slimstep.prune.wan_decoder import SplitAttention, gains, merged, split
 
 Channels = dict[str, list[int]]
 # {diffusers' class: the class of its pruned ones}
-PRUNABLE: dict[type[ModelMixin], type[NarrowDecoder]] = {
-    AutoencoderKL: NarrowAutoencoderKL, AutoencoderKLTemporalDecoder: NarrowAutoencoderKLTemporalDecoder
-}  # fmt: skip
+PRUNABLE: dict[type[ModelMixin], type[ModelMixin]] = {
+    AutoencoderKL: NarrowAutoencoderKL,
+    AutoencoderKLTemporalDecoder: NarrowAutoencoderKLTemporalDecoder,
+    AutoencoderKLCogVideoX: NarrowAutoencoderKLCogVideoX,
+    AutoencoderKLWan: AutoencoderKLWan,  # which has a width of its decoder's own
+}
 TEMPORAL_GROUPS = 32  # of every norm of a temporal decoder: diffusers has the number in its code, not in a config.json
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
+
+
+def stock_widths(vae: ModelMixin) -> tuple[int, ...]:
+    """The decoder's channels per level, in the order of `block_out_channels`."""
+    config = vae.config
+    if isinstance(vae, AutoencoderKLWan):
+        return tuple((config.decoder_base_dim or config.base_dim) * factor for factor in config.dim_mult)
+    return tuple(config.block_out_channels)
 
 
 def pruned_widths(vae: ModelMixin, width: float | Sequence[float], norm_groups: str = "whole") -> tuple[int, ...]:
@@ -41,7 +61,7 @@ def pruned_widths(vae: ModelMixin, width: float | Sequence[float], norm_groups: 
     Raises ValueError for shares that the norm groups do not take, and where levels that are one residual stream get
     different widths.
     """
-    stock, groups = tuple(vae.config.block_out_channels), vae.config.get("norm_num_groups") or TEMPORAL_GROUPS
+    stock, groups = stock_widths(vae), vae.config.get("norm_num_groups") or TEMPORAL_GROUPS
     is_temporal = isinstance(vae, AutoencoderKLTemporalDecoder)
     if is_temporal and vae.config.layers_per_block < 2:
         why = "diffusers never runs the attention of such a decoder, so that nothing says which of its channels go"
@@ -51,6 +71,8 @@ def pruned_widths(vae: ModelMixin, width: float | Sequence[float], norm_groups: 
         raise ValueError(
             f"decoder.width={shares} has {len(shares)} values; this decoder has {len(stock)} levels: {stock}"
         )
+    if isinstance(vae, AutoencoderKLWan):
+        return widths_of_wan(vae, shares)
     for level, (share, channels) in enumerate(zip(shares, stock, strict=True)):
         # diffusers' code makes a temporal decoder of no other widths than multiples of its groups.
         parts = groups if norm_groups == "whole" and not is_temporal else channels // groups
@@ -69,7 +91,30 @@ def pruned_widths(vae: ModelMixin, width: float | Sequence[float], norm_groups: 
                 f"decoder.width={shares}: levels {level} and {level + 1} are one residual stream of {stock[level]} "
                 "channels and keep the same share"
             )
+        joins = stock[level] != stock[level + 1] and pruned[level] == pruned[level + 1]
+        if joins and isinstance(vae, AutoencoderKLCogVideoX):
+            raise ValueError(
+                f"decoder.width={shares}: levels {level} and {level + 1} would both have {pruned[level]} channels, and "
+                "diffusers' decoder has a shortcut between them only where they differ"
+            )
     return pruned
+
+
+def widths_of_wan(vae: AutoencoderKLWan, shares: Sequence[float]) -> tuple[int, ...]:
+    """diffusers makes the decoder of one number, its `decoder_base_dim`. ValueError for what that cannot say."""
+    config, stock = vae.config, stock_widths(vae)
+    if config.is_residual or config.patch_size or config.attn_scales:
+        raise ValueError("vae/config.json has is_residual, patch_size or attn_scales, as of Wan 2.2: its decoder is of "
+                         "another kind, and is not pruned")  # fmt: skip
+    base, share = config.decoder_base_dim or config.base_dim, shares[0]
+    if len({*shares}) > 1:
+        raise ValueError(f"decoder.width={list(shares)}: Wan's decoder has one number for all levels: give one share")
+    possible = [n for n in range(1, base + 1) if all(n * factor % 2 == 0 for factor in config.dim_mult[1:])]
+    if (width := next((n for n in possible if math.isclose(share, n / base, abs_tol=1e-4)), None)) is None:
+        shown = ", ".join(f"{n / base:.4g}" for n in possible)
+        raise ValueError(f"decoder.width={share} is impossible: {base} channels become a whole number, of which levels "
+                         f"are halved: {shown}")  # fmt: skip
+    return tuple(width * factor for factor in config.dim_mult) if width != base else stock
 
 
 def choose_channels(
@@ -101,11 +146,14 @@ def choose_channels(
     else:
         assert importance == "first", f"importance is {importance!r}, none of {IMPORTANCE}"
         values = {name: -torch.arange(float(len(group[0].idxs))) for name, group in groups.items()}
-    rule = best_groups if norm_groups == "whole" else best
-    return {
-        name: rule(values[name], widths[level_of(name, len(widths))], num_parts(group))
-        for name, group in groups.items()
-    }
+    rule, stock = best_groups if norm_groups == "whole" else best, stock_widths(vae)
+
+    def stay(name: str) -> int:
+        """How many do; some of Wan's streams are half as wide as their level."""
+        level = level_of(name, len(widths))
+        return len(values[name]) * widths[level] // stock[level]
+
+    return {name: rule(values[name], stay(name), num_parts(group)) for name, group in groups.items()}
 
 
 def best(values_C: Tensor, keep: int, parts: int) -> list[int]:
@@ -126,7 +174,7 @@ def best_groups(values_C: Tensor, keep: int, parts: int) -> list[int]:
 
 def pruned_vae(
     vae: ModelMixin, channels: Channels, widths: Sequence[int], norm_groups: str = "whole"
-) -> NarrowDecoder:
+) -> ModelMixin:
     """The VAE with these channels of its decoder; everything else is a copy, bit for bit.
 
     Attention logits become sums over fewer channels with a larger 1/√width: queries are scaled so that the pruned
@@ -140,15 +188,17 @@ def pruned_vae(
             graph.get_pruning_group(root, graph.get_pruner_of_module(root).prune_out_channels, gone).prune()
     with torch.no_grad():
         for attention in mid_attentions(decoder):
-            inner = attention.to_q.out_features
+            whole = attention.width if isinstance(attention, SplitAttention) else attention.inner_dim
             for parameter in attention.to_q.parameters():
-                parameter *= math.sqrt(inner / attention.inner_dim)
+                parameter *= math.sqrt(out_channels(attention.to_q) / whole)
     config = {key: value for key, value in vae.config.items() if not key.startswith("_")}
-    pruned = PRUNABLE[type(vae)].from_config(
-        {**config, "decoder_block_out_channels": list(widths), "decoder_norm_groups": norm_groups}
-    )
+    own = {"decoder_block_out_channels": list(widths), "decoder_norm_groups": norm_groups}
+    if isinstance(vae, AutoencoderKLWan):
+        own = {"decoder_base_dim": widths[0] // config["dim_mult"][0]}
+    pruned = PRUNABLE[type(vae)].from_config({**config, **own})
     others = {key: value for key, value in vae.state_dict().items() if not key.startswith("decoder.")}
-    decoders = {f"decoder.{key}": value for key, value in decoder.state_dict().items()}
+    weights = merged(decoder.state_dict()) if isinstance(vae, AutoencoderKLWan) else decoder.state_dict()
+    decoders = {f"decoder.{key}": value for key, value in weights.items()}
     pruned.load_state_dict({**others, **decoders}, strict=True)
     with quiet():  # diffusers warns of every cast
         return pruned.to(device=vae.device, dtype=vae.dtype).eval()
@@ -160,18 +210,40 @@ def pruned_vae(
 def traced(vae: ModelMixin) -> tuple[nn.Module, tp.DependencyGraph]:
     """A float32 copy of the decoder on the CPU and its dependency graph, in which attention is plain arithmetic."""
     decoder = copy.deepcopy(vae.decoder).to("cpu", torch.float32).requires_grad_().eval()
-    example = {"sample": torch.randn(1, vae.config.latent_channels, 8, 8)}
+    sides, channels = (8, 8), latent_channels(vae)
+    example: Any = {"sample": torch.randn(1, channels, *sides)}
+    options: dict[str, Any] = {"verbose": False}  # it would warn of what blends space and time, single numbers
     if isinstance(vae, AutoencoderKLTemporalDecoder):
         example |= {"num_frames": 1, "image_only_indicator": torch.zeros(1, 1)}
-    with torch.enable_grad(), processor(decoder, AttnProcessor()):
-        # Not verbose: it would warn of what blends space and time, which are single numbers, and stay.
-        graph = tp.DependencyGraph().build_dependency(decoder, example, verbose=False)
+    elif isinstance(vae, AutoencoderKLCogVideoX):
+        example, options["output_transform"] = {"sample": torch.randn(1, channels, 1, *sides)}, lambda output: output[0]
+    elif isinstance(vae, AutoencoderKLWan):
+        example, options["forward_fn"] = torch.randn(1, channels, 2, *sides), decoded_at_once
+        options["unwrapped_parameters"] = gains(split(decoder))
+    with torch.enable_grad(), processor(decoder, AttnProcessor()), padding_by_copies(decoder):
+        graph = tp.DependencyGraph().build_dependency(decoder, example, **options)
     return decoder, graph
+
+
+@contextmanager
+def padding_by_copies(decoder: nn.Module) -> Iterator[None]:
+    """CogVideoX's causal convolutions with another kind of padding while the block runs: what they put frames behind
+    each other by, torch-pruning would take for channels behind each other."""
+    layers = [layer for layer in decoder.modules() if isinstance(layer, CogVideoXCausalConv3d)]
+    own = [(layer.pad_mode, layer.conv.padding) for layer in layers]
+    for layer in layers:
+        layer.pad_mode, layer.conv.padding = "replicate", (0, 0, 0)
+    try:
+        yield
+    finally:
+        for layer, (mode, padding) in zip(layers, own, strict=True):
+            layer.pad_mode, layer.conv.padding = mode, padding
 
 
 def all_groups(graph: tp.DependencyGraph, decoder: nn.Module) -> Iterator[tp.Group]:
     """Every set of channels that go together, but the image's own."""
     own = [layer for name in ("conv_out", "time_conv_out") if (layer := getattr(decoder, name, None)) is not None]
+    own = [getattr(layer, "conv", layer) for layer in own]  # which CogVideoX has in a module that pads the past
     yield from graph.get_all_groups(ignored_layers=own, root_module_types=[*CONVOLUTIONS, nn.Linear])
 
 
@@ -182,6 +254,8 @@ def name_of(decoder: nn.Module, group: tp.Group) -> str:
 
 def level_of(name: str, levels: int) -> int:
     """The level of a module, counted from the image as in `block_out_channels`; the middle has the innermost."""
+    if name.startswith("norm_out."):
+        return 0
     return levels - 1 - (int(name.split(".")[1]) if name.startswith("up_blocks.") else 0)
 
 
@@ -205,18 +279,19 @@ def out_channels(layer: nn.Module) -> int:
 
 
 def mid_attentions(decoder: nn.Module) -> list[nn.Module]:
-    return [attention for attention in decoder.mid_block.attentions if attention is not None]
+    return [attention for attention in getattr(decoder.mid_block, "attentions", ()) if attention is not None]
 
 
 @contextmanager
 def processor(decoder: nn.Module, kind) -> Iterator[None]:
     """The attention computed in another way while the block runs."""
-    for attention in mid_attentions(decoder):
+    attentions = [attention for attention in mid_attentions(decoder) if isinstance(attention, Attention)]
+    for attention in attentions:
         attention.set_processor(kind)
     try:
         yield
     finally:
-        for attention in mid_attentions(decoder):
+        for attention in attentions:
             attention.set_processor(AttnProcessor2_0())
 
 
@@ -249,7 +324,8 @@ def activation_values(
     handles = [layer.register_forward_hook(keep) for layer in layers]
     draw, whole = torch.Generator().manual_seed(seed), decoder_of(vae, normalised)
     whole.decoder = decoder.to(vae.device)
-    with torch.set_grad_enabled(importance == "taylor"):
+    # Wan's as torch-pruning follows it is run at once, as for a gradient.
+    with torch.set_grad_enabled(importance == "taylor" or isinstance(vae, AutoencoderKLWan)):
         for z_CHW in latents_BCHW:
             image = whole(z_CHW[None].to(vae.device))
             if importance == "taylor":

@@ -59,12 +59,12 @@ from slimstep.eval.sampling import Sampler
 from slimstep.eval.scorer_check import check_scorer
 from slimstep.eval.training import make_objective, offloaded
 from slimstep.models.cost import count_parameters
-from slimstep.models.decoding import decoder_of, has_statistics
+from slimstep.models.decoding import decoder_of, has_statistics, is_causal
 from slimstep.models.pipeline import with_unet
-from slimstep.models.sizes import sides_of
+from slimstep.models.sizes import check_frames, native_frames, sides_of
 from slimstep.models.vae import NarrowDecoder
 from slimstep.prune.config import BY_ACTIVATIONS, Config
-from slimstep.prune.decoder import PRUNABLE, choose_channels, pruned_vae, pruned_widths
+from slimstep.prune.decoder import PRUNABLE, choose_channels, pruned_vae, pruned_widths, stock_widths
 from slimstep.prune.vae_latents import (
     HELDOUT,
     TRAINING,
@@ -102,7 +102,7 @@ def prune_vae(config: Config, run: Run) -> int | Plan:
     times = measure(job, student)
     held = heldout(job, prompts)
     run.folder("images/real", partial(write_pictures, held["images"][: config.eval.pictures]))
-    widths = {"teacher": list(teacher.pipeline.vae.config.block_out_channels), "student": list(job.widths)}
+    widths = {"teacher": list(stock_widths(job.vae)), "student": list(job.widths)}
     protocol = {**(scorer.protocol if scorer else {}), **teacher.sampler(config.eval).protocol}
     evaluation = evaluator.evaluate(points, dict(zip(vaes, vaes, strict=True)), protocol, seen_prompts(run),
                                     n_real=len(held["real"]), widths=widths)  # fmt: skip
@@ -121,19 +121,35 @@ def decoder_pruning(teacher: Teacher) -> DecoderPruning:
         way = "the denoiser is pruned without it, by +experiment=prune_unet, prune_transformer or prune_svd"
         raise ValueError(f"the model's VAE is {kind}; a decoder is pruned from diffusers' own {known}: {way}")
     widths = pruned_widths(vae, decoder.width, decoder.norm_groups)
+    check_frames_learnt(teacher, decoder.frames)
     check_data(teacher)
     data = heldout_pairs(config, config.eval.prompts), training_prompts(teacher)
     return DecoderPruning(teacher, teacher.run, vae, decoder, latents, widths, *data)
+
+
+def check_frames_learnt(teacher: Teacher, frames: int | None) -> None:
+    """ValueError for a number of frames that a decoder does not learn from by itself, or the model does not make."""
+    pipeline, name = teacher.pipeline, f"decoder.frames={frames}"
+    if frames is None:
+        return
+    if not is_causal(pipeline.vae):
+        way = "model.video.decode_chunk_size says how many it has" if teacher.draws_videos else "set it to null"
+        kind = type(pipeline.vae).__name__
+        raise ValueError(f"{name} is of CogVideoX's and Wan's decoders, and this is a {kind}: {way}")
+    check_frames(pipeline, frames)
+    most = native_frames(pipeline) or 1
+    if not 1 < frames <= most:
+        raise ValueError(f"{name} must be more than 1, an image, and at most the {most} that the model makes")
 
 
 def check(job: DecoderPruning) -> None:
     """ValueError, before anything is made, for latents, data or an objective that will not do."""
     config = job.teacher.config
     components.check(config.objective, "objective")
-    if config.train.channels_last and job.frames_at_once:
+    if config.train.channels_last and job.latents_at_once:
         why = f"torch has none for the 3-D convolutions of {type(job.vae).__name__}"
         raise ValueError(f"train.channels_last=true: {why}; set it to false")
-    if job.frames_at_once == 2 and job.teacher.device.type == "cpu" and job.teacher.compute_dtype == torch.bfloat16:
+    if job.latents_at_once == 2 and job.teacher.device.type == "cpu" and job.teacher.compute_dtype == torch.bfloat16:
         why = "torch's gradient of convolutions over two frames is garbage in bfloat16 on a CPU"
         raise ValueError(f"mixed_precision=bf16: {why}; decode another number of frames at once, or set no")
     check_requirements(objective_of(job), config.train, job.run.accelerator)
@@ -159,12 +175,12 @@ def pruned_decoder(job: DecoderPruning, data: Callable[[], Dataset]) -> NarrowDe
             return None
         # Channels are chosen by the first latents that training sees.
         latents = mix and torch.stack([mix[i]["latents"] for i in range(min(decoder.samples, len(mix)))])
-        if mix and job.frames_at_once:
-            latents = latents[:, :, : job.frames_at_once]
+        if mix and job.latents_at_once:
+            latents = latents[:, :, : job.latents_at_once]
         return choose_channels(vae, job.widths, decoder.importance, latents, run.seed, decoder.norm_groups, statistics)
 
     channels = run.json("channels.json", choose)
-    log.info(f"decoder: {tuple(vae.config.block_out_channels)} → {job.widths} channels, by {decoder.importance}")
+    log.info(f"decoder: {stock_widths(vae)} → {job.widths} channels, by {decoder.importance}")
     with damaged(run.path / "channels.json"):
         return pruned_vae(vae, channels, job.widths, decoder.norm_groups)
 
@@ -200,7 +216,7 @@ def objective_of(job: DecoderPruning) -> Any:
         decoder.to(memory_format=torch.channels_last)
     if config.train.compile:
         decoder.compile(dynamic=False)
-    own = {"frames_at_once": job.frames_at_once} if job.frames_at_once else {}
+    own = {"latents_at_once": job.latents_at_once} if job.latents_at_once else {}
     return make_objective(config.objective, teacher=decoder, **own)
 
 
@@ -273,14 +289,14 @@ def nearness_on_real(
 
 def measure(job: DecoderPruning, student: NarrowDecoder) -> dict:
     """vae_ms.json: both decoders' milliseconds and the ratio, interleaved; rank 0 alone."""
-    native, run, teacher, frames = sides_of(job.teacher.unet.config), job.run, job.teacher, job.frames_at_once
-    twice = [] if frames else [resolution_of(*(2 * side for side in native))]
+    native, run, teacher, latent_frames = sides_of(job.teacher.unet.config), job.run, job.teacher, job.latents_at_once
+    twice = [] if latent_frames else [resolution_of(*(2 * side for side in native))]
     sizes = job.decoder.latent_sizes or [resolution_of(*native), *twice]
 
     def make() -> dict:
         config = replace(teacher.latency, batch=1)
         vaes = {"teacher": job.vae, "student": student}
-        rows = compare_decoders(vaes, sizes, job.decoder.batches, config, teacher.device, frames)
+        rows = compare_decoders(vaes, sizes, job.decoder.batches, config, teacher.device, latent_frames)
         return {"rows": rows, "protocol": asdict(config), "environment": environment()}
 
     return run.json("vae_ms.json", lambda: run.of_rank_0(make))
@@ -291,8 +307,8 @@ def results(evaluation: Evaluation, times: Values) -> Sequence[str]:
     row = times["rows"][0]
     faster = f"{row['ratio']:.2f} [{row['low']:.2f}, {row['high']:.2f}] times as fast as the teacher's"
     where = f"on {times['environment']['device']}, {row['mode']}, {times['protocol']['dtype']}"
-    together = f", {row['frames']} frames together" if "frames" in row else ""
-    place = f"latents of {printed(row['latent_size'])}{together}, batch {row['batch']}"
+    count = f"{row['latent_frames']} " if "latent_frames" in row else ""
+    place = f"{count}latents of {printed(row['latent_size'])}, batch {row['batch']}"
     return [quality_line(evaluation.points[-1]), f"VAE decoder: {faster} ({place}, {where})"]
 
 

@@ -27,9 +27,9 @@ from slimstep.eval.config import LatentsConfig
 from slimstep.eval.evaluator import PARTIAL
 from slimstep.eval.inputs import Teacher, numbered_images
 from slimstep.eval.latents import sampled_latents
-from slimstep.models.first_frames import video_options, with_first_frames
+from slimstep.models.first_frames import with_first_frames
 from slimstep.models.pipeline import to_device
-from slimstep.models.sizes import native_frames
+from slimstep.models.sizes import latents_together
 from slimstep.prune.config import DecoderConfig
 
 HELDOUT = "heldout.safetensors"
@@ -52,11 +52,9 @@ class DecoderPruning:
     prompts: PromptSet | None
 
     @property
-    def frames_at_once(self) -> int | None:
-        """Frames that are decoded together; None of images."""
-        if (count := native_frames(self.teacher.pipeline)) is None:
-            return None
-        return min(video_options(self.teacher.pipeline).decode_chunk_size or count, count)
+    def latents_at_once(self) -> int | None:
+        """Latents of a video that are decoded together; None of images."""
+        return latents_together(self.teacher.pipeline, self.decoder.frames)
 
 
 def parts(latents: LatentsConfig, r: int) -> tuple[int, int]:

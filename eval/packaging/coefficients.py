@@ -75,7 +75,8 @@ def sampler_coefficients(scheduler: Any, steps: int, flow: FlowSteps | None = No
     set_steps(scheduler, steps, flow)
     count, learns = len(scheduler.timesteps), reads_variance(scheduler)
     basis_DD = torch.eye(3 * count + 1)  # the first noise and at most one a step, the predictions, the clipped samples
-    noises, inputs, samples, deviations, walked = 1, [], [], [], that_clips(scheduler)
+    noises, walked = 1, that_clips(scheduler)
+    inputs, samples, deviations = list[WeightedSum](), list[WeightedSum](), list[tuple[float, float] | None]()
     z_D = basis_DD[0] * getattr(scheduler, "init_noise_sigma", 1)
 
     def weights(row_D: Tensor, predictions: int, clipped: int) -> WeightedSum:

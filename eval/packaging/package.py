@@ -158,7 +158,9 @@ def example_conditions(sampler: Sampler) -> Conditioning:
 
 
 def picture_entry(picture: Picture | None) -> dict[str, Any] | None:
-    return picture and {"what": picture.what, "sides": list(picture.sides), "noise": list(picture.noise)}
+    if picture is None:
+        return None
+    return {"what": picture.what, "sides": list(picture.sides), "noise": list(picture.noise)}
 
 
 def latents_before_video(sampler: Sampler) -> int:

@@ -114,8 +114,7 @@ def chosen(sampler: Sampler, prompt: str) -> tuple[Tensor, Tensor]:
         (picture,) = pictures.values()
         return picture, torch.randn(sampler.latent_shape, generator=generator("upscaled", sampler.seed, 0))
     (frame,) = first_frames(pipeline, [prompt])
-    picture = Image.fromarray(frame.cpu().numpy())
     made = picture_of(sampler)
     assert made is not None
-    noise = torch.randn(made.noise, generator=noise_source(picture))
+    noise = torch.randn(made.noise, generator=noise_source(Image.fromarray(frame.cpu().numpy())))
     return frame.permute(2, 0, 1).float() / 127.5 - 1, noise

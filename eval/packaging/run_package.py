@@ -15,7 +15,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -189,7 +189,7 @@ def clipped(sample: np.ndarray, clip: dict) -> np.ndarray:
     return np.clip(sample, -bounds, bounds) / bounds
 
 
-def deviated(variance: np.ndarray, bounds: list[float]) -> np.ndarray:
+def deviated(variance: np.ndarray, bounds: Sequence[float]) -> np.ndarray:
     """The deviation of a step's noise between its least and its largest, in logarithms, for a predicted variance from
     -1 to 1 (Nichol & Dhariwal 2021, equation 15)."""
     share = (variance + 1) / 2
@@ -408,8 +408,10 @@ def save(pixels: np.ndarray, file: Path, frames_per_second: float | None) -> Non
     frames = eight_bits[:, None] if pixels.ndim == 3 else eight_bits
     first, *others = (Image.fromarray(frame.transpose(1, 2, 0) if len(frame) == 3 else frame[0])
                       for frame in frames.swapaxes(0, 1))  # fmt: skip
-    moving = {"save_all": True, "append_images": others, "duration": 1000 / (frames_per_second or 1), "loop": 0}
-    first.save(file, **(moving if frames_per_second else {}))
+    if frames_per_second:
+        first.save(file, save_all=True, append_images=others, duration=1000 / frames_per_second, loop=0)
+    else:
+        first.save(file)
 
 
 def numbered(file: Path, number: int) -> Path:

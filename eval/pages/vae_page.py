@@ -100,8 +100,9 @@ def time_table(rows: Sequence[Mapping[str, Any]]) -> Table:
 
 
 def latents_of(row: Mapping[str, Any]) -> str:
-    """The size of the latents, and, of videos, how many frames of them were decoded together."""
-    return f"{row['frames']} × {printed(row['latent_size'])}" if "frames" in row else printed(row["latent_size"])
+    """The size of the latents, and, of videos, how many behind each other were decoded together."""
+    size, count = printed(row["latent_size"]), row.get("latent_frames")
+    return f"{count} × {size}" if count else size
 
 
 @styled

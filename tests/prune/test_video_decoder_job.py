@@ -8,6 +8,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKLTemporalDecoder, DiffusionPipeline
+from omegaconf import OmegaConf
 
 from scripts.random_svd import small_svd_pipeline
 from slimstep.eval.export_job import joined
@@ -71,7 +72,7 @@ def test_a_temporal_decoder_is_pruned_and_learns_the_teachers_frames(teacher, tm
         assert student.mean(f"{prefix}temporal_error") < pruned.mean(f"{prefix}temporal_error")
     assert student.metrics["motion"]["ratio_to_reference"]["ratio"] > 0
     (row,) = json.loads((path / "vae_ms.json").read_text())["rows"]
-    assert row["frames"] == 2 and row["latent_size"] == 8 and row["flop_ratio"] > 3
+    assert row["latent_frames"] == 2 and row["latent_size"] == 8 and row["flop_ratio"] > 3
     assert "flicker, %" in done.stdout and "2 × 8×8" in done.stdout
     assert "PSNR of frames to the teacher decoder's" in (path / "export/README.md").read_text()
     logged = [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
@@ -86,8 +87,9 @@ def test_a_temporal_decoder_is_pruned_and_learns_the_teachers_frames(teacher, tm
 
 def test_a_plan_measures_frames_that_are_decoded_together(teacher):
     pipeline = with_video_options(with_unet(teacher, teacher.unet), {"decode_chunk_size": 2})
-    job = SimpleNamespace(pipeline=pipeline, unet=pipeline.unet, device=torch.device("cpu"),
-                          run=SimpleNamespace(accelerator=Accelerator(cpu=True)))  # fmt: skip
+    run = SimpleNamespace(accelerator=Accelerator(cpu=True))
+    job = SimpleNamespace(pipeline=pipeline, unet=pipeline.unet, device=torch.device("cpu"), config=OmegaConf.create(),
+                          run=run)  # fmt: skip
     assert decoding_rate(job, SimpleNamespace(batch_size=1)) > 0
     assert not any(parameter.requires_grad for parameter in pipeline.vae.decoder.parameters())
 

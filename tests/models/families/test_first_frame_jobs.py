@@ -80,7 +80,6 @@ def test_it_is_distilled_in_steps_and_evaluated_by_images_of_a_folder(place):
 
 @pytest.mark.parametrize(("experiment", "overrides", "reason"), [
     ("benchmark", [], "what is timed here begins with prompts"),
-    ("prune_vae", [], "the model's VAE is AutoencoderKLCogVideoX; a decoder is pruned from diffusers' own"),
     ("prune_transformer", ["data=shapes"], "needs data of videos, not of images"),
     ("prune_transformer", ["data.prompt_file=prompts.txt"], "is for models that read captions alone"),
     ("prune_transformer", ["data.frames=17"], "learnt the positions of 9 frames alone"),

@@ -109,16 +109,6 @@ def test_whole_pipelines_of_videos_are_timed(family, place):
     assert "no channels_last for the 3-D convolutions of " in refused["cannot"]
 
 
-@pytest.mark.parametrize(("experiment", "reason"), [
-    ("prune_vae", "a decoder is pruned from diffusers' own AutoencoderKL"),
-])  # fmt: skip
-def test_jobs_that_know_no_videos_say_so_in_one_line(experiment, reason, place):
-    own = [f"root={place}/runs", f"name={experiment}", "data=shapes_video"]
-    own += ["scorer=shapes"] if experiment != "package" else []
-    done = run_job(f"+experiment={experiment}", "model=path", f"model.name_or_path={place}/model", *own)
-    assert done.returncode == 1 and reason in done.stderr.splitlines()[-1]
-
-
 def test_frames_that_the_vae_cannot_take_end_a_job_in_one_line(place):
     done = run_job("+experiment=prune_transformer", "model=path", f"model.name_or_path={place}/model", *SMALL,
                    f"root={place}/runs", "name=refused", "scorer=none", "data.frames=8")  # fmt: skip
