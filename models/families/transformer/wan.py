@@ -36,7 +36,8 @@ def encoded(
     pipeline: DiffusionPipeline, prompts: Sequence[str], device: torch.device, is_negative: bool, length: int
 ) -> Conditioning:
     """UMT5's states [B, L, E] of captions, and zeros behind each. They are those of the pipeline's `encode_prompt`,
-    which cuts each caption to a length of its own and fills it up again; compiled graphs have no such lengths."""
+    which cuts each caption to a length of its own and fills it up again. AOTInductor compiles no such lengths
+    (findings/aotinductor_cannot_cut_to_a_length_of_the_data.sh)."""
     options = {"padding": "max_length", "max_length": length, "truncation": True, "return_tensors": "pt"}
     tokens = pipeline.tokenizer([prompt_clean(prompt) for prompt in prompts], return_attention_mask=True, **options)
     mask_BL = tokens.attention_mask.to(device)
