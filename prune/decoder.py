@@ -102,7 +102,7 @@ def pruned_widths(vae: ModelMixin, width: float | Sequence[float], norm_groups: 
 
 def widths_of_wan(vae: AutoencoderKLWan, shares: Sequence[float]) -> tuple[int, ...]:
     """diffusers makes the decoder of one number, its `decoder_base_dim`. ValueError for what that cannot say."""
-    config, stock = vae.config, stock_widths(vae)
+    config = vae.config
     if config.is_residual or config.patch_size or config.attn_scales:
         raise ValueError("vae/config.json has is_residual, patch_size or attn_scales, as of Wan 2.2: its decoder is of "
                          "another kind, and is not pruned")  # fmt: skip
@@ -114,7 +114,7 @@ def widths_of_wan(vae: AutoencoderKLWan, shares: Sequence[float]) -> tuple[int, 
         shown = ", ".join(f"{n / base:.4g}" for n in possible)
         raise ValueError(f"decoder.width={share} is impossible: {base} channels become a whole number, of which levels "
                          f"are halved: {shown}")  # fmt: skip
-    return tuple(width * factor for factor in config.dim_mult) if width != base else stock
+    return tuple(width * factor for factor in config.dim_mult)
 
 
 def choose_channels(

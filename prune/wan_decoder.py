@@ -1,6 +1,7 @@
 """Wan's decoder as torch-pruning can follow it: what diffusers computes by one convolution and then takes apart, the
-queries, keys and values of an attention and the two frames that one becomes, is computed by several, and norms without
-an expansion, which it would take for a repetition of channels (findings/torch_pruning_takes_frames_for_channels.sh).
+queries, keys and values of an attention and the two frames that one becomes, is computed by several. Frames are taken
+by index, for slices of them it takes for slices of channels (findings/torch_pruning_takes_frames_for_channels.sh), and
+norms do without an expansion, which it takes for repeated heads.
 
 Axes: B batch, C channels, F frames, H and W latent size.
 """

@@ -25,7 +25,7 @@ from slimstep.models.flow import FlowSteps
 from slimstep.models.sizes import native_pixels, scale_factor
 
 INSIDE, BESIDE = "inside", "beside"  # where a package has its weights
-FRAMES_PER_SECOND = 8  # of a video whose pipeline is told none, as diffusers' examples write it
+FRAMES_PER_SECOND = 8  # of a video whose pipeline takes no such number, as diffusers' examples write it
 CAPTION = "a caption"
 MOST_AREAS = 1000  # numbers of latents, each with coefficients of its own in package.json
 
