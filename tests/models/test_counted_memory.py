@@ -1,4 +1,8 @@
-"""What is counted of memory, from configurations alone, is what the CPU's allocator gives out."""
+"""What is counted of memory, from configurations alone, is what real tensors take and the allocator gives out.
+
+In half precision the allocator is not asked: what it gives for copies that kernels of bfloat16 reorder is a CPU's own
+(up to a quarter of these small networks' need).
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -58,8 +62,9 @@ def measured(work: Callable[[], None]) -> int:
 
 @pytest.mark.parametrize(
     ("name", "checkpointing", "is_half"),
-    [("SVD", True, False), ("CogVideoX", False, True), ("CogVideoX", True, True), ("Wan", True, True)],
-)
+    [("SVD", True, False), ("SVD", True, True), ("CogVideoX", False, False), ("CogVideoX", False, True),
+     ("CogVideoX", True, True), ("Wan", True, False), ("Wan", True, True)],
+)  # fmt: skip
 def test_what_is_counted_of_a_training_step_is_what_it_takes(name, checkpointing, is_half):
     network = NETWORKS[name]().train()
     denoiser = denoiser_of(network)
@@ -78,7 +83,11 @@ def test_what_is_counted_of_a_training_step_is_what_it_takes(name, checkpointing
         parameters=network.num_parameters(), sample=partial(training_need, network, TOKENS), batch=1,
         optimizer="adamw", has_ema=True, checkpointing=checkpointing, is_half=is_half,
     ).running  # fmt: skip
-    assert counted == pytest.approx(measured(step), rel=0.1)
+    with Living(network.parameters()) as living:
+        step()
+    assert counted == pytest.approx(living.peak, rel=0.02)
+    if not is_half:
+        assert counted == pytest.approx(measured(step), rel=0.02)
 
 
 def test_checkpointing_needs_less_and_more_frames_more():
