@@ -23,8 +23,8 @@ from slimstep.engine.run import Run
 from slimstep.eval.config import Config
 from slimstep.eval.given import LONGEST_NAME, given_models, settle_size
 from slimstep.eval.inputs import load_scorer
-from slimstep.eval.job import eval_prompts
-from slimstep.eval.metrics.clip import psnr
+from slimstep.eval.job import evaluated_prompts, have_captions
+from slimstep.eval.metrics.clip import WITHOUT_SCORER, psnr
 from slimstep.eval.metrics.compare import mean_and_error, paired_difference
 from slimstep.eval.metrics.metric import as_metric
 from slimstep.eval.metrics.video import on_frames
@@ -33,6 +33,7 @@ from slimstep.eval.timing.inference import InferenceConfig, combinations
 from slimstep.eval.timing.speed import BenchmarkCase, TimedPipeline, matmul_peak_tflops, measure, reason
 from slimstep.models.cost import count_gflops
 from slimstep.models.family import family_of
+from slimstep.models.first_frames import with_first_frames
 from slimstep.models.networks import network_of
 from slimstep.models.pipeline import with_unet
 
@@ -58,10 +59,8 @@ class Benchmark:
                 way = "models of one path have one first_stage here: time them in runs of their own"
                 raise ValueError(f"models.{name} is {model.path}, as another is: {way}")
         self.models.check()
-        if self.models.draws_videos and self.models.begin_with_frames:
-            raise ValueError(f"{self.models.paths} make videos of first frames, and what is timed here begins with "
-                             "prompts; their networks are timed by +experiment=latency_table")  # fmt: skip
-        if not self.models.is_conditional:
+        self.draws_videos = self.models.draws_videos
+        if not (self.models.is_conditional or self.models.begin_with_frames):
             raise ValueError(f"{self.models.paths} take no prompts, and what is timed here begins with their encoding; "
                              "a DDPM's UNet is timed by +experiment=prune_ddpm")  # fmt: skip
         if (images := config.benchmark.images) > (prompts := config.eval.prompts):
@@ -70,7 +69,10 @@ class Benchmark:
         settle_size(self.models, self.config.data)
         self.base = base_config(config)
         self.inference_configs = combinations(**{name: list(config.benchmark[name]) for name in CHOICES})
-        self.prompts, self.scorer = eval_prompts(self.config), load_scorer(config, self.device)
+        self.scorer = load_scorer(config, self.device)
+        if self.scorer is None and self.models.is_conditional:
+            raise ValueError(WITHOUT_SCORER)
+        self.prompts, self.frames = evaluated_prompts(self.models, self.config)
         self.peaks: dict[str, float] = {}  # what was measured once, by dtype
         self.counted: dict[str, float] = {}  # what was counted once, by the UNet's configuration
 
@@ -86,7 +88,7 @@ class Benchmark:
         self, case: BenchmarkCase, batch: int, pipeline: DiffusionPipeline | None = None, **kwargs: Any
     ) -> TimedPipeline:
         """A pipeline made ready to be timed. Raises CannotRunError."""
-        pipeline, config = pipeline or self.assembled(case), self.config.eval
+        pipeline, config = with_first_frames(pipeline or self.assembled(case), self.frames), self.config.eval
         return TimedPipeline(pipeline, case.inference, self.prompts.prompts, case.steps, config.guidance_scale,
                        self.device, batch, config.seed, kwargs)  # fmt: skip
 
@@ -125,9 +127,12 @@ class Benchmark:
         """What compiling costs, in processes of their own: cold-start/`file`.json."""
         config, old = self.config.eval, f"first-image/{file}.json"
         name = old if (self.run.path / old).exists() else f"cold-start/{file}.json"
-        parts = (case.model, case.unet, case.vae)
+        parts, prompts = (case.model, case.unet, case.vae), list(self.prompts.prompts[:batch])
+        first_frames = self.run.path / "cold-start/first_frames.safetensors" if self.frames else None
+        if first_frames:
+            write_tensors(first_frames, {prompt: self.frames[prompt] for prompt in prompts})
         request = {**asdict(case), "batch": batch, "guidance_scale": config.guidance_scale, "seed": config.seed,
-                   "prompts": list(self.prompts.prompts[:batch]), "device": str(self.device),
+                   "prompts": prompts, "first_frames": first_frames and str(first_frames), "device": str(self.device),
                    "options": {where: self.models.options(where) for where in parts if where},
                    "resolution": self.models.pixels, "frames": self.models.frames}  # fmt: skip
         free_memory()  # the processes want it
@@ -149,17 +154,17 @@ class Benchmark:
         return self.peaks[inference.dtype]
 
     def quality(self, images: Tensor, reference: Tensor) -> dict[str, Any]:
-        """PSNR in dB to the reference's images from the same noise, and CLIP score, paired with theirs; of videos the
-        means over frames."""
-        prompts, clip = self.prompts.prompts[: len(images)], as_metric(self.scorer)
-        metric = on_frames(clip) if self.models.draws_videos else clip
-        scores, base = (metric(drawn, prompts).tolist() for drawn in (images, reference))
+        """PSNR in dB to the reference's images from the same noise, and CLIP score, paired with theirs, where there are
+        captions; of videos the means over frames."""
         near = psnr(images, reference).tolist() if images.shape == reference.shape else None
-        return {
-            "psnr": near and asdict(mean_and_error(near)),
-            "clip": asdict(mean_and_error(scores)),
-            "clip_difference": asdict(paired_difference(scores, base)),
-        }
+        found = {"psnr": near and asdict(mean_and_error(near))}
+        if self.scorer is None or not have_captions(self.models, self.config):
+            return found
+        prompts, clip = self.prompts.prompts[: len(images)], as_metric(self.scorer)
+        metric = on_frames(clip) if self.draws_videos else clip
+        scores, base = (metric(drawn, prompts).tolist() for drawn in (images, reference))
+        difference = asdict(paired_difference(scores, base))
+        return {**found, "clip": asdict(mean_and_error(scores)), "clip_difference": difference}
 
     def reference_images(self, name: str, case: BenchmarkCase) -> Tensor:
         """What a case draws, one image at a time: reference/`name`.safetensors."""
@@ -180,7 +185,7 @@ class Benchmark:
                          "steps": config.eval.steps, "guidance_scale": config.eval.guidance_scale,
                          "seed": config.eval.seed, "images": config.benchmark.images, "prompts": self.prompts.hash,
                          "clock": "wall" if self.device.type == "cuda" else "CPU time of one thread",
-                         "iterations": config.latency.iterations, "scorer": self.scorer.protocol},
+                         "iterations": config.latency.iterations, "scorer": self.scorer and self.scorer.protocol},
             "environment": environment(),
         })  # fmt: skip
 

@@ -126,6 +126,11 @@ def evaluated_prompts(models: GivenModels, config: Config) -> tuple[PromptSet, d
     return without_calibration(prompts, config, MORE_FRAMES, MORE_FRAMES), frames
 
 
+def have_captions(models: GivenModels, config: Config) -> bool:
+    """Whether prompts say what is drawn: names of images in a folder do not."""
+    return models.is_conditional or (models.begin_with_frames and not config.data.first_frames)
+
+
 def eval_prompts(config: Config) -> PromptSet:
     """The requested prompts, without the calibration prompts of a pruned network."""
     ways = "data.prompt_file=FILE gives others", "data.prompt_file=FILE with more"
@@ -170,8 +175,7 @@ def evaluator_of(
     device, evaluation = run.accelerator.device, config.evaluation
     precision = settled(config.sampling.precision, device)
     features = {"features": FeatureSimilarity(scorer)} if scorer else {}
-    has_captions = models.is_conditional or (models.begin_with_frames and not config.data.first_frames)
-    of_prompts = models.is_conditional, has_captions
+    of_prompts = models.is_conditional, have_captions(models, config)
     metrics = {**load_metrics(config, scorer, device, *of_prompts), "psnr": Psnr(), **features}
     metrics = of_what_is_drawn({**metrics, **real_distance(config, scorer)}, models.draws_videos, scorer)
     if evaluation.inception:

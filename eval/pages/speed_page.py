@@ -118,7 +118,8 @@ def rows_table(results: Results, title: str = "") -> Table:
 
 
 def columns(results: Results) -> Columns:
-    """The kind's columns; a benchmark's has one more for each number of steps of the first model."""
+    """The kind's columns; a benchmark's has one more for each number of steps of the first model, and for each part
+    that some pipeline has."""
     if results["kind"] == "cumulative":
         return {"row": value("name"), "× row before": before, "× first": faster_than("first"),
                 "kept": lambda row: "yes" if row["kept"] else "no", **MEASURES}  # fmt: skip
@@ -128,8 +129,9 @@ def columns(results: Results) -> Columns:
                 "it/s": lambda row: digits(row["its"]), "× eager": faster_than("eager"),
                 **{name: MEASURES[name] for name in fewer}}  # fmt: skip
     others = {f"× {name}": faster_than(name) for name in timed_beside(results)}
+    parts = [part for part in PARTS if any(part in row.get("parts_ms", {}) for row in results["rows"])]
     return {**{name: value(name) for name in ("model", "steps", "batch")}, "config": value("name"),
-            "× base": faster_than("base"), **others, **MEASURES, **{display(part): part_ms(part) for part in PARTS},
+            "× base": faster_than("base"), **others, **MEASURES, **{display(part): part_ms(part) for part in parts},
             "parts of whole": sum_of_parts}  # fmt: skip
 
 
@@ -211,7 +213,7 @@ def draw_figures(results: Results) -> dict[str, Figure]:
 
 @styled
 def parts_figure(rows: Sequence[Row]) -> Figure:
-    """Milliseconds of one image of every config, and where they go."""
+    """Milliseconds of one image or video of every config, and where they go."""
     figure, (axes,) = canvas(7.4, 0.34 * len(rows) + 1.3)
     left = np.zeros(len(rows))
     for colour, part in zip(SERIES, PARTS, strict=False):
@@ -222,7 +224,7 @@ def parts_figure(rows: Sequence[Row]) -> Figure:
     differ = len({row["steps"] for row in rows if "steps" in row}) > 1
     names = [f"{row['name']}{', {} steps'.format(row['steps']) if differ else ''}, batch {row['batch']}"
              for row in rows]  # fmt: skip
-    bars(axes, names, "milliseconds an image")
+    bars(axes, names, "milliseconds, over the batch")
     axes.legend(frameon=False, fontsize=8, ncols=len(PARTS), loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 

@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import DiffusionPipeline
+from safetensors.torch import load_file
 
 import slimstep
 from slimstep.engine.files import write_bytes
 from slimstep.eval.timing.child import child_result
 from slimstep.eval.timing.inference import CannotRunError, InferenceConfig
 from slimstep.eval.timing.speed import TimedPipeline
+from slimstep.models.first_frames import with_first_frames
 from slimstep.models.networks import network_of
 from slimstep.models.pipeline import load_pipeline, with_unet
 from slimstep.models.sizes import set_frames, set_resolution
@@ -63,9 +65,10 @@ def compile_first(path: Path, compile_it: Callable[[], None], accelerator: Accel
 def compile_cost(request: Mapping[str, Any], artifacts: Path) -> dict[str, Any]:
     """Seconds to the first image in new processes, and the break-even calls of compiling.
 
-    `request` holds a BenchmarkCase's fields, those of a TimedPipeline, and load_pipeline's options for every model. The
-    artefacts stay at `artifacts`. `calls` is None where compiled calls are not faster than eager ones, or eager ones
-    could not run. A way whose process failed is {"cannot": why}; None is one that was not tried for want of the first.
+    `request` holds a BenchmarkCase's fields, those of a TimedPipeline, a file of first frames or None, and
+    load_pipeline's options for every model. The artefacts stay at `artifacts`. `calls` is None where compiled calls are
+    not faster than eager ones, or eager ones could not run. A way whose process failed is {"cannot": why}; None is one
+    that was not tried for want of the first.
     """
     plain = {**request, "inference": {**request["inference"], "compile": "eager"}}
     with tempfile.TemporaryDirectory() as kept, tempfile.TemporaryDirectory() as empty:
@@ -118,6 +121,8 @@ def main() -> None:
     network = network_of(load(request["unet"]) if request["unet"] else pipeline)
     vae = {"vae": load(request["vae"]).vae} if request["vae"] else {}
     pipeline = with_unet(pipeline, network, **vae)
+    if request["first_frames"]:
+        with_first_frames(pipeline, load_file(request["first_frames"]))
     if "load" in request:
         load_artifacts(Path(request["load"]))
     kwargs = {key: request[key] for key in ("prompts", "steps", "guidance_scale", "batch", "seed")}

@@ -35,6 +35,7 @@ from slimstep.eval.timing.stage_timer import timed_components
 from slimstep.models.conditioning import cleans_captions
 from slimstep.models.families.deepfloyd.cascade import first_stage_of, refines
 from slimstep.models.family import family_of
+from slimstep.models.first_frames import begins_with_frame, first_frames, noise_source
 from slimstep.models.pipeline import networks
 
 RESAMPLES = 2000  # of neighbouring calls
@@ -63,9 +64,10 @@ class BenchmarkCase:
 class TimedPipeline:
     """A pipeline that is timed, in one inference config.
 
-    `given` goes to the pipeline's call beside the prompts: another task's image, mask or control images. Where it is
-    empty, the noise of prompt i is a function of (seed, i). A second stage is timed behind its first, as
-    one pipeline. Raises CannotRunError where the config cannot run here.
+    `kwargs` go to the pipeline's call beside the prompts: another task's image, mask or control images. Where there are
+    none, the noise of prompt i is a function of (seed, i). A second stage is timed behind its first, as one pipeline;
+    where a pipeline begins with a frame, prompts name those that it remembers. Raises CannotRunError where the
+    config cannot run here.
     """
 
     pipeline: DiffusionPipeline
@@ -124,9 +126,18 @@ class TimedPipeline:
             else:
                 drawn = {"generator": self.sampler.generators(indices)}
                 kwargs = call(self.pipeline, self.guidance_scale, noise) | drawn
-            if self.draws_videos:
-                return self.pipeline(prompts, num_inference_steps=self.steps, output_type="pil", **kwargs).frames
-            return self.pipeline(prompt=prompts, num_inference_steps=self.steps, **kwargs).images
+            kwargs |= self.asked(prompts)
+            drawn = self.pipeline(num_inference_steps=self.steps, output_type="pil", **kwargs)
+            return drawn.frames if self.draws_videos else drawn.images
+
+    def asked(self, prompts: list[str]) -> dict[str, Any]:
+        """What prompts are in a pipeline's call: words where it reads some, the first frames that they name where it
+        begins with one, each with its own noise."""
+        words = {"prompt": prompts} if self.sampler.family.IS_CONDITIONAL else {}
+        if not begins_with_frame(self.pipeline):
+            return words
+        pictures = [Image.fromarray(frame.numpy()) for frame in first_frames(self.pipeline, prompts)]
+        return {**words, "image": pictures, "generator": [noise_source(picture) for picture in pictures]}
 
     def before(self, prompts: Sequence[str], generators: list[torch.Generator]) -> dict[str, Any]:
         """What a second stage's call is given in the place of prompts: text states, which its first stage shares, and

@@ -1,4 +1,4 @@
-"""The component breakdown of one image's time: text encoder, denoiser, ControlNet, scheduler and guidance, VAE, host.
+"""The component breakdown of one image's time: encoders, denoiser, ControlNet, scheduler and guidance, VAE, host.
 
 A pipeline call is cut at the entries and exits of its networks, so the parts leave nothing out: they add up to the call
 that they were measured in. Whether that call is as fast as one without a timer is for the caller to compare.
@@ -13,9 +13,9 @@ from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 
 from slimstep.models.families.deepfloyd.cascade import first_stage_of, refines
-from slimstep.models.networks import network_of, text_encoders
+from slimstep.models.networks import encoders, network_of
 
-PARTS = ("text encoder", "first stage", "ControlNet", "UNet", "scheduler", "VAE", "host")
+PARTS = ("text encoder", "image encoder", "first stage", "ControlNet", "UNet", "scheduler", "VAE", "host")
 
 
 class StageTimer:
@@ -72,8 +72,8 @@ def timed_components(pipeline: DiffusionPipeline, device: torch.device) -> Itera
         timer.rows += len(next(tensor for tensor in tensors if tensor.ndim > 2))  # x_t, and not a timestep
 
     handles.append(network_of(pipeline).register_forward_pre_hook(count, with_kwargs=True))
-    for encoder in text_encoders(pipeline).values():
-        cut(encoder, encoder, "text encoder", "host")
+    for name, encoder in encoders(pipeline).items():
+        cut(encoder, encoder, "image encoder" if name == "image_encoder" else "text encoder", "host")
     if (controlnet := getattr(pipeline, "controlnet", None)) is not None:
         cut(controlnet, controlnet, "ControlNet", "scheduler")
     cut(network_of(pipeline), network_of(pipeline), "UNet", "scheduler")

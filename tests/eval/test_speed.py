@@ -175,6 +175,10 @@ def test_a_mistake_is_one_line(leave, tiny_model, experiment, wrong, culprit):
     assert culprit in error_line(*leave(f"+experiment={experiment}", *tiny_model, *SMALL, wrong))
 
 
+def test_images_of_prompts_want_a_scorer(leave):
+    assert "scorer=none" in error_line(*leave("+experiment=benchmark", *SMALL, "scorer=none"))
+
+
 @pytest.mark.slow
 def test_a_compiled_row_says_what_compiling_costs(tmp_path, tiny_model):
     done = run("benchmark", *tiny_model, "benchmark.dtype=[float32]", "benchmark.batches=[1]",

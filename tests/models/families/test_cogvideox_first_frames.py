@@ -15,6 +15,8 @@ from slimstep.data.first_frames import captioned_frames_in_folder
 from slimstep.data.shapes_video import ShapesVideoPairs
 from slimstep.eval.memory_plan import half_as_long, running_lines
 from slimstep.eval.sampling import Sampler
+from slimstep.eval.timing.inference import InferenceConfig
+from slimstep.eval.timing.speed import TimedPipeline
 from slimstep.models.card import Origin
 from slimstep.models.conditioning import conditioning_of
 from slimstep.models.family import draws_from_frames, family_at, family_of
@@ -71,6 +73,8 @@ def test_sampling_is_the_stock_pipelines(kind, guidance_scale, folders):
     videos = sampler.images(pipeline.transformer, NAMES, [0, 1])
     assert videos.shape == (2, 9, 16, 16, 3)
     assert (videos - 255 * torch.from_numpy(drawn(pipeline, sampler, "np"))).abs().max() <= 0.51
+    timed = TimedPipeline(pipeline, InferenceConfig(), NAMES, 3, guidance_scale, torch.device("cpu"), batch=2)
+    assert (timed.images(2).int() - videos.int()).abs().max() <= 1
 
 
 def test_a_video_depends_on_its_first_frame_and_on_its_caption(folders):

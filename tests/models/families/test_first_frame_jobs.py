@@ -78,8 +78,18 @@ def test_it_is_distilled_in_steps_and_evaluated_by_images_of_a_folder(place):
     assert evaluation["points"][-1]["metrics"]["motion"]["ratio_to_reference"]["ratio"] > 0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("experiment", ["benchmark", "pipelines"])
+def test_its_pipeline_is_timed_from_captions_and_first_frames(experiment, place):
+    path = run(experiment, place, "benchmark.dtype=[float32]", "benchmark.compile=[eager]", "benchmark.batches=[2]",
+               "benchmark.memory_format=[contiguous]", "benchmark.images=2", "benchmark.tasks=[txt2img]",
+               "latency.warmup=1", "latency.seconds=1")  # fmt: skip
+    (row,) = json.loads((path / "results.json").read_text())["rows"]
+    assert set(row["parts_ms"]) == {"text encoder", "UNet", "scheduler", "VAE", "host"} and row["unet_rows"] == 8
+    assert experiment == "pipelines" or (row["psnr"]["mean"] > 50 and abs(row["clip_difference"]["mean"]) < 1e-3)
+
+
 @pytest.mark.parametrize(("experiment", "overrides", "reason"), [
-    ("benchmark", [], "what is timed here begins with prompts"),
     ("prune_transformer", ["data=shapes"], "needs data of videos, not of images"),
     ("prune_transformer", ["data.prompt_file=prompts.txt"], "is for models that read captions alone"),
     ("prune_transformer", ["data.frames=17"], "learnt the positions of 9 frames alone"),

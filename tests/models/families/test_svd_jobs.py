@@ -13,6 +13,8 @@ from tests.tiny import write_tiny_clip
 
 SMALL = ["data.pairs.size=8", "train.steps=2", "train.batch_size=2", "eval.prompts=3", "eval.pictures=2",
          "eval.steps=2", "latency.iterations=3"]  # fmt: skip
+TIMED = ["benchmark.dtype=[float32]", "benchmark.compile=[eager]", "benchmark.images=2", "latency.warmup=1",
+         "latency.seconds=1", "benchmark.memory_format=[contiguous]"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -104,9 +106,21 @@ def test_it_is_packaged_and_tried_on_a_first_frame(place):
         assert (video.n_frames, video.size) == (3, (16, 16))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("of_folder", [False, True])
+def test_its_pipeline_is_timed_from_first_frames(of_folder, place):
+    frames = [f"data.first_frames={place}/images"] if of_folder else []
+    own = ["model=path", "data=shapes_video", f"scorer.model=local-dir:{place}/clip", "scorer=openclip",
+           "scorer.pretrained=null", "scorer.force=true"]  # fmt: skip
+    path = run("benchmark", place, *own, *TIMED, *frames, "benchmark.batches=[1,2]", f"name=benchmark-{of_folder}")
+    one, two = json.loads((path.parent / f"benchmark-{of_folder}/results.json").read_text())["rows"]
+    assert set(one["parts_ms"]) == {"image encoder", "UNet", "scheduler", "VAE", "host"}
+    assert (one["unet_rows"], two["unet_rows"]) == (4, 8) and one["psnr"]["mean"] > 50
+    assert ("clip_difference" in one) != of_folder, "names of images are no captions"
+
+
 @pytest.mark.parametrize(("experiment", "overrides", "reason"), [
     ("package", ["data=shapes_video", "package.formats=[coreml]"], "videos are packaged as onnx or aoti"),
-    ("benchmark", ["data=shapes_video"], "what is timed here begins with prompts"),
     ("prune_svd", ["search.metric=clip"], "search.metric=clip scores no single images; choose from ['image_error'"),
     ("prune_svd", ["data=shapes"], "needs data of videos, not of images"),
     ("prune_svd", ["data.prompt_file=prompts.txt"], "is for models that read captions"),

@@ -13,6 +13,9 @@ from slimstep.data.first_frames import frames_in_folder, frames_of_videos
 from slimstep.data.shapes_video import ShapesVideoPairs
 from slimstep.eval.inputs import check_first_frames, load_metrics, of_what_is_drawn
 from slimstep.eval.sampling import Sampler
+from slimstep.eval.timing.inference import InferenceConfig
+from slimstep.eval.timing.speed import TimedPipeline
+from slimstep.eval.timing.stage_timer import timed_components
 from slimstep.models.card import Origin
 from slimstep.models.conditioning import conditioning_of
 from slimstep.models.decoding import decoded_images, encoded_images
@@ -69,6 +72,16 @@ def test_sampling_is_the_stock_pipelines(folder, guidance_scale, video):
         torch.testing.assert_close(latents[k], stock, rtol=1e-3, atol=1e-4)
         pixels = 255 * torch.from_numpy(drawn(pipeline, sampler, k, "np"))
         assert (videos[k] - pixels).abs().max() <= 0.51
+
+
+def test_what_is_timed_is_the_stock_pipeline_from_first_frames(folder):
+    pipeline = load(folder)
+    timed = TimedPipeline(pipeline, InferenceConfig(), NAMES, 2, 3.0, torch.device("cpu"), batch=2)
+    drawn = timed.sampler.images(pipeline.unet, NAMES, [0, 1])
+    assert (timed.images(2).int() - drawn.int()).abs().max() <= 1
+    with timed_components(pipeline, torch.device("cpu")) as timer:
+        spent = timer.time(timed.call)
+    assert all(spent[part] > 0 for part in ("image encoder", "UNet", "VAE")) and timer.rows == 2 * 2 * len(NAMES)
 
 
 def test_a_video_depends_on_its_first_frame_and_on_how_much_noise_that_has(folder):
