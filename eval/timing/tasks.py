@@ -10,6 +10,7 @@ from diffusers import (
     AutoPipelineForText2Image,
     ControlNetModel,
     DiffusionPipeline,
+    UNet2DConditionModel,
 )
 from diffusers.models.controlnets.multicontrolnet import MultiControlNetModel
 from PIL import Image
@@ -17,6 +18,7 @@ from PIL import Image
 from slimstep.engine.resolution import sides
 from slimstep.engine.seeding import generator, seed_of
 from slimstep.eval.timing.inference import CannotRunError
+from slimstep.models.family import family_of
 from slimstep.models.networks import sequence_length, with_sequence_length
 from slimstep.models.pipeline import quiet
 from slimstep.models.sizes import native_pixels
@@ -63,13 +65,15 @@ def made_for(
 
 
 def random_controlnet(pipeline: DiffusionPipeline, seed: int) -> ControlNetModel:
-    """One that fits the pipeline's UNet, frozen. Raises CannotRunError where it has none."""
-    if not hasattr(pipeline, "unet"):
-        raise CannotRunError(f"random ControlNets are made for UNets alone, and not for a {type(pipeline).__name__}")
+    """One that fits the pipeline's UNet, frozen. Raises CannotRunError where it has none of latents of images."""
+    network = getattr(pipeline, "unet", None)
+    if not isinstance(network, UNet2DConditionModel) or not family_of(pipeline).codec(pipeline):
+        kind = type(pipeline).__name__
+        raise CannotRunError(f"random ControlNets are made for UNets of latents of images, not for a {kind}")
     torch.manual_seed(seed_of("controlnet", seed))
     halvings = int(math.log2(pipeline.vae_scale_factor))  # from the control image down to the latents
     controlnet = ControlNetModel.from_unet(
-        pipeline.unet,
+        network,
         conditioning_embedding_out_channels=CONDITIONING_CHANNELS[: halvings + 1],
         load_weights_from_unet=False,
     )

@@ -113,5 +113,5 @@ def test_tasks_that_diffusers_has_for_a_transformer():
     assert timed(pipeline, guidance=3.0, **kwargs).images(2).shape == (2, 3, 16, 16)
     with pytest.raises(CannotRunError, match="diffusers has no img2img of a PixArtSigmaPipeline"):
         task_pipeline(small_pixart_pipeline(), "img2img", 1)
-    with pytest.raises(CannotRunError, match="random ControlNets are made for UNets alone, and not for a FluxPipeline"):
+    with pytest.raises(CannotRunError, match="random ControlNets .* not for a FluxPipeline"):
         task_pipeline(flux, "controlnet", 1)

@@ -7,7 +7,10 @@ import pytest
 from diffusers import DiffusionPipeline
 from PIL import Image
 
+from scripts.random_deepfloyd import small_if_pipeline
 from scripts.random_svd import small_svd_pipeline
+from slimstep.eval.timing.inference import CannotRunError
+from slimstep.eval.timing.tasks import random_controlnet
 from tests.jobs import run_job
 from tests.tiny import write_tiny_clip
 
@@ -117,6 +120,12 @@ def test_its_pipeline_is_timed_from_first_frames(of_folder, place):
     assert set(one["parts_ms"]) == {"image encoder", "UNet", "scheduler", "VAE", "host"}
     assert (one["unet_rows"], two["unet_rows"]) == (4, 8) and one["psnr"]["mean"] > 50
     assert ("clip_difference" in one) != of_folder, "names of images are no captions"
+
+
+@pytest.mark.parametrize("make", [small_svd_pipeline, small_if_pipeline])
+def test_random_controlnets_are_of_networks_of_latents_of_images(make):
+    with pytest.raises(CannotRunError, match=f"not for a {type(pipeline := make()).__name__}"):
+        random_controlnet(pipeline, 0)
 
 
 @pytest.mark.parametrize(("experiment", "overrides", "reason"), [
