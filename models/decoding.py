@@ -20,7 +20,7 @@ from diffusers import (
     DiffusionPipeline,
     ModelMixin,
 )
-from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -221,10 +221,17 @@ class CausalDecoder(VideoDecoder):
 
 class WanDecoder(VideoDecoder):
     """The same of an AutoencoderKLWan: latent by latent with the past of every convolution, as diffusers has it, and
-    for a gradient, which needs all of them anyway, at once, to the same frames but for rounding."""
+    for a gradient, which needs all of them anyway, at once, to the same frames but for rounding. With a `patch_size`
+    the channels that it ends with are the pixels of a patch."""
+
+    def __init__(self, vae: AutoencoderKLWan, normalised: bool = False):
+        super().__init__(vae, normalised)
+        self.patch_size = vae.config.patch_size or 1
 
     def forward(self, latents_BCFHW: Tensor) -> Tensor:
-        z_BCFHW = self.inputs(latents_BCFHW)
+        return unpatchify(self.before_patches(self.inputs(latents_BCFHW)), self.patch_size)
+
+    def before_patches(self, z_BCFHW: Tensor) -> Tensor:
         if torch.is_grad_enabled():
             return decoded_at_once(self.decoder, z_BCFHW)
         past = [None] * sum(isinstance(layer, WanCausalConv3d) for layer in self.decoder.modules())

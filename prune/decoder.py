@@ -103,9 +103,9 @@ def pruned_widths(vae: ModelMixin, width: float | Sequence[float], norm_groups: 
 def widths_of_wan(vae: AutoencoderKLWan, shares: Sequence[float]) -> tuple[int, ...]:
     """diffusers makes the decoder of one number, its `decoder_base_dim`. ValueError for what that cannot say."""
     config = vae.config
-    if config.is_residual or config.patch_size or config.attn_scales:
-        raise ValueError("vae/config.json has is_residual, patch_size or attn_scales, as of Wan 2.2: its decoder is of "
-                         "another kind, and is not pruned")  # fmt: skip
+    if config.is_residual:
+        raise ValueError("vae/config.json has is_residual, as of Wan 2.2: its decoder is of another kind, and is not "
+                         "pruned")  # fmt: skip
     base, share = config.decoder_base_dim or config.base_dim, shares[0]
     if len({*shares}) > 1:
         raise ValueError(f"decoder.width={list(shares)}: Wan's decoder has one number for all levels: give one share")

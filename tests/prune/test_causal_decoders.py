@@ -26,14 +26,19 @@ SMALL = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=PIPELINES)
+@pytest.fixture(params=["CogVideoX", "Wan"])
 def family(request) -> str:
     return request.param
 
 
-@pytest.fixture
-def vae(family):
-    return PIPELINES[family]().vae.eval()
+@pytest.fixture(params=["CogVideoX", "Wan", "Wan in patches"])
+def vae(request):
+    kind, _, in_patches = request.param.partition(" in ")
+    vae = PIPELINES[kind]().vae
+    if in_patches:
+        torch.manual_seed(6)
+        vae = AutoencoderKLWan.from_config({**vae.config, "patch_size": 2, "in_channels": 12, "out_channels": 12})
+    return vae.eval()
 
 
 def latents_of(vae, count: int) -> torch.Tensor:
