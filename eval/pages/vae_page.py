@@ -127,7 +127,9 @@ def crops_figure(folder: Path, evaluation: Evaluation, kind: str) -> Figure:
     columns = {"real image": folder / "images/real"} if kind == "real" else {}
     columns |= {point.model: picture_folder(folder, point, kind) for point in evaluation.points}
     shown = min(SHOWN, len(list(columns["teacher"].glob("*.png"))))
-    figure = Figure(figsize=(1.7 * (len(columns) + 1), 1.75 * shown + 0.2), layout="constrained")
+    height, width = crop(columns["teacher"] / "000.png").shape[:2]  # the frames of a video are one strip
+    size = 1.7 * (len(columns) + 1), (1.7 * height / width + 0.05) * shown + 0.2
+    figure = Figure(figsize=size, layout="constrained")
     cells = figure.subplots(shown, len(columns) + 1, squeeze=False)
     for i, line in enumerate(cells):
         crops = [crop(path / f"{i:03d}.png") for path in columns.values()]
