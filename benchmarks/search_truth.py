@@ -19,7 +19,7 @@ import json
 import math
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,7 @@ def squared_weights(file: Path, blocks: Sequence[str]) -> dict[str, float]:
 def row_of(name: str, found: Sequence[Found]) -> dict[str, str]:
     values, truth = np.array([f.predictors[name] for f in found]), np.array([f.clip for f in found])
     better = truth >= np.median(truth)
-    regrets = [truth[draw].max() - truth[draw][values[draw].argmax()] for draw in bootstrap(len(found), RESAMPLES)]
+    regrets = [truth[draw].max() - truth[draw][values[draw].argmax()] for draw in resamples(len(found))]
     low, high = interval(regrets)
     return {
         "predictor": name,
@@ -200,8 +200,12 @@ def row_of(name: str, found: Sequence[Found]) -> dict[str, str]:
     }
 
 
+def resamples(size: int) -> Iterator[np.ndarray]:
+    return (draw for draws in bootstrap(size, RESAMPLES) for draw in draws)
+
+
 def correlation(a: np.ndarray, b: np.ndarray) -> str:
-    draws = (draw for draw in bootstrap(len(a), RESAMPLES) if np.ptp(a[draw]) > 0 and np.ptp(b[draw]) > 0)
+    draws = (draw for draw in resamples(len(a)) if np.ptp(a[draw]) > 0 and np.ptp(b[draw]) > 0)
     low, high = interval([spearman(a[draw], b[draw]) for draw in draws])
     return f"{spearman(a, b):.2f} [{low:.2f}, {high:.2f}]"
 

@@ -34,7 +34,7 @@ DECODER = [
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("small", "processes", "kills"),
-    [(SMALL, 2, 4), (DISTILLING, 1, 4), (MATCHING, 1, 4), (DECODER, 1, 4), (METHOD, 1, 3)],
+    [(SMALL, 2, 3), (DISTILLING, 1, 2), (MATCHING, 1, 3), (DECODER, 1, 2), (METHOD, 1, 2)],
     ids=["pruning on two ranks", "distilling", "distribution matching", "decoder", "whole method"],
 )
 def test_killed_runs_leave_what_a_quiet_run_leaves(tmp_path, tiny_model, small, processes, kills):

@@ -12,6 +12,7 @@ import numpy as np
 from scipy import stats
 
 CONFIDENCE, RESAMPLES = 0.95, 10_000
+AT_ONCE = 2**20  # indices of resamples that are drawn together: 8 MB
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def paired_difference(
     scores_2N = paired(scores, reference)
     difference_N = scores_2N[0] - scores_2N[1]
     mean = mean_and_error(difference_N)
-    low, high = interval([difference_N[draw].mean() for draw in bootstrap(mean.n, resamples, seed)])
+    means = [difference_N[draws_RN].mean(-1) for draws_RN in bootstrap(mean.n, resamples, seed)]
+    low, high = interval(np.concatenate(means))
     return PairedDifference(mean.mean, mean.se, low, high, mean.n)
 
 
@@ -72,8 +74,8 @@ def paired_ratio(errors: Sequence[float], reference: Sequence[float]) -> PairedR
     Raises ValueError if the two were not measured on equally many prompts.
     """
     errors_2N = paired(errors, reference)
-    means = [errors_2N[:, draw].mean(1) for draw in bootstrap(len(errors), RESAMPLES)]
-    low, high = interval([mean[0] / mean[1] for mean in means])
+    means_2R = [errors_2N[:, draws_RN].mean(-1) for draws_RN in bootstrap(len(errors), RESAMPLES)]
+    low, high = interval(np.divide(*np.concatenate(means_2R, axis=1)))
     whole = errors_2N.mean(1)
     return PairedRatio(float(whole[0] / whole[1]), low, high, len(errors))
 
@@ -101,12 +103,12 @@ def paired(scores: Sequence[float], reference: Sequence[float]) -> np.ndarray:
 
 
 def bootstrap(size: int, resamples: int, seed: int = 0) -> Iterator[np.ndarray]:
-    """Resamples of `size` prompts, as indices."""
-    draw = np.random.default_rng(seed)
-    return (draw.integers(size, size=size) for _ in range(resamples))
+    """Resamples of N = `size` prompts, as indices [R, N]; many at once, the same however many."""
+    draw, rows = np.random.default_rng(seed), max(1, AT_ONCE // size)
+    return (draw.integers(size, size=(min(rows, resamples - done), size)) for done in range(0, resamples, rows))
 
 
-def interval(values: Sequence[float]) -> tuple[float, float]:
+def interval(values: Sequence[float] | np.ndarray) -> tuple[float, float]:
     """The middle 95 % of resampled values."""
     low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
     return float(low), float(high)

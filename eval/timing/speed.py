@@ -227,7 +227,8 @@ def spread(times_ms: Sequence[float]) -> dict[str, float]:
 def speedup(before_ms: Sequence[float], after_ms: Sequence[float]) -> dict[str, float]:
     """How many times as fast: the median ratio of neighbouring calls, and its bootstrap 95 % interval over them."""
     ratios = np.asarray(before_ms) / np.asarray(after_ms)
-    low, high = interval([float(np.median(ratios[draw])) for draw in bootstrap(len(ratios), RESAMPLES)])
+    medians = [np.median(ratios[draws_RN], axis=-1) for draws_RN in bootstrap(len(ratios), RESAMPLES)]
+    low, high = interval(np.concatenate(medians))
     return {"ratio": float(np.median(ratios)), "low": low, "high": high, "n": len(ratios)}
 
 

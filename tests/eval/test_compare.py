@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from slimstep.eval.metrics import compare
 from slimstep.eval.metrics.compare import (
     Mean,
     mean_and_error,
@@ -45,6 +46,14 @@ def test_the_interval_covers_the_truth_as_often_as_it_says():
         interval = paired_difference(draw.normal(1, 2, size=60), np.zeros(60), resamples=300)
         covered += interval.low <= 1 <= interval.high
     assert 0.89 <= covered / 200 <= 0.99
+
+
+def test_resamples_are_the_same_however_many_are_drawn_at_once(monkeypatch):
+    draw = np.random.default_rng(3)
+    one_by_one = np.stack([draw.integers(7, size=7) for _ in range(20)])
+    for at_once in (1, 7, 45, 2**20):
+        monkeypatch.setattr(compare, "AT_ONCE", at_once)
+        assert np.array_equal(np.concatenate([*compare.bootstrap(7, 20, seed=3)]), one_by_one)
 
 
 def test_the_interval_is_a_function_of_the_seed():
