@@ -189,12 +189,15 @@ def squared_weights(file: Path, blocks: Sequence[str]) -> dict[str, float]:
 
 def row_of(name: str, found: Sequence[Found]) -> dict[str, str]:
     values, truth = np.array([f.predictors[name] for f in found]), np.array([f.clip for f in found])
+    first = next(iter(found[0].predictors))
+    against = np.array([f.predictors[first] for f in found])
     better = truth >= np.median(truth)
     regrets = [truth[draw].max() - truth[draw][values[draw].argmax()] for draw in resamples(len(found))]
     low, high = interval(regrets)
     return {
         "predictor": name,
         "Spearman with CLIP after recovery": correlation(values, truth),
+        f"more than the {first}": "–" if name == first else ahead(values, against, truth),
         "among the better half": correlation(values[better], truth[better]),
         "regret of its choice, CLIP": f"{truth.max() - truth[values.argmax()]:.2f} [{low:.2f}, {high:.2f}]",
     }
@@ -208,6 +211,13 @@ def correlation(a: np.ndarray, b: np.ndarray) -> str:
     draws = (draw for draw in resamples(len(a)) if np.ptp(a[draw]) > 0 and np.ptp(b[draw]) > 0)
     low, high = interval([spearman(a[draw], b[draw]) for draw in draws])
     return f"{spearman(a, b):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def ahead(a: np.ndarray, other: np.ndarray, truth: np.ndarray) -> str:
+    """How much higher the correlation of `a` is than that of `other`, on the same resamples."""
+    draws = (draw for draw in resamples(len(a)) if all(np.ptp(x[draw]) > 0 for x in (a, other, truth)))
+    low, high = interval([spearman(a[draw], truth[draw]) - spearman(other[draw], truth[draw]) for draw in draws])
+    return f"{spearman(a, truth) - spearman(other, truth):+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def add_recovery(parser: argparse.ArgumentParser, root: Path, out: Path) -> None:
