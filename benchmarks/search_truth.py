@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 from safetensors import safe_open
+from scipy.stats import rankdata
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -44,6 +45,7 @@ NOISE = (0.0, 0.05, 0.15, 0.3, 0.6, math.inf)  # of the ranks, in units of the n
 NEAR = 0.02  # below the fraction: a set that cannot be met so closely is drawn anew
 AFTER, RIGHT_AFTER = "student", "round-00"
 RESAMPLES = 2000
+COMMAND = "command.json"  # of a finished network's run
 SkipRule = str | dict[str, str] | None
 
 
@@ -120,15 +122,23 @@ def recovered(
         share_teacher(first, path)
     if isinstance(skip_rule, dict):
         skip_rule = f"{{{','.join(f'{block}:{rule}' for block, rule in skip_rule.items())}}}"
-    run_job(f"prune_{options.of}", [
+    command = [
         f"root={options.root}", f"name={name}", "search=manual", f"search.method.architecture={table}",
         f"search.skip_rule={skip_rule or 'shortcut'}",
         f"recovery.train.steps={options.steps}", f"recovery.train.batch_size={options.batch}", "eval.prompts=192",
         "eval.steps=8", "latency.iterations=3", "latency.additive_samples=1", *options.overrides,
-    ])  # fmt: skip
+    ]  # fmt: skip
+    if not finished_by(path, command):
+        run_job(f"prune_{options.of}", command)
+        write_json(path / COMMAND, command)
     evaluation = read_evaluation(path)
     assert evaluation, f"{path} has no evaluation"
     return evaluation
+
+
+def finished_by(path: Path, command: Sequence[str]) -> bool:
+    """Whether the same command has finished there: one that only gathers need not import torch for every network."""
+    return (path / COMMAND).exists() and load_json(path / COMMAND) == command
 
 
 def point(evaluation: Evaluation, model: str):
@@ -208,16 +218,26 @@ def resamples(size: int) -> Iterator[np.ndarray]:
 
 
 def correlation(a: np.ndarray, b: np.ndarray) -> str:
-    draws = (draw for draw in resamples(len(a)) if np.ptp(a[draw]) > 0 and np.ptp(b[draw]) > 0)
-    low, high = interval([spearman(a[draw], b[draw]) for draw in draws])
+    low, high = interval(defined(correlations(a, b)))
     return f"{spearman(a, b):.2f} [{low:.2f}, {high:.2f}]"
 
 
 def ahead(a: np.ndarray, other: np.ndarray, truth: np.ndarray) -> str:
     """How much higher the correlation of `a` is than that of `other`, on the same resamples."""
-    draws = (draw for draw in resamples(len(a)) if all(np.ptp(x[draw]) > 0 for x in (a, other, truth)))
-    low, high = interval([spearman(a[draw], truth[draw]) - spearman(other[draw], truth[draw]) for draw in draws])
+    low, high = interval(defined(correlations(a, truth) - correlations(other, truth)))
     return f"{spearman(a, truth) - spearman(other, truth):+.2f} [{low:+.2f}, {high:+.2f}]"
+
+
+def correlations(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Spearman's of each resample; nan where one of the two is the same throughout."""
+    ranks = (np.concatenate([rankdata(x[draws], axis=1) for draws in bootstrap(len(x), RESAMPLES)]) for x in (a, b))
+    x_RN, y_RN = (rank_RN - rank_RN.mean(1, keepdims=True) for rank_RN in ranks)
+    norms_R = np.sqrt((x_RN**2).sum(1) * (y_RN**2).sum(1))
+    return np.divide((x_RN * y_RN).sum(1), norms_R, out=np.full(len(x_RN), np.nan), where=norms_R > 0)
+
+
+def defined(values: np.ndarray) -> np.ndarray:
+    return values[~np.isnan(values)]
 
 
 def add_recovery(parser: argparse.ArgumentParser, root: Path, out: Path) -> None:
@@ -255,15 +275,18 @@ def main() -> None:
     share, of = options.lane
     every = networks(measured.removals, measured.teacher_ms, options.fraction, options.count)[share::of]
     found: list[Found] = []
+    table: Table | None = None
     for network in every:
         first, removed = options.root / every[0].name if found else None, dict.fromkeys(network.removed, 0)
         evaluation = recovered(network.name, removed, measured.skip_rule, first, options)
         found.append(found_of(network, evaluation, per_block))
         if of == 1 and len(found) >= 8:
-            write_results(found, evaluation, options)
+            table = write_results(found, evaluation, options)
+    if table:
+        print(f"{len(found)} networks\n{table.console}")
 
 
-def write_results(found: Sequence[Found], evaluation: Evaluation, options: argparse.Namespace) -> None:
+def write_results(found: Sequence[Found], evaluation: Evaluation, options: argparse.Namespace) -> Table:
     rows = [row_of(name, found) for name in found[0].predictors]
     table = Table.of({heading: (lambda row, heading=heading: row[heading]) for heading in rows[0]}, rows)
     write_text(options.out / "table.md", table.markdown)
@@ -273,7 +296,7 @@ def write_results(found: Sequence[Found], evaluation: Evaluation, options: argpa
             "predictors": {k: round(v, 5) for k, v in f.predictors.items()}} for f in found]  # fmt: skip
     settings = {"fraction": options.fraction, "steps": options.steps, "batch": options.batch}
     write_json(options.out / "results.json", {**facts, **settings, "networks": own, "table": rows})
-    print(f"{len(found)} networks\n{table.console}")
+    return table
 
 
 if __name__ == "__main__":

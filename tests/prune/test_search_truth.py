@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from benchmarks.search_truth import Found, Network, networks, row_of
+from benchmarks.search_truth import Found, Network, correlations, networks, resamples, row_of
+from slimstep.eval.metrics.compare import spearman
 from slimstep.prune.evolve import BlockValue
 
 DRAW = np.random.default_rng(0)
@@ -26,6 +27,13 @@ def test_a_predictor_is_set_against_the_first_on_the_same_resamples():
     assert exact["Spearman with CLIP after recovery"] == "1.00 [1.00, 1.00]"
     assert exact["regret of its choice, CLIP"] == "0.00 [0.00, 0.00]"
     assert exact["more than the first"].startswith("+")
+
+
+def test_correlations_of_all_resamples_are_those_of_each():
+    coarse = np.round(OTHER)  # with ties
+    each = [spearman(TRUTH[draw], coarse[draw]) for draw in resamples(len(TRUTH))]
+    np.testing.assert_allclose(correlations(TRUTH, coarse), each, atol=1e-12)
+    assert np.isnan(correlations(np.array([0.0, 1.0]), np.array([0.0, 1.0]))).any()  # a resample of one value twice
 
 
 def test_a_regret_is_what_the_choice_lacks_of_the_best():
