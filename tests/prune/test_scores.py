@@ -5,8 +5,11 @@ from dataclasses import replace
 import pytest
 import torch
 from accelerate import Accelerator
+from omegaconf import OmegaConf
 
 from slimstep.data.prompts import PromptSet
+from slimstep.engine.checked import CONFIGS
+from slimstep.eval.job import load_metrics
 from slimstep.eval.metrics.clip import ClipScorer, psnr
 from slimstep.eval.metrics.metric import as_metric
 from slimstep.eval.sampling import Sampler
@@ -24,9 +27,9 @@ def parts(tiny_clip_folder):
     return pipeline.unet, Sampler(pipeline, steps=1, guidance_scale=2.0), ClipScorer(f"local-dir:{tiny_clip_folder}")
 
 
-def score(parts, batch_size):
+def score(parts, batch_size, metric=None):
     unet, sampler, scorer = parts
-    return score_blocks(unet, sampler, as_metric(scorer), PROMPTS, batch_size, Accelerator(cpu=True))
+    return score_blocks(unet, sampler, as_metric(metric or scorer), PROMPTS, batch_size, Accelerator(cpu=True))
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +46,14 @@ def test_a_block_scores_what_the_pruned_unet_loses(parts, table):
         pruned = unet.with_architecture({table.blocks[n]: 0})
         without = scorer.score(sampler.images(pruned, PROMPTS.prompts, range(4)), texts)
         torch.testing.assert_close(table.loss_NP[n], base - without, atol=0.05, rtol=0)
+
+
+def test_by_image_error_a_block_loses_the_squared_error_of_its_pictures(parts):
+    described = {"image_error": OmegaConf.load(CONFIGS / "metric/image_error.yaml")}
+    config = OmegaConf.create({"metrics": described, "evaluation": {"preferences": None}})
+    table = score(parts, 8, load_metrics(config, parts[2], torch.device("cpu"))["image_error"])
+    assert not table.base_P.any()
+    torch.testing.assert_close(table.loss_NP, 100 * 10 ** (-table.psnr_NP / 10), atol=2e-4, rtol=1e-3)
 
 
 @pytest.mark.parametrize("batch_size", [3, 5])
