@@ -23,6 +23,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
+from slimstep.eval.pages.text import decimals, fixed
 from slimstep.models.architecture import Architecture, repeat, without_defaults
 from slimstep.prune.changes import Change
 
@@ -92,12 +93,16 @@ class BlockValue:
         if math.isnan(self.delta_clip):
             out = "" if math.isnan(self.screen_error) else f", screened out at an error of {self.screen_error:.1%}"
             return f"not scored{out}; {self.saved_ms:.2f} ms"
-        recovered = "" if math.isnan(self.at_once) else f" after local recovery, {self.at_once:+.2f} before"
-        lost = f"{self.metric} lost {self.delta_clip:+.2f} ± {self.se:.2f}{recovered}, saves {self.saved_ms:.2f} ms"
+        shown = decimals(self.se)
+        recovered = "" if math.isnan(self.at_once) else f" after local recovery, {self.at_once:+.{shown}f} before"
+        lost = f"{self.metric} lost {self.delta_clip:+.{shown}f} ± {fixed(self.se)}{recovered}"
+        lost = f"{lost}, saves {self.saved_ms:.2f} ms"
         if self.is_contradicted:
             destroyed = f"its picture's error is {self.picture_error:.0%} of an unrelated one's"
-            return f"{lost}; {destroyed}: taken to lose {self.price:.2f}"
-        return f"free: {lost}" if self.delta_clip <= 0 else f"{self.clip_per_ms:.2f} {self.metric} lost per ms: {lost}"
+            return f"{lost}; {destroyed}: taken to lose {self.price:.{shown}f}"
+        if self.delta_clip <= 0:
+            return f"free: {lost}"
+        return f"{self.clip_per_ms:.{shown}f} {self.metric} lost per ms: {lost}"
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from torch import Tensor
 from slimstep.data.prompts import PromptSet
 from slimstep.engine.run import Run
 from slimstep.eval.evaluator import PARTIAL
+from slimstep.eval.pages.text import decimals, fixed
 from slimstep.prune.evolve import BlockValue
 from slimstep.prune.scores import Drawing, block_record
 
@@ -48,7 +49,7 @@ class MeasuredSets:
         values_1P2 = self.drawn([labels], keep)
         lost_P = self.prompts.by_text(values_1P2[0, :, 0]).tolist()
         row = block_record(lost_P, values_1P2[0, :, 1].mean().item(), self.drawing.others_psnr)
-        lost = f"{row['delta_clip']:+.2f} ± {row['se']:.2f}"
+        lost = f"{row['delta_clip']:+.{decimals(row['se'])}f} ± {fixed(row['se'])}"
         log.info(f"{self.stage}: {len(labels)} changes together lose {lost} by images")
         return {"changes": list(labels), **row}
 

@@ -85,7 +85,7 @@ def spread_columns(points: Sequence[Point]) -> dict[str, Callable[[Point], str]]
     """What is said of all images together, as far as it was measured: diversity, and the distance to real images."""
     shown: dict[str, Callable[[Point], str]] = {}
     if any(p.of_kind("per_prompt") for p in points):
-        shown["diversity ± se"] = lambda p: score(p.metrics.get("diversity"), places=3)
+        shown["diversity ± se"] = lambda p: score(p.metrics.get("diversity"), least=3)
         shown["diversity over the reference's"] = partial(over_the_reference, metric="diversity")
     measured = {key for p in points for values in p.of_kind("distribution").values() for key in values}
     if "fd" in measured:

@@ -17,7 +17,7 @@ from slimstep.engine.files import write_text
 from slimstep.eval.pages.cautions import cautions
 from slimstep.eval.pages.figures import save_figures, themed
 from slimstep.eval.pages.runs import finite
-from slimstep.eval.pages.text import count, digits, percent, signed
+from slimstep.eval.pages.text import count, decimals, digits, fixed, percent, signed
 from slimstep.eval.pages.videos import Videos, as_shown, videos_of
 from slimstep.eval.record import read_evaluation
 
@@ -53,13 +53,14 @@ def render(template: str, cautions: Sequence[str] = (), videos: Videos | None = 
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters |= {"digits": or_dash(digits), "signed": or_dash(signed), "count": count, "percent": percent}
+    environment.filters |= {"digits": or_dash(digits), "signed": or_dash(signed), "count": count, "percent": percent,
+                            "fixed": fixed, "decimals": decimals}  # fmt: skip
     return environment.get_template(template).render(cautions=cautions, videos=videos, **values)
 
 
 def or_dash(form):
     """`form`, with a dash for what was not measured."""
-    return lambda value: form(value) if finite(value) else "–"
+    return lambda value, *more: form(value, *more) if finite(value) else "–"
 
 
 @dataclass(frozen=True)

@@ -69,7 +69,7 @@ def image_ms(point: Point, unet_ms: Mapping[str, Mapping[str, float]]) -> float:
 def curves_table(points: Sequence[Point]) -> str:
     """Per guidance scale and model: CLIP ± standard error at every number of steps."""
     steps = sorted({point.steps for point in points})
-    cells = {key(point): score(point.clip, places=1) for point in points}
+    cells = {key(point): score(point.clip, least=1) for point in points}
     rows = [
         [display(model), f"{guidance:g}", *(cells.get((guidance, model, n), "") for n in steps)]
         for guidance in guidances(points)

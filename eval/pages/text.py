@@ -1,7 +1,11 @@
 """Numbers and names as pages and tables write them, and what they say of prompts. No library is loaded for it."""
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Any
+
+MOST_PLACES = 6
+ERRORS_IN_INTERVAL = 2 * 1.96  # of 95 %
 
 # {key of an evaluation's `seen`, the number of such prompts: what they were seen as}
 SEEN = {
@@ -21,14 +25,31 @@ def signed(value: float, places: int = 2) -> str:
     return f"{value:+.{places}f}".replace("-", "−")
 
 
-def score(measured: Mapping[str, Any] | None, places: int = 2) -> str:
+def decimals(error: float | None, least: int = 2) -> int:
+    """The decimals that show the first digit of a standard error: scores have it in the first or second, squared errors
+    of pictures far behind."""
+    known = error is not None and math.isfinite(error) and error > 0
+    return max(least, min(MOST_PLACES, -math.floor(math.log10(error)))) if known else least
+
+
+def fixed(error: float | None) -> str:
+    """A standard error with these decimals."""
+    return "–" if error is None else f"{error:.{decimals(error)}f}"
+
+
+def score(measured: Mapping[str, Any] | None, least: int = 2) -> str:
     """A mean and its standard error; a dash for what was not measured."""
-    return f"{measured['mean']:.{places}f} ± {measured['se']:.{places}f}" if measured else "–"
+    shown = measured and decimals(measured["se"], least)
+    return f"{measured['mean']:.{shown}f} ± {measured['se']:.{shown}f}" if measured else "–"
 
 
 def difference(paired: Mapping[str, Any] | None) -> str:
     """A paired difference with its interval; a dash for the reference itself."""
-    return f"{signed(paired['mean'])} [{signed(paired['low'])}, {signed(paired['high'])}]" if paired else "–"
+    if not paired:
+        return "–"
+    mean, low, high = paired["mean"], paired["low"], paired["high"]
+    shown = decimals((high - low) / ERRORS_IN_INTERVAL)
+    return f"{signed(mean, shown)} [{signed(low, shown)}, {signed(high, shown)}]"
 
 
 def ratio(measured: Mapping[str, Any] | None) -> str:

@@ -16,7 +16,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 from slimstep.engine.resolution import Resolution, printed, resolution_of, sides
 from slimstep.eval.pages.figures import INK, MUTED, STUDENT, canvas, styled
 from slimstep.eval.pages.runs import CLIP, Block, finite
-from slimstep.eval.pages.text import digits, signed
+from slimstep.eval.pages.text import decimals, digits, fixed, signed
 from slimstep.models.architecture import (
     WHOLE,
     Architecture,
@@ -219,11 +219,11 @@ def draw_box(
     note = f"  ×{repeats}" if repeats > 1 else f"  r{gone_in}" if gone_in is not None and not alive else ""
     note += "".join(f"  {own}" for own in notes) if alive else ""
     text(0.07, BOX_H - 0.06, f"{label}{note}", 6, ha="left", va="top")
-    score = signed(block.delta_clip) if finite(block.delta_clip) else "not scored"
-    score = f"{signed(block.at_once)} → {score}" if finite(block.at_once) else score
+    score = signed(block.delta_clip, decimals(block.se)) if finite(block.delta_clip) else "not scored"
+    score = f"{signed(block.at_once, decimals(block.se))} → {score}" if finite(block.at_once) else score
     alone = finite(block.delta_clip) and not finite(block.at_once)
     text(BOX_W / 2, 0.335, score, 9 if alone else 7, ha="center", va="center", weight="bold")
-    error = f"±{block.se:.2f}" if finite(block.se) else ""
+    error = f"±{fixed(block.se)}" if finite(block.se) else ""
     time = f"{digits(block.ms)} ms" if finite(block.ms) else ""
     text(BOX_W / 2, 0.11, " · ".join(filter(None, (error, time))), 6.5, ha="center", va="center")
 
@@ -253,7 +253,7 @@ def draw_scale(figure: Figure, axes: Axes, norm: FuncNorm, metric: str, is_recov
                           aspect=42, pad=0.02)  # fmt: skip
     bar.outline.set_visible(False)
     ticks = [sign * share * norm.vmax for sign, share in ((-1, 1), (-1, 0.25), (1, 0), (1, 0.25), (1, 1))]
-    bar.set_ticks(ticks, labels=[signed(tick, 1) if tick else "0" for tick in ticks])
+    bar.set_ticks(ticks, labels=[signed(tick, decimals(abs(tick), least=1)) if tick else "0" for tick in ticks])
     bar.ax.tick_params(labelsize=7, length=0)
     bar.ax.grid(False)
     bar.set_label(

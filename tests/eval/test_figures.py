@@ -1,10 +1,12 @@
 """The pictures show what the numbers say."""
 
+import math
+
 import pytest
 
 from slimstep.eval.pages.figures import Point, pareto_figure, pareto_front, themed
 from slimstep.eval.pages.runs import Block
-from slimstep.eval.pages.text import digits, signed
+from slimstep.eval.pages.text import decimals, difference, digits, fixed, score, signed
 from slimstep.eval.pages.unet_figure import BOX_H, BOX_W, places, unet_figure, value_norm
 from slimstep.models.architecture import as_architecture
 from tests.eval.run_stub import sd15_blocks
@@ -108,3 +110,19 @@ def test_sublayers_stand_beside_their_block():
     blocks = {path: Block(path, 1.0, 0.1, 0.5) for path in paths}
     shown = words(unet_figure(blocks, as_architecture({"transformer_blocks.1.ff": 0}), {"transformer_blocks.1.ff": 0}))
     assert shown.count("ff") == 11 and "ff  r0" in shown and "block 11" in shown
+
+
+@pytest.mark.parametrize(
+    ("error", "shown"),
+    [(12.0, 2), (0.5, 2), (0.02, 2), (0.0099, 3), (0.0004, 4), (1e-12, 6), (0.0, 2), (None, 2), (math.nan, 2)],
+)
+def test_a_value_has_the_decimals_in_which_its_error_begins(error, shown):
+    assert decimals(error) == shown
+
+
+def test_small_values_are_not_shown_as_nothing():
+    assert score({"mean": 0.00312, "se": 0.0004}) == "0.0031 ± 0.0004"
+    assert score({"mean": 83.2, "se": 0.47}) == "83.20 ± 0.47"
+    assert difference({"mean": 0.0031, "low": 0.0021, "high": 0.0041}) == "+0.0031 [+0.0021, +0.0041]"
+    assert difference({"mean": -0.5, "low": -1.25, "high": 0.25}) == "−0.50 [−1.25, +0.25]" and difference(None) == "–"
+    assert (fixed(0.0004), fixed(0.5), fixed(None)) == ("0.0004", "0.50", "–")
