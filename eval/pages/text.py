@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-MOST_PLACES = 6
+MOST_PLACES = 4
 ERRORS_IN_INTERVAL = 2 * 1.96  # of 95 %
 
 # {key of an evaluation's `seen`, the number of such prompts: what they were seen as}

@@ -114,7 +114,7 @@ def test_sublayers_stand_beside_their_block():
 
 @pytest.mark.parametrize(
     ("error", "shown"),
-    [(12.0, 2), (0.5, 2), (0.02, 2), (0.0099, 3), (0.0004, 4), (1e-12, 6), (0.0, 2), (None, 2), (math.nan, 2)],
+    [(12.0, 2), (0.5, 2), (0.02, 2), (0.0099, 3), (0.0004, 4), (1e-12, 4), (0.0, 2), (None, 2), (math.nan, 2)],
 )
 def test_a_value_has_the_decimals_in_which_its_error_begins(error, shown):
     assert decimals(error) == shown
