@@ -7,9 +7,10 @@ The networks are sets of removals that the latency table of --run's first round 
 milliseconds: the cheapest by its block scores with noise of several sizes, random ones, and the choices of both
 searches. Each starts from that round's weights, is recovered by the same training, and is evaluated on prompts that
 nothing was chosen on. Against the CLIP score after recovery stand what can be known before: sums of block scores, of
-pictures' errors, of scores after local recovery (--recovered-scores), of similarities and of squared weights,
-parameters, and the CLIP score right after the cut. To --out go table.md and results.json, with Spearman's correlations
-and the regret of each predictor's choice, intervals by bootstrap over networks. Killed, it continues; --count may grow.
+pictures' errors, of scores after local recovery (--recovered-scores), of image_error (--image-errors), of similarities
+and of squared weights, parameters, and the CLIP score right after the cut. To --out go table.md and results.json, with
+Spearman's correlations and the regret of each predictor's choice, intervals by bootstrap over networks. Killed, it
+continues; --count may grow.
 On several cores, one process for each --lane 0/2, 1/2, then one without it that gathers what they have made.
 """
 
@@ -154,8 +155,9 @@ def found_of(network: Network, evaluation: Evaluation, per_block: Mapping[str, M
 
 
 def block_predictors(
-    run: Path, values: Sequence[BlockValue], similarities: Path | None, recovered: Path | None = None
-) -> dict[str, dict[str, float]]:
+    run: Path, values: Sequence[BlockValue], similarities: Path | None, recovered: Path | None = None,
+    image_errors: Path | None = None,
+) -> dict[str, dict[str, float]]:  # fmt: skip
     """{predictor: {block: what its removal is held to cost}}. similarities, recovered: files of other runs."""
     found = {
         "sum of CLIP lost": {value.block: value.delta_clip for value in values},
@@ -163,6 +165,12 @@ def block_predictors(
         "sum of pictures' errors": {value.block: value.picture_error for value in values},
         "squared weights": squared_weights(run / "round-00/weights.safetensors", [value.block for value in values]),
     }
+    if image_errors:
+        record = load_json(image_errors)
+        if (metric := record["protocol"]["metric"]) != "image_error":
+            way = "give one of search.metric=image_error"
+            raise ValueError(f"--image-errors {image_errors} was scored by {metric}; {way}")
+        found["sum of image_error"] = {block: row["delta_clip"] for block, row in record["sites"].items()}
     if similarities:
         alike = load_json(similarities)["blocks"]
         # A block whose output has another shape than its input is held to change it as much as any other.
@@ -265,13 +273,16 @@ def main() -> None:
     parser.add_argument("--similarities", type=Path, help="round-00/similarities.json of a run of search=similarity")
     parser.add_argument("--recovered-scores", type=Path,
                         help="round-00/scores.json of a run with scoring.recovery_steps above 0")  # fmt: skip
+    parser.add_argument("--image-errors", type=Path,
+                        help="round-00/scores.json of a run with search.metric=image_error")  # fmt: skip
     parser.add_argument("--fraction", type=float, default=0.7, help="of the teacher's latency")
     parser.add_argument("--count", type=int, default=60, help="of networks beside the searches' choices")
     add_recovery(parser, Path("runs/truth"), Path("benchmarks/search-truth"))
     options = parser.parse_args()
     measured = read_first_round(options.run)
     options.root.mkdir(parents=True, exist_ok=True)
-    per_block = block_predictors(options.run, measured.removals, options.similarities, options.recovered_scores)
+    of_other_runs = options.similarities, options.recovered_scores, options.image_errors
+    per_block = block_predictors(options.run, measured.removals, *of_other_runs)
     share, of = options.lane
     every = networks(measured.removals, measured.teacher_ms, options.fraction, options.count)[share::of]
     found: list[Found] = []
